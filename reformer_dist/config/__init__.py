@@ -1,0 +1,32 @@
+"""The typed description of a run: plain values, checked at birth; imports nothing else of ours."""
+
+from reformer_dist.config.data import DataConfig
+from reformer_dist.config.model import (
+    Activation,
+    AttentionKind,
+    HashScheme,
+    ModelConfig,
+    NeighbourRule,
+    Position,
+    Recompute,
+)
+from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
+from reformer_dist.config.run import RunConfig
+from reformer_dist.config.trainer import Precision, TrainerConfig
+
+__all__ = [
+    "Activation",
+    "AttentionKind",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "HashScheme",
+    "ModelConfig",
+    "NeighbourRule",
+    "OptimConfig",
+    "Position",
+    "Precision",
+    "Recompute",
+    "RunConfig",
+    "Schedule",
+    "TrainerConfig",
+]

@@ -1,0 +1,189 @@
+"""What the model is: sizes, attention, positions, and how its backward gets the activations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from reformer_dist.config.checks import at_least, is_share, require
+
+
+class AttentionKind(Enum):
+    lsh = "lsh"
+    local = "local"
+    exact = "exact"
+
+
+class HashScheme(Enum):
+    rotation = "rotation"
+    floor = "floor"
+
+
+class NeighbourRule(Enum):
+    window = "window"
+    chunk = "chunk"
+
+
+class Activation(Enum):
+    gelu = "gelu"
+    relu = "relu"
+    glu = "glu"
+
+
+class Position(Enum):
+    axial = "axial"
+    rotary = "rotary"
+    learned = "learned"
+    sinusoidal = "sinusoidal"
+
+
+class Recompute(Enum):
+    reversible = "reversible"
+    checkpoint = "checkpoint"
+    none = "none"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A Reformer stack. The size of the vocabulary is the tokenizer's and stands in no config."""
+
+    dim: int = 256
+    """Width of each of the two residual streams."""
+    n_layers: int = 4
+    n_heads: int = 4
+    head_dim: int | None = None
+    """Width of one head; null means dim / n_heads."""
+    layers: list[AttentionKind] = field(default_factory=lambda: [AttentionKind.local, AttentionKind.lsh])
+    """Attention of each layer, repeated until n_layers: lsh, local or exact."""
+    causal: bool = True
+    """True: a language model that sees the past. False: a two-sided stack."""
+    share_layers: bool = False
+    """True: layers at the same place of the pattern share their parameters (not with ZeRO stage 3)."""
+
+    n_hashes: int = 4
+    """Hash rounds of LSH attention."""
+    n_buckets: int = 64
+    """Buckets of one hash round, whatever the length: 1 or even; seq_len / window is a usual choice."""
+    hash_scheme: HashScheme = HashScheme.rotation
+    """rotation: argmax of [xR, -xR]; floor: floor(Rx / gamma)."""
+    neighbours: NeighbourRule = NeighbourRule.window
+    """window: the last members of the bucket, strictly causal; chunk: the published code's rule, which leaks."""
+    window: int = 64
+    """window rule: a token sees members of its bucket at a sorted distance below this."""
+    chunk_len: int = 64
+    """chunk rule: tokens of one chunk of the sorted order."""
+    n_chunks_before: int = 1
+    n_chunks_after: int = 0
+    chunk_wrap: bool = False
+    """chunk rule: the first chunk of a round sees the last of the round before, as in other systems."""
+    local_round: bool = False
+    """One more round whose neighbours are the nearest positions, under the same softmax."""
+    count_pairs_once: bool = False
+    """A pair that meets in several rounds counts once (paper, N(i,j)) instead of once a round."""
+    qk_scale: float = 1.0
+    """Factor of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
+    local_window: int = 128
+    """Local attention: positions seen, its own included."""
+
+    ff_mult: int = 4
+    """Inner width of the feed-forward, in units of dim."""
+    activation: Activation = Activation.gelu
+    ff_chunk: int = 0
+    """Tokens that the feed-forward handles at a time; 0 means all."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at a time in the loss."""
+    tie_embeddings: bool = False
+    """The output head uses the token embedding's table."""
+
+    position: Position = Position.axial
+    axial_shape: list[int] = field(default_factory=lambda: [32, 64])
+    """axial: sides of the grid that positions fill; their product bounds the length."""
+    axial_dims: list[int] | None = None
+    """axial: width of each side's embedding, summing to dim; null splits dim evenly."""
+    max_seq_len: int = 2048
+    """learned: rows of the table. Other kinds ignore it."""
+
+    dropout: float = 0.0
+    """After the embedding and after each sublayer."""
+    attention_dropout: float = 0.0
+    ff_dropout: float = 0.0
+    """Inside the feed-forward, after the activation."""
+    norm_eps: float = 1e-5
+    recompute: Recompute = Recompute.reversible
+    """Where backward finds activations: reversible (rebuilt), checkpoint (recomputed), none (stored)."""
+
+    def __post_init__(self) -> None:
+        at_least(1, model__dim=self.dim, model__n_layers=self.n_layers, model__n_heads=self.n_heads)
+        at_least(1, model__head_dim=self.head_dim, model__n_hashes=self.n_hashes, model__window=self.window)
+        at_least(1, model__chunk_len=self.chunk_len, model__local_window=self.local_window)
+        at_least(0, model__n_chunks_before=self.n_chunks_before, model__n_chunks_after=self.n_chunks_after)
+        at_least(0, model__ff_chunk=self.ff_chunk, model__norm_eps=self.norm_eps)
+        at_least(1, model__ff_mult=self.ff_mult, model__loss_chunk=self.loss_chunk)
+        at_least(1, model__max_seq_len=self.max_seq_len)
+        is_share(model__dropout=self.dropout, model__attention_dropout=self.attention_dropout)
+        is_share(model__ff_dropout=self.ff_dropout)
+        require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
+        self._check_heads()
+        self._check_lsh()
+        if self.position is Position.axial:
+            self._check_axial()
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None:
+            right = f"must divide model.dim={self.dim}, or model.head_dim be given"
+            require(self.dim % self.n_heads == 0, "model.n_heads", self.n_heads, right)
+        if self.position is Position.rotary:
+            right = "must be even with model.position=rotary"
+            require(self.resolved_head_dim % 2 == 0, "model.head_dim", self.resolved_head_dim, right)
+
+    def _check_lsh(self) -> None:
+        even = self.n_buckets >= 1 and (self.n_buckets == 1 or self.n_buckets % 2 == 0)
+        require(even, "model.n_buckets", self.n_buckets, "must be 1 or an even number")
+        require(
+            math.isfinite(self.qk_scale) and self.qk_scale > 0,
+            "model.qk_scale",
+            self.qk_scale,
+            "must be positive",
+        )
+        if self.chunk_wrap:
+            chunked = self.neighbours is NeighbourRule.chunk
+            require(chunked, "model.chunk_wrap", True, "needs model.neighbours=chunk")
+            require(not self.count_pairs_once, "model.chunk_wrap", True, "excludes model.count_pairs_once=true")
+            require(not self.local_round, "model.chunk_wrap", True, "excludes model.local_round=true")
+        if self.neighbours is NeighbourRule.chunk and self.causal:
+            right = "must be 0 in a causal model"
+            require(self.n_chunks_after == 0, "model.n_chunks_after", self.n_chunks_after, right)
+
+    def _check_axial(self) -> None:
+        require(len(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must name at least one side")
+        require(min(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must hold positive numbers")
+        dims = self.resolved_axial_dims
+        fits = len(dims) == len(self.axial_shape) and min(dims) > 0 and sum(dims) == self.dim
+        right = f"must hold a positive width for each of {len(self.axial_shape)} sides, summing to {self.dim}"
+        require(fits, "model.axial_dims", dims, right)
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.dim // self.n_heads
+
+    @property
+    def resolved_axial_dims(self) -> list[int]:
+        if self.axial_dims is not None:
+            return self.axial_dims
+        n_sides = len(self.axial_shape)
+        share, rest = divmod(self.dim, n_sides)
+        return [share + (side < rest) for side in range(n_sides)]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the position embedding can tell apart; None means any."""
+        if self.position is Position.axial:
+            return math.prod(self.axial_shape)
+        if self.position is Position.learned:
+            return self.max_seq_len
+        return None
+
+    def layer_kinds(self) -> list[AttentionKind]:
+        """Attention of each of the n_layers layers."""
+        return [self.layers[index % len(self.layers)] for index in range(self.n_layers)]

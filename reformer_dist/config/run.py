@@ -1,0 +1,53 @@
+"""RunConfig: the root of a run's description, and the checks that cross its groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from reformer_dist.config.checks import require
+from reformer_dist.config.data import DataConfig
+from reformer_dist.config.model import ModelConfig
+from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
+from reformer_dist.config.trainer import TrainerConfig
+from reformer_dist.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides a run; equal on every rank."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output_dir: str = "outputs/default"
+    """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
+    resume: str = "auto"
+    """auto: from the newest good checkpoint in output_dir, if any; never: from nothing; else a checkpoint."""
+
+    def __post_init__(self) -> None:
+        longest = self.model.max_positions
+        if longest is not None:
+            right = f"must be at most {longest}, what model.position={self.model.position.name} can tell apart"
+            require(self.data.seq_len <= longest, "data.seq_len", self.data.seq_len, right)
+        if self.model.share_layers and self.deepspeed.stage == 3:
+            right = "excludes deepspeed.stage=3, which sums shared gradients wrongly; use stage 0, 1 or 2"
+            raise ConfigError(f"model.share_layers=true: {right}")
+        require(self.output_dir != "", "output_dir", "''", "must name a folder")
+        require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
+        right = "must be true: a two-sided model would see the next token that it is trained to predict"
+        require(self.model.causal, "model.causal", self.model.causal, right)
+
+    def micro_batching(self, dp_size: int) -> tuple[int, int]:
+        """(rows of a micro-batch, micro-batches of a step) of each of `dp_size` data-parallel ranks.
+
+        Raises ConfigError where the batch does not divide.
+        """
+        rows, rest = divmod(self.data.batch_size, dp_size)
+        right = f"must be a multiple of the {dp_size} data-parallel ranks"
+        require(rest == 0, "data.batch_size", self.data.batch_size, right)
+        micro = self.trainer.micro_batch_size or rows
+        right = f"must divide the {rows} of data.batch_size={self.data.batch_size} rows that each rank takes"
+        require(rows % micro == 0, "trainer.micro_batch_size", micro, right)
+        return micro, rows // micro

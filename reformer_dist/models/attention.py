@@ -1,0 +1,166 @@
+"""The three kinds of self-attention of a layer: LSH (shared query-key), local and exact.
+
+Each maps [B, S, dim] to [B, S, dim] and knows heads and projections; the mathematics is in `ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
+from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.ops.lsh import (
+    AttentionOptions,
+    ChunkRule,
+    Rule,
+    WindowRule,
+    bucket_attention,
+    draw_rotations,
+    hash_vectors,
+)
+from reformer_dist.ops.lsh.health import measure_health
+from reformer_dist.ops.rotary import rotate
+from reformer_dist.seeds import derive_seed
+
+
+def build_attention(config: ModelConfig, kind: AttentionKind) -> SelfAttention:
+    """The attention of one layer."""
+    layer: type[SelfAttention] = {
+        AttentionKind.lsh: LSHSelfAttention,
+        AttentionKind.local: LocalSelfAttention,
+        AttentionKind.exact: ExactSelfAttention,
+    }[kind]
+    return layer(config)
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention: subclasses say what happens between heads' queries, keys and values."""
+
+    has_own_keys = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.n_heads, self.head_dim = config.n_heads, config.resolved_head_dim
+        inner = self.n_heads * self.head_dim
+        self.to_q = nn.Linear(config.dim, inner, bias=False)
+        if self.has_own_keys:
+            self.to_k = nn.Linear(config.dim, inner, bias=False)
+        self.to_v = nn.Linear(config.dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+
+    def forward(self, x: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
+        """[B, S, dim] -> [B, S, dim]. `memo` is written on the first run and read by a recompute."""
+        q = self._heads(self.to_q(x))
+        k = self._heads(self.to_k(x)) if self.has_own_keys else q
+        v = self._heads(self.to_v(x))
+        out = self._attend(q, k, v, context, layer, memo)
+        return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, S, H * D] -> [B, H, S, D]."""
+        return x.view(x.shape[0], x.shape[1], self.n_heads, self.head_dim).transpose(1, 2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+    ) -> Tensor:
+        """Heads' outputs [B, H, S, D]."""
+        raise NotImplementedError
+
+
+class LSHSelfAttention(SelfAttention):
+    """Shared query-key attention among tokens of one bucket (paper, section 2): k = q / |q|."""
+
+    has_own_keys = False
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+    ) -> Tensor:
+        config = self.config
+        bucket_ids = self._hash(q, context, layer, memo)
+        if config.local_round:
+            bucket_ids = F.pad(bucket_ids, (0, 0, 0, 1))  # one more round, in which all share bucket 0
+        if context.rotary is not None:
+            q = rotate(q, *context.rotary)
+        keys = F.normalize(q.float(), dim=-1).to(q.dtype)
+        options = AttentionOptions(
+            rule=self._rule(),
+            n_buckets=config.n_buckets,
+            scale=config.qk_scale,
+            count_pairs_once=config.count_pairs_once,
+            dropout=context.dropout(config.attention_dropout),
+            dropout_seed=context.seed_for("attention", layer),
+        )
+        return bucket_attention(q, keys, v, bucket_ids, options, context.key_padding_mask)
+
+    def _rule(self) -> Rule:
+        config = self.config
+        if config.neighbours is NeighbourRule.window:
+            return WindowRule(config.window, config.causal)
+        before, after = config.n_chunks_before, config.n_chunks_after
+        return ChunkRule(config.chunk_len, config.causal, before, after, config.chunk_wrap)
+
+    def _hash(self, q: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
+        if memo is not None and layer in memo.bucket_ids:
+            return memo.bucket_ids[layer]
+        config, scheme = self.config, self.config.hash_scheme.name
+        seed = derive_seed("rotations", context.rotation_seed, layer)
+        rotations = draw_rotations(self.n_heads, self.head_dim, config.n_hashes, config.n_buckets, scheme, seed)
+        bucket_ids = hash_vectors(q, rotations, config.n_buckets, scheme)
+        if memo is not None:
+            memo.bucket_ids[layer] = bucket_ids
+        if context.health is not None:
+            context.health.append(measure_health(bucket_ids, config.n_buckets, config.window))
+        return bucket_ids
+
+
+class LocalSelfAttention(SelfAttention):
+    """Attention to the nearest positions, own included: one bucket, one round, keys of its own."""
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+    ) -> Tensor:
+        if context.rotary is not None:
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        options = AttentionOptions(
+            rule=WindowRule(self.config.local_window, self.config.causal, sees_self=True),
+            n_buckets=1,
+            scale=self.head_dim**-0.5,
+            dropout=context.dropout(self.config.attention_dropout),
+            dropout_seed=context.seed_for("attention", layer),
+        )
+        one_bucket = torch.zeros(1, dtype=torch.uint8, device=q.device).expand(*q.shape[:2], 1, q.shape[2])
+        return bucket_attention(q, k, v, one_bucket, options, context.key_padding_mask)
+
+
+class ExactSelfAttention(SelfAttention):
+    """Attention to every position (or every earlier one), through PyTorch's own kernels."""
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+    ) -> Tensor:
+        if context.rotary is not None:
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        mask, is_causal = None, self.config.causal
+        if context.key_padding_mask is not None:
+            mask = self._mask(context.key_padding_mask)
+            is_causal = False
+        dropout = context.dropout(self.config.attention_dropout)
+        if dropout == 0.0:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        devices = [q.device] if q.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            # the kernel draws from the global generator only
+            torch.manual_seed(context.seed_for("attention", layer))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+
+    def _mask(self, key_padding_mask: Tensor) -> Tensor:
+        """[B, 1, S, S], True where a query may look; a padded query looks at itself alone."""
+        seq_len = key_padding_mask.shape[1]
+        mask = key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
+        if self.config.causal:
+            mask = mask.tril()
+        own = torch.eye(seq_len, dtype=torch.bool, device=mask.device)
+        return mask | (own & ~key_padding_mask[:, None, :, None])

@@ -1,0 +1,85 @@
+"""One layer: two residual streams, attention on one and feed-forward on the other, invertible as a whole.
+
+y1 = x1 + Attention(LN(x2)), y2 = x2 + FeedForward(LN(y1)) (paper, eq. 9). The streams stay float32 whatever
+the dtype of the weights; the sublayers compute in the weights' dtype, or in autocast's.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reformer_dist.config import AttentionKind, ModelConfig
+from reformer_dist.models.attention import build_attention
+from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.feed_forward import FeedForward
+from reformer_dist.models.reversible import Sublayer, Tape, reversible_step
+from reformer_dist.ops.dropout import seeded_dropout
+
+Streams = tuple[Tensor, Tensor]
+
+
+class StreamNorm(nn.Module):
+    """Layer norm of a float32 stream, given on in the dtype of the sublayer's weights."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(Tensor(dim).fill_(1.0))
+        self.bias = nn.Parameter(Tensor(dim).fill_(0.0))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(self.weight.dtype)
+
+
+class Block(nn.Module):
+    """A layer of the stack; under ZeRO stage 3 it is gathered as a whole."""
+
+    def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = StreamNorm(config.dim, config.norm_eps)
+        self.attention = build_attention(config, kind)
+        self.feed_forward_norm = StreamNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        streams: Streams,
+        context: ForwardContext,
+        layer: int,
+        *,
+        memo: Memo | None = None,
+        tape: Tape | None = None,
+        is_inverse: bool = False,
+    ) -> Streams:
+        """(x1, x2) -> (y1, y2), each [B, S, dim] float32; the other way round with is_inverse.
+
+        With a tape, backward rebuilds the inputs from the outputs instead of storing them.
+        """
+        f, g = self._sublayers(context, layer, memo or Memo())
+        if is_inverse:
+            y1, y2 = streams
+            x2 = y2 - g(y1)
+            return y1 - f(x2), x2
+        if tape is not None:
+            return reversible_step(streams, f, g, tape)
+        x1, x2 = streams
+        y1 = x1 + f(x2)
+        return y1, x2 + g(y1)
+
+    def _sublayers(self, context: ForwardContext, layer: int, memo: Memo) -> tuple[Sublayer, Sublayer]:
+        dropout = context.dropout(self.dropout)
+
+        def attend(x: Tensor) -> Tensor:
+            out = self.attention(self.attention_norm(x), context, layer, memo)
+            return seeded_dropout(out, dropout, context.seed_for("after_attention", layer))
+
+        def feed(x: Tensor) -> Tensor:
+            out = self.feed_forward(self.feed_forward_norm(x), context, layer)
+            return seeded_dropout(out, dropout, context.seed_for("after_feed_forward", layer))
+
+        attention_parameters = [*self.attention_norm.parameters(), *self.attention.parameters()]
+        feed_parameters = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]
+        return Sublayer(attend, attention_parameters), Sublayer(feed, feed_parameters)

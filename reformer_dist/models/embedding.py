@@ -1,0 +1,81 @@
+"""Tokens and their positions as vectors. Positions start at standard deviation 1: smaller ones stall training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from reformer_dist.config import ModelConfig, Position
+from reformer_dist.ops.rotary import BASE
+
+
+class TokenEmbedding(nn.Module):
+    """Token vectors plus position vectors: [B, S] -> [B, S, dim] float32."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        # a table that is also the output head starts small; its vectors are brought back to size here
+        self.scale = math.sqrt(config.dim) if config.tie_embeddings else 1.0
+        self.tokens = nn.Embedding(vocab_size, config.dim)
+        self.positions = build_positions(config)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B, S] and positions [S], both int64."""
+        x = self.tokens(tokens).float() * self.scale
+        return x if self.positions is None else x + self.positions(positions)
+
+
+def build_positions(config: ModelConfig) -> nn.Module | None:
+    """The module that maps positions [S] to [S, dim]; None for rotary ones, which act on queries and keys."""
+    if config.position is Position.axial:
+        return AxialPositions(config.axial_shape, config.resolved_axial_dims)
+    if config.position is Position.learned:
+        return LearnedPositions(config.max_seq_len, config.dim)
+    if config.position is Position.sinusoidal:
+        return SinusoidalPositions(config.dim)
+    return None
+
+
+class AxialPositions(nn.Module):
+    """Position p is a place on a grid; the embeddings of its coordinates are concatenated (paper, section 4)."""
+
+    def __init__(self, shape: list[int], dims: list[int]) -> None:
+        super().__init__()
+        self.shape = list(shape)
+        sides = zip(shape, dims, strict=True)
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(side, dim)) for side, dim in sides)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        parts = []
+        rest = positions
+        for side, table in zip(reversed(self.shape), reversed(list(self.tables)), strict=True):
+            parts.append(table[rest % side])
+            rest = rest // side
+        return torch.cat(parts[::-1], dim=-1).float()
+
+
+class LearnedPositions(nn.Module):
+    """A row of a table for each position."""
+
+    def __init__(self, max_seq_len: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(max_seq_len, dim))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.table[positions].float()
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines of falling frequency (arXiv 1706.03762, section 3.5), for any length."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, positions: Tensor) -> Tensor:
+        half = (self.dim + 1) // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+        angles = positions.float().unsqueeze(1) * BASE**-exponent
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, : self.dim]

@@ -1,0 +1,43 @@
+"""The feed-forward layer, over chunks of tokens where asked: its inner width need not exist for all at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reformer_dist.config import Activation, ModelConfig
+from reformer_dist.models.context import ForwardContext
+from reformer_dist.ops.dropout import seeded_dropout
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear. `glu` gates with GELU (GEGLU, arXiv 2002.05202) at the same inner width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.ff_mult * config.dim
+        is_gated = config.activation is Activation.glu
+        self.to_inner = nn.Linear(config.dim, 2 * inner if is_gated else inner)
+        self.to_out = nn.Linear(inner, config.dim)
+
+    def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
+        """[B, S, dim] -> [B, S, dim]."""
+        chunk = self.config.ff_chunk
+        if chunk == 0 or chunk >= x.shape[1]:
+            return self._chunk(x, context, layer, 0)
+        parts = [self._chunk(part, context, layer, i) for i, part in enumerate(x.split(chunk, dim=1))]
+        return torch.cat(parts, dim=1)
+
+    def _chunk(self, x: Tensor, context: ForwardContext, layer: int, index: int) -> Tensor:
+        inner = self.to_inner(x)
+        if self.config.activation is Activation.glu:
+            value, gate = inner.chunk(2, dim=-1)
+            inner = value * F.gelu(gate)
+        elif self.config.activation is Activation.gelu:
+            inner = F.gelu(inner)
+        else:
+            inner = F.relu(inner)
+        dropout = context.dropout(self.config.ff_dropout)
+        return self.to_out(seeded_dropout(inner, dropout, context.seed_for("feed_forward", layer, index)))

@@ -1,0 +1,67 @@
+"""The layers on top of one another, and the three ways in which backward gets their activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reformer_dist.config import ModelConfig, Recompute
+from reformer_dist.models.block import Block, StreamNorm, Streams
+from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.reversible import Tape
+
+
+class ReformerStack(nn.Module):
+    """[B, S, dim] -> [B, S, dim]: both streams start as the input, and their mean is normed at the end."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.recompute = config.recompute
+        kinds = config.layer_kinds()
+        n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in kinds[:n_blocks])
+        self.n_layers = config.n_layers
+        self.norm = StreamNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x.float()
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # under a frozen embedding the layers must still learn, and ZeRO's hooks fire only on such inputs
+            x = x.detach().requires_grad_()
+        y1, y2 = self._run((x, x), context)
+        return self.norm((y1 + y2) / 2)
+
+    def _block(self, layer: int) -> Block:
+        block = self.blocks[layer % len(self.blocks)]
+        assert isinstance(block, Block)
+        return block
+
+    def _run(self, streams: Streams, context: ForwardContext) -> Streams:
+        wants_grad = torch.is_grad_enabled()
+        tape = Tape() if wants_grad and self.recompute is Recompute.reversible else None
+        for layer in range(self.n_layers):
+            block = self._block(layer)
+            if wants_grad and self.recompute is Recompute.checkpoint:
+                memo = Memo()
+                # all randomness comes from the context's seeds: there is no state to preserve
+                streams = checkpoint(
+                    block, streams, context, layer, memo=memo, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                streams = block(streams, context, layer, tape=tape)
+        return streams
+
+    @torch.no_grad()
+    def reversible_drift(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """Largest difference between the stack's input and what its inverse makes of its output: a scalar.
+
+        It is what rounding costs the reversible backward at the lowest layer, where it is largest.
+        """
+        x = x.float()
+        streams, memos = (x, x), [Memo() for _ in range(self.n_layers)]
+        for layer in range(self.n_layers):
+            streams = self._block(layer)(streams, context, layer, memo=memos[layer])
+        for layer in reversed(range(self.n_layers)):
+            streams = self._block(layer)(streams, context, layer, memo=memos[layer], is_inverse=True)
+        return torch.stack([(stream - x).abs().max() for stream in streams]).max()

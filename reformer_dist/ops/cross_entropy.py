@@ -1,0 +1,66 @@
+"""Cross entropy over chunks of tokens: the logits of a whole sequence never exist (paper, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int
+) -> Tensor:
+    """Sum of -log p(label) in nats over labels that are not IGNORED: a float32 scalar.
+
+    hidden [N, dim], weight [V, dim], bias [V], labels [N] int64. At most `chunk` rows of logits [chunk, V]
+    exist at a time; the gradient is found on the way forward, so that no logits are computed twice.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int
+    ) -> Tensor:
+        wants_grad = any(ctx.needs_input_grad[:3])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_grad else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if wants_grad else None
+        d_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device) if wants_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            part = hidden[rows].to(weight.dtype)
+            logits = torch.nn.functional.linear(part, weight, bias).float()
+            log_p = logits.log_softmax(-1)
+            is_valid = labels[rows] != IGNORED
+            label = labels[rows].clamp_min(0).unsqueeze(1)
+            total -= (log_p.gather(1, label).squeeze(1) * is_valid).sum()
+            if d_hidden is not None and d_weight is not None and d_bias is not None:
+                d_logits = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=torch.float32))
+                d_logits.mul_(is_valid.unsqueeze(1))
+                d_bias += d_logits.sum(0)
+                d_logits = d_logits.to(weight.dtype)
+                d_hidden[rows] = d_logits @ weight
+                d_weight += d_logits.t() @ part
+        ctx.has_bias = bias is not None
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            (d_hidden * grads[0]).to(hidden_dtype),
+            (d_weight * grads[0]).to(weight_dtype),
+            (d_bias * grads[0]).to(weight_dtype) if ctx.has_bias else None,
+            None,
+            None,
+        )

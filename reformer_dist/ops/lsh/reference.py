@@ -1,0 +1,116 @@
+"""The oracle: what attention over LSH neighbourhoods means, in dense matrices, slowly and plainly.
+
+Every faster path is an optimisation of this function and is held against it, outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.counter_dropout import keep_mask, token_keys
+from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
+
+
+def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None) -> Tensor:
+    """How often query i meets key j in each round: int64 [B, H, R, S, S].
+
+    bucket_ids [B, H, R, S]; key_padding_mask [B, S], True for real tokens. Padding takes no place in any
+    bucket: nobody sees it and it sees nobody. Self is excluded unless the rule sees it.
+    """
+    batch, n_heads, n_hashes, seq_len = bucket_ids.shape
+    meets = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64)
+    for b in range(batch):
+        real = torch.ones(seq_len, dtype=torch.bool)
+        if key_padding_mask is not None:
+            real = key_padding_mask[b].cpu()
+        for h in range(n_heads):
+            buckets = bucket_ids[b, h].cpu().long()
+            if isinstance(rule, WindowRule):
+                for r in range(n_hashes):
+                    meets[b, h, r] = _window_round(buckets[r], rule, real)
+            else:
+                meets[b, h] = _chunk_rounds(buckets, rule, real)
+    return meets.to(bucket_ids.device)
+
+
+def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
+    same_bucket = (bucket[:, None] == bucket[None, :]) & real[:, None] & real[None, :]
+    # rank of a token: how many members of its bucket stand before it
+    rank = torch.tril(same_bucket, diagonal=-1).sum(dim=1)
+    distance = rank[:, None] - rank[None, :]
+    near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
+    visible = same_bucket & near
+    if not rule.sees_self:
+        visible.fill_diagonal_(False)
+    return visible.long()
+
+
+def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
+    n_hashes, seq_len = buckets.shape
+    n_chunks = -(-seq_len // rule.chunk_len)
+    meets = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64)
+    # padding sorts behind every bucket
+    padded = torch.where(real, buckets, buckets.max() + 1)
+    chunks = [torch.argsort(padded[r], stable=True).split(rule.chunk_len) for r in range(n_hashes)]
+    for r in range(n_hashes):
+        for c, queries in enumerate(chunks[r]):
+            for offset in range(-rule.n_before, rule.n_after + 1):
+                place = r * n_chunks + c + offset
+                if not rule.wrap and not 0 <= c + offset < n_chunks:
+                    continue
+                other_round, other_chunk = divmod(place % (n_hashes * n_chunks), n_chunks)
+                for key in chunks[other_round][other_chunk].tolist():
+                    for query in queries.tolist():
+                        in_time = key < query if rule.causal else key != query
+                        meets[r, query, key] += int(in_time and bool(real[key]) and bool(real[query]))
+    return meets
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bucket_ids: Tensor,
+    rule: Rule,
+    *,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+    count_pairs_once: bool = False,
+    dropout: float = 0.0,
+    dropout_seed: int = 0,
+) -> Tensor:
+    """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
+
+    A pair that meets in several rounds counts once per meeting, or once with count_pairs_once (the paper's
+    N(i, j)). A token that meets nobody attends to itself. Differentiable; computes in float32 or wider.
+    """
+    seq_len = q.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    meets = visible_pairs(bucket_ids, rule, key_padding_mask).to(wide)
+    if count_pairs_once:
+        meets = meets / meets.sum(dim=2, keepdim=True).clamp_min(1)
+    alone = meets.sum(dim=(2, 4)) == 0
+    scores = scale * (q.to(wide) @ k.to(wide).transpose(-1, -2))
+    scores = scores.unsqueeze(2) + meets.log()
+    scores = scores.transpose(2, 3)  # [B, H, S, R, S]: one softmax over rounds and keys
+    scores = scores.masked_fill(alone[..., None, None], 0.0)
+    weights = scores.flatten(-2).softmax(-1).view_as(scores)
+    if dropout > 0:
+        weights = weights * _dropout_factors(bucket_ids.shape, dropout, dropout_seed, q.device)
+    out = torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide))
+    return torch.where(alone[..., None], v.to(wide), out)[:, :, :seq_len].to(v.dtype)
+
+
+def _dropout_factors(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """0 or 1 / (1 - dropout) for each pair: [B, H, S, R, S]."""
+    batch, n_heads, n_hashes, seq_len = shape
+    head = torch.arange(batch * n_heads, device=device).view(-1, 1)
+    position = torch.arange(seq_len, device=device).view(1, -1)
+    rounds = []
+    for r in range(n_hashes):
+        query_keys = token_keys(head, position, r, seed, is_query=True)
+        key_keys = token_keys(head, position, r, seed, is_query=False)
+        rounds.append(keep_mask(query_keys, key_keys, dropout))
+    keep = torch.stack(rounds, dim=2).view(batch, n_heads, seq_len, n_hashes, seq_len)
+    return keep / (1 - dropout)

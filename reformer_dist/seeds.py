@@ -1,0 +1,12 @@
+"""Seeds that are a pure function of what they are for; the global random state is never asked."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from names and numbers, such as ("rotations", seed, layer, step)."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -46,7 +46,8 @@ class Block(nn.Module):
 
     def forward(
         self,
-        streams: Streams,
+        x1: Tensor,
+        x2: Tensor,
         context: ForwardContext,
         layer: int,
         *,
@@ -54,18 +55,18 @@ class Block(nn.Module):
         tape: Tape | None = None,
         is_inverse: bool = False,
     ) -> Streams:
-        """(x1, x2) -> (y1, y2), each [B, S, dim] float32; the other way round with is_inverse.
+        """(x1, x2) -> (y1, y2), each [B, S, dim] float32; with is_inverse, (y1, y2) -> (x1, x2).
 
-        With a tape, backward rebuilds the inputs from the outputs instead of storing them.
+        With a tape, backward rebuilds the inputs from the outputs instead of storing them. The streams are
+        arguments of their own, since module hooks (ZeRO's) do not look into tuples.
         """
         f, g = self._sublayers(context, layer, memo or Memo())
         if is_inverse:
-            y1, y2 = streams
+            y1, y2 = x1, x2
             x2 = y2 - g(y1)
             return y1 - f(x2), x2
         if tape is not None:
-            return reversible_step(streams, f, g, tape)
-        x1, x2 = streams
+            return reversible_step(x1, x2, f, g, tape)
         y1 = x1 + f(x2)
         return y1, x2 + g(y1)
 

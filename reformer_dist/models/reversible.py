@@ -49,9 +49,9 @@ class Sublayer:
         return out.detach(), list(found)
 
 
-def reversible_step(streams: tuple[Tensor, Tensor], f: Sublayer, g: Sublayer, tape: Tape) -> tuple[Tensor, Tensor]:
+def reversible_step(x1: Tensor, x2: Tensor, f: Sublayer, g: Sublayer, tape: Tape) -> tuple[Tensor, Tensor]:
     """y1 = x1 + f(x2), y2 = x2 + g(y1); steps must form a chain, and backward run through it once."""
-    y1, y2 = _ReversibleStep.apply(*streams, f, g, tape, *f.trained, *g.trained)
+    y1, y2 = _ReversibleStep.apply(x1, x2, f, g, tape, *f.trained, *g.trained)
     return y1, y2
 
 

@@ -46,10 +46,10 @@ class ReformerStack(nn.Module):
                 memo = Memo()
                 # all randomness comes from the context's seeds: there is no state to preserve
                 streams = checkpoint(
-                    block, streams, context, layer, memo=memo, use_reentrant=False, preserve_rng_state=False
+                    block, *streams, context, layer, memo=memo, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                streams = block(streams, context, layer, tape=tape)
+                streams = block(*streams, context, layer, tape=tape)
         return streams
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class ReformerStack(nn.Module):
         x = x.float()
         streams, memos = (x, x), [Memo() for _ in range(self.n_layers)]
         for layer in range(self.n_layers):
-            streams = self._block(layer)(streams, context, layer, memo=memos[layer])
+            streams = self._block(layer)(*streams, context, layer, memo=memos[layer])
         for layer in reversed(range(self.n_layers)):
-            streams = self._block(layer)(streams, context, layer, memo=memos[layer], is_inverse=True)
+            streams = self._block(layer)(*streams, context, layer, memo=memos[layer], is_inverse=True)
         return torch.stack([(stream - x).abs().max() for stream in streams]).max()

@@ -1,0 +1,151 @@
+"""Finding a checkpoint that holds, and reading any part of it from whichever ranks' files have it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from reformer_dist.checkpoint.files import FORMAT, MANIFEST, PREFIX, RUN_FILE, fingerprint, rank_file
+from reformer_dist.errors import CheckpointError
+
+
+def is_good(folder: Path) -> str | None:
+    """None if every file of the manifest is there and unchanged, else what is wrong."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this version reads {FORMAT}"
+        for name, mark in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != mark["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {mark['bytes']}"
+            if fingerprint(path)["sha256"] != mark["sha256"]:
+                return f"the content of {name} has changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} can't be read ({error})"
+    return None
+
+
+def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest good checkpoint below `root`, if any, and what is wrong with newer ones."""
+    complaints: list[str] = []
+    for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+        wrong = is_good(folder)
+        if wrong is None:
+            return folder, complaints
+        complaints.append(f"{folder}: {wrong}")
+    return None, complaints
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by a path: a checkpoint, a run directory, or its checkpoints folder.
+
+    Raises CheckpointError where there is none, or none that is whole.
+    """
+    if (path / MANIFEST).is_file():
+        wrong = is_good(path)
+        if wrong is not None:
+            raise CheckpointError(f"{path}: this checkpoint is damaged: {wrong}")
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found, complaints = find_checkpoint(root) if root.is_dir() else (None, [])
+    if found is None:
+        damaged = "".join(f"\n  {words}" for words in complaints)
+        what = f"neither a checkpoint (a folder with {MANIFEST}) nor a run directory that holds one"
+        raise CheckpointError(f"{path}: is {what}{damaged}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Piece:
+    file: Path
+    offset: int
+    length: int
+
+
+class CheckpointReader:
+    """A checkpoint folder that has been found good."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        self.run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
+        self.step: int = self.manifest["step"]
+
+    @cached_property
+    def _ranks(self) -> list[dict[str, Any]]:
+        world = self.manifest["world_size"]
+        return [json.loads((self.folder / rank_file(rank, "json")).read_text()) for rank in range(world)]
+
+    @property
+    def adam_step(self) -> int:
+        return max(rank["adam_step"] for rank in self._ranks)
+
+    @property
+    def rank_states(self) -> list[dict[str, Any]]:
+        """What each rank had to remember, by rank."""
+        return [rank["state"] for rank in self._ranks]
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[_Piece]]:
+        pieces: dict[str, list[_Piece]] = {}
+        for rank, index in enumerate(self._ranks):
+            file = self.folder / rank_file(rank, "safetensors")
+            for place in index["fragments"]:
+                piece = _Piece(file, place["offset"], place["length"])
+                pieces.setdefault(place["name"], []).append(piece)
+        return pieces
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        """`length` float32 elements of the flattened parameter `name` from `offset`.
+
+        kind: "fp32" (weights), "exp_avg" or "exp_avg_sq". Raises CheckpointError if not all are there.
+        """
+        out = torch.empty(length)
+        found = 0
+        for piece in self._pieces.get(name, []):
+            first, last = max(offset, piece.offset), min(offset + length, piece.offset + piece.length)
+            if first >= last:
+                continue
+            try:
+                with safe_open(piece.file, framework="pt") as tensors:
+                    part = tensors.get_slice(f"{name}|{kind}")[first - piece.offset : last - piece.offset]
+            except SafetensorError as error:
+                raise CheckpointError(f"{piece.file}: can't be read: {error}") from error
+            out[first - offset : last - offset] = part
+            found += last - first
+        if found != length:
+            raise CheckpointError(f"{self.folder}: holds {found} of {length} elements of {name} from {offset}")
+        return out
+
+    def load_weights(self, model: torch.nn.Module) -> None:
+        """Fills a plain model's parameters. Raises CheckpointError if they are not those of the checkpoint."""
+        self.check_shapes({name: list(p.shape) for name, p in model.named_parameters()})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.read(name, "fp32", 0, parameter.numel()).view(parameter.shape))
+
+    def check_shapes(self, shapes: dict[str, list[int]]) -> None:
+        """Raises CheckpointError if a model's parameters have other names or shapes than the checkpoint's."""
+        saved: dict[str, list[int]] = self.run["shapes"]
+        differing = sorted(
+            f"{name}: {saved.get(name, 'absent')} in the checkpoint, {shapes.get(name, 'absent')} here"
+            for name in saved.keys() | shapes.keys()
+            if saved.get(name) != shapes.get(name)
+        )
+        if differing:
+            more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
+            lines = "".join(f"\n  {line}" for line in differing[:5])
+            raise CheckpointError(f"{self.folder}: is of another model:{lines}{more}")

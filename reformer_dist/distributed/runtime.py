@@ -1,0 +1,130 @@
+"""The processes of a job: who am I, which device is mine, and how all of us agree.
+
+Two kinds of traffic: gradients and parameters go over NCCL or gloo, by DeepSpeed; the few numbers and words by
+which ranks agree go over gloo in host memory, so that they never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from reformer_dist.errors import UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+
+
+class SharedError(UserError):
+    """An error that every rank raises alike, so that one of them may speak for all."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    control_group: dist.ProcessGroup | None
+    """gloo; None stands for the default group."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        total = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control_group)
+        return total.tolist()
+
+    def gather(self, thing: Any) -> list[Any]:
+        """One picklable thing of each rank, on every rank."""
+        things: list[Any] = [None] * self.world_size
+        dist.all_gather_object(things, thing, group=self.control_group)
+        return things
+
+    def broadcast(self, thing: T | None) -> T:
+        """Rank 0's picklable thing, on every rank."""
+        things = [thing]
+        dist.broadcast_object_list(things, src=0, group=self.control_group)
+        return things[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control_group)
+
+    def raise_together(self, error: UserError | OSError | None) -> None:
+        """Every rank calls this; if any of them brings an error, all raise it."""
+        said = self.gather(None if error is None else _describe(error))
+        if any(words is not None for words in said):
+            raise SharedError(_merge(said)) from error
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; if it fails as a user's error anywhere, all ranks raise that error."""
+        result: T | None = None
+        error: UserError | OSError | None = None
+        try:
+            result = action()
+        except (UserError, OSError) as caught:
+            error = caught
+        self.raise_together(error)
+        return result  # type: ignore[return-value]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0 alone; all ranks get its result, or raise its error."""
+        return self.broadcast(self.together(lambda: action() if self.is_main else None))
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _merge(said: list[str | None]) -> str:
+    """Each different message once, with the ranks that brought it unless all did."""
+    ranks: dict[str, list[int]] = {}
+    for rank, words in enumerate(said):
+        if words is not None:
+            ranks.setdefault(words, []).append(rank)
+    if len(ranks) == 1 and len(said) in (1, len(next(iter(ranks.values())))):
+        return next(iter(ranks))
+    return "\n".join(f"rank {', '.join(map(str, who))}: {words}" for words, who in ranks.items())
+
+
+def env_rank() -> int:
+    """This process's rank as its launcher gave it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start() -> Runtime:
+    """Joins the job that torchrun, deepspeed or a like launcher made, or is a job of one process."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), env_rank()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if world_size == 1:
+        # needs no port, no address and no launcher
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
+        )
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    control = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return Runtime(rank, local_rank, world_size, device, control)
+
+
+def stop() -> None:
+    """Leaves the job; without it, a process that ends early would leave its peers waiting."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,119 @@
+"""TrainEngine: a model under DeepSpeed ZeRO, with one meaning of a step at every stage.
+
+A step's gradient is that of the mean loss over all valid tokens of the step, whatever the stage, the number of
+ranks, or how the rows are cut into micro-batches. A step whose gradient is not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reformer_dist.config import RunConfig
+from reformer_dist.engine.fragments import Fragment, engine_fragments, load_engine_fragments
+from reformer_dist.engine.optim import build_optimizer
+from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float
+    """Norm of the whole gradient before clipping; nan or inf if the step was skipped."""
+    was_skipped: bool
+
+
+class TrainEngine:
+    """Forward, backward and step of one model; the same calls on every rank, in the same order."""
+
+    def __init__(self, model: nn.Module, leaf_classes: list[type], config: RunConfig, dp_size: int) -> None:
+        deepspeed = import_deepspeed()
+        micro_batch, self.n_micro = config.micro_batching(dp_size)
+        self.stage = config.deepspeed.stage
+        self.world_size = dp_size
+        self._grad_clip = config.optim.grad_clip
+        settings = deepspeed_dict(
+            config.deepspeed, config.optim, config.trainer.precision, micro_batch, self.n_micro
+        )
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
+        if self.stage == 3:
+            # a layer's parameters are gathered together: its backward is one autograd function
+            deepspeed.utils.set_z3_leaf_modules(model, leaf_classes)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model, config.optim), config=settings
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, in the run's precision."""
+        return self._engine(*args, **kwargs)
+
+    def train(self, is_training: bool = True) -> None:
+        self._engine.train(is_training)
+
+    def backward(self, loss_sum: Tensor, valid_tokens: float) -> None:
+        """Accumulates the gradient of this rank's summed loss, as its share of the step's mean.
+
+        valid_tokens: of the whole step, over all ranks and micro-batches.
+        """
+        # DeepSpeed averages over ranks and micro-batches; a sum over all tokens is wanted
+        share = self.world_size * self.n_micro / valid_tokens
+        # a loss of inf or nan makes the factor nan: the gradient tells every rank to skip the step
+        self._engine.backward(loss_sum * (share + loss_sum.detach() * 0.0))
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-batch
+
+    def step(self, lr: float) -> StepResult:
+        """Updates the weights after the step's last micro-batch, unless the gradient is not finite."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            return self._plain_step()
+        self._engine.step()
+        if self._engine.optimizer.overflow:
+            return StepResult(math.nan, was_skipped=True)
+        return StepResult(float(self._engine.get_global_grad_norm()), was_skipped=False)
+
+    def _plain_step(self) -> StepResult:
+        """Stage 0: gradients are whole and alike on every rank, and DeepSpeed does not look at them."""
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        is_finite = math.isfinite(norm)
+        if not is_finite:
+            for parameter in trained:
+                parameter.grad = None  # AdamW passes over parameters without a gradient
+        elif self._grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, self._grad_clip, norm)
+        self._engine.step()
+        return StepResult(float(norm), was_skipped=not is_finite)
+
+    def fragments(self) -> list[Fragment]:
+        """The parts of parameters and optimizer states that this rank owns, as live float32 tensors."""
+        return engine_fragments(self._engine, self.stage)
+
+    def load_fragments(self, reader: Any) -> None:
+        """Fills weights and optimizer states from a checkpoint's reader (checkpoint.reader.CheckpointReader)."""
+        load_engine_fragments(self._engine, self.stage, reader)
+
+    def scaler_state(self) -> dict[str, float]:
+        """State of fp16's dynamic loss scale; empty in other precisions."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        if scaler is None or not getattr(scaler, "dynamic", False):
+            return {}
+        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self._engine.optimizer.loss_scaler, name, value)
+
+    def close(self) -> None:
+        self._engine.destroy()

@@ -1,0 +1,55 @@
+"""Which parameters decay, and the learning rate of each step: a pure function, with nothing to save."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from reformer_dist.config import OptimConfig, Schedule
+
+
+def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then the schedule's course."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule is Schedule.constant:
+        return config.lr
+    if config.schedule is Schedule.inverse_sqrt:
+        return config.lr * math.sqrt(max(1, config.warmup_steps) / (step + 1))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+    if config.schedule is Schedule.linear:
+        share = 1.0 - progress
+    else:
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices of linear layers decay; biases, norms, embeddings and positions do not."""
+    undecayed = {
+        id(p)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or "positions" in name.split(".")
+        for p in module.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.dim() >= 2 and id(parameter) not in undecayed
+            (decayed if is_matrix else rest).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameter groups. Its rate is 0 until a step sets it."""
+    groups = parameter_groups(model, config.weight_decay)
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.eps)

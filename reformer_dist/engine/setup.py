@@ -1,0 +1,72 @@
+"""Starting DeepSpeed without noise and without compiling anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from reformer_dist.config import DeepSpeedConfig, OptimConfig, Precision
+from reformer_dist.errors import ConfigError
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, and with its start-up build of a CPU collective switched off.
+
+    Without that switch, initialisation compiles for a minute on a CPU, and fails where there is no compiler.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even in a job of one process
+    # DeepSpeed still calls collectives by names that PyTorch has deprecated
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_dict(
+    zero: DeepSpeedConfig, optim: OptimConfig, precision: Precision, micro_batch: int, n_micro: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Raises ConfigError for combinations that it can't train."""
+    if precision is Precision.fp16:
+        if not torch.cuda.is_available():
+            raise ConfigError("trainer.precision=fp16: needs a GPU; use bf16 or fp32 on a CPU")
+        if zero.stage == 0:
+            raise ConfigError("trainer.precision=fp16: needs deepspeed.stage of 1, 2 or 3; or use bf16")
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": n_micro,
+        # without ZeRO the engine clips by itself, since DeepSpeed does not tell the norm
+        "gradient_clipping": optim.grad_clip if zero.stage > 0 else 0.0,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero_dict(zero),
+    }
+    if precision is Precision.fp16:
+        config["fp16"] = {"enabled": True}
+    elif precision is Precision.bf16 and zero.stage == 0:
+        # without ZeRO there is no sharded master copy: parameters stay float32 and products are bf16
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif precision is Precision.bf16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return config
+
+
+def _zero_dict(zero: DeepSpeedConfig) -> dict[str, Any]:
+    config: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": zero.reduce_bucket_size}
+    if zero.stage == 3:
+        config["stage3_param_persistence_threshold"] = zero.param_persistence_threshold
+    if zero.offload_optimizer:
+        config["offload_optimizer"] = {"device": "cpu"}
+    return config

@@ -1,0 +1,91 @@
+"""What a data set looks like on disk: names, numbers and the record of one shard.
+
+docs/data_order.md describes the format for users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.errors import DataError
+
+FORMAT = 1
+DATASET_FILE = "dataset.json"
+TOKENIZER_FILE = "tokenizer.json"
+SPLITS = ("train", "heldout")
+MEMBER_SUFFIX = {"uint8": "txt", "uint16": "u16", "uint32": "u32"}
+"""Suffix of a sample's file in the tar, by the type of its token ids (little-endian)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file as dataset.json records it."""
+
+    name: str
+    size: int
+    """Bytes of the tar file."""
+    sha256: str
+    samples: int
+    tokens: int
+    """Tokens of all samples, the end-of-text token of each included."""
+    text_bytes: int
+
+    @property
+    def index_name(self) -> str:
+        """Name of the index that lies beside the shard."""
+        return str(Path(self.name).with_suffix(".json"))
+
+
+def require_plain_name(name: object, where: Path) -> str:
+    """The name, if it is that of a file right in the folder; DataError for paths, `..` and `pipe:`."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not plain:
+        raise DataError(f"{where}: file name {name!r} is refused; it must name a file in the same folder")
+    return str(name)
+
+
+def require_count(record: Mapping[str, Any], key: str, where: Path) -> int:
+    """record[key], if it is a non-negative integer; else DataError."""
+    value = record.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DataError(f"{where}: {key} is {value!r}; it must be a non-negative integer")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; DataError where it can't be read or is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not valid JSON ({error}); write the data set again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; it must hold a JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""Documents from files and folders, in an order that depends on nothing but names.
+
+What becomes a document:
+
+- each file of a folder, sorted by path; hidden, `__pycache__`, `site-packages` and `dist-packages` folders,
+  hidden files and binary files (those that contain NUL) are left out;
+- each line of a `.jsonl` file;
+- a text file named by itself is cut at blank lines into pieces of about 64 KiB, since a single document can
+  not be split into training and held-out text. The pieces join to exactly the file;
+- a `.gz` file is read as what it holds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, cast
+
+from reformer_dist.errors import DataError
+
+PIECE_BYTES = 64 << 10
+LONGEST_PIECE_BYTES = 2 * PIECE_BYTES
+SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+
+_BLANK_LINE = re.compile(rb"\n\r?\n")
+
+
+def iterate_documents(
+    paths: Iterable[str | Path], suffixes: Sequence[str] = (), jsonl_field: str = "text"
+) -> Iterator[tuple[str, bytes]]:
+    """(name, text) of each document; a name begins with that of the file or folder, not with where it lies.
+
+    `suffixes` limits which files of a folder are taken (`.py` also takes `.py.gz`); a file named by itself is
+    always taken. `jsonl_field` is the field of a line that holds its text. Raises DataError for a path that
+    is missing, a file that can't be read, or a line that has no text.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            root = path.resolve().name
+            for file in _files_below(path, tuple(suffixes)):
+                label = f"{root}/{file.relative_to(path).as_posix()}"
+                yield from _documents_of(file, label, jsonl_field, in_folder=True)
+        elif path.exists():
+            yield from _documents_of(path, path.name, jsonl_field, in_folder=False)
+        else:
+            raise DataError(f"{path}: no such file or folder; inputs must be text, .jsonl, .gz or folders of them")
+
+
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            wanted = not suffixes or name.removesuffix(".gz").endswith(suffixes)
+            if wanted and not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename}: folder can't be read ({error.strerror})") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    # gzip's reader has all that is used of IO[bytes], which its type doesn't say
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _documents_of(path: Path, label: str, jsonl_field: str, in_folder: bool) -> Iterator[tuple[str, bytes]]:
+    try:
+        with _open(path) as file:
+            if path.name.removesuffix(".gz").endswith(".jsonl"):
+                yield from _lines(file, path, label, jsonl_field)
+            elif in_folder:
+                text = file.read()
+                if b"\0" not in text:
+                    yield label, text
+            else:
+                yield from _pieces(file, path, label)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: can't be read ({error})") from error
+
+
+def _lines(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: is not valid JSON ({error}); each line must be a JSON object") from error
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: field {field!r} is {text!r}; each line must hold its text there, as a string"
+            )
+        # JSON can spell half of a surrogate pair, which no UTF-8 text holds
+        yield f"{label}:{number}", text.encode("utf-8", errors="replace")
+
+
+def _pieces(file: IO[bytes], path: Path, label: str) -> Iterator[tuple[str, bytes]]:
+    rest = b""
+    number = 0
+    while True:
+        window = rest + file.read(LONGEST_PIECE_BYTES - len(rest))
+        if not window:
+            return
+        if b"\0" in window:
+            raise DataError(f"{path}: contains NUL bytes; it must be text")
+        end = _piece_end(window)
+        yield f"{label}#{number}", window[:end]
+        rest = window[end:]
+        number += 1
+
+
+def _piece_end(window: bytes) -> int:
+    """Where the first piece of the window ends: at a blank line, else a line, else a character."""
+    blank = _BLANK_LINE.search(window, PIECE_BYTES - 1)
+    if blank is not None:
+        return blank.end()
+    if len(window) < LONGEST_PIECE_BYTES:
+        return len(window)
+    line_end = window.rfind(b"\n") + 1
+    if line_end > 0:
+        return line_end
+    end = len(window)
+    while end > len(window) - 4 and window[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    # what starts a character of several bytes goes with the rest of it
+    return end - 1 if window[end - 1] >= 0xC0 else len(window)

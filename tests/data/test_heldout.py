@@ -1,0 +1,92 @@
+"""Held-out text: each token is predicted once, and no rank waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from data_helpers import numbered_text, replace_split
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reformer_dist.data import BpeTokenizer, Dataset, EvalBatch, count_text_bytes, heldout_batches
+from reformer_dist.data.documents import read_documents
+from reformer_dist.errors import DataError
+
+
+def read(dataset: Dataset, **changed: Any) -> list[EvalBatch]:
+    settings = {"seq_len": 50, "rows": 0, "micro_batch_size": 3, "dp_rank": 0, "dp_size": 1}
+    return list(heldout_batches(dataset, **(settings | changed)))
+
+
+def all_tokens(dataset: Dataset) -> list[int]:
+    shards = dataset.shards("heldout")
+    return [int(token) for shard in shards for document in read_documents(dataset, shard) for token in document]
+
+
+def labels_in_order(ranks: list[list[EvalBatch]]) -> list[int]:
+    """Labels of rows 0, 1, 2, ... where row i is on rank i % dp_size."""
+    by_rank = [torch.cat([batch.labels for batch in batches]) for batches in ranks]
+    rows = torch.stack(by_rank, dim=1).flatten(0, 1)
+    return rows[rows != -100].tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seq_len=st.integers(1, 5000), dp_size=st.integers(1, 5), micro_batch_size=st.integers(1, 5))
+def test_each_token_is_predicted_once(dataset: Dataset, seq_len: int, dp_size: int, micro_batch_size: int) -> None:
+    changed = {"seq_len": seq_len, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
+    ranks = [read(dataset, dp_rank=rank, **changed) for rank in range(dp_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert labels_in_order(ranks) == all_tokens(dataset)
+    for batch in (batch for batches in ranks for batch in batches):
+        assert batch.tokens.shape == (micro_batch_size, seq_len + 1)
+        assert batch.labels.shape == batch.inputs.shape == (micro_batch_size, seq_len)
+        kept = batch.labels != -100
+        assert torch.equal(batch.tokens[:, 1:][kept], batch.labels[kept])
+        assert (batch.tokens[:, 1:][~kept] == dataset.tokenizer.eos_id).all()
+
+
+def test_inputs_are_the_tokens_before_the_labels(dataset: Dataset) -> None:
+    batches = read(dataset, micro_batch_size=1)
+    inputs = torch.cat([batch.inputs[batch.labels != -100] for batch in batches])
+    assert inputs.tolist() == [256, *all_tokens(dataset)[:-1]]
+
+
+@pytest.mark.parametrize(("rows", "dp_size"), [(1, 1), (5, 2), (7, 4), (2, 4), (10_000, 3)])
+def test_the_first_rows(dataset: Dataset, rows: int, dp_size: int) -> None:
+    ranks = [read(dataset, rows=rows, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    n_rows = min(rows, -(-dataset.n_tokens("heldout") // 50))
+    assert {len(batches) for batches in ranks} == {-(-n_rows // (3 * dp_size))}
+    assert labels_in_order(ranks) == all_tokens(dataset)[: rows * 50]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_text_bytes_are_those_of_the_split(make_dataset: Callable[..., Dataset], kind: str) -> None:
+    changed = {"tokenizer": BpeTokenizer.train([numbered_text(1, 5000)], 290)} if kind == "bpe" else {}
+    dataset = make_dataset(**changed)
+    token_bytes = dataset.tokenizer.token_bytes
+    assert sum(count_text_bytes(batch.labels, token_bytes) for batch in read(dataset)) == dataset.n_bytes(
+        "heldout"
+    )
+
+
+def test_empty_documents(make_dataset: Callable[..., Dataset]) -> None:
+    folder = make_dataset().folder
+    replace_split(folder, "heldout", [b"", b"ab", b"", b""])
+    assert labels_in_order([read(Dataset.open(folder), seq_len=2)]) == [256, 97, 98, 256, 256, 256]
+
+
+def test_nothing_held_out_is_an_error_at_once(make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset(heldout_fraction=0.0)
+    with pytest.raises(DataError, match="--heldout"):
+        heldout_batches(dataset, seq_len=8, rows=0, micro_batch_size=1, dp_rank=0, dp_size=1)
+
+
+def test_a_torn_shard_is_named(make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset()
+    path = dataset.folder / dataset.shards("heldout")[0].name
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(DataError, match=r"heldout-000000\.tar"):
+        read(dataset)

@@ -1,0 +1,135 @@
+"""tools/make_shards.py and tools/inspect_shards.py, as a user runs them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_helpers import varied_documents
+
+from reformer_dist.data import Dataset
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    # unbounded threads of BLAS and tokenizers only slow a small machine down
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder with 60 Python files, and one that isn't."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in varied_documents():
+        (folder / f"{name}.py").write_bytes(text)
+    (folder / "notes.md").write_text("not wanted")
+    return folder
+
+
+def test_tools_are_programs() -> None:
+    for name in ("make_shards.py", "inspect_shards.py"):
+        assert os.access(TOOLS / name, os.X_OK)
+        assert (TOOLS / name).read_text().startswith("#!/usr/bin/env python3\n")
+
+
+def test_folder_to_shards_and_back(texts: Path, tmp_path: Path) -> None:
+    arguments = (texts, "--suffix", ".py", "--output", tmp_path / "d", "--shard-mb", 0.01, "--heldout", 0.2)
+    made = run("make_shards.py", *arguments)
+    assert made.returncode == 0, made.stderr
+    dataset = Dataset.open(tmp_path / "d")
+    assert dataset.n_samples("train") + dataset.n_samples("heldout") == 60
+    assert f"{dataset.n_bytes('train'):,} bytes" in made.stdout
+    assert f"{dataset.n_tokens('heldout'):,} tokens" in made.stdout
+    assert "held out:" in made.stdout
+
+    shown = run("inspect_shards.py", tmp_path / "d", "--samples", 1, "--verify")
+    assert shown.returncode == 0, shown.stderr
+    assert "texts/doc" in shown.stdout
+    assert "as they were written" in shown.stdout
+
+    again = run("make_shards.py", *arguments)
+    assert (again.returncode, "already holds" in again.stderr) == (1, True)
+    assert run("make_shards.py", *arguments, "--overwrite").returncode == 0
+
+
+def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
+    lines = [json.dumps({"body": text.decode()}) for _, text in varied_documents()]
+    source = tmp_path / "d.jsonl.gz"
+    source.write_bytes(gzip.compress("\n".join(lines).encode()))
+    common = (source, "--jsonl-field", "body", "--tokenizer", "bpe", "--heldout", 0.2)
+    made = run("make_shards.py", *common, "--vocab-size", 300, "--output", tmp_path / "a")
+    assert made.returncode == 0, made.stderr
+    dataset = Dataset.open(tmp_path / "a")
+    assert dataset.tokenizer.vocab_size == 300
+    assert dataset.n_bytes("train") + dataset.n_bytes("heldout") == sum(len(t) for _, t in varied_documents())
+    assert dataset.n_tokens("train") < dataset.n_bytes("train")
+
+    tokenizer_file = tmp_path / "a" / "tokenizer.json"
+    made = run("make_shards.py", *common, "--tokenizer-file", tokenizer_file, "--output", tmp_path / "b")
+    assert made.returncode == 0, made.stderr
+    assert Dataset.open(tmp_path / "b").fingerprint == dataset.fingerprint
+
+
+def test_verify_names_the_bad_shard(texts: Path, tmp_path: Path) -> None:
+    assert run("make_shards.py", texts, "--output", tmp_path / "d", "--heldout", 0.2).returncode == 0
+    path = tmp_path / "d" / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[515] ^= 1
+    path.write_bytes(content)
+    shown = run("inspect_shards.py", tmp_path / "d", "--verify")
+    assert shown.returncode == 1
+    assert "train-000000.tar: shard" in shown.stderr
+    assert "train-000000.tar: sample 00000000" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("make_shards.py", ["nowhere", "--output", "out"], "nowhere"),
+        ("make_shards.py", ["empty.txt", "--output", "out"], "no text"),
+        ("make_shards.py", ["short.txt", "--output", "out"], "held out"),
+        ("make_shards.py", ["bad.jsonl", "--output", "out"], "bad.jsonl:1"),
+        (
+            "make_shards.py",
+            ["short.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "9"],
+            "vocab_size=9",
+        ),
+        ("inspect_shards.py", ["nowhere"], "make_shards.py"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tool: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    for name, content in {"empty.txt": "", "short.txt": "hello", "bad.jsonl": "{"}.items():
+        Path(name).write_text(content)
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(TOOLS / tool), run_name="__main__")
+    assert ending.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tool}: error: ")
+    assert message in line
+
+
+def test_an_error_of_a_program_is_one_line(tmp_path: Path) -> None:
+    result = run("make_shards.py", tmp_path / "nowhere", "--output", tmp_path / "d", "--vocab-size", 300)
+    assert (result.returncode, "--tokenizer bpe" in result.stderr) == (2, True)
+    result = run("make_shards.py", tmp_path / "nowhere", "--output", tmp_path / "d")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,98 @@
+"""Documents of files and folders."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reformer_dist.data import iterate_documents
+from reformer_dist.data.sources import LONGEST_PIECE_BYTES, PIECE_BYTES
+from reformer_dist.errors import DataError
+
+
+def test_folder_is_sorted_and_skips_what_is_not_text(tmp_path: Path) -> None:
+    texts = {"b.py": b"b", "a.py": b"a", "sub/c.py": b"c", "notes.md": b"d", "sub/z.py.gz": gzip.compress(b"z")}
+    skipped = ["x/__pycache__/m.py", ".git/config.py", ".hidden.py", "site-packages/p.py", "x/dist-packages/q.py"]
+    for name, content in (texts | dict.fromkeys(skipped, b"no") | {"binary.py": b"a\0b"}).items():
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    found = list(iterate_documents([tmp_path / "root"], [".py"]))
+    expected = [("a.py", b"a"), ("b.py", b"b"), ("sub/c.py", b"c"), ("sub/z.py.gz", b"z")]
+    assert found == [(f"root/{name}", text) for name, text in expected]
+    assert ("root/notes.md", b"d") in list(iterate_documents([tmp_path / "root"]))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_jsonl(tmp_path: Path, zipped: bool) -> None:
+    content = b"".join(json.dumps({"body": text}).encode() + b"\n\n" for text in ("one", "zwölf", ""))
+    path = tmp_path / ("d.jsonl.gz" if zipped else "d.jsonl")
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    found = list(iterate_documents([path], jsonl_field="body"))
+    assert [text.decode() for _, text in found] == ["one", "zwölf", ""]
+    assert found[1][0] == f"{path.name}:3"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "d.jsonl:2: is not valid JSON"),
+        ('{"other": "x"}', "field 'text' is None"),
+        ('{"text": 3}', "is 3"),
+        ("[1]", "None"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        list(iterate_documents([path]))
+
+
+PARAGRAPHS = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "é", "中", "🙂", "word "]),
+        st.integers(1, 40_000),
+        st.sampled_from(["", "\n", "\n\n", "\r\n\r\n"]),
+    ),
+    max_size=8,
+)
+
+
+@given(PARAGRAPHS)
+def test_a_lone_file_is_cut_without_loss(
+    tmp_path_factory: pytest.TempPathFactory, paragraphs: list[tuple[str, int, str]]
+) -> None:
+    text = "".join(unit * count + end for unit, count, end in paragraphs).encode()
+    path = tmp_path_factory.mktemp("lone") / "book.txt"
+    path.write_bytes(text)
+    pieces = [piece for _, piece in iterate_documents([path])]
+    assert b"".join(pieces) == text
+    for piece in pieces:
+        piece.decode()  # no character is cut in two
+        assert 0 < len(piece) <= LONGEST_PIECE_BYTES
+
+
+def test_a_lone_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"x" * 999 + b"\n" + b"\n".join([b"y" * 500 + b"\n"] * 600))
+    pieces = [piece for _, piece in iterate_documents([path])]
+    assert len(pieces) > 3
+    assert all(piece.endswith(b"\n\n") and PIECE_BYTES <= len(piece) < PIECE_BYTES + 600 for piece in pieces[:-1])
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        list(iterate_documents([tmp_path / "nowhere"]))
+    (tmp_path / "image.txt").write_bytes(b"a\0b")
+    with pytest.raises(DataError, match=r"image\.txt: contains NUL"):
+        list(iterate_documents([tmp_path / "image.txt"]))
+    for broken in (b"not gzip", gzip.compress(b"x" * 5000)[:-12]):
+        (tmp_path / "t.txt.gz").write_bytes(broken)
+        with pytest.raises(DataError, match=r"t\.txt\.gz: can't be read"):
+            list(iterate_documents([tmp_path / "t.txt.gz"]))

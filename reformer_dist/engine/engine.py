@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer_dist.config import RunConfig
+from reformer_dist.config import Precision, RunConfig
 from reformer_dist.engine.fragments import Fragment, engine_fragments, load_engine_fragments
 from reformer_dist.engine.optim import build_optimizer
 from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed
@@ -35,6 +35,8 @@ class TrainEngine:
         self.stage = config.deepspeed.stage
         self.world_size = dp_size
         self._grad_clip = config.optim.grad_clip
+        self._device_type = next(model.parameters()).device.type
+        self._autocasts = self.stage == 0 and config.trainer.precision is Precision.bf16
         settings = deepspeed_dict(
             config.deepspeed, config.optim, config.trainer.precision, micro_batch, self.n_micro
         )
@@ -55,6 +57,10 @@ class TrainEngine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in the run's precision."""
         return self._engine(*args, **kwargs)
+
+    def autocast(self) -> torch.autocast:
+        """What `forward` computes under; for calls of the module that do not go through it."""
+        return torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._autocasts)
 
     def train(self, is_training: bool = True) -> None:
         self._engine.train(is_training)

@@ -50,7 +50,8 @@ def _balanced(number: int, n_factors: int) -> tuple[int, ...] | None:
             break
         if number % factor == 0:
             rest = _balanced(number // factor, n_factors - 1)
-            if rest is not None and (best is None or max(rest) < max(best)):
+            # of equal maxima the later one, whose smallest factor is larger
+            if rest is not None and (best is None or max(rest) <= max(best)):
                 best = (factor, *rest)
     return best
 

@@ -60,10 +60,9 @@ def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
                 if not rule.wrap and not 0 <= c + offset < n_chunks:
                     continue
                 other_round, other_chunk = divmod(place % (n_hashes * n_chunks), n_chunks)
-                for key in chunks[other_round][other_chunk].tolist():
-                    for query in queries.tolist():
-                        in_time = key < query if rule.causal else key != query
-                        meets[r, query, key] += int(in_time and bool(real[key]) and bool(real[query]))
+                query, key = queries[:, None], chunks[other_round][other_chunk][None, :]
+                in_time = key < query if rule.causal else key != query
+                meets[r, query, key] += (in_time & real[key] & real[query]).long()
     return meets
 
 

@@ -1,0 +1,124 @@
+"""The composition root: from a RunConfig to everything that trains. It alone knows all parts."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.compose import plain
+from reformer_dist.config import RunConfig
+from reformer_dist.data import Dataset, Tokenizer, TrainLoader, merge_states
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.engine import TrainEngine
+from reformer_dist.engine.fragments import parameter_shapes
+from reformer_dist.errors import DataError
+from reformer_dist.log import logger
+from reformer_dist.models import ReformerLM
+from reformer_dist.models.block import Block
+from reformer_dist.probes import Probes
+from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config
+from reformer_dist.training.checkpoints import Checkpoints, find_start
+from reformer_dist.training.tensorboard import Board
+from reformer_dist.training.trainer import Progress, Trainer
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> Trainer:
+    """Checks everything that can be checked, builds all parts, and resumes if there is something to resume.
+
+    What must be closed at the end of the run is pushed on `resources`. Raises UserError, alike on every rank.
+    """
+    require_same_config(config, runtime)
+    micro_batch, n_micro = config.micro_batching(runtime.world_size)
+    dataset = runtime.together(lambda: open_dataset(config))
+    folder = make_run_folder(config, runtime)
+    start = find_start(config, runtime)
+
+    model = ReformerLM(config.model, dataset.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
+    description = _describe(config, dataset, model)
+    engine = TrainEngine(model, [Block], config, runtime.world_size)
+    resources.callback(engine.close)
+    checkpoints = Checkpoints(
+        config, runtime, engine, description=description, extra_files=_tokenizer_files(dataset.tokenizer)
+    )
+    progress = Progress()
+    if start is not None:
+        progress = checkpoints.restore(start)
+        for line in changed_keys(start.run["config"], config):
+            logger.info(f"  changed since: {line}")
+    loader = runtime.together(lambda: _build_loader(config, dataset, runtime, micro_batch, start))
+    resources.callback(loader.close)
+    board = Board(folder / TENSORBOARD_FOLDER, is_active=runtime.is_main, first_step=progress.step)
+    resources.callback(board.close)
+    probes = Probes(config, runtime, engine, dataset, board)
+    _announce(config, runtime, dataset, description["shapes"], n_micro)
+    bytes_per_token = dataset.n_bytes("train") / dataset.n_tokens("train")
+    return Trainer(config, runtime, engine, loader, checkpoints, probes, board, progress, bytes_per_token)
+
+
+def open_dataset(config: RunConfig) -> Dataset:
+    """The run's data set, with every shard in place. Raises DataError."""
+    dataset = Dataset.open(config.data.path)
+    dataset.check("train")
+    if config.trainer.eval_every > 0:
+        if dataset.n_tokens("heldout") == 0:
+            fix = "write the data set again with --heldout above 0, or set trainer.eval_every=0"
+            raise DataError(f"{dataset.folder}: no documents are held out for evaluation; {fix}")
+        dataset.check("heldout")
+    return dataset
+
+
+def _build_loader(
+    config: RunConfig, dataset: Dataset, runtime: Runtime, micro_batch: int, start: CheckpointReader | None
+) -> TrainLoader:
+    state = merge_states([rank["data"] for rank in start.rank_states]) if start is not None else None
+    return TrainLoader(
+        dataset,
+        seq_len=config.data.seq_len,
+        batch_size=config.data.batch_size,
+        micro_batch_size=micro_batch,
+        dp_rank=runtime.rank,
+        dp_size=runtime.world_size,
+        shuffle_buffer=config.data.shuffle_buffer,
+        seed=config.trainer.seed,
+        state=state,
+    )
+
+
+def _describe(config: RunConfig, dataset: Dataset, model: ReformerLM) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = dataset.tokenizer.save(Path(folder))
+    return {
+        "config": plain(config),
+        "tokenizer": tokenizer,
+        "vocab_size": dataset.tokenizer.vocab_size,
+        "shapes": parameter_shapes(model),
+    }
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files, if any, that the tokenizer needs to be loaded again."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _announce(
+    config: RunConfig, runtime: Runtime, dataset: Dataset, shapes: dict[str, list[int]], n_micro: int
+) -> None:
+    n_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    tokens = config.data.batch_size * config.data.seq_len
+    ranks = f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}"
+    logger.info(
+        f"{n_parameters:,} parameters | ZeRO stage {config.deepspeed.stage}, "
+        f"{config.trainer.precision.name}, {ranks} | {tokens:,} tokens a step in {n_micro} micro-batch"
+        f"{'es' if n_micro > 1 else ''} | {dataset.n_tokens('train'):,} training tokens in "
+        f"{len(dataset.shards('train'))} shards"
+    )

@@ -1,0 +1,40 @@
+"""A trained model from its checkpoint, ready to use: no DeepSpeed, no training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reformer_dist.checkpoint import CheckpointReader, resolve_checkpoint
+from reformer_dist.compose import run_config_from
+from reformer_dist.config import RunConfig
+from reformer_dist.data import Tokenizer, load_tokenizer
+from reformer_dist.models import ReformerLM
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: ReformerLM
+    """In evaluation mode, float32, on the device asked for."""
+    config: RunConfig
+    """Of the training run, with the overrides."""
+    tokenizer: Tokenizer
+    checkpoint: Path
+    step: int
+
+
+def load_model(path: Path, overrides: list[str], device: torch.device) -> LoadedModel:
+    """Loads from a run directory (its newest good checkpoint) or from a checkpoint's own folder.
+
+    overrides: key=value, such as model.n_hashes=8, for what the weights leave free. Raises CheckpointError
+    where there is no good checkpoint or the overrides make another model of it, and ConfigError.
+    """
+    folder = resolve_checkpoint(path)
+    reader = CheckpointReader(folder)
+    config = run_config_from(reader.run["config"], overrides)
+    model = ReformerLM(config.model, reader.run["vocab_size"], config.trainer.seed)
+    reader.load_weights(model)
+    tokenizer = load_tokenizer(reader.run["tokenizer"], folder)
+    return LoadedModel(model.to(device).eval(), config, tokenizer, folder, reader.step)

@@ -1,0 +1,95 @@
+"""Looks at a model in training: held-out loss, health of its hashing, reversible drift, a sample of its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from reformer_dist.config import RunConfig
+from reformer_dist.data import Dataset, EvalBatch, heldout_batches
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.engine import TrainEngine
+from reformer_dist.generation import SamplingOptions, generate
+from reformer_dist.log import logger
+from reformer_dist.models import ReformerLM
+from reformer_dist.ops.lsh.health import LSHHealth
+from reformer_dist.training.evaluator import evaluate
+from reformer_dist.training.tensorboard import Board
+
+PROMPT_TOKENS = 64
+
+
+class Probes:
+    """Every rank makes the same calls, since ZeRO stage 3 gathers parameters in each of them."""
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, engine: TrainEngine, dataset: Dataset, board: Board
+    ) -> None:
+        self._config, self._runtime, self._engine = config, runtime, engine
+        self._dataset, self._board = dataset, board
+        self._token_bytes = torch.from_numpy(dataset.tokenizer.token_bytes)
+        self._micro_batch, _ = config.micro_batching(runtime.world_size)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out loss over data.eval_rows rows, and the health of the model on the first of them."""
+        self._engine.train(False)
+        rows = self._config.data.eval_rows
+        result = evaluate(self._engine.forward, self._batches(rows), self._token_bytes, self._runtime)
+        logger.info(
+            f"step {step} | held-out loss {result.loss:.3f} | held-out bits per byte {result.bits_per_byte:.3f}"
+        )
+        values = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
+        self._board.scalars({**values, **self._health()}, step)
+        self._engine.train(True)
+
+    def sample(self, step: int) -> None:
+        """A text that goes on from the first held-out tokens."""
+        self._engine.train(False)
+        prompt = self._first_row()[0, 1 : PROMPT_TOKENS + 1]
+        longest = self._config.model.max_positions or self._config.data.seq_len
+        n_tokens = max(0, min(self._config.trainer.sample_tokens, longest - prompt.numel()))
+        options = SamplingOptions(seed=self._config.trainer.seed)
+        drawn = list(generate(self._engine.forward, prompt, n_tokens, options))
+        tokenizer = self._dataset.tokenizer
+        self._board.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)
+        self._engine.train(True)
+
+    def _batches(self, rows: int) -> Iterator[EvalBatch]:
+        return heldout_batches(
+            self._dataset,
+            seq_len=self._config.data.seq_len,
+            rows=rows,
+            micro_batch_size=self._micro_batch,
+            dp_rank=self._runtime.rank,
+            dp_size=self._runtime.world_size,
+        )
+
+    def _first_row(self) -> Tensor:
+        """Inputs [1, seq_len] of the first held-out row, on every rank the same."""
+        batches = heldout_batches(
+            self._dataset,
+            seq_len=self._config.data.seq_len,
+            rows=1,
+            micro_batch_size=1,
+            dp_rank=0,
+            dp_size=1,
+        )
+        return next(batches).inputs.to(self._runtime.device)
+
+    @torch.no_grad()
+    def _health(self) -> dict[str, float]:
+        model = self._engine.module
+        assert isinstance(model, ReformerLM)
+        row = self._first_row()
+        health: list[LSHHealth] = []
+        with self._engine.autocast():
+            model(row, row, health=health)
+            values = {"reversible/drift": model.reversible_drift(row).item()}
+        if health:
+            values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in health)
+            values["lsh/full_windows"] = fmean(layer.full_windows for layer in health)
+            values["lsh/agreement_of_rounds"] = fmean(layer.agreement for layer in health)
+        return values

@@ -1,0 +1,59 @@
+"""The run directory: the same for every rank, made by rank 0, with the resolved configuration in it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.compose import plain, to_yaml
+from reformer_dist.config import RunConfig
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+
+
+def require_same_config(config: RunConfig, runtime: Runtime) -> None:
+    """Raises ConfigError alike on every rank unless all ranks were given the same configuration."""
+    digests = runtime.gather(hashlib.sha256(to_yaml(config).encode()).hexdigest())
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        who = ", ".join(map(str, odd))
+        raise ConfigError(f"ranks {who} were given another configuration than rank 0; start all with the same")
+
+
+def make_run_folder(config: RunConfig, runtime: Runtime) -> Path:
+    """Makes output_dir and writes the configuration there. Raises an error that every rank shares."""
+    folder = Path(config.output_dir)
+
+    def make() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG_FILE).write_text(to_yaml(config))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"output_dir={folder}: can't be written to ({reason}); choose another") from error
+
+    runtime.on_main(make)
+    return folder
+
+
+def changed_keys(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """Lines such as "optim.lr: 0.003 -> 0.001" for what differs from a saved configuration."""
+    before, now = dict(_flat(saved)), dict(_flat(plain(config)))
+    return [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.extend(_flat(value, f"{prefix}{key}."))
+        else:
+            leaves.append((f"{prefix}{key}", value))
+    return leaves

@@ -1,0 +1,88 @@
+"""A run's checkpoints: which one to go on from, and how to save the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, resolve_checkpoint, write_checkpoint
+from reformer_dist.config import RunConfig
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.engine import TrainEngine
+from reformer_dist.errors import CheckpointError
+from reformer_dist.log import logger
+from reformer_dist.training.trainer import Progress
+
+FOLDER = "checkpoints"
+
+
+def find_start(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
+    """The checkpoint that `resume` asks for, None to start from nothing; the same on every rank.
+
+    Raises CheckpointError where going on is impossible, or starting anew would mix two runs.
+    """
+    path = runtime.on_main(lambda: _choose(config))
+    return CheckpointReader(path) if path is not None else None
+
+
+def _choose(config: RunConfig) -> Path | None:
+    root = Path(config.output_dir) / FOLDER
+    if config.resume not in ("auto", "never"):
+        return resolve_checkpoint(Path(config.resume))
+    found, complaints = find_checkpoint(root)
+    for words in complaints:
+        logger.warning(f"passed over {words}")
+    if config.resume == "never" and (found is not None or complaints):
+        fix = "choose another output_dir, or move them away"
+        raise CheckpointError(f"resume=never: {root} holds checkpoints of an earlier run; {fix}")
+    if found is None and complaints:
+        fix = "move the damaged ones away to start anew, or name another by resume=<path>"
+        raise CheckpointError(f"{root}: no checkpoint is whole; {fix}")
+    return found
+
+
+class Checkpoints:
+    """Saves and restores one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        engine: TrainEngine,
+        *,
+        description: dict[str, Any],
+        extra_files: dict[str, bytes],
+    ) -> None:
+        """description: what evaluation and generation need to know of the run, as JSON values."""
+        self._runtime, self._engine = runtime, engine
+        self._root = Path(config.output_dir) / FOLDER
+        self._keep = config.trainer.keep_checkpoints
+        self._description, self._extra_files = description, extra_files
+
+    def save(self, progress: Progress, data_state: dict[str, Any]) -> None:
+        """Writes the checkpoint of the step just done. Raises UserError alike on every rank."""
+        run = {
+            **self._description,
+            "progress": {"step": progress.step, "skipped": progress.skipped},
+            "loss_scaler": self._engine.scaler_state(),
+        }
+        folder = write_checkpoint(
+            self._runtime,
+            self._root,
+            progress.step,
+            self._engine.fragments(),
+            rank_state={"data": data_state},
+            run=run,
+            extra_files=self._extra_files,
+            keep=self._keep,
+        )
+        logger.info(f"saved {folder}")
+
+    def restore(self, reader: CheckpointReader) -> Progress:
+        """Fills the engine; returns how far the run was."""
+        self._runtime.together(lambda: reader.check_shapes(self._description["shapes"]))
+        self._runtime.together(lambda: self._engine.load_fragments(reader))
+        self._engine.load_scaler_state(reader.run["loss_scaler"])
+        saved = reader.run["progress"]
+        logger.info(f"resumed from {reader.folder} at step {saved['step']}")
+        return Progress(step=saved["step"], skipped=saved["skipped"])

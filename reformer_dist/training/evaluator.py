@@ -1,0 +1,52 @@
+"""Held-out loss without gradients: an exact mean over every token, whatever the ranks' shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.training.metrics import bits_per_byte
+
+IGNORED = -100
+
+
+class Batch(Protocol):
+    """Inputs [B, S] and labels [B, S], -100 where there is nothing to predict."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    loss: float
+    """Mean in nats per token."""
+    bits_per_byte: float
+    tokens: int
+    text_bytes: int
+
+
+@torch.no_grad()
+def evaluate(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[Batch],
+    token_bytes: Tensor,
+    runtime: Runtime,
+) -> EvalResult:
+    """loss_of(inputs, labels) is the summed loss in nats; token_bytes [V], bytes of text of each token id."""
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for batch in batches:
+        loss = loss_of(batch.inputs.to(runtime.device), batch.labels.to(runtime.device))
+        counted = batch.labels[batch.labels != IGNORED]
+        nats += loss.item()
+        tokens += counted.numel()
+        text_bytes += int(token_bytes[counted].sum())
+    nats, n_tokens, n_bytes = runtime.sum([nats, tokens, text_bytes])
+    return EvalResult(nats / max(1, n_tokens), bits_per_byte(nats, n_bytes), int(n_tokens), int(n_bytes))

@@ -1,0 +1,94 @@
+"""Numbers of the run: loss over a window of steps, speed, memory, and the line that shows them."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    return nats / math.log(2) / n_bytes if n_bytes else math.nan
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m20s or 45s."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    loss: float
+    """Mean loss in nats per token over the steps that counted; nan if none did."""
+    tokens_per_s: float
+    seconds_per_step: float
+
+
+class Window:
+    """Steps since the last report. Sums stay on the device: a step waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._paused = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._counted, self._tokens, self._steps = 0.0, 0.0, 0
+        self._start = time.perf_counter()
+        self._paused = 0.0
+
+    def add(self, loss_sum: torch.Tensor, tokens: float, *, was_skipped: bool) -> None:
+        """One step: this rank's summed loss, and the valid tokens of all ranks."""
+        self._steps += 1
+        self._tokens += tokens
+        if not was_skipped:
+            self._loss += loss_sum
+            self._counted += tokens
+
+    def pause(self, seconds: float) -> None:
+        """Takes time spent on evaluation, samples or checkpoints out of the speed."""
+        self._paused += seconds
+
+    @property
+    def local_loss(self) -> float:
+        return float(self._loss)
+
+    def result(self, loss_sum: float) -> WindowResult:
+        """loss_sum: local_loss summed over the ranks."""
+        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        loss = loss_sum / self._counted if self._counted else math.nan
+        return WindowResult(loss, self._tokens / seconds, seconds / max(1, self._steps))
+
+
+def progress_line(
+    step: int, max_steps: int, window: WindowResult, *, bpb: float, grad_norm: float, lr: float, skipped: int
+) -> str:
+    parts = [
+        f"step {step:>{len(str(max_steps))}}/{max_steps}",
+        f"loss {window.loss:.3f}",
+        f"bits per byte {bpb:.3f}",
+        f"{window.tokens_per_s:,.0f} tokens/s",
+        f"grad norm {grad_norm:.2f}",
+        f"lr {lr:.1e}",
+        f"ETA {duration((max_steps - step) * window.seconds_per_step)}",
+    ]
+    if skipped:
+        parts.append(f"skipped {skipped}")
+    return " | ".join(parts)

@@ -21,7 +21,7 @@ from reformer_dist.log import logger
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.block import Block
 from reformer_dist.probes import Probes
-from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config
+from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config, write_config
 from reformer_dist.training.checkpoints import Checkpoints, find_start
 from reformer_dist.training.tensorboard import Board
 from reformer_dist.training.trainer import Progress, Trainer
@@ -47,13 +47,14 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     checkpoints = Checkpoints(
         config, runtime, engine, description=description, extra_files=_tokenizer_files(dataset.tokenizer)
     )
-    progress = Progress()
     if start is not None:
-        progress = checkpoints.restore(start)
+        logger.info(f"resuming from {start.folder} at step {start.step}")
         for line in changed_keys(start.run["config"], config):
             logger.info(f"  changed since: {line}")
+    progress = checkpoints.restore(start) if start is not None else Progress()
     loader = runtime.together(lambda: _build_loader(config, dataset, runtime, micro_batch, start))
     resources.callback(loader.close)
+    write_config(config, runtime)
     board = Board(folder / TENSORBOARD_FOLDER, is_active=runtime.is_main, first_step=progress.step)
     resources.callback(board.close)
     probes = Probes(config, runtime, engine, dataset, board)

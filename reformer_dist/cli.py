@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from reformer_dist import log
 from reformer_dist.distributed import runtime
@@ -19,16 +20,17 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except (ConfigError, runtime.SharedError) as error:
-        _complain(error, speaks=runtime.env_rank() == 0)
+        runtime.stop()
+        _exit(error, speaks=runtime.env_rank() == 0)
     except UserError as error:
-        _complain(error, speaks=True)
+        # this rank alone knows; its launcher ends the others
+        _exit(error, speaks=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        runtime.stop()
+    runtime.stop()
 
 
-def _complain(error: UserError, speaks: bool) -> None:
+def _exit(error: UserError, speaks: bool) -> NoReturn:
     if speaks:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,25 @@ def require_same_config(config: RunConfig, runtime: Runtime) -> None:
 
 
 def make_run_folder(config: RunConfig, runtime: Runtime) -> Path:
-    """Makes output_dir and writes the configuration there. Raises an error that every rank shares."""
+    """Makes output_dir and sees that it can be written to. Raises an error that every rank shares."""
     folder = Path(config.output_dir)
 
     def make() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG_FILE).write_text(to_yaml(config))
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"output_dir={folder}: can't be written to ({reason}); choose another") from error
 
     runtime.on_main(make)
     return folder
+
+
+def write_config(config: RunConfig, runtime: Runtime) -> None:
+    """Writes the resolved configuration, once it is known that this run may use the directory."""
+    runtime.on_main(lambda: (Path(config.output_dir) / CONFIG_FILE).write_text(to_yaml(config)))
 
 
 def changed_keys(saved: dict[str, Any], config: RunConfig) -> list[str]:

@@ -7,7 +7,7 @@ length: a row that fails its check shows no speed, and the tool exits 1.
 ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
 reformer_pytorch 1.4.4's LSHAttention on the same q, v, chunks of --window, seq_len / window buckets
 transformers     4.57.6's LSHSelfAttention, its projections replaced by the given q, v; it picks its buckets itself
-sdpa             PyTorch's exact causal attention with keys of its own, held against a dense softmax
+sdpa             PyTorch's exact causal attention, with k = q and the same v, held against a dense softmax
 
 The two peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says only
 that output and gradients are finite and have the right shape.
@@ -76,8 +76,9 @@ class Row:
         """q, v (leaves) and the gradient of the output, [1, H, S, D]."""
         generator = torch.Generator().manual_seed(0)
         shape = (1, self.heads, seq_len, self.head_dim)
-        dtype = getattr(torch, self.dtype)
-        q, v, d_out = (torch.randn(shape, generator=generator).to(self.device, dtype) for _ in range(3))
+        q, v, d_out = (
+            torch.randn(shape, generator=generator).to(self.device, getattr(torch, self.dtype)) for _ in range(3)
+        )
         return q.requires_grad_(), v.requires_grad_(), d_out
 
 
@@ -227,7 +228,6 @@ def our_buckets(row: Row, q: Tensor) -> Tensor:
 
 
 def attend_by_oracle(row: Row, q: Tensor, v: Tensor) -> Tensor:
-    # as the row does: the hash and the keys are of the rounded vectors
     keys = F.normalize(q, dim=-1)
     rule = WindowRule(row.window, causal=True)
     return reference_attention(q, keys, v, our_buckets(row, q), rule, scale=row.head_dim**-0.5)

@@ -63,7 +63,7 @@ class Runtime:
 
     def raise_together(self, error: UserError | OSError | None) -> None:
         """Every rank calls this; if any of them brings an error, all raise it."""
-        said = self.gather(None if error is None else _describe(error))
+        said = self.gather(None if error is None else str(error))
         if any(words is not None for words in said):
             raise SharedError(_merge(said)) from error
 
@@ -80,11 +80,18 @@ class Runtime:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Runs `action` on rank 0 alone; all ranks get its result, or raise its error."""
-        return self.broadcast(self.together(lambda: action() if self.is_main else None))
-
-
-def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__
+        result: T | None = None
+        words: str | None = None
+        cause: UserError | OSError | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except (UserError, OSError) as error:
+                words, cause = str(error), error
+        result, words = self.broadcast((result, words))
+        if words is not None:
+            raise SharedError(words) from cause
+        return result  # type: ignore[return-value]
 
 
 def _merge(said: list[str | None]) -> str:

@@ -38,11 +38,13 @@ class Sublayer:
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
 
-    def grads(self, x: Tensor, d_out: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
         """Runs again from x; returns the output, and gradients of x and of the trained parameters."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            out = self.function(x)
+            # the forward alone: a backward runs in the dtypes that its forward left
+            with autocast.again():
+                out = self.function(x)
             found = torch.autograd.grad(
                 out, (x, *self.trained), d_out.to(out.dtype), allow_unused=True, materialize_grads=False
             )
@@ -74,6 +76,7 @@ class _ReversibleStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.f, ctx.g, ctx.tape = f, g, tape
         ctx.autocast = _Autocast(x1.device.type)
+        ctx.is_lowest = tape.streams is None
         y1 = x1 + f(x2)
         y2 = x2 + g(y1)
         tape.streams = (y1.detach(), y2.detach())
@@ -84,11 +87,11 @@ class _ReversibleStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_y1, d_y2 = grads
         y1, y2 = ctx.tape.take()
-        with ctx.autocast.again():
-            out, (d_through_g, *g_grads) = ctx.g.grads(y1, d_y2)
-            x2 = y2 - out
-            d_x1 = d_y1 if d_through_g is None else d_y1 + d_through_g
-            out, (d_through_f, *f_grads) = ctx.f.grads(x2, d_x1)
-            ctx.tape.streams = (y1 - out, x2)
-            d_x2 = d_y2 if d_through_f is None else d_y2 + d_through_f
+        out, (d_through_g, *g_grads) = ctx.g.grads(y1, d_y2, ctx.autocast)
+        x2 = y2 - out
+        d_x1 = d_y1 if d_through_g is None else d_y1 + d_through_g
+        out, (d_through_f, *f_grads) = ctx.f.grads(x2, d_x1, ctx.autocast)
+        # below the lowest layer nobody takes the streams: a second backward must find none
+        ctx.tape.streams = None if ctx.is_lowest else (y1 - out, x2)
+        d_x2 = d_y2 if d_through_f is None else d_y2 + d_through_f
         return (d_x1, d_x2, None, None, None, *f_grads, *g_grads)

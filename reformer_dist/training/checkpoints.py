@@ -84,5 +84,4 @@ class Checkpoints:
         self._runtime.together(lambda: self._engine.load_fragments(reader))
         self._engine.load_scaler_state(reader.run["loss_scaler"])
         saved = reader.run["progress"]
-        logger.info(f"resumed from {reader.folder} at step {saved['step']}")
         return Progress(step=saved["step"], skipped=saved["skipped"])

@@ -75,10 +75,11 @@ class _BucketAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-        for group in _groups(bucket_ids, options, key_padding_mask):
-            o, group_lse = _forward_group(group, *(_flat(t)[group.tokens] for t in (q, k, v)))
-            _flat(out)[group.tokens] = o
-            lse.view(-1)[group.tokens] = group_lse
+        with torch.autocast(v.device.type, enabled=False):
+            for group in _groups(bucket_ids, options, key_padding_mask):
+                o, group_lse = _forward_group(group, *(_flat(t)[group.tokens] for t in (q, k, v)))
+                _flat(out)[group.tokens] = o
+                lse.view(-1)[group.tokens] = group_lse
         ctx.save_for_backward(q, k, v, bucket_ids, out, lse, key_padding_mask)
         ctx.options = options
         return out
@@ -89,11 +90,12 @@ class _BucketAttention(torch.autograd.Function):
         q, k, v, bucket_ids, out, lse, key_padding_mask = ctx.saved_tensors
         d_out = grads[0].contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for group in _groups(bucket_ids, ctx.options, key_padding_mask):
-            flat = [_flat(t)[group.tokens] for t in (q, k, v, out, d_out)]
-            found = _backward_group(group, *flat, lse=lse.view(-1)[group.tokens])
-            for whole, part in zip((dq, dk, dv), found, strict=True):
-                _flat(whole)[group.tokens] = part
+        with torch.autocast(v.device.type, enabled=False):
+            for group in _groups(bucket_ids, ctx.options, key_padding_mask):
+                flat = [_flat(t)[group.tokens] for t in (q, k, v, out, d_out)]
+                found = _backward_group(group, *flat, lse=lse.view(-1)[group.tokens])
+                for whole, part in zip((dq, dk, dv), found, strict=True):
+                    _flat(whole)[group.tokens] = part
         return dq, dk, dv, None, None, None
 
 

@@ -1,0 +1,161 @@
+"""The language model: what decides its draws, dtypes, lengths, positions, and what importing it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import EXACT, LOCAL, LSH, random_tokens, shifted, small_config, small_model, train
+from torch import Tensor
+
+from reformer_dist.config import Position, Recompute
+from reformer_dist.models import ReformerLM
+from reformer_dist.models.embedding import AxialPositions, SinusoidalPositions
+
+DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.1, "ff_dropout": 0.1}
+
+
+def loss_of(model: ReformerLM, **options: Any) -> Tensor:
+    return model(random_tokens(), shifted(random_tokens()), **options).detach()
+
+
+@torch.no_grad()
+def test_loss_is_that_of_the_logits() -> None:
+    for tie in (False, True):
+        model = small_model(tie_embeddings=tie).eval()
+        logits, labels = model(random_tokens()), shifted(random_tokens())
+        assert logits.shape == (2, 37, 50) and logits.dtype == torch.float32
+        expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+        torch.testing.assert_close(model(random_tokens(), labels), expected)
+
+
+def test_evaluation_is_deterministic() -> None:
+    model = small_model(**DROPOUTS).eval()
+    assert torch.equal(model(random_tokens()), model(random_tokens()))
+    again = small_model(**DROPOUTS).eval()
+    assert torch.equal(model(random_tokens()), again(random_tokens()))
+    assert not torch.equal(model(random_tokens()), small_model(seed=1).eval()(random_tokens()))
+
+
+def test_a_step_draws_its_rotations() -> None:
+    model = small_model(layers=[LSH])
+    losses = [loss_of(model, step=step).item() for step in (0, 1, 2, None)]
+    assert len(set(losses)) == 4
+    assert loss_of(model, step=1).item() == losses[1]
+
+
+def test_layers_draw_rotations_of_their_own() -> None:
+    model = small_model(layers=[LSH], share_layers=True, n_layers=2).eval()
+    tokens = random_tokens()
+    alone, other = (model.stack.blocks[0].attention for _ in range(2))
+    x = torch.randn(2, 37, 24)
+    context = model._context(tokens, None, 0, None, None)
+    assert not torch.equal(alone(x, context, 0, None), other(x, context, 1, None))
+
+
+def test_dropout_is_a_function_of_its_seed() -> None:
+    model = small_model(layers=[LSH, LOCAL, EXACT], **DROPOUTS)
+    state = torch.random.get_rng_state()
+    loss = loss_of(model, step=0, dropout_seed=1)
+    assert torch.equal(loss, loss_of(model, step=0, dropout_seed=1))
+    assert not torch.equal(loss, loss_of(model, step=0, dropout_seed=2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    # evaluation knows no dropout; training without a seed draws one
+    assert torch.equal(loss_of(model.eval(), dropout_seed=1), loss_of(model.eval(), dropout_seed=2))
+    torch.manual_seed(0)
+    assert not torch.equal(loss_of(model.train(), step=0), loss_of(model, step=0))
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_backward_leaves_the_global_random_state(recompute: Recompute) -> None:
+    model = small_model(layers=[LSH, LOCAL, EXACT], recompute=recompute, **DROPOUTS)
+    state = torch.random.get_rng_state()
+    model(random_tokens(), shifted(random_tokens()), step=0, dropout_seed=1).backward()
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_streams_stay_float32_in_bf16() -> None:
+    """Half precision streams lose what layers add, and drift when they are rebuilt."""
+    model = small_model(n_layers=6)
+    expected = loss_of(model, step=0)
+    drift = model.reversible_drift(random_tokens())
+    assert drift.item() < 1e-5
+    model.bfloat16()
+    seen: list[Tensor] = []
+    for block in model.stack.blocks:
+        block.register_forward_hook(lambda _module, inputs, outputs: seen.extend([*inputs[0], *outputs]))
+        block.attention.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].float()))
+    loss = model(random_tokens(), shifted(random_tokens()), step=0)
+    assert len(seen) == 6 * 5 and all(stream.dtype == torch.float32 for stream in seen)
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    assert model.reversible_drift(random_tokens()).item() < 0.02
+
+
+def test_bf16_gradients_of_reversible_and_plain_agree() -> None:
+    grads = []
+    for recompute in (Recompute.none, Recompute.reversible):
+        model = small_model(n_layers=6, recompute=recompute).bfloat16()
+        model(random_tokens(), shifted(random_tokens()), step=0).backward()
+        grads.append(torch.cat([p.grad.float().flatten() for p in model.parameters()]))
+    assert (grads[1] - grads[0]).norm() <= 0.02 * grads[0].norm()
+
+
+@pytest.mark.parametrize("position", [Position.axial, Position.learned])
+def test_too_long_a_text_is_refused(position: Position) -> None:
+    model = small_model(position=position, axial_shape=[4, 10], max_seq_len=40)
+    model(random_tokens(1, 40))
+    with pytest.raises(ValueError, match=r"41 tokens.* end at 40"):
+        model(random_tokens(1, 41))
+
+
+@pytest.mark.parametrize("position", [Position.rotary, Position.sinusoidal])
+def test_other_positions_know_no_end(position: Position) -> None:
+    assert small_model(position=position)(random_tokens(1, 300)).shape == (1, 300, 50)
+
+
+def test_positions_are_told_apart() -> None:
+    axial = AxialPositions([3, 4, 5], [2, 3, 4])
+    for table in axial.tables:
+        torch.nn.init.normal_(table)
+    for vectors in (axial(torch.arange(60)), SinusoidalPositions(7)(torch.arange(60))):
+        assert vectors.unique(dim=0).shape[0] == 60
+    # the last side turns fastest, and a side's vectors repeat
+    assert axial(torch.arange(60)).shape == (60, 9)
+    assert torch.equal(axial(torch.tensor([0, 20]))[0, 2:], axial(torch.tensor([0, 20]))[1, 2:])
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = small_model(tie_embeddings=True).state_dict()
+    torch.manual_seed(2)
+    second = small_model(tie_embeddings=True).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["head.weight"].data_ptr() == first["embedding.tokens.weight"].data_ptr()
+    model = ReformerLM(small_config(dim=240), 2000)
+    assert model.embedding.tokens.weight.std().item() == pytest.approx(1, abs=0.02)
+    assert all(table.std().item() == pytest.approx(1, abs=0.1) for table in model.embedding.positions.tables)
+
+
+def test_health_of_lsh_layers_is_reported() -> None:
+    health: list[Any] = []
+    model = small_model(layers=[LOCAL, LSH], n_layers=4)
+    model(random_tokens(), shifted(random_tokens()), step=0, health=health).backward()
+    assert len(health) == 2 and all(h.largest_over_mean >= 1 and 0 <= h.full_windows <= 1 for h in health)
+
+
+def test_it_learns() -> None:
+    losses = train(small_model(256, axial_shape=[16, 16]), steps=30, seq_len=250)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+
+
+def test_importing_the_models_takes_torch_only() -> None:
+    code = "import sys, reformer_dist.models; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"deepspeed", "webdataset", "hydra", "omegaconf", "triton", "tokenizers", "tensorboard"}

@@ -1,0 +1,209 @@
+"""Reversible, checkpointed and plain backward agree: the loss, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from model_helpers import (
+    EXACT,
+    LOCAL,
+    LSH,
+    grads_of,
+    random_tokens,
+    relative_error,
+    shifted,
+    small_config,
+    small_model,
+    with_recompute,
+)
+from torch import Tensor
+
+from reformer_dist.config import Activation, HashScheme, NeighbourRule, Position, Recompute
+from reformer_dist.models import ReformerLM, attention
+from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.stack import ReformerStack
+
+DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"dropout": 0.2},
+    {"attention_dropout": 0.2},
+    {"ff_dropout": 0.2},
+    {"layers": [LSH], **DROPOUTS},
+    {"layers": [LOCAL], **DROPOUTS},
+    {"layers": [EXACT], **DROPOUTS},
+    {"layers": [LSH, EXACT, LOCAL], "n_layers": 3, **DROPOUTS},
+    {"share_layers": True, **DROPOUTS},
+    {"tie_embeddings": True},
+    {"position": Position.rotary},
+    {"position": Position.learned},
+    {"position": Position.sinusoidal},
+    {"activation": Activation.relu},
+    {"activation": Activation.glu},
+    {"ff_chunk": 10, **DROPOUTS},
+    {"neighbours": NeighbourRule.chunk},
+    {"neighbours": NeighbourRule.chunk, "causal": False, "n_chunks_after": 1, "chunk_wrap": True, **DROPOUTS},
+    {"local_round": True, "count_pairs_once": True, **DROPOUTS},
+    {"hash_scheme": HashScheme.floor},
+    {"causal": False, **DROPOUTS},
+    {"n_layers": 1},
+    {"head_dim": 5, "qk_scale": 0.4},
+]
+
+
+def run(model: ReformerLM, tokens: Tensor, **options: Any) -> Tensor:
+    loss = model(tokens, shifted(tokens), step=3, dropout_seed=5, **options)
+    loss.backward()
+    return loss.detach()
+
+
+def assert_grads_agree(model: ReformerLM, plain: ReformerLM, tolerance: float) -> None:
+    found, expected = grads_of(model), grads_of(plain)
+    assert found.keys() == expected.keys() and found
+    # what is zero but for rounding has no relative error of its own
+    largest = max(grad.norm().item() for grad in expected.values())
+    for name in expected:
+        error = (found[name] - expected[name]).norm().item()
+        assert error <= tolerance * (expected[name].norm().item() + 0.01 * largest), f"{name} is off by {error}"
+
+
+@pytest.mark.parametrize("changed", CHANGES, ids=str)
+def test_three_ways_of_backward_agree(changed: dict[str, Any]) -> None:
+    plain = small_model(recompute=Recompute.none, **changed)
+    expected = run(plain, random_tokens())
+    assert len(grads_of(plain)) == len(list(plain.parameters()))
+    for recompute, tolerance in ((Recompute.reversible, 1e-5), (Recompute.checkpoint, 0.0)):
+        model = with_recompute(plain, recompute)
+        assert torch.equal(run(model, random_tokens()), expected)
+        assert_grads_agree(model, plain, tolerance)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 33, 128])
+@pytest.mark.parametrize("padded", [False, True])
+def test_lengths_and_padding(seq_len: int, padded: bool) -> None:
+    plain = small_model(recompute=Recompute.none, layers=[LSH, LOCAL, EXACT], **DROPOUTS)
+    tokens = random_tokens(3, seq_len)
+    mask = None
+    if padded:
+        mask = torch.ones(3, seq_len, dtype=torch.bool)
+        mask[0, seq_len // 2 :] = False
+        mask[1] = False
+    # without a loss, for one token has no next one
+    for recompute in (Recompute.none, Recompute.reversible):
+        model = with_recompute(plain, recompute)
+        out = model(tokens, key_padding_mask=mask, step=0, dropout_seed=1)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        if recompute is Recompute.none:
+            plain = model
+    assert_grads_agree(model, plain, 1e-5)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.reversible, Recompute.checkpoint])
+def test_accumulation_of_micro_batches(recompute: Recompute) -> None:
+    plain = small_model(recompute=Recompute.none, **DROPOUTS)
+    model = with_recompute(plain, recompute)
+    for seed in (0, 1):
+        for each in (plain, model):
+            run(each, random_tokens(seed=seed))
+    assert_grads_agree(model, plain, 1e-5)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.reversible, Recompute.checkpoint])
+@pytest.mark.parametrize("backward_order", [(0, 1), (1, 0)])
+def test_two_forwards_before_a_backward(recompute: Recompute, backward_order: tuple[int, int]) -> None:
+    plain = small_model(recompute=Recompute.none, **DROPOUTS)
+    model = with_recompute(plain, recompute)
+    for seed in backward_order:
+        run_later = random_tokens(seed=seed)
+        plain(run_later, shifted(run_later), step=seed, dropout_seed=seed).backward()
+    losses = [
+        model(tokens, shifted(tokens), step=seed, dropout_seed=seed)
+        for seed, tokens in enumerate(random_tokens(seed=seed) for seed in (0, 1))
+    ]
+    for seed in backward_order:
+        losses[seed].backward()
+    assert_grads_agree(model, plain, 1e-5)
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_a_frozen_embedding_does_not_silence_the_stack(recompute: Recompute) -> None:
+    plain = small_model(recompute=Recompute.none)
+    run(plain, random_tokens())
+    frozen = with_recompute(plain, recompute)
+    frozen.embedding.requires_grad_(False)
+    run(frozen, random_tokens())
+    grads = grads_of(frozen)
+    assert grads.keys() == {name for name in grads_of(plain) if not name.startswith("embedding.")}
+    assert all(relative_error(grads[name], grads_of(plain)[name]) <= 1e-5 for name in grads)
+
+
+@pytest.mark.parametrize("trained", ["attention.to_v", "feed_forward.to_out", "attention_norm"])
+def test_partly_frozen_blocks(trained: str) -> None:
+    plain = small_model(recompute=Recompute.none)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(trained in name)
+    model = with_recompute(plain, Recompute.reversible)
+    for each in (plain, model):
+        run(each, random_tokens())
+    assert_grads_agree(model, plain, 1e-5)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("layers", [[LOCAL, LSH], [EXACT]], ids=str)
+def test_bf16_autocast(layers: list[Any], is_inside: bool) -> None:
+    """Backward is called in the autocast context or, as it should be, outside: the recompute has to remember."""
+    plain = small_model(recompute=Recompute.none, layers=layers, **DROPOUTS)
+    losses = []
+    for recompute, tolerance in ((Recompute.none, 0.0), (Recompute.checkpoint, 0.0), (Recompute.reversible, 0.03)):
+        model = with_recompute(plain, recompute)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(random_tokens(), shifted(random_tokens()), step=3, dropout_seed=5)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_inside):
+            loss.backward()
+        losses.append(loss.detach())
+        if recompute is Recompute.none:
+            plain = model
+        assert_grads_agree(model, plain, tolerance)
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_streams_are_rebuilt(is_autocast: bool) -> None:
+    """The inverse finds each layer's input again: exactly the sublayers' outputs, also under autocast."""
+    stack = ReformerStack(small_config(n_layers=6))
+    for parameter in stack.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
+    context = ForwardContext(dropout_seed=None, rotation_seed=1)
+    memos = [Memo() for _ in range(6)]
+    streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        for layer, block in enumerate(stack.blocks):
+            streams.append(block(*streams[-1], context, layer, memo=memos[layer]))
+        rebuilt = streams[-1]
+        for layer in reversed(range(6)):
+            rebuilt = stack.blocks[layer](*rebuilt, context, layer, memo=memos[layer], is_inverse=True)
+            for found, expected in zip(rebuilt, streams[layer], strict=True):
+                assert found.dtype == torch.float32
+                # a rounding error of a stream may turn the last bit of a sublayer's bf16 input
+                assert (found - expected).abs().max() <= (1e-2 if is_autocast else 2e-6)
+
+
+def test_backward_twice_is_refused() -> None:
+    model = small_model()
+    loss = model(random_tokens(), shifted(random_tokens()), step=0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_the_recompute_takes_the_buckets_of_the_forward(recompute: Recompute) -> None:
+    model = small_model(recompute=recompute, layers=[LSH, LOCAL], n_layers=4)
+    with mock.patch.object(attention, "hash_vectors", wraps=attention.hash_vectors) as hashing:
+        loss = model(random_tokens(), shifted(random_tokens()), step=0)
+        assert hashing.call_count == 2
+        loss.backward()
+        assert hashing.call_count == 2

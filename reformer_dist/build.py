@@ -37,8 +37,8 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     require_same_config(config, runtime)
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     dataset = runtime.together(lambda: open_dataset(config))
+    start = find_start(config, runtime)  # first: a refused run must not change what lies in its folder
     folder = make_run_folder(config, runtime)
-    start = find_start(config, runtime)
 
     model = ReformerLM(config.model, dataset.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
     description = _describe(config, dataset, model)
@@ -67,9 +67,9 @@ def open_dataset(config: RunConfig) -> Dataset:
     """The run's data set, with every shard in place. Raises DataError."""
     dataset = Dataset.open(config.data.path)
     dataset.check("train")
-    if config.trainer.eval_every > 0:
+    if config.trainer.eval_every > 0 or config.trainer.sample_every > 0:
         if dataset.n_tokens("heldout") == 0:
-            fix = "write the data set again with --heldout above 0, or set trainer.eval_every=0"
+            fix = "write it again with --heldout above 0, or set trainer.eval_every=0 trainer.sample_every=0"
             raise DataError(f"{dataset.folder}: no documents are held out for evaluation; {fix}")
         dataset.check("heldout")
     return dataset

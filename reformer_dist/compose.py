@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import RunConfig
 from reformer_dist.errors import ConfigError
@@ -71,8 +72,9 @@ def _refuse_unknown(given: Any, known: Any, prefix: str) -> None:
     """Hydra's `+key=value` gets past the schema; a key that no dataclass has must not be dropped in silence."""
     if not is_dataclass(known):
         return
+    names = {field.name for field in fields(known)}
     for key, value in given.items():
-        if not hasattr(known, key):
+        if key not in names:
             raise ConfigError(f"{prefix}{key}={value}: there is no such key{_suggest(key, type(known))}")
         _refuse_unknown(value, getattr(known, key), f"{prefix}{key}.")
 
@@ -84,6 +86,8 @@ def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
         merged = OmegaConf.merge(schema, saved, OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    except YAMLError as error:
+        raise ConfigError(f"{' '.join(overrides)}: a value is not valid YAML: {error}") from error
     return to_run_config(merged)
 
 

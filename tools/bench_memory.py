@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, recompute: Recompute, n_layers: int) 
     before = live_bytes(arguments.device)
     loss = model(tokens, tokens, step=0)
     held_mib = round((live_bytes(arguments.device) - before) / MIB, 2)
-    loss.backward()
+    del loss
     return {"recompute": recompute.value, "n_layers": n_layers, "held_mib": held_mib}
 
 

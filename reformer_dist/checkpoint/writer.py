@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from reformer_dist.checkpoint.files import (
     write_json,
 )
 from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.errors import CheckpointError
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -70,7 +72,9 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if runtime.is_main and keep > 0:
-        for old in sorted(root.glob(f"{PREFIX}*"))[:-keep]:
+        # later ones are damaged or of an abandoned course: they must not push this one out
+        course = sorted(folder for folder in root.glob(f"{PREFIX}*") if folder <= final)
+        for old in course[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -94,7 +98,10 @@ def _write_rank(
             tensors[f"{fragment.name}|{kind}"] = values.clone()
     adam_step = max((fragment.adam_step for fragment in fragments), default=0)
     weights, index = folder / rank_file(rank, "safetensors"), folder / rank_file(rank, "json")
-    save_file(tensors, weights)
+    try:
+        save_file(tensors, weights)
+    except SafetensorError as error:  # such as a full disk
+        raise CheckpointError(f"{weights}: can't be written: {error}") from error
     sync(weights)
     write_json(index, {"fragments": places, "adam_step": adam_step, "state": rank_state})
     return {path.name: fingerprint(path) for path in (weights, index)}

@@ -118,6 +118,9 @@ class TrainEngine:
         return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Goes on with a saved scale; a run that goes on in another precision has none."""
+        if not self.scaler_state():
+            return
         for name, value in state.items():
             setattr(self._engine.optimizer.loss_scaler, name, value)
 

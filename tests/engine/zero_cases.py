@@ -1,0 +1,158 @@
+"""Trains every case under DeepSpeed, as one rank of a job; results.json and checkpoints go to a folder.
+
+python zero_cases.py OUT [OTHER]     OTHER: where another number of processes wrote; read instead of OUT
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from zero_setup import (
+    LEARNING_RATES,
+    PROVED,
+    READ,
+    STEPS,
+    TRAINED,
+    VALID,
+    Case,
+    Outcome,
+    micro_batches,
+    read_name,
+    rows,
+)
+
+from reformer_dist.checkpoint import CheckpointReader, write_checkpoint
+from reformer_dist.checkpoint.files import step_folder
+from reformer_dist.distributed import runtime
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.engine import TrainEngine
+from reformer_dist.engine.fragments import parameter_shapes
+from reformer_dist.models.block import Block
+
+
+class Run:
+    """One engine, from its birth to its end; `done` steps are behind it."""
+
+    def __init__(self, job: Runtime, case: Case, folder: Path) -> None:
+        self.job, self.folder, self.done = job, folder, 0
+        self.outcome = Outcome()
+        model = case.model()
+        self.shapes = parameter_shapes(model)
+        self.engine = TrainEngine(model, [Block], case.config(), job.world_size)
+
+    def load(self, source: Path) -> None:
+        reader = CheckpointReader(source)
+        self.engine.load_fragments(reader)
+        self.done = reader.step
+
+    def save(self) -> None:
+        write_checkpoint(
+            self.job,
+            self.folder,
+            self.done,
+            self.engine.fragments(),
+            rank_state={},
+            run={"shapes": self.shapes},
+            extra_files={},
+            keep=0,
+        )
+
+    def step(self, *, is_bad: bool = False) -> None:
+        """A training step; if bad, the last rank's first loss is infinite."""
+        total = 0.0
+        n_ranks = self.job.world_size
+        for number, (inputs, labels, seeds) in enumerate(micro_batches(self.done, self.job.rank, n_ranks)):
+            loss = self.engine.forward(inputs, labels, **seeds)
+            if is_bad and number == 0 and self.job.rank == n_ranks - 1:
+                loss = loss * math.inf
+            total += loss.item()
+            self.engine.backward(loss, VALID)
+        result = self.engine.step(LEARNING_RATES[self.done])
+        self.done += 1
+        self.outcome.losses.append(self.job.sum([total])[0] / VALID)
+        self.outcome.norms.append(result.grad_norm)
+        self.outcome.skipped.append(result.was_skipped)
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Loss of evaluation."""
+        self.engine.train(False)
+        row = rows(99)
+        self.outcome.heldout[str(self.done)] = self.engine.forward(row[:, :-1], row[:, 1:]).item()
+        self.engine.train(True)
+
+
+class Cases:
+    def __init__(self, job: Runtime, out: Path) -> None:
+        self.job, self.out = job, out
+        self.outcomes: dict[str, Outcome] = {}
+
+    def train(
+        self,
+        name: str,
+        case: Case,
+        *,
+        load: Path | None = None,
+        until: int = STEPS,
+        saves: Collection[int] = (STEPS,),
+        bad: Collection[int] = (),
+    ) -> None:
+        """Trains on from `load`; looks and saves when `saves` steps are done."""
+        run = Run(self.job, case, self.out / name)
+        if load is not None:
+            run.load(load)
+        while True:
+            if run.done in saves:
+                run.look()
+                run.save()
+            if run.done == until:
+                break
+            run.step(is_bad=run.done in bad)
+        run.engine.close()
+        self.outcomes[name] = run.outcome
+
+    def prove(self, case: Case) -> None:
+        """Without interruption, resumed in the middle, with a bad step, and as if that step never was."""
+        name = case.name
+        self.train(name, case, saves=(2, STEPS))
+        self.train(f"{name}-resumed", case, load=step_folder(self.out / name, 2))
+        self.train(f"{name}-bad", case, until=3, bad=[1], saves=(1, 2, 3))
+        self.train(f"{name}-after-bad", case, load=step_folder(self.out / f"{name}-bad", 2), until=3, saves=[3])
+
+    def read(self, name: str, stage: int, source: Path) -> None:
+        """A checkpoint of another stage or world, written again as soon as it is read, then trained on."""
+        self.train(name, Case(stage), load=source, saves=(2, STEPS))
+
+    def write_results(self) -> None:
+        if self.job.is_main:
+            record = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+            (self.out / "results.json").write_text(json.dumps(record))
+
+
+def main(out: Path, other: Path | None) -> None:
+    torch.set_num_threads(1)
+    job = runtime.start()
+    cases = Cases(job, out)
+    # stage 3 last: from its first engine on, DeepSpeed replaces torch's linear in the whole process
+    for is_stage3 in (False, True):
+        for case in PROVED[job.world_size]:
+            if (case.stage == 3) == is_stage3:
+                cases.prove(case)
+        for case in TRAINED[job.world_size]:
+            if (case.stage == 3) == is_stage3:
+                cases.train(case.name, case)
+        for source, stage in READ[job.world_size]:
+            if (stage == 3) == is_stage3:
+                cases.read(read_name(source, stage), stage, step_folder((other or out) / Case(source).name, 2))
+    cases.write_results()
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,0 +1,122 @@
+"""The model, rows and settings that the ZeRO cases and their plain reference share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_dist.config import (
+    DataConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+    TrainerConfig,
+)
+from reformer_dist.models import ReformerLM
+
+STEPS, ROWS, SEQ_LEN, MICRO, VOCAB = 4, 8, 64, 2, 50
+VALID = float(ROWS * SEQ_LEN)
+LEARNING_RATES = (0.01, 0.02, 0.01, 0.005)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the same model for the same steps."""
+
+    stage: int = 0
+    offload: bool = False
+    precision: str = "fp32"
+    recompute: str = "reversible"
+    shared: bool = False
+    frozen: bool = False
+    """The embedding is not trained (and then not tied)."""
+
+    @property
+    def name(self) -> str:
+        flags = [word for word in ("offload", "shared", "frozen") if getattr(self, word)]
+        return "-".join([f"zero{self.stage}", self.precision, self.recompute, *flags])
+
+    def config(self) -> RunConfig:
+        model = ModelConfig(
+            dim=32,
+            n_layers=4,
+            n_heads=2,
+            n_buckets=8,
+            window=16,
+            local_window=16,
+            axial_shape=[16, 16],
+            dropout=0.1,
+            tie_embeddings=not self.frozen,
+            share_layers=self.shared,
+            recompute=Recompute[self.recompute],
+        )
+        # buckets and thresholds small enough that this model is cut into several pieces
+        zero = DeepSpeedConfig(
+            stage=self.stage,
+            offload_optimizer=self.offload,
+            param_persistence_threshold=100,
+            reduce_bucket_size=20_000,
+        )
+        trainer = TrainerConfig(micro_batch_size=MICRO, precision=Precision[self.precision])
+        data = DataConfig(seq_len=SEQ_LEN, batch_size=ROWS)
+        return RunConfig(model=model, data=data, deepspeed=zero, trainer=trainer, optim=OptimConfig(grad_clip=0.5))
+
+    def model(self) -> ReformerLM:
+        model = ReformerLM(self.config().model, VOCAB, seed=1)
+        if self.frozen:
+            model.embedding.tokens.weight.requires_grad_(False)
+        return model
+
+
+# By number of processes: what is trained, resumed and hit by a bad step; what is only trained; and which
+# stage's checkpoint which stage reads (one process reads those that two have written).
+PROVED = {
+    1: [Case(0), Case(2), Case(3)],
+    2: [*map(Case, range(4)), *(Case(stage, precision="bf16") for stage in range(4))],
+}
+TRAINED = {
+    1: [Case(1), Case(3, offload=True)],
+    2: [
+        *(Case(stage, offload=True) for stage in (1, 2, 3)),
+        *(Case(stage, frozen=True) for stage in (0, 2, 3)),
+        *(Case(stage, shared=True) for stage in (0, 2)),
+        *(Case(stage, recompute="checkpoint") for stage in (2, 3)),
+        Case(3, recompute="none"),
+    ],
+}
+READ = {1: [(3, 0), (3, 1), (0, 2), (1, 3)], 2: [(0, 1), (1, 2), (2, 0), (2, 3)]}
+
+
+def read_name(source: int, stage: int) -> str:
+    return f"zero{source}-read-at-zero{stage}"
+
+
+@dataclass
+class Outcome:
+    """What a case did, step by step."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
+    heldout: dict[str, float] = field(default_factory=dict)
+    """Loss on rows that were not trained on, by steps done."""
+
+
+def rows(step: int) -> Tensor:
+    """Rows [8, 65] of a step."""
+    return torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
+
+
+def micro_batches(step: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Inputs, labels and seeds of each micro-batch that a rank takes of a step."""
+    share = rows(step).view(world_size, -1, MICRO, SEQ_LEN + 1)[rank]
+    for number, part in enumerate(share):
+        seeds = {"step": step, "dropout_seed": step * 100 + rank * 10 + number}
+        yield part[:, :-1], part[:, 1:], seeds

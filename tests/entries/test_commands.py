@@ -1,0 +1,105 @@
+"""The commands as users type them: alone, under torchrun, under deepspeed, from a checkout and from a wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.launch import run_ranks
+from support.tiny import tiny_overrides
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def run(*command: object, cwd: Path | None = None, **env: str) -> str:
+    """Runs a command that must succeed; returns what it printed."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_training_leaves_config_checkpoints_and_tensorboard(trained):
+    assert (trained / "config.yaml").is_file()
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert list((trained / "tensorboard").glob("events*"))
+
+
+def test_the_same_command_again_has_nothing_to_do(trained, tiny_data):
+    output = run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, trained))
+    assert "resuming from" in output and "nothing to train" in output
+
+
+def test_evaluate_prints_bits_per_byte_beside_the_baselines(trained):
+    output = run(BIN / "reformer-evaluate", trained)
+    assert "held-out bits per byte: " in output
+    assert "order-0 entropy of the same text: " in output and "gzip -9 of the same text: " in output
+
+
+def test_evaluate_on_two_ranks_is_evaluate_on_one(trained):
+    def figures(output: str) -> list[str]:
+        return [line for line in output.splitlines() if line.startswith("held-out")]
+
+    alone = figures(run(BIN / "reformer-evaluate", trained))
+    assert len(alone) == 3
+    assert figures(run_ranks("reformer_dist.evaluate", 2, [trained])) == alone
+
+
+def test_generate_goes_on_from_the_prompt_and_repeats_itself_for_a_seed(trained):
+    command = [BIN / "reformer-generate", trained, "--prompt", "time water", "--max-new-tokens", "20"]
+    first = run(*command)
+    assert first.startswith("time water") and len(first) > len("time water") + 1
+    assert run(*command) == first
+    assert run(*command, "--seed", "1") != first
+
+
+def test_generate_greedily_ignores_the_seed(trained):
+    command = [BIN / "reformer-generate", trained, "--temperature", "0", "--max-new-tokens", "10"]
+    assert run(*command) == run(*command, "--seed", "1")
+
+
+def test_deepspeed_launcher_trains_on_two_processes(tmp_path, tiny_data):
+    overrides = tiny_overrides(tiny_data, tmp_path / "run", "deepspeed=zero2", "trainer.eval_every=3")
+    launcher = [BIN / "deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "29731"]
+    output = run(*launcher, "--module", "reformer_dist.train", *overrides, PATH=f"{BIN}:{os.environ['PATH']}")
+    assert "held-out bits per byte" in output
+    assert (tmp_path / "run/checkpoints/step-00000006/rank-00001.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["reformer-train", "reformer-evaluate", "reformer-generate"])
+def test_help_needs_no_deepspeed_and_no_torch(command):
+    """--help is quick: it must not wait for heavy imports that it does not need."""
+    output = run(BIN / command, "--help")
+    assert "reformer" in output.lower()
+
+
+def test_cfg_job_prints_the_resolved_configuration():
+    output = run(BIN / "reformer-train", "--cfg", "job", "model.dim=64")
+    assert "dim: 64" in output and "output_dir:" in output
+
+
+def test_wheel_carries_conf(tmp_path):
+    """From an installed wheel, away from the checkout, the same configuration is composed."""
+    source = tmp_path / "source"
+    kept = ["reformer_dist", "conf", "pyproject.toml", "README.md", "LICENSE"]
+    source.mkdir()
+    for name in kept:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, source)
+    shutil.rmtree(source)
+    command = [sys.executable, "-m", "reformer_dist.train", "--cfg", "job", "experiment=quickstart"]
+    installed = run(*command, cwd=tmp_path, PYTHONPATH=str(site))
+    assert installed == run(BIN / "reformer-train", "--cfg", "job", "experiment=quickstart")

@@ -1,0 +1,64 @@
+"""Runs scripts and modules as jobs of one or more processes, as a user would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+GRACE = 35  # seconds that torchrun may take to end its workers
+
+
+def run_ranks(
+    target: Path | str,
+    world_size: int,
+    args: Sequence[object] = (),
+    *,
+    timeout: float = 180,
+    env: Mapping[str, str] | None = None,
+    fails: bool = False,
+) -> str:
+    """Runs a script (Path) or module (str) on `world_size` processes; returns all that they printed.
+
+    One process is started without a launcher. Fails, showing the output, where the job does not end in time,
+    or does not end as it should: with status 0, or another if it `fails`.
+    """
+    command = _command(target, world_size) + [str(arg) for arg in args]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | dict(env or {})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=settings,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"still running after {timeout} s:\n{_end(process)}") from None
+    assert (process.returncode != 0) == fails, f"ended with status {process.returncode}:\n{output}"
+    return output
+
+
+def _command(target: Path | str, world_size: int) -> list[str]:
+    what = [str(target)] if isinstance(target, Path) else ["-m", target]
+    if world_size == 1:
+        return [sys.executable, *what]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    return [sys.executable, *launcher, *what]
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """Ends the launcher, which ends its workers (they have sessions of their own); then whatever is left."""
+    process.terminate()
+    try:
+        output, _ = process.communicate(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    return output

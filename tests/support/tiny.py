@@ -1,0 +1,69 @@
+"""The smallest data set and configuration that still use every part."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from reformer_dist.compose import plain, run_config_from
+from reformer_dist.config import RunConfig
+from reformer_dist.data import ByteTokenizer, write_dataset
+
+WORDS = (
+    "time",
+    "water",
+    "light",
+    "house",
+    "little",
+    "great",
+    "under",
+    "never",
+    "river",
+    "people",
+    "stone",
+    "word",
+)
+
+
+def write_tiny_dataset(folder: Path, heldout_fraction: float = 0.15) -> Path:
+    """40 documents of 40 to 160 words, some of them held out, in several shards."""
+    draw = random.Random(0)
+    texts = (" ".join(draw.choices(WORDS, k=draw.randint(40, 160))) for _ in range(40))
+    documents = [(f"doc{number}", text.encode()) for number, text in enumerate(texts)]
+    write_dataset(documents, folder, ByteTokenizer(), shard_bytes=10_000, heldout_fraction=heldout_fraction)
+    return folder
+
+
+def tiny_overrides(data: Path, output: Path, *changed: str) -> list[str]:
+    """Command-line overrides of a run of 6 steps, 256 tokens each, that takes about a second."""
+    return [
+        "model.dim=32",
+        "model.n_layers=2",
+        "model.n_heads=2",
+        "model.n_buckets=4",
+        "model.window=16",
+        "model.local_window=16",
+        "model.axial_shape=[8,16]",
+        "model.dropout=0.1",
+        f"data.path={data}",
+        "data.seq_len=64",
+        "data.batch_size=4",
+        "data.eval_rows=6",
+        "optim.lr=0.01",
+        "optim.warmup_steps=2",
+        "deepspeed.param_persistence_threshold=0",
+        "trainer.max_steps=6",
+        "trainer.micro_batch_size=1",
+        "trainer.log_every=1",
+        "trainer.eval_every=0",
+        "trainer.save_every=3",
+        "trainer.sample_every=0",
+        "trainer.keep_checkpoints=0",
+        f"output_dir={output}",
+        *changed,
+    ]
+
+
+def tiny_config(data: Path, output: Path, *changed: str) -> RunConfig:
+    """The same run as a RunConfig."""
+    return run_config_from(plain(RunConfig()), tiny_overrides(data, output, *changed))

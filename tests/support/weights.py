@@ -1,0 +1,33 @@
+"""Everything that a checkpoint holds, as tensors that can be compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reformer_dist.checkpoint import CheckpointReader
+
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def read_all(folder: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, Tensor]:
+    """Flat tensors by "<parameter>|<kind>", and Adam's step."""
+    reader = CheckpointReader(folder)
+    shapes: dict[str, list[int]] = reader.run["shapes"]
+    tensors = {
+        f"{name}|{kind}": reader.read(name, kind, 0, math.prod(shape))
+        for name, shape in shapes.items()
+        for kind in kinds
+    }
+    return tensors | {"adam_step": torch.tensor(reader.adam_step)}
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """Two checkpoints hold the same weights and optimizer state, bit for bit."""
+    left, right = read_all(first), read_all(second)
+    assert left.keys() == right.keys()
+    differing = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not differing

@@ -47,8 +47,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 IMPORT_FAILED = 3
 MIB = 2**20
 
-Attend = Callable[[Tensor, Tensor], Tensor]
-"""(q, v), each [1, H, S, D] -> an output of as many elements."""
+Attend = Callable[[Tensor, Tensor], Tensor]  # (q, v), each [1, H, S, D] -> an output of as many elements
 
 
 @dataclass(frozen=True)
@@ -228,8 +227,7 @@ def our_buckets(row: Row, q: Tensor) -> Tensor:
 
 
 def attend_by_oracle(row: Row, q: Tensor, v: Tensor) -> Tensor:
-    keys = F.normalize(q, dim=-1)
-    rule = WindowRule(row.window, causal=True)
+    keys, rule = F.normalize(q, dim=-1), WindowRule(row.window, causal=True)
     return reference_attention(q, keys, v, our_buckets(row, q), rule, scale=row.head_dim**-0.5)
 
 

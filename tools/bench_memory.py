@@ -8,8 +8,8 @@ Every row runs in a process of its own. What is held is the live memory after fo
 it, when the parameters already existed. On CUDA it is PyTorch's count of allocated bytes. A CPU has no such count,
 and its resident size also has what the allocator has kept for itself; so the process first gives freed memory
 back to the system (glibc's malloc_trim), before forward and after it, and the sizes are large enough for the
-rest not to matter. A forward and backward of one layer's length go before, so that thread pools and the
-libraries' own buffers are not counted.
+rest not to matter. A forward and backward over a short text go before, so that thread pools, the libraries' own
+buffers and the parameters' gradients are not counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dim", type=int, default=256, help="default: 256")
     add("--n-hashes", type=int, default=2, help="hash rounds of the LSH layers (default: 2)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    add("--threads", type=int, default=1, help="CPU threads (default: 1)")
     add("--json", action="store_true", help="print one JSON object a row instead of the table")
     add("--row", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, recompute: Recompute, n_layers: int) 
 
 
 def live_bytes(device: str) -> int:
-    """Bytes in use: gradients of the parameters exist before and after, so their difference is forward's."""
+    """Bytes in use, once what was freed is given back."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()

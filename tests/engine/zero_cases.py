@@ -70,7 +70,7 @@ class Run:
         for number, (inputs, labels, seeds) in enumerate(micro_batches(self.done, self.job.rank, n_ranks)):
             loss = self.engine.forward(inputs, labels, **seeds)
             if is_bad and number == 0 and self.job.rank == n_ranks - 1:
-                loss = loss * math.inf
+                loss = loss + math.inf  # which leaves its gradient as it is
             total += loss.item()
             self.engine.backward(loss, VALID)
         result = self.engine.step(LEARNING_RATES[self.done])

@@ -66,7 +66,10 @@ class Case:
         )
         trainer = TrainerConfig(micro_batch_size=MICRO, precision=Precision[self.precision])
         data = DataConfig(seq_len=SEQ_LEN, batch_size=ROWS)
-        return RunConfig(model=model, data=data, deepspeed=zero, trainer=trainer, optim=OptimConfig(grad_clip=0.5))
+        # a norm that some steps exceed and some don't; with the usual eps, Adam makes whole steps out of the
+        # rounding of gradients that are nearly 0
+        optim = OptimConfig(grad_clip=0.26 if self.frozen else 0.5, eps=1e-5)
+        return RunConfig(model=model, data=data, deepspeed=zero, trainer=trainer, optim=optim)
 
     def model(self) -> ReformerLM:
         model = ReformerLM(self.config().model, VOCAB, seed=1)

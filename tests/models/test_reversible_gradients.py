@@ -170,6 +170,18 @@ def test_bf16_autocast(layers: list[Any], is_inside: bool) -> None:
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
+@pytest.mark.parametrize("recompute", [Recompute.reversible, Recompute.checkpoint])
+def test_the_recompute_runs_in_the_dtypes_of_the_forward(recompute: Recompute) -> None:
+    model = small_model(recompute=recompute, n_layers=2)
+    seen: list[torch.dtype] = []
+    for block in model.stack.blocks:
+        block.attention.to_v.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(random_tokens(), shifted(random_tokens()), step=0)
+    loss.backward()
+    assert seen == [torch.bfloat16] * 4
+
+
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_streams_are_rebuilt(is_autocast: bool) -> None:
     """The inverse finds each layer's input again: exactly the sublayers' outputs, also under autocast."""

@@ -28,7 +28,8 @@ def run_ranks(
     or does not end as it should: with status 0, or another if it `fails`.
     """
     command = _command(target, world_size) + [str(arg) for arg in args]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | dict(env or {})
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])  # the helpers, and the package beside them
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | dict(env or {})
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -1,0 +1,155 @@
+"""What is read is what was written, whichever rank wrote it and whoever reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_helpers import SHAPES, Piece, cut_evenly, whole, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reformer_dist.checkpoint import CheckpointReader, is_good
+from reformer_dist.checkpoint.writer import KINDS
+from reformer_dist.errors import CheckpointError
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_round_trip(tmp_path: Path, world_size: int) -> None:
+    extra = {"tokenizer.json": b"{}"}
+    folder = written(tmp_path, 12, pieces=cut_evenly(world_size), extra_files=extra)
+    assert folder == tmp_path / "step-00000012"
+    assert is_good(folder) is None
+    reader = CheckpointReader(folder)
+    assert (reader.step, reader.adam_step) == (12, 7)
+    assert reader.rank_states == [{"rank": rank} for rank in range(world_size)]
+    assert reader.run == {"shapes": SHAPES, "made at": 12}
+    assert (folder / "tokenizer.json").read_bytes() == b"{}"
+    for name, shape in SHAPES.items():
+        for kind in KINDS:
+            assert torch.equal(reader.read(name, kind, 0, math.prod(shape)), whole(name, kind))
+
+
+def test_nothing_else_is_left_behind(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+    names = {
+        "manifest.json",
+        "run.json",
+        *(f"rank-0000{rank}.{end}" for rank in (0, 1) for end in ("safetensors", "json")),
+    }
+    assert {path.name for path in folder.iterdir()} == names
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert listed.keys() == names - {"manifest.json"}
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> list[list[Piece]]:
+    """Every parameter cut anywhere, its pieces dealt to any ranks in any order."""
+    pieces = []
+    for name, shape in SHAPES.items():
+        size = math.prod(shape)
+        places = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=5))})
+        pieces += [Piece(name, low, high - low) for low, high in pairwise(places)]
+    ranks: list[list[Piece]] = [[] for _ in range(draw(st.integers(1, 3)))]
+    for piece in draw(st.permutations(pieces)):
+        rank = draw(st.integers(0, len(ranks) - 1))
+        # a rank's fragment of a parameter is one run
+        if all(other.name != piece.name for other in ranks[rank]):
+            ranks[rank].append(piece)
+        else:
+            ranks.append([piece])
+    return ranks
+
+
+@settings(max_examples=25, deadline=None)
+@given(pieces=cuts(), data=st.data())
+def test_any_run_of_any_cut(pieces: list[list[Piece]], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        reader = CheckpointReader(written(Path(root), pieces=pieces))
+        for name, shape in SHAPES.items():
+            offset = data.draw(st.integers(0, math.prod(shape)))
+            length = data.draw(st.integers(0, math.prod(shape) - offset))
+            kind = data.draw(st.sampled_from(KINDS))
+            found = reader.read(name, kind, offset, length)
+            assert torch.equal(found, whole(name, kind)[offset : offset + length])
+
+
+def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
+    pieces = [[Piece("matrix", 0, 10)], [Piece("matrix", 12, 12)]]
+    reader = CheckpointReader(written(tmp_path, pieces=pieces))
+    assert reader.read("matrix", "fp32", 13, 5).numel() == 5
+    with pytest.raises(CheckpointError, match="holds 22 of 24 elements of matrix"):
+        reader.read("matrix", "fp32", 0, 24)
+    with pytest.raises(CheckpointError, match="holds 0 of 5 elements of bias"):
+        reader.read("bias", "fp32", 0, 5)
+
+
+def test_bf16_fragments_are_stored_as_float32(tmp_path: Path) -> None:
+    class Rounded(Piece):
+        def values(self, kind: str) -> torch.Tensor:
+            return super().values(kind).bfloat16()
+
+    reader = CheckpointReader(written(tmp_path, pieces=[[Rounded("bias", 0, 5)]]))
+    found = reader.read("bias", "exp_avg", 0, 5)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, whole("bias", "exp_avg").bfloat16().float())
+
+
+def test_fragments_of_a_large_tensor_take_only_their_own_room(tmp_path: Path) -> None:
+    flat = torch.zeros(1_000_000)
+
+    class View(Piece):
+        def values(self, kind: str) -> torch.Tensor:
+            return flat[:5]
+
+    folder = written(tmp_path, pieces=[[View("bias", 0, 5)]])
+    assert (folder / "rank-00000.safetensors").stat().st_size < 10_000
+
+
+def test_loading_a_model(tmp_path: Path) -> None:
+    reader = CheckpointReader(written(tmp_path))
+    module = torch.nn.Module()
+    for name, shape in SHAPES.items():
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    reader.load_weights(module)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.detach().flatten(), whole(name, "fp32"))
+    module.bias = torch.nn.Parameter(torch.zeros(6))
+    module.other = torch.nn.Parameter(torch.zeros(2))
+    del module.scalar
+    with pytest.raises(CheckpointError) as caught:
+        reader.load_weights(module)
+    message = str(caught.value)
+    assert "another model" in message
+    assert "bias: [5] in the checkpoint, [6] here" in message
+    assert "other: absent in the checkpoint, [2] here" in message
+    assert "scalar: [] in the checkpoint, absent here" in message
+    assert "matrix" not in message
+
+
+def test_many_differing_parameters_are_summed_up(tmp_path: Path) -> None:
+    reader = CheckpointReader(written(tmp_path))
+    with pytest.raises(CheckpointError, match="and 7 more"):
+        reader.check_shapes({**SHAPES, **{f"layer{number}": [1] for number in range(12)}})
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    assert is_good(folder) is None
+    reader = CheckpointReader(folder)
+    assert reader.read("matrix", "fp32", 0, 24).numel() == 24
+    assert reader.rank_states

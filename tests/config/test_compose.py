@@ -1,0 +1,156 @@
+"""From files and overrides to a RunConfig, and back; what is not known is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from support.launch import run_ranks
+
+from reformer_dist.compose import conf_folder, plain, register_schema, run_config_from, to_run_config, to_yaml
+from reformer_dist.config import AttentionKind, ModelConfig, Recompute, RunConfig
+from reformer_dist.errors import ConfigError
+
+YAMLS = sorted(conf_folder().rglob("*.yaml"))
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """What a command line with these overrides would run."""
+    register_schema()
+
+    def make(*overrides: str) -> RunConfig:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return to_run_config(compose("train", list(overrides)))
+
+    return make
+
+
+def choices() -> list[str]:
+    """group=choice for every file in the groups of conf/."""
+    files = (path.relative_to(conf_folder()) for path in YAMLS)
+    return [f"{path.parent}={path.stem}" for path in files if path.parent != Path()]
+
+
+def test_there_are_choices() -> None:
+    assert {"experiment=quickstart", *(f"deepspeed=zero{stage}" for stage in range(4))} <= set(choices())
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_every_file_composes(composed: Callable[..., RunConfig], choice: str) -> None:
+    group = choice.partition("=")[0]
+    # a group that conf/train.yaml does not name is added
+    added = "" if group in ("deepspeed", "experiment") else "+"
+    config = composed(f"{added}{choice}")
+    assert config.micro_batching(1)
+
+
+def test_stages(composed: Callable[..., RunConfig]) -> None:
+    assert [composed(f"deepspeed=zero{stage}").deepspeed.stage for stage in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
+def test_files_name_no_code_and_no_clock(path: Path) -> None:
+    text = path.read_text()
+    assert "_target_" not in text
+    assert "${now" not in text  # ranks would differ
+
+
+def test_overrides_win(composed: Callable[..., RunConfig]) -> None:
+    config = composed("model.layers=[lsh]", "model.recompute=none", "trainer.micro_batch_size=null")
+    assert config.model.layers == [AttentionKind.lsh]
+    assert config.model.recompute is Recompute.none
+    assert config.trainer.micro_batch_size is None
+
+
+BAD = [
+    ("model.dimm=3", ["model.dimm", "did you mean dim?"]),
+    ("+model.foo=1", ["model.foo=1", "no such key"]),
+    ("++model.foo=1", ["model.foo=1", "no such key"]),
+    ("+foo=1", ["foo=1", "no such key", "model, data"]),
+    ("+model._target_=os.system", ["model._target_=os.system", "no such key"]),
+    ("+_target_=os.system", ["_target_=os.system", "no such key"]),
+    ("+model.layer_kinds=1", ["model.layer_kinds=1", "no such key"]),
+    ("+model.max_positions=1", ["model.max_positions=1", "no such key"]),
+    ("model.dim=abc", ["model.dim", "abc"]),
+    ("model.dim=1.5", ["model.dim", "1.5"]),
+    ("model.dim=null", ["model.dim"]),
+    ("model.causal=maybe", ["model.causal", "maybe"]),
+    ("model.position=polar", ["model.position", "polar", "axial"]),
+    ("model.layers=[lsh,far]", ["model.layers[1]", "far", "local"]),
+    ("model.layers=lsh", ["model.layers"]),
+    ("data.path=${nothing}", ["data.path", "nothing"]),
+    ("data.path=${oc.env:NO_SUCH_VARIABLE}", ["data.path", "NO_SUCH_VARIABLE"]),
+    ("model.n_buckets=7", ["model.n_buckets=7"]),
+    ("data.batch_size=0", ["data.batch_size=0"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD, ids=[override for override, _ in BAD])
+def test_bad_overrides(override: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real entry, in this process: it must not get as far as training."""
+    monkeypatch.setattr("sys.argv", ["reformer-train", override])
+    with pytest.raises(ConfigError) as caught:
+        _enter()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def _enter() -> None:
+    from reformer_dist.compose import hydra_entry
+
+    def refuse(config: RunConfig) -> None:
+        raise AssertionError(f"accepted: {config}")
+
+    hydra_entry(refuse)
+
+
+def test_users_see_one_line(tmp_path: Path) -> None:
+    output = run_ranks("reformer_dist.train", 1, ["model.dimm=3", f"output_dir={tmp_path / 'run'}"], fails=True)
+    assert output.startswith("error: model.dimm")
+    assert len(output.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+SAVED_BAD = [
+    ("model.dimm=3", "did you mean dim?"),
+    ("model._target_=os.system", "_target_"),
+    ("model.layer_kinds=1", "layer_kinds"),
+    ("model.dim=abc", "abc"),
+    ("model.dim=[1", "not valid YAML"),
+    ("model=3", "ModelConfig"),
+    ("=3", "RunConfig"),
+    ("", "RunConfig"),
+]
+
+
+@pytest.mark.parametrize(("override", "word"), SAVED_BAD, ids=[override or "empty" for override, _ in SAVED_BAD])
+def test_bad_overrides_of_a_saved_configuration(override: str, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_config_from(plain(RunConfig()), [override])
+    assert word in str(caught.value)
+
+
+def test_saved_configuration_goes_round(composed: Callable[..., RunConfig]) -> None:
+    config = composed("experiment=quickstart", "deepspeed=zero2", "model.head_dim=16", "trainer.precision=bf16")
+    assert run_config_from(plain(config), []) == config
+    changed = run_config_from(plain(config), ["model.n_hashes=8", "data.path=a=b"])
+    assert (changed.model.n_hashes, changed.data.path) == (8, "a=b")
+    assert config.model.n_hashes != 8
+
+
+def test_yaml_goes_round(composed: Callable[..., RunConfig]) -> None:
+    config = composed("optim.lr=1e-7", "model.layers=[exact]", "output_dir='a: [b'")
+    again = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    assert isinstance(again, dict)
+    assert run_config_from(again, []) == config
+
+
+def test_saved_configuration_is_checked_again() -> None:
+    saved = plain(RunConfig(model=ModelConfig(n_layers=2)))
+    saved["model"]["n_buckets"] = 7
+    with pytest.raises(ConfigError, match=r"model\.n_buckets=7"):
+        run_config_from(saved, [])

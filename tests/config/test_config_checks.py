@@ -1,0 +1,218 @@
+"""Every check of the configuration fails on what it is for, and names the key and the value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from reformer_dist.config import (
+    Activation,
+    AttentionKind,
+    DataConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    NeighbourRule,
+    OptimConfig,
+    Position,
+    Precision,
+    RunConfig,
+    TrainerConfig,
+)
+from reformer_dist.engine.setup import deepspeed_dict
+from reformer_dist.errors import ConfigError, UserError
+
+GROUPS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "deepspeed": DeepSpeedConfig,
+    "trainer": TrainerConfig,
+}
+TOO_SMALL = {
+    "model.dim": 0,
+    "model.n_layers": 0,
+    "model.n_heads": 0,
+    "model.head_dim": 0,
+    "model.n_hashes": 0,
+    "model.window": 0,
+    "model.chunk_len": 0,
+    "model.local_window": 0,
+    "model.n_chunks_before": -1,
+    "model.n_chunks_after": -1,
+    "model.ff_chunk": -1,
+    "model.ff_mult": 0,
+    "model.loss_chunk": 0,
+    "model.max_seq_len": 0,
+    "model.norm_eps": -1e-5,
+    "data.seq_len": 0,
+    "data.batch_size": 0,
+    "data.shuffle_buffer": 0,
+    "data.eval_rows": -1,
+    "optim.lr": -0.1,
+    "optim.eps": -1e-8,
+    "optim.weight_decay": -0.01,
+    "optim.grad_clip": -1.0,
+    "optim.warmup_steps": -1,
+    "deepspeed.reduce_bucket_size": 0,
+    "deepspeed.param_persistence_threshold": -1,
+    "trainer.max_steps": 0,
+    "trainer.micro_batch_size": 0,
+    "trainer.log_every": -1,
+    "trainer.eval_every": -1,
+    "trainer.save_every": -1,
+    "trainer.sample_every": -1,
+    "trainer.keep_checkpoints": -1,
+    "trainer.seed": -1,
+    "trainer.sample_tokens": 0,
+    "trainer.max_skipped_steps": 0,
+}
+SHARES = ("model.dropout", "model.attention_dropout", "model.ff_dropout")
+
+
+def make(key: str, value: object, **beside: Any) -> object:
+    group, name = key.split(".")
+    return GROUPS[group](**{name: value}, **beside)
+
+
+def complains(key: str, value: object, *words: str, **beside: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(key, value, **beside)
+    message = str(caught.value)
+    assert f"{key}={value}" in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("key", TOO_SMALL)
+def test_too_small(key: str) -> None:
+    complains(key, TOO_SMALL[key], "at least")
+
+
+@pytest.mark.parametrize("key", [key for key, value in TOO_SMALL.items() if isinstance(value, float)])
+def test_not_a_number(key: str) -> None:
+    complains(key, math.nan, "at least")
+
+
+@pytest.mark.parametrize("key", SHARES)
+@pytest.mark.parametrize("value", [1.0, -0.1, math.nan])
+def test_shares(key: str, value: float) -> None:
+    complains(key, value, "below 1")
+
+
+@pytest.mark.parametrize("key", ["model.head_dim", "trainer.micro_batch_size", "model.axial_dims"])
+def test_null_is_fine_where_it_has_a_meaning(key: str) -> None:
+    make(key, None)
+
+
+def test_numbers_of_the_model() -> None:
+    complains("model.n_heads", 3, "model.dim=256")
+    assert ModelConfig(n_heads=3, head_dim=10).resolved_head_dim == 10
+    complains("model.n_buckets", 7, "even")
+    complains("model.n_buckets", 0, "even")
+    assert ModelConfig(n_buckets=1).n_buckets == 1
+    for value in (0.0, -1.0, math.inf, math.nan):
+        complains("model.qk_scale", value, "positive")
+    complains("model.layers", [], "lsh")
+    complains("model.head_dim", 5, "rotary", position=Position.rotary)
+
+
+def test_chunk_rule() -> None:
+    chunk = {"neighbours": NeighbourRule.chunk}
+    complains("model.chunk_wrap", True, "model.neighbours=chunk")
+    complains("model.chunk_wrap", True, "count_pairs_once", count_pairs_once=True, **chunk)
+    complains("model.chunk_wrap", True, "local_round", local_round=True, **chunk)
+    complains("model.n_chunks_after", 1, "causal", **chunk)
+    assert ModelConfig(n_chunks_after=1, causal=False, **chunk).n_chunks_after == 1
+
+
+def test_axial_positions() -> None:
+    complains("model.axial_shape", [], "side")
+    complains("model.axial_shape", [0, 64], "positive")
+    for dims in ([128], [100, 100], [0, 256]):
+        complains("model.axial_dims", dims, "256")
+    assert ModelConfig(dim=7, n_heads=7, axial_shape=[4, 4, 4]).resolved_axial_dims == [3, 2, 2]
+
+
+def test_optimizer() -> None:
+    complains("optim.betas", [0.9], "two")
+    with pytest.raises(ConfigError, match=r"optim\.betas=1\.0"):
+        OptimConfig(betas=[0.9, 1.0])
+    for value in (-0.1, 1.1, math.nan):
+        complains("optim.min_lr_ratio", value, "0 to 1")
+
+
+def test_zero() -> None:
+    complains("deepspeed.stage", 4, "0, 1, 2 or 3")
+    complains("deepspeed.offload_optimizer", True, "deepspeed.stage")
+    assert DeepSpeedConfig(stage=1, offload_optimizer=True).offload_optimizer
+
+
+@pytest.mark.parametrize(
+    ("model", "longest"),
+    [({"axial_shape": [4, 8]}, 32), ({"position": Position.learned, "max_seq_len": 40}, 40)],
+)
+def test_rows_longer_than_positions(model: dict[str, Any], longest: int) -> None:
+    RunConfig(model=ModelConfig(**model), data=DataConfig(seq_len=longest))
+    with pytest.raises(ConfigError, match=rf"data\.seq_len={longest + 1}: .*{longest}.*model\.position="):
+        RunConfig(model=ModelConfig(**model), data=DataConfig(seq_len=longest + 1))
+
+
+@pytest.mark.parametrize("position", [Position.rotary, Position.sinusoidal])
+def test_positions_without_an_end(position: Position) -> None:
+    assert ModelConfig(position=position).max_positions is None
+    RunConfig(model=ModelConfig(position=position), data=DataConfig(seq_len=10**6))
+
+
+def test_shared_layers_exclude_stage_3() -> None:
+    model = ModelConfig(share_layers=True)
+    RunConfig(model=model, deepspeed=DeepSpeedConfig(stage=2))
+    with pytest.raises(ConfigError, match=r"model\.share_layers=true: .*deepspeed\.stage=3"):
+        RunConfig(model=model, deepspeed=DeepSpeedConfig(stage=3))
+
+
+@pytest.mark.parametrize("key", ["output_dir", "resume"])
+def test_empty_paths(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}=''"):
+        RunConfig(**{key: ""})
+
+
+def test_two_sided_models_are_not_trained() -> None:
+    with pytest.raises(ConfigError, match=r"model\.causal=False"):
+        RunConfig(model=ModelConfig(causal=False))
+
+
+def test_batch_arithmetic() -> None:
+    config = RunConfig(data=DataConfig(batch_size=12), trainer=TrainerConfig(micro_batch_size=2))
+    assert config.micro_batching(1) == (2, 6)
+    assert config.micro_batching(3) == (2, 2)
+    assert RunConfig(data=DataConfig(batch_size=12)).micro_batching(3) == (4, 1)
+    with pytest.raises(ConfigError, match=r"data\.batch_size=12: .* 5 "):
+        config.micro_batching(5)
+    with pytest.raises(ConfigError, match=r"trainer\.micro_batch_size=2: .* 3 .*data\.batch_size=12"):
+        config.micro_batching(4)
+
+
+def test_layers_repeat() -> None:
+    lsh, local = AttentionKind.lsh, AttentionKind.local
+    assert ModelConfig(n_layers=5, layers=[local, local, lsh]).layer_kinds() == [local, local, lsh, local, local]
+
+
+def test_fp16_needs_a_gpu_and_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(stage: int) -> dict[str, Any]:
+        return deepspeed_dict(DeepSpeedConfig(stage=stage), OptimConfig(), Precision.fp16, 1, 1)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"trainer\.precision=fp16: needs a GPU"):
+        settings(1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"trainer\.precision=fp16: needs deepspeed\.stage"):
+        settings(0)
+    assert settings(1)["fp16"] == {"enabled": True}
+
+
+def test_configuration_errors_are_what_users_and_python_expect() -> None:
+    assert issubclass(ConfigError, UserError)
+    assert issubclass(ConfigError, ValueError)
+    assert Activation("glu") is Activation.glu

@@ -1,0 +1,48 @@
+"""The two benchmarks at small sizes: what they print, what they check, and that the check can fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run_tool(name: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit status and the printed rows."""
+    command = [sys.executable, str(TOOLS / name), "--json", "--threads", "1", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_attention_rows() -> None:
+    sizes = ("--seq-len", "512", "--n-hashes", "2", "--heads", "2", "--head-dim", "16", "--repeat", "1")
+    status, rows = run_tool("bench_attention.py", *sizes, "--impl", "ours", "sdpa")
+    assert status == 0 and [row["impl"] for row in rows] == ["ours", "sdpa"]
+    for row in rows:
+        assert set(row) == {
+            *("impl", "seq_len", "n_hashes", "heads", "head_dim", "seconds", "peak_mib", "correct"),
+        }
+        assert row["correct"] is True and row["seconds"] > 0 and row["peak_mib"] >= 0
+
+
+def test_a_row_that_fails_shows_no_speed() -> None:
+    # an odd number of buckets is refused
+    status, rows = run_tool("bench_attention.py", "--seq-len", "128", "--n-buckets", "3", "--impl", "ours")
+    assert status == 1
+    assert (rows[0]["correct"], rows[0]["seconds"], rows[0]["peak_mib"]) == (False, None, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="live memory on a CPU is read under Linux only")
+def test_memory_held_by_reversible_layers_does_not_grow() -> None:
+    status, rows = run_tool("bench_memory.py", "--seq-len", "2048", "--dim", "128", "--batch", "1")
+    held = {(row["recompute"], row["n_layers"]): row["held_mib"] for row in rows}
+    assert status == 0 and len(rows) == 6
+    assert held["reversible", 16] < 1.1 * held["reversible", 4]
+    assert held["checkpoint", 16] > 2 * held["checkpoint", 4]
+    assert held["none", 16] > 3 * held["none", 4] > 6 * held["reversible", 4]

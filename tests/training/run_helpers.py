@@ -1,0 +1,67 @@
+"""Runs of the trainer in this process, and what they left behind."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from support.tiny import tiny_config
+from torch import Tensor
+
+from reformer_dist.build import build_trainer
+from reformer_dist.data import Dataset
+from reformer_dist.data.documents import read_documents
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.load import load_model
+from reformer_dist.models import ReformerLM
+
+LOSS = "train/loss"
+
+
+def train(job: Runtime, data: Path, output: Path, *changed: str) -> Path:
+    """Trains as `reformer-train` would; returns the run directory."""
+    with ExitStack() as resources:
+        build_trainer(tiny_config(data, output, *changed), job, resources).fit()
+    return output
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def interrupted(run: Path, output: Path, *steps: int) -> Path:
+    """A run directory as if the run had been killed some time after saving these steps."""
+    for step in steps:
+        shutil.copytree(checkpoint(run, step), checkpoint(output, step))
+    return output
+
+
+def damage(folder: Path) -> None:
+    """One byte of the weights becomes another."""
+    path = folder / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@torch.no_grad()
+def heldout_loss(folder: Path, seq_len: int) -> tuple[float, float]:
+    """(nats per token, bits per byte) of a checkpoint on the whole held-out text, one row at a time."""
+    loaded = load_model(folder, [], torch.device("cpu"))
+    dataset = Dataset.open(loaded.config.data.path)
+    text = [dataset.tokenizer.eos_id]
+    for shard in dataset.shards("heldout"):
+        for document in read_documents(dataset, shard):
+            text += document.tolist()
+    tokens = torch.tensor(text)
+    n_tokens = len(tokens) - 1
+    nats = sum(_nats(loaded.model, tokens[start : start + seq_len + 1]) for start in range(0, n_tokens, seq_len))
+    n_bytes = dataset.n_bytes("heldout")
+    return nats / n_tokens, nats / torch.tensor(2.0, dtype=torch.float64).log().item() / n_bytes
+
+
+def _nats(model: ReformerLM, row: Tensor) -> float:
+    probabilities: Tensor = model(row[None, :-1])[0].double().log_softmax(-1)
+    return -probabilities.gather(-1, row[1:, None]).sum().item()

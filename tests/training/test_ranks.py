@@ -1,0 +1,141 @@
+"""Runs on two processes: exact resumes at each stage, other worlds go on with them, and errors are shared.
+
+One job trains everything (two_ranks.py), and one more comes by the command line; the tests look at what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import LOSS, checkpoint, heldout_loss, train
+from support.events import read_events, scalars
+from support.launch import run_ranks
+from support.tiny import tiny_overrides
+from support.weights import assert_same
+
+from reformer_dist.distributed.runtime import Runtime
+
+STAGES = (0, 2, 3)
+EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
+# dropout depends on how rows are spread over the ranks: without it, all worlds compute the same
+DRY = "model.dropout=0"
+
+
+def broken(data: Path, copy: Path) -> Path:
+    """A data set in which half of the shards are zeros."""
+    shutil.copytree(data, copy)
+    for path in sorted(copy.glob("train-*.tar"))[::2]:
+        path.write_bytes(bytes(path.stat().st_size))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtime) -> Path:
+    """The run of one process that those of two are held against."""
+    return train(job, tiny_data, tmp_path_factory.mktemp("runs") / "alone", DRY, *EVALUATED)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder of the runs, what each raised)."""
+    root = tmp_path_factory.mktemp("ranks")
+    plan: dict[str, list[str]] = {}
+
+    def add(name: str, *changed: str, data: Path = tiny_data) -> None:
+        plan[name] = tiny_overrides(data, root / name, *changed)
+
+    add("dry", DRY, *EVALUATED)
+    add("elastic", DRY, "deepspeed.stage=2", f"resume={checkpoint(alone, 3)}", *EVALUATED)
+    add("uneven", "data.batch_size=5")
+    add("broken", data=broken(tiny_data, root / "data"))
+    # stage 3 last: DeepSpeed then replaces torch's linear in the process
+    for stage in STAGES:
+        zero = f"deepspeed.stage={stage}"
+        add(f"zero{stage}", zero, *EVALUATED, "trainer.sample_every=6", "trainer.sample_tokens=3")
+        add(f"zero{stage}-resumed", zero, f"resume={checkpoint(root / f'zero{stage}', 3)}")
+    add("dry3", DRY, "deepspeed.stage=3", "deepspeed.offload_optimizer=true")
+    plan["again"] = [*plan["dry"], "resume=never"]
+    (root / "plan.json").write_text(json.dumps(plan))
+    run_ranks(Path(__file__).with_name("two_ranks.py"), 2, [root / "plan.json", root / "found.json"])
+    return root, json.loads((root / "found.json").read_text())
+
+
+def test_what_should_end_well_does(ranks: tuple[Path, dict[str, Any]]) -> None:
+    fails = {"agreements", "uneven", "broken", "again"}
+    assert {name: said for name, said in ranks[1].items() if name not in fails and said != [None, None]} == {}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bitwise(ranks: tuple[Path, dict[str, Any]], stage: int) -> None:
+    whole, resumed = ranks[0] / f"zero{stage}", ranks[0] / f"zero{stage}-resumed"
+    assert scalars(resumed, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
+    assert_same(checkpoint(resumed, 6), checkpoint(whole, 6))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_observe_alike(ranks: tuple[Path, dict[str, Any]], stage: int) -> None:
+    first, run = ranks[0] / "zero0", ranks[0] / f"zero{stage}"
+    assert read_events(run).Tags() == read_events(first).Tags()
+    assert "sample/text_summary" in read_events(run).Tags()["tensors"]
+    for tag in (LOSS, "train/grad_norm", "eval/loss"):
+        assert scalars(run, tag) == pytest.approx(scalars(first, tag), rel=1e-4)
+    assert scalars(run, "eval/loss")[6] == pytest.approx(heldout_loss(checkpoint(run, 6), seq_len=64)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dry", "elastic", "dry3"])
+def test_worlds_agree(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str) -> None:
+    expected = {step: loss for step, loss in scalars(alone, LOSS).items() if name != "elastic" or step > 3}
+    assert scalars(ranks[0] / name, LOSS) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dry", "elastic"])
+def test_evaluation_is_exact_in_any_world(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str) -> None:
+    run = ranks[0] / name
+    loss, bits = heldout_loss(checkpoint(run, 6), seq_len=64)
+    assert scalars(run, "eval/loss")[6] == pytest.approx(loss, rel=1e-6)
+    assert scalars(run, "eval/bits_per_byte")[6] == pytest.approx(bits, rel=1e-6)
+    assert loss == pytest.approx(scalars(alone, "eval/loss")[6], rel=1e-5)
+
+
+def test_one_process_goes_on_with_stage_3_of_two(
+    ranks: tuple[Path, dict[str, Any]], alone: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    source = checkpoint(ranks[0] / "dry3", 3)
+    run = train(job, tiny_data, tmp_path / "run", DRY, f"resume={source}", "deepspeed.stage=1")
+    expected = {step: loss for step, loss in scalars(alone, LOSS).items() if step > 3}
+    assert scalars(run, LOSS) == pytest.approx(expected, rel=1e-5)
+
+
+def test_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_data: Path, tmp_path: Path) -> None:
+    overrides = tiny_overrides(tiny_data, tmp_path / "run", "deepspeed=zero2")
+    output = run_ranks("reformer_dist.train", 2, overrides)
+    assert output.count("ZeRO stage 2, fp32, 2 ranks on cpu") == 1
+    assert output.count("step 6/6 | loss ") == 1  # one rank speaks
+    assert_same(checkpoint(tmp_path / "run", 6), checkpoint(ranks[0] / "zero2", 6))
+
+
+def test_errors_are_those_of_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> None:
+    for name, words in (
+        ("uneven", "data.batch_size=5: must be a multiple of the 2 data-parallel ranks"),
+        ("broken", "torn or altered"),
+        ("again", "resume=never: "),
+    ):
+        first, second = ranks[1][name]
+        assert first == second
+        assert words in first
+
+
+def test_ranks_agree_on_what_happened(ranks: tuple[Path, dict[str, Any]]) -> None:
+    found = ranks[1]["agreements"]
+    assert found["none fails"] == found["raise nothing"] == [None, None]
+    assert found["the last fails"] == ["SharedError: rank 1: disk full"] * 2
+    assert found["all fail alike"] == ["SharedError: no data"] * 2
+    assert found["all fail apart"] == ["SharedError: rank 0: odd 0\nrank 1: odd 1"] * 2
+    assert found["main fails"] == ["SharedError: main only"] * 2
+    assert found["main tells"] == ["from 0", "from 0"]
+    assert found["sum"] == [3.0, 1.0, 2.0**54]
+    assert found["gather"] == [{"rank": 0}, {"rank": 1}]

@@ -1,0 +1,108 @@
+"""A run goes on exactly where it was, from the checkpoint that is right, or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_helpers import LOSS, checkpoint, damage, interrupted, train
+from support.events import scalars
+from support.tiny import tiny_overrides
+from support.weights import assert_same
+
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.errors import UserError
+
+
+def test_resume_is_bitwise(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    run = train(job, tiny_data, interrupted(whole, tmp_path / "run", 3))
+    assert scalars(run, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+    assert f"resuming from {checkpoint(run, 3)} at step 3" in said.messages
+    assert "  changed since: trainer.eval_every: 3 -> 0" in said.messages
+    train(job, tiny_data, run)
+    assert said.messages[-1] == "already at step 6 of 6: nothing to train"
+
+
+def test_bf16_resumes_bitwise(tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    changed = ("trainer.precision=bf16", "deepspeed.stage=2")
+    whole = train(job, tiny_data, tmp_path / "whole", *changed)
+    run = train(job, tiny_data, interrupted(whole, tmp_path / "run", 3), *changed)
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+
+
+def test_kill_9_and_start_again(whole: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The process is killed at work on step 5; the same command then ends as if nothing had been."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-u", "-m", "reformer_dist.train", *tiny_overrides(tiny_data, run)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # another number of threads adds in another order
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 4/6"):
+                process.send_signal(signal.SIGKILL)
+                break
+        assert process.wait(60) == -signal.SIGKILL
+    assert not checkpoint(run, 6).exists()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, timeout=120, check=True)
+    assert f"resuming from {checkpoint(run, 3)} at step 3" in done.stdout
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+    assert scalars(run, LOSS) == scalars(whole, LOSS)  # each step once
+
+
+def test_resume_falls_back_behind_a_damaged_checkpoint(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    run = interrupted(whole, tmp_path / "run", 3, 6)
+    damage(checkpoint(run, 6))
+    train(job, tiny_data, run)
+    assert f"passed over {checkpoint(run, 6)}: the content of rank-00000.safetensors has changed" in said.messages
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+
+
+def test_resume_where_all_are_damaged(whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    run = interrupted(whole, tmp_path / "run", 3)
+    damage(checkpoint(run, 3))
+    with pytest.raises(UserError, match="no checkpoint is whole; move"):
+        train(job, tiny_data, run)
+    with pytest.raises(UserError, match=r"resume=never: .* holds checkpoints"):
+        train(job, tiny_data, run, "resume=never")
+
+
+def test_resume_never_refuses_to_mix_runs(whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    run = interrupted(whole, tmp_path / "run", 3)
+    (run / "config.yaml").write_text("as it was")
+    with pytest.raises(UserError, match=r"resume=never: .* holds checkpoints of an earlier run"):
+        train(job, tiny_data, run, "resume=never")
+    assert (run / "config.yaml").read_text() == "as it was"
+    fresh = train(job, tiny_data, tmp_path / "fresh", "resume=never")
+    assert_same(checkpoint(fresh, 6), checkpoint(whole, 6))
+
+
+def test_resume_from_a_path(whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    run = train(job, tiny_data, tmp_path / "run", f"resume={checkpoint(whole, 3)}")
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"{path}: is neither a checkpoint"):
+            train(job, tiny_data, tmp_path / "other", f"resume={path}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("model.ff_mult=2", r"is of another model:(.|\n)*feed_forward.* in the checkpoint"),
+        ("data.seq_len=32", "seq_len"),
+        ("trainer.seed=1", "seed"),
+    ],
+)
+def test_resume_of_another_run_is_refused(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, changed: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train(job, tiny_data, interrupted(whole, tmp_path / "run", 3), changed)

@@ -1,0 +1,130 @@
+"""Whole runs of one process: they learn, say what they do, evaluate exactly and survive what goes wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from run_helpers import LOSS, checkpoint, heldout_loss, interrupted, train
+from safetensors import SafetensorError
+from support.events import read_events, scalars
+from support.tiny import WORDS
+from support.weights import assert_same
+
+from reformer_dist.checkpoint import is_good, writer
+from reformer_dist.data import ByteTokenizer, write_dataset
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.errors import TrainingError, UserError
+
+
+def test_the_loss_falls(whole: Path) -> None:
+    losses = scalars(whole, LOSS)
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses[1] == pytest.approx(math.log(257), abs=0.1)
+    assert losses[6] < losses[1] - 1.0
+
+
+def test_what_tensorboard_gets(whole: Path) -> None:
+    events = read_events(whole)
+    lsh = {"lsh/largest_bucket_over_mean", "lsh/full_windows", "lsh/agreement_of_rounds"}
+    train_tags = {f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps")}
+    eval_tags = {"eval/loss", "eval/bits_per_byte", "reversible/drift", *lsh}
+    perf_tags = {"perf/tokens_per_s", "perf/peak_memory_gib"}
+    assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags
+    assert all(math.isfinite(event.value) for tag in eval_tags for event in events.Scalars(tag))
+    assert 0 < scalars(whole, "reversible/drift")[6] < 1e-3
+    assert scalars(whole, "train/lr")[2] == pytest.approx(0.01)
+    assert events.Tags()["tensors"] == ["sample/text_summary"]
+    [sample] = events.Tensors("sample/text_summary")
+    assert sample.step == 6
+    assert "⟦…⟧" in sample.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_evaluation_is_exact(whole: Path, step: int) -> None:
+    loss, bits = heldout_loss(checkpoint(whole, step), seq_len=64)
+    assert scalars(whole, "eval/loss")[step] == pytest.approx(loss, rel=1e-6)
+    assert scalars(whole, "eval/bits_per_byte")[step] == pytest.approx(bits, rel=1e-6)
+
+
+def test_evaluation_and_samples_disturb_nothing(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    alone = train(job, tiny_data, tmp_path / "run")
+    assert scalars(alone, LOSS) == scalars(whole, LOSS)
+    assert_same(checkpoint(alone, 6), checkpoint(whole, 6))
+
+
+def test_progress_is_told(tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture) -> None:
+    train(job, tiny_data, tmp_path / "run", "trainer.max_steps=2", "trainer.eval_every=2")
+    announced, first, second, heldout, saved = said.messages
+    assert "41,281 parameters | ZeRO stage 0, fp32, 1 rank on cpu | 256 tokens a step in 4 micro-b" in announced
+    for line in (first, second):
+        for words in ("/2 | loss ", " | bits per byte ", " tokens/s | ", " | grad norm ", " | lr ", " | ETA "):
+            assert words in line
+    assert heldout.startswith("step 2 | held-out loss ")
+    assert " | held-out bits per byte " in heldout
+    assert saved.endswith("step-00000002")
+
+
+def test_a_run_that_diverges_stops_and_leaves_its_checkpoint(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    run = interrupted(whole, tmp_path / "run", 3)
+    poison = ("optim.lr=1e30", "trainer.max_steps=20", "trainer.save_every=20", "trainer.max_skipped_steps=2")
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*trainer\.max_skipped_steps=2"):
+        train(job, tiny_data, run, *poison)
+    assert said.messages[-1] == "step 6: loss or gradient is not finite; the step is skipped"
+    assert is_good(checkpoint(run, 3)) is None
+    train(job, tiny_data, run)
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+
+
+def test_skips_are_counted_and_saved(whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    run = interrupted(whole, tmp_path / "run", 3)
+    train(job, tiny_data, run, "optim.lr=1e30")  # steps 5 and 6 are skipped
+    assert scalars(run, "train/skipped_steps") == {4: 0.0, 5: 1.0, 6: 2.0}
+    assert math.isnan(scalars(run, LOSS)[6])
+    train(job, tiny_data, run, "trainer.max_steps=7")
+    assert scalars(run, "train/skipped_steps")[7] == 3.0
+
+
+def test_a_failed_save_does_not_stop_the_run(
+    tiny_data: Path,
+    tmp_path: Path,
+    job: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    said: pytest.LogCaptureFixture,
+) -> None:
+    save = writer.save_file
+
+    def fail_once(*args: object) -> None:
+        monkeypatch.setattr(writer, "save_file", save)
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(writer, "save_file", fail_once)
+    run = train(job, tiny_data, tmp_path / "run")
+    assert any("step 3: the checkpoint could not be written" in words for words in said.messages)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_the_last_save_must_succeed(
+    tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_json", fail)
+    with pytest.raises(UserError, match="No space left"):
+        train(job, tiny_data, tmp_path / "run", "trainer.max_steps=1")
+
+
+@pytest.mark.parametrize("key", ["trainer.eval_every", "trainer.sample_every"])
+def test_evaluation_and_samples_need_held_out_text(
+    tiny_data: Path, tmp_path: Path, job: Runtime, key: str
+) -> None:
+    text = " ".join(WORDS).encode() * 20
+    write_dataset([("doc", text)], tmp_path / "data", ByteTokenizer(), heldout_fraction=0.0)
+    with pytest.raises(UserError, match=rf"no documents are held out.*{key}=0"):
+        train(job, tmp_path / "data", tmp_path / "run", f"{key}=1")

@@ -1,0 +1,41 @@
+"""The curves of a run: one value a step, also after an interruption, and one writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.events import read_events
+
+from reformer_dist.training.tensorboard import Board
+
+
+def write(run: Path, first_step: int, steps: range, value: float) -> None:
+    board = Board(run / "tensorboard", is_active=True, first_step=first_step)
+    for step in steps:
+        board.scalars({"loss": value}, step)
+    board.close()
+
+
+def test_what_lies_beyond_the_checkpoint_is_taken_back(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(1, 6), 1.0)
+    write(tmp_path, 3, range(5, 7), 2.0)  # step 4 is not reported this time
+    events = read_events(tmp_path).Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 1.0), (3, 1.0), (5, 2.0), (6, 2.0)]
+
+
+def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
+    board = Board(tmp_path / "tensorboard", is_active=True, first_step=0)
+    board.text("sample", "# no title\n\n* no list", 7)
+    board.flush()
+    [event] = read_events(tmp_path).Tensors("sample/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == "    # no title\n    \n    * no list\n"
+    board.close()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    board = Board(tmp_path / "tensorboard", is_active=False, first_step=0)
+    board.scalars({"loss": 1.0}, 1)
+    board.text("sample", "text", 1)
+    board.flush()
+    board.close()
+    assert not list(tmp_path.iterdir())

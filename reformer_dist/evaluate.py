@@ -82,7 +82,7 @@ def _report(loaded: LoadedModel, result: EvalResult, text: bytes) -> str:
 
 
 def main() -> None:
-    run_command(lambda: run_evaluation(build_parser().parse_args()))
+    run_command(lambda: run_evaluation(build_parser().parse_intermixed_args()))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def _room(loaded: LoadedModel, n_tokens: int) -> int | None:
 
 
 def main() -> None:
-    run_command(lambda: run_generation(build_parser().parse_args()))
+    run_command(lambda: run_generation(build_parser().parse_intermixed_args()))
 
 
 if __name__ == "__main__":

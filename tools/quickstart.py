@@ -28,7 +28,7 @@ def main() -> None:
         suffixes = [] if arguments.text else ["--suffix", ".py"]
         _say(f"Cutting {text} into shards")
         make_shards = [sys.executable, str(TOOLS / "make_shards.py"), str(text), *suffixes]
-        _run([*make_shards, "--shard-mb", "1", "--output", str(data)])
+        _run([*make_shards, "--shard-mb", "1", "--heldout", "0.1", "--output", str(data)])
     paths = [f"data.path={data}", f"output_dir={run}"]
     train = [_command("reformer-train"), f"experiment={EXPERIMENT}", *paths, *arguments.overrides]
     _say("Training (the same command resumes)")

@@ -5,8 +5,9 @@ What becomes a document:
 - each file of a folder, sorted by path; hidden, `__pycache__`, `site-packages` and `dist-packages` folders,
   hidden files and binary files (those that contain NUL) are left out;
 - each line of a `.jsonl` file;
-- a text file named by itself is cut at blank lines into pieces of about 64 KiB, since a single document can
-  not be split into training and held-out text. The pieces join to exactly the file;
+- a text file named by itself is cut at blank lines into pieces, since a single document can not be split into
+  training and held-out text: into some 64 pieces, each of about 2 KiB at least and 64 KiB at most. The pieces
+  join to exactly the file;
 - a `.gz` file is read as what it holds.
 """
 
@@ -23,8 +24,9 @@ from typing import IO, cast
 
 from reformer_dist.errors import DataError
 
-PIECE_BYTES = 64 << 10
-LONGEST_PIECE_BYTES = 2 * PIECE_BYTES
+LEAST_PIECE_BYTES = 2 << 10
+MOST_PIECE_BYTES = 64 << 10
+USUAL_PIECES = 64
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
 _BLANK_LINE = re.compile(rb"\n\r?\n")
@@ -80,7 +82,8 @@ def _documents_of(path: Path, label: str, jsonl_field: str, in_folder: bool) -> 
                 if b"\0" not in text:
                     yield label, text
             else:
-                yield from _pieces(file, path, label)
+                aim = min(max(path.stat().st_size // USUAL_PIECES, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
+                yield from _pieces(file, path, label, aim)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: can't be read ({error})") from error
 
@@ -103,27 +106,28 @@ def _lines(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tupl
         yield f"{label}:{number}", text.encode("utf-8", errors="replace")
 
 
-def _pieces(file: IO[bytes], path: Path, label: str) -> Iterator[tuple[str, bytes]]:
+def _pieces(file: IO[bytes], path: Path, label: str, aim: int) -> Iterator[tuple[str, bytes]]:
+    """Consecutive pieces of `aim` to 2 * `aim` bytes."""
     rest = b""
     number = 0
     while True:
-        window = rest + file.read(LONGEST_PIECE_BYTES - len(rest))
+        window = rest + file.read(2 * aim - len(rest))
         if not window:
             return
         if b"\0" in window:
             raise DataError(f"{path}: contains NUL bytes; it must be text")
-        end = _piece_end(window)
+        end = _piece_end(window, aim)
         yield f"{label}#{number}", window[:end]
         rest = window[end:]
         number += 1
 
 
-def _piece_end(window: bytes) -> int:
+def _piece_end(window: bytes, aim: int) -> int:
     """Where the first piece of the window ends: at a blank line, else a line, else a character."""
-    blank = _BLANK_LINE.search(window, PIECE_BYTES - 1)
+    blank = _BLANK_LINE.search(window, aim - 1)
     if blank is not None:
         return blank.end()
-    if len(window) < LONGEST_PIECE_BYTES:
+    if len(window) < 2 * aim:
         return len(window)
     line_end = window.rfind(b"\n") + 1
     if line_end > 0:

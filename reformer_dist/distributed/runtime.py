@@ -7,6 +7,7 @@ which ranks agree go over gloo in host memory, so that they never wait for a GPU
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from reformer_dist.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
+DRAIN = 0.1  # seconds
 
 
 class SharedError(UserError):
@@ -135,3 +137,6 @@ def stop() -> None:
     """Leaves the job; without it, a process that ends early would leave its peers waiting."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DeepSpeed keeps groups alive, and gloo's threads may still hold tensors of the last collective. One that
+        # drops them after the interpreter has ended aborts the process: let them have the interpreter once more
+        time.sleep(DRAIN)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reformer_dist.data import iterate_documents
-from reformer_dist.data.sources import LONGEST_PIECE_BYTES, PIECE_BYTES
+from reformer_dist.data.sources import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES
 from reformer_dist.errors import DataError
 
 
@@ -75,15 +75,25 @@ def test_a_lone_file_is_cut_without_loss(
     assert b"".join(pieces) == text
     for piece in pieces:
         piece.decode()  # no character is cut in two
-        assert 0 < len(piece) <= LONGEST_PIECE_BYTES
+        assert 0 < len(piece) <= 2 * MOST_PIECE_BYTES
 
 
 def test_a_lone_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"x" * 999 + b"\n" + b"\n".join([b"y" * 500 + b"\n"] * 600))
     pieces = [piece for _, piece in iterate_documents([path])]
-    assert len(pieces) > 3
-    assert all(piece.endswith(b"\n\n") and PIECE_BYTES <= len(piece) < PIECE_BYTES + 600 for piece in pieces[:-1])
+    aim = path.stat().st_size // USUAL_PIECES
+    assert LEAST_PIECE_BYTES < aim < MOST_PIECE_BYTES
+    assert USUAL_PIECES // 2 < len(pieces) <= USUAL_PIECES + 1
+    assert all(piece.endswith(b"\n\n") and aim <= len(piece) < aim + 600 for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize(("size", "longest"), [(20_000, LEAST_PIECE_BYTES), (9 << 20, MOST_PIECE_BYTES)])
+def test_pieces_are_neither_tiny_nor_huge(tmp_path: Path, size: int, longest: int) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"a line of text\n\n" * (size // 16))
+    lengths = [len(piece) for _, piece in iterate_documents([path])]
+    assert all(longest <= length <= longest + 16 for length in lengths[:-1])
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

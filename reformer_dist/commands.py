@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 
 
+SPIN_COUNT = "1000"
+
+
 def _wait_patiently() -> None:
     """Lets threads of GNU OpenMP spin only briefly for one another.
 
     On two cores, one of them taken by another program, a step then takes half as long or less; on an idle
     machine it makes no difference.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def train() -> None:

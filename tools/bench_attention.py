@@ -24,6 +24,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -37,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
 from reformer_dist.ops.lsh.reference import reference_attention
 
@@ -127,7 +129,9 @@ def wanted_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 def in_own_process(row: Row) -> dict[str, Any] | None:
     """What the row's process printed; None where a peer is installed but can't be imported."""
     command = [sys.executable, str(Path(__file__).resolve()), "--row", json.dumps(asdict(row))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # threads of every row wait for one another as those of the installed commands do
+    environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last_line = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-
 SPIN_COUNT = "1000"
 
 

@@ -96,6 +96,13 @@ def test_bad_override_on_two_ranks(tiny_data, tmp_path, override, expected):
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_were_given_different_configurations(tiny_data, tmp_path):
+    script = Path(__file__).with_name("odd_rank.py")
+    words = complaint(run_ranks(script, 2, tiny_overrides(tiny_data, tmp_path / "run"), fails=True))
+    assert "ranks 1" in words and "another configuration" in words
+    assert not (tmp_path / "run").exists()
+
+
 def test_shared_layers_with_stage_3(tiny_data, tmp_path):
     overrides = tiny_overrides(tiny_data, tmp_path / "run", "model.share_layers=true", "deepspeed=zero3")
     words = complaint(run_ranks(TRAIN, 1, overrides, fails=True))

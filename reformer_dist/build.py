@@ -41,12 +41,10 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     folder = make_run_folder(config, runtime)
 
     model = ReformerLM(config.model, dataset.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
-    description = _describe(config, dataset, model)
+    description, tokenizer_files = _describe(config, dataset.tokenizer, model)
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
-    checkpoints = Checkpoints(
-        config, runtime, engine, description=description, extra_files=_tokenizer_files(dataset.tokenizer)
-    )
+    checkpoints = Checkpoints(config, runtime, engine, description=description, extra_files=tokenizer_files)
     if start is not None:
         logger.info(f"resuming from {start.folder} at step {start.step}")
         for line in changed_keys(start.run["config"], config):
@@ -92,23 +90,20 @@ def _build_loader(
     )
 
 
-def _describe(config: RunConfig, dataset: Dataset, model: ReformerLM) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
+def _describe(
+    config: RunConfig, tokenizer: Tokenizer, model: ReformerLM
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a checkpoint says of its run, and the files, if any, that its tokenizer needs to be loaded again."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = dataset.tokenizer.save(Path(folder))
-    return {
+        specification = tokenizer.save(Path(folder))
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    description = {
         "config": plain(config),
-        "tokenizer": tokenizer,
-        "vocab_size": dataset.tokenizer.vocab_size,
+        "tokenizer": specification,
+        "vocab_size": tokenizer.vocab_size,
         "shapes": parameter_shapes(model),
     }
-
-
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files, if any, that the tokenizer needs to be loaded again."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return description, files
 
 
 def _announce(

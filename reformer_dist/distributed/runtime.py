@@ -112,9 +112,14 @@ def env_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def env_world_size() -> int:
+    """Processes of this job as its launcher gave them; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start() -> Runtime:
     """Joins the job that torchrun, deepspeed or a like launcher made, or is a job of one process."""
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), env_rank()
+    world_size, rank = env_world_size(), env_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

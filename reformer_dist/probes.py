@@ -36,8 +36,9 @@ class Probes:
     def evaluate(self, step: int) -> None:
         """Held-out loss over data.eval_rows rows, and the health of the model on the first of them."""
         self._engine.train(False)
-        rows = self._config.data.eval_rows
-        result = evaluate(self._engine.forward, self._batches(rows), self._token_bytes, self._runtime)
+        runtime = self._runtime
+        batches = self._batches(self._config.data.eval_rows, self._micro_batch, runtime.rank, runtime.world_size)
+        result = evaluate(self._engine.forward, batches, self._token_bytes, runtime)
         logger.info(
             f"step {step} | held-out loss {result.loss:.3f} | held-out bits per byte {result.bits_per_byte:.3f}"
         )
@@ -57,27 +58,15 @@ class Probes:
         self._board.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)
         self._engine.train(True)
 
-    def _batches(self, rows: int) -> Iterator[EvalBatch]:
+    def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[EvalBatch]:
+        seq_len = self._config.data.seq_len
         return heldout_batches(
-            self._dataset,
-            seq_len=self._config.data.seq_len,
-            rows=rows,
-            micro_batch_size=self._micro_batch,
-            dp_rank=self._runtime.rank,
-            dp_size=self._runtime.world_size,
+            self._dataset, seq_len=seq_len, rows=rows, micro_batch_size=micro_batch, dp_rank=rank, dp_size=size
         )
 
     def _first_row(self) -> Tensor:
         """Inputs [1, seq_len] of the first held-out row, on every rank the same."""
-        batches = heldout_batches(
-            self._dataset,
-            seq_len=self._config.data.seq_len,
-            rows=1,
-            micro_batch_size=1,
-            dp_rank=0,
-            dp_size=1,
-        )
-        return next(batches).inputs.to(self._runtime.device)
+        return next(self._batches(1, 1, 0, 1)).inputs.to(self._runtime.device)
 
     @torch.no_grad()
     def _health(self) -> dict[str, float]:

@@ -84,7 +84,6 @@ class LSHSelfAttention(SelfAttention):
             bucket_ids = F.pad(bucket_ids, (0, 0, 0, 1))  # one more round, in which all share bucket 0
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
-        keys = F.normalize(q.float(), dim=-1).to(q.dtype)
         options = AttentionOptions(
             rule=self._rule(),
             n_buckets=config.n_buckets,
@@ -93,7 +92,7 @@ class LSHSelfAttention(SelfAttention):
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
         )
-        return bucket_attention(q, keys, v, bucket_ids, options, context.key_padding_mask)
+        return bucket_attention(q, None, v, bucket_ids, options, context.key_padding_mask)
 
     def _rule(self) -> Rule:
         config = self.config

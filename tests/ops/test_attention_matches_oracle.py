@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import Case, assert_fast_is_oracle, cases, chunk_rules, window_rules
 
-from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, attention
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, attention, rounds
 
 
 @settings(max_examples=120, deadline=None)
@@ -32,7 +32,7 @@ def test_chunk_rule(case: Case) -> None:
 def test_many_groups_and_blocks(case: Case, group_tokens: int, block_scores: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.GROUP_TOKENS, "cpu", group_tokens)
-        patch.setitem(attention.BLOCK_SCORES, "cpu", block_scores)
+        patch.setitem(rounds.BLOCK_SCORES, "cpu", block_scores)
         assert_fast_is_oracle(case)
 
 

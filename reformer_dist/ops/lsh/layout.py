@@ -1,14 +1,16 @@
 """One round's order by (bucket, position), laid out in tiles that attention can take as they are.
 
-A *slot* is a place in the laid-out order; it holds a token or is empty (-1). A *tile* is `tile_len` slots.
-The queries of a tile look at the slots from `back` before the tile to `front` behind it.
+A *slot* is a place in the laid-out order; it holds a row (a token of some unit) or is empty (-1). A *tile* is
+`tile_len` slots. The queries of a tile look at the slots from `back` before the tile to `front` behind it.
 
 Window rule: every bucket starts on a tile border. So the column in which a query finds a key depends on their
 ranks in the bucket alone, never on how full other buckets are, and sums run in the same order whatever the
 future holds: strict causality to the last bit. Chunk rule: a tile is a chunk, and empty tiles (or the wrapped
-ones) part the heads.
+ones) part the units.
 
-Tokens of several heads are laid out together: token t of head g is number g * seq_len + t.
+Rows of several units are laid out together, in any order that keeps the tokens of a unit by position. A row
+may be absent from a round (padding, or a token that this rank does not need there), or stand there as a key
+only. The last tile is always empty: rows that are no query in a round have their home there.
 """
 
 from __future__ import annotations
@@ -18,135 +20,142 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Sizes that depend on the rule and the shape only, never on the data."""
-
-    tile_len: int
-    back: int
-    front: int
-
-    @property
-    def columns(self) -> int:
-        return self.back + self.tile_len + self.front
+from reformer_dist.ops.lsh.rules import ChunkRule
+from reformer_dist.ops.lsh.runs import ChunkRun, Tiling, WindowRun
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One round of a group of heads."""
+    """One round of a group of units."""
 
     tiling: Tiling
     query_slots: Tensor
-    """[n_tiles * tile_len] token in each slot as a query, -1 if empty or (chunk rule) padding."""
+    """[n_tiles * tile_len] row in each slot as a query, -1 if empty or a key only."""
     key_slots: Tensor
     """[back + n_tiles * tile_len + front] likewise, as a key."""
     home: Tensor
-    """[n_heads * seq_len] slot of each token."""
+    """[n_rows] slot of each row as a query; a slot of the last tile if it is none in this round."""
+    key_home: Tensor | None
+    """[n_rows] slot of each row as a key, likewise; None where a key may stand in several (wrapped chunks)."""
     rank: Tensor | None
     """Window rule: [n_tiles] rank in its bucket of each tile's first slot."""
     count: Tensor | None
-    """Window rule: [n_tiles] tokens of each tile's bucket (0 for padding, which nobody sees)."""
+    """Window rule: [n_tiles] tokens of each tile's bucket over all ranks; 0 in the last tile."""
 
     @property
     def n_tiles(self) -> int:
         return self.query_slots.numel() // self.tiling.tile_len
 
 
-def tiling_of(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
-    """Tile sizes for a rule. Short buckets take short tiles, since a bucket's last tile is half empty."""
-    if isinstance(rule, ChunkRule):
-        return Tiling(rule.chunk_len, rule.n_before * rule.chunk_len, rule.n_after * rule.chunk_len)
-    members = max(1, seq_len // n_buckets)
-    tile_len = 16
-    while tile_len < 64 and 4 * tile_len <= min(2 * members, 2 * rule.window):
-        tile_len *= 2
-    return Tiling(tile_len, rule.window, 0 if rule.causal else rule.window)
+def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tensor:
+    """What rows are sorted by, int64 [n_rows]: (unit, bucket); absent rows (bucket = n_buckets) come last."""
+    key = unit * n_buckets + bucket.long()
+    return key.masked_fill_(bucket == n_buckets, n_units * n_buckets)
 
 
-def build_layouts(bucket_ids: Tensor, rule: Rule, n_buckets: int, key_padding: Tensor | None) -> list[Layout]:
-    """Layouts of all rounds of `bucket_ids` [heads, R, S]; key_padding [heads, S] is True for padding."""
-    n_hashes = bucket_ids.shape[1]
-    tiling = tiling_of(rule, bucket_ids.shape[2], n_buckets)
-    keys = bucket_ids.long()
-    if key_padding is not None:
-        keys = torch.where(key_padding.unsqueeze(1), n_buckets, keys)
-    if isinstance(rule, WindowRule):
-        return [_window_layout(keys[:, r], n_buckets, tiling) for r in range(n_hashes)]
-    return _chunk_layouts(keys, rule, n_buckets, tiling, key_padding)
+def window_layout(keys: Tensor, run: WindowRun, tiling: Tiling) -> Layout:
+    """The layout of rows with sort keys [n_rows] (see `row_keys`), of which `run` says what they are."""
+    start, total = run.start.flatten(), run.total.flatten()
+    tile_len, device = tiling.tile_len, keys.device
+    sorted_keys, order = torch.sort(keys, stable=True)
+    counts = torch.bincount(sorted_keys, minlength=total.numel() + 1)[:-1]
+    n_present = int(counts.sum())
+    order, sorted_keys = order[:n_present], sorted_keys[:n_present]
 
-
-def _sort(bucket: Tensor, n_buckets: int) -> tuple[Tensor, Tensor]:
-    """Stable order of the tokens of all heads by (head, bucket, position), and the sorted (head, bucket)."""
-    n_heads = bucket.shape[0]
-    first = torch.arange(n_heads, device=bucket.device).unsqueeze(1) * (n_buckets + 1)
-    sorted_keys, order = torch.sort((bucket + first).flatten(), stable=True)
-    return order, sorted_keys
-
-
-def _window_layout(bucket: Tensor, n_buckets: int, tiling: Tiling) -> Layout:
-    n_heads = bucket.shape[0]
-    order, sorted_keys = _sort(bucket, n_buckets)
-    counts = torch.bincount(sorted_keys, minlength=n_heads * (n_buckets + 1))
-    tiles = (counts + tiling.tile_len - 1) // tiling.tile_len
-    first_tile, first_sorted = tiles.cumsum(0) - tiles, counts.cumsum(0) - counts
-
-    place = torch.arange(order.numel(), device=order.device)
-    slot = first_tile[sorted_keys] * tiling.tile_len + place - first_sorted[sorted_keys]
+    skipped = start // tile_len  # tiles of the bucket that other ranks hold
+    tiles = torch.where(counts > 0, (start + counts + tile_len - 1) // tile_len - skipped, 0)
+    first_tile = tiles.cumsum(0) - tiles
     bucket_of_tile = torch.repeat_interleave(tiles)
-    n_slots = bucket_of_tile.numel() * tiling.tile_len
+    n_slots = (bucket_of_tile.numel() + 1) * tile_len
+    rank = torch.arange(n_present, device=device) + (start - (counts.cumsum(0) - counts))[sorted_keys]
+    slot = ((first_tile - skipped) * tile_len)[sorted_keys] + rank
 
-    query_slots = torch.full((n_slots,), -1, device=order.device)
-    query_slots[slot] = order
-    home = torch.empty_like(order)
+    slots = torch.full((tiling.back + n_slots + tiling.front,), -1, device=device)
+    keys_in = slots[tiling.back : tiling.back + n_slots]
+    keys_in[slot] = order
+    home = torch.full((keys.numel(),), n_slots - 1, device=device)
     home[order] = slot
-    nobody = torch.full((max(tiling.back, tiling.front),), -1, device=order.device)
-    key_slots = torch.cat([nobody[: tiling.back], query_slots, nobody[: tiling.front]])
-    rank = (
-        torch.arange(bucket_of_tile.numel(), device=order.device) - first_tile[bucket_of_tile]
-    ) * tiling.tile_len
-    is_padding = bucket_of_tile % (n_buckets + 1) == n_buckets
-    count = counts[bucket_of_tile].masked_fill(is_padding, 0)
-    return Layout(tiling, query_slots, key_slots, home, rank, count)
+    query_slots, query_home = keys_in, home
+    if run.query_start is not run.start or run.query_stop is not run.total:
+        is_query = (rank >= run.query_start.flatten()[sorted_keys]) & (
+            rank < run.query_stop.flatten()[sorted_keys]
+        )
+        query_slots, query_home = torch.full_like(keys_in, -1), torch.full_like(home, n_slots - 1)
+        query_slots[slot[is_query]] = order[is_query]
+        query_home[order[is_query]] = slot[is_query]
+    tile = torch.arange(bucket_of_tile.numel(), device=device)
+    first_rank = (tile - (first_tile - skipped)[bucket_of_tile]) * tile_len
+    at_end = torch.nn.functional.pad
+    return Layout(
+        tiling,
+        query_slots,
+        slots,
+        query_home,
+        home,
+        at_end(first_rank, (0, 1)),
+        at_end(total[bucket_of_tile], (0, 1)),
+    )
 
 
-def _chunk_layouts(
-    bucket: Tensor, rule: ChunkRule, n_buckets: int, tiling: Tiling, key_padding: Tensor | None
+def chunk_layouts(
+    keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkRun, tiling: Tiling
 ) -> list[Layout]:
-    n_heads, n_hashes, seq_len = bucket.shape
-    n_chunks = -(-seq_len // rule.chunk_len)
-    n_real = n_chunks * rule.chunk_len
-    orders = [_sort(bucket[:, r], n_buckets)[0].view(n_heads, seq_len) for r in range(n_hashes)]
-    nobody = torch.full((n_heads, n_real - seq_len), -1, device=bucket.device)
-    chunks = torch.stack([torch.cat([order, nobody], dim=1) for order in orders], dim=1)
-    visible = chunks
-    if key_padding is not None:
-        # a padded token has a slot, so that it has a home; but nobody sees it there and it sees nobody
-        visible = chunks.masked_fill(key_padding.flatten()[chunks.clamp_min(0)], -1)
-    return [_chunk_layout(chunks[:, r], visible, r, rule, tiling, seq_len) for r in range(n_hashes)]
+    """The layouts of all rounds of rows with sort keys [R, n_rows]."""
+    n_rounds = keys.shape[0]
+    chunks = torch.stack([_needed_chunks(keys[r], n_units, n_buckets, rule, run) for r in range(n_rounds)], dim=1)
+    return [_chunk_layout(chunks, r, keys.shape[1], rule, run, tiling) for r in range(n_rounds)]
+
+
+def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkRun) -> Tensor:
+    """Rows of the chunks that this rank needs of one round, [U, n_needed, chunk_len], -1 where empty.
+
+    The needed chunks of a unit are full but for the last that has any tokens: its rows fill them in order.
+    """
+    sorted_keys, order = torch.sort(keys, stable=True)
+    counts = torch.bincount(sorted_keys // n_buckets, minlength=n_units + 1)[:n_units]
+    n_present = int(counts.sum())
+    unit = torch.repeat_interleave(counts)
+    place = torch.arange(n_present, device=keys.device) - (counts.cumsum(0) - counts)[unit]
+    chunks = torch.full((n_units, len(run.needed) * rule.chunk_len), -1, device=keys.device)
+    chunks[unit, place] = order[:n_present]
+    return chunks.view(n_units, len(run.needed), rule.chunk_len)
 
 
 def _chunk_layout(
-    chunks: Tensor, visible: Tensor, round_: int, rule: ChunkRule, tiling: Tiling, seq_len: int
+    chunks: Tensor, round_: int, n_rows: int, rule: ChunkRule, run: ChunkRun, tiling: Tiling
 ) -> Layout:
-    """chunks [heads, slots]: this round's order, -1 where empty; visible [heads, R, slots]: less padding."""
-    n_heads, n_hashes, n_slots = visible.shape
+    """chunks [U, R, n_needed, chunk_len]: rows, -1 where empty."""
+    n_units, n_rounds, n_needed, _ = chunks.shape
     before, after = tiling.back, tiling.front
-    # a head's tiles: `n_before` that only lend keys, its chunks, `n_after` that only lend keys
-    padded = chunks.new_full((2, n_heads, before + n_slots + after), -1)
-    tokens, queries = padded[0], padded[1]
-    tokens[:, before : before + n_slots] = chunks
-    queries[:, before : before + n_slots] = visible[:, round_]
-    keys = queries
-    if rule.wrap:
-        first = round_ * n_slots
-        place = torch.arange(first - before, first + n_slots + after, device=chunks.device)
-        keys = visible.reshape(n_heads, -1)[:, place % (n_hashes * n_slots)]
-    nobody = chunks.new_full((max(before, after),), -1)
-    key_slots = torch.cat([nobody[:before], keys.flatten(), nobody[:after]])
-    is_taken = tokens.flatten() >= 0
-    home = torch.empty(n_heads * seq_len, dtype=torch.int64, device=chunks.device)
-    home[tokens.flatten()[is_taken]] = is_taken.nonzero().squeeze(1)
-    return Layout(tiling, queries.flatten(), key_slots, home, None, None)
+    nobody = chunks.new_full((n_units, 1, rule.chunk_len), -1)
+    every = torch.cat([chunks.flatten(1, 2), nobody], dim=1)
+    number = {c: i for i, c in enumerate(run.needed)}
+
+    def block(chunk: int, *, as_query: bool) -> int:
+        """Where in `every` the chunk of this round is found, be it before the first or behind the last."""
+        if as_query:
+            return round_ * n_needed + number[chunk] if run.start <= chunk < run.stop else n_rounds * n_needed
+        if not rule.wrap and not 0 <= chunk < run.n_chunks:
+            return n_rounds * n_needed
+        whole = (round_ * run.n_chunks + chunk) % (n_rounds * run.n_chunks)
+        return whole // run.n_chunks * n_needed + number[whole % run.n_chunks]
+
+    # a unit's tiles: `n_before` that only lend keys, its chunks, `n_after` that only lend keys
+    local = range(run.start - rule.n_before, run.stop + rule.n_after) if run.stop > run.start else range(0)
+    queries, keys = (
+        every[:, [block(chunk, as_query=as_query) for chunk in local]].flatten() for as_query in (True, False)
+    )
+    empty = chunks.new_full((max(before, after) + rule.chunk_len,), -1)
+    query_slots = torch.cat([queries, empty[: rule.chunk_len]])
+    key_slots = torch.cat([empty[:before], keys, empty[: rule.chunk_len + after]])
+    home = _homes(query_slots, n_rows)
+    key_home = None if rule.wrap else _homes(key_slots[before : before + query_slots.numel()], n_rows)
+    return Layout(tiling, query_slots, key_slots, home, key_home, None, None)
+
+
+def _homes(slots: Tensor, n_rows: int) -> Tensor:
+    """Slot of each row, the last one (which is empty) for rows that stand in none."""
+    home = torch.full((n_rows,), slots.numel() - 1, device=slots.device)
+    taken = (slots >= 0).nonzero().squeeze(1)
+    home[slots[taken]] = taken
+    return home

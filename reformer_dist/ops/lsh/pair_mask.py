@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.counter_dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.layout import Layout
-from reformer_dist.ops.lsh.rules import WindowRule
+from reformer_dist.ops.lsh.order import are_near
+from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
 
-if TYPE_CHECKING:
-    from reformer_dist.ops.lsh.attention import AttentionOptions
+
+@dataclass(frozen=True)
+class Rows:
+    """Who the rows of a group are: tokens of some units."""
+
+    unit: Tensor
+    """[n_rows] number of the (batch row, head) in its step: row * n_heads + head."""
+    position: Tensor
+    """[n_rows] in the whole sequence."""
+    codes: Tensor | None = None
+    """With count_pairs_once: [R, n_rows] codes of the rows' places in every round, see `order.place_codes`."""
 
 
 class PairMask:
-    """The mask of one round of a group of heads, asked for block by block; nothing of it is kept."""
+    """The mask of one round of a group of units, asked for block by block; nothing of it is kept."""
 
-    def __init__(
-        self,
-        layouts: list[Layout],
-        round_: int,
-        options: AttentionOptions,
-        *,
-        first_head: int,
-        seq_len: int,
-    ) -> None:
-        self._layouts = layouts
-        self._layout = layouts[round_]
-        self._round = round_
-        self._options = options
-        self._first_head = first_head
-        self._seq_len = seq_len
+    def __init__(self, layout: Layout, round_: int, rows: Rows, options: AttentionOptions) -> None:
+        self._layout, self._rows, self._options = layout, rows, options
         if isinstance(options.rule, WindowRule):
-            self._band = _band(self._layout, options.rule)
-            self._outside = _outside_bucket(self._layout)
+            self._band = _band(layout, options.rule)
+            self._outside = _outside_bucket(layout)
+        if options.dropout > 0:
+            self._query_keys, self._key_keys = (
+                token_keys(rows.unit, rows.position, round_, options.dropout_seed, is_query)
+                for is_query in (True, False)
+            )
 
     def scores(self, first_tile: int, n_tiles: int) -> Tensor:
         """float32 [tiles, tile_len, columns] to add scores to."""
@@ -43,22 +45,20 @@ class PairMask:
             start = self._band + self._outside[first_tile : first_tile + n_tiles]
         else:
             start = self._position_scores(self._options.rule.causal, first_tile, n_tiles)
-        if self._options.count_pairs_once and len(self._layouts) > 1:
-            start -= self._meetings(first_tile, n_tiles).clamp_min_(1).log_()
+        codes = self._rows.codes
+        if codes is not None and codes.shape[0] > 1:
+            start -= self._meetings(codes, first_tile, n_tiles).clamp_min_(1).log_()
         return start
 
     def dropout_factors(self, first_tile: int, n_tiles: int) -> Tensor:
         """0 or 1 / (1 - dropout), float32 [tiles, tile_len, columns]."""
-        queries, keys = self._tokens(first_tile, n_tiles)
-        dropout, seed = self._options.dropout, self._options.dropout_seed
-        query_keys, key_keys = (
-            token_keys(t // self._seq_len + self._first_head, t % self._seq_len, self._round, seed, is_query)
-            for t, is_query in ((queries, True), (keys, False))
-        )
-        return keep_mask(query_keys, key_keys, dropout).float().mul_(1 / (1 - dropout))
+        queries, keys = (rows.clamp_min(0) for rows in self._in_tiles(first_tile, n_tiles))
+        dropout = self._options.dropout
+        kept = keep_mask(self._query_keys[queries], self._key_keys[keys], dropout)
+        return kept.float().mul_(1 / (1 - dropout))
 
-    def _tokens(self, first_tile: int, n_tiles: int) -> tuple[Tensor, Tensor]:
-        """Tokens of the queries [tiles, tile_len] and keys [tiles, columns]; -1 where a slot is empty."""
+    def _in_tiles(self, first_tile: int, n_tiles: int) -> tuple[Tensor, Tensor]:
+        """Rows of the queries [tiles, tile_len] and keys [tiles, columns]; -1 where a slot is empty."""
         tiling = self._layout.tiling
         queries = self._layout.query_slots.view(-1, tiling.tile_len)[first_tile : first_tile + n_tiles]
         first_key = first_tile * tiling.tile_len
@@ -67,33 +67,22 @@ class PairMask:
 
     def _position_scores(self, is_causal: bool, first_tile: int, n_tiles: int) -> Tensor:
         """Chunk rule: every key in sight but the query itself and, if causal, later ones."""
-        queries, keys = self._tokens(first_tile, n_tiles)
+        queries, keys = self._in_tiles(first_tile, n_tiles)
         query, key = queries.unsqueeze(2), keys.unsqueeze(1)
+        # rows of a unit are in order of position
         meets = (key < query) if is_causal else (key != query)
         meets = meets & (key >= 0) & (query >= 0)
         return torch.zeros(meets.shape, device=meets.device).masked_fill_(~meets, -torch.inf)
 
-    def _meetings(self, first_tile: int, n_tiles: int) -> Tensor:
+    def _meetings(self, codes: Tensor, first_tile: int, n_tiles: int) -> Tensor:
         """In how many rounds each pair meets: float32 [tiles, tile_len, columns]."""
-        queries, keys = (t.clamp_min(0) for t in self._tokens(first_tile, n_tiles))
+        queries, keys = (rows.clamp_min(0) for rows in self._in_tiles(first_tile, n_tiles))
         meetings = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
-        for layout in self._layouts:
-            meetings += self._meet_in(layout, queries, keys)
+        for round_codes in codes:
+            meetings += are_near(
+                round_codes[queries].unsqueeze(2), round_codes[keys].unsqueeze(1), self._options.rule
+            )
         return meetings
-
-    def _meet_in(self, layout: Layout, queries: Tensor, keys: Tensor) -> Tensor:
-        rule, tile_len = self._options.rule, layout.tiling.tile_len
-        query_slot, key_slot = layout.home[queries].unsqueeze(2), layout.home[keys].unsqueeze(1)
-        if isinstance(rule, WindowRule):
-            # slots of one bucket are consecutive; the window may reach into another bucket's
-            distance = query_slot - key_slot
-            near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
-            assert layout.rank is not None
-            bucket_start = torch.arange(layout.n_tiles, device=queries.device) * tile_len - layout.rank
-            same_bucket = bucket_start[query_slot // tile_len] == bucket_start[key_slot // tile_len]
-            return near & same_bucket
-        chunk_distance = query_slot // tile_len - key_slot // tile_len
-        return (chunk_distance <= rule.n_before) & (chunk_distance >= -rule.n_after)
 
 
 def _band(layout: Layout, rule: WindowRule) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who sees whom in one round's order by (bucket, position): the two neighbour rules."""
+"""Who sees whom in one round's order by (bucket, position): the two neighbour rules, and the options beside."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ class ChunkRule:
 
 
 Rule = WindowRule | ChunkRule
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What stays fixed over the heads and rounds of one call."""
+
+    rule: Rule
+    n_buckets: int
+    scale: float
+    count_pairs_once: bool = False
+    dropout: float = 0.0
+    dropout_seed: int = 0
+    first_row: int = 0
+    """Number of the first batch row in its step: dropout masks are a function of row, head and positions."""

@@ -11,6 +11,8 @@ from reformer_dist import log
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
 
+INTERRUPTED = 130
+
 
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command to its end, or exits with one message.
@@ -24,29 +26,35 @@ def run_command(command: Callable[[], None]) -> None:
         runtime.stop()
         _exit(error, speaks=runtime.env_rank() == 0)
     except UserError as error:
-        # this rank alone knows; its launcher ends the others
+        # this rank alone knows, or others are lost: nothing that waits for them may come now
         _exit(error, speaks=True)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(INTERRUPTED)
+    except Exception:
+        if runtime.env_world_size() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        _leave(1)
     runtime.stop()
     if runtime.env_world_size() > 1:
-        _leave_at_once()
+        _leave(0)
 
 
-def _leave_at_once() -> NoReturn:
-    """Ends a rank of a finished job without the interpreter's farewell.
+def _leave(status: int) -> NoReturn:
+    """Ends a rank of a job of several without the interpreter's farewell.
 
     DeepSpeed keeps process groups alive; a thread of gloo that drops a tensor while the interpreter goes down
-    aborts the process, and its launcher would call a good run a failure.
+    aborts the process, and a group with a lost rank may never go down.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    if runtime.env_world_size() > 1:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _exit(error: UserError, speaks: bool) -> NoReturn:
     if speaks:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
-    sys.exit(1)
+    _leave(1)

@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that can't go on, such as one whose loss stays non-finite."""
+
+
+class PeerLost(UserError):
+    """Another process of the job ended or hangs; each rank that is left says which."""

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from reformer_dist.errors import UserError
+from reformer_dist.errors import PeerLost, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -117,8 +118,19 @@ def env_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start() -> Runtime:
-    """Joins the job that torchrun, deepspeed or a like launcher made, or is a job of one process."""
+def ranks_per_node() -> int:
+    """Processes of this job on this machine as its launcher gave them; all of them without one."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, deepspeed's
+        if name in os.environ:
+            return int(os.environ[name])
+    return env_world_size()
+
+
+def start(timeout: timedelta = TIMEOUT) -> Runtime:
+    """Joins the job that torchrun, deepspeed or a like launcher made, or is a job of one process.
+
+    timeout: how long a rank waits for the others, here and in every collective of whatever group.
+    """
     world_size, rank = env_world_size(), env_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -127,15 +139,30 @@ def start() -> Runtime:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    # what groups get that are made later and name none, such as DeepSpeed's
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
     if world_size == 1:
         # needs no port, no address and no launcher
-        dist.init_process_group(
-            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
-        )
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    control = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _join(backend, rank, world_size, timeout)
+    control = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, local_rank, world_size, device, control)
+
+
+def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Raises PeerLost where the others do not come."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise PeerLost(
+            f"rank {rank} could not join the {world_size} ranks of its job at {where} within "
+            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}; see what the other ranks say, and that "
+            "MASTER_ADDR and MASTER_PORT name a free port of the machine of rank 0"
+        ) from error
 
 
 def stop() -> None:

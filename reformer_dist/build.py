@@ -13,6 +13,7 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.compose import plain
 from reformer_dist.config import RunConfig
 from reformer_dist.data import Dataset, Tokenizer, TrainLoader, merge_states
+from reformer_dist.distributed.grid import SequenceGrid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
@@ -22,6 +23,7 @@ from reformer_dist.models import ReformerLM
 from reformer_dist.models.block import Block
 from reformer_dist.probes import Probes
 from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config, write_config
+from reformer_dist.share import share_sequences
 from reformer_dist.training.checkpoints import Checkpoints, find_start
 from reformer_dist.training.tensorboard import Board
 from reformer_dist.training.trainer import Progress, Trainer
@@ -37,6 +39,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     require_same_config(config, runtime)
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     dataset = runtime.together(lambda: open_dataset(config))
+    sequence = share_sequences(config, runtime, micro_batch)
     start = find_start(config, runtime)  # first: a refused run must not change what lies in its folder
     folder = make_run_folder(config, runtime)
 
@@ -50,15 +53,17 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
         for line in changed_keys(start.run["config"], config):
             logger.info(f"  changed since: {line}")
     progress = checkpoints.restore(start) if start is not None else Progress()
-    loader = runtime.together(lambda: _build_loader(config, dataset, runtime, micro_batch, start))
+    loader = runtime.together(lambda: _build_loader(config, dataset, sequence.grid, micro_batch, start))
     resources.callback(loader.close)
     write_config(config, runtime)
     board = Board(folder / TENSORBOARD_FOLDER, is_active=runtime.is_main, first_step=progress.step)
     resources.callback(board.close)
-    probes = Probes(config, runtime, engine, dataset, board)
+    probes = Probes(config, runtime, engine, sequence, dataset, board)
     _announce(config, runtime, dataset, description["shapes"], n_micro)
     bytes_per_token = dataset.n_bytes("train") / dataset.n_tokens("train")
-    return Trainer(config, runtime, engine, loader, checkpoints, probes, board, progress, bytes_per_token)
+    return Trainer(
+        config, runtime, engine, sequence, loader, checkpoints, probes, board, progress, bytes_per_token
+    )
 
 
 def open_dataset(config: RunConfig) -> Dataset:
@@ -74,7 +79,11 @@ def open_dataset(config: RunConfig) -> Dataset:
 
 
 def _build_loader(
-    config: RunConfig, dataset: Dataset, runtime: Runtime, micro_batch: int, start: CheckpointReader | None
+    config: RunConfig,
+    dataset: Dataset,
+    grid: SequenceGrid,
+    micro_batch: int,
+    start: CheckpointReader | None,
 ) -> TrainLoader:
     state = merge_states([rank["data"] for rank in start.rank_states]) if start is not None else None
     return TrainLoader(
@@ -82,8 +91,8 @@ def _build_loader(
         seq_len=config.data.seq_len,
         batch_size=config.data.batch_size,
         micro_batch_size=micro_batch,
-        dp_rank=runtime.rank,
-        dp_size=runtime.world_size,
+        dp_rank=grid.dp_rank,
+        dp_size=grid.dp_size,
         shuffle_buffer=config.data.shuffle_buffer,
         seed=config.trainer.seed,
         state=state,

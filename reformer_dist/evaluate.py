@@ -11,9 +11,11 @@ import torch
 from reformer_dist.baselines import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.cli import run_command
 from reformer_dist.data import IGNORED_LABEL, Dataset, EvalBatch, heldout_batches
-from reformer_dist.distributed import runtime
+from reformer_dist.distributed import failures, runtime
+from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import CheckpointError
 from reformer_dist.load import LoadedModel, load_model
+from reformer_dist.share import share_sequences
 from reformer_dist.training.evaluator import EvalResult, evaluate
 
 MICRO_BATCH = 8
@@ -36,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run_evaluation(arguments: argparse.Namespace) -> None:
     """Evaluates as one rank of the job; rank 0 prints."""
     job = runtime.start()
+    with failures.named(job):
+        _evaluate(arguments, job)
+
+
+def _evaluate(arguments: argparse.Namespace, job: Runtime) -> None:
     loaded = job.together(lambda: load_model(arguments.run, arguments.overrides, job.device))
     dataset = job.together(lambda: _open_dataset(loaded))
 
@@ -45,8 +52,10 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
             dataset, seq_len=seq_len, rows=rows, micro_batch_size=MICRO_BATCH, dp_rank=rank, dp_size=size
         )
 
+    sequence = share_sequences(loaded.config, job, MICRO_BATCH)
+    grid = sequence.grid
     token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes)
-    result = evaluate(loaded.model, batches(job.rank, job.world_size), token_bytes, job)
+    result = evaluate(loaded.model, batches(grid.dp_rank, grid.dp_size), token_bytes, job, sequence)
     if job.is_main:
         print(_report(loaded, result, _text_of(batches(0, 1), loaded)))
 

@@ -33,7 +33,9 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     """
     folder = resolve_checkpoint(path)
     reader = CheckpointReader(folder)
-    config = run_config_from(reader.run["config"], overrides)
+    # how many ranks shared a sequence in training is of no matter here
+    saved = {key: value for key, value in reader.run["config"].items() if key != "parallel"}
+    config = run_config_from(saved, overrides)
     model = ReformerLM(config.model, reader.run["vocab_size"], config.trainer.seed)
     reader.load_weights(model)
     tokenizer = load_tokenizer(reader.run["tokenizer"], folder)

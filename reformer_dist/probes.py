@@ -16,6 +16,7 @@ from reformer_dist.generation import SamplingOptions, generate
 from reformer_dist.log import logger
 from reformer_dist.models import ReformerLM
 from reformer_dist.ops.lsh.health import LSHHealth
+from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.evaluator import evaluate
 from reformer_dist.training.tensorboard import Board
 
@@ -26,9 +27,15 @@ class Probes:
     """Every rank makes the same calls, since ZeRO stage 3 gathers parameters in each of them."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, engine: TrainEngine, dataset: Dataset, board: Board
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        engine: TrainEngine,
+        sequence: SlicedSequence,
+        dataset: Dataset,
+        board: Board,
     ) -> None:
-        self._config, self._runtime, self._engine = config, runtime, engine
+        self._config, self._runtime, self._engine, self._sequence = config, runtime, engine, sequence
         self._dataset, self._board = dataset, board
         self._token_bytes = torch.from_numpy(dataset.tokenizer.token_bytes)
         self._micro_batch, _ = config.micro_batching(runtime.world_size)
@@ -36,9 +43,9 @@ class Probes:
     def evaluate(self, step: int) -> None:
         """Held-out loss over data.eval_rows rows, and the health of the model on the first of them."""
         self._engine.train(False)
-        runtime = self._runtime
-        batches = self._batches(self._config.data.eval_rows, self._micro_batch, runtime.rank, runtime.world_size)
-        result = evaluate(self._engine.forward, batches, self._token_bytes, runtime)
+        grid = self._sequence.grid
+        batches = self._batches(self._config.data.eval_rows, self._micro_batch, grid.dp_rank, grid.dp_size)
+        result = evaluate(self._engine.forward, batches, self._token_bytes, self._runtime, self._sequence)
         logger.info(
             f"step {step} | held-out loss {result.loss:.3f} | held-out bits per byte {result.bits_per_byte:.3f}"
         )
@@ -47,7 +54,7 @@ class Probes:
         self._engine.train(True)
 
     def sample(self, step: int) -> None:
-        """A text that goes on from the first held-out tokens."""
+        """A text that goes on from the first held-out tokens; every rank writes it, whole."""
         self._engine.train(False)
         prompt = self._first_row()[0, 1 : PROMPT_TOKENS + 1]
         longest = self._config.model.max_positions or self._config.data.seq_len
@@ -72,13 +79,16 @@ class Probes:
     def _health(self) -> dict[str, float]:
         model = self._engine.module
         assert isinstance(model, ReformerLM)
-        row = self._first_row()
+        row, sequence = self._sequence.take(self._first_row(), 0), self._sequence
+        mask = sequence.key_padding_mask(1, row.device)
         health: list[LSHHealth] = []
         with self._engine.autocast():
-            model(row, row, health=health)
-            values = {"reversible/drift": model.reversible_drift(row).item()}
+            model(row, row, key_padding_mask=mask, health=health, sequence=sequence)
+            drift = model.reversible_drift(row, key_padding_mask=mask, sequence=sequence).item()
+        values = {"reversible/drift": max(self._runtime.gather(drift))}
         if health:
             values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in health)
             values["lsh/full_windows"] = fmean(layer.full_windows for layer in health)
-            values["lsh/agreement_of_rounds"] = fmean(layer.agreement for layer in health)
+            agreement = self._runtime.sum([fmean(layer.agreement for layer in health)])[0]
+            values["lsh/agreement_of_rounds"] = agreement / self._runtime.world_size
         return values

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import timedelta
 
 from reformer_dist.cli import run_command
 from reformer_dist.compose import hydra_entry
 from reformer_dist.config import RunConfig
+
+ADVICE = "start the same command again to go on from the last checkpoint"
 
 
 def train(config: RunConfig) -> None:
     """Trains as one rank of the job. Raises UserError, alike on every rank."""
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
-    from reformer_dist.distributed import runtime
+    from reformer_dist.distributed import failures, runtime
 
-    with ExitStack() as resources:
-        build_trainer(config, runtime.start(), resources).fit()
+    job = runtime.start(timedelta(seconds=config.parallel.timeout))
+    with ExitStack() as resources, failures.named(job, ADVICE):
+        build_trainer(config, job, resources).fit()
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ ALLOWED = {
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
     "engine": {"config", "errors", "distributed"},
-    "training": {"config", "checkpoint", "distributed", "engine", "errors", "log", "seeds"},
+    "parallel": {"distributed", "errors", "ops"},
+    "training": {"config", "checkpoint", "distributed", "engine", "errors", "log", "parallel", "seeds"},
 }
 THIRD_PARTY_HOMES = {
     "deepspeed": {"engine"},

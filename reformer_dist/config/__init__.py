@@ -11,6 +11,7 @@ from reformer_dist.config.model import (
     Recompute,
 )
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
+from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.trainer import Precision, TrainerConfig
 
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "NeighbourRule",
     "OptimConfig",
+    "ParallelConfig",
     "Position",
     "Precision",
     "Recompute",

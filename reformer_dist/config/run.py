@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from reformer_dist.config.checks import require
 from reformer_dist.config.data import DataConfig
-from reformer_dist.config.model import ModelConfig
+from reformer_dist.config.model import AttentionKind, ModelConfig
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
+from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.trainer import TrainerConfig
 from reformer_dist.errors import ConfigError
 
@@ -20,6 +21,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     output_dir: str = "outputs/default"
     """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
@@ -38,12 +40,32 @@ class RunConfig:
         require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
         right = "must be true: a two-sided model would see the next token that it is trained to predict"
         require(self.model.causal, "model.causal", self.model.causal, right)
+        self._check_parallel()
 
-    def micro_batching(self, dp_size: int) -> tuple[int, int]:
-        """(rows of a micro-batch, micro-batches of a step) of each of `dp_size` data-parallel ranks.
+    def _check_parallel(self) -> None:
+        parallel, n_heads = self.parallel, self.model.n_heads
+        if AttentionKind.exact in self.model.layers and n_heads % parallel.sequence:
+            raise ConfigError(
+                f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since exact layers "
+                "are shared among ranks by heads alone; take fewer ranks, or local and lsh layers"
+            )
+        if not any(n_heads % heads == 0 for heads, _ in parallel.grids()):
+            right = f"must leave a number of ranks for heads that divides model.n_heads={n_heads}"
+            raise ConfigError(f"parallel.heads={parallel.heads}, parallel.buckets={parallel.buckets}: {right}")
+
+    def dp_size(self, world_size: int) -> int:
+        """Data-parallel groups of ranks, each of which shares its sequences. Raises ConfigError."""
+        size, rest = divmod(world_size, self.parallel.sequence)
+        right = f"must divide the {world_size} ranks of the job"
+        require(rest == 0 and size > 0, "parallel.sequence", self.parallel.sequence, right)
+        return size
+
+    def micro_batching(self, world_size: int) -> tuple[int, int]:
+        """(rows of a micro-batch, micro-batches of a step) of each rank of a job.
 
         Raises ConfigError where the batch does not divide.
         """
+        dp_size = self.dp_size(world_size)
         rows, rest = divmod(self.data.batch_size, dp_size)
         right = f"must be a multiple of the {dp_size} data-parallel ranks"
         require(rest == 0, "data.batch_size", self.data.batch_size, right)

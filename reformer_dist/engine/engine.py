@@ -29,11 +29,13 @@ class StepResult:
 class TrainEngine:
     """Forward, backward and step of one model; the same calls on every rank, in the same order."""
 
-    def __init__(self, model: nn.Module, leaf_classes: list[type], config: RunConfig, dp_size: int) -> None:
+    def __init__(self, model: nn.Module, leaf_classes: list[type], config: RunConfig, world_size: int) -> None:
         deepspeed = import_deepspeed()
-        micro_batch, self.n_micro = config.micro_batching(dp_size)
+        micro_batch, self.n_micro = config.micro_batching(world_size)
         self.stage = config.deepspeed.stage
-        self.world_size = dp_size
+        # to DeepSpeed every rank is data-parallel, also those that share a sequence: its own notions of
+        # sequence parallelism are wrong at one ZeRO stage or another
+        self.world_size = world_size
         self._grad_clip = config.optim.grad_clip
         self._device_type = next(model.parameters()).device.type
         self._autocasts = self.stage == 0 and config.trainer.precision is Precision.bf16

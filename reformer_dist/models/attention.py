@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import (
     AttentionOptions,
     ChunkRule,
     Rule,
     WindowRule,
-    bucket_attention,
     draw_rotations,
     hash_vectors,
 )
-from reformer_dist.ops.lsh.health import measure_health
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -69,6 +68,21 @@ class SelfAttention(nn.Module):
         """Heads' outputs [B, H, S, D]."""
         raise NotImplementedError
 
+    @staticmethod
+    def _over_sequence(
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        context: ForwardContext,
+        layer: int,
+        memo: Memo | None,
+    ) -> Tensor:
+        kept = {} if memo is None else memo.plans.setdefault(layer, {})
+        mask = context.key_padding_mask
+        return context.sequence.bucket_attention(q, k, v, bucket_ids, options, mask, kept)
+
 
 class LSHSelfAttention(SelfAttention):
     """Shared query-key attention among tokens of one bucket (paper, section 2): k = q / |q|."""
@@ -91,8 +105,9 @@ class LSHSelfAttention(SelfAttention):
             count_pairs_once=config.count_pairs_once,
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
+            first_row=context.places.first_row,
         )
-        return bucket_attention(q, None, v, bucket_ids, options, context.key_padding_mask)
+        return self._over_sequence(q, None, v, bucket_ids, options, context, layer, memo)
 
     def _rule(self) -> Rule:
         config = self.config
@@ -111,7 +126,7 @@ class LSHSelfAttention(SelfAttention):
         if memo is not None:
             memo.bucket_ids[layer] = bucket_ids
         if context.health is not None:
-            context.health.append(measure_health(bucket_ids, config.n_buckets, config.window))
+            context.health.append(context.sequence.health(bucket_ids, config.n_buckets, config.window))
         return bucket_ids
 
 
@@ -129,9 +144,10 @@ class LocalSelfAttention(SelfAttention):
             scale=self.head_dim**-0.5,
             dropout=context.dropout(self.config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
+            first_row=context.places.first_row,
         )
         one_bucket = torch.zeros(1, dtype=torch.uint8, device=q.device).expand(*q.shape[:2], 1, q.shape[2])
-        return bucket_attention(q, k, v, one_bucket, options, context.key_padding_mask)
+        return self._over_sequence(q, k, v, one_bucket, options, context, layer, memo)
 
 
 class ExactSelfAttention(SelfAttention):
@@ -142,24 +158,10 @@ class ExactSelfAttention(SelfAttention):
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        mask, is_causal = None, self.config.causal
-        if context.key_padding_mask is not None:
-            mask = self._mask(context.key_padding_mask)
-            is_causal = False
-        dropout = context.dropout(self.config.attention_dropout)
-        if dropout == 0.0:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        devices = [q.device] if q.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            # the kernel draws from the global generator only
-            torch.manual_seed(context.seed_for("attention", layer))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-
-    def _mask(self, key_padding_mask: Tensor) -> Tensor:
-        """[B, 1, S, S], True where a query may look; a padded query looks at itself alone."""
-        seq_len = key_padding_mask.shape[1]
-        mask = key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
-        if self.config.causal:
-            mask = mask.tril()
-        own = torch.eye(seq_len, dtype=torch.bool, device=mask.device)
-        return mask | (own & ~key_padding_mask[:, None, :, None])
+        options = ExactOptions(
+            causal=self.config.causal,
+            dropout=context.dropout(self.config.attention_dropout),
+            seed=context.seed_for("attention", layer),
+            first_row=context.places.first_row,
+        )
+        return context.sequence.exact_attention(q, k, v, options, context.key_padding_mask)

@@ -14,7 +14,7 @@ from reformer_dist.models.attention import build_attention
 from reformer_dist.models.context import ForwardContext, Memo
 from reformer_dist.models.feed_forward import FeedForward
 from reformer_dist.models.reversible import Sublayer, Tape, reversible_step
-from reformer_dist.ops.dropout import seeded_dropout
+from reformer_dist.ops.dropout import token_dropout
 
 Streams = tuple[Tensor, Tensor]
 
@@ -75,11 +75,11 @@ class Block(nn.Module):
 
         def attend(x: Tensor) -> Tensor:
             out = self.attention(self.attention_norm(x), context, layer, memo)
-            return seeded_dropout(out, dropout, context.seed_for("after_attention", layer))
+            return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.places)
 
         def feed(x: Tensor) -> Tensor:
             out = self.feed_forward(self.feed_forward_norm(x), context, layer)
-            return seeded_dropout(out, dropout, context.seed_for("after_feed_forward", layer))
+            return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), context.places)
 
         attention_parameters = [*self.attention_norm.parameters(), *self.attention.parameters()]
         feed_parameters = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]

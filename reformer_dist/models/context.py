@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from reformer_dist.models.sequence import SequenceAccess
+from reformer_dist.ops.dropout import TokenPlaces
 from reformer_dist.ops.lsh.health import LSHHealth
 from reformer_dist.seeds import derive_seed
 
@@ -18,6 +21,10 @@ class ForwardContext:
     """Of this call's dropout masks; None switches dropout off."""
     rotation_seed: int
     """Of this call's hash rotations: one for each training step, a fixed one in evaluation."""
+    places: TokenPlaces
+    """Which tokens of the step are at hand: dropout masks are functions of their places."""
+    sequence: SequenceAccess
+    """How attention reaches the rest of the sequence."""
     key_padding_mask: Tensor | None = None
     """[B, S], True for real tokens."""
     rotary: tuple[Tensor, Tensor] | None = None
@@ -42,3 +49,5 @@ class Memo:
 
     bucket_ids: dict[int, Tensor] = field(default_factory=dict)
     """[B, H, R, S] by layer."""
+    plans: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By layer: how tokens travelled between ranks, where they did."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import Activation, ModelConfig
 from reformer_dist.models.context import ForwardContext
-from reformer_dist.ops.dropout import seeded_dropout
+from reformer_dist.ops.dropout import TokenPlaces, token_dropout
 
 
 class FeedForward(nn.Module):
@@ -24,13 +24,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
         """[B, S, dim] -> [B, S, dim]."""
-        chunk = self.config.ff_chunk
-        if chunk == 0 or chunk >= x.shape[1]:
-            return self._chunk(x, context, layer, 0)
-        parts = [self._chunk(part, context, layer, i) for i, part in enumerate(x.split(chunk, dim=1))]
-        return torch.cat(parts, dim=1)
+        seq_len = x.shape[1]
+        chunk = self.config.ff_chunk or seq_len
+        if chunk >= seq_len:
+            return self._chunk(x, context, layer, context.places)
+        starts = range(0, seq_len, chunk)
+        places = [context.places.chunk(start, start + chunk) for start in starts]
+        parts = zip(x.split(chunk, dim=1), places, strict=True)
+        return torch.cat([self._chunk(part, context, layer, its) for part, its in parts], dim=1)
 
-    def _chunk(self, x: Tensor, context: ForwardContext, layer: int, index: int) -> Tensor:
+    def _chunk(self, x: Tensor, context: ForwardContext, layer: int, places: TokenPlaces) -> Tensor:
         inner = self.to_inner(x)
         if self.config.activation is Activation.glu:
             value, gate = inner.chunk(2, dim=-1)
@@ -40,4 +43,4 @@ class FeedForward(nn.Module):
         else:
             inner = F.relu(inner)
         dropout = context.dropout(self.config.ff_dropout)
-        return self.to_out(seeded_dropout(inner, dropout, context.seed_for("feed_forward", layer, index)))
+        return self.to_out(token_dropout(inner, dropout, context.seed_for("feed_forward", layer), places))

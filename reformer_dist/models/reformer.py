@@ -9,13 +9,15 @@ from reformer_dist.config import ModelConfig, Position
 from reformer_dist.models.context import ForwardContext
 from reformer_dist.models.embedding import AxialPositions, LearnedPositions, TokenEmbedding
 from reformer_dist.models.head import LanguageModelHead
+from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.models.stack import ReformerStack
-from reformer_dist.ops.dropout import seeded_dropout
+from reformer_dist.ops.dropout import TokenPlaces, token_dropout
 from reformer_dist.ops.lsh.health import LSHHealth
 from reformer_dist.ops.rotary import rotary_tables
 from reformer_dist.seeds import derive_seed
 
 HEAD_STD = 0.02
+WHOLE = WholeSequence()
 
 
 class ReformerLM(nn.Module):
@@ -44,35 +46,45 @@ class ReformerLM(nn.Module):
         key_padding_mask: Tensor | None = None,
         step: int | None = None,
         dropout_seed: int | None = None,
+        first_row: int = 0,
         health: list[LSHHealth] | None = None,
+        sequence: SequenceAccess = WHOLE,
     ) -> Tensor:
         """tokens [B, S] -> logits [B, S, V], or with labels [B, S] the summed loss in nats (-100 is ignored).
 
         step: training step, which draws that step's hash rotations; None: the fixed ones of evaluation.
-        dropout_seed: of this call's dropout in training mode; None draws one from torch's generator.
+        dropout_seed: of this step's dropout in training mode; None draws one from torch's generator.
+        first_row: number of tokens[0] among the rows of its step, which dropout masks depend on.
         key_padding_mask [B, S]: True for real tokens. health: LSH layers append their statistics.
+        sequence: where the tokens are not whole sequences, which part they are (`models.sequence`).
         """
-        context = self._context(tokens, key_padding_mask, step, dropout_seed, health)
+        places = TokenPlaces(first_row, sequence.positions(tokens.shape[1], tokens.device))
+        context = self._context(places, sequence, key_padding_mask, step, dropout_seed, health)
         hidden = self.stack(self._embed(tokens, context), context)
         logits_or_loss: Tensor = self.head(hidden, labels)
         return logits_or_loss
 
-    def reversible_drift(self, tokens: Tensor) -> Tensor:
-        """Largest difference between the stack's input and its reconstruction, on tokens [B, S]."""
-        context = self._context(tokens, None, None, None, None)
+    def reversible_drift(
+        self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE
+    ) -> Tensor:
+        """Largest difference between the stack's input and its reconstruction, on tokens [B, S] at hand."""
+        places = TokenPlaces(0, sequence.positions(tokens.shape[1], tokens.device))
+        context = self._context(places, sequence, key_padding_mask, None, None, None)
         return self.stack.reversible_drift(self._embed(tokens, context), context)
 
     def _embed(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         longest = self.config.max_positions
         if longest is not None and tokens.shape[1] > longest:
             raise ValueError(f"{tokens.shape[1]} tokens: this model's positions end at {longest}")
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x: Tensor = self.embedding(tokens, positions)
-        return seeded_dropout(x, context.dropout(self.config.dropout), context.seed_for("embedding"))
+        x: Tensor = self.embedding(tokens, context.places.positions)
+        return token_dropout(
+            x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.places
+        )
 
     def _context(
         self,
-        tokens: Tensor,
+        places: TokenPlaces,
+        sequence: SequenceAccess,
         key_padding_mask: Tensor | None,
         step: int | None,
         dropout_seed: int | None,
@@ -84,11 +96,10 @@ class ReformerLM(nn.Module):
             dropout_seed = int(torch.randint(2**62, (1,)).item())
         rotary = None
         if self.config.position is Position.rotary:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-            rotary = rotary_tables(positions, self.config.resolved_head_dim)
+            rotary = rotary_tables(places.positions, self.config.resolved_head_dim)
         phase = "evaluation" if step is None else "training"
         rotation_seed = derive_seed("rotations", self.seed, phase, step or 0)
-        return ForwardContext(dropout_seed, rotation_seed, key_padding_mask, rotary, health)
+        return ForwardContext(dropout_seed, rotation_seed, places, sequence, key_padding_mask, rotary, health)
 
 
 @torch.no_grad()

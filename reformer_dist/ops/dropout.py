@@ -1,15 +1,38 @@
-"""Dropout whose mask is a function of a seed: the recompute of a reversible layer draws the same one."""
+"""Dropout of hidden vectors whose mask is a function of (seed, batch row, position, channel).
+
+Nothing else enters: a recompute, another chunk size, micro-batch or number of ranks draws the same mask.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.counter_dropout import keep_mask, token_keys
 
-def seeded_dropout(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Zeroes a share `dropout` of x and scales the rest; the global random state is neither read nor moved."""
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Which tokens of a step are at hand."""
+
+    first_row: int
+    """Number of the first batch row in its step."""
+    positions: Tensor
+    """[S] in the whole sequence."""
+
+    def chunk(self, start: int, stop: int) -> TokenPlaces:
+        return TokenPlaces(self.first_row, self.positions[start:stop])
+
+
+def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenPlaces) -> Tensor:
+    """Zeroes a share `dropout` of x [B, S, C] and scales the rest; no random state is read or moved."""
     if dropout == 0.0:
         return x
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    noise = torch.rand(x.shape, generator=generator, device=x.device)
-    return x * (noise >= dropout).to(x.dtype).div_(1.0 - dropout)
+    row = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + places.first_row
+    tokens = token_keys(row, places.positions.unsqueeze(0), 0, seed, is_query=True)
+    channel = torch.arange(x.shape[2], device=x.device)
+    channels = token_keys(torch.zeros_like(channel), channel, 0, seed, is_query=False)
+    kept = keep_mask(tokens, channels.expand(x.shape[0], -1), dropout)
+    return x * kept.to(x.dtype).div_(1.0 - dropout)

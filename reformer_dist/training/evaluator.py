@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.metrics import bits_per_byte
 
 IGNORED = -100
@@ -35,16 +36,23 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     batches: Iterable[Batch],
     token_bytes: Tensor,
     runtime: Runtime,
+    sequence: SlicedSequence,
 ) -> EvalResult:
-    """loss_of(inputs, labels) is the summed loss in nats; token_bytes [V], bytes of text of each token id."""
+    """forward: ReformerLM's, the summed loss in nats; token_bytes [V]: bytes of text of each token id.
+
+    The batches are of whole rows, alike on the ranks that share them by `sequence`.
+    """
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
-        loss = loss_of(batch.inputs.to(runtime.device), batch.labels.to(runtime.device))
-        counted = batch.labels[batch.labels != IGNORED]
+        inputs, labels = sequence.take(batch.inputs, 0), sequence.take(batch.labels, IGNORED)
+        mask = sequence.key_padding_mask(inputs.shape[0], runtime.device)
+        on_device = (inputs.to(runtime.device), labels.to(runtime.device))
+        loss = forward(*on_device, key_padding_mask=mask, sequence=sequence)
+        counted = labels[labels != IGNORED]
         nats += loss.item()
         tokens += counted.numel()
         text_bytes += int(token_bytes[counted].sum())

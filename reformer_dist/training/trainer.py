@@ -16,7 +16,9 @@ from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import DataError, TrainingError, UserError
 from reformer_dist.log import logger
+from reformer_dist.parallel import SlicedSequence
 from reformer_dist.seeds import derive_seed
+from reformer_dist.training.evaluator import IGNORED
 from reformer_dist.training.metrics import Window, bits_per_byte, peak_memory_gib, progress_line
 from reformer_dist.training.tensorboard import Board
 
@@ -57,6 +59,15 @@ class Observer(Protocol):
     def sample(self, step: int) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A rank's slices of its rows of a step, [n_micro, micro_batch, tokens at hand] each."""
+
+    inputs: Tensor
+    labels: Tensor
+    state: dict[str, Any]
+
+
 class Trainer:
     """A run on one rank; every rank makes the same calls in the same order."""
 
@@ -65,6 +76,7 @@ class Trainer:
         config: RunConfig,
         runtime: Runtime,
         engine: TrainEngine,
+        sequence: SlicedSequence,
         batches: Iterator[StepBatch],
         saver: Saver,
         observer: Observer,
@@ -74,10 +86,11 @@ class Trainer:
     ) -> None:
         self.config = config
         self.progress = progress
-        self._runtime, self._engine, self._batches = runtime, engine, batches
+        self._runtime, self._engine, self._sequence, self._batches = runtime, engine, sequence, batches
         self._saver, self._observer, self._board = saver, observer, board
         self._bytes_per_token = bytes_per_token
         self._window = Window(runtime.device)
+        self._valid_tokens = 0.0  # of the step, over all ranks
 
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves. Raises UserError alike on every rank."""
@@ -103,32 +116,49 @@ class Trainer:
         step = self.progress.step
         return interval > 0 and (step % interval == 0 or step == self.config.trainer.max_steps)
 
-    def _next_batch(self) -> StepBatch:
-        """The next batch, or the same error on every rank if any rank can't read its own."""
-        batch, error = None, None
+    def _next_batch(self) -> _Rows:
+        """This rank's slices of the next batch, or the same error on every rank if any rank can't read its own."""
+        rows, valid, error = None, 0, None
         try:
-            batch = next(self._batches)
+            rows = self._slice(next(self._batches))
+            valid = int((rows.labels != IGNORED).sum())
         except (DataError, OSError) as caught:
             error = caught
-        if self._runtime.sum([float(error is not None)])[0]:
+        failed, self._valid_tokens = self._runtime.sum([float(error is not None), float(valid)])
+        if failed:
             self._runtime.raise_together(error)
-        assert batch is not None
-        return batch
+        assert rows is not None
+        return rows
 
-    def _train_step(self, batch: StepBatch) -> None:
-        step = self.progress.step
-        tokens = batch.tokens.to(self._runtime.device)
-        valid = float(batch.tokens[..., 1:].numel() * self._runtime.world_size)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
-        for micro, rows in enumerate(tokens):
-            seed = derive_seed("dropout", self.config.trainer.seed, step, micro, self._runtime.rank)
-            loss = self._engine.forward(rows[:, :-1], rows[:, 1:], step=step, dropout_seed=seed)
-            self._engine.backward(loss, valid)
+    def _slice(self, batch: StepBatch) -> _Rows:
+        n_micro, n_rows, _ = batch.tokens.shape
+        tokens = batch.tokens.flatten(0, 1)
+        inputs, labels = self._sequence.take(tokens[:, :-1], 0), self._sequence.take(tokens[:, 1:], IGNORED)
+        shape = (n_micro, n_rows, -1)
+        return _Rows(inputs.reshape(shape), labels.reshape(shape), batch.state)
+
+    def _train_step(self, rows: _Rows) -> None:
+        step, device, sequence = self.progress.step, self._runtime.device, self._sequence
+        inputs, labels = rows.inputs.to(device), rows.labels.to(device)
+        n_micro, n_rows, _ = inputs.shape
+        mask = sequence.key_padding_mask(n_rows, device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for micro in range(n_micro):
+            loss = self._engine.forward(
+                inputs[micro],
+                labels[micro],
+                key_padding_mask=mask,
+                step=step,
+                dropout_seed=derive_seed("dropout", self.config.trainer.seed, step),
+                first_row=(sequence.grid.dp_rank * n_micro + micro) * n_rows,
+                sequence=sequence,
+            )
+            self._engine.backward(loss, self._valid_tokens)
             loss_sum += loss.detach()
         lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
         result = self._engine.step(lr)
         self.progress.step = step + 1
-        self._window.add(loss_sum, valid, was_skipped=result.was_skipped)
+        self._window.add(loss_sum, self._valid_tokens, was_skipped=result.was_skipped)
         self._count_skips(result.was_skipped)
         if self._is_due(self.config.trainer.log_every):
             self._report(result.grad_norm, lr)

@@ -14,6 +14,8 @@ from torch import Tensor
 from reformer_dist.config import Position, Recompute
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.embedding import AxialPositions, SinusoidalPositions
+from reformer_dist.models.sequence import WholeSequence
+from reformer_dist.ops.dropout import TokenPlaces
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.1, "ff_dropout": 0.1}
 
@@ -49,10 +51,10 @@ def test_a_step_draws_its_rotations() -> None:
 
 def test_layers_draw_rotations_of_their_own() -> None:
     model = small_model(layers=[LSH], share_layers=True, n_layers=2).eval()
-    tokens = random_tokens()
     alone, other = (model.stack.blocks[0].attention for _ in range(2))
     x = torch.randn(2, 37, 24)
-    context = model._context(tokens, None, 0, None, None)
+    places = TokenPlaces(0, torch.arange(37))
+    context = model._context(places, WholeSequence(), None, 0, None, None)
     assert not torch.equal(alone(x, context, 0, None), other(x, context, 1, None))
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from reformer_dist.config import Activation, HashScheme, NeighbourRule, Position, Recompute
 from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.models.stack import ReformerStack
+from reformer_dist.ops.dropout import TokenPlaces
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
 CHANGES: list[dict[str, Any]] = [
@@ -188,7 +190,8 @@ def test_streams_are_rebuilt(is_autocast: bool) -> None:
     stack = ReformerStack(small_config(n_layers=6))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
-    context = ForwardContext(dropout_seed=None, rotation_seed=1)
+    places = TokenPlaces(0, torch.arange(37))
+    context = ForwardContext(dropout_seed=None, rotation_seed=1, places=places, sequence=WholeSequence())
     memos = [Memo() for _ in range(6)]
     streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.counter_dropout import keep_mask, token_keys
-from reformer_dist.ops.dropout import seeded_dropout
+from reformer_dist.ops.dropout import TokenPlaces, token_dropout
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.seeds import derive_seed
+
+PLACES = TokenPlaces(first_row=3, positions=torch.arange(100, 140))
 
 
 def mask(seed: int = 0, head: int = 0, round_: int = 0, n: int = 300, dropout: float = 0.5) -> Tensor:
@@ -62,18 +64,30 @@ def test_expectation_of_attention_dropout_is_attention() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_seeded_dropout(dtype: torch.dtype) -> None:
-    x = torch.ones(50, 2000, dtype=dtype)
+def test_token_dropout(dtype: torch.dtype) -> None:
+    x = torch.ones(5, 40, 500, dtype=dtype)
     state = torch.random.get_rng_state()
-    out = seeded_dropout(x, 0.2, seed=3)
+    out = token_dropout(x, 0.2, 3, PLACES)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert out.dtype == dtype and torch.equal(out, seeded_dropout(x, 0.2, seed=3))
-    assert not torch.equal(out, seeded_dropout(x, 0.2, seed=4))
+    assert out.dtype == dtype and torch.equal(out, token_dropout(x, 0.2, 3, PLACES))
+    assert not torch.equal(out, token_dropout(x, 0.2, 4, PLACES))
     assert (out == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert out.float().mean().item() == pytest.approx(1.0, abs=0.02)
     assert out.unique().numel() == 2
 
 
+def test_a_tokens_mask_is_its_own() -> None:
+    """Rows and positions taken apart draw what they drew together; no row, position or channel is like another."""
+    x = torch.ones(6, 40, 64)
+    whole = token_dropout(x, 0.5, 9, PLACES)
+    for rows, positions in ((slice(2, 5), slice(0, 40)), (slice(5, 6), slice(7, 19))):
+        places = TokenPlaces(PLACES.first_row + rows.start, PLACES.positions[positions])
+        assert torch.equal(token_dropout(x[rows, positions], 0.5, 9, places), whole[rows, positions])
+    for axis in range(3):
+        first, second = whole.movedim(axis, 0)[:2]
+        assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.06)
+
+
 def test_no_dropout_is_the_input_itself() -> None:
-    x = torch.ones(3)
-    assert seeded_dropout(x, 0.0, seed=0) is x
+    x = torch.ones(1, 3, 2)
+    assert token_dropout(x, 0.0, 0, PLACES) is x

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.health import measure_health
+from reformer_dist.ops.lsh.health import LSHHealth, measure_health
+from reformer_dist.ops.lsh.order import count_buckets
 from reformer_dist.ops.rotary import rotary_tables, rotate
 
 
@@ -39,30 +40,34 @@ def ids_of(*rounds: Tensor) -> Tensor:
     return torch.stack(list(rounds)).to(torch.uint8).expand(2, 3, len(rounds), -1)
 
 
+def health_of(ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+    return measure_health(ids, count_buckets(ids.flatten(0, 1), n_buckets), window)
+
+
 def test_health_of_perfect_balance() -> None:
     in_turn = torch.arange(64) % 4
-    health = measure_health(ids_of(in_turn), n_buckets=4, window=3)
+    health = health_of(ids_of(in_turn), n_buckets=4, window=3)
     assert health.largest_over_mean == 1 and health.agreement == 1
     # of 16 members of a bucket, all but the first two
     assert health.full_windows == 14 / 16
 
 
 def test_health_of_a_collapse() -> None:
-    health = measure_health(ids_of(torch.zeros(64), torch.zeros(64)), n_buckets=4, window=5)
+    health = health_of(ids_of(torch.zeros(64), torch.zeros(64)), n_buckets=4, window=5)
     assert (health.largest_over_mean, health.full_windows, health.agreement) == (4, 60 / 64, 1)
 
 
 def test_health_of_windows_that_never_fill() -> None:
-    assert measure_health(ids_of(torch.arange(64) % 16), n_buckets=16, window=5).full_windows == 0
+    assert health_of(ids_of(torch.arange(64) % 16), n_buckets=16, window=5).full_windows == 0
 
 
 def test_agreement() -> None:
     first, within = torch.arange(64) // 16, torch.arange(64) % 16
-    same = measure_health(ids_of(first, first, first), n_buckets=16, window=1)
-    opposed = measure_health(ids_of(first, within), n_buckets=16, window=1)
+    same = health_of(ids_of(first, first, first), n_buckets=16, window=1)
+    opposed = health_of(ids_of(first, within), n_buckets=16, window=1)
     # 15 neighbours in each of 4 buckets, all parted by `within`, and 3 in each of its 16, all parted by `first`
     assert (same.agreement, opposed.agreement) == (1, 0)
     halves = torch.arange(64) // 8
     # a neighbour in `first` is one in `halves` but at the middle of a bucket; the other way round always
-    mixed = measure_health(ids_of(first, halves), n_buckets=16, window=1)
+    mixed = health_of(ids_of(first, halves), n_buckets=16, window=1)
     assert mixed.agreement == pytest.approx((4 * 14 + 8 * 7) / (4 * 15 + 8 * 7))

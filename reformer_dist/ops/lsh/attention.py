@@ -107,14 +107,15 @@ class _Part:
 
 
 def _parts(bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None) -> Iterator[_Part]:
-    n_heads, seq_len = bucket_ids.shape[1], bucket_ids.shape[3]
+    batch, n_heads, _, seq_len = bucket_ids.shape
+    numbers = options.unit_numbers(batch, n_heads, bucket_ids.device)
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = max(1, GROUP_TOKENS["cuda" if bucket_ids.is_cuda else "cpu"] // seq_len)
     scratch = Workspace(bucket_ids.device)
     for first in range(0, buckets.shape[0], size):
         part = buckets[first : first + size]
         unit, position = _unit_and_position(part)
-        rows = Rows(unit + first + options.first_row * n_heads, position, _codes(part, options))
+        rows = Rows(numbers[unit + first], position, _codes(part, options))
         group = RowGroup.of(rows, lay_out(part, options), options, scratch)
         yield _Part(slice(first * seq_len, (first + part.shape[0]) * seq_len), group)
 

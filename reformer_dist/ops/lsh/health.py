@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -18,17 +17,20 @@ class LSHHealth:
     """Of tokens that are neighbours in one round, the share that another round puts into one bucket too."""
 
 
-def measure_health(bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
-    """Health of bucket ids [B, H, R, S]. Agreement is 1 where there is only one round."""
+def measure_health(bucket_ids: Tensor, counts: Tensor, window: int) -> LSHHealth:
+    """Health of bucket ids [B, H, R, S] whose buckets have `counts` [B * H, R, K] members.
+
+    The counts may be those of longer sequences of which the ids are slices; agreement is that of the ids
+    themselves, and 1 where there is only one round.
+    """
     n_hashes, seq_len = bucket_ids.shape[2:]
+    n_tokens = max(1, int(counts[0, 0].sum()))
+    largest = counts.amax(dim=2).float().mean().item() * counts.shape[2] / n_tokens
+    # the first window - 1 members of each bucket have no full window
+    full = (counts - (window - 1)).clamp_min(0).sum().item() / (counts.shape[0] * n_hashes * n_tokens)
     ids = bucket_ids.reshape(-1, n_hashes, seq_len).long()
-    row = torch.arange(ids.shape[0], device=ids.device).view(-1, 1) * n_buckets
-    largest, full, agreeing, neighbours = 0.0, 0.0, 0.0, 0
+    agreeing, neighbours = 0.0, 0
     for r in range(n_hashes):
-        counts = torch.bincount((ids[:, r] + row).flatten(), minlength=ids.shape[0] * n_buckets)
-        largest += counts.view(-1, n_buckets).max(1).values.float().mean().item() * n_buckets / seq_len
-        # the first window - 1 members of each bucket have no full window
-        full += (counts - (window - 1)).clamp_min(0).sum().item() / (ids.shape[0] * seq_len)
         order = ids[:, r].argsort(dim=1, stable=True)
         in_order = ids.gather(2, order.unsqueeze(1).expand_as(ids))
         same = in_order[:, :, 1:] == in_order[:, :, :-1]
@@ -36,4 +38,4 @@ def measure_health(bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth
         neighbours += int(is_neighbour.sum().item()) * (n_hashes - 1)
         agreeing += (same & is_neighbour.unsqueeze(1)).sum().item() - is_neighbour.sum().item()
     agreement = agreeing / neighbours if neighbours else 1.0
-    return LSHHealth(largest / n_hashes, full / n_hashes, agreement)
+    return LSHHealth(largest, full, agreement)

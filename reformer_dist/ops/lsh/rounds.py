@@ -81,6 +81,9 @@ def attend_rounds(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Iterator[
     They live in scratch memory: the first round's until the end, another's until the next is asked for.
     """
     for round_, (layout, mask) in enumerate(group.rounds()):
+        if q.shape[0] == 0:  # a rank may have nothing to attend
+            yield Sums(v.float(), v.new_empty(0, dtype=torch.float32), v.new_empty(0, dtype=torch.float32))
+            continue
         o, top, weight = _attend_round(group, layout, mask, q, k, v)
         name = "total" if round_ == 0 else "round"
         yield Sums(group.scratch.gather(name, o, layout.home), top[layout.home], weight[layout.home])
@@ -143,7 +146,7 @@ def attend_backward(
     delta [n_rows] = rowsum(dO * o) and lse [n_rows] are those of the whole softmax; lse = inf silences a row.
     """
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
-    for layout, mask in group.rounds():
+    for layout, mask in group.rounds() if q.shape[0] else ():
         dq_slots, dk_slots, dv_slots = _backward_round(group, layout, mask, q, k, v, d_out, delta, lse)
         dq += group.scratch.gather("home", dq_slots, layout.home)
         for whole, part in ((dk, dk_slots), (dv, dv_slots)):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class WindowRule:
@@ -49,4 +52,14 @@ class AttentionOptions:
     dropout: float = 0.0
     dropout_seed: int = 0
     first_row: int = 0
-    """Number of the first batch row in its step: dropout masks are a function of row, head and positions."""
+    """Number of the first batch row in its step: dropout masks are functions of row, head and positions."""
+    first_head: int = 0
+    """Number of the first head at hand among the layer's n_heads."""
+    n_heads: int | None = None
+    """Of the layer; None where all of them are at hand."""
+
+    def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
+        """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
+        row = torch.arange(batch, device=device).unsqueeze(1) + self.first_row
+        head = torch.arange(n_heads, device=device) + self.first_head
+        return (row * (self.n_heads or n_heads) + head).flatten()

@@ -1,0 +1,189 @@
+"""LSH attention over a sequence whose tokens lie on several ranks: tokens travel to the ranks of their buckets.
+
+Group by group of (batch, head) units: what a token needs to be attended travels to each rank that attends or
+sees it, in one message; there the tokens are rows like any others (`ops.lsh.rounds`); and their partial
+softmax travels back and is merged at home. While one group is attended, the next one travels.
+
+Backward sends the same tokens again with dO, the total logsumexp and rowsum(dO * o), and brings gradients home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reformer_dist.distributed.wire import Delivery, Parcel, Wire
+from reformer_dist.errors import TrainingError
+from reformer_dist.ops.lsh.rounds import attend_backward
+from reformer_dist.ops.lsh.rules import AttentionOptions
+from reformer_dist.ops.lsh.shared_keys import shared_keys_backward
+from reformer_dist.parallel.outward import Outward
+from reformer_dist.parallel.plan import Plan, Route, tokens_of
+from reformer_dist.parallel.record import Record
+from reformer_dist.parallel.returns import MergedReturns, Returns, RoundReturns
+
+
+def exchanged_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    plan: Plan,
+    options: AttentionOptions,
+    wire: Wire,
+    *,
+    merge_returns: bool = True,
+) -> Tensor:
+    """What `bucket_attention` gives for the whole sequence, of which this rank holds q, k, v [B, H, S, D].
+
+    The plan was made of the bucket ids by the same ranks. merge_returns: partial results of a token whose
+    rounds are attended on the same rank are merged there, which saves bytes; without it, rounds are merged at
+    home in their order, and in float32 the result is that of one rank to the last bit.
+    """
+    out: Tensor = _ExchangedAttention.apply(q, k, v, plan, options, wire, merge_returns)
+    return out
+
+
+class _ExchangedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        plan: Plan,
+        options: AttentionOptions,
+        wire: Wire,
+        merge_returns: bool,
+    ) -> Tensor:
+        q, v = q.contiguous(), v.contiguous()
+        k = None if k is None else k.contiguous()
+        outward = Outward(plan, options, wire, q, k, v)
+        back: Returns = (MergedReturns if merge_returns else RoundReturns)(outward)
+        out = torch.empty_like(v)
+        lse = torch.empty((*v.shape[:3], 1), dtype=torch.float32, device=v.device)
+
+        def attend(route: Route, arrived: list[Tensor]) -> list[Parcel]:
+            query_rows = outward.queries.field(arrived[1], "q") if k is not None else None
+            return [back.attend(route, outward.host(route, arrived[0], query_rows))]
+
+        def at_home(route: Route, results: list[Tensor]) -> None:
+            o, route_lse = back.at_home(route, results[0]).output(outward.part(v, route))
+            outward.part(out, route).copy_(o)
+            outward.part(lse, route).copy_(route_lse.unsqueeze(1))
+
+        _run(plan, wire, outward.pack, attend, at_home)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.options, ctx.wire = plan, options, wire
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        outward = Outward(ctx.plan, ctx.options, ctx.wire, q, k, v)
+        call = _Backward(outward, out, lse, grads[0].contiguous())
+        _run(ctx.plan, ctx.wire, call.pack, call.attend, call.at_home)
+        return call.dq, call.dk, call.dv, None, None, None, None
+
+
+def _run(
+    plan: Plan,
+    wire: Wire,
+    pack: Callable[[Route], list[Parcel]],
+    attend: Callable[[Route, list[Tensor]], list[Parcel]],
+    bring_home: Callable[[Route, list[Tensor]], None],
+) -> None:
+    """Each route goes out, is attended and comes home; the next one travels while this one is attended."""
+    _check_same_plan(plan, wire)
+    routes, timed = plan.routes, wire.ledger.timed
+    going_out: list[Delivery] = []
+    going_home: list[Delivery] = []
+    with torch.autocast(plan.routes[0].ids.device.type, enabled=False):
+        # one more turn at each end: what goes out at a turn is attended at the next, and comes home after that
+        for turn in range(len(routes) + 2):
+            with timed("exchange"):
+                arrived = [delivery.wait() for delivery in going_out]
+                out = pack(routes[turn]) if turn < len(routes) else []
+                going_out = [wire.send(parcel, "exchange") for parcel in out]
+            with timed("attend"):
+                results = attend(routes[turn - 1], arrived) if arrived else []
+            with timed("return"):
+                at_home = [delivery.wait() for delivery in going_home]
+                going_home = [wire.send(parcel, "return") for parcel in results]
+                if at_home:
+                    bring_home(routes[turn - 2], at_home)
+
+
+def _check_same_plan(plan: Plan, wire: Wire) -> None:
+    """All ranks are about to exchange by plans that fit one another, or all of them raise TrainingError."""
+    difference = int(wire.sum(torch.tensor([plan.balance], device=plan.routes[0].ids.device), "count"))
+    if difference:
+        raise TrainingError(
+            f"bucket exchange: the plans of the ranks do not fit one another (checksums differ by {difference}); "
+            "the ranks of a sequence are not at the same layer of the same step"
+        )
+
+
+class _Backward:
+    """The gradients at home, and what travels for them."""
+
+    def __init__(self, outward: Outward, out: Tensor, lse: Tensor, d_out: Tensor) -> None:
+        self._outward, self._lse, self._d_out = outward, lse, d_out
+        self._delta = (d_out.float() * out.float()).sum(dim=3, keepdim=True)
+        width, number = (d_out.dtype, d_out.shape[3]), (torch.float32, 1)
+        self._has_keys = outward.k is not None
+        own_queries = {"q": width} if self._has_keys else {}
+        self._asked = Record(d_out=width, lse=number, delta=number, **own_queries)
+        self._grads = outward.keys
+        self.dq, self.dv = torch.empty_like(outward.q), torch.empty_like(outward.v)
+        self.dk = None if outward.k is None else torch.empty_like(outward.k)
+
+    def pack(self, route: Route) -> list[Parcel]:
+        values = {"d_out": self._d_out, "lse": self._lse, "delta": self._delta}
+        if self._has_keys:
+            values["q"] = self._outward.q
+        return [self._outward.pack_keys(route), self._outward.pack_asked(route, self._asked, **values)]
+
+    def attend(self, route: Route, arrived: list[Tensor]) -> list[Parcel]:
+        asked = {name: self._asked.field(arrived[1], name) for name in ("d_out", "lse", "delta")}
+        query_rows = self._asked.field(arrived[1], "q") if self._has_keys else None
+        here = self._outward.host(route, arrived[0], query_rows)
+        plan, guests, rows = self._outward.plan, here.guests, here.guests.query_rows
+        d_out = torch.zeros_like(here.v)
+        # lse = inf: rows that are no queries here give nothing to anybody
+        lse = torch.full((d_out.shape[0],), torch.inf, device=d_out.device)
+        delta = torch.zeros_like(lse)
+        d_out[rows], lse[rows], delta[rows] = asked["d_out"], asked["lse"].squeeze(1), asked["delta"].squeeze(1)
+        dq, dk, dv = attend_backward(here.group, here.q, here.k, here.v, d_out, delta=delta, lse=lse)
+        if not self._has_keys:
+            dk = dq + shared_keys_backward(here.q, dk)
+        grads = Parcel(self._grads.pack(k=dk, v=dv), guests.counts, tokens_of(route.sent, plan)[1])
+        if not self._has_keys:
+            return [grads]
+        counts_home = tokens_of(route.asked, plan)[1]
+        return [grads, Parcel(self._outward.queries.pack(q=dq[rows]), guests.query_counts, counts_home)]
+
+    def at_home(self, route: Route, results: list[Tensor]) -> None:
+        part = self._outward.part
+        d_keys, dv = (self._summed(route.sent, route, self._grads.field(results[0], name)) for name in ("k", "v"))
+        alone = torch.isinf(part(self._lse, route)).float()
+        # who met nobody has o = v
+        part(self.dv, route).copy_(dv.addcmul_(part(self._d_out, route).float(), alone))
+        if self.dk is None:
+            part(self.dq, route).copy_(d_keys)
+        else:
+            part(self.dk, route).copy_(d_keys)
+            dq = self._summed(route.asked, route, self._outward.queries.field(results[1], "q"))
+            part(self.dq, route).copy_(dq)
+
+    def _summed(self, bits: Tensor, route: Route, rows: Tensor) -> Tensor:
+        """Sums [U * S, D] over the ranks from which a token's gradients have come, in order of ranks."""
+        tokens, counts = tokens_of(bits, self._outward.plan)
+        total = torch.zeros(self._outward.part(self._d_out, route).shape, device=rows.device)
+        for own, part in zip(tokens.split(counts), rows.split(counts), strict=True):
+            total[own] += part.float()
+        return total

@@ -1,0 +1,55 @@
+"""From slices of the sequence with all heads to longer slices with a share of the heads, and back.
+
+One all-to-all each way (DeepSpeed-Ulysses, arXiv 2309.14509): B, H, S / P, D <-> B, H / P, S, D.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reformer_dist.distributed.wire import Wire
+
+PHASE = "heads"
+
+
+def to_heads(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
+    """[B, H, S, ...] -> [B, H / P, P * S, ...]; order[i]: the rank whose slice is the i-th. Differentiable."""
+    out: Tensor = _HeadExchange.apply(x, wire, order, True)
+    return out
+
+
+def to_slices(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
+    """The inverse of `to_heads`."""
+    out: Tensor = _HeadExchange.apply(x, wire, order, False)
+    return out
+
+
+class _HeadExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wire: Wire, order: list[int], is_to_heads: bool) -> Tensor:
+        ctx.settings = (wire, order, is_to_heads)
+        with wire.ledger.timed(PHASE):
+            return (_to_heads if is_to_heads else _to_slices)(x, wire, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wire, order, is_to_heads = ctx.settings
+        with wire.ledger.timed(PHASE):
+            return (_to_slices if is_to_heads else _to_heads)(grads[0], wire, order), None, None, None
+
+
+def _to_heads(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
+    blocks = x.unflatten(1, (wire.size, -1)).movedim(1, 0)  # [P heads, B, H / P, S, ...]
+    received = wire.swap(blocks, PHASE)[order]  # [P slices, B, H / P, S, ...]
+    return received.movedim(0, 2).flatten(2, 3)
+
+
+def _to_slices(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
+    blocks = torch.empty_like(x.unflatten(2, (wire.size, -1)).movedim(2, 0).contiguous())
+    blocks[order] = x.unflatten(2, (wire.size, -1)).movedim(2, 0)
+    return wire.swap(blocks, PHASE).movedim(0, 1).flatten(1, 2)

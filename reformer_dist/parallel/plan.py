@@ -1,0 +1,287 @@
+"""Who sends which token where: made once for a layer's forward, and kept for its recompute and its backward.
+
+Every rank counts its tokens by bucket. An exclusive scan over the ranks tells how many members of each bucket
+stand before a rank's own, so each rank knows the place of its tokens in the order of the whole sequence
+without holding it, hence the rank that attends them and the ranks that need them as keys (`ops.lsh.runs`). A
+token goes once to each of those, whatever the rounds that meet there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reformer_dist.distributed.wire import Parcel, Wire
+from reformer_dist.errors import TrainingError
+from reformer_dist.ops.lsh.layout import Layout, chunk_layouts, row_keys, window_layout
+from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, place_codes
+from reformer_dist.ops.lsh.pair_mask import Rows
+from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.runs import (
+    Part,
+    Readers,
+    chunk_readers,
+    chunk_run,
+    tiling_of,
+    window_readers,
+    window_run,
+)
+from reformer_dist.parallel.bits import pack_bits, unpack_bits
+from reformer_dist.parallel.record import Record
+
+PHASE = "count"
+# Tokens of this rank that travel in one message: small enough for the next message to overlap with their
+# attention, and for what arrives of them to fit beside the model.
+GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
+
+
+@dataclass(frozen=True)
+class Route:
+    """The tokens of some units on their way from this rank and to it."""
+
+    units: slice
+    sent: Tensor
+    """Bits [P, U, S / 8]: this rank's tokens that each rank needs."""
+    asked: Tensor
+    """Bits [P, U, S / 8]: those that it attends as queries, in any round."""
+    received: Tensor
+    """Bits [P, U, S / 8] of each rank's tokens that are needed here."""
+    attended: Tensor
+    """Likewise, as queries."""
+    ids: Tensor
+    """[rows, R] bucket of each received token, n_buckets in rounds in which it is not needed here."""
+    codes: Tensor | None
+    """[R, rows] codes of its places, with count_pairs_once."""
+    owners: Tensor | None
+    """int32 [R, U * S] rank that attends each of this rank's tokens, -1 for padding; if rounds return apart."""
+    total: Tensor
+    """int32 [U, R, K] members of each bucket on all ranks."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The exchange of one attention call."""
+
+    routes: list[Route]
+    seq_len: int
+    """Of the whole sequence, as attention sees it."""
+    n_local: int
+    """Tokens of a sequence on each rank."""
+    balance: int
+    """A checksum of what this rank sends less that of what it gets: over all ranks it sums to 0."""
+
+
+def make_plan(
+    buckets: Tensor, options: AttentionOptions, seq_len: int, wire: Wire, *, merge_returns: bool = True
+) -> Plan:
+    """The plan for bucket ids [U, R, S] of this rank's tokens, where n_buckets marks padding.
+
+    Raises TrainingError, alike on every rank, where what arrives is not what the counts foretell.
+    """
+    with wire.ledger.timed(PHASE):
+        return _make_plan(buckets, options, seq_len, wire, keeps_owners=not merge_returns)
+
+
+def _make_plan(
+    buckets: Tensor, options: AttentionOptions, seq_len: int, wire: Wire, *, keeps_owners: bool
+) -> Plan:
+    n_units, _, n_local = buckets.shape
+    before, total = _scan(count_buckets(buckets, options.n_buckets), wire)
+    size = max(1, GROUP_TOKENS["cuda" if buckets.is_cuda else "cpu"] // n_local)
+    routes, strays = [], 0
+    for first in range(0, n_units, size):
+        units = slice(first, min(first + size, n_units))
+        home = _HomePlaces(buckets[units], before[units], total[units], options, seq_len, wire.size)
+        routes.append(_route(units, home, options, wire, keeps_owners=keeps_owners))
+        strays += _count_strays(routes[-1], options, seq_len, n_local, wire)
+    balance = sum(
+        _checksum(r.sent, wire, is_sent=True) - _checksum(r.received, wire, is_sent=False) for r in routes
+    )
+    found = torch.tensor([strays, balance], device=buckets.device)
+    strays, difference = wire.sum(found, PHASE).tolist()
+    if strays or difference:
+        raise TrainingError(
+            f"bucket exchange: {strays} tokens arrived where the counts foretell others (checksums differ by "
+            f"{difference}); the ranks of a sequence do not hold slices of the same rows"
+        )
+    return Plan(routes, seq_len, n_local, balance)
+
+
+def _scan(counts: Tensor, wire: Wire) -> tuple[Tensor, Tensor]:
+    """From [U, R, K] of this rank: the sums over the ranks before it, and over all ranks.
+
+    Each rank sums a share of the columns, so that none holds the counts of all ranks.
+    """
+    n_units, n_rounds, n_buckets = counts.shape
+    padded = torch.nn.functional.pad(counts, (0, -n_buckets % wire.size))
+    columns = wire.swap(padded.unflatten(2, (wire.size, -1)).permute(2, 0, 1, 3), PHASE)
+    until = columns.cumsum(dim=0, dtype=torch.int32)
+    answer = torch.stack([until - columns, until[-1:].expand_as(until)], dim=1)
+    shares = wire.swap(answer, PHASE)  # [P, 2, U, R, K / P]
+    before, total = shares.permute(1, 2, 3, 0, 4).reshape(2, n_units, n_rounds, -1)[..., :n_buckets].unbind()
+    return before.contiguous(), total.contiguous()
+
+
+class _HomePlaces:
+    """Where this rank's tokens of some units stand, and who takes them."""
+
+    def __init__(
+        self, buckets: Tensor, before: Tensor, total: Tensor, options: AttentionOptions, seq_len: int, size: int
+    ) -> None:
+        self.buckets, self.total, self._size = buckets, total, size
+        n_units, n_rounds, n_local = buckets.shape
+        self.needs = torch.zeros(size, n_units, n_local, dtype=torch.bool, device=buckets.device)
+        self.asks = torch.zeros_like(self.needs)
+        self._readers: list[list[Readers]] = []
+        codes, owners = [], []
+        rule = options.rule
+        tile_len = tiling_of(rule, seq_len, options.n_buckets).tile_len
+        for r in range(n_rounds):
+            bucket = buckets[:, r]
+            rank = bucket_ranks(bucket, before[:, r])
+            if isinstance(rule, ChunkRule):
+                owner, readers = chunk_readers(bucket, rank, total[:, r], rule, seq_len, size)
+            else:
+                owner, readers = window_readers(bucket, rank, total[:, r], rule, tile_len, size)
+            self._mark(self.asks, owner, owner >= 0)
+            for some in readers:
+                for taker, takes in some.pairs(size):
+                    self._mark(self.needs, taker, takes)
+            self._readers.append(readers)
+            owners.append(owner.flatten().to(torch.int32))
+            if options.count_pairs_once:
+                codes.append(place_codes(bucket, rank, total[:, r], rule))
+        self.codes = torch.stack(codes, dim=1) if codes else None
+        """[U, R, S]"""
+        self.owners = torch.stack(owners)
+        """[R, U * S]"""
+
+    def _mark(self, mask: Tensor, rank: Tensor, takes: Tensor) -> None:
+        unit, token = takes.nonzero(as_tuple=True)
+        mask[rank[unit, token], unit, token] = True
+
+    def sent_ids(self, taker: Tensor, unit: Tensor, token: Tensor, n_buckets: int) -> Tensor:
+        """[rows, R] bucket of each sent token, n_buckets in rounds in which the taker does not need it."""
+        columns = []
+        for r, readers in enumerate(self._readers):
+            takes = torch.zeros_like(taker, dtype=torch.bool)
+            for some in readers:
+                takes |= (some.first[unit, token] <= taker) & (taker <= some.last[unit, token])
+            # between the first and the last taker there may be ranks that own nothing
+            n_tiles = readers[0].n_tiles[unit, 0]
+            takes &= (taker + 1) * n_tiles // self._size > taker * n_tiles // self._size
+            columns.append(self.buckets[unit, r, token].masked_fill(~takes, n_buckets))
+        return torch.stack(columns, dim=1)
+
+
+def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wire, *, keeps_owners: bool) -> Route:
+    """Tells every rank what it will get of these units, and hears the same."""
+    bits = torch.stack([pack_bits(home.needs), pack_bits(home.asks)], dim=1)
+    taker, unit, token = home.needs.nonzero(as_tuple=True)
+    ids = home.sent_ids(taker, unit, token, options.n_buckets)
+    fields = {"ids": (ids.dtype, ids.shape[1])}
+    values = {"ids": ids}
+    if home.codes is not None:
+        fields["codes"] = (torch.int32, ids.shape[1])
+        values["codes"] = home.codes[unit, :, token]
+    record = Record(**fields)
+    rows = record.pack(**values)
+    heard = wire.swap(bits, PHASE)
+    received, attended = heard[:, 0].contiguous(), heard[:, 1].contiguous()
+    n_local = home.buckets.shape[2]
+    counts_out = home.needs.sum(dim=(1, 2)).tolist()
+    counts_in = unpack_bits(received, n_local).sum(dim=(1, 2)).tolist()
+    arrived = wire.send(Parcel(rows, counts_out, counts_in), PHASE).wait()
+    codes = record.field(arrived, "codes").t().contiguous() if home.codes is not None else None
+    ids = record.field(arrived, "ids").contiguous()
+    sent, asked = bits[:, 0].contiguous(), bits[:, 1].contiguous()
+    owners = home.owners if keeps_owners else None
+    return Route(units, sent, asked, received, attended, ids, codes, owners, home.total)
+
+
+@dataclass(frozen=True)
+class Guests:
+    """The tokens that this rank holds of some units while it attends them, its own among them."""
+
+    counts: list[int]
+    """From each rank."""
+    query_counts: list[int]
+    query_rows: Tensor
+    """Those that are queries here in any round, in order of ranks."""
+    unit: Tensor
+    position: Tensor
+
+
+def guests_of(route: Route, plan: Plan) -> Guests:
+    """Who the received rows are."""
+    here = unpack_bits(route.received, plan.n_local)
+    source, unit, token = here.nonzero(as_tuple=True)
+    is_query = unpack_bits(route.attended, plan.n_local)
+    return Guests(
+        counts=here.sum(dim=(1, 2)).tolist(),
+        query_counts=is_query.sum(dim=(1, 2)).tolist(),
+        query_rows=is_query[source, unit, token].nonzero().squeeze(1),
+        unit=unit,
+        position=source * plan.n_local + token,
+    )
+
+
+def tokens_of(bits: Tensor, plan: Plan) -> tuple[Tensor, list[int]]:
+    """This rank's tokens that go to each rank, numbers in [U * S], and how many go to each."""
+    mask = unpack_bits(bits, plan.n_local).flatten(1)
+    return mask.nonzero()[:, 1], mask.sum(dim=1).tolist()
+
+
+def layouts_of(route: Route, guests: Guests, plan: Plan, options: AttentionOptions, wire: Wire) -> list[Layout]:
+    """The layouts of all rounds of the received rows."""
+    part, rule = Part(wire.index, wire.size), options.rule
+    tiling = tiling_of(rule, plan.seq_len, options.n_buckets)
+    keys = list(_keys_by_round(route, guests.unit, options.n_buckets))
+    if isinstance(rule, ChunkRule):
+        run = chunk_run(plan.seq_len, rule, part)
+        return chunk_layouts(torch.stack(keys), route.total.shape[0], options.n_buckets, rule, run, tiling)
+    runs = [window_run(route.total[:, r], rule, tiling.tile_len, part) for r in range(len(keys))]
+    return [window_layout(key, run, tiling) for key, run in zip(keys, runs, strict=True)]
+
+
+def rows_of(route: Route, guests: Guests, numbers: Tensor) -> Rows:
+    """numbers [all units]: the unit numbers of this rank's call."""
+    codes = route.codes if route.ids.shape[1] > 1 else None
+    return Rows(numbers[route.units][guests.unit], guests.position, codes)
+
+
+def _keys_by_round(route: Route, unit: Tensor, n_buckets: int) -> Iterator[Tensor]:
+    for r in range(route.ids.shape[1]):
+        yield row_keys(unit, route.ids[:, r], route.total.shape[0], n_buckets)
+
+
+def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local: int, wire: Wire) -> int:
+    """How many tokens have come, or stayed away, against what the counts of all ranks foretell."""
+    part, rule = Part(wire.index, wire.size), options.rule
+    _, unit, _ = unpack_bits(route.received, n_local).nonzero(as_tuple=True)
+    strays = 0
+    for r, keys in enumerate(_keys_by_round(route, unit, options.n_buckets)):
+        total = route.total[:, r].long()
+        found = torch.bincount(keys, minlength=total.numel() + 1)[:-1].view_as(total)
+        if isinstance(rule, ChunkRule):
+            found = found.sum(dim=1)
+            run = chunk_run(seq_len, rule, part)
+            first = torch.tensor(run.needed, dtype=torch.int64, device=keys.device) * rule.chunk_len
+            foretold = (total.sum(dim=1, keepdim=True) - first).clamp(0, rule.chunk_len).sum(dim=1)
+        else:
+            run_of = window_run(total, rule, tiling_of(rule, seq_len, options.n_buckets).tile_len, part)
+            foretold = run_of.stop - run_of.start
+        strays += int((found - foretold).abs().sum())
+    return strays
+
+
+def _checksum(bits: Tensor, wire: Wire, *, is_sent: bool) -> int:
+    """A number of the bits [P, U, S / 8] that this rank sends to each rank, or gets from each."""
+    other = torch.arange(wire.size, device=bits.device)
+    pair = wire.index * wire.size + other if is_sent else other * wire.size + wire.index
+    flat = bits.flatten(1).long()
+    place = torch.arange(1, flat.shape[1] + 1, device=bits.device) % 8191
+    return int(((flat * place).sum(dim=1) * (pair + 1)).sum())

@@ -1,0 +1,143 @@
+"""A slice of each sequence, and attention that reaches the ranks which hold the others.
+
+Implements `models.sequence.SequenceAccess`: heads are exchanged first, then buckets, as far as the grid has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_dist.distributed.grid import SequenceGrid
+from reformer_dist.ops.exact_attention import ExactOptions
+from reformer_dist.ops.lsh import AttentionOptions, bucket_attention
+from reformer_dist.ops.lsh.health import LSHHealth, measure_health
+from reformer_dist.ops.lsh.order import count_buckets, mark_padding
+from reformer_dist.parallel.bucket_exchange import exchanged_attention
+from reformer_dist.parallel.head_exchange import to_heads, to_slices
+from reformer_dist.parallel.plan import make_plan
+
+
+class SlicedSequence:
+    """Sequences of seq_len tokens, of which each rank of a grid holds one of `size` equal slices.
+
+    Where the length does not divide, the last slices end with padding that nobody sees.
+    """
+
+    def __init__(self, grid: SequenceGrid, seq_len: int, *, merge_returns: bool = True) -> None:
+        self.grid, self.seq_len, self._merge_returns = grid, seq_len, merge_returns
+        self.n_local = -(-seq_len // grid.size)
+        self._start = grid.slice_index * self.n_local
+
+    def take(self, x: Tensor, fill: float | int) -> Tensor:
+        """This rank's slice [B, n_local] of whole rows x [B, seq_len], with `fill` where they have ended."""
+        part = x[:, self._start : self._start + self.n_local]
+        return torch.nn.functional.pad(part, (0, self.n_local - part.shape[1]), value=fill)
+
+    def key_padding_mask(self, batch: int, device: torch.device) -> Tensor | None:
+        """[B, n_local], True for real tokens; None where the slices of all ranks are full."""
+        if self.n_local * self.grid.size == self.seq_len:
+            return None
+        places = torch.arange(self._start, self._start + self.n_local, device=device)
+        return (places < self.seq_len).expand(batch, -1)
+
+    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
+        if n_tokens != self.n_local:
+            raise ValueError(f"{n_tokens} tokens: this rank's slice of {self.seq_len} has {self.n_local}")
+        # padding takes the last position, since position tables may end there
+        return torch.arange(self._start, self._start + n_tokens, device=device).clamp_max(self.seq_len - 1)
+
+    def bucket_attention(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+        kept: dict[str, Any],
+    ) -> Tensor:
+        grid, n_heads = self.grid, q.shape[1]
+        order = list(range(grid.heads))
+        options = replace(options, n_heads=n_heads, first_head=grid.head_rank * n_heads // grid.heads)
+        if grid.heads > 1:
+            q, k, v = self._exchange_heads(q, k, v, order)
+        if not kept:
+            kept.update(self._prepare(bucket_ids, options, key_padding_mask, order))
+        if grid.buckets > 1:
+            out = exchanged_attention(
+                q, k, v, kept["plan"], options, grid.bucket_wire, merge_returns=self._merge_returns
+            )
+        else:
+            with grid.ledger.timed("attend"):
+                out = self._attend_whole(q, k, v, kept["ids"], options, kept["mask"])
+        return to_slices(out, grid.head_wire, order) if grid.heads > 1 else out
+
+    def exact_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        wire, n_heads = self.grid.sequence_wire, q.shape[1]
+        order = [self.grid.rank_of_slice(index) for index in range(self.grid.size)]
+        whole = to_heads(torch.cat([q, k, v], dim=3), wire, order)[:, :, : self.seq_len]
+        mask = None
+        if key_padding_mask is not None:
+            mask = _join(key_padding_mask, wire.gather(key_padding_mask.contiguous(), "heads")[order], dim=1)
+            mask = mask[:, : self.seq_len]
+        first_head = wire.index * n_heads // wire.size
+        q, k, v = whole.chunk(3, dim=3)
+        out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
+        return to_slices(self._with_padding(out, self.grid.size), wire, order)
+
+    def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+        counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
+        return measure_health(bucket_ids, self.grid.sequence_wire.sum(counts, "health"), window)
+
+    def _exchange_heads(
+        self, q: Tensor, k: Tensor | None, v: Tensor, order: list[int]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """q, k, v of a share of the heads, over the slices of all ranks of the head group; one message."""
+        vectors = [q, v] if k is None else [q, k, v]
+        parts = to_heads(torch.cat(vectors, dim=3), self.grid.head_wire, order).chunk(len(vectors), dim=3)
+        return parts[0], None if k is None else parts[1], parts[-1]
+
+    def _prepare(
+        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None, order: list[int]
+    ) -> dict[str, Any]:
+        """What a recompute finds again: the plan, or, where no buckets are exchanged, ids and mask."""
+        grid, ids, mask = self.grid, bucket_ids, key_padding_mask
+        if grid.heads > 1:
+            ids = to_heads(ids.transpose(2, 3), grid.head_wire, order).transpose(2, 3).contiguous()
+            if mask is not None:
+                mask = _join(mask, grid.head_wire.gather(mask.contiguous(), "heads"), dim=1)
+        if grid.buckets == 1:
+            return {"ids": ids, "mask": mask}
+        buckets = mark_padding(ids, options.n_buckets, mask)
+        plan = make_plan(buckets, options, self.seq_len, grid.bucket_wire, merge_returns=self._merge_returns)
+        return {"plan": plan}
+
+    def _attend_whole(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+    ) -> Tensor:
+        """On one rank, without the padding behind the sequence."""
+        real = slice(0, self.seq_len)
+        mask = None if key_padding_mask is None else key_padding_mask[:, real]
+        keys = None if k is None else k[:, :, real]
+        out = bucket_attention(q[:, :, real], keys, v[:, :, real], bucket_ids[..., real], options, mask)
+        return self._with_padding(out, self.grid.heads)
+
+    def _with_padding(self, out: Tensor, n_slices: int) -> Tensor:
+        return torch.nn.functional.pad(out, (0, 0, 0, n_slices * self.n_local - out.shape[2]))
+
+
+def _join(part: Tensor, blocks: Tensor, dim: int) -> Tensor:
+    """The slices [P, ...] of all ranks one behind the other along a dimension of `part`."""
+    return blocks.movedim(0, dim).reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])

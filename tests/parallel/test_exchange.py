@@ -1,0 +1,19 @@
+"""Attention over a sequence on several ranks, against the same on one: outputs and every gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.launch import run_ranks
+
+SCRIPT = Path(__file__).with_name("attention_cases.py")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "grids"),
+    [(2, ["1x2", "2x1"]), (3, ["1x3"]), (4, ["1x4", "2x2", "4x1"]), (8, ["1x8"])],
+    ids=lambda value: str(value),
+)
+def test_slices_are_the_whole(world_size: int, grids: list[str]) -> None:
+    assert "cases hold" in run_ranks(SCRIPT, world_size, grids, timeout=300)

@@ -1,0 +1,73 @@
+"""A whole model trained on slices, by grids of ranks and ZeRO stages, against one process with whole sequences."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from model_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from support.launch import run_ranks
+from torch import Tensor
+
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.checkpoint.files import step_folder
+from reformer_dist.engine.optim import build_optimizer
+
+ALL = [(world_size, case) for world_size, cases in CASES.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """One launch for each number of processes; the folder of its results."""
+    folders = {}
+    for world_size in CASES:
+        folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
+        run_ranks(Path(__file__).with_name("model_cases.py"), world_size, [folders[world_size]], timeout=400)
+    return folders
+
+
+@cache
+def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, norms and final weights of plain AdamW on whole sequences, in micro-batches of another size."""
+    model = case.model()
+    config = case.config().optim
+    optimizer = build_optimizer(model, config)
+    losses, norms = [], []
+    for step in range(STEPS):
+        inputs, labels = rows(step, case.seq_len)
+        valid = float((labels != IGNORED).sum())
+        total = 0.0
+        for first in range(0, len(inputs), 2 * MICRO):
+            micro = slice(first, first + 2 * MICRO)
+            loss = model(inputs[micro], labels[micro], step=step, dropout_seed=step, first_row=first)
+            (loss / valid).backward()
+            total += loss.item()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATES[step]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / valid)
+    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("world_size", "case"), ALL, ids=lambda value: getattr(value, "name", str(value)))
+def test_training_is_that_of_one_process(jobs: dict[int, Path], world_size: int, case: Case) -> None:
+    found = json.loads((jobs[world_size] / "results.json").read_text())[case.name]
+    losses, norms, weights = one_process(replace(case, stage=0, heads=1, buckets=1, precision="fp32"))
+    assert max(norms) > case.config().optim.grad_clip > min(norms)  # some steps are clipped, some not
+    if case.precision == "bf16":
+        assert found["losses"] == pytest.approx(losses, abs=5e-3)
+        assert found["norms"] == pytest.approx(norms, rel=0.03)
+        return
+    assert found["losses"] == pytest.approx(losses, rel=1e-6)
+    assert found["norms"] == pytest.approx(norms, rel=1e-5)
+    model = case.model()
+    CheckpointReader(step_folder(jobs[world_size] / case.name, STEPS)).load_weights(model)
+    for name, parameter in model.named_parameters():
+        error = (parameter.detach() - weights[name]).abs().max().item()
+        assert error <= 2e-6 * max(1.0, weights[name].abs().max().item()), f"{name} is off by {error}"

@@ -1,0 +1,262 @@
+#!/usr/bin/env python3
+"""What it costs to attend over a sequence that lies on several ranks: seconds and bytes by phase.
+
+Every row is a job of its own: so many ranks on this machine (gloo on a CPU, NCCL on GPUs), in a grid of heads x
+buckets. Bytes are those that a rank sends to others in one forward of one LSH layer, the mean over the ranks;
+beside them stand the formula of docs/sequence_parallelism.md, with the number of ranks that tokens really went to,
+and what an all-gather of q and v would have sent. Seconds are those of the slowest rank, phase by phase with the
+overlap of exchange and attention switched off; `step` is forward and backward with overlap and, in brackets,
+without. A row whose result is not that of one rank shows no speed, and the tool then exits 1.
+
+On a CPU, more ranks than cores share cores: read seconds as shares of one row, not across rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_dist.distributed import runtime
+from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
+from reformer_dist.parallel import SlicedSequence
+from reformer_dist.parallel.bits import unpack_bits
+from reformer_dist.parallel.traffic import LayerShape, all_gather_bytes, bucket_bytes, head_bytes
+
+GRIDS = ["1x2", "2x1", "1x3", "1x4", "2x2", "4x1"]
+PHASES = ("hash", "count", "heads", "exchange", "attend", "return")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+MIB = 2**20
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.row is not None:
+        run_row(arguments)
+        return 0
+    rows = [in_own_job(grid) for grid in arguments.grids]
+    if arguments.json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        print_table(arguments, rows)
+    return 0 if all(row["correct"] for row in rows) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--grids", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
+    add("--seq-len", type=int, default=16384, help="of the whole sequence (default: 16384)")
+    add("--batch", type=int, default=1)
+    add("--n-heads", type=int, default=8)
+    add("--head-dim", type=int, default=64)
+    add("--n-hashes", type=int, default=4)
+    add("--window", type=int, default=64)
+    add("--dtype", choices=sorted(TOLERANCE), default="float32")
+    add("--repeats", type=int, default=3, help="the fastest counts (default: 3)")
+    add("--skip-check", action="store_true", help="for sequences that no single rank can hold; shows no ratio")
+    add("--json", action="store_true", help="print one JSON object a row instead of the table")
+    add("--row", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_own_job(grid: str) -> dict[str, Any]:
+    n_ranks = math.prod(map(int, grid.split("x")))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    command = [sys.executable, *launch, str(Path(__file__).resolve()), *sys.argv[1:], "--row", grid]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the job of grid {grid} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_row(arguments: argparse.Namespace) -> None:
+    """One rank of a row's job; rank 0 prints it."""
+    heads, buckets = map(int, arguments.row.split("x"))
+    job = runtime.start()
+    if job.device.type == "cpu":
+        torch.set_num_threads(1)
+    row = Row(arguments, job, heads, buckets)
+    found = row.measure()
+    if job.is_main:
+        print(json.dumps(found))
+    runtime.stop()
+
+
+class Row:
+    """One LSH attention over slices, on one rank."""
+
+    def __init__(self, arguments: argparse.Namespace, job: Runtime, heads: int, buckets: int) -> None:
+        self.arguments, self.job = arguments, job
+        self.grids = {overlaps: make_grid(job, heads, buckets, overlaps=overlaps) for overlaps in (True, False)}
+        self.sequence = SlicedSequence(self.grids[False], arguments.seq_len)
+        self.n_buckets = max(2, arguments.seq_len // arguments.window // 2 * 2)
+        self.options = AttentionOptions(WindowRule(arguments.window, causal=True), self.n_buckets, scale=1.0)
+        self.shape = (arguments.batch, arguments.n_heads, self.sequence.n_local, arguments.head_dim)
+        self.rotations = draw_rotations(
+            arguments.n_heads, arguments.head_dim, arguments.n_hashes, self.n_buckets, "rotation", seed=0
+        )
+        self.q, self.v, self.d_out = (self.vectors(self.grids[False].slice_index, name) for name in range(3))
+
+    def vectors(self, slice_index: int, name: int) -> Tensor:
+        """A slice's tensor, which every rank can draw."""
+        draw = torch.Generator().manual_seed(1000 * slice_index + name)
+        dtype = getattr(torch, self.arguments.dtype)
+        return torch.randn(self.shape, generator=draw).to(self.job.device, dtype)
+
+    def measure(self) -> dict[str, Any]:
+        is_correct = self.arguments.skip_check or self.check()
+        kept = self.run(overlaps=False)  # warms up
+        ledger = self.grids[False].ledger
+        best: dict[str, float] = {}
+        for _ in range(self.arguments.repeats):
+            ledger.clear()
+            start = self.now()
+            kept = self.run(overlaps=False, ledger_hash=True)
+            phases = {phase: ledger.seconds.get(phase, 0.0) for phase in PHASES}
+            phases["forward"] = self.now() - start
+            slowest = {name: max(self.job.gather(seconds)) for name, seconds in phases.items()}
+            if not best or slowest["forward"] < best["forward"]:
+                best = slowest
+        sent = {phase: self.job.sum([n])[0] / self.job.world_size for phase, n in self.bytes_by_phase(ledger)}
+        found = self.describe(kept, sum(sent.values()))
+        found |= {"correct": is_correct, "bytes_by_phase": sent, "seconds": None, "step": None}
+        if is_correct:
+            found["seconds"] = best
+            found["step"] = {str(overlaps): self.time_step(overlaps) for overlaps in (True, False)}
+        return found
+
+    @staticmethod
+    def bytes_by_phase(ledger: Any) -> list[tuple[str, float]]:
+        return [
+            (phase, float(ledger.bytes_sent.get(phase, 0))) for phase in PHASES if phase not in ("hash", "attend")
+        ]
+
+    def now(self) -> float:
+        if self.job.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.job.barrier()
+        return time.perf_counter()
+
+    def run(self, *, overlaps: bool, backward: bool = False, ledger_hash: bool = False) -> dict[str, Any]:
+        grid = self.grids[overlaps]
+        sequence = SlicedSequence(grid, self.arguments.seq_len)
+        with grid.ledger.timed("hash"):
+            ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
+        kept: dict[str, Any] = {}
+        mask = sequence.key_padding_mask(self.arguments.batch, self.job.device)
+        leaves = [t.detach().requires_grad_(backward) for t in (self.q, self.v)]
+        out = sequence.bucket_attention(leaves[0], None, leaves[1], ids, self.options, mask, kept)
+        if backward:
+            torch.autograd.grad(out, leaves, self.d_out)
+        else:
+            self.out = out
+        return kept
+
+    def time_step(self, overlaps: bool) -> float:
+        self.run(overlaps=overlaps, backward=True)
+        best = math.inf
+        for _ in range(self.arguments.repeats):
+            start = self.now()
+            self.run(overlaps=overlaps, backward=True)
+            best = min(best, max(self.job.gather(self.now() - start)))
+        return best
+
+    def check(self) -> bool:
+        """Whether this is what one rank makes of the whole, on every rank."""
+        self.run(overlaps=False)
+        grid, sequence = self.grids[False], self.sequence
+        whole_q, whole_v = (
+            torch.cat([self.vectors(i, name) for i in range(grid.size)], dim=2)[:, :, : self.arguments.seq_len]
+            for name in (0, 1)
+        )
+        ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
+        blocks = grid.sequence_wire.gather(ids, "check")
+        in_order = [blocks[grid.rank_of_slice(i)] for i in range(grid.size)]
+        whole_ids = torch.cat(in_order, dim=3)[..., : self.arguments.seq_len]
+        right = bucket_attention(whole_q, None, whole_v, whole_ids, self.options)
+        start = grid.slice_index * sequence.n_local
+        right = right[:, :, start : start + sequence.n_local]
+        error = (self.out[:, :, : right.shape[2]].float() - right.float()).abs().max().item()
+        return max(self.job.gather(error)) <= TOLERANCE[self.arguments.dtype] * right.abs().max().item()
+
+    def describe(self, kept: dict[str, Any], measured: float) -> dict[str, Any]:
+        arguments, grid = self.arguments, self.grids[False]
+        shape = LayerShape(
+            rows=arguments.batch,
+            slice_len=self.sequence.n_local,
+            n_heads=arguments.n_heads,
+            head_dim=arguments.head_dim,
+            n_hashes=arguments.n_hashes,
+            n_buckets=self.n_buckets,
+            element_size=self.q.element_size(),
+        )
+        sent, returned = self.other_ranks(kept, shape)
+        return {
+            "ranks": grid.size,
+            "heads": grid.heads,
+            "buckets": grid.buckets,
+            "seq_len": arguments.seq_len,
+            "n_hashes": arguments.n_hashes,
+            "n_buckets": self.n_buckets,
+            "dtype": arguments.dtype,
+            "device": self.job.device.type,
+            "sent_to": sent,
+            "returned_from": returned,
+            "bytes_measured": measured,
+            "bytes_formula": head_bytes(shape, grid.heads)
+            + bucket_bytes(shape, grid.heads, grid.buckets, sent, returned),
+            "bytes_all_gather": all_gather_bytes(shape, grid.size),
+        }
+
+    def other_ranks(self, kept: dict[str, Any], shape: LayerShape) -> tuple[float, float]:
+        """Mean numbers of other ranks to which a token went as a key, and as a query."""
+        if "plan" not in kept:
+            return 0.0, 0.0
+        plan, own = kept["plan"], self.grids[False].bucket_rank
+        totals = [0.0, 0.0]
+        for route in plan.routes:
+            for which, bits in enumerate((route.sent, route.asked)):
+                counts = unpack_bits(bits, plan.n_local).sum(dim=(1, 2))
+                totals[which] += float(counts.sum() - counts[own])
+        sent, returned = (n / shape.tokens / self.job.world_size for n in self.job.sum(totals))
+        return sent, returned
+
+
+def print_table(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    print(
+        f"{arguments.seq_len} tokens, {arguments.n_heads} heads of {arguments.head_dim}, {arguments.n_hashes} "
+        f"rounds, {arguments.dtype}, {rows[0]['device']}; MiB and seconds of one rank, forward"
+    )
+    print(
+        f"{'grid':>6} {'measured':>9} {'formula':>8} {'of it':>6} {'of all-gather':>13}  "
+        + " ".join(f"{phase:>8}" for phase in PHASES)
+        + f" {'forward':>8} {'step':>16}"
+    )
+    for row in rows:
+        measured, formula, gathered = (row[f"bytes_{name}"] for name in ("measured", "formula", "all_gather"))
+        line = (
+            f"{row['heads']:>3}x{row['buckets']:<2} {measured / MIB:>9.2f} {formula / MIB:>8.2f} "
+            f"{measured / formula:>6.3f} {measured / gathered:>13.3f}  "
+        )
+        if not row["correct"]:
+            print(line + "WRONG RESULT: no speed is shown")
+            continue
+        seconds, step = row["seconds"], row["step"]
+        line += " ".join(f"{seconds[phase]:>8.4f}" for phase in (*PHASES, "forward"))
+        print(line + f" {step['True']:>8.4f} ({step['False']:.4f})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

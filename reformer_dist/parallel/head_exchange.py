@@ -44,12 +44,11 @@ class _HeadExchange(torch.autograd.Function):
 
 
 def _to_heads(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
-    blocks = x.unflatten(1, (wire.size, -1)).movedim(1, 0)  # [P heads, B, H / P, S, ...]
-    received = wire.swap(blocks, PHASE)[order]  # [P slices, B, H / P, S, ...]
-    return received.movedim(0, 2).flatten(2, 3)
+    received = wire.swap(x.unflatten(1, (wire.size, -1)).movedim(1, 0), PHASE)  # [P, B, H / P, S, ...]
+    return torch.cat([received[rank] for rank in order], dim=2)
 
 
 def _to_slices(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
-    blocks = torch.empty_like(x.unflatten(2, (wire.size, -1)).movedim(2, 0).contiguous())
-    blocks[order] = x.unflatten(2, (wire.size, -1)).movedim(2, 0)
+    slices = x.chunk(wire.size, dim=2)
+    blocks = torch.stack([slices[order.index(rank)] for rank in range(wire.size)])
     return wire.swap(blocks, PHASE).movedim(0, 1).flatten(1, 2)

@@ -64,7 +64,9 @@ class SlicedSequence:
         order = list(range(grid.heads))
         options = replace(options, n_heads=n_heads, first_head=grid.head_rank * n_heads // grid.heads)
         if grid.heads > 1:
-            q, k, v = self._exchange_heads(q, k, v, order)
+            # one by one: the copies that an exchange takes are gone when the next begins
+            q, v = to_heads(q, grid.head_wire, order), to_heads(v, grid.head_wire, order)
+            k = None if k is None else to_heads(k, grid.head_wire, order)
         if not kept:
             kept.update(self._prepare(bucket_ids, options, key_padding_mask, order))
         if grid.buckets > 1:
@@ -81,27 +83,18 @@ class SlicedSequence:
     ) -> Tensor:
         wire, n_heads = self.grid.sequence_wire, q.shape[1]
         order = [self.grid.rank_of_slice(index) for index in range(self.grid.size)]
-        whole = to_heads(torch.cat([q, k, v], dim=3), wire, order)[:, :, : self.seq_len]
+        q, k, v = (self._without_padding(to_heads(x, wire, order)) for x in (q, k, v))
         mask = None
         if key_padding_mask is not None:
             mask = _join(key_padding_mask, wire.gather(key_padding_mask.contiguous(), "heads")[order], dim=1)
             mask = mask[:, : self.seq_len]
         first_head = wire.index * n_heads // wire.size
-        q, k, v = whole.chunk(3, dim=3)
         out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
         return to_slices(self._with_padding(out, self.grid.size), wire, order)
 
     def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
         return measure_health(bucket_ids, self.grid.sequence_wire.sum(counts, "health"), window)
-
-    def _exchange_heads(
-        self, q: Tensor, k: Tensor | None, v: Tensor, order: list[int]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """q, k, v of a share of the heads, over the slices of all ranks of the head group; one message."""
-        vectors = [q, v] if k is None else [q, k, v]
-        parts = to_heads(torch.cat(vectors, dim=3), self.grid.head_wire, order).chunk(len(vectors), dim=3)
-        return parts[0], None if k is None else parts[1], parts[-1]
 
     def _prepare(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None, order: list[int]
@@ -128,13 +121,20 @@ class SlicedSequence:
         key_padding_mask: Tensor | None,
     ) -> Tensor:
         """On one rank, without the padding behind the sequence."""
+        if q.shape[2] == self.seq_len:
+            return bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
         real = slice(0, self.seq_len)
         mask = None if key_padding_mask is None else key_padding_mask[:, real]
         keys = None if k is None else k[:, :, real]
         out = bucket_attention(q[:, :, real], keys, v[:, :, real], bucket_ids[..., real], options, mask)
         return self._with_padding(out, self.grid.heads)
 
+    def _without_padding(self, x: Tensor) -> Tensor:
+        return x if x.shape[2] == self.seq_len else x[:, :, : self.seq_len]
+
     def _with_padding(self, out: Tensor, n_slices: int) -> Tensor:
+        if out.shape[2] == n_slices * self.n_local:
+            return out
         return torch.nn.functional.pad(out, (0, 0, 0, n_slices * self.n_local - out.shape[2]))
 
 

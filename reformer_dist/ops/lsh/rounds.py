@@ -24,7 +24,8 @@ from reformer_dist.ops.workspace import Workspace
 
 # Stands for "no key seen yet" in running maxima: finite, so that differences of two of them are 0, not nan.
 LOWEST = -1e30
-# Scores that exist at a time: they fit the caches of a core.
+# Slots that are gathered at a time, and scores that exist at a time: they fit the caches of a core.
+SPAN_SLOTS = {"cpu": 2**14, "cuda": 2**20}
 BLOCK_SCORES = {"cpu": 2**18, "cuda": 2**27}
 
 
@@ -98,44 +99,72 @@ def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Sums:
     return total
 
 
-def _windows(rows: Tensor, layout: Layout, first_tile: int, n_tiles: int) -> Tensor:
-    """The keys that each tile looks at, as an overlapping view [tiles, columns, D] of [slots, D]."""
-    tile_len, columns = layout.tiling.tile_len, layout.tiling.columns
-    width = rows.shape[1]
-    return rows.as_strided((n_tiles, columns, width), (tile_len * width, width, 1), first_tile * tile_len * width)
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive tiles whose queries and keys are gathered together."""
+
+    layout: Layout
+    first_tile: int
+    n_tiles: int
+
+    @property
+    def slots(self) -> slice:
+        tile_len = self.layout.tiling.tile_len
+        return slice(self.first_tile * tile_len, (self.first_tile + self.n_tiles) * tile_len)
+
+    @property
+    def queries(self) -> Tensor:
+        return self.layout.query_slots[self.slots]
+
+    @property
+    def keys(self) -> Tensor:
+        tiling, slots = self.layout.tiling, self.slots
+        return self.layout.key_slots[slots.start : slots.stop + tiling.back + tiling.front]
+
+    def windows(self, rows: Tensor, first: int, n_tiles: int) -> Tensor:
+        """The keys that each tile looks at, as an overlapping view [tiles, columns, D] of the span's key rows."""
+        tile_len, columns = self.layout.tiling.tile_len, self.layout.tiling.columns
+        width = rows.shape[1]
+        return rows.as_strided((n_tiles, columns, width), (tile_len * width, width, 1), first * tile_len * width)
+
+    def blocks(self, block_tiles: int) -> Iterator[tuple[int, int]]:
+        """(first tile within the span, tiles) of consecutive blocks."""
+        for first in range(0, self.n_tiles, block_tiles):
+            yield first, min(block_tiles, self.n_tiles - first)
 
 
-def _blocks(layout: Layout, block_tiles: int) -> Iterator[tuple[int, int]]:
-    """(first tile, tiles) of consecutive blocks."""
-    for first in range(0, layout.n_tiles, block_tiles):
-        yield first, min(block_tiles, layout.n_tiles - first)
+def _spans(layout: Layout) -> Iterator[_Span]:
+    device = "cuda" if layout.home.is_cuda else "cpu"
+    size = max(1, SPAN_SLOTS[device] // layout.tiling.tile_len)
+    for first in range(0, layout.n_tiles, size):
+        yield _Span(layout, first, min(size, layout.n_tiles - first))
 
 
 def _attend_round(
     group: RowGroup, layout: Layout, mask: PairMask, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One round's partial softmax by slot: sum of exp(s - max) v [slots, D], max [slots], weight [slots]."""
-    scratch = group.scratch
-    q_slots = scratch.gather("q", q, layout.query_slots).mul_(group.options.scale)
-    k_slots = scratch.gather("k", k, layout.key_slots)
-    v_slots = scratch.gather("v", v, layout.key_slots)
-    tile_len, width = layout.tiling.tile_len, q.shape[1]
-    o = scratch.rows("o", *q_slots.shape)
-    biggest = torch.empty(o.shape[0], dtype=torch.float32, device=o.device)
-    weight = torch.empty_like(biggest)
-    for first, n_tiles in _blocks(layout, group.block_tiles):
-        span = slice(first * tile_len, (first + n_tiles) * tile_len)
-        q_tiles = q_slots[span].view(n_tiles, tile_len, width)
-        keys = _windows(k_slots, layout, first, n_tiles)
-        scores = mask.scores(first, n_tiles).baddbmm_(q_tiles, keys.transpose(1, 2))
-        top = scores.amax(dim=2).clamp_min_(LOWEST)
-        p = scores.sub_(top.unsqueeze(2)).exp_()
-        biggest[span] = top.view(-1)
-        weight[span] = p.sum(dim=2).view(-1)
-        if group.options.dropout > 0:
-            p.mul_(mask.dropout_factors(first, n_tiles))
-        torch.bmm(p, _windows(v_slots, layout, first, n_tiles), out=o[span].view(n_tiles, tile_len, width))
-    return o, biggest, weight
+    """One round's partial softmax by slot: sum of exp(s - top) v [slots, D], top [slots], weight [slots]."""
+    scratch, tile_len, width = group.scratch, layout.tiling.tile_len, q.shape[1]
+    o = scratch.rows("o", layout.query_slots.numel(), width)
+    tops = torch.empty(o.shape[0], dtype=torch.float32, device=o.device)
+    weights = torch.empty_like(tops)
+    for span in _spans(layout):
+        q_slots = scratch.gather("q", q, span.queries).mul_(group.options.scale).view(-1, tile_len, width)
+        k_slots, v_slots = scratch.gather("k", k, span.keys), scratch.gather("v", v, span.keys)
+        o_tiles = o[span.slots].view(-1, tile_len, width)
+        top_tiles, weight_tiles = (t[span.slots].view(-1, tile_len) for t in (tops, weights))
+        for first, n_tiles in span.blocks(group.block_tiles):
+            tiles = slice(first, first + n_tiles)
+            keys = span.windows(k_slots, first, n_tiles)
+            scores = mask.scores(span.first_tile + first, n_tiles).baddbmm_(q_slots[tiles], keys.transpose(1, 2))
+            top = scores.amax(dim=2).clamp_min_(LOWEST)
+            p = scores.sub_(top.unsqueeze(2)).exp_()
+            top_tiles[tiles] = top
+            weight_tiles[tiles] = p.sum(dim=2)
+            if group.options.dropout > 0:
+                p.mul_(mask.dropout_factors(span.first_tile + first, n_tiles))
+            torch.bmm(p, span.windows(v_slots, first, n_tiles), out=o_tiles[tiles])
+    return o, tops, weights
 
 
 def attend_backward(
@@ -171,39 +200,34 @@ def _backward_round(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One round's gradients by slot: dq / scale of the query slots; dk and dv of the key slots."""
-    scratch = group.scratch
-    q_slots = scratch.gather("q", q, layout.query_slots).mul_(group.options.scale)
-    do_slots = scratch.gather("d_out", d_out, layout.query_slots)
-    k_slots = scratch.gather("k", k, layout.key_slots)
-    v_slots = scratch.gather("v", v, layout.key_slots)
-    is_empty = layout.query_slots < 0
-    own = layout.query_slots.clamp_min(0)
-    # exp(s - inf) = 0: empty slots give nothing to anybody
-    lse_slots = lse[own].masked_fill_(is_empty, torch.inf)
-    delta_slots = delta[own]
-    tile_len, width = layout.tiling.tile_len, q.shape[1]
-    dq = scratch.rows("dq", *q_slots.shape)
+    scratch, tile_len, width = group.scratch, layout.tiling.tile_len, q.shape[1]
+    dq = scratch.rows("dq", layout.query_slots.numel(), width)
     n_sums = (layout.n_tiles - 1 - (-layout.tiling.columns // tile_len)) * tile_len
     dk, dv = (scratch.rows(name, n_sums, width).zero_() for name in ("dk", "dv"))
-    for first, n_tiles in _blocks(layout, group.block_tiles):
-        span = slice(first * tile_len, (first + n_tiles) * tile_len)
-        q_tiles = q_slots[span].view(n_tiles, tile_len, width)
-        do_tiles = do_slots[span].view(n_tiles, tile_len, width)
-        keys = _windows(k_slots, layout, first, n_tiles)
-        values = _windows(v_slots, layout, first, n_tiles)
-        p = mask.scores(first, n_tiles).baddbmm_(q_tiles, keys.transpose(1, 2))
-        p.sub_(lse_slots[span].view(n_tiles, tile_len, 1)).exp_()
-        dp = torch.bmm(do_tiles, values.transpose(1, 2))
-        if group.options.dropout > 0:
-            factors = mask.dropout_factors(first, n_tiles)
-            dp.mul_(factors)
-            dropped = p * factors
-        else:
+    for span in _spans(layout):
+        q_slots = scratch.gather("q", q, span.queries).mul_(group.options.scale).view(-1, tile_len, width)
+        do_slots = scratch.gather("d_out", d_out, span.queries).view(-1, tile_len, width)
+        k_slots, v_slots = scratch.gather("k", k, span.keys), scratch.gather("v", v, span.keys)
+        own = span.queries.clamp_min(0)
+        # exp(s - inf) = 0: empty slots give nothing to anybody
+        lse_slots = lse[own].masked_fill_(span.queries < 0, torch.inf).view(-1, tile_len, 1)
+        delta_slots = delta[own].view(-1, tile_len, 1)
+        dq_tiles = dq[span.slots].view(-1, tile_len, width)
+        for first, n_tiles in span.blocks(group.block_tiles):
+            tiles, place = slice(first, first + n_tiles), span.first_tile + first
+            keys, values = (span.windows(rows, first, n_tiles) for rows in (k_slots, v_slots))
+            p = mask.scores(place, n_tiles).baddbmm_(q_slots[tiles], keys.transpose(1, 2))
+            p.sub_(lse_slots[tiles]).exp_()
+            dp = torch.bmm(do_slots[tiles], values.transpose(1, 2))
             dropped = p
-        _add_windows(dv, torch.bmm(dropped.transpose(1, 2), do_tiles), layout, first)
-        ds = dp.sub_(delta_slots[span].view(n_tiles, tile_len, 1)).mul_(p)
-        torch.bmm(ds, keys, out=dq[span].view(n_tiles, tile_len, width))
-        _add_windows(dk, torch.bmm(ds.transpose(1, 2), q_tiles), layout, first)
+            if group.options.dropout > 0:
+                factors = mask.dropout_factors(place, n_tiles)
+                dp.mul_(factors)
+                dropped = p * factors
+            _add_windows(dv, torch.bmm(dropped.transpose(1, 2), do_slots[tiles]), layout, place)
+            ds = dp.sub_(delta_slots[tiles]).mul_(p)
+            torch.bmm(ds, keys, out=dq_tiles[tiles])
+            _add_windows(dk, torch.bmm(ds.transpose(1, 2), q_slots[tiles]), layout, place)
     return dq, dk, dv
 
 

@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Peak memory of a training step's forward and backward, for one rank and for several that share the sequence.
+
+Every row is a job of its own. Counted is what a rank needs beyond its weights and their gradients: activations,
+the attention's working memory and the exchange's buffers. On CUDA it is PyTorch's own peak; on a CPU the highest
+resident size less the size before the step, after a step over a short sequence has warmed up thread pools and
+made the gradients. Exits 1 where a grid of 4 ranks or more needs above LARGEST_SHARE of what one rank needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reformer_dist.config import AttentionKind, ModelConfig, Position
+from reformer_dist.distributed import runtime
+from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.models import ReformerLM
+from reformer_dist.parallel import SlicedSequence
+
+GRIDS = ["1x1", "4x1", "2x2", "1x4"]
+LARGEST_SHARE = 0.35
+VOCAB_SIZE = 256
+MIB = 2**20
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.row is not None:
+        job = runtime.start()
+        found = measure(arguments, job)
+        if job.is_main:
+            print(json.dumps(found))
+        runtime.stop()
+        return 0
+    rows = [in_own_job(grid) for grid in arguments.grids]
+    alone = next((row["peak_mib"] for row in rows if row["ranks"] == 1), math.nan)
+    for row in rows:
+        row["share"] = row["peak_mib"] / alone
+        if arguments.json:
+            print(json.dumps(row))
+        else:
+            print(
+                f"{row['grid']:>4}: {row['peak_mib']:>8.0f} MiB a rank, {row['share']:.3f} of one rank's, "
+                f"{row['seconds']:.1f} s"
+            )
+    return 0 if all(row["share"] <= LARGEST_SHARE for row in rows if row["ranks"] >= 4) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--grids", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
+    add("--seq-len", type=int, default=131072, help="of the whole sequence (default: 131072)")
+    add("--dim", type=int, default=512)
+    add("--n-heads", type=int, default=16)
+    add("--n-layers", type=int, default=2)
+    add("--n-hashes", type=int, default=4)
+    add("--json", action="store_true", help="print one JSON object a row")
+    add("--row", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_own_job(grid: str) -> dict[str, Any]:
+    n_ranks = math.prod(map(int, grid.split("x")))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    command = [sys.executable, *launch, str(Path(__file__).resolve()), *sys.argv[1:], "--row", grid]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the job of grid {grid} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace, job: Runtime) -> dict[str, Any]:
+    heads, buckets = map(int, arguments.row.split("x"))
+    grid = make_grid(job, heads, buckets)
+    model = build_model(arguments).to(job.device)
+    step(model, SlicedSequence(grid, 1024), job)
+    before = live_memory(job)
+    start = time.perf_counter()
+    step(model, SlicedSequence(grid, arguments.seq_len), job)
+    seconds = time.perf_counter() - start
+    peak = max(job.gather((peak_memory(job) - before) / MIB))
+    return {
+        "grid": arguments.row,
+        "ranks": grid.size,
+        "seq_len": arguments.seq_len,
+        "peak_mib": peak,
+        "seconds": seconds,
+    }
+
+
+def build_model(arguments: argparse.Namespace) -> ReformerLM:
+    config = ModelConfig(
+        dim=arguments.dim,
+        n_layers=arguments.n_layers,
+        n_heads=arguments.n_heads,
+        layers=[AttentionKind.local, AttentionKind.lsh],
+        n_hashes=arguments.n_hashes,
+        n_buckets=max(2, arguments.seq_len // 64 // 2 * 2),
+        ff_chunk=1024,
+        position=Position.rotary,
+    )
+    return ReformerLM(config, VOCAB_SIZE)
+
+
+def step(model: ReformerLM, sequence: SlicedSequence, job: Runtime) -> None:
+    draw = torch.Generator().manual_seed(sequence.grid.slice_index)
+    tokens = torch.randint(0, VOCAB_SIZE, (1, sequence.n_local), generator=draw).to(job.device)
+    mask = sequence.key_padding_mask(1, job.device)
+    loss = model(tokens, tokens, key_padding_mask=mask, step=0, sequence=sequence)
+    (loss / sequence.seq_len).backward()
+
+
+def live_memory(job: Runtime) -> int:
+    gc.collect()
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_memory(job: Runtime) -> int:
+    if job.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

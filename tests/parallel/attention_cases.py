@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.grid import SequenceGrid, make_grid
-from reformer_dist.models.sequence import WholeSequence
+from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule
 from reformer_dist.parallel import SlicedSequence, plan
@@ -73,6 +74,8 @@ class Case:
 
 def cases() -> list[Case]:
     wide = replace(Case("", CAUSAL), n_buckets=300, seq_len=60)
+    one_round = {"n_buckets": 1, "n_hashes": 1, "shared": False}
+    sees_self = {causal: WindowRule(8, causal=causal, sees_self=True) for causal in (True, False)}
     found = [
         Case("causal window", CAUSAL),
         Case("tiles of 64", WindowRule(40, causal=True), seq_len=700, n_buckets=2, batch=1),
@@ -91,10 +94,8 @@ def cases() -> list[Case]:
         Case("dropout", CAUSAL, dropout=0.3, padding="some"),
         Case("pairs once", CAUSAL, count_pairs_once=True, n_buckets=2),
         Case("two-sided pairs once", TWO_SIDED, count_pairs_once=True, n_buckets=2, seq_len=90),
-        Case("local", replace(CAUSAL, sees_self=True), n_buckets=1, n_hashes=1, shared=False, buckets="one"),
-        Case(
-            "local, two-sided, padding", replace(TWO_SIDED, sees_self=True), 99, 1, 1, shared=False, padding="some"
-        ),
+        Case("local", sees_self[True], **one_round),
+        Case("local, two-sided, padding", sees_self[False], seq_len=99, padding="some", **one_round),
         Case("own keys, several buckets", CAUSAL, shared=False, dropout=0.1),
         Case("bf16", CAUSAL, dtype=torch.bfloat16),
         Case("bf16, odd width", CAUSAL, dtype=torch.bfloat16, head_dim=5),
@@ -113,76 +114,107 @@ def cases() -> list[Case]:
     return found
 
 
-def attend(case: Case, sequence, vectors: list[Tensor], ids: Tensor, mask: Tensor | None, d_out: Tensor):
+def attend(
+    case: Case,
+    sequence: SequenceAccess,
+    vectors: list[Tensor],
+    ids: Tensor,
+    mask: Tensor | None,
+    d_out: Tensor,
+) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
-    kept: dict = {}
+    kept: dict[str, Any] = {}
+    k = None if case.shared else leaves[1]
     for _ in range(2):
-        q, v = leaves[0], leaves[-1]
-        k = None if case.shared else leaves[1]
-        out = sequence.bucket_attention(q, k, v, ids, case.options(), mask, kept)
+        out = sequence.bucket_attention(leaves[0], k, leaves[-1], ids, case.options(), mask, kept)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-def check(case: Case, grid: SequenceGrid, merge_returns: bool) -> None:
-    vectors, ids, mask, d_out = case.tensors(grid.buckets)
-    whole = attend(case, WholeSequence(), vectors, ids, mask, d_out)
-    sliced = SlicedSequence(grid, case.seq_len, merge_returns=merge_returns)
+def own_slice(sliced: SlicedSequence, x: Tensor) -> Tensor:
+    """This rank's slice of [B, H, S, D], with zeros where the sequence has ended."""
+    flat = x.movedim(2, -1)
+    part = sliced.take(flat.flatten(0, -2), 0)
+    return part.view(*flat.shape[:-1], -1).movedim(-1, 2).contiguous()
 
-    def own(x: Tensor) -> Tensor:  # [B, H, S, D]
-        flat = x.movedim(2, -1).flatten(0, -2)
-        return sliced.take(flat, 0).view(*x.movedim(2, -1).shape[:-1], -1).movedim(-1, 2).contiguous()
 
-    own_mask = sliced.key_padding_mask(case.batch, torch.device("cpu"))
+def own_tensors(
+    sliced: SlicedSequence, vectors: list[Tensor], ids: Tensor, mask: Tensor | None, d_out: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor]:
+    own_ids = own_slice(sliced, ids.transpose(2, 3)).transpose(2, 3)
+    own_mask = sliced.key_padding_mask(ids.shape[0], ids.device)
     if mask is not None:
         own_mask = sliced.take(mask, False)
-    own_ids = own(ids.transpose(2, 3)).transpose(2, 3)
-    found = attend(case, sliced, [own(x) for x in vectors], own_ids, own_mask, own(d_out))
-    start = grid.slice_index * sliced.n_local
-    n_real = min(sliced.n_local, max(0, case.seq_len - start))
+    return [own_slice(sliced, x) for x in vectors], own_ids, own_mask, own_slice(sliced, d_out)
+
+
+def n_real(sliced: SlicedSequence) -> int:
+    """Tokens of this rank's slice that are no padding behind the sequence."""
+    start = sliced.grid.slice_index * sliced.n_local
+    return min(sliced.n_local, max(0, sliced.seq_len - start))
+
+
+def check(case: Case, grid: SequenceGrid, merge_returns: bool) -> None:
+    tensors = case.tensors(grid.buckets)
+    whole = attend(case, WholeSequence(), *tensors)
+    sliced = SlicedSequence(grid, case.seq_len, merge_returns=merge_returns)
+    found = attend(case, sliced, *own_tensors(sliced, *tensors))
     is_exact = not merge_returns and isinstance(case.rule, WindowRule) and case.dtype == torch.float32
-    for name, right, part in zip(
-        ("output", "dq", "dk", "dv") if not case.shared else ("output", "dq", "dv"), whole, found
-    ):
-        right, part = own(right)[:, :, :n_real].double(), part[:, :, :n_real].double()
-        error = (part - right).abs().max().item() if part.numel() else 0.0
-        size = right.abs().max().item() if part.numel() else 0.0
-        tolerance = 1e-6 if case.dtype == torch.float32 else 0.02
-        if name == "output" and is_exact:
-            tolerance = 0.0
-        assert error <= tolerance * max(1.0, size), f"{case.name}, {name}: off by {error} of {size}"
+    tolerance = 1e-6 if case.dtype == torch.float32 else 0.02
+    for number, (right, part) in enumerate(zip(whole, found, strict=True)):
+        if not n_real(sliced):
+            continue
+        right = own_slice(sliced, right)[:, :, : n_real(sliced)].double()
+        error = (part[:, :, : n_real(sliced)] - right).abs().max().item()
+        allowed = 0.0 if number == 0 and is_exact else tolerance * max(1.0, right.abs().max().item())
+        assert error <= allowed, f"{case.name}: output or gradient {number} is off by {error}"
 
 
-def check_exact(grid: SequenceGrid) -> None:
-    draw = torch.Generator().manual_seed(1)
-    for seq_len, causal, dropout, padded in (
-        (64, True, 0.0, False),
-        (37, False, 0.0, True),
-        (37, True, 0.4, True),
+def check_causality(grid: SequenceGrid, merge_returns: bool) -> None:
+    """Another future, of other buckets too, leaves what came before as it was, on whatever rank."""
+    case = Case("causality", CAUSAL, seq_len=150, n_buckets=2)
+    vectors, ids, _, d_out = case.tensors(grid.buckets)
+    sliced = SlicedSequence(grid, case.seq_len, merge_returns=merge_returns)
+    start = grid.slice_index * sliced.n_local
+    for border in (1, 40, 77, 149):
+        outs = []
+        for future in (0, 1):
+            draw = torch.Generator().manual_seed(border)
+            changed = [x.clone() for x in vectors]
+            other_ids = ids.clone()
+            if future:
+                for x in changed:
+                    x[:, :, border:] = torch.randn(x[:, :, border:].shape, generator=draw)
+                other_ids[..., border:] = 1
+            outs.append(attend(case, sliced, *own_tensors(sliced, changed, other_ids, None, d_out))[0])
+        past = slice(0, max(0, border - start))
+        if merge_returns:
+            torch.testing.assert_close(outs[0][:, :, past], outs[1][:, :, past], atol=1e-6, rtol=1e-6)
+        else:
+            assert torch.equal(outs[0][:, :, past], outs[1][:, :, past]), f"the future from {border} on is seen"
+
+
+def check_exact_attention(grid: SequenceGrid) -> None:
+    for seq_len, causal, dropout, padding in (
+        (64, True, 0.0, "none"),
+        (37, False, 0.0, "some"),
+        (37, True, 0.4, "some"),
     ):
-        q, k, v, d_out = (torch.randn(2, 8, seq_len, 4, generator=draw) for _ in range(4))
-        mask = torch.rand(2, seq_len, generator=draw) < 0.7 if padded else None
+        case = Case("exact", CAUSAL, seq_len=seq_len, n_heads=8, head_dim=4, shared=False, padding=padding)
         options = ExactOptions(causal=causal, dropout=dropout, seed=3, first_row=2)
         sliced = SlicedSequence(grid, seq_len)
-
-        def run(sequence, vectors, mask, d_out):
+        tensors = case.tensors(grid.size)
+        outcomes = []
+        for sequence, (vectors, _, mask, d_out) in (
+            (WholeSequence(), tensors),
+            (sliced, own_tensors(sliced, *tensors)),
+        ):
             leaves = [x.clone().requires_grad_() for x in vectors]
             out = sequence.exact_attention(*leaves, options, mask)
-            return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
-
-        def own(x: Tensor) -> Tensor:
-            return (
-                torch.stack([sliced.take(head.movedim(1, 2).flatten(0, 1), 0) for head in x])
-                .view(2, 8, 4, -1)
-                .movedim(3, 2)
-            )
-
-        whole = run(WholeSequence(), (q, k, v), mask, d_out)
-        own_mask = sliced.take(mask, False) if mask is not None else sliced.key_padding_mask(2, q.device)
-        found = run(sliced, [own(x) for x in (q, k, v)], own_mask, own(d_out))
-        n_real = min(sliced.n_local, max(0, seq_len - grid.slice_index * sliced.n_local))
-        for right, part in zip(whole, found, strict=True):
-            torch.testing.assert_close(part[:, :, :n_real], own(right)[:, :, :n_real], atol=1e-6, rtol=1e-6)
+            outcomes.append([out.detach(), *torch.autograd.grad(out, leaves, d_out)])
+        for right, part in zip(*outcomes, strict=True):
+            right = own_slice(sliced, right)[:, :, : n_real(sliced)]
+            torch.testing.assert_close(part[:, :, : n_real(sliced)], right, atol=1e-6, rtol=1e-6)
 
 
 def main() -> None:
@@ -195,8 +227,9 @@ def main() -> None:
             plan.GROUP_TOKENS["cpu"] = group_tokens
             for case in cases():
                 check(case, grid, merge_returns)
+            check_causality(grid, merge_returns)
         if 8 % grid.size == 0:
-            check_exact(grid)
+            check_exact_attention(grid)
     job.barrier()
     if job.is_main:
         print(f"{len(cases())} cases hold")

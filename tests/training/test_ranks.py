@@ -21,8 +21,7 @@ from reformer_dist.distributed.runtime import Runtime
 
 STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
-# dropout depends on how rows are spread over the ranks: without it, all worlds compute the same
-DRY = "model.dropout=0"
+SHARED = "parallel.sequence=2"
 
 
 def broken(data: Path, copy: Path) -> Path:
@@ -36,7 +35,7 @@ def broken(data: Path, copy: Path) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtime) -> Path:
     """The run of one process that those of two are held against."""
-    return train(job, tiny_data, tmp_path_factory.mktemp("runs") / "alone", DRY, *EVALUATED)
+    return train(job, tiny_data, tmp_path_factory.mktemp("runs") / "alone", *EVALUATED)
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +47,30 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
     def add(name: str, *changed: str, data: Path = tiny_data) -> None:
         plan[name] = tiny_overrides(data, root / name, *changed)
 
-    add("dry", DRY, *EVALUATED)
-    add("elastic", DRY, "deepspeed.stage=2", f"resume={checkpoint(alone, 3)}", *EVALUATED)
+    add("plain", *EVALUATED)
+    add("elastic", "deepspeed.stage=2", f"resume={checkpoint(alone, 3)}", *EVALUATED)
     add("uneven", "data.batch_size=5")
+    add("too many", "parallel.sequence=3")
+    by_buckets = (SHARED, "parallel.buckets=2", "deepspeed.stage=1", *EVALUATED, "trainer.sample_every=6")
+    add("heads", SHARED, *EVALUATED)
+    add("buckets", *by_buckets, "trainer.sample_tokens=3")
+    add("buckets-resumed", *by_buckets, f"resume={checkpoint(root / 'buckets', 3)}")
+    add("buckets-elastic", *by_buckets, f"resume={checkpoint(alone, 3)}")
     add("broken", data=broken(tiny_data, root / "data"))
     # stage 3 last: DeepSpeed then replaces torch's linear in the process
     for stage in STAGES:
         zero = f"deepspeed.stage={stage}"
         add(f"zero{stage}", zero, *EVALUATED, "trainer.sample_every=6", "trainer.sample_tokens=3")
         add(f"zero{stage}-resumed", zero, f"resume={checkpoint(root / f'zero{stage}', 3)}")
-    add("dry3", DRY, "deepspeed.stage=3", "deepspeed.offload_optimizer=true")
-    plan["again"] = [*plan["dry"], "resume=never"]
+    add("offload3", "deepspeed.stage=3", "deepspeed.offload_optimizer=true")
+    plan["again"] = [*plan["plain"], "resume=never"]
     (root / "plan.json").write_text(json.dumps(plan))
     run_ranks(Path(__file__).with_name("two_ranks.py"), 2, [root / "plan.json", root / "found.json"])
     return root, json.loads((root / "found.json").read_text())
 
 
 def test_what_should_end_well_does(ranks: tuple[Path, dict[str, Any]]) -> None:
-    fails = {"agreements", "uneven", "broken", "again"}
+    fails = {"agreements", "uneven", "too many", "broken", "again"}
     assert {name: said for name, said in ranks[1].items() if name not in fails and said != [None, None]} == {}
 
 
@@ -86,13 +91,30 @@ def test_stages_observe_alike(ranks: tuple[Path, dict[str, Any]], stage: int) ->
     assert scalars(run, "eval/loss")[6] == pytest.approx(heldout_loss(checkpoint(run, 6), seq_len=64)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dry", "elastic", "dry3"])
+@pytest.mark.parametrize("name", ["plain", "elastic", "offload3", "heads", "buckets", "buckets-elastic"])
 def test_worlds_agree(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str) -> None:
-    expected = {step: loss for step, loss in scalars(alone, LOSS).items() if name != "elastic" or step > 3}
+    """Dropout included: its masks are those of the tokens, wherever they are."""
+    expected = {step: loss for step, loss in scalars(alone, LOSS).items() if "elastic" not in name or step > 3}
     assert scalars(ranks[0] / name, LOSS) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dry", "elastic"])
+def test_shared_sequences_resume_bitwise(ranks: tuple[Path, dict[str, Any]]) -> None:
+    whole, resumed = ranks[0] / "buckets", ranks[0] / "buckets-resumed"
+    assert scalars(resumed, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
+    assert_same(checkpoint(resumed, 6), checkpoint(whole, 6))
+
+
+@pytest.mark.parametrize("name", ["heads", "buckets"])
+def test_shared_sequences_are_observed_alike(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str) -> None:
+    run = ranks[0] / name
+    assert set(read_events(run).Tags()["scalars"]) == set(read_events(alone).Tags()["scalars"])
+    for tag in ("eval/loss", "lsh/largest_bucket_over_mean", "lsh/full_windows"):
+        assert scalars(run, tag) == pytest.approx(scalars(alone, tag), rel=1e-5)
+    assert 0 <= scalars(run, "lsh/agreement_of_rounds")[6] <= 1
+    assert 0 < scalars(run, "reversible/drift")[6] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["plain", "elastic", "heads", "buckets"])
 def test_evaluation_is_exact_in_any_world(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str) -> None:
     run = ranks[0] / name
     loss, bits = heldout_loss(checkpoint(run, 6), seq_len=64)
@@ -104,8 +126,8 @@ def test_evaluation_is_exact_in_any_world(ranks: tuple[Path, dict[str, Any]], al
 def test_one_process_goes_on_with_stage_3_of_two(
     ranks: tuple[Path, dict[str, Any]], alone: Path, tiny_data: Path, tmp_path: Path, job: Runtime
 ) -> None:
-    source = checkpoint(ranks[0] / "dry3", 3)
-    run = train(job, tiny_data, tmp_path / "run", DRY, f"resume={source}", "deepspeed.stage=1")
+    source = checkpoint(ranks[0] / "offload3", 3)
+    run = train(job, tiny_data, tmp_path / "run", f"resume={source}", "deepspeed.stage=1")
     expected = {step: loss for step, loss in scalars(alone, LOSS).items() if step > 3}
     assert scalars(run, LOSS) == pytest.approx(expected, rel=1e-5)
 
@@ -118,9 +140,22 @@ def test_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_data: Path
     assert_same(checkpoint(tmp_path / "run", 6), checkpoint(ranks[0] / "zero2", 6))
 
 
+def test_sharing_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = run_ranks("reformer_dist.train", 2, tiny_overrides(tiny_data, run, SHARED, *EVALUATED))
+    assert output.count("a sequence over 2 ranks: parallel.heads=2 x parallel.buckets=1 | expected traffic ") == 1
+    assert_same(checkpoint(run, 6), checkpoint(ranks[0] / "heads", 6))
+    alone = run_ranks("reformer_dist.evaluate", 1, [run])
+    shared = run_ranks("reformer_dist.evaluate", 2, [run, SHARED, "parallel.buckets=2"])
+    for words in ("held-out loss: ", "held-out text: "):
+        (right,), (found,) = ([line for line in said.splitlines() if words in line] for said in (alone, shared))
+        assert found == right
+
+
 def test_errors_are_those_of_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> None:
     for name, words in (
         ("uneven", "data.batch_size=5: must be a multiple of the 2 data-parallel ranks"),
+        ("too many", "parallel.sequence=3: must divide the 2 ranks of the job"),
         ("broken", "torn or altered"),
         ("again", "resume=never: "),
     ):

@@ -1,6 +1,6 @@
 """Trains every case of model_setup.py under DeepSpeed, as one rank of a job; writes losses, norms and weights.
 
-python model_cases.py OUT
+python model_cases.py JOB OUT
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from model_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
 from reformer_dist.checkpoint import write_checkpoint
 from reformer_dist.distributed import runtime
@@ -64,10 +64,10 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     return {"losses": losses, "norms": norms}
 
 
-def main(out: Path) -> None:
+def main(name: str, out: Path) -> None:
     torch.set_num_threads(1)
     job = runtime.start()
-    found = {case.name: train(job, case, out) for case in CASES[job.world_size]}
+    found = {case.name: train(job, case, out) for case in JOBS[name][1]}
     if job.is_main:
         (out / "results.json").write_text(json.dumps(found))
     job.barrier()
@@ -75,4 +75,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

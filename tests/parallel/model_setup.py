@@ -82,18 +82,27 @@ def rows(step: int, seq_len: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], labels
 
 
-# by number of processes
-CASES = {
-    2: [
-        *(Case(stage, 1, 2) for stage in range(4)),
-        Case(3, 2, 1, layers=("exact", "lsh")),
-        Case(0, 1, 2, precision="bf16"),
-        Case(3, 1, 2, precision="bf16"),
-    ],
-    4: [
-        *(Case(stage, 1, 2) for stage in range(4)),  # dp 2
-        *(Case(stage, 1, 4) for stage in (0, 3)),
-        *(Case(stage, 2, 2) for stage in range(4)),
-        Case(1, 4, 1, seq_len=96, layers=("exact", "local", "lsh")),
-    ],
+# jobs: number of processes, what they train
+JOBS = {
+    "two": (
+        2,
+        [
+            *(Case(stage, 1, 2) for stage in range(4)),
+            Case(3, 2, 1, layers=("exact", "lsh")),
+            Case(0, 1, 2, precision="bf16"),
+            Case(3, 1, 2, precision="bf16"),
+        ],
+    ),
+    # two sequences of two ranks; four ranks by buckets; by heads and buckets
+    "four": (4, [Case(2, 1, 2), Case(3, 1, 4), Case(3, 2, 2)]),
+    "four, every stage": (
+        4,
+        [
+            *(Case(stage, 1, 2) for stage in (0, 1, 3)),
+            *(Case(stage, 1, 4) for stage in (0, 1, 2)),
+            *(Case(stage, 2, 2) for stage in (0, 1, 2)),
+            Case(1, 4, 1, seq_len=96, layers=("exact", "local", "lsh")),
+        ],
+    ),
 }
+SLOW = {"four, every stage"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from model_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, SLOW, STEPS, Case, rows
 from support.launch import run_ranks
 from torch import Tensor
 
@@ -17,17 +18,24 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.engine.optim import build_optimizer
 
-ALL = [(world_size, case) for world_size, cases in CASES.items() for case in cases]
+ALL = [
+    pytest.param(name, case, marks=[pytest.mark.slow] if name in SLOW else [], id=f"{name}-{case.name}")
+    for name, (_, cases) in JOBS.items()
+    for case in cases
+]
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """One launch for each number of processes; the folder of its results."""
-    folders = {}
-    for world_size in CASES:
-        folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-        run_ranks(Path(__file__).with_name("model_cases.py"), world_size, [folders[world_size]], timeout=400)
-    return folders
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a job's results; a job runs once, when it is first asked for."""
+
+    @cache
+    def run(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("job")
+        run_ranks(Path(__file__).with_name("model_cases.py"), JOBS[name][0], [name, folder], timeout=500)
+        return folder
+
+    return run
 
 
 @cache
@@ -55,9 +63,9 @@ def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]
     return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("world_size", "case"), ALL, ids=lambda value: getattr(value, "name", str(value)))
-def test_training_is_that_of_one_process(jobs: dict[int, Path], world_size: int, case: Case) -> None:
-    found = json.loads((jobs[world_size] / "results.json").read_text())[case.name]
+@pytest.mark.parametrize(("name", "case"), ALL)
+def test_training_is_that_of_one_process(run_of: Callable[[str], Path], name: str, case: Case) -> None:
+    found = json.loads((run_of(name) / "results.json").read_text())[case.name]
     losses, norms, weights = one_process(replace(case, stage=0, heads=1, buckets=1, precision="fp32"))
     assert max(norms) > case.config().optim.grad_clip > min(norms)  # some steps are clipped, some not
     if case.precision == "bf16":
@@ -67,7 +75,7 @@ def test_training_is_that_of_one_process(jobs: dict[int, Path], world_size: int,
     assert found["losses"] == pytest.approx(losses, rel=1e-6)
     assert found["norms"] == pytest.approx(norms, rel=1e-5)
     model = case.model()
-    CheckpointReader(step_folder(jobs[world_size] / case.name, STEPS)).load_weights(model)
-    for name, parameter in model.named_parameters():
-        error = (parameter.detach() - weights[name]).abs().max().item()
-        assert error <= 2e-6 * max(1.0, weights[name].abs().max().item()), f"{name} is off by {error}"
+    CheckpointReader(step_folder(run_of(name) / case.name, STEPS)).load_weights(model)
+    for key, parameter in model.named_parameters():
+        error = (parameter.detach() - weights[key]).abs().max().item()
+        assert error <= 2e-6 * max(1.0, weights[key].abs().max().item()), f"{key} is off by {error}"

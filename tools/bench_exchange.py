@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from grid_jobs import in_own_job
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
@@ -44,7 +43,7 @@ def main() -> int:
     if arguments.row is not None:
         run_row(arguments)
         return 0
-    rows = [in_own_job(grid) for grid in arguments.grids]
+    rows = [in_own_job(__file__, grid) for grid in arguments.grids]
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -69,16 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object a row instead of the table")
     add("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def in_own_job(grid: str) -> dict[str, Any]:
-    n_ranks = math.prod(map(int, grid.split("x")))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    command = [sys.executable, *launch, str(Path(__file__).resolve()), *sys.argv[1:], "--row", grid]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the job of grid {grid} ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_row(arguments: argparse.Namespace) -> None:

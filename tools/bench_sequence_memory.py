@@ -15,13 +15,13 @@ import gc
 import json
 import math
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from grid_jobs import in_own_job
 
 from reformer_dist.config import AttentionKind, ModelConfig, Position
 from reformer_dist.distributed import runtime
@@ -45,7 +45,7 @@ def main() -> int:
             print(json.dumps(found))
         runtime.stop()
         return 0
-    rows = [in_own_job(grid) for grid in arguments.grids]
+    rows = [in_own_job(__file__, grid) for grid in arguments.grids]
     alone = next((row["peak_mib"] for row in rows if row["ranks"] == 1), math.nan)
     for row in rows:
         row["share"] = row["peak_mib"] / alone
@@ -71,16 +71,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object a row")
     add("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def in_own_job(grid: str) -> dict[str, Any]:
-    n_ranks = math.prod(map(int, grid.split("x")))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    command = [sys.executable, *launch, str(Path(__file__).resolve()), *sys.argv[1:], "--row", grid]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the job of grid {grid} ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(arguments: argparse.Namespace, job: Runtime) -> dict[str, Any]:

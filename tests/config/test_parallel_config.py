@@ -1,0 +1,117 @@
+"""Every check of how ranks share sequences names the key, the value and what would be right."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+
+from reformer_dist.config import (
+    AttentionKind,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from reformer_dist.errors import ConfigError
+
+
+def run(n_heads: int = 4, layers: list[AttentionKind] | None = None, **parallel: Any) -> RunConfig:
+    model = ModelConfig(n_heads=n_heads, head_dim=8, **({} if layers is None else {"layers": layers}))
+    return RunConfig(
+        model=model,
+        data=DataConfig(batch_size=12),
+        trainer=TrainerConfig(micro_batch_size=2),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("key", ["sequence", "heads", "buckets"])
+def test_too_few_ranks(key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^parallel\.{key}={value}: must be at least 1$"):
+        ParallelConfig(**{key: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_timeout(value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^parallel\.timeout={value}: must be positive$"):
+        ParallelConfig(timeout=value)
+
+
+@pytest.mark.parametrize(("key", "sequence", "value"), [("heads", 4, 3), ("buckets", 4, 8), ("heads", 1, 2)])
+def test_ranks_that_do_not_divide(key: str, sequence: int, value: int) -> None:
+    right = rf"^parallel\.{key}={value}: must divide parallel\.sequence={sequence}$"
+    with pytest.raises(ConfigError, match=right):
+        ParallelConfig(sequence=sequence, **{key: value})
+
+
+@pytest.mark.parametrize(("heads", "buckets"), [(2, 2), (8, 8), (1, 4), (8, 2)])
+def test_a_product_that_is_not_the_whole(heads: int, buckets: int) -> None:
+    right = rf"^parallel\.buckets={buckets}: times parallel\.heads={heads} must be parallel\.sequence=8$"
+    with pytest.raises(ConfigError, match=right):
+        ParallelConfig(sequence=8, heads=heads, buckets=buckets)
+
+
+def test_the_grids_that_are_left() -> None:
+    assert ParallelConfig().grids() == [(1, 1)]
+    assert ParallelConfig(sequence=6).grids() == [(6, 1), (3, 2), (2, 3), (1, 6)]
+    assert ParallelConfig(sequence=6, heads=2).grids() == [(2, 3)]
+    assert ParallelConfig(sequence=6, buckets=6).grids() == [(1, 6)]
+    assert ParallelConfig(sequence=6, heads=3, buckets=2).grids() == [(3, 2)]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"heads": 3}, {"buckets": 1}, {"heads": 3, "buckets": 1}], ids=lambda asked: " ".join(asked)
+)
+def test_heads_that_do_not_divide_the_layers(asked: dict[str, int]) -> None:
+    heads, buckets = asked.get("heads"), asked.get("buckets")
+    right = rf"^parallel\.heads={heads}, parallel\.buckets={buckets}: .*divides model\.n_heads=4$"
+    with pytest.raises(ConfigError, match=right):
+        run(sequence=3, **asked)
+    run(sequence=3)  # buckets are left
+    run(n_heads=6, sequence=3, **asked)
+
+
+@pytest.mark.parametrize("sequence", [3, 8])
+def test_exact_layers_share_heads_alone(sequence: int) -> None:
+    lsh, exact = AttentionKind.lsh, AttentionKind.exact
+    words = rf"^parallel\.sequence={sequence}: must divide model\.n_heads=4, since exact .*fewer ranks"
+    with pytest.raises(ConfigError, match=words):
+        run(layers=[lsh, exact], sequence=sequence)
+    run(layers=[lsh], sequence=sequence)
+    run(layers=[lsh, exact], sequence=4, buckets=4)
+    run(n_heads=24, layers=[exact], sequence=sequence)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 6])
+def test_a_world_that_is_no_multiple(world_size: int) -> None:
+    config = run(sequence=4)
+    right = rf"^parallel\.sequence=4: must divide the {world_size} ranks of the job$"
+    for action in (config.dp_size, config.micro_batching):
+        with pytest.raises(ConfigError, match=right):
+            action(world_size)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "world_size", "dp_size"), [(1, 1, 1), (1, 3, 3), (4, 4, 1), (4, 12, 3), (2, 4, 2)]
+)
+def test_ranks_of_a_sequence_are_one_for_the_batch(sequence: int, world_size: int, dp_size: int) -> None:
+    """Micro-batches are counted as in a job of world_size / parallel.sequence ranks."""
+    config = run(sequence=sequence)
+    assert config.dp_size(world_size) == dp_size
+    assert config.micro_batching(world_size) == run().micro_batching(dp_size) == (2, 6 // dp_size)
+
+
+def test_batches_that_do_not_divide_among_sequences() -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape("data.batch_size=12: must be a multiple of the 5 data-parallel")
+    ):
+        run(sequence=2).micro_batching(10)
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.micro_batch_size=2: must divide the 3 .*data\.batch_size=12"
+    ):
+        run(sequence=2).micro_batching(8)

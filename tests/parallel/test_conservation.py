@@ -1,0 +1,252 @@
+"""Exchanges between ranks that are threads: what they give, what they cost, and that no stray goes unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from support.threads import Meeting, on_ranks
+from torch import Tensor
+
+from reformer_dist.distributed.wire import Delivery, Ledger, Parcel, Wire
+from reformer_dist.errors import TrainingError
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
+from reformer_dist.ops.lsh.order import count_buckets, mark_padding
+from reformer_dist.parallel import plan as plans
+from reformer_dist.parallel.bucket_exchange import exchanged_attention
+from reformer_dist.parallel.plan import Plan, guests_of, make_plan, tokens_of
+from reformer_dist.parallel.traffic import LayerShape, bucket_bytes
+
+STRAYS = "tokens arrived where the counts foretell others"
+SIZE = 3
+LIAR = 1
+N_LOCAL = 64
+OPTIONS = AttentionOptions(WindowRule(4, causal=True), n_buckets=6, scale=0.5)
+
+
+class ThreadWire(Wire):
+    """Messages over a meeting of threads."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__(None, meeting.size, rank, Ledger())
+        self._meeting = meeting
+
+    def send(self, parcel: Parcel, phase: str) -> Delivery:
+        parts = parcel.rows.clone().split(parcel.counts_out)
+        self._count(phase, parts)
+        arrived = [theirs[self.index] for theirs in self._meeting.gather(self.index, parts)]
+        assert [part.shape[0] for part in arrived] == parcel.counts_in
+        return Delivery(parcel.rows, torch.cat(arrived), None)
+
+    def swap(self, blocks: Tensor, phase: str) -> Tensor:
+        blocks = blocks.clone()
+        self._count(phase, blocks.unbind())
+        return torch.stack([theirs[self.index] for theirs in self._meeting.gather(self.index, blocks)])
+
+    def sum(self, numbers: Tensor, phase: str) -> Tensor:
+        """Not in the ledger: a number or two."""
+        return torch.stack(self._meeting.gather(self.index, numbers.clone())).sum(dim=0)
+
+    def _count(self, phase: str, parts: tuple[Tensor, ...]) -> None:
+        others = [part for rank, part in enumerate(parts) if rank != self.index]
+        self.ledger.bytes_sent[phase] += sum(part.numel() * part.element_size() for part in others)
+
+
+class MistakenWire(ThreadWire):
+    """The rank takes one of the tokens that come to it for the one before, which has not come."""
+
+    def swap(self, blocks: Tensor, phase: str) -> Tensor:
+        arrived = super().swap(blocks, phase)
+        if self.index == LIAR and blocks.dtype == torch.uint8:
+            comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, U, S]
+            was_seen = comes[:, 0].flatten()
+            later = (was_seen[1:] & ~was_seen[:-1]).nonzero()[0]
+            was_seen[later + 1], was_seen[later] = False, True
+            needed = plans.pack_bits(was_seen.view_as(comes[:, 0]))
+            arrived = torch.stack([needed, arrived[:, 1]], dim=1)
+        return arrived
+
+
+def on_wires(action: Callable[[ThreadWire], object], wire: type[ThreadWire] = ThreadWire) -> list:
+    """What `action` returns, or raises, on each of three ranks; who fails alone does not let others wait."""
+
+    def run(runtime):
+        torch.set_num_threads(1)  # each thread has its own number
+        try:
+            return action(wire(runtime.meeting, runtime.rank))
+        except TrainingError:  # all ranks raise it
+            raise
+        except Exception:
+            runtime.meeting.barrier.abort()
+            raise
+
+    return on_ranks(SIZE, run)
+
+
+def whole_ids(seed: int) -> Tensor:
+    """[B, H, R, S]"""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, OPTIONS.n_buckets, (2, 2, 3, SIZE * N_LOCAL), generator=draw, dtype=torch.uint8)
+
+
+def slice_of(x: Tensor, rank: int, dim: int) -> Tensor:
+    return x.tensor_split(SIZE, dim=dim)[rank].contiguous()
+
+
+def slices(seed: int) -> list[Tensor]:
+    """[U, R, S / P] of each rank."""
+    return [mark_padding(slice_of(whole_ids(seed), rank, 3), OPTIONS.n_buckets, None) for rank in range(SIZE)]
+
+
+def plan_of(wire: Wire, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool) -> Plan:
+    return make_plan(buckets, options, SIZE * N_LOCAL, wire, **settings)
+
+
+def miscount(held: Tensor, counted: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """A `count_buckets` that counts some ids where it is asked for those that a rank holds."""
+    return lambda buckets, n_buckets: count_buckets(counted if buckets is held else buckets, n_buckets)
+
+
+def all_raise(results: list, words: str) -> None:
+    assert [type(result) for result in results] == [TrainingError] * SIZE, results
+    assert len({str(result) for result in results}) == 1
+    assert words in str(results[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "shared", "merge_returns", "padded"),
+    [
+        (OPTIONS, True, True, True),
+        (replace(OPTIONS, rule=WindowRule(5, causal=False), dropout=0.2), False, False, False),
+        (replace(OPTIONS, rule=ChunkRule(7, causal=True, wrap=True)), True, True, True),
+    ],
+    ids=["window", "two-sided window", "chunks"],
+)
+def test_slices_are_the_whole(
+    options: AttentionOptions, shared: bool, merge_returns: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients, in messages of one unit each and in one message of all."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(2, 2, SIZE * N_LOCAL, 5, generator=draw) for _ in range(2 if shared else 3)]
+    d_out = torch.randn(vectors[0].shape, generator=draw)
+    mask = torch.rand(2, SIZE * N_LOCAL, generator=draw) < (0.7 if padded else 1.1)
+    ids = whole_ids(0)
+
+    def attend(leaves: list[Tensor], d_out: Tensor, action: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        out = action(leaves[0], None if shared else leaves[1], leaves[-1])
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+    right = attend(vectors, d_out, lambda q, k, v: bucket_attention(q, k, v, ids, options, mask))
+    for group_tokens in (N_LOCAL, 2**14):
+        monkeypatch.setitem(plans.GROUP_TOKENS, "cpu", group_tokens)
+
+        def on_rank(wire: ThreadWire) -> list[Tensor]:
+            own_ids, own_mask = slice_of(ids, wire.index, 3), slice_of(mask, wire.index, 1)
+            buckets = mark_padding(own_ids, options.n_buckets, own_mask)
+            plan = plan_of(wire, buckets, options, merge_returns=merge_returns)
+            return attend(
+                [slice_of(x, wire.index, 2) for x in vectors],
+                slice_of(d_out, wire.index, 2),
+                lambda q, k, v: exchanged_attention(q, k, v, plan, options, wire, merge_returns=merge_returns),
+            )
+
+        parts = on_wires(on_rank)
+        assert not [part for part in parts if isinstance(part, Exception)]
+        for index, whole in enumerate(right):
+            found = torch.cat([part[index] for part in parts], dim=2)
+            torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
+    """To the byte, once it is known to how many ranks a token goes; and near to it by the mean."""
+    own = slices(0)
+    v = torch.zeros(2, 2, N_LOCAL, 5, dtype=dtype)
+    shape = LayerShape(2, N_LOCAL, 2, 5, n_hashes=3, n_buckets=OPTIONS.n_buckets, element_size=dtype.itemsize)
+
+    def on_rank(wire: ThreadWire) -> tuple[float, float, float]:
+        plan = plan_of(wire, own[wire.index])
+        exchanged_attention(v, None, v, plan, OPTIONS, wire)
+        (route,) = plan.routes
+        sent, returned = tokens_of(route.sent, plan)[1], guests_of(route, plan).query_counts
+        sent[wire.index] = returned[wire.index] = 0
+        per_token = [sum(counts) / shape.tokens for counts in (sent, returned)]
+        right = bucket_bytes(shape, 1, SIZE, *per_token)
+        return sum(wire.ledger.bytes_sent.values()), right, bucket_bytes(shape, 1, SIZE)
+
+    for found, right, expected in on_wires(on_rank):
+        assert found == pytest.approx(right)
+        assert found == pytest.approx(expected, rel=0.35)
+
+
+@pytest.mark.parametrize("changed", [1, 20, N_LOCAL])
+def test_counts_of_other_ids(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank has counted other ids of its first tokens than it holds: all ranks raise, be it one token."""
+    own, counted = slices(0), slices(0)[LIAR]
+    counted[0, 0, :changed] = (counted[0, 0, :changed] + 1) % OPTIONS.n_buckets
+    monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
+    all_raise(on_wires(lambda wire: plan_of(wire, own[wire.index])), STRAYS)
+
+
+@pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
+def test_padding_other_than_counted(rule: WindowRule | ChunkRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank has counted some tokens that it then takes for padding."""
+    own, counted = slices(0), slices(0)[LIAR]
+    own[LIAR][:, :, :10] = OPTIONS.n_buckets
+    monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
+    options = replace(OPTIONS, rule=rule)
+    found = on_wires(lambda wire: plan_of(wire, own[wire.index], options))
+    all_raise(found, STRAYS)
+
+
+def test_ids_other_than_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank says of its tokens that they are in other buckets than it has counted."""
+    own, sent_ids = slices(0), plans._HomePlaces.sent_ids
+
+    def other_ids(self: plans._HomePlaces, *args: Tensor) -> Tensor:
+        ids = sent_ids(self, *args)
+        is_liar = self.buckets.data_ptr() == own[LIAR].data_ptr()
+        return torch.where(ids < OPTIONS.n_buckets, (ids + is_liar) % OPTIONS.n_buckets, ids)
+
+    monkeypatch.setattr(plans._HomePlaces, "sent_ids", other_ids)
+    all_raise(on_wires(lambda wire: plan_of(wire, own[wire.index])), STRAYS)
+
+
+def test_a_rank_with_another_window() -> None:
+    own, wider = slices(0), replace(OPTIONS, rule=WindowRule(5, causal=True))
+    found = on_wires(lambda wire: plan_of(wire, own[wire.index], wider if wire.index == LIAR else OPTIONS))
+    all_raise(found, STRAYS)
+
+
+@pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
+def test_a_token_taken_for_another(rule: WindowRule | ChunkRule) -> None:
+    """Its bucket is as foretold, so none is missed: what tells is the checksum of who was sent and who came."""
+    own, options = slices(0), replace(OPTIONS, rule=rule)
+    found = on_wires(lambda wire: plan_of(wire, own[wire.index], options), MistakenWire)
+    all_raise(found, "0 tokens arrived where the counts foretell others (checksums differ by ")
+
+
+@pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
+def test_a_plan_of_another_call(rule: WindowRule | ChunkRule) -> None:
+    """One rank is at another layer than the rest, in forward or in backward: all ranks raise before they send."""
+    first, second, options = slices(0), slices(1), replace(OPTIONS, rule=rule)
+    v = torch.ones(2, 2, N_LOCAL, 5, requires_grad=True)
+
+    def attend(wire: ThreadWire, liars: set[int]) -> Tensor:
+        plan = [plan_of(wire, own[wire.index], options) for own in (first, second)]
+        return exchanged_attention(v, None, v, plan[wire.index in liars], options, wire)
+
+    words = "the plans of the ranks do not fit one another"
+    all_raise(on_wires(lambda wire: attend(wire, {LIAR})), words)
+    all_raise(on_wires(lambda wire: attend(wire, {0, 2})), words)
+
+    def both_layers(wire: ThreadWire) -> object:
+        outs = attend(wire, set()), attend(wire, {0, 1, 2})
+        return torch.autograd.grad(outs[wire.index == LIAR].sum(), v)
+
+    all_raise(on_wires(both_layers), words)
+    fine = on_wires(lambda wire: torch.autograd.grad(attend(wire, {0, 1, 2}).sum(), v)[0].shape)
+    assert fine == [v.shape] * SIZE

@@ -29,7 +29,6 @@ from reformer_dist.distributed.grid import make_grid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.parallel.bits import unpack_bits
 from reformer_dist.parallel.traffic import LayerShape, all_gather_bytes, bucket_bytes, head_bytes
 
 GRIDS = ["1x2", "2x1", "1x3", "1x4", "2x2", "4x1"]
@@ -216,9 +215,8 @@ class Row:
         plan, own = kept["plan"], self.grids[False].bucket_rank
         totals = [0.0, 0.0]
         for route in plan.routes:
-            for which, bits in enumerate((route.sent, route.asked)):
-                counts = unpack_bits(bits, plan.n_local).sum(dim=(1, 2))
-                totals[which] += float(counts.sum() - counts[own])
+            for which, selection in enumerate((route.sent, route.asked)):
+                totals[which] += sum(selection.counts) - selection.counts[own]
         sent, returned = (n / shape.tokens / self.job.world_size for n in self.job.sum(totals))
         return sent, returned
 

@@ -22,7 +22,7 @@ from reformer_dist.ops.lsh.rounds import attend_backward
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys_backward
 from reformer_dist.parallel.outward import Outward
-from reformer_dist.parallel.plan import Plan, Route, tokens_of
+from reformer_dist.parallel.plan import Plan, Route, Selection
 from reformer_dist.parallel.record import Record
 from reformer_dist.parallel.returns import MergedReturns, Returns, RoundReturns
 
@@ -152,7 +152,7 @@ class _Backward:
         asked = {name: self._asked.field(arrived[1], name) for name in ("d_out", "lse", "delta")}
         query_rows = self._asked.field(arrived[1], "q") if self._has_keys else None
         here = self._outward.host(route, arrived[0], query_rows)
-        plan, guests, rows = self._outward.plan, here.guests, here.guests.query_rows
+        rows = here.guests.query_rows
         d_out = torch.zeros_like(here.v)
         # lse = inf: rows that are no queries here give nothing to anybody
         lse = torch.full((d_out.shape[0],), torch.inf, device=d_out.device)
@@ -161,11 +161,11 @@ class _Backward:
         dq, dk, dv = attend_backward(here.group, here.q, here.k, here.v, d_out, delta=delta, lse=lse)
         if not self._has_keys:
             dk = dq + shared_keys_backward(here.q, dk)
-        grads = Parcel(self._grads.pack(k=dk, v=dv), guests.counts, tokens_of(route.sent, plan)[1])
+        grads = Parcel(self._grads.pack(k=dk, v=dv), route.received.counts, route.sent.counts)
         if not self._has_keys:
             return [grads]
-        counts_home = tokens_of(route.asked, plan)[1]
-        return [grads, Parcel(self._outward.queries.pack(q=dq[rows]), guests.query_counts, counts_home)]
+        of_queries = self._outward.queries.pack(q=dq[rows])
+        return [grads, Parcel(of_queries, route.attended.counts, route.asked.counts)]
 
     def at_home(self, route: Route, results: list[Tensor]) -> None:
         part = self._outward.part
@@ -180,9 +180,9 @@ class _Backward:
             dq = self._summed(route.asked, route, self._outward.queries.field(results[1], "q"))
             part(self.dq, route).copy_(dq)
 
-    def _summed(self, bits: Tensor, route: Route, rows: Tensor) -> Tensor:
+    def _summed(self, selection: Selection, route: Route, rows: Tensor) -> Tensor:
         """Sums [U * S, D] over the ranks from which a token's gradients have come, in order of ranks."""
-        tokens, counts = tokens_of(bits, self._outward.plan)
+        tokens, counts = selection.tokens(self._outward.plan.n_local), selection.counts
         total = torch.zeros(self._outward.part(self._d_out, route).shape, device=rows.device)
         for own, part in zip(tokens.split(counts), rows.split(counts), strict=True):
             total[own] += part.float()

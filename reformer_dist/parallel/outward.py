@@ -12,7 +12,7 @@ from reformer_dist.ops.lsh.rounds import RowGroup
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.ops.workspace import Workspace
-from reformer_dist.parallel.plan import Guests, Plan, Route, guests_of, layouts_of, rows_of, tokens_of
+from reformer_dist.parallel.plan import Guests, Plan, Route, guests_of, layouts_of, rows_of
 from reformer_dist.parallel.record import Record
 
 
@@ -55,16 +55,16 @@ class Outward:
         return parcels
 
     def pack_keys(self, route: Route) -> Parcel:
-        tokens, counts = tokens_of(route.sent, self.plan)
+        tokens = route.sent.tokens(self.plan.n_local)
         keys = self.q if self.k is None else self.k
         rows = self.keys.pack(k=self.part(keys, route)[tokens], v=self.part(self.v, route)[tokens])
-        return Parcel(rows, counts, tokens_of(route.received, self.plan)[1])
+        return Parcel(rows, route.sent.counts, route.received.counts)
 
     def pack_asked(self, route: Route, record: Record, **values: Tensor) -> Parcel:
         """Fields [B, H, S, width] of the tokens for the ranks that attend them as queries."""
-        tokens, counts = tokens_of(route.asked, self.plan)
+        tokens = route.asked.tokens(self.plan.n_local)
         rows = record.pack(**{name: self.part(value, route)[tokens] for name, value in values.items()})
-        return Parcel(rows, counts, tokens_of(route.attended, self.plan)[1])
+        return Parcel(rows, route.asked.counts, route.attended.counts)
 
     def host(self, route: Route, key_rows: Tensor, query_rows: Tensor | None) -> Hosted:
         """Unpacks what has come; query_rows [asked rows, D] if queries travel apart from keys."""

@@ -39,17 +39,40 @@ GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Some tokens for each rank, or of each rank."""
+
+    bits: Tensor
+    """[P, U, S / 8]"""
+    counts: list[int]
+    """How many for each rank."""
+
+    @staticmethod
+    def of(bits: Tensor) -> Selection:
+        ones = unpack_bits(bits, bits.shape[2] * 8)
+        return Selection(bits, ones.sum(dim=(1, 2)).tolist())
+
+    def mask(self, n_local: int) -> Tensor:
+        """bool [P, U, S]."""
+        return unpack_bits(self.bits, n_local)
+
+    def tokens(self, n_local: int) -> Tensor:
+        """Their numbers in [U * S], rank by rank."""
+        return self.mask(n_local).flatten(1).nonzero()[:, 1]
+
+
+@dataclass(frozen=True)
 class Route:
     """The tokens of some units on their way from this rank and to it."""
 
     units: slice
-    sent: Tensor
-    """Bits [P, U, S / 8]: this rank's tokens that each rank needs."""
-    asked: Tensor
-    """Bits [P, U, S / 8]: those that it attends as queries, in any round."""
-    received: Tensor
-    """Bits [P, U, S / 8] of each rank's tokens that are needed here."""
-    attended: Tensor
+    sent: Selection
+    """This rank's tokens that each rank needs."""
+    asked: Selection
+    """Those that it attends as queries, in any round."""
+    received: Selection
+    """Each rank's tokens that are needed here."""
+    attended: Selection
     """Likewise, as queries."""
     ids: Tensor
     """[rows, R] bucket of each received token, n_buckets in rounds in which it is not needed here."""
@@ -98,7 +121,8 @@ def _make_plan(
         routes.append(_route(units, home, options, wire, keeps_owners=keeps_owners))
         strays += _count_strays(routes[-1], options, seq_len, n_local, wire)
     balance = sum(
-        _checksum(r.sent, wire, is_sent=True) - _checksum(r.received, wire, is_sent=False) for r in routes
+        _checksum(r.sent.bits, wire, is_sent=True) - _checksum(r.received.bits, wire, is_sent=False)
+        for r in routes
     )
     found = torch.tensor([strays, balance], device=buckets.device)
     strays, difference = wire.sum(found, PHASE).tolist()
@@ -190,14 +214,12 @@ def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wir
     record = Record(**fields)
     rows = record.pack(**values)
     heard = wire.swap(bits, PHASE)
-    received, attended = heard[:, 0].contiguous(), heard[:, 1].contiguous()
-    n_local = home.buckets.shape[2]
-    counts_out = home.needs.sum(dim=(1, 2)).tolist()
-    counts_in = unpack_bits(received, n_local).sum(dim=(1, 2)).tolist()
-    arrived = wire.send(Parcel(rows, counts_out, counts_in), PHASE).wait()
+    sent, asked, received, attended = (
+        Selection.of(both[:, which].contiguous()) for both in (bits, heard) for which in (0, 1)
+    )
+    arrived = wire.send(Parcel(rows, sent.counts, received.counts), PHASE).wait()
     codes = record.field(arrived, "codes").t().contiguous() if home.codes is not None else None
     ids = record.field(arrived, "ids").contiguous()
-    sent, asked = bits[:, 0].contiguous(), bits[:, 1].contiguous()
     owners = home.owners if keeps_owners else None
     return Route(units, sent, asked, received, attended, ids, codes, owners, home.total)
 
@@ -206,33 +228,19 @@ def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wir
 class Guests:
     """The tokens that this rank holds of some units while it attends them, its own among them."""
 
-    counts: list[int]
-    """From each rank."""
-    query_counts: list[int]
+    unit: Tensor
+    """[rows] from 0 in the route."""
+    position: Tensor
+    """[rows] in the whole sequence."""
     query_rows: Tensor
     """Those that are queries here in any round, in order of ranks."""
-    unit: Tensor
-    position: Tensor
 
 
 def guests_of(route: Route, plan: Plan) -> Guests:
     """Who the received rows are."""
-    here = unpack_bits(route.received, plan.n_local)
-    source, unit, token = here.nonzero(as_tuple=True)
-    is_query = unpack_bits(route.attended, plan.n_local)
-    return Guests(
-        counts=here.sum(dim=(1, 2)).tolist(),
-        query_counts=is_query.sum(dim=(1, 2)).tolist(),
-        query_rows=is_query[source, unit, token].nonzero().squeeze(1),
-        unit=unit,
-        position=source * plan.n_local + token,
-    )
-
-
-def tokens_of(bits: Tensor, plan: Plan) -> tuple[Tensor, list[int]]:
-    """This rank's tokens that go to each rank, numbers in [U * S], and how many go to each."""
-    mask = unpack_bits(bits, plan.n_local).flatten(1)
-    return mask.nonzero()[:, 1], mask.sum(dim=1).tolist()
+    source, unit, token = route.received.mask(plan.n_local).nonzero(as_tuple=True)
+    is_query = route.attended.mask(plan.n_local)[source, unit, token]
+    return Guests(unit, source * plan.n_local + token, is_query.nonzero().squeeze(1))
 
 
 def layouts_of(route: Route, guests: Guests, plan: Plan, options: AttentionOptions, wire: Wire) -> list[Layout]:
@@ -261,7 +269,7 @@ def _keys_by_round(route: Route, unit: Tensor, n_buckets: int) -> Iterator[Tenso
 def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local: int, wire: Wire) -> int:
     """How many tokens have come, or stayed away, against what the counts of all ranks foretell."""
     part, rule = Part(wire.index, wire.size), options.rule
-    _, unit, _ = unpack_bits(route.received, n_local).nonzero(as_tuple=True)
+    _, unit, _ = route.received.mask(n_local).nonzero(as_tuple=True)
     strays = 0
     for r, keys in enumerate(_keys_by_round(route, unit, options.n_buckets)):
         total = route.total[:, r].long()

@@ -10,7 +10,7 @@ from torch import Tensor
 from reformer_dist.distributed.wire import Parcel
 from reformer_dist.ops.lsh.rounds import LOWEST, Sums, attend, attend_rounds
 from reformer_dist.parallel.outward import Hosted, Outward
-from reformer_dist.parallel.plan import Route, tokens_of
+from reformer_dist.parallel.plan import Route
 from reformer_dist.parallel.record import Record
 
 
@@ -44,11 +44,10 @@ class MergedReturns:
         alone = weight == 0
         o = (sums.o[rows] / weight.unsqueeze(1)).masked_fill_(alone.unsqueeze(1), 0.0)
         lse = (sums.top[rows] + weight.log()).masked_fill_(alone, LOWEST)
-        counts_home = tokens_of(route.asked, self._out.plan)[1]
-        return Parcel(self._record.pack(o=o, lse=lse), hosted.guests.query_counts, counts_home)
+        return Parcel(self._record.pack(o=o, lse=lse), route.attended.counts, route.asked.counts)
 
     def at_home(self, route: Route, rows: Tensor) -> Sums:
-        tokens, counts = tokens_of(route.asked, self._out.plan)
+        tokens, counts = route.asked.tokens(self._out.plan.n_local), route.asked.counts
         n_tokens = self._out.part(self._out.v, route).shape[0]
         total = _no_sums(n_tokens, self._width, rows.device)
         o, lse = (self._record.field(rows, name) for name in ("o", "lse"))

@@ -16,7 +16,7 @@ from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucke
 from reformer_dist.ops.lsh.order import count_buckets, mark_padding
 from reformer_dist.parallel import plan as plans
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
-from reformer_dist.parallel.plan import Plan, guests_of, make_plan, tokens_of
+from reformer_dist.parallel.plan import Plan, make_plan
 from reformer_dist.parallel.traffic import LayerShape, bucket_bytes
 
 STRAYS = "tokens arrived where the counts foretell others"
@@ -171,9 +171,8 @@ def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
         plan = plan_of(wire, own[wire.index])
         exchanged_attention(v, None, v, plan, OPTIONS, wire)
         (route,) = plan.routes
-        sent, returned = tokens_of(route.sent, plan)[1], guests_of(route, plan).query_counts
-        sent[wire.index] = returned[wire.index] = 0
-        per_token = [sum(counts) / shape.tokens for counts in (sent, returned)]
+        selections = (route.sent, route.attended)
+        per_token = [(sum(s.counts) - s.counts[wire.index]) / shape.tokens for s in selections]
         right = bucket_bytes(shape, 1, SIZE, *per_token)
         return sum(wire.ledger.bytes_sent.values()), right, bucket_bytes(shape, 1, SIZE)
 

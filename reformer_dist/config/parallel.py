@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from reformer_dist.config.checks import at_least, require
 from reformer_dist.errors import ConfigError
 
+LONGEST_TIMEOUT = 30 * 24 * 3600
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
@@ -28,6 +30,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         at_least(1, parallel__sequence=self.sequence, parallel__heads=self.heads, parallel__buckets=self.buckets)
         require(self.timeout > 0, "parallel.timeout", self.timeout, "must be positive")
+        right = f"must be at most {LONGEST_TIMEOUT} s, a month"
+        require(self.timeout <= LONGEST_TIMEOUT, "parallel.timeout", self.timeout, right)
         for name, value in (("heads", self.heads), ("buckets", self.buckets)):
             if value is not None and self.sequence % value:
                 raise ConfigError(f"parallel.{name}={value}: must divide parallel.sequence={self.sequence}")

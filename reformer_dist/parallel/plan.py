@@ -82,6 +82,8 @@ class Route:
     """int32 [R, U * S] rank that attends each of this rank's tokens, -1 for padding; if rounds return apart."""
     total: Tensor
     """int32 [U, R, K] members of each bucket on all ranks."""
+    balance: int
+    """A checksum of what this rank sends less that of what it gets: over all ranks it sums to 0."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Plan:
     n_local: int
     """Tokens of a sequence on each rank."""
     balance: int
-    """A checksum of what this rank sends less that of what it gets: over all ranks it sums to 0."""
+    """The sum of its routes' balances."""
 
 
 def make_plan(
@@ -120,16 +122,13 @@ def _make_plan(
         home = _HomePlaces(buckets[units], before[units], total[units], options, seq_len, wire.size)
         routes.append(_route(units, home, options, wire, keeps_owners=keeps_owners))
         strays += _count_strays(routes[-1], options, seq_len, n_local, wire)
-    balance = sum(
-        _checksum(r.sent.bits, wire, is_sent=True) - _checksum(r.received.bits, wire, is_sent=False)
-        for r in routes
-    )
+    balance = sum(route.balance for route in routes)
     found = torch.tensor([strays, balance], device=buckets.device)
     strays, difference = wire.sum(found, PHASE).tolist()
     if strays or difference:
         raise TrainingError(
             f"bucket exchange: {strays} tokens arrived where the counts foretell others (checksums differ by "
-            f"{difference}); the ranks of a sequence do not hold slices of the same rows"
+            f"{difference}); the ranks of a sequence do not agree about its tokens"
         )
     return Plan(routes, seq_len, n_local, balance)
 
@@ -219,9 +218,12 @@ def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wir
     )
     arrived = wire.send(Parcel(rows, sent.counts, received.counts), PHASE).wait()
     codes = record.field(arrived, "codes").t().contiguous() if home.codes is not None else None
-    ids = record.field(arrived, "ids").contiguous()
+    came = record.field(arrived, "ids").contiguous()
     owners = home.owners if keeps_owners else None
-    return Route(units, sent, asked, received, attended, ids, codes, owners, home.total)
+    balance = _checksum(sent, asked, ids, wire, is_sent=True) - _checksum(
+        received, attended, came, wire, is_sent=False
+    )
+    return Route(units, sent, asked, received, attended, came, codes, owners, home.total, balance)
 
 
 @dataclass(frozen=True)
@@ -286,10 +288,16 @@ def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local
     return strays
 
 
-def _checksum(bits: Tensor, wire: Wire, *, is_sent: bool) -> int:
-    """A number of the bits [P, U, S / 8] that this rank sends to each rank, or gets from each."""
-    other = torch.arange(wire.size, device=bits.device)
+def _checksum(needed: Selection, queries: Selection, ids: Tensor, wire: Wire, *, is_sent: bool) -> int:
+    """A number of the tokens that this rank sends to each rank, or gets from each, and of their bucket ids."""
+    other = torch.arange(wire.size, device=ids.device)
     pair = wire.index * wire.size + other if is_sent else other * wire.size + wire.index
-    flat = bits.flatten(1).long()
-    place = torch.arange(1, flat.shape[1] + 1, device=bits.device) % 8191
-    return int(((flat * place).sum(dim=1) * (pair + 1)).sum())
+    of_ids = torch.stack([_weighed(part.flatten()) for part in ids.split(needed.counts)])
+    of_bits = [_weighed(selection.bits.flatten(1)) for selection in (needed, queries)]
+    return int(((of_ids + 3 * of_bits[0] + 5 * of_bits[1]) * (pair + 1)).sum())
+
+
+def _weighed(numbers: Tensor) -> Tensor:
+    """Sum over the last dimension in which every place counts differently (up to 8191 of them)."""
+    place = torch.arange(1, numbers.shape[-1] + 1, device=numbers.device) % 8191
+    return (numbers.long() * place).sum(dim=-1)

@@ -208,7 +208,7 @@ def chunk_owners(case: Shared, bucket: Tensor, rule: ChunkRule) -> Tensor:
     return owner
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shared(chunk_rules()))
 def test_who_takes_a_token_under_the_chunk_rule(case: Shared) -> None:
     """A rank takes a chunk if and only if the chunk is its own, or in sight of one of its own.

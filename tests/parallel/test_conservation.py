@@ -55,22 +55,32 @@ class ThreadWire(Wire):
 
 
 class MistakenWire(ThreadWire):
-    """The rank takes one of the tokens that come to it for the one before, which has not come."""
+    """The rank takes one of the tokens that come to it for an earlier one, which has not come."""
+
+    step = 1
 
     def swap(self, blocks: Tensor, phase: str) -> Tensor:
         arrived = super().swap(blocks, phase)
         if self.index == LIAR and blocks.dtype == torch.uint8:
             comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, U, S]
             was_seen = comes[:, 0].flatten()
-            later = (was_seen[1:] & ~was_seen[:-1]).nonzero()[0]
-            was_seen[later + 1], was_seen[later] = False, True
+            earlier = (was_seen[self.step :] & ~was_seen[: -self.step]).nonzero()[0]
+            was_seen[earlier + self.step], was_seen[earlier] = False, True
             needed = plans.pack_bits(was_seen.view_as(comes[:, 0]))
             arrived = torch.stack([needed, arrived[:, 1]], dim=1)
         return arrived
 
 
-def on_wires(action: Callable[[ThreadWire], object], wire: type[ThreadWire] = ThreadWire) -> list:
-    """What `action` returns, or raises, on each of three ranks; who fails alone does not let others wait."""
+class SimilarlyMistakenWire(MistakenWire):
+    """The tokens' bits stand at the same place of two bytes, so the bytes add up to what was sent."""
+
+    step = 8
+
+
+def on_wires(
+    action: Callable[[ThreadWire], object], wire: type[ThreadWire] = ThreadWire, size: int = SIZE
+) -> list:
+    """What `action` returns, or raises, on each rank; who fails alone does not let others wait."""
 
     def run(runtime):
         torch.set_num_threads(1)  # each thread has its own number
@@ -82,7 +92,7 @@ def on_wires(action: Callable[[ThreadWire], object], wire: type[ThreadWire] = Th
             runtime.meeting.barrier.abort()
             raise
 
-    return on_ranks(SIZE, run)
+    return on_ranks(size, run)
 
 
 def whole_ids(seed: int) -> Tensor:
@@ -160,6 +170,23 @@ def test_slices_are_the_whole(
             torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_ranks_that_own_nothing_in_some_rounds() -> None:
+    """Eight ranks: one round is two tiles of one bucket, the others have a tile for most ranks."""
+    size, n_local, options = 8, 3, replace(OPTIONS, rule=WindowRule(20, causal=True))
+    draw = torch.Generator().manual_seed(0)
+    v = torch.randn(1, 2, size * n_local, 5, generator=draw)
+    ids = torch.randint(0, 6, (1, 2, 3, size * n_local), generator=draw, dtype=torch.uint8)
+    ids[:, :, 1] = 4
+
+    def on_rank(wire: ThreadWire) -> Tensor:
+        here = slice(wire.index * n_local, (wire.index + 1) * n_local)
+        plan = make_plan(ids[0, :, :, here], options, size * n_local, wire)
+        return exchanged_attention(v[:, :, here], None, v[:, :, here], plan, options, wire)
+
+    found = torch.cat(on_wires(on_rank, size=size), dim=2)
+    torch.testing.assert_close(found, bucket_attention(v, None, v, ids, options), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
     """To the byte, once it is known to how many ranks a token goes; and near to it by the mean."""
@@ -220,11 +247,12 @@ def test_a_rank_with_another_window() -> None:
     all_raise(found, STRAYS)
 
 
+@pytest.mark.parametrize("wire", [MistakenWire, SimilarlyMistakenWire])
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
-def test_a_token_taken_for_another(rule: WindowRule | ChunkRule) -> None:
+def test_a_token_taken_for_another(rule: WindowRule | ChunkRule, wire: type[ThreadWire]) -> None:
     """Its bucket is as foretold, so none is missed: what tells is the checksum of who was sent and who came."""
     own, options = slices(0), replace(OPTIONS, rule=rule)
-    found = on_wires(lambda wire: plan_of(wire, own[wire.index], options), MistakenWire)
+    found = on_wires(lambda wire: plan_of(wire, own[wire.index], options), wire)
     all_raise(found, "0 tokens arrived where the counts foretell others (checksums differ by ")
 
 

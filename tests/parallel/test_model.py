@@ -67,7 +67,8 @@ def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]
 def test_training_is_that_of_one_process(run_of: Callable[[str], Path], name: str, case: Case) -> None:
     found = json.loads((run_of(name) / "results.json").read_text())[case.name]
     losses, norms, weights = one_process(replace(case, stage=0, heads=1, buckets=1, precision="fp32"))
-    assert max(norms) > case.config().optim.grad_clip > min(norms)  # some steps are clipped, some not
+    assert max(norms) > case.config().optim.grad_clip  # some steps are clipped, and some of most models' are not
+    assert case.layers != Case().layers or case.config().optim.grad_clip > min(norms)
     if case.precision == "bf16":
         assert found["losses"] == pytest.approx(losses, abs=5e-3)
         assert found["norms"] == pytest.approx(norms, rel=0.03)

@@ -101,6 +101,12 @@ def test_what_bytes_cost() -> None:
     )
     even = mean_other_ranks(2, 4)
     assert bucket_bytes(LAYER, 1, 2) == bucket_bytes(LAYER, 1, 2, sent=even, returned=even)
+    # the ids of three rounds travel in four bytes
+    three, four = (replace(LAYER, n_hashes=n_hashes) for n_hashes in (3, 4))
+    difference = bucket_bytes(four, 1, 2, sent=1.0, returned=0.0) - bucket_bytes(
+        three, 1, 2, sent=1.0, returned=0.0
+    )
+    assert difference == pytest.approx(counts / 4)
     # an odd width in bf16 travels with two bytes of padding, and ids of many buckets are wider
     assert replace(LAYER, head_dim=5).vector == 12
     assert replace(LAYER, n_buckets=256).ids == 8
@@ -124,6 +130,8 @@ def test_heads_over_nodes() -> None:
     two_nodes = ParallelConfig(sequence=16).grids()
     assert choose_grid(two_nodes, LAYER, ranks_per_node=8) == (8, 2)
     assert choose_grid(two_nodes, replace(LAYER, n_heads=2), ranks_per_node=8) == (2, 8)
+    # a head group spans the nodes even where it has no more ranks than one of them
+    assert choose_grid(two_nodes, replace(LAYER, n_hashes=1), ranks_per_node=8) == (2, 8)
     two_rounds, grids = replace(LAYER, n_hashes=2), ParallelConfig(sequence=4).grids()
     assert choose_grid(grids, two_rounds, ranks_per_node=4) == (4, 1)
     assert choose_grid(grids, two_rounds, ranks_per_node=2) == (2, 2)

@@ -141,8 +141,12 @@ class Readers:
 
 
 def _owner(tile: Tensor, n_tiles: Tensor, size: int) -> Tensor:
-    """The rank whose run holds the tile: the inverse of Part.bounds."""
-    return ((tile + 1) * size - 1) // n_tiles.clamp_min(1)
+    """The rank whose run holds the tile: the inverse of Part.bounds.
+
+    Of a tile behind the last, which only counts that are not of these tokens can name, it is the last rank: the
+    exchange finds out, on all ranks alike.
+    """
+    return (((tile + 1) * size - 1) // n_tiles.clamp_min(1)).clamp_max(size - 1)
 
 
 def window_readers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
 
 INTERRUPTED = 130
+HEAR_OUT = 10.0  # seconds that silent ranks leave to rank 0, which speaks for all
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -57,4 +59,7 @@ def _exit(error: UserError, speaks: bool) -> NoReturn:
     if speaks:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
+    else:
+        # a launcher ends all ranks as soon as one has ended: let it be the one that speaks
+        time.sleep(HEAR_OUT)
     _leave(1)

@@ -111,7 +111,7 @@ class Row:
         for _ in range(self.arguments.repeats):
             ledger.clear()
             start = self.now()
-            kept = self.run(overlaps=False, ledger_hash=True)
+            kept = self.run(overlaps=False)
             phases = {phase: ledger.seconds.get(phase, 0.0) for phase in PHASES}
             phases["forward"] = self.now() - start
             slowest = {name: max(self.job.gather(seconds)) for name, seconds in phases.items()}
@@ -137,7 +137,7 @@ class Row:
         self.job.barrier()
         return time.perf_counter()
 
-    def run(self, *, overlaps: bool, backward: bool = False, ledger_hash: bool = False) -> dict[str, Any]:
+    def run(self, *, overlaps: bool, backward: bool = False) -> dict[str, Any]:
         grid = self.grids[overlaps]
         sequence = SlicedSequence(grid, self.arguments.seq_len)
         with grid.ledger.timed("hash"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reformer_dist.distributed.wire import Parcel, Wire
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.layout import Layout, chunk_layouts, row_keys, window_layout
+from reformer_dist.ops.lsh.layout import Layout, lay_out_rows, row_keys
 from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, place_codes
 from reformer_dist.ops.lsh.pair_mask import Rows
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
@@ -247,14 +247,8 @@ def guests_of(route: Route, plan: Plan) -> Guests:
 
 def layouts_of(route: Route, guests: Guests, plan: Plan, options: AttentionOptions, wire: Wire) -> list[Layout]:
     """The layouts of all rounds of the received rows."""
-    part, rule = Part(wire.index, wire.size), options.rule
-    tiling = tiling_of(rule, plan.seq_len, options.n_buckets)
     keys = list(_keys_by_round(route, guests.unit, options.n_buckets))
-    if isinstance(rule, ChunkRule):
-        run = chunk_run(plan.seq_len, rule, part)
-        return chunk_layouts(torch.stack(keys), route.total.shape[0], options.n_buckets, rule, run, tiling)
-    runs = [window_run(route.total[:, r], rule, tiling.tile_len, part) for r in range(len(keys))]
-    return [window_layout(key, run, tiling) for key, run in zip(keys, runs, strict=True)]
+    return lay_out_rows(keys, route.total, plan.seq_len, options, Part(wire.index, wire.size))
 
 
 def rows_of(route: Route, guests: Guests, numbers: Tensor) -> Rows:

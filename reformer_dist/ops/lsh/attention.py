@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.ops.lsh.layout import Layout, chunk_layouts, row_keys, window_layout
+from reformer_dist.ops.lsh.layout import Layout, lay_out_rows, row_keys
 from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, mark_padding, place_codes
 from reformer_dist.ops.lsh.pair_mask import Rows
 from reformer_dist.ops.lsh.rounds import RowGroup, attend, attend_backward
-from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.runs import Part, chunk_run, tiling_of, window_run
+from reformer_dist.ops.lsh.rules import AttentionOptions
+from reformer_dist.ops.lsh.runs import Part
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
 from reformer_dist.ops.workspace import Workspace
 
@@ -131,15 +131,9 @@ def lay_out(buckets: Tensor, options: AttentionOptions) -> list[Layout]:
     """Layouts of the rounds of bucket ids [U, R, S], where n_buckets marks padding; rows are unit by unit."""
     n_units, n_rounds, seq_len = buckets.shape
     unit, _ = _unit_and_position(buckets)
-    rule, n_buckets = options.rule, options.n_buckets
-    tiling = tiling_of(rule, seq_len, n_buckets)
+    n_buckets = options.n_buckets
     keys = [row_keys(unit, buckets[:, r].flatten(), n_units, n_buckets) for r in range(n_rounds)]
-    if isinstance(rule, ChunkRule):
-        run = chunk_run(seq_len, rule, Part())
-        return chunk_layouts(torch.stack(keys), n_units, n_buckets, rule, run, tiling)
-    total = count_buckets(buckets, n_buckets)
-    runs = [window_run(total[:, r], rule, tiling.tile_len, Part()) for r in range(n_rounds)]
-    return [window_layout(key, run, tiling) for key, run in zip(keys, runs, strict=True)]
+    return lay_out_rows(keys, count_buckets(buckets, n_buckets), seq_len, options, Part())
 
 
 def _codes(buckets: Tensor, options: AttentionOptions) -> Tensor | None:

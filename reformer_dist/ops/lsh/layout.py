@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.rules import ChunkRule
-from reformer_dist.ops.lsh.runs import ChunkRun, Tiling, WindowRun
+from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.runs import ChunkRun, Part, Tiling, WindowRun, chunk_run, tiling_of, window_run
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,22 @@ def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tens
     """What rows are sorted by, int64 [n_rows]: (unit, bucket); absent rows (bucket = n_buckets) come last."""
     key = unit * n_buckets + bucket.long()
     return key.masked_fill_(bucket == n_buckets, n_units * n_buckets)
+
+
+def lay_out_rows(
+    keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, part: Part
+) -> list[Layout]:
+    """The layouts of all rounds of the rows that a part holds of an order of seq_len tokens.
+
+    keys: of each round, see `row_keys`; total [U, R, K]: members of each bucket over all parts.
+    """
+    rule, n_buckets = options.rule, options.n_buckets
+    tiling = tiling_of(rule, seq_len, n_buckets)
+    if isinstance(rule, ChunkRule):
+        run = chunk_run(seq_len, rule, part)
+        return chunk_layouts(torch.stack(keys), total.shape[0], n_buckets, rule, run, tiling)
+    runs = [window_run(total[:, r], rule, tiling.tile_len, part) for r in range(len(keys))]
+    return [window_layout(key, run, tiling) for key, run in zip(keys, runs, strict=True)]
 
 
 def window_layout(keys: Tensor, run: WindowRun, tiling: Tiling) -> Layout:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from datetime import timedelta
 
 from reformer_dist.cli import run_command
 from reformer_dist.compose import hydra_entry
-from reformer_dist.config import RunConfig
+from reformer_dist.config import LauncherKind, RunConfig
+from reformer_dist.distributed import runtime
 
 ADVICE = "start the same command again to go on from the last checkpoint"
 
 
 def train(config: RunConfig) -> None:
-    """Trains as one rank of the job. Raises UserError, alike on every rank."""
+    """Trains as one rank of the job, or starts the ranks that do. Raises UserError, alike on every rank."""
+    if config.launcher.kind is LauncherKind.local and not runtime.is_rank():
+        from reformer_dist.launch.local import run_ranks
+
+        sys.exit(run_ranks("reformer_dist.train", sys.argv[1:], config.launcher, ADVICE))
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
-    from reformer_dist.distributed import failures, runtime
+    from reformer_dist.distributed import failures
 
     job = runtime.start(timedelta(seconds=config.parallel.timeout))
     with ExitStack() as resources, failures.named(job, ADVICE):

@@ -1,6 +1,7 @@
 """The typed description of a run: plain values, checked at birth; imports nothing else of ours."""
 
 from reformer_dist.config.data import DataConfig
+from reformer_dist.config.launcher import LauncherConfig, LauncherKind
 from reformer_dist.config.model import (
     Activation,
     AttentionKind,
@@ -21,6 +22,8 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "HashScheme",
+    "LauncherConfig",
+    "LauncherKind",
     "ModelConfig",
     "NeighbourRule",
     "OptimConfig",

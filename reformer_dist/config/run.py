@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from reformer_dist.config.checks import require
 from reformer_dist.config.data import DataConfig
+from reformer_dist.config.launcher import LauncherConfig
 from reformer_dist.config.model import AttentionKind, ModelConfig
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
@@ -23,6 +24,7 @@ class RunConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     output_dir: str = "outputs/default"
     """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
     resume: str = "auto"

@@ -108,6 +108,11 @@ def _merge(said: list[str | None]) -> str:
     return "\n".join(f"rank {', '.join(map(str, who))}: {words}" for words, who in ranks.items())
 
 
+def is_rank() -> bool:
+    """Whether a launcher has started this process as a rank of a job: it must start no job itself."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def env_rank() -> int:
     """This process's rank as its launcher gave it; 0 without one."""
     return int(os.environ.get("RANK", "0"))

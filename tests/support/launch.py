@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
 GRACE = 35  # seconds that torchrun may take to end its workers
 
 
@@ -28,8 +29,21 @@ def run_ranks(
     or does not end as it should: with status 0, or another if it `fails`.
     """
     command = _command(target, world_size) + [str(arg) for arg in args]
+    status, output = _run(command, timeout, env or {})
+    assert (status != 0) == fails, f"ended with status {status}:\n{output}"
+    return output
+
+
+def run_command(name: str, *args: object, status: int = 0, timeout: float = 180, **env: str) -> str:
+    """Runs an installed command; returns all that it printed. Fails unless it ends with that status."""
+    ended, output = _run([str(BIN / name), *map(str, args)], timeout, env)
+    assert ended == status, f"ended with status {ended}:\n{output}"
+    return output
+
+
+def _run(command: list[str], timeout: float, env: Mapping[str, str]) -> tuple[int, str]:
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])  # the helpers, and the package beside them
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | dict(env or {})
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | dict(env)
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -42,8 +56,7 @@ def run_ranks(
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"still running after {timeout} s:\n{_end(process)}") from None
-    assert (process.returncode != 0) == fails, f"ended with status {process.returncode}:\n{output}"
-    return output
+    return process.returncode, output
 
 
 def _command(target: Path | str, world_size: int) -> list[str]:

@@ -33,8 +33,9 @@ WORDS = (
     "stone",
     "word",
 )
+CHOICES = ("deepspeed.", "launcher.")
 TINY = {
-    **{key: value for key, value in flat(plain(RunConfig())) if not key.startswith("deepspeed.")},
+    **{key: value for key, value in flat(plain(RunConfig())) if not key.startswith(CHOICES)},
     "model.dim": 32,
     "model.n_layers": 2,
     "model.n_heads": 2,
@@ -70,7 +71,7 @@ def write_tiny_dataset(folder: Path, heldout_fraction: float = 0.15) -> Path:
 def tiny_overrides(data: Path, output: Path, *changed: str) -> list[str]:
     """Command-line overrides of a run of 6 steps, 256 tokens each, that takes about a second.
 
-    They name every key but those of deepspeed=..., so that no default of conf/ shows.
+    They name every key but those of deepspeed=... and launcher=..., so that no default of conf/ shows.
     """
     given = TINY | {"data.path": data, "output_dir": output}
     return [*(f"{key}={_words(value)}" for key, value in given.items()), *changed]

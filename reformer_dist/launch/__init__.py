@@ -1,0 +1,1 @@
+"""Starting jobs: the ranks of one machine."""

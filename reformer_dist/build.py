@@ -25,6 +25,7 @@ from reformer_dist.probes import Probes
 from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config, write_config
 from reformer_dist.share import share_sequences
 from reformer_dist.training.checkpoints import Checkpoints, find_start
+from reformer_dist.training.intake import Intake
 from reformer_dist.training.tensorboard import Board
 from reformer_dist.training.trainer import Progress, Trainer
 
@@ -61,8 +62,9 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     probes = Probes(config, runtime, engine, sequence, dataset, board)
     _announce(config, runtime, dataset, description["shapes"], n_micro)
     bytes_per_token = dataset.n_bytes("train") / dataset.n_tokens("train")
+    intake = Intake(runtime, sequence, loader)
     return Trainer(
-        config, runtime, engine, sequence, loader, checkpoints, probes, board, progress, bytes_per_token
+        config, runtime, engine, sequence, intake, checkpoints, probes, board, progress, bytes_per_token
     )
 
 

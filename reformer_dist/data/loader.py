@@ -33,6 +33,16 @@ class StepBatch:
     state: dict[str, Any]
     """The loader's state after this batch, as JSON values: a loader given it goes on with the next batch."""
 
+    @property
+    def inputs(self) -> torch.Tensor:
+        """int64 [n_micro, micro_batch_size, seq_len]."""
+        return self.tokens[..., :-1]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [n_micro, micro_batch_size, seq_len]: the token after each input."""
+        return self.tokens[..., 1:]
+
 
 class TrainLoader:
     """An endless iterator of StepBatch; a thread reads ahead.

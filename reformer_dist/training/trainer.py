@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.optim import learning_rate
-from reformer_dist.errors import DataError, TrainingError, UserError
+from reformer_dist.errors import TrainingError, UserError
 from reformer_dist.log import logger
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.seeds import derive_seed
-from reformer_dist.training.evaluator import IGNORED
+from reformer_dist.training.intake import Intake, Rows
 from reformer_dist.training.metrics import Window, bits_per_byte, peak_memory_gib, progress_line
 from reformer_dist.training.tensorboard import Board
-
-
-class StepBatch(Protocol):
-    @property
-    def tokens(self) -> Tensor:
-        """[n_micro, micro_batch, seq_len + 1] int64."""
-        ...
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Where the loader stands behind this batch."""
-        ...
 
 
 @dataclass
@@ -59,15 +45,6 @@ class Observer(Protocol):
     def sample(self, step: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A rank's slices of its rows of a step, [n_micro, micro_batch, tokens at hand] each."""
-
-    inputs: Tensor
-    labels: Tensor
-    state: dict[str, Any]
-
-
 class Trainer:
     """A run on one rank; every rank makes the same calls in the same order."""
 
@@ -77,7 +54,7 @@ class Trainer:
         runtime: Runtime,
         engine: TrainEngine,
         sequence: SlicedSequence,
-        batches: Iterator[StepBatch],
+        intake: Intake,
         saver: Saver,
         observer: Observer,
         board: Board,
@@ -86,11 +63,10 @@ class Trainer:
     ) -> None:
         self.config = config
         self.progress = progress
-        self._runtime, self._engine, self._sequence, self._batches = runtime, engine, sequence, batches
+        self._runtime, self._engine, self._sequence, self._intake = runtime, engine, sequence, intake
         self._saver, self._observer, self._board = saver, observer, board
         self._bytes_per_token = bytes_per_token
         self._window = Window(runtime.device)
-        self._valid_tokens = 0.0  # of the step, over all ranks
 
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves. Raises UserError alike on every rank."""
@@ -100,15 +76,15 @@ class Trainer:
             return
         self._window.reset()
         while self.progress.step < settings.max_steps:
-            batch = self._next_batch()
-            self._train_step(batch)
+            rows = self._intake.next_rows()
+            self._train_step(rows)
             start = time.perf_counter()
             if self._is_due(settings.eval_every):
                 self._observer.evaluate(self.progress.step)
             if self._is_due(settings.sample_every):
                 self._observer.sample(self.progress.step)
             if self._is_due(settings.save_every):
-                self._save(batch.state)
+                self._save(rows.state)
             self._window.pause(time.perf_counter() - start)
 
     def _is_due(self, interval: int) -> bool:
@@ -116,28 +92,7 @@ class Trainer:
         step = self.progress.step
         return interval > 0 and (step % interval == 0 or step == self.config.trainer.max_steps)
 
-    def _next_batch(self) -> _Rows:
-        """This rank's slices of the next batch, or the same error on every rank if any rank can't read its own."""
-        rows, valid, error = None, 0, None
-        try:
-            rows = self._slice(next(self._batches))
-            valid = int((rows.labels != IGNORED).sum())
-        except (DataError, OSError) as caught:
-            error = caught
-        failed, self._valid_tokens = self._runtime.sum([float(error is not None), float(valid)])
-        if failed:
-            self._runtime.raise_together(error)
-        assert rows is not None
-        return rows
-
-    def _slice(self, batch: StepBatch) -> _Rows:
-        n_micro, n_rows, _ = batch.tokens.shape
-        tokens = batch.tokens.flatten(0, 1)
-        inputs, labels = self._sequence.take(tokens[:, :-1], 0), self._sequence.take(tokens[:, 1:], IGNORED)
-        shape = (n_micro, n_rows, -1)
-        return _Rows(inputs.reshape(shape), labels.reshape(shape), batch.state)
-
-    def _train_step(self, rows: _Rows) -> None:
+    def _train_step(self, rows: Rows) -> None:
         step, device, sequence = self.progress.step, self._runtime.device, self._sequence
         inputs, labels = rows.inputs.to(device), rows.labels.to(device)
         n_micro, n_rows, _ = inputs.shape
@@ -153,12 +108,12 @@ class Trainer:
                 first_row=(sequence.grid.dp_rank * n_micro + micro) * n_rows,
                 sequence=sequence,
             )
-            self._engine.backward(loss, self._valid_tokens)
+            self._engine.backward(loss, rows.valid_tokens)
             loss_sum += loss.detach()
         lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
         result = self._engine.step(lr)
         self.progress.step = step + 1
-        self._window.add(loss_sum, self._valid_tokens, was_skipped=result.was_skipped)
+        self._window.add(loss_sum, rows.valid_tokens, was_skipped=result.was_skipped)
         self._count_skips(result.was_skipped)
         if self._is_due(self.config.trainer.log_every):
             self._report(result.grad_norm, lr)

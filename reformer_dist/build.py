@@ -41,8 +41,8 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     dataset = runtime.together(lambda: open_dataset(config))
     sequence = share_sequences(config, runtime, micro_batch)
-    start = find_start(config, runtime)  # first: a refused run must not change what lies in its folder
-    folder = make_run_folder(config, runtime)
+    folder = make_run_folder(config, runtime, resources)
+    start = find_start(config, runtime)  # after that: no other job may add checkpoints any more
 
     model = ReformerLM(config.model, dataset.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
     description, tokenizer_files = _describe(config, dataset.tokenizer, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from reformer_dist.compose import plain, to_yaml
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError
+from reformer_dist.run_lock import RunLock
 
 CONFIG_FILE = "config.yaml"
 
@@ -24,15 +25,17 @@ def require_same_config(config: RunConfig, runtime: Runtime) -> None:
         raise ConfigError(f"ranks {who} were given another configuration than rank 0; start all with the same")
 
 
-def make_run_folder(config: RunConfig, runtime: Runtime) -> Path:
-    """Makes output_dir and sees that it can be written to. Raises an error that every rank shares."""
+def make_run_folder(config: RunConfig, runtime: Runtime, resources: ExitStack) -> Path:
+    """Makes output_dir and keeps other jobs out of it for as long as `resources` are open.
+
+    Raises an error that every rank shares where it can't be written to, or another job is in it.
+    """
     folder = Path(config.output_dir)
 
     def make() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            resources.callback(RunLock(folder).close)
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"output_dir={folder}: can't be written to ({reason}); choose another") from error

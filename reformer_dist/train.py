@@ -16,10 +16,9 @@ ADVICE = "start the same command again to go on from the last checkpoint"
 
 def train(config: RunConfig) -> None:
     """Trains as one rank of the job, or starts the ranks that do. Raises UserError, alike on every rank."""
-    if config.launcher.kind is LauncherKind.local and not runtime.is_rank():
-        from reformer_dist.launch.local import run_ranks
-
-        sys.exit(run_ranks("reformer_dist.train", sys.argv[1:], config.launcher, ADVICE))
+    if config.launcher.kind is not LauncherKind.none and not runtime.is_rank():
+        _launch(config, sys.argv[1:])
+        return
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
     from reformer_dist.distributed import failures
@@ -27,6 +26,17 @@ def train(config: RunConfig) -> None:
     job = runtime.start(timedelta(seconds=config.parallel.timeout))
     with ExitStack() as resources, failures.named(job, ADVICE):
         build_trainer(config, job, resources).fit()
+
+
+def _launch(config: RunConfig, arguments: list[str]) -> None:
+    """Starts the ranks here, or prints the file by which something else starts them."""
+    if config.launcher.kind is LauncherKind.local:
+        from reformer_dist.launch.local import run_ranks
+
+        sys.exit(run_ranks("reformer_dist.train", arguments, config.launcher, ADVICE))
+    from reformer_dist.launch.render import render
+
+    sys.stdout.write(render(config, arguments))
 
 
 def main() -> None:

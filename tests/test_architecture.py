@@ -20,7 +20,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
     "engine": {"config", "errors", "distributed"},
-    "launch": {"config", "errors"},
+    "launch": {"compose", "config", "errors"},
     "parallel": {"distributed", "errors", "ops"},
     "training": {"config", "checkpoint", "distributed", "engine", "errors", "log", "parallel", "seeds"},
 }

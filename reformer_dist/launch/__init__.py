@@ -1,1 +1,1 @@
-"""Starting jobs: the ranks of one machine."""
+"""Starting jobs: the ranks of this machine, and the files by which others start them."""

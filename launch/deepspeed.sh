@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Written by: reformer-train launcher=deepspeed experiment=quickstart
+#
+# Run it on node1, in a folder that all machines share. It starts the ranks over ssh, which must ask
+# for no password, and needs pdsh. Nothing starts them again when one is lost: torchrun does that.
+set -euo pipefail
+
+cores=$(nproc)
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+
+cat > "$folder/hostfile" << 'END'
+node1 slots=4
+node2 slots=4
+END
+# what the ranks see of this shell's environment, beside variables of NCCL and Python
+cat > "$folder/environment" << END
+PATH=$PATH
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 4 ? cores / 4 : 1))}
+END
+export DS_ENV_FILE="$folder/environment"
+
+deepspeed \
+    --no_local_rank \
+    --force_multi \
+    --hostfile "$folder/hostfile" \
+    --master_addr node1 \
+    --module reformer_dist.train \
+    experiment=quickstart

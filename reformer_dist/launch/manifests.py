@@ -1,0 +1,159 @@
+"""Kubernetes manifests that start a job: Job, JobSet, and the TrainJob of Kubeflow Trainer (v2.2 or newer)."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from reformer_dist.config import LauncherConfig
+from reformer_dist.launch.scripts import MODULE, PREEMPTED, torchrun_options
+
+Tree = dict[str, Any]
+FOLDER = "/workspace"  # where the claim is mounted
+# what is ignored is no failure: a pod is made in place of the one that ended
+EVICTED = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+SAVED = {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}}
+
+
+def job(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
+    """One pod, in which reformer-train starts the ranks."""
+    local = ["launcher=local", f"launcher.nproc_per_node={launcher.nproc_per_node}"]
+    pod = _pod(launcher, ["reformer-train", *local, *arguments], [])
+    manifest = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": launcher.name},
+        "spec": {
+            "backoffLimit": launcher.max_restarts,
+            "podFailurePolicy": {"rules": [EVICTED, SAVED]},
+            "template": {"spec": pod},
+        },
+    }
+    return _text(manifest, source)
+
+
+def jobset(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
+    """One pod for each machine, with a torchrun in it; they meet in the first."""
+    meeting_place = f"{launcher.name}-node-0-0.{launcher.name}"
+    options = torchrun_options(launcher, str(launcher.n_nodes), meeting_place)
+    pod = _pod(launcher, ["torchrun", *options, "-m", MODULE, *arguments], _patience(launcher))
+    pods = {
+        "parallelism": launcher.n_nodes,
+        "completions": launcher.n_nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [EVICTED]},
+        "template": {"spec": pod},
+    }
+    manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": launcher.name},
+        "spec": {
+            "failurePolicy": {"maxRestarts": launcher.max_restarts},
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": pods}}],
+        },
+    }
+    return _text(manifest, source)
+
+
+def trainjob(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
+    """The runtime torch-distributed, which tells torchrun where the others are, patched to mount the claim."""
+    torchrun = ["torchrun", f"--max-restarts={launcher.max_restarts}", "-m", MODULE, *arguments]
+    pod = {
+        "terminationGracePeriodSeconds": launcher.grace,
+        "containers": [{"name": "node", "volumeMounts": _mounts()}],
+        "volumes": _volumes(launcher),
+    }
+    patch = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    manifest = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": launcher.name},
+        "spec": {
+            "runtimeRef": {
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "ClusterTrainingRuntime",
+                "name": "torch-distributed",
+            },
+            "trainer": {
+                "image": launcher.image,
+                "numNodes": launcher.n_nodes,
+                "numProcPerNode": launcher.nproc_per_node,
+                "command": ["bash", "-c", f"cd {FOLDER} && exec {shlex.join(torchrun)}"],
+                "env": [_threads(launcher), *_patience(launcher)],
+                "resourcesPerNode": _resources(launcher),
+            },
+            "runtimePatches": [
+                {
+                    "manager": "reformer.dist/launch",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patch]}}},
+                }
+            ],
+        },
+    }
+    return _text(manifest, source)
+
+
+def _pod(launcher: LauncherConfig, command: list[str], environment: list[Tree]) -> Tree:
+    container = {
+        "name": "node",
+        "image": launcher.image,
+        "workingDir": FOLDER,
+        "command": command,
+        "env": [_threads(launcher), *environment],
+        "resources": _resources(launcher),
+        "volumeMounts": _mounts(),
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": launcher.grace,
+        "containers": [container],
+        "volumes": _volumes(launcher),
+    }
+
+
+def _threads(launcher: LauncherConfig) -> Tree:
+    return {"name": "OMP_NUM_THREADS", "value": str(launcher.cpus_per_rank)}
+
+
+def _patience(launcher: LauncherConfig) -> list[Tree]:
+    """How long torchrun waits for ranks that save because they were told to end."""
+    return [{"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(launcher.grace)}]
+
+
+def _resources(launcher: LauncherConfig) -> Tree:
+    ranks = launcher.nproc_per_node or 1
+    gpus = ranks if launcher.gpus_per_node is None else launcher.gpus_per_node
+    resources: Tree = {"requests": {"cpu": str(ranks * launcher.cpus_per_rank)}}
+    if gpus:
+        resources["limits"] = {"nvidia.com/gpu": str(gpus)}
+    return resources
+
+
+def _mounts() -> list[Tree]:
+    # NCCL passes tensors between the GPUs of a machine through /dev/shm, which is 64 MiB otherwise
+    return [{"name": "work", "mountPath": FOLDER}, {"name": "shm", "mountPath": "/dev/shm"}]
+
+
+def _volumes(launcher: LauncherConfig) -> list[Tree]:
+    return [
+        {"name": "work", "persistentVolumeClaim": {"claimName": launcher.claim}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+
+
+def _text(manifest: Tree, source: str) -> str:
+    body = yaml.dump(manifest, Dumper=_Plain, sort_keys=False, width=110)
+    return f"# {source}\n{body}"
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: what is said twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

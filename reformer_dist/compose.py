@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from reformer_dist.config import RunConfig
+from reformer_dist.config import LauncherConfig, RunConfig, SweepConfig
+from reformer_dist.config.space import Space
 from reformer_dist.errors import ConfigError
+from reformer_dist.overrides import asks_for_sweep, read_overrides, read_params, words_of
 
 CONFIG_NAME = "train"
 
@@ -37,12 +43,28 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
-def hydra_entry(task: Callable[[RunConfig], None]) -> None:
-    """Runs `task` with the configuration that the command line describes, if it asks for a run.
+@dataclass(frozen=True)
+class SweepRequest:
+    """What `--multirun` asks for."""
 
-    Raises ConfigError for a command line that describes none.
+    settings: SweepConfig
+    launcher: LauncherConfig
+    folder: Path
+    """output_dir, in which each trial has a folder of its own."""
+    fixed: list[str]
+    """Overrides that every trial gets."""
+    space: Space
+
+
+def hydra_entry(task: Callable[[RunConfig], None], sweep: Callable[[SweepRequest], None]) -> None:
+    """Runs `task` with the configuration that the command line describes, or `sweep` if it asks for a sweep.
+
+    Raises ConfigError for a command line that describes neither.
     """
     register_schema()
+    if asks_for_sweep(sys.argv[1:]):
+        sweep(_sweep_request(words_of(sys.argv[1:])))
+        return
     # without it, Hydra would print errors in its own way and exit
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composed: list[DictConfig] = []
@@ -51,10 +73,47 @@ def hydra_entry(task: Callable[[RunConfig], None]) -> None:
         compose(composed.append)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-    if len(composed) > 1:
-        raise ConfigError("--multirun: a command runs one job; start one command for each combination")
     if composed:  # --help, --cfg and the like describe no run
         task(to_run_config(composed[0]))
+
+
+def compose_run(overrides: list[str]) -> RunConfig:
+    """What a command line of these overrides would run. Raises ConfigError."""
+    register_schema()
+    with _hydra():
+        return to_run_config(_compose(overrides))
+
+
+def _sweep_request(words: list[str]) -> SweepRequest:
+    """Keys of one value are read as far as a sweep needs them; together with others, they may yet be wrong."""
+    with _hydra() as loader:
+        given = read_overrides(words, loader)
+        composed = _compose([*given.fixed, *given.settings])
+        _refuse_unknown(OmegaConf.to_container(composed.sweep), SweepConfig(), "sweep.")
+        try:
+            settings, launcher = OmegaConf.to_object(composed.sweep), OmegaConf.to_object(composed.launcher)
+            folder = Path(composed.output_dir)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error)) from error
+        assert isinstance(settings, SweepConfig) and isinstance(launcher, LauncherConfig)
+        named = {word.partition("=")[0] for word in given.fixed}
+        params = {key: value for key, value in settings.params.items() if key not in named}
+        space = read_params(params, loader) | given.space
+    return SweepRequest(settings, launcher, folder, given.fixed, space)
+
+
+@contextmanager
+def _hydra() -> Iterator[ConfigLoader]:
+    """Hydra with conf/ at hand."""
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        return hydra.compose(CONFIG_NAME, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
 
 
 def to_run_config(composed: Any) -> RunConfig:

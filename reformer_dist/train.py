@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from reformer_dist.cli import run_command
-from reformer_dist.compose import hydra_entry
+from reformer_dist.compose import SweepRequest, hydra_entry
 from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.distributed import runtime
 
@@ -39,8 +39,15 @@ def _launch(config: RunConfig, arguments: list[str]) -> None:
     sys.stdout.write(render(config, arguments))
 
 
+def sweep(request: SweepRequest) -> None:
+    """Runs the trials of a sweep, each as a job of its own. Raises ConfigError; ends with their status."""
+    from reformer_dist.sweep.run import run_sweep
+
+    sys.exit(run_sweep(request))
+
+
 def main() -> None:
-    run_command(lambda: hydra_entry(train))
+    run_command(lambda: hydra_entry(train, sweep))
 
 
 if __name__ == "__main__":

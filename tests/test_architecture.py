@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoint": {"distributed", "errors"},
     "engine": {"config", "errors", "distributed"},
     "launch": {"compose", "config", "errors"},
+    "sweep": {"compose", "config", "distributed", "errors", "log", "overrides", "seeds", "training"},
     "parallel": {"distributed", "errors", "ops"},
     "training": {"config", "checkpoint", "distributed", "engine", "errors", "log", "parallel", "seeds"},
 }
@@ -28,7 +29,9 @@ THIRD_PARTY_HOMES = {
     "deepspeed": {"engine"},
     "webdataset": {"data"},
     "tokenizers": {"data"},
-    "hydra": {"compose"},
+    "hydra": {"compose", "overrides"},
+    "optuna": {"sweep"},
+    "matplotlib": {"sweep"},
     "tensorboard": {"training"},
 }
 

@@ -14,6 +14,7 @@ from reformer_dist.config.model import (
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.run import RunConfig
+from reformer_dist.config.sweep import SweepConfig, SweepKind
 from reformer_dist.config.trainer import Precision, TrainerConfig
 
 __all__ = [
@@ -33,5 +34,7 @@ __all__ = [
     "Recompute",
     "RunConfig",
     "Schedule",
+    "SweepConfig",
+    "SweepKind",
     "TrainerConfig",
 ]

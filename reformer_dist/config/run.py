@@ -10,6 +10,7 @@ from reformer_dist.config.launcher import LauncherConfig
 from reformer_dist.config.model import AttentionKind, ModelConfig
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
+from reformer_dist.config.sweep import SweepConfig
 from reformer_dist.config.trainer import TrainerConfig
 from reformer_dist.errors import ConfigError
 
@@ -25,6 +26,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     output_dir: str = "outputs/default"
     """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
     resume: str = "auto"

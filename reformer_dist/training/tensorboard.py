@@ -37,3 +37,18 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def write_hparams(folder: Path, values: dict[str, float | str | bool], metrics: dict[str, float]) -> None:
+    """A line of TensorBoard's page HPARAMS: what a run was given, and what came of it."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    # tags of their own: the curves keep theirs
+    named = {f"result/{tag}": value for tag, value in metrics.items()}
+    with SummaryWriter(str(folder)) as writer:
+        assert writer.file_writer is not None
+        for summary in hparams(values, named):
+            writer.file_writer.add_summary(summary)
+        for tag, value in named.items():
+            writer.add_scalar(tag, value)

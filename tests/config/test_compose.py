@@ -43,7 +43,7 @@ def test_there_are_choices() -> None:
 def test_every_file_composes(composed: Callable[..., RunConfig], choice: str) -> None:
     group = choice.partition("=")[0]
     # a group that conf/train.yaml does not name is added
-    added = "" if group in ("deepspeed", "experiment", "launcher") else "+"
+    added = "" if group in ("deepspeed", "experiment", "launcher", "sweep") else "+"
     config = composed(f"{added}{choice}")
     assert config.micro_batching(1)
 
@@ -105,7 +105,7 @@ def _enter() -> None:
     def refuse(config: RunConfig) -> None:
         raise AssertionError(f"accepted: {config}")
 
-    hydra_entry(refuse)
+    hydra_entry(refuse, refuse)
 
 
 def test_users_see_one_line(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ WORDS = (
     "stone",
     "word",
 )
-CHOICES = ("deepspeed.", "launcher.")
+CHOICES = ("deepspeed.", "launcher.", "sweep.")
 TINY = {
     **{key: value for key, value in flat(plain(RunConfig())) if not key.startswith(CHOICES)},
     "model.dim": 32,
@@ -71,7 +71,7 @@ def write_tiny_dataset(folder: Path, heldout_fraction: float = 0.15) -> Path:
 def tiny_overrides(data: Path, output: Path, *changed: str) -> list[str]:
     """Command-line overrides of a run of 6 steps, 256 tokens each, that takes about a second.
 
-    They name every key but those of deepspeed=... and launcher=..., so that no default of conf/ shows.
+    They name every key but those of deepspeed=..., launcher=... and sweep=..., so that no default of conf/ shows.
     """
     given = TINY | {"data.path": data, "output_dir": output}
     return [*(f"{key}={_words(value)}" for key, value in given.items()), *changed]

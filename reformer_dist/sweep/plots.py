@@ -1,0 +1,93 @@
+"""Plots of a sweep: loss against time, and which trials no other beats in both loss and speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.errors import UserError
+from reformer_dist.sweep.metrics import SPEED, TIME, TRAIN_LOSS, Row, read_metrics
+from reformer_dist.sweep.state import Trial
+
+MOST_NAMED = 12
+
+
+def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
+    """Writes loss_over_time.png and pareto_*.png; returns their names. Raises UserError without matplotlib."""
+    figure_class = _matplotlib()
+    written = []
+    curves = {trial.name: _curve(read_metrics(folder / trial.name), objective) for trial in trials}
+    if any(curves.values()):
+        written.append(
+            _plot_curves(figure_class(figsize=(8, 5)), curves, objective, folder / "loss_over_time.png")
+        )
+    for tag, label in ((SPEED, "tokens per second"), ("coverage/mass", "softmax mass covered")):
+        points = {
+            trial.name: (trial.result[tag], trial.result[objective])
+            for trial in trials
+            if tag in trial.result and objective in trial.result
+        }
+        if points:
+            target = folder / f"pareto_{tag.rpartition('/')[2]}.png"
+            written.append(_plot_pareto(figure_class(figsize=(8, 5)), points, label, objective, target))
+    return written
+
+
+def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the points (gain, loss) that no other point beats in one and equals or beats in the other."""
+    front: list[str] = []
+    best = float("inf")
+    for name, (_, loss) in sorted(points.items(), key=lambda item: (-item[1][0], item[1][1])):
+        if loss < best:
+            front.append(name)
+            best = loss
+    return front
+
+
+def _matplotlib() -> Any:
+    try:
+        from matplotlib.figure import Figure  # no pyplot: it would look for a screen
+    except ImportError as error:
+        raise UserError("no plots: matplotlib is missing; pip install 'reformer_dist[sweep]'") from error
+    return Figure
+
+
+def _curve(rows: list[Row], objective: str) -> list[tuple[float, float]]:
+    """(minutes, loss), of the objective where it was measured twice, else of training."""
+    for tag in (objective, TRAIN_LOSS):
+        points = [(row[TIME] / 60, row[tag]) for row in rows if TIME in row and tag in row]
+        if len(points) > 1:
+            return points
+    return []
+
+
+def _plot_curves(figure: Any, curves: dict[str, list[tuple[float, float]]], objective: str, target: Path) -> str:
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        label = name if number < MOST_NAMED else None  # best first
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axes.set(xlabel="minutes", ylabel=f"{objective} (training loss where it was measured once)")
+    axes.legend(fontsize="x-small")
+    return _save(figure, target)
+
+
+def _plot_pareto(
+    figure: Any, points: dict[str, tuple[float, float]], label: str, objective: str, target: Path
+) -> str:
+    axes = figure.subplots()
+    front = pareto_front(points)
+    axes.scatter(*zip(*points.values(), strict=True), s=16, color="0.6")
+    axes.plot(*zip(*(points[name] for name in front), strict=True), marker="o", linewidth=1)
+    for name in front:
+        axes.annotate(name, points[name], fontsize="x-small", xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel=label, ylabel=objective, title="no trial is better in both than those on the line")
+    return _save(figure, target)
+
+
+def _save(figure: Any, target: Path) -> str:
+    figure.tight_layout()
+    aside = target.with_name(f".{target.name}")
+    figure.savefig(aside, dpi=120, format="png")
+    aside.replace(target)
+    return target.name

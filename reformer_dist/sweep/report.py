@@ -1,0 +1,106 @@
+"""What a sweep found: a table as text, CSV and JSON, plots, and TensorBoard's page of hyperparameters."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+from reformer_dist.errors import UserError
+from reformer_dist.log import logger
+from reformer_dist.sweep.state import State, Trial, write_whole
+
+HPARAMS_FOLDER = "hparams"
+
+
+def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
+    """Writes results.csv, results.json, plots and hparams/ into the sweep's folder, and prints the table."""
+    ordered = best_first(trials, objective)
+    rows = table(ordered, objective)
+    write_whole(folder / "results.csv", as_csv(rows))
+    write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    _write_hparams(folder, [trial for trial in ordered if trial.result])
+    logger.info("\n" + as_text(rows))
+    try:
+        from reformer_dist.sweep.plots import write_plots
+
+        plots = write_plots(folder, ordered, objective)
+    except UserError as error:
+        logger.warning(str(error))
+        plots = []
+    names = ["results.csv", "results.json", *plots]
+    logger.info(f"\nin {folder}: {', '.join(names)}; tensorboard --logdir {folder} has a page HPARAMS")
+
+
+def best_first(trials: list[Trial], objective: str) -> list[Trial]:
+    """Finished ones by the objective, then the others by name."""
+
+    def key(trial: Trial) -> tuple[bool, float, str]:
+        return trial.state is not State.finished, trial.result.get(objective, float("inf")), trial.name
+
+    return sorted(trials, key=key)
+
+
+def table(trials: list[Trial], objective: str) -> list[dict[str, str | float | None]]:
+    """One row a trial: name, state, the keys that it changes, its numbers, and why it failed."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.changed))
+    tags = list(dict.fromkeys([objective, *(tag for trial in trials for tag in trial.result)]))
+    return [
+        {
+            "trial": trial.name,
+            "state": trial.state.value,
+            **{key: trial.changed.get(key) for key in keys},
+            **{tag: trial.result.get(tag) for tag in tags},
+            "reason": trial.reason,
+        }
+        for trial in trials
+    ]
+
+
+def as_csv(rows: list[dict[str, str | float | None]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_text(rows: list[dict[str, str | float | None]]) -> str:
+    """Columns side by side; the trial's name is left out, since its keys say the same."""
+    if not rows:
+        return "no trial has run"
+    columns = [name for name in rows[0] if name != "trial"]
+    lines = [columns, *([_words(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _words(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def _write_hparams(folder: Path, trials: list[Trial]) -> None:
+    """Anew each time, beside the trials' own events."""
+    from reformer_dist.training.tensorboard import write_hparams
+
+    target = folder / HPARAMS_FOLDER
+    shutil.rmtree(target, ignore_errors=True)
+    for trial in trials:
+        values = {key.lstrip("+"): number_or_word(value) for key, value in trial.changed.items()}
+        write_hparams(target / trial.name, values, trial.result)
+
+
+def number_or_word(value: str) -> float | str | bool:
+    """What an override's value is: 4.0 of "4", "rotary" of "rotary"."""
+    if value in ("true", "false"):
+        return value == "true"
+    try:
+        return float(value)
+    except ValueError:
+        return value

@@ -1,0 +1,181 @@
+"""The plan of a search: Optuna proposes trials, and stops those that fall behind. Its study lies on the disk."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from reformer_dist.compose import SweepRequest
+from reformer_dist.config.space import Choices, Interval
+from reformer_dist.errors import ConfigError
+from reformer_dist.log import logger
+from reformer_dist.seeds import derive_seed
+from reformer_dist.sweep.metrics import Row, series
+from reformer_dist.sweep.state import DONE, State, SweepFile, Trial, read_all
+
+JOURNAL = "study.journal"
+MIN_TO_COMPARE = 4  # finished trials that the median takes
+RETRY_OF = "retry_of"
+
+Describe = Callable[[str, dict[str, str]], Trial]
+
+
+class SearchPlan:
+    """Trials are `trial-0000` and so on, by their number in the study."""
+
+    def __init__(self, request: SweepRequest, file: SweepFile, describe: Describe) -> None:
+        """describe: a new trial of a name and its changed keys. Raises ConfigError."""
+        self._optuna = _import_optuna()
+        self._settings, self._file, self._describe = request.settings, file, describe
+        self._distributions = {key: _distribution(self._optuna, each) for key, each in request.space.items()}
+        self._space = request.space
+        self._storage, self._study = self._open_study(request)
+        self._waiting = deque(self._left_over(request))
+        if self._settings.retry_failed:
+            self._enqueue_failed()
+
+    def describe(self) -> str:
+        return f"a study of {self._settings.n_trials} trials, {self._counted() - len(self._waiting)} done"
+
+    def next(self) -> Trial | None:
+        if self._waiting:
+            return self._waiting.popleft()
+        while self._has_retries() or self._counted() < self._settings.n_trials:
+            proposed = self._study.ask(self._distributions)
+            trial = self._make(proposed)
+            self._file.trials[trial.name] = trial
+            if trial.state is not State.failed:
+                return trial
+            logger.info(f"{trial.name}: failed: {trial.reason}")
+            self._file.save()
+            self.ended(trial)
+        return None
+
+    def is_hopeless(self, trial: Trial, rows: list[Row]) -> bool:
+        if self._settings.prune_after is None:
+            return False
+        identity, known = self._identity(trial), self._frozen(trial).intermediate_values
+        for step, value in series(rows, self._settings.objective):
+            if step not in known:
+                self._storage.set_trial_intermediate_value(identity, step, value)
+        frozen = self._frozen(trial)
+        return bool(frozen.intermediate_values) and bool(self._study.pruner.prune(self._study, frozen))
+
+    def ended(self, trial: Trial) -> None:
+        state = self._optuna.trial.TrialState
+        value = trial.result.get(self._settings.objective, math.nan)
+        number = _number(trial)
+        if trial.state is State.finished and math.isfinite(value):
+            self._study.tell(number, value, skip_if_finished=True)
+            return
+        if trial.state is State.finished:
+            trial.state, trial.reason = State.failed, f"it wrote no {self._settings.objective}"
+            self._file.save()
+        if not self._frozen(trial).state.is_finished():
+            self._storage.set_trial_user_attr(self._identity(trial), "reason", trial.reason)
+        ending = state.PRUNED if trial.state is State.pruned else state.FAIL
+        self._study.tell(number, state=ending, skip_if_finished=True)
+
+    def _open_study(self, request: SweepRequest) -> tuple[Any, Any]:
+        optuna, settings = self._optuna, self._settings
+        path = str(request.folder / JOURNAL)
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, direction="minimize")
+        asked = {"overrides": " ".join(sorted(_lasting(request.fixed))), "space": str(request.space)}
+        for key, value in asked.items():
+            before = study.user_attrs.get(key, value)
+            if before != value:
+                right = f"holds a study whose {key} are {before}; choose another output_dir for {value}"
+                raise ConfigError(f"output_dir={request.folder}: {right}")
+            study.set_user_attr(key, value)
+        # a sampler begun anew with the same seed would propose the same points again
+        seed = derive_seed("sweep", settings.seed, settings.share()[0], len(study.trials)) % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        warm_up = settings.prune_after or 0
+        study.pruner = optuna.pruners.MedianPruner(n_startup_trials=MIN_TO_COMPARE, n_warmup_steps=warm_up)
+        return storage, study
+
+    def _left_over(self, request: SweepRequest) -> list[Trial]:
+        """Trials that earlier drivers of this share have begun and not ended; those that have ended are told."""
+        alone = self._settings.share()[1] == 1
+        known = read_all(request.folder) if alone else self._file.trials
+        self._file.trials |= known
+        left = []
+        for frozen in self._study.get_trials(states=[self._optuna.trial.TrialState.RUNNING]):
+            trial = known.get(_name(frozen.number))
+            if trial is not None and trial.state in DONE:
+                self.ended(trial)
+            elif trial is not None or alone:
+                trial = trial or self._make(frozen)
+                self._file.trials[trial.name] = trial
+                left.append(trial)
+        return left
+
+    def _make(self, proposed: Any) -> Trial:
+        name = _name(proposed.number)
+        changed = {key: _word(self._space[key], proposed.params[key]) for key in self._space}
+        try:
+            return self._describe(name, changed)
+        except ConfigError as error:
+            return Trial(name, changed, State.failed, reason=str(error))
+
+    def _enqueue_failed(self) -> None:
+        trials = self._study.trials
+        retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+        for trial in trials:
+            if trial.state is self._optuna.trial.TrialState.FAIL and trial.number not in retried:
+                self._study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+
+    def _counted(self) -> int:
+        """Trials so far; one that is tried again counts once."""
+        return sum(RETRY_OF not in trial.user_attrs for trial in self._study.get_trials(deepcopy=False))
+
+    def _has_retries(self) -> bool:
+        return bool(self._study.get_trials(deepcopy=False, states=[self._optuna.trial.TrialState.WAITING]))
+
+    def _identity(self, trial: Trial) -> int:
+        """Of the trial in the storage."""
+        identity: int = self._frozen(trial)._trial_id
+        return identity
+
+    def _frozen(self, trial: Trial) -> Any:
+        return self._study.get_trials(deepcopy=False)[_number(trial)]
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("sweep=optuna: Optuna is missing; pip install 'reformer_dist[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _distribution(optuna: Any, dimension: Choices | Interval) -> Any:
+    kinds = optuna.distributions
+    if isinstance(dimension, Choices):
+        return kinds.CategoricalDistribution(dimension.values)
+    if dimension.is_integer:
+        by = 1 if dimension.step is None or dimension.is_log else int(dimension.step)
+        return kinds.IntDistribution(int(dimension.low), int(dimension.high), log=dimension.is_log, step=by)
+    step = None if dimension.is_log else dimension.step
+    return kinds.FloatDistribution(dimension.low, dimension.high, log=dimension.is_log, step=step)
+
+
+def _word(dimension: Choices | Interval, value: Any) -> str:
+    return dimension.word(value) if isinstance(dimension, Interval) else str(value)
+
+
+def _lasting(fixed: list[str]) -> list[str]:
+    """Without what changes no result."""
+    return [word for word in fixed if not word.lstrip("+").startswith(("launcher", "output_dir="))]
+
+
+def _name(number: int) -> str:
+    return f"trial-{number:04d}"
+
+
+def _number(trial: Trial) -> int:
+    return int(trial.name.removeprefix("trial-"))

@@ -1,0 +1,82 @@
+"""Attention coverage against dense matrices: the oracle's pairs, and a softmax over all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh import coverage as module
+from reformer_dist.ops.lsh.coverage import Coverage, measure_coverage
+from reformer_dist.ops.lsh.reference import visible_pairs
+from reformer_dist.ops.lsh.shared_keys import shared_keys
+
+BATCH, HEADS, SEQ_LEN, DIM, BUCKETS = 2, 3, 41, 8, 6
+RULES = [
+    WindowRule(5, causal=True),
+    WindowRule(3, causal=False),
+    WindowRule(100, causal=True),
+    ChunkRule(7, causal=True),
+    ChunkRule(5, causal=False, n_before=1, n_after=1),
+]
+
+
+def inputs(seed: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(BATCH, HEADS, SEQ_LEN, DIM, generator=generator) * 2
+    return q, shared_keys(q), torch.randint(BUCKETS, (BATCH, HEADS, rounds, SEQ_LEN), generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, padded: bool, seed: int) -> None:
+    monkeypatch.setattr(module, "QUERIES_AT_A_TIME", 16)
+    q, k, bucket_ids = inputs(seed, rounds=3)
+    mask = torch.ones(BATCH, SEQ_LEN, dtype=torch.bool)
+    if padded:
+        mask[0, -9:] = False
+    found = measure_coverage(
+        q, k, bucket_ids, AttentionOptions(rule, BUCKETS, scale=1.5), mask if padded else None
+    )
+
+    met = visible_pairs(bucket_ids, rule, mask).amax(2) > 0
+    every = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+    candidates = every.tril(-1) if rule.causal else ~torch.eye(SEQ_LEN, dtype=torch.bool)
+    candidates = (candidates & mask[:, None, :] & mask[:, :, None]).unsqueeze(1).expand_as(met)
+    weights = (1.5 * q.double() @ k.double().transpose(-1, -2)).masked_fill(~candidates, -torch.inf).softmax(-1)
+    counted = candidates.any(-1)
+    assert found.queries == counted.sum() > 0
+    assert found.pairs == candidates.sum()
+    assert found.pairs_met == (met & candidates).sum() > 0
+    assert found.mass == pytest.approx((weights * met).sum(-1)[counted].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_bucket_without_a_window_finds_everything(causal: bool) -> None:
+    q, k, bucket_ids = inputs(0, rounds=1)
+    options = AttentionOptions(WindowRule(SEQ_LEN, causal), 1, scale=1.0)
+    shares = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).shares()
+    assert shares == {"mass": pytest.approx(1.0, abs=1e-6), "pairs": 1.0}
+
+
+def test_hashing_finds_more_than_chance() -> None:
+    """With alike vectors in one bucket, the mass is far above the share of pairs; with random ids it is not."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(BUCKETS, DIM, generator=generator), dim=-1)
+    kind = torch.randint(BUCKETS, (1, 1, 1, 200), generator=generator)
+    q = 5 * centres[kind[:, :, 0]]
+    options = AttentionOptions(WindowRule(200, causal=True), BUCKETS, scale=1.0)
+    hashed = measure_coverage(q, shared_keys(q), kind, options).shares()
+    random_ids = kind[..., torch.randperm(200, generator=generator)]
+    chance = measure_coverage(q, shared_keys(q), random_ids, options).shares()
+    assert hashed["mass"] > 2.5 * hashed["pairs"]
+    assert chance["mass"] == pytest.approx(chance["pairs"], abs=0.08)
+
+
+def test_sums_add_up() -> None:
+    total = Coverage()
+    for number in (1, 2):
+        total.add(Coverage(mass=0.5 * number, queries=number, pairs_met=number, pairs=4 * number))
+    assert total.shares() == {"mass": 0.5, "pairs": 0.25}
+    assert Coverage().shares() == {"mass": 0.0, "pairs": 0.0}

@@ -1,0 +1,39 @@
+"""Requests of sweeps, and what trials leave behind, without any process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny import write_tiny_dataset
+
+from reformer_dist.compose import SweepRequest, hydra_entry
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    yield
+
+
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., SweepRequest]:
+    """What `reformer-train` with these words asks of a sweep; its folder is tmp_path/sweep."""
+
+    def ask(*words: str) -> SweepRequest:
+        requests: list[SweepRequest] = []
+        given = [f"output_dir={tmp_path / 'sweep'}", *words]
+        monkeypatch.setattr("sys.argv", ["reformer-train", *given])
+        hydra_entry(lambda config: None, requests.append)
+        assert len(requests) == 1, "no sweep"
+        return requests[0]
+
+    return ask

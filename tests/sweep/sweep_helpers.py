@@ -1,0 +1,13 @@
+"""What trials leave behind, without any process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from reformer_dist.sweep import metrics
+
+
+def write_metrics(folder: Path, *rows: dict[str, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / metrics.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

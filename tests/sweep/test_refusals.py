@@ -1,0 +1,101 @@
+"""What a sweep refuses before it starts anything, and what it makes of combinations that can't run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reformer_dist.compose import SweepRequest
+from reformer_dist.errors import ConfigError
+from reformer_dist.sweep.run import grid_trials, run_sweep
+from reformer_dist.sweep.state import State, SweepFile, Trial
+
+Ask = Callable[..., SweepRequest]
+GRID = ("-m", "model.n_hashes=1,2,4", "optim.lr=1e-3,1e-2")
+
+
+def trials_of(request: SweepRequest) -> list[Trial]:
+    request.folder.mkdir(parents=True, exist_ok=True)
+    return grid_trials(request, SweepFile(request.folder, request.settings.share()))
+
+
+def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = requested(*GRID)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        run_sweep(request)
+    for word in ("torchrun", "reformer-train", *GRID, "launcher=local launcher.nproc_per_node=4"):
+        assert word in str(caught.value)
+    assert not request.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-m", "optim.lr=1"], "no key has several values"),
+        ([*GRID, "resume=never"], "resume=never"),
+        ([*GRID, "launcher=slurm"], "launcher=slurm"),
+        ([*GRID, "launcher=local", "launcher.nproc_per_node=3"], "launcher.nproc_per_node=3"),
+        (["-m", "model.dimm=1,2"], "model.dimm"),
+        (["-m", "optim.lr=a,b"], "optim.lr"),
+    ],
+)
+def test_refusals(requested: Ask, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ConfigError, match=told):
+        run_sweep(requested(*words))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.yaml"])
+def test_the_folder_of_a_run_is_refused(requested: Ask, name: str) -> None:
+    request = requested(*GRID)
+    (request.folder / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds a run"):
+        run_sweep(request)
+
+
+def test_combinations_that_can_not_run_have_failed_and_the_others_wait(requested: Ask) -> None:
+    trials = trials_of(requested("-m", "model.n_heads=2,3,4"))
+    assert [trial.state for trial in trials] == [State.waiting, State.failed, State.waiting]
+    assert trials[1].reason.startswith("model.n_heads=3: must divide")
+
+
+def test_shares_are_all_trials_once(requested: Ask) -> None:
+    shares = [
+        {trial.name for trial in trials_of(requested(*GRID, f"sweep.shard={index}/4"))} for index in range(4)
+    ]
+    assert sorted(len(share) for share in shares) == [1, 1, 2, 2]
+    assert set.union(*shares) == {trial.name for trial in trials_of(requested(*GRID))}
+
+
+def finish_all(folder: Path, state: State) -> None:
+    file = SweepFile(folder, (0, 1))
+    for trial in file.trials.values():
+        trial.state = state
+    file.save()
+
+
+def test_a_grid_that_grows_keeps_what_is_done(requested: Ask) -> None:
+    trials_of(requested(*GRID))
+    finish_all(requested(*GRID).folder, State.finished)
+    request = requested(
+        "-m", "model.n_hashes=1,2,8", "optim.lr=choice(1e-3)", "launcher=local", "sweep.parallel=1"
+    )
+    assert [trial.state.name for trial in trials_of(request)] == ["finished", "finished", "waiting"]
+    assert len(SweepFile(request.folder, (0, 1)).trials) == 7
+
+
+def test_failed_trials_run_again_when_asked_for(requested: Ask) -> None:
+    trials_of(requested(*GRID))
+    finish_all(requested(*GRID).folder, State.failed)
+    assert {trial.state for trial in trials_of(requested(*GRID))} == {State.failed}
+    assert {trial.state for trial in trials_of(requested(*GRID, "sweep.retry_failed=true"))} == {State.waiting}
+
+
+def test_other_fixed_keys_need_another_folder(requested: Ask) -> None:
+    trials_of(requested(*GRID))
+    with pytest.raises(ConfigError, match=r"ran there with .* instead of trainer.max_steps=7; choose another"):
+        trials_of(requested(*GRID, "trainer.max_steps=7"))

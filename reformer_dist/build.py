@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.compose import plain
 from reformer_dist.config import RunConfig
-from reformer_dist.data import Dataset, Tokenizer, TrainLoader, merge_states
-from reformer_dist.distributed.grid import SequenceGrid
+from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
-from reformer_dist.errors import DataError
+from reformer_dist.feed import Feed, QuarantineFile, open_training_corpus
 from reformer_dist.log import logger
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.block import Block
@@ -39,13 +37,15 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     """
     require_same_config(config, runtime)
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
-    dataset = runtime.together(lambda: open_dataset(config))
+    corpus = runtime.together(lambda: open_training_corpus(config))
     sequence = share_sequences(config, runtime, micro_batch)
     folder = make_run_folder(config, runtime, resources)
     start = find_start(config, runtime)  # after that: no other job may add checkpoints any more
 
-    model = ReformerLM(config.model, dataset.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
-    description, tokenizer_files = _describe(config, dataset.tokenizer, model)
+    feed = runtime.together(lambda: Feed.open(config, corpus, start))
+    config = feed.with_last_step(config)
+    model = ReformerLM(config.model, corpus.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
+    description, tokenizer_files = _describe(config, corpus, model)
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
     checkpoints = Checkpoints(config, runtime, engine, description=description, extra_files=tokenizer_files)
@@ -54,71 +54,37 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
         for line in changed_keys(start.run["config"], config):
             logger.info(f"  changed since: {line}")
     progress = checkpoints.restore(start) if start is not None else Progress()
-    loader = runtime.together(lambda: _build_loader(config, dataset, sequence.grid, micro_batch, start))
+    loader = feed.loader(config, sequence.grid, micro_batch)
     resources.callback(loader.close)
     write_config(config, runtime)
     board = Board(folder / TENSORBOARD_FOLDER, is_active=runtime.is_main, first_step=progress.step)
     resources.callback(board.close)
-    probes = Probes(config, runtime, engine, sequence, dataset, board)
-    _announce(config, runtime, dataset, description["shapes"], n_micro)
-    bytes_per_token = dataset.n_bytes("train") / dataset.n_tokens("train")
-    intake = Intake(runtime, sequence, loader)
+    probes = Probes(config, runtime, engine, sequence, corpus, board)
+    _announce(config, runtime, corpus, description["shapes"], n_micro)
+    bytes_per_token = corpus.total("text_bytes", "train") / corpus.total("tokens", "train")
+    intake = Intake(runtime, sequence, loader, QuarantineFile(folder).add)
     return Trainer(
         config, runtime, engine, sequence, intake, checkpoints, probes, board, progress, bytes_per_token
     )
 
 
-def open_dataset(config: RunConfig) -> Dataset:
-    """The run's data set, with every shard in place. Raises DataError."""
-    dataset = Dataset.open(config.data.path)
-    dataset.check("train")
-    if config.trainer.eval_every > 0 or config.trainer.sample_every > 0:
-        if dataset.n_tokens("heldout") == 0:
-            fix = "write it again with --heldout above 0, or set trainer.eval_every=0 trainer.sample_every=0"
-            raise DataError(f"{dataset.folder}: no documents are held out for evaluation; {fix}")
-        dataset.check("heldout")
-    return dataset
-
-
-def _build_loader(
-    config: RunConfig,
-    dataset: Dataset,
-    grid: SequenceGrid,
-    micro_batch: int,
-    start: CheckpointReader | None,
-) -> TrainLoader:
-    state = merge_states([rank["data"] for rank in start.rank_states]) if start is not None else None
-    return TrainLoader(
-        dataset,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size,
-        micro_batch_size=micro_batch,
-        dp_rank=grid.dp_rank,
-        dp_size=grid.dp_size,
-        shuffle_buffer=config.data.shuffle_buffer,
-        seed=config.trainer.seed,
-        state=state,
-    )
-
-
-def _describe(
-    config: RunConfig, tokenizer: Tokenizer, model: ReformerLM
-) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _describe(config: RunConfig, corpus: Corpus, model: ReformerLM) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What a checkpoint says of its run, and the files, if any, that its tokenizer needs to be loaded again."""
     with tempfile.TemporaryDirectory() as folder:
-        specification = tokenizer.save(Path(folder))
+        specification = corpus.tokenizer.save(Path(folder))
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     description = {
         "config": plain(config),
         "tokenizer": specification,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": corpus.tokenizer.vocab_size,
+        "data": corpus.record(),
         "shapes": parameter_shapes(model),
     }
     return description, files
 
 
 def _announce(
-    config: RunConfig, runtime: Runtime, dataset: Dataset, shapes: dict[str, list[int]], n_micro: int
+    config: RunConfig, runtime: Runtime, corpus: Corpus, shapes: dict[str, list[int]], n_micro: int
 ) -> None:
     n_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     tokens = config.data.batch_size * config.data.seq_len
@@ -126,6 +92,6 @@ def _announce(
     logger.info(
         f"{n_parameters:,} parameters | ZeRO stage {config.deepspeed.stage}, "
         f"{config.trainer.precision.name}, {ranks} | {tokens:,} tokens a step in {n_micro} micro-batch"
-        f"{'es' if n_micro > 1 else ''} | {dataset.n_tokens('train'):,} training tokens in "
-        f"{len(dataset.shards('train'))} shards"
+        f"{'es' if n_micro > 1 else ''} | {corpus.total('tokens', 'train'):,} training tokens in "
+        f"{len(corpus.parts('train'))} shards"
     )

@@ -10,11 +10,13 @@ import torch
 
 from reformer_dist.baselines import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.cli import run_command
-from reformer_dist.data import IGNORED_LABEL, Dataset, EvalBatch, heldout_batches
+from reformer_dist.data import IGNORED_LABEL, Corpus, EvalBatch, heldout_batches
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import CheckpointError
+from reformer_dist.feed import open_corpus
 from reformer_dist.load import LoadedModel, load_model
+from reformer_dist.log import logger
 from reformer_dist.share import share_sequences
 from reformer_dist.training.evaluator import EvalResult, evaluate
 
@@ -44,12 +46,19 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, job: Runtime) -> None:
     loaded = job.together(lambda: load_model(arguments.run, arguments.overrides, job.device))
-    dataset = job.together(lambda: _open_dataset(loaded))
+    corpus = job.together(lambda: _open_corpus(loaded))
 
     def batches(rank: int, size: int) -> Iterator[EvalBatch]:
-        seq_len, rows = loaded.config.data.seq_len, arguments.rows
+        data = loaded.config.data
         return heldout_batches(
-            dataset, seq_len=seq_len, rows=rows, micro_batch_size=MICRO_BATCH, dp_rank=rank, dp_size=size
+            corpus,
+            seq_len=data.seq_len,
+            rows=arguments.rows,
+            micro_batch_size=MICRO_BATCH,
+            dp_rank=rank,
+            dp_size=size,
+            max_damaged_share=data.max_damaged_share,
+            report=lambda damage: logger.warning(f"not evaluated: {damage}"),
         )
 
     sequence = share_sequences(loaded.config, job, MICRO_BATCH)
@@ -60,15 +69,14 @@ def _evaluate(arguments: argparse.Namespace, job: Runtime) -> None:
         print(_report(loaded, result, _text_of(batches(0, 1), loaded)))
 
 
-def _open_dataset(loaded: LoadedModel) -> Dataset:
-    dataset = Dataset.open(loaded.config.data.path)
-    dataset.check("heldout")
-    if dataset.tokenizer.vocab_size != loaded.tokenizer.vocab_size:
+def _open_corpus(loaded: LoadedModel) -> Corpus:
+    corpus = open_corpus(loaded.config.data, ["heldout"])
+    if corpus.tokenizer.vocab_size != loaded.tokenizer.vocab_size:
         raise CheckpointError(
-            f"data.path={dataset.folder}: has a vocabulary of {dataset.tokenizer.vocab_size}, "
+            f"data.path={corpus.where}: has a vocabulary of {corpus.tokenizer.vocab_size}, "
             f"the model was trained with one of {loaded.tokenizer.vocab_size}"
         )
-    return dataset
+    return corpus
 
 
 def _text_of(batches: Iterator[EvalBatch], loaded: LoadedModel) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import RunConfig
-from reformer_dist.data import Dataset, EvalBatch, heldout_batches
+from reformer_dist.data import Corpus, EvalBatch, heldout_batches
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.generation import SamplingOptions, generate
@@ -32,12 +32,12 @@ class Probes:
         runtime: Runtime,
         engine: TrainEngine,
         sequence: SlicedSequence,
-        dataset: Dataset,
+        corpus: Corpus,
         board: Board,
     ) -> None:
         self._config, self._runtime, self._engine, self._sequence = config, runtime, engine, sequence
-        self._dataset, self._board = dataset, board
-        self._token_bytes = torch.from_numpy(dataset.tokenizer.token_bytes)
+        self._corpus, self._board = corpus, board
+        self._token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes)
         self._micro_batch, _ = config.micro_batching(runtime.world_size)
 
     def evaluate(self, step: int) -> None:
@@ -61,14 +61,20 @@ class Probes:
         n_tokens = max(0, min(self._config.trainer.sample_tokens, longest - prompt.numel()))
         options = SamplingOptions(seed=self._config.trainer.seed)
         drawn = list(generate(self._engine.forward, prompt, n_tokens, options))
-        tokenizer = self._dataset.tokenizer
+        tokenizer = self._corpus.tokenizer
         self._board.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)
         self._engine.train(True)
 
     def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[EvalBatch]:
-        seq_len = self._config.data.seq_len
         return heldout_batches(
-            self._dataset, seq_len=seq_len, rows=rows, micro_batch_size=micro_batch, dp_rank=rank, dp_size=size
+            self._corpus,
+            seq_len=self._config.data.seq_len,
+            rows=rows,
+            micro_batch_size=micro_batch,
+            dp_rank=rank,
+            dp_size=size,
+            max_damaged_share=self._config.data.max_damaged_share,
+            report=lambda damage: logger.warning(f"not evaluated: {damage}"),
         )
 
     def _first_row(self) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from reformer_dist.data import SPLITS, Dataset, find_damage, read_index, read_sample
+from reformer_dist.data import SPLITS, Dataset, SampleReader, Source, find_damage
 from reformer_dist.errors import DataError
 
 SHOWN_CHARACTERS = 300
@@ -49,19 +49,21 @@ def parse_arguments() -> argparse.Namespace:
 def show_counts(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     kind = type(tokenizer).__name__
-    print(f"{dataset.folder}: {kind} of {tokenizer.vocab_size} tokens, stored as {tokenizer.dtype}")
+    print(f"{dataset.folder.address}: {kind} of {tokenizer.vocab_size} tokens, stored as {tokenizer.dtype}")
     print(f"  fingerprint {dataset.fingerprint}")
     for split in SPLITS:
+        samples, n_bytes, tokens = (dataset.total(count, split) for count in ("samples", "text_bytes", "tokens"))
         print(
-            f"  {split:8} {dataset.n_samples(split):>10,} documents  {dataset.n_bytes(split):>14,} bytes  "
-            f"{dataset.n_tokens(split):>14,} tokens  {len(dataset.shards(split)):>6,} shards"
+            f"  {split:8} {samples:>10,} documents  {n_bytes:>14,} bytes  "
+            f"{tokens:>14,} tokens  {len(dataset.shards(split)):>6,} shards"
         )
 
 
 def show_samples(dataset: Dataset, split: str, n_samples: int) -> None:
-    located = ((shard, entry) for shard in dataset.shards(split) for entry in read_index(dataset, shard))
+    located = ((shard, entry) for shard in dataset.shards(split) for entry in dataset.index(shard).entries)
+    reader = SampleReader()
     for shard, entry in islice(located, n_samples):
-        text = dataset.tokenizer.decode(read_sample(dataset, shard, entry))
+        text = dataset.tokenizer.decode(reader.read(Source(dataset, shard, entry)))
         size = f"{entry.n_bytes:,} bytes, {entry.n_tokens:,} tokens"
         print(f"\n--- {shard.name} {entry.key}: {entry.document}, {size}")
         print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))

@@ -1,126 +1,149 @@
-"""A data set on disk, opened and checked: its tokenizer, its splits and its shards."""
+"""A data set, opened and checked: its tokenizer, its splits and its shards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from reformer_dist.data.cache import FileCache
+from reformer_dist.data.index import IndexCache, ShardIndex
 from reformer_dist.data.layout import (
     DATASET_FILE,
     FORMAT,
     SPLITS,
     Shard,
-    read_json,
+    json_sha256,
+    parse_json,
     require_count,
     require_plain_name,
+    require_sha256,
 )
+from reformer_dist.data.storage import Folder, LocalFolder, open_folder
 from reformer_dist.data.tokenizer import Tokenizer, load_tokenizer
 from reformer_dist.errors import DataError
+
+CACHE_FOLDER = "~/.cache/reformer_dist"
+CACHE_GB = 50.0
 
 
 class Dataset:
     """What dataset.json says, checked; the shards themselves are not opened."""
 
-    def __init__(
-        self, folder: Path, tokenizer: Tokenizer, splits: Mapping[str, list[Shard]], fingerprint: str
-    ) -> None:
+    def __init__(self, folder: Folder, tokenizer: Tokenizer, splits: Mapping[str, list[Shard]], spec: str) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.splits = dict(splits)
-        self.fingerprint = fingerprint
-        """sha256 over the tokenizer and the names and checksums of all shards."""
+        self.tokenizer_spec = spec
+        """What the tokenizer is, as one line of JSON."""
+        self._indexes = IndexCache()
 
     @classmethod
-    def open(cls, folder: str | Path) -> Dataset:
-        """Read the dataset.json of a folder.
+    def open(cls, address: str | Path, cache: FileCache | None = None) -> Dataset:
+        """Read the dataset.json of a folder, here or remote.
 
         Raises DataError where there is none, or it is broken, or it is of a format that isn't known.
         """
-        folder = Path(folder)
-        path = folder / DATASET_FILE
-        if not path.is_file():
-            how = f"make one with: python tools/make_shards.py INPUT --output {folder}"
-            raise DataError(f"{folder}: holds no data set (no {DATASET_FILE}); {how}")
-        record = read_json(path)
-        if record.get("format") != FORMAT:
-            raise DataError(f"{path}: format {record.get('format')!r} is unknown; it must be {FORMAT}")
-        spec = record.get("tokenizer")
-        listed = record.get("splits")
-        if not isinstance(spec, dict) or not isinstance(listed, dict) or set(listed) != set(SPLITS):
-            raise DataError(f"{path}: must hold a tokenizer and the splits {', '.join(SPLITS)}")
-        tokenizer = load_tokenizer(spec, folder)
-        _check_tokenizer(record, tokenizer, path)
-        splits = {split: _read_shards(listed[split], split, path) for split in SPLITS}
-        return cls(folder, tokenizer, splits, _fingerprint(spec, splits))
+        folder = open_folder(str(address), cache or FileCache(CACHE_FOLDER, int(CACHE_GB * 2**30)))
+        where = folder.where(DATASET_FILE)
+        if isinstance(folder, LocalFolder) and not (folder.path / DATASET_FILE).is_file():
+            how = f"make one with: python tools/make_shards.py INPUT --output {folder.path}"
+            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {how}")
+        record = parse_json(folder.read(DATASET_FILE), where)
+        _check_record(record, where)
+        tokenizer = _load_tokenizer(record["tokenizer"], folder)
+        _check_tokenizer(record, tokenizer, where)
+        splits = {split: _read_shards(record["splits"][split], split, where) for split in SPLITS}
+        return cls(folder, tokenizer, splits, json.dumps(record["tokenizer"], sort_keys=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the tokenizer and all that is recorded of the shards, wherever they are."""
+        listed = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
+        content = json.dumps([self.tokenizer_spec, listed], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def shards(self, split: str) -> list[Shard]:
         """Shards of "train" or "heldout", in the order in which they were written."""
         return self.splits[split]
 
-    def n_samples(self, split: str) -> int:
-        """Documents of a split."""
-        return sum(shard.samples for shard in self.splits[split])
+    def index(self, shard: Shard) -> ShardIndex:
+        """The samples of a shard. Raises DataError where its index is missing or not the one that was written."""
+        return self._indexes.read(self.folder, shard, self.tokenizer.dtype)
 
-    def n_tokens(self, split: str) -> int:
-        """Tokens of a split, the end-of-text token of each document included."""
-        return sum(shard.tokens for shard in self.splits[split])
+    def total(self, count: str, split: str) -> int:
+        """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
+        return sum(getattr(shard, count) for shard in self.splits[split])
 
-    def n_bytes(self, split: str) -> int:
-        """Bytes of text of a split."""
-        return sum(shard.text_bytes for shard in self.splits[split])
+    def find_odd_sizes(self, split: str) -> Iterator[tuple[Shard, int]]:
+        """Shards whose size is not the recorded one, and what it is. Remote ones are looked at when fetched.
 
-    def check(self, split: str) -> None:
-        """Raise DataError, naming the shard, unless every shard of a split has its recorded size."""
+        Raises DataError, naming the shard, where one is missing.
+        """
+        if not isinstance(self.folder, LocalFolder):
+            return
         for shard in self.splits[split]:
-            path = self.folder / shard.name
+            path = self.folder.path / shard.name
             if not path.is_file():
                 raise DataError(f"{path}: shard is missing; it must hold {shard.size} bytes")
-            found = path.stat().st_size
-            if found != shard.size:
-                raise DataError(
-                    f"{path}: shard holds {found} bytes, expected {shard.size}; copy or write it again"
-                )
+            if (found := path.stat().st_size) != shard.size:
+                yield shard, found
 
 
-def _check_tokenizer(record: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> None:
+def _check_record(record: Mapping[str, Any], where: str) -> None:
+    if record.get("format") != FORMAT:
+        fix = "write the data set again with tools/make_shards.py"
+        raise DataError(
+            f"{where}: format {record.get('format')!r} is not {FORMAT}, which this version reads; {fix}"
+        )
+    if record.get("sha256") != json_sha256(record):
+        raise DataError(f"{where}: is not as it was written (its own sha256 differs); copy or write it again")
+    spec, listed = record.get("tokenizer"), record.get("splits")
+    if not isinstance(spec, dict) or not isinstance(listed, dict) or set(listed) != set(SPLITS):
+        raise DataError(f"{where}: must hold a tokenizer and the splits {', '.join(SPLITS)}")
+
+
+def _load_tokenizer(spec: Mapping[str, Any], folder: Folder) -> Tokenizer:
+    if isinstance(folder, LocalFolder):
+        return load_tokenizer(spec, folder.path)
+    with tempfile.TemporaryDirectory() as copy:
+        if "file" in spec:
+            name = require_plain_name(spec["file"], folder.where(DATASET_FILE))
+            Path(copy, name).write_bytes(folder.read(name))
+        return load_tokenizer(spec, Path(copy))
+
+
+def _check_tokenizer(record: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:
     for key in ("vocab_size", "eos_id", "dtype"):
         found, right = record.get(key), getattr(tokenizer, key)
         if found != right:
-            raise DataError(f"{path}: {key} is {found!r}; it must be the tokenizer's, {right!r}")
+            raise DataError(f"{where}: {key} is {found!r}; it must be the tokenizer's, {right!r}")
 
 
-def _read_shards(listed: object, split: str, path: Path) -> list[Shard]:
+def _read_shards(listed: object, split: str, where: str) -> list[Shard]:
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise DataError(f"{path}: split {split} must be a list of shards")
-    shards = [_read_shard(entry, path) for entry in listed]
+        raise DataError(f"{where}: split {split} must be a list of shards")
+    shards = [_read_shard(entry, where) for entry in listed]
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names):
-        raise DataError(f"{path}: split {split} lists a shard twice; each must be listed once")
+        raise DataError(f"{where}: split {split} lists a shard twice; each must be listed once")
     return shards
 
 
-def _read_shard(entry: Mapping[str, Any], path: Path) -> Shard:
-    sha256 = entry.get("sha256")
-    if not isinstance(sha256, str):
-        raise DataError(f"{path}: sha256 is {sha256!r}; it must be a string")
+def _read_shard(entry: Mapping[str, Any], where: str) -> Shard:
     shard = Shard(
-        name=require_plain_name(entry.get("name"), path),
-        size=require_count(entry, "size", path),
-        sha256=sha256,
-        samples=require_count(entry, "samples", path),
-        tokens=require_count(entry, "tokens", path),
-        text_bytes=require_count(entry, "text_bytes", path),
+        name=require_plain_name(entry.get("name"), where),
+        size=require_count(entry, "size", where),
+        sha256=require_sha256(entry, "sha256", where),
+        index_sha256=require_sha256(entry, "index_sha256", where),
+        samples=require_count(entry, "samples", where),
+        tokens=require_count(entry, "tokens", where),
+        text_bytes=require_count(entry, "text_bytes", where),
     )
     if shard.samples == 0 or shard.tokens < shard.samples:
         counts = f"{shard.samples} samples and {shard.tokens} tokens"
-        raise DataError(f"{path}: shard {shard.name} has {counts}; each sample must end with a token of its own")
+        raise DataError(f"{where}: shard {shard.name} has {counts}; each sample must end with a token of its own")
     return shard
-
-
-def _fingerprint(spec: Mapping[str, Any], splits: Mapping[str, list[Shard]]) -> str:
-    listed = {split: [[shard.name, shard.sha256] for shard in shards] for split, shards in splits.items()}
-    content = json.dumps({"tokenizer": dict(spec), "splits": listed}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()

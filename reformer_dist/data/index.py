@@ -1,22 +1,36 @@
-"""The index beside each shard: where every sample lies, and whether it is still what was written."""
+"""The index beside each shard: where every sample lies, and the checksum of what was written."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.dataset import Dataset
-from reformer_dist.data.layout import SPLITS, Shard, file_sha256, read_json, require_count
+from reformer_dist.data.cache import Wanted
+from reformer_dist.data.layout import (
+    FORMAT,
+    MEMBER_SUFFIX,
+    MOST_SAMPLE_BYTES,
+    Shard,
+    parse_json,
+    require_count,
+    require_plain_name,
+    require_sha256,
+)
+from reformer_dist.data.storage import Folder
 from reformer_dist.errors import DataError
 
+HEADER_BYTES = 512  # of a tar member, right before its content
+KEPT_INDEXES = 8
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class IndexEntry:
     """One sample of a shard."""
 
@@ -33,63 +47,94 @@ class IndexEntry:
     sha256: str
 
 
-def read_index(dataset: Dataset, shard: Shard) -> list[IndexEntry]:
-    """The samples of a shard in its order; DataError where the index is missing or broken."""
-    path = dataset.folder / shard.index_name
-    samples = read_json(path).get("samples")
-    if not isinstance(samples, list) or len(samples) != shard.samples:
-        raise DataError(f"{path}: must list the {shard.samples} samples of {shard.name}")
-    return [_entry(sample, path) for sample in samples]
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of a shard in its order."""
+
+    entries: list[IndexEntry]
+    n_tokens: NDArray[np.int64]
+    """[samples]"""
 
 
-def read_sample(dataset: Dataset, shard: Shard, entry: IndexEntry) -> NDArray[Any]:
-    """Token ids of one sample, [n_tokens - 1] without end-of-text, read at its offset."""
-    stored = np.dtype(dataset.tokenizer.dtype).newbyteorder("<")
-    payload = _payload(dataset, shard, entry)
-    return np.frombuffer(payload, dtype=stored, count=len(payload) // stored.itemsize)
+def read_index(folder: Folder, shard: Shard, dtype: str) -> ShardIndex:
+    """The index of a shard, checked against dataset.json and against itself; DataError where it doesn't fit.
+
+    dtype: of the stored token ids.
+    """
+    where = folder.where(shard.index_name)
+    with os.fdopen(folder.open(Wanted(shard.index_name, None, shard.index_sha256)), "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise DataError(f"{where}: is not the index that was written (sha256 differs); copy it again")
+    record = parse_json(content, where)
+    samples = record.get("samples")
+    if record.get("format") != FORMAT or record.get("shard") != shard.name or not isinstance(samples, list):
+        raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT}")
+    itemsize = np.dtype(dtype).itemsize
+    entries = [_entry(sample, where, itemsize) for sample in samples]
+    _check_places(entries, shard, where)
+    found = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
+    if found != (shard.samples, shard.tokens, shard.text_bytes):
+        counts = "{} samples, {} tokens and {} bytes of text"
+        right = counts.format(shard.samples, shard.tokens, shard.text_bytes)
+        raise DataError(f"{where}: lists {counts.format(*found)}; dataset.json has {right}")
+    return ShardIndex(entries, np.array([entry.n_tokens for entry in entries], dtype=np.int64))
 
 
-def find_damage(dataset: Dataset) -> Iterator[str]:
-    """What is not as it was written: one line for each missing or altered shard, index or sample."""
-    for split in SPLITS:
-        for shard in dataset.shards(split):
-            path = dataset.folder / shard.name
-            if not path.is_file():
-                yield f"{shard.name}: shard is missing"
-                continue
-            if file_sha256(path) != shard.sha256:
-                yield f"{shard.name}: shard is not what was written (sha256 differs)"
-            try:
-                entries = read_index(dataset, shard)
-            except DataError as error:
-                yield str(error)
-                continue
-            for entry in entries:
-                if hashlib.sha256(_payload(dataset, shard, entry)).hexdigest() != entry.sha256:
-                    yield f"{shard.name}: sample {entry.key} ({entry.document}) is not what was written"
+def member_name(entry: IndexEntry, dtype: str) -> str:
+    """Name of a sample's file in the tar."""
+    return f"{entry.key}.{MEMBER_SUFFIX[dtype]}"
 
 
-def _entry(sample: object, path: Path) -> IndexEntry:
-    record = sample if isinstance(sample, dict) else {}
-    for key in ("key", "document", "sha256"):
-        if not isinstance(record.get(key), str):
-            raise DataError(f"{path}: {key} of a sample is {record.get(key)!r}; it must be a string")
-    return IndexEntry(
-        key=record["key"],
+class IndexCache:
+    """The indexes read last, since several streams may read one shard; for use by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
+
+    def read(self, folder: Folder, shard: Shard, dtype: str) -> ShardIndex:
+        with self._lock:
+            name = folder.where(shard.index_name)
+            if name not in self._kept:
+                self._kept[name] = read_index(folder, shard, dtype)
+            self._kept.move_to_end(name)
+            if len(self._kept) > KEPT_INDEXES:
+                self._kept.popitem(last=False)
+            return self._kept[name]
+
+
+def _entry(sample: object, where: str, itemsize: int) -> IndexEntry:
+    record: dict[str, Any] = sample if isinstance(sample, dict) else {}
+    if not isinstance(record.get("document"), str):
+        raise DataError(f"{where}: document of a sample is {record.get('document')!r}; it must be a string")
+    key = require_plain_name(record.get("key"), where)
+    entry = IndexEntry(
+        key=key,
         document=record["document"],
-        sha256=record["sha256"],
-        offset=require_count(record, "offset", path),
-        size=require_count(record, "size", path),
-        n_tokens=require_count(record, "n_tokens", path),
-        n_bytes=require_count(record, "n_bytes", path),
+        sha256=require_sha256(record, "sha256", where),
+        offset=require_count(record, "offset", where),
+        size=require_count(record, "size", where),
+        n_tokens=require_count(record, "n_tokens", where),
+        n_bytes=require_count(record, "n_bytes", where),
     )
+    if entry.size > MOST_SAMPLE_BYTES:
+        raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MOST_SAMPLE_BYTES}")
+    if entry.size % itemsize or entry.n_tokens != entry.size // itemsize + 1:
+        right = f"must be whole ids of {itemsize} bytes, and one token more"
+        raise DataError(f"{where}: sample {key} holds {entry.size} bytes and {entry.n_tokens} tokens; it {right}")
+    return entry
 
 
-def _payload(dataset: Dataset, shard: Shard, entry: IndexEntry) -> bytes:
-    path = dataset.folder / shard.name
-    try:
-        with path.open("rb") as file:
-            file.seek(entry.offset)
-            return file.read(entry.size)
-    except OSError as error:
-        raise DataError(f"{path}: shard can't be read ({error.strerror})") from error
+def _check_places(entries: list[IndexEntry], shard: Shard, where: str) -> None:
+    """Samples follow one another inside the shard, and no two have one key."""
+    end = 0
+    for entry in entries:
+        if entry.offset % HEADER_BYTES or entry.offset < end + HEADER_BYTES:
+            right = f"must be a multiple of {HEADER_BYTES} from {end + HEADER_BYTES} on"
+            raise DataError(f"{where}: sample {entry.key} begins at {entry.offset}; it {right}")
+        end = entry.offset + entry.size
+    if end > shard.size:
+        raise DataError(f"{where}: the last sample ends at {end}, behind the shard's {shard.size} bytes")
+    if len({entry.key for entry in entries}) < len(entries):
+        raise DataError(f"{where}: lists a key twice; each sample must have its own")

@@ -15,12 +15,14 @@ from typing import Any
 
 from reformer_dist.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
 MEMBER_SUFFIX = {"uint8": "txt", "uint16": "u16", "uint32": "u32"}
 """Suffix of a sample's file in the tar, by the type of its token ids (little-endian)."""
+MOST_SAMPLE_BYTES = 1 << 30
+"""No sample is larger: whoever records one would have every rank allocate it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Shard:
     size: int
     """Bytes of the tar file."""
     sha256: str
+    index_sha256: str
+    """Of the index that lies beside it."""
     samples: int
     tokens: int
     """Tokens of all samples, the end-of-text token of each included."""
@@ -42,7 +46,7 @@ class Shard:
         return str(Path(self.name).with_suffix(".json"))
 
 
-def require_plain_name(name: object, where: Path) -> str:
+def require_plain_name(name: object, where: str) -> str:
     """The name, if it is that of a file right in the folder; DataError for paths, `..` and `pipe:`."""
     plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
     if not plain:
@@ -50,7 +54,7 @@ def require_plain_name(name: object, where: Path) -> str:
     return str(name)
 
 
-def require_count(record: Mapping[str, Any], key: str, where: Path) -> int:
+def require_count(record: Mapping[str, Any], key: str, where: str) -> int:
     """record[key], if it is a non-negative integer; else DataError."""
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -58,17 +62,23 @@ def require_count(record: Mapping[str, Any], key: str, where: Path) -> int:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; DataError where it can't be read or is none."""
+def require_sha256(record: Mapping[str, Any], key: str, where: str) -> str:
+    """record[key], if it is a sha256 in hexadecimal digits; else DataError."""
+    value = record.get(key)
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise DataError(f"{where}: {key} is {value!r}; it must be 64 hexadecimal digits")
+    return value
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a file holds; DataError where it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not valid JSON ({error}); write the data set again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}; it must hold a JSON object")
-    return content
+        found = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not valid JSON ({error}); write the data set again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: holds a {type(found).__name__}; it must hold a JSON object")
+    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -80,6 +90,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def json_sha256(record: Mapping[str, Any]) -> str:
+    """sha256 of JSON values, whatever the spaces and the order of keys; the key "sha256" itself is left out."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -1,107 +1,115 @@
 """Training batches: the rows of each optimizer step that one data-parallel rank handles, read ahead.
 
-Row v of a step comes from virtual stream v, whatever the number of ranks; a rank owns a run of streams.
+Row v of a step comes from virtual stream v, whatever the number of ranks; a rank owns a run of streams. Each
+thread reads some of them, and batches are put together in the order of the steps, so that neither ranks nor
+threads nor reading ahead change what is in a step.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from reformer_dist.data.dataset import Dataset
-from reformer_dist.data.order import ShardOrder
-from reformer_dist.data.streams import Position, TokenStream
-from reformer_dist.errors import DataError
+from reformer_dist.data.order import Order
+from reformer_dist.data.quarantine import CheckedReader, Damage, Quarantine, SampleId
+from reformer_dist.data.state import Start, write_state
+from reformer_dist.data.streams import Row, TokenStream, make_row
 
-STATE_VERSION = 1
 PREFETCH_STEPS = 2
+WAIT = 0.1  # seconds between two looks at whether the loader is closed
+CLOSING = 5.0  # seconds that a thread has to end; one that waits for a dead server is left behind
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """A rank's rows of one optimizer step."""
 
-    tokens: torch.Tensor
-    """int64 [n_micro, micro_batch_size, seq_len + 1]: the inputs and, one token later, the labels."""
-    state: dict[str, Any]
-    """The loader's state after this batch, as JSON values: a loader given it goes on with the next batch."""
+    inputs: torch.Tensor
+    """int64 [n_micro, micro_batch_size, seq_len]."""
+    labels: torch.Tensor
+    """int64 [n_micro, micro_batch_size, seq_len]: the token after each input, -100 where none is asked for."""
+    damaged: list[Damage]
+    """Samples that were found damaged for the first time."""
+    checksum: int
+    """Of the ids of all that was read so far, 32 bits: equal on ranks that share sequences."""
+    describe: Callable[[], dict[str, Any]]
 
     @property
-    def inputs(self) -> torch.Tensor:
-        """int64 [n_micro, micro_batch_size, seq_len]."""
-        return self.tokens[..., :-1]
+    def state(self) -> dict[str, Any]:
+        """The loader's state after this batch, as JSON values: a loader given it goes on with the next batch.
 
-    @property
-    def labels(self) -> torch.Tensor:
-        """int64 [n_micro, micro_batch_size, seq_len]: the token after each input."""
-        return self.tokens[..., 1:]
+        To be asked for before the next batch is.
+        """
+        return self.describe()
+
+
+@dataclass(frozen=True)
+class _StreamRow:
+    """A stream's row of one step, and where it stands behind it."""
+
+    row: Row
+    positions: list[int]
+    digest: bytes
+    passed_over: list[SampleId]
 
 
 class TrainLoader:
-    """An endless iterator of StepBatch; a thread reads ahead.
+    """An iterator of StepBatch, endless where the order is; threads read ahead.
 
-    Rank r owns the r-th of `dp_size` equal runs of the `batch_size` streams. A state may hold more streams
-    than the rank owns (see `merge_states`), so any number of ranks can go on from it. An error of the reading
-    thread is raised by `next`, and the loader is closed then.
+    Rank r owns the r-th of `dp_size` equal runs of the order's streams. An error of a reading thread is raised by
+    `next` for the step that it belongs to, and the loader is closed then.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        order: Order,
+        quarantine: Quarantine,
         *,
-        seq_len: int,
-        batch_size: int,
         micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        shuffle_buffer: int,
-        seed: int,
-        state: Mapping[str, Any] | None = None,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start: Start | None = None,
+        passes: int | None = None,
+        mask_document_starts: bool = False,
+        workers: int = 1,
     ) -> None:
-        """`batch_size` counts the rows of a step over all ranks.
+        """`passes`: over the order's one lane, after which there is only padding. `workers`: 0 reads in `next`.
 
-        Raises DataError where the training split holds no text or the state doesn't fit, and ValueError where
-        the batch doesn't divide.
+        `quarantine` is given more by this loader, and holds what `start` knows. Raises ValueError where the
+        batch doesn't divide.
         """
-        n_rows, rest = divmod(batch_size, dp_size)
+        n_rows, rest = divmod(order.n_streams, dp_size)
         if rest or n_rows % micro_batch_size:
             shares = f"{dp_size} ranks and micro-batches of {micro_batch_size}"
-            raise ValueError(f"batch_size={batch_size} can't be divided into {shares}")
-        if dataset.n_bytes("train") == 0:
-            raise DataError(f"{dataset.folder}: the training split holds no text; it must hold some")
-        self._shape = (n_rows // micro_batch_size, micro_batch_size, seq_len + 1)
-        self._identity: dict[str, Any] = {
-            "version": STATE_VERSION,
-            "dataset": dataset.fingerprint,
-            "seed": seed,
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "shuffle_buffer": shuffle_buffer,
-        }
-        owned = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
-        positions = self._read_state(state, owned) if state is not None else {}
-        order = ShardOrder(seed, len(dataset.shards("train")))
-        self._streams = {
-            stream: TokenStream(
-                dataset,
+            raise ValueError(f"batch_size={order.n_streams} can't be divided into {shares}")
+        start = start or Start()
+        self._order, self._quarantine, self._origin = order, quarantine, start.origin
+        self._shape = (n_rows // micro_batch_size, micro_batch_size, -1)
+        self._owned = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
+        self._step = start.step
+        self._listed: set[SampleId] = set(start.quarantine)
+        streams = {stream: start.open_stream(order, stream, passes) for stream in self._owned}
+        n_readers = min(n_rows, max(1, workers))
+        self._readers = [
+            _Reader(
                 order,
-                stream=stream,
-                n_streams=batch_size,
-                seq_len=seq_len,
-                shuffle_buffer=shuffle_buffer,
-                position=positions.get(stream),
+                {stream: streams[stream] for stream in self._owned[first::n_readers]},
+                quarantine,
+                step=start.step,
+                masks=mask_document_starts,
             )
-            for stream in owned
-        }
-        self._pending: deque[Future[StepBatch]] = deque()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-loader")
+            for first in range(n_readers)
+        ]
+        self._threads = [_Thread(reader) for reader in self._readers] if workers > 0 else []
         self._closed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -111,20 +119,37 @@ class TrainLoader:
         if self._closed:
             raise RuntimeError("the loader is closed")
         try:
-            while len(self._pending) <= PREFETCH_STEPS:
-                self._pending.append(self._thread.submit(self._read_step))
-            return self._pending.popleft().result()
+            read: dict[int, _StreamRow] = {}
+            for source in self._threads or self._readers:
+                read.update(source.next_rows())
         except BaseException:
             # the streams stopped in the middle of a step: nothing that follows would be in order
             self.close()
             raise
+        self._step += 1
+        return self._batch([read[stream] for stream in self._owned])
+
+    @property
+    def n_damaged(self) -> int:
+        """Samples in quarantine so far."""
+        return len(self._listed)
+
+    def learn(self, damages: Iterable[Damage]) -> None:
+        """Takes samples that other ranks found damaged into quarantine. Raises DataError where it is full."""
+        damages = list(damages)
+        self._listed |= {damage.id for damage in damages}
+        self._quarantine.add(damages)
 
     def close(self) -> None:
-        """Stop the reading thread; the loader can't be used after it."""
+        """Stop the reading threads; the loader can't be used after it."""
         self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._pending.clear()
-        self._streams.clear()
+        for thread in self._threads:
+            thread.stop()
+        for thread in self._threads:
+            thread.join()
+        if not self._threads:
+            for reader in self._readers:
+                reader.close()
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -134,44 +159,89 @@ class TrainLoader:
     ) -> None:
         self.close()
 
-    def _read_step(self) -> StepBatch:
-        rows = np.stack([stream.next_row() for stream in self._streams.values()])
-        positions = {str(index): list(astuple(stream.position)) for index, stream in self._streams.items()}
-        tokens = torch.from_numpy(rows).view(self._shape)
-        return StepBatch(tokens, {**self._identity, "streams": positions})
-
-    def _read_state(self, state: Mapping[str, Any], owned: range) -> dict[int, Position]:
-        for key, right in self._identity.items():
-            if state.get(key) != right:
-                fix = "go on with the data and settings that the run began with, or begin a new run"
-                raise DataError(f"data state: {key} was {state.get(key)!r} and is {right!r} now; {fix}")
-        streams = state.get("streams")
-        if not isinstance(streams, Mapping):
-            raise DataError(f"data state: streams is {streams!r}; it must hold the position of each stream")
-        return {stream: _position(streams, stream) for stream in owned}
-
-
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state that holds the streams of all ranks' states of the same step.
-
-    Raises DataError where there is none or they are not of one run.
-    """
-    if not states:
-        raise DataError("data state: there is none; at least one rank's must be given")
-    shared = {key: value for key, value in states[0].items() if key != "streams"}
-    streams: dict[str, Any] = {}
-    for state in states:
-        if {key: value for key, value in state.items() if key != "streams"} != shared:
-            raise DataError(
-                "data state: the ranks' states are not of one run; they must differ in their streams only"
-            )
-        streams.update(state["streams"])
-    return {**shared, "streams": {key: streams[key] for key in sorted(streams, key=int)}}
+    def _batch(self, rows: list[_StreamRow]) -> StepBatch:
+        tokens = torch.from_numpy(np.stack([each.row.tokens for each in rows]))
+        labels = torch.from_numpy(np.stack([each.row.labels for each in rows]))
+        new = {sample for each in rows for sample in each.passed_over} - self._listed
+        self._listed |= new
+        found = [self._quarantine.reason(sample) for sample in sorted(new)]
+        digests = hashlib.blake2b(b"".join(each.digest for each in rows), digest_size=4).digest()
+        streams = {stream: (each.positions, each.digest) for stream, each in zip(self._owned, rows, strict=True)}
+        step = self._step
+        return StepBatch(
+            inputs=tokens[:, :-1].reshape(self._shape),
+            labels=labels.reshape(self._shape),
+            damaged=[damage for damage in found if damage is not None],
+            checksum=int.from_bytes(digests, "little"),
+            describe=lambda: write_state(self._order, step, self._origin, streams, self._listed),
+        )
 
 
-def _position(streams: Mapping[str, Any], stream: int) -> Position:
-    numbers = streams.get(str(stream))
-    fits = isinstance(numbers, list) and len(numbers) == 3
-    if not fits or not all(type(number) is int and number >= 0 for number in numbers or ()):
-        raise DataError(f"data state: stream {stream} is {numbers!r}; it must be three non-negative integers")
-    return Position(*numbers or ())
+class _Reader:
+    """Some streams of a rank, step by step."""
+
+    def __init__(
+        self, order: Order, streams: dict[int, TokenStream], quarantine: Quarantine, *, step: int, masks: bool
+    ) -> None:
+        self._order, self._streams, self._step, self._masks = order, streams, step, masks
+        self._samples = CheckedReader(quarantine)
+
+    def next_rows(self) -> dict[int, _StreamRow]:
+        """The next row of each stream."""
+        lanes = self._order.lanes_of(self._step)
+        self._step += 1
+        return {number: self._read(stream, int(lanes[number])) for number, stream in self._streams.items()}
+
+    def close(self) -> None:
+        self._samples.close()
+
+    def _read(self, stream: TokenStream, lane: int) -> _StreamRow:
+        order = self._order
+        self._samples.passed_over = []
+        pieces = stream.next_pieces(lane, self._samples.open)
+        row = make_row(pieces, order.seq_len, order.corpus.tokenizer.eos_id, self._masks)
+        return _StreamRow(row, list(stream.positions), stream.digest, self._samples.passed_over)
+
+
+class _Thread:
+    """Reads ahead with one reader, up to PREFETCH_STEPS steps; begins with the first step that is asked for."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+        self._ready: queue.Queue[dict[int, _StreamRow] | BaseException] = queue.Queue(PREFETCH_STEPS)
+        self._is_stopped = threading.Event()
+        # a daemon: one that is stuck in a file system that is gone must not keep the process from ending
+        self._thread = threading.Thread(target=self._run, name="train-loader", daemon=True)
+
+    def next_rows(self) -> dict[int, _StreamRow]:
+        if self._thread.ident is None:
+            self._thread.start()
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+        with suppress(queue.Empty):
+            while True:  # a thread that waits for room looks up at once
+                self._ready.get_nowait()
+
+    def join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join(CLOSING)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopped.is_set():
+                self._put(self._reader.next_rows())
+        except BaseException as error:
+            self._put(error)
+        finally:
+            self._reader.close()
+
+    def _put(self, rows: dict[int, _StreamRow] | BaseException) -> None:
+        while not self._is_stopped.is_set():
+            with suppress(queue.Full):
+                self._ready.put(rows, timeout=WAIT)
+                return

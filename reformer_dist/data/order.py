@@ -1,19 +1,30 @@
-"""The order of everything drawn, as a pure function of the seed.
+"""Which samples each row reads, as a pure function of the seed and the indexes.
 
-Only the raw output of a seeded bit generator is used: numpy promises it never changes, which it does not
-promise for `Generator.permutation`. So an order outlives upgrades, and no global generator is touched.
+A lane is a pool of shards: all of the run, or those of one data set where data sets are mixed by weight. Pass k
+over a lane is its shards one after another, permuted by (seed, lane, k), with the samples of each permuted by
+(seed, lane, k, shard). Seen as a row of tokens it is cut into V equal shares, one for each virtual stream. So a
+place in a stream is one number, the tokens that lie before it over all passes, and finding it takes no longer in
+the thousandth pass than in the first.
+
+Only the raw output of a seeded bit generator is used: numpy promises it never changes, which it does not promise
+for `Generator.permutation`. So an order outlives upgrades, and no global generator is touched.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Item = TypeVar("Item")
+from reformer_dist.data.corpus import Corpus, Part
+from reformer_dist.data.index import ShardIndex
+from reformer_dist.errors import DataError
+
+KEPT_PASSES = 4
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: its multiples fill the circle evenly
 
 
 def seeded_bits(seed: int, purpose: str, index: int) -> np.random.PCG64:
@@ -27,40 +38,129 @@ def permutation(length: int, bits: np.random.PCG64) -> NDArray[np.int64]:
     return np.argsort(bits.random_raw(length), kind="stable")
 
 
-def shuffled(items: Iterable[Item], buffer: int, bits: np.random.PCG64) -> Iterator[Item]:
-    """The items in an order drawn among `buffer` of them at a time; a buffer of 1 keeps their order."""
-    held: list[Item] = []
-    for item in items:
-        if len(held) < buffer:
-            held.append(item)
-            continue
-        place = _below(len(held), bits)
-        yield held[place]
-        held[place] = item
-    while held:
-        place = _below(len(held), bits)
-        held[place], held[-1] = held[-1], held[place]
-        yield held.pop()
+@dataclass(frozen=True)
+class _Pass:
+    """The shards of a lane in the order of one pass."""
+
+    shards: NDArray[np.int64]
+    """[n_shards]: which shard comes at each place."""
+    starts: NDArray[np.int64]
+    """[n_shards]: tokens before each place."""
 
 
-def _below(limit: int, bits: np.random.PCG64) -> int:
-    # 64 bits against a buffer's length: the modulo's bias is beyond measuring
-    return int(bits.random_raw()) % limit
+@dataclass(frozen=True)
+class ShuffledShard:
+    """The samples of a shard in the order of one pass."""
+
+    part: Part
+    index: ShardIndex
+    start: int
+    """Tokens of the pass before it."""
+    samples: NDArray[np.int64]
+    """[samples]: which sample comes at each place."""
+    starts: NDArray[np.int64]
+    """[samples]: tokens of the shard before each place."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.part.shard.tokens
 
 
-class ShardOrder:
-    """The endless sequence of shards: perm(seed, epoch 0), then perm(seed, epoch 1), and so on."""
+class Lane:
+    """A pool of shards, read pass after pass by V streams."""
 
-    def __init__(self, seed: int, n_shards: int) -> None:
-        self.seed = seed
-        self.n_shards = n_shards
-        self._epochs: dict[int, NDArray[np.int64]] = {}
+    def __init__(self, number: int, parts: list[Part], *, seed: int, n_streams: int, shuffle: bool) -> None:
+        """Raises DataError where the shards hold fewer tokens than there are streams."""
+        self.number, self.parts = number, parts
+        self._seed, self._n_streams, self._shuffle = seed, n_streams, shuffle
+        self._shard_tokens = np.array([part.shard.tokens for part in parts], dtype=np.int64)
+        self.n_tokens = int(self._shard_tokens.sum())
+        if self.n_tokens < n_streams or not any(part.shard.text_bytes for part in parts):
+            where = parts[0].dataset.folder.address if parts else f"data.path[{number}]"
+            right = f"it must hold some, for each of the {n_streams} rows of data.batch_size"
+            raise DataError(f"{where}: the training split holds no text, or {self.n_tokens} tokens; {right}")
+        self._passes: dict[int, _Pass] = {}
 
-    def shard_at(self, index: int) -> int:
-        """Which shard is element `index` of the sequence."""
-        epoch, place = divmod(index, self.n_shards)
-        if epoch not in self._epochs:
-            if len(self._epochs) >= 8:  # streams drift apart by an epoch or two; older ones are done with
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = permutation(self.n_shards, seeded_bits(self.seed, "shards", epoch))
-        return int(self._epochs[epoch][place])
+    @property
+    def digest(self) -> str:
+        """Of all that decides the order of the lane but the seed."""
+        names = [[part.shard.name, part.shard.sha256, part.shard.index_sha256] for part in self.parts]
+        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+    def share(self, stream: int) -> tuple[int, int]:
+        """(first token, tokens) of a pass that a stream reads."""
+        first = self.n_tokens * stream // self._n_streams
+        return first, self.n_tokens * (stream + 1) // self._n_streams - first
+
+    def shard_at(self, number: int, token: int) -> ShuffledShard:
+        """The shard that holds a token of pass `number`. Raises DataError where its index can't be read."""
+        order = self._pass(number)
+        place = int(np.searchsorted(order.starts, token, side="right")) - 1
+        shard = int(order.shards[place])
+        part = self.parts[shard]
+        index = part.index
+        samples = self._permuted(len(index.entries), f"samples/{self.number}/{shard}", number)
+        tokens = index.n_tokens[samples]
+        return ShuffledShard(part, index, int(order.starts[place]), samples, np.cumsum(tokens) - tokens)
+
+    def _pass(self, number: int) -> _Pass:
+        found = self._passes.get(number)
+        if found is None:
+            shards = self._permuted(len(self.parts), f"shards/{self.number}", number)
+            tokens = self._shard_tokens[shards]
+            found = _Pass(shards, np.cumsum(tokens) - tokens)
+            # several threads may do this at once, each with the same result; streams are at most a pass apart
+            self._passes = {number: found, **dict(list(self._passes.items())[: KEPT_PASSES - 1])}
+        return found
+
+    def _permuted(self, length: int, purpose: str, number: int) -> NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(length)
+        return permutation(length, seeded_bits(self._seed, purpose, number))
+
+
+class Order:
+    """The order of a run: its lanes, and which of them each row of a step reads."""
+
+    def __init__(self, corpus: Corpus, *, seed: int, batch_size: int, seq_len: int, shuffle: bool = True) -> None:
+        """`batch_size`: rows of a step over all ranks, each of which is a stream of its own."""
+        self.corpus, self.seed = corpus, seed
+        self.n_streams, self.seq_len, self.shuffle = batch_size, seq_len, shuffle
+        parts = corpus.parts("train")
+        pools = [parts]
+        if corpus.weights is not None:
+            pools = [[part for part in parts if part.number == each] for each in range(len(corpus.datasets))]
+        self.lanes = [
+            Lane(number, pool, seed=seed, n_streams=batch_size, shuffle=shuffle)
+            for number, pool in enumerate(pools)
+        ]
+        self._bounds = np.cumsum(corpus.weights or [1.0])
+        self._bounds[-1] = 1.0
+        self._phase = int(seeded_bits(seed, "mixing", 0).random_raw())
+
+    def lanes_of(self, step: int) -> NDArray[np.int64]:
+        """[batch_size]: the lane that each row of a step reads.
+
+        The rows are spaced evenly over the weights, from a phase that moves on by the golden ratio. So a step
+        is never a row away from its due share of a lane, nor is a run more than a few.
+        """
+        if len(self.lanes) == 1:
+            return np.zeros(self.n_streams, dtype=np.int64)
+        phase = ((self._phase + step * GOLDEN) % 2**64) / 2**64
+        points = (np.arange(self.n_streams) + phase) / self.n_streams
+        lanes = np.searchsorted(self._bounds, np.minimum(points, np.nextafter(1.0, 0.0)), side="right")
+        return lanes[permutation(self.n_streams, seeded_bits(self.seed, "mixing", step + 1))]
+
+    def steps_of(self, passes: int) -> int:
+        """Steps after which every token of so many passes over a single lane was predicted once."""
+        longest = -(-self.lanes[0].n_tokens // self.n_streams)
+        return -(-passes * longest // self.seq_len)
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides the order, as JSON values."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.n_streams,
+            "seq_len": self.seq_len,
+            "shuffle": self.shuffle,
+        }

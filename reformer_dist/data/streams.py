@@ -1,115 +1,165 @@
-"""Virtual streams: one per row of an optimizer step, the same for any number of ranks.
+"""Virtual streams: one for each row of an optimizer step, the same for any number of ranks.
 
-Stream v of V reads elements v, v+V, v+2V, ... of the endless sequence of shards, shuffles the documents of
-each, and packs them back to back into rows. A position in a stream is three integers, so a stream resumes by
-opening one shard.
+A stream packs the samples of its share of each pass back to back into rows. Where its next row begins is one
+integer for each lane, and nothing else is kept from row to row but what saves reading a sample twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.dataset import Dataset
-from reformer_dist.data.documents import read_shuffled_documents
-from reformer_dist.data.order import ShardOrder
-from reformer_dist.errors import DataError
+from reformer_dist.data.order import Lane, Order, ShuffledShard
+from reformer_dist.data.samples import Source
+
+IGNORED_LABEL = -100
+HASH_BYTES = 16
+
+
+class Tokens(Protocol):
+    """What a sample holds: an array of ids, or a range of as many numbers where only places matter."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice) -> Any: ...
+
+
+Open = Callable[[int, Source], Tokens | None]
+"""Given the number of its data set, the tokens of a sample; None where it is damaged and to be passed over."""
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where the next row of a stream begins."""
+class Piece:
+    """A run of one sample's tokens that a row predicts."""
 
-    ordinal: int = 0
-    """Which of the stream's shards, counted over all epochs."""
-    document: int = 0
-    """Which document of that shard, in shuffled order."""
-    offset: int = 0
-    """Which token of that document."""
+    data_set: int
+    source: Source
+    start: int
+    """Which of the sample's tokens is the first; 0 where the row reads it from its beginning."""
+    stop: int
+    tokens: Tokens
+    """Of the whole sample."""
+
+    @property
+    def id(self) -> str:
+        """Names the tokens among all data sets of the run; what the running hash is taken of."""
+        return f"{self.data_set}/{self.source.shard.name}/{self.source.entry.key}:{self.start}-{self.stop}"
 
 
 class TokenStream:
-    """Rows of one virtual stream, without end.
-
-    Neighbouring rows share one token, the last of one being the first of the next, so that every token but
-    the stream's very first is predicted exactly once.
-    """
+    """The rows of one virtual stream."""
 
     def __init__(
         self,
-        dataset: Dataset,
-        order: ShardOrder,
-        *,
+        order: Order,
         stream: int,
-        n_streams: int,
-        seq_len: int,
-        shuffle_buffer: int,
-        position: Position | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+        digest: bytes = bytes(HASH_BYTES),
+        passes: int | None = None,
     ) -> None:
-        self._dataset = dataset
-        self._order = order
-        self._stream = stream
-        self._n_streams = n_streams
-        self._seq_len = seq_len
-        self._shuffle_buffer = shuffle_buffer
-        self._position = position or Position()
-        self._documents: Iterator[NDArray[np.int32]] = iter(())
-        self._tokens: NDArray[np.int32] | None = None
+        """`positions`: tokens of each lane that lie before the next row, over all passes.
 
-    @property
-    def position(self) -> Position:
-        """Where the next row begins."""
-        return self._position
-
-    def next_row(self) -> NDArray[np.int64]:
-        """The next seq_len + 1 tokens, [seq_len + 1].
-
-        Raises DataError where a shard can't be read or the position isn't in the data.
+        `passes`: after how many passes over its one lane the stream ends; None: never.
         """
-        tokens = self._open() if self._tokens is None else self._tokens
-        row = np.empty(self._seq_len + 1, dtype=np.int64)
-        filled, place = 0, self._position
-        while True:
-            piece = tokens[place.offset : place.offset + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            if filled == len(row):
-                break
-            tokens, place = self._next_document(place)
-        # the row's last token is the next row's first; it lies in the document at hand
-        self._tokens = tokens
-        self._position = Position(place.ordinal, place.document, place.offset + len(piece) - 1)
-        return row
+        self.positions = list(positions or [0] * len(order.lanes))
+        self.digest = digest
+        """Running hash of the ids of all pieces so far."""
+        self._seq_len = order.seq_len
+        self._cursors = [_Cursor(lane, stream, passes) for lane in order.lanes]
 
-    def _open(self) -> NDArray[np.int32]:
-        place = self._position
-        self._documents = self._open_shard(place.ordinal, skip=place.document)
-        tokens = next(self._documents, None)
-        if tokens is None or place.offset >= len(tokens):
-            at = f"shard {place.ordinal}, document {place.document}, token {place.offset}"
-            raise DataError(
-                f"{self._dataset.folder}: stream {self._stream} has no {at}; the state is of other data"
-            )
-        return tokens
+    def next_pieces(self, lane: int, open_sample: Open) -> list[Piece]:
+        """The pieces of the next row, seq_len tokens together, or fewer where the stream ends.
 
-    def _next_document(self, place: Position) -> tuple[NDArray[np.int32], Position]:
-        tokens = next(self._documents, None)
-        if tokens is not None:
-            return tokens, Position(place.ordinal, place.document + 1)
-        self._documents = self._open_shard(place.ordinal + 1)
-        return next(self._documents), Position(place.ordinal + 1)  # no shard is empty: Dataset.open refuses it
+        Raises DataError where an index can't be read.
+        """
+        pieces, left, place = [], self._seq_len, self.positions[lane]
+        cursor = self._cursors[lane]
+        while left > 0 and not cursor.is_at_end(place):
+            piece, length = cursor.piece_at(place, left, open_sample)
+            place += length
+            if piece is not None:
+                pieces.append(piece)
+                left -= length
+        self.positions[lane] = place
+        ids = "\n".join(piece.id for piece in pieces)
+        self.digest = hashlib.blake2b(self.digest + ids.encode(), digest_size=HASH_BYTES).digest()
+        return pieces
 
-    def _open_shard(self, ordinal: int, skip: int = 0) -> Iterator[NDArray[np.int32]]:
-        index = self._stream + ordinal * self._n_streams
-        shard = self._dataset.shards("train")[self._order.shard_at(index)]
-        return read_shuffled_documents(
-            self._dataset,
-            shard,
-            shuffle_buffer=self._shuffle_buffer,
-            seed=self._order.seed,
-            index=index,
-            skip=skip,
-        )
+
+class _Cursor:
+    """Finds what lies at a place of one stream in one lane; remembers the shard and the sample found last."""
+
+    def __init__(self, lane: Lane, stream: int, passes: int | None) -> None:
+        self._lane, self._passes = lane, passes
+        self._first, self._length = lane.share(stream)
+        self._shard: ShuffledShard | None = None
+        self._shard_pass = -1
+        self._opened: tuple[Source, Tokens | None] | None = None
+
+    def is_at_end(self, place: int) -> bool:
+        return self._passes is not None and place >= self._passes * self._length
+
+    def piece_at(self, place: int, most: int, open_sample: Open) -> tuple[Piece | None, int]:
+        """(what of a sample lies from a place on, tokens up to the next place); no piece if it is damaged."""
+        number, within = divmod(place, self._length)
+        token = self._first + within
+        shard = self._shard_at(number, token)
+        at = int(np.searchsorted(shard.starts, token - shard.start, side="right")) - 1
+        start = token - shard.start - int(shard.starts[at])
+        source = Source(shard.part.dataset, shard.part.shard, shard.index.entries[int(shard.samples[at])])
+        tokens = self._tokens(shard.part.number, source, open_sample)
+        length = min(source.entry.n_tokens - start, self._length - within)
+        if tokens is None:
+            return None, length
+        length = min(length, most)
+        return Piece(shard.part.number, source, start, start + length, tokens), length
+
+    def _shard_at(self, number: int, token: int) -> ShuffledShard:
+        shard = self._shard
+        if shard is None or number != self._shard_pass or not shard.start <= token < shard.end:
+            self._shard = shard = self._lane.shard_at(number, token)
+            self._shard_pass = number
+        return shard
+
+    def _tokens(self, data_set: int, source: Source, open_sample: Open) -> Tokens | None:
+        if self._opened is None or self._opened[0] != source:
+            self._opened = (source, open_sample(data_set, source))
+        return self._opened[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """seq_len inputs and labels."""
+
+    tokens: NDArray[np.int64]
+    """[seq_len + 1]: the labels, and before them what the first label is predicted from."""
+    labels: NDArray[np.int64]
+    """[seq_len], -100 where there is nothing to predict."""
+
+
+def make_row(pieces: list[Piece], seq_len: int, eos_id: int, mask_document_starts: bool) -> Row:
+    """Joins pieces to a row, whose end is padding if the stream has ended.
+
+    The first label is predicted from the token before it in its sample, or the end of text where it is the
+    first. `mask_document_starts`: nothing asks for the first token of a sample, which what is before it in the
+    row does not tell.
+    """
+    tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
+    labels = np.full(seq_len, IGNORED_LABEL, dtype=np.int64)
+    filled = 0
+    for piece in pieces:
+        end = filled + piece.stop - piece.start
+        tokens[filled + 1 : end + 1] = piece.tokens[piece.start : piece.stop]
+        labels[filled:end] = tokens[filled + 1 : end + 1]
+        if mask_document_starts and piece.start == 0:
+            labels[filled] = IGNORED_LABEL
+        filled = end
+    if pieces and pieces[0].start > 0:
+        tokens[:1] = pieces[0].tokens[pieces[0].start - 1 : pieces[0].start]
+    return Row(tokens, labels)

@@ -169,7 +169,7 @@ def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
         return ByteTokenizer()
     if kind != "bpe":
         raise DataError(f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes or bpe")
-    path = folder / require_plain_name(spec.get("file"), folder)
+    path = folder / require_plain_name(spec.get("file"), str(folder))
     tokenizer = BpeTokenizer.load(path)
     if file_sha256(path) != spec.get("sha256"):
         raise DataError(f"{path}: is not the tokenizer that the shards were written with (sha256 differs)")

@@ -23,10 +23,12 @@ from reformer_dist.data.layout import (
     DATASET_FILE,
     FORMAT,
     MEMBER_SUFFIX,
+    MOST_SAMPLE_BYTES,
     SPLITS,
     TOKENIZER_FILE,
     Shard,
     file_sha256,
+    json_sha256,
     write_json,
 )
 from reformer_dist.data.tokenizer import Tokenizer
@@ -146,7 +148,7 @@ def _require_splits(summary: WriteSummary, heldout_fraction: float) -> None:
 
 
 def _record(summary: WriteSummary, tokenizer: Tokenizer, staging: Path) -> dict[str, Any]:
-    return {
+    record = {
         "format": FORMAT,
         "tokenizer": tokenizer.save(staging),
         "vocab_size": tokenizer.vocab_size,
@@ -154,6 +156,7 @@ def _record(summary: WriteSummary, tokenizer: Tokenizer, staging: Path) -> dict[
         "dtype": tokenizer.dtype,
         "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
     }
+    return {**record, "sha256": json_sha256(record)}
 
 
 def _move_into_place(staging: Path, folder: Path, record: dict[str, Any]) -> None:
@@ -182,6 +185,9 @@ class _SplitWriter:
     def add(self, document: str, text: bytes) -> None:
         ids = self.tokenizer.encode(text)
         payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
+        if len(payload) > MOST_SAMPLE_BYTES:
+            right = f"a document may hold {MOST_SAMPLE_BYTES} at most: cut it into several"
+            raise DataError(f"{document}: holds {len(payload)} bytes of token ids; {right}")
         if self._tar is not None and self._tar.offset + 1024 + len(payload) > self.shard_bytes:
             self.close()
         if self._tar is None:
@@ -208,16 +214,17 @@ class _SplitWriter:
         if self._tar is None:
             return
         self._tar.close()
-        path = self._path(".tar")
+        path, index = self._path(".tar"), self._path(".json")
+        write_json(index, {"format": FORMAT, "shard": path.name, "samples": self._index})
         shard = Shard(
             name=path.name,
             size=path.stat().st_size,
             sha256=file_sha256(path),
+            index_sha256=file_sha256(index),
             samples=len(self._index),
             tokens=sum(entry["n_tokens"] for entry in self._index),
             text_bytes=sum(entry["n_bytes"] for entry in self._index),
         )
-        write_json(self._path(".json"), {"format": FORMAT, "shard": path.name, "samples": self._index})
         self.shards.append(shard)
         self._tar, self._index = None, []
 

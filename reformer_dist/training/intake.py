@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.errors import DataError
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.evaluator import IGNORED
@@ -28,8 +28,31 @@ class StepBatch(Protocol):
         ...
 
     @property
+    def checksum(self) -> int:
+        """32 bits of all that was read so far, equal on ranks that share sequences."""
+        ...
+
+    @property
+    def damaged(self) -> Sequence[Any]:
+        """Samples that were found damaged for the first time; each says so as a string."""
+        ...
+
+    @property
     def state(self) -> dict[str, Any]:
-        """Where the loader stands behind this batch."""
+        """Where the loader stands behind this batch; asked for before the next batch is."""
+        ...
+
+
+class Batches(Protocol):
+    """The loader."""
+
+    @property
+    def n_damaged(self) -> int: ...
+
+    def __next__(self) -> StepBatch: ...
+
+    def learn(self, damages: Iterable[Any]) -> None:
+        """Passes over samples that any rank found damaged. Raises DataError where there are too many."""
         ...
 
 
@@ -41,14 +64,31 @@ class Rows:
     labels: Tensor
     valid_tokens: float
     """Labels of the step over all ranks, those of -100 left out."""
-    state: dict[str, Any]
+    batch: StepBatch
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where the loader stands behind these rows, as JSON values; asked for before the next rows are."""
+        return self.batch.state
 
 
 class Intake:
     """Every rank makes the same calls, since they agree on each step before they begin it."""
 
-    def __init__(self, runtime: Runtime, sequence: SlicedSequence, batches: Iterator[StepBatch]) -> None:
-        self._runtime, self._sequence, self._batches = runtime, sequence, batches
+    def __init__(
+        self,
+        runtime: Runtime,
+        sequence: SlicedSequence,
+        batches: Batches,
+        report: Callable[[list[Any]], None] = lambda damaged: None,
+    ) -> None:
+        """report: told on rank 0 of the samples that any rank found damaged."""
+        self._runtime, self._sequence, self._batches, self._report = runtime, sequence, batches, report
+
+    @property
+    def n_damaged(self) -> int:
+        """Samples that were found damaged so far, on all ranks."""
+        return self._batches.n_damaged
 
     def next_rows(self) -> Rows:
         """This rank's rows of the next step. Raises an error alike on every rank if any can't read its own."""
@@ -59,11 +99,29 @@ class Intake:
         except (DataError, OSError) as caught:
             error = caught
         valid = 0 if labels is None else int((labels != IGNORED).sum())
-        failed, valid_tokens = self._runtime.sum([float(error is not None), float(valid)])
+        n_damaged, odds = (len(batch.damaged), self._odds(batch.checksum)) if batch is not None else (0, 0)
+        mine = [float(error is not None), float(valid), float(n_damaged), float(odds)]
+        failed, valid_tokens, n_damaged_of_all, odds_of_all = self._runtime.sum(mine)
         if failed:
             self._runtime.raise_together(error)
         assert batch is not None and labels is not None
-        return Rows(self._slice(batch.inputs, 0), labels, valid_tokens, batch.state)
+        if odds_of_all:
+            raise SharedError("ranks that share sequences read different rows; compare their copies of the data")
+        if n_damaged_of_all:
+            self._share_damage(batch.damaged)
+        return Rows(self._slice(batch.inputs, 0), labels, valid_tokens, batch)
+
+    def _odds(self, checksum: int) -> int:
+        """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""
+        grid = self._sequence.grid
+        return checksum * (grid.size - 1 if grid.slice_index == 0 else -1) if grid.size > 1 else 0
+
+    def _share_damage(self, mine: Sequence[Any]) -> None:
+        """Every rank learns of what any rank found. Raises an error alike on all of them if that is too much."""
+        found = {str(each): each for of_rank in self._runtime.gather(list(mine)) for each in of_rank}
+        damaged = [found[words] for words in sorted(found)]
+        self._runtime.on_main(lambda: self._report(damaged))
+        self._runtime.together(lambda: self._batches.learn(damaged))
 
     def _slice(self, rows: Tensor, fill: int) -> Tensor:
         """[n_micro, micro_batch, seq_len] to [n_micro, micro_batch, tokens at hand]."""

@@ -147,6 +147,7 @@ class Trainer:
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/skipped_steps": self.progress.skipped,
+            "data/damaged": self._intake.n_damaged,
             "perf/tokens_per_s": window.tokens_per_s,
             "perf/peak_memory_gib": peak_memory_gib(self._runtime.device),
         }

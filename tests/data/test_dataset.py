@@ -1,40 +1,36 @@
-"""Damaged data sets are refused, with the name of what is wrong."""
+"""Data sets that are not as they were written are refused, with the name of what is wrong."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import write_tar
+from data_helpers import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
 
-from reformer_dist.data import BpeTokenizer, Dataset, find_damage
-from reformer_dist.data.documents import read_documents
+from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, Shard, Source, find_damage
+from reformer_dist.data.samples import SampleDamaged
 from reformer_dist.errors import DataError
 
 
 @pytest.fixture
 def copy(dataset: Dataset, tmp_path: Path) -> Path:
     """Folder of a data set that may be changed."""
-    shutil.copytree(dataset.folder, tmp_path / "copy")
+    shutil.copytree(folder_of(dataset), tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / "dataset.json"
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-
-
-def read_first_shard(folder: Path) -> list[Any]:
+def read_first_sample(folder: Path) -> Any:
     dataset = Dataset.open(folder)
-    return list(read_documents(dataset, dataset.shards("train")[0]))
+    shard = dataset.shards("train")[0]
+    with closing(SampleReader()) as reader:
+        return reader.read(Source(dataset, shard, dataset.index(shard).entries[0]))
 
 
 def test_no_data_set_tells_how_to_make_one(tmp_path: Path) -> None:
@@ -62,8 +58,8 @@ def _set_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record.update(format=2), "format 2 is unknown"),
-        (lambda record: record.pop("format"), "format None is unknown"),
+        (lambda record: record.update(format=1), "format 1 is not 2, .*make_shards"),
+        (lambda record: record.pop("format"), "format None is not 2"),
         (lambda record: record.pop("splits"), "splits train, heldout"),
         (lambda record: record["splits"].update(train=3), "must be a list"),
         (lambda record: record.update(tokenizer={"kind": "words"}), "kind 'words'"),
@@ -77,81 +73,183 @@ def _set_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (_set_shard("samples", -1), "samples is -1"),
         (_set_shard("samples", 0), "0 samples"),
         (_set_shard("sha256", None), "sha256 is None"),
+        (_set_shard("index_sha256", "xy"), "index_sha256 is 'xy'"),
     ],
 )
 def test_bad_records(copy: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
-    edit(copy, change)
+    edit_record(copy, change)
     with pytest.raises(DataError, match=message):
         Dataset.open(copy)
 
 
-def test_check_names_missing_and_torn_shards(copy: Path) -> None:
-    Dataset.open(copy).check("train")
-    path = copy / "train-000001.tar"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=rf"train-000001\.tar: shard holds 1000 bytes, expected {size}"):
-        Dataset.open(copy).check("train")
-    path.unlink()
-    with pytest.raises(DataError, match=rf"train-000001\.tar: shard is missing.*{size}"):
-        Dataset.open(copy).check("train")
-
-
-@pytest.mark.parametrize("cut", [0, 100, 512, 700, 1024, 2048, 4000])
-def test_torn_shards_never_read_as_whole(copy: Path, cut: int) -> None:
-    path = copy / "train-000000.tar"
-    assert len(read_first_shard(copy)) > 1
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"train-000000\.tar.*torn"):
-        read_first_shard(copy)
-
-
-def test_a_shard_that_is_no_tar(copy: Path) -> None:
-    (copy / "train-000000.tar").write_bytes(b"not a tar file" * 1000)
-    with pytest.raises(DataError, match=r"train-000000\.tar: sample 0 can't be read"):
-        read_first_shard(copy)
-    (copy / "train-000000.tar").unlink()
-    with pytest.raises(DataError, match="can't be opened"):
-        read_first_shard(copy)
+def test_a_record_that_was_edited_is_refused(copy: Path) -> None:
+    path = copy / "dataset.json"
+    path.write_text(path.read_text().replace('"text_bytes": ', '"text_bytes": 1', 1))
+    with pytest.raises(DataError, match="not as it was written"):
+        Dataset.open(copy)
 
 
 @pytest.mark.parametrize(
-    "name", ["00.pkl", "00.pickle.txt", "00.u16", "00", "/00.txt", "../00.txt", "a/../00.txt", "a\\00.txt"]
+    ("change", "message"),
+    [
+        (lambda samples: samples.pop(), "lists .* samples"),
+        (lambda samples: samples[0].update(offset=0), "begins at 0"),
+        (lambda samples: samples[0].update(offset=513), "begins at 513"),
+        (lambda samples: samples[1].update(offset=512), "begins at 512"),
+        (lambda samples: samples[-1].update(offset=1 << 40), "behind the shard's"),
+        (lambda samples: samples[0].update(size=1 << 40, n_tokens=(1 << 40) + 1), "none may hold above"),
+        (lambda samples: samples[0].update(n_tokens=3), "3 tokens"),
+        (lambda samples: samples[0].update(n_bytes=3), "bytes of text"),
+        (lambda samples: samples[0].update(key="../x"), "refused"),
+        (lambda samples: samples[1].update(key=samples[0]["key"]), "a key twice"),
+        (lambda samples: samples[0].update(sha256="0"), "64 hexadecimal"),
+        (lambda samples: samples[0].update(document=None), "document of a sample is None"),
+        (lambda samples: samples.append(3), "must be a"),
+    ],
 )
+def test_bad_indexes(copy: Path, change: Callable[[list[dict[str, Any]]], None], message: str) -> None:
+    edit_index(copy, "train-000000.json", change)
+    with pytest.raises(DataError, match=rf"train-000000\.json.*{message}"):
+        read_first_sample(copy)
+
+
+def test_an_index_that_was_edited_is_refused(copy: Path) -> None:
+    path = copy / "train-000000.json"
+    path.write_text(path.read_text().replace('"offset": 512', '"offset": 1024'))
+    with pytest.raises(DataError, match=r"train-000000\.json: is not the index that was written"):
+        read_first_sample(copy)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-000000\.json: is missing"):
+        read_first_sample(copy)
+
+
+def test_check_names_missing_and_torn_shards(copy: Path) -> None:
+    corpus = Corpus.open([copy])
+    assert not list(corpus.check("train", 0.0))
+    path = copy / "train-000001.tar"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=rf"train-000001\.tar: shard holds 1000 bytes, expected {size}.*lost"):
+        list(corpus.check("train", 0.0))
+    [warning] = corpus.check("train", 0.9)
+    assert "train-000001.tar" in warning and "passed over" in warning
+    path.unlink()
+    with pytest.raises(DataError, match=rf"train-000001\.tar: shard is missing.*{size}"):
+        list(corpus.check("train", 0.9))
+
+
+@pytest.mark.parametrize("cut", [0, 100, 512, 513])
+def test_torn_samples_are_damaged(copy: Path, cut: int) -> None:
+    path = copy / "train-000000.tar"
+    assert len(read_first_sample(copy)) > 1
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(SampleDamaged, match="is torn"):
+        read_first_sample(copy)
+
+
+def test_a_shard_that_is_no_tar(copy: Path) -> None:
+    path = copy / "train-000000.tar"
+    path.write_bytes(b"not a tar file" * 1000)
+    with pytest.raises(SampleDamaged, match="tar header is broken"):
+        read_first_sample(copy)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar: is missing"):
+        read_first_sample(copy)
+    path.mkdir()
+    with pytest.raises(DataError, match=r"train-000000\.tar: is missing"):
+        read_first_sample(copy)
+
+
+@pytest.mark.parametrize("name", ["00000000.pkl", "x.pickle", "/00.txt", "../00.txt", "a/../00.txt", "a\\00.txt"])
 def test_bad_members_are_refused(copy: Path, name: str) -> None:
-    write_tar(copy / "train-000000.tar", [("0.txt", b"fine"), (name, pickle.dumps("x"))])
-    with pytest.raises(DataError, match=r"train-000000\.tar: sample 1 is named"):
-        read_first_shard(copy)
+    write_tar(copy / "train-000000.tar", [(name, pickle.dumps("x")), ("more.txt", bytes(20_000))])
+    with pytest.raises(DataError, match=r"train-000000\.tar: sample \d+ is named"):
+        read_first_sample(copy)
 
 
-def test_links_are_not_followed(copy: Path) -> None:
-    link = tarfile.TarInfo("0.txt")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+)
+def test_links_and_devices_are_refused(copy: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("00000000.txt")
+    member.type, member.linkname = kind, "/etc/passwd"
     with tarfile.open(copy / "train-000000.tar", "w") as tar:
-        tar.addfile(link)
-    with pytest.raises(DataError, match="holds 0 samples"):
-        read_first_shard(copy)
+        tar.addfile(member)
+    with pytest.raises(DataError, match="is a link, device or folder"):
+        read_first_sample(copy)
 
 
-@pytest.mark.parametrize(("payload", "message"), [(b"abc", "whole ids"), (b"\xff\xff", "token 65535")])
-def test_bad_token_ids(make_dataset: Callable[..., Dataset], payload: bytes, message: str) -> None:
-    folder = make_dataset(tokenizer=BpeTokenizer.train([b"text"], 270)).folder
-    write_tar(folder / "train-000000.tar", [("0.u16", payload)])
-    with pytest.raises(DataError, match=rf"sample 0 holds.*{message}"):
-        read_first_shard(folder)
+def test_oversized_members_are_refused(copy: Path) -> None:
+    member = tarfile.TarInfo("00000000.txt")
+    member.size = 1 << 40
+    path = copy / "train-000000.tar"
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + path.read_bytes()[512:])
+    with pytest.raises(DataError, match=f"claims {1 << 40} bytes"):
+        read_first_sample(copy)
+
+
+def test_another_member_in_the_place_is_damage(copy: Path) -> None:
+    write_tar(copy / "train-000000.tar", [("other.txt", bytes(20_000))])
+    with pytest.raises(SampleDamaged, match=r"'other\.txt' of 20000 bytes is in its place"):
+        read_first_sample(copy)
+
+
+def test_bad_token_ids(make_dataset: Callable[..., Dataset]) -> None:
+    """They were written like that, so they are no damage."""
+    folder = folder_of(make_dataset(tokenizer=BpeTokenizer.train([b"text"], 270)))
+    path = folder / "train-000000.tar"
+    content = b"\xff\xff" * (Dataset.open(folder).index(shard_of(folder)).entries[0].size // 2)
+    write_tar(path, [("00000000.u16", content), ("more", bytes(20_000))])
+    digest = hashlib.sha256(content).hexdigest()
+    edit_index(folder, "train-000000.json", lambda samples: samples[0].update(sha256=digest))
+    with pytest.raises(DataError, match="sample 00000000 holds token 65535"):
+        read_first_sample(folder)
+
+
+def shard_of(folder: Path) -> Shard:
+    return Dataset.open(folder).shards("train")[0]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:cat x",
+        "PIPE:cat x",
+        "simplecache::http://x/y",
+        "http::file:///x",
+        "ftp://x/y",
+        "memory://x",
+        "s3:::x",
+    ],
+)
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(DataError, match=r"data\.path=.*refused; it must be"):
+        Dataset.open(address)
+
+
+def test_file_addresses(copy: Path) -> None:
+    there = copy.rename(copy.with_name("with space"))
+    dataset = Dataset.open(f"file://{str(there).replace(' ', '%20')}")
+    assert len(documents_of(dataset)) == dataset.total("samples", "train")
 
 
 def test_damage_is_found_and_named(copy: Path) -> None:
     assert list(find_damage(Dataset.open(copy))) == []
-    path = copy / "train-000001.tar"
-    content = bytearray(path.read_bytes())
-    content[512] ^= 1  # the first byte of the first sample
-    path.write_bytes(content)
+    dataset = Dataset.open(copy)
+    _, name, key = damage_sample(dataset, 30)
     (copy / "train-000000.tar").unlink()
     (copy / "heldout-000000.json").unlink()
     damage = list(find_damage(Dataset.open(copy)))
     assert len(damage) == 4
-    assert "train-000000.tar: shard is missing" in damage[0]
-    assert "train-000001.tar: shard is not" in damage[1]
-    assert "train-000001.tar: sample" in damage[2]
+    assert "train-000000.tar: is missing" in damage[0]
+    assert f"{name}: shard is not" in damage[1]
+    assert f"{name}: sample {key}" in damage[2] and "altered" in damage[2]
     assert "heldout-000000.json" in damage[3]
+
+
+def test_data_sets_of_different_tokenizers_do_not_mix(
+    dataset: Dataset, make_dataset: Callable[..., Dataset]
+) -> None:
+    other = make_dataset(tokenizer=BpeTokenizer.train([b"text"], 270))
+    with pytest.raises(DataError, match=r"the tokenizer of .* must be that of"):
+        Corpus([dataset, other])

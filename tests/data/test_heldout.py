@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from data_helpers import numbered_text, replace_split
+from data_helpers import damage_sample, documents_of, folder_of, numbered_text, replace_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reformer_dist.data import BpeTokenizer, Dataset, EvalBatch, count_text_bytes, heldout_batches
-from reformer_dist.data.documents import read_documents
+from reformer_dist.data import BpeTokenizer, Corpus, Damage, Dataset, EvalBatch, count_text_bytes, heldout_batches
 from reformer_dist.errors import DataError
 
 
 def read(dataset: Dataset, **changed: Any) -> list[EvalBatch]:
     settings = {"seq_len": 50, "rows": 0, "micro_batch_size": 3, "dp_rank": 0, "dp_size": 1}
-    return list(heldout_batches(dataset, **(settings | changed)))
+    return list(heldout_batches(Corpus([dataset]), **(settings | changed)))
 
 
 def all_tokens(dataset: Dataset) -> list[int]:
-    shards = dataset.shards("heldout")
-    return [int(token) for shard in shards for document in read_documents(dataset, shard) for token in document]
+    return [int(token) for document in documents_of(dataset, "heldout") for token in document]
 
 
 def labels_in_order(ranks: list[list[EvalBatch]]) -> list[int]:
@@ -57,7 +56,7 @@ def test_inputs_are_the_tokens_before_the_labels(dataset: Dataset) -> None:
 @pytest.mark.parametrize(("rows", "dp_size"), [(1, 1), (5, 2), (7, 4), (2, 4), (10_000, 3)])
 def test_the_first_rows(dataset: Dataset, rows: int, dp_size: int) -> None:
     ranks = [read(dataset, rows=rows, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-    n_rows = min(rows, -(-dataset.n_tokens("heldout") // 50))
+    n_rows = min(rows, -(-dataset.total("tokens", "heldout") // 50))
     assert {len(batches) for batches in ranks} == {-(-n_rows // (3 * dp_size))}
     assert labels_in_order(ranks) == all_tokens(dataset)[: rows * 50]
 
@@ -67,13 +66,12 @@ def test_text_bytes_are_those_of_the_split(make_dataset: Callable[..., Dataset],
     changed = {"tokenizer": BpeTokenizer.train([numbered_text(1, 5000)], 290)} if kind == "bpe" else {}
     dataset = make_dataset(**changed)
     token_bytes = dataset.tokenizer.token_bytes
-    assert sum(count_text_bytes(batch.labels, token_bytes) for batch in read(dataset)) == dataset.n_bytes(
-        "heldout"
-    )
+    counted = sum(count_text_bytes(batch.labels, token_bytes) for batch in read(dataset))
+    assert counted == dataset.total("text_bytes", "heldout")
 
 
 def test_empty_documents(make_dataset: Callable[..., Dataset]) -> None:
-    folder = make_dataset().folder
+    folder = folder_of(make_dataset())
     replace_split(folder, "heldout", [b"", b"ab", b"", b""])
     assert labels_in_order([read(Dataset.open(folder), seq_len=2)]) == [256, 97, 98, 256, 256, 256]
 
@@ -81,12 +79,20 @@ def test_empty_documents(make_dataset: Callable[..., Dataset]) -> None:
 def test_nothing_held_out_is_an_error_at_once(make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset(heldout_fraction=0.0)
     with pytest.raises(DataError, match="--heldout"):
-        heldout_batches(dataset, seq_len=8, rows=0, micro_batch_size=1, dp_rank=0, dp_size=1)
+        heldout_batches(Corpus([dataset]), seq_len=8, rows=0, micro_batch_size=1)
 
 
-def test_a_torn_shard_is_named(make_dataset: Callable[..., Dataset]) -> None:
+def test_damaged_documents_are_left_out_and_named(make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset()
-    path = dataset.folder / dataset.shards("heldout")[0].name
-    path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(DataError, match=r"heldout-000000\.tar"):
+    text = documents_of(dataset, "heldout")
+    damage_sample(dataset, 1, "heldout")
+    found: list[Damage] = []
+    ranks = [
+        read(dataset, max_damaged_share=0.2, report=found.append, dp_rank=rank, dp_size=2) for rank in range(2)
+    ]
+    assert len(ranks[0]) == len(ranks[1])
+    assert labels_in_order(ranks) == np.concatenate([text[0], *text[2:]]).tolist()
+    assert len(found) == 2 and found[0] == found[1]
+    assert "heldout-000000.tar: sample 00000001" in str(found[0])
+    with pytest.raises(DataError, match=r"heldout-000000\.tar: sample 00000001 .*max_damaged_share=0 allows 0"):
         read(dataset)

@@ -2,92 +2,99 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from data_helpers import replace_split
+from data_helpers import damage_sample, folder_of, open_loader, read_steps, read_world, replace_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reformer_dist.data import Dataset, StepBatch, TrainLoader, merge_states
+from reformer_dist.data import Corpus, Dataset, consumed_hash, merge_states
+from reformer_dist.data import loader as loader_module
 from reformer_dist.errors import DataError
 
 
-def open_loader(dataset: Dataset, **changed: Any) -> TrainLoader:
-    settings = {"seq_len": 64, "batch_size": 8, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
-    return TrainLoader(dataset, **(settings | {"shuffle_buffer": 5, "seed": 3} | changed))
-
-
-def read_steps(dataset: Dataset, n_steps: int, **changed: Any) -> list[StepBatch]:
-    with open_loader(dataset, **changed) as loader:
-        return [next(loader) for _ in range(n_steps)]
-
-
-def read_world(
-    dataset: Dataset, n_steps: int, dp_size: int, **changed: Any
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Rows of all ranks [n_steps, batch_size, seq_len + 1], and the state after them."""
-    ranks = [read_steps(dataset, n_steps, dp_rank=rank, dp_size=dp_size, **changed) for rank in range(dp_size)]
-    rows = [torch.cat([batch.tokens.flatten(0, 1) for batch in step]) for step in zip(*ranks, strict=True)]
-    return torch.stack(rows), merge_states([steps[-1].state for steps in ranks])
-
-
 @pytest.mark.parametrize(
-    ("dp_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
+    ("dp_size", "micro_batch_size", "workers"),
+    [(1, 1, 0), (1, 4, 1), (1, 8, 3), (2, 1, 3), (2, 2, 0), (2, 4, 1), (4, 2, 3), (8, 1, 1)],
 )
-def test_no_world_changes_the_rows(dataset: Dataset, dp_size: int, micro_batch_size: int) -> None:
-    rows, state = read_world(dataset, 12, dp_size, micro_batch_size=micro_batch_size)
-    expected, expected_state = read_world(dataset, 12, 1, micro_batch_size=8)
+def test_no_world_changes_the_rows(dataset: Dataset, dp_size: int, micro_batch_size: int, workers: int) -> None:
+    rows, state = read_world(dataset, 12, dp_size, micro_batch_size=micro_batch_size, workers=workers)
+    expected, expected_state = read_world(dataset, 12)
     assert torch.equal(rows, expected)
     assert state == expected_state
 
 
 def test_shapes(dataset: Dataset) -> None:
-    [batch] = read_steps(dataset, 1, dp_rank=1, dp_size=2)
-    assert batch.tokens.shape == (2, 2, 65)
-    assert batch.tokens.dtype == torch.int64
-    assert sorted(batch.state["streams"]) == ["4", "5", "6", "7"]
+    [batch], state = read_steps(dataset, 1, dp_rank=1, dp_size=2, micro_batch_size=2)
+    assert batch.inputs.shape == batch.labels.shape == (2, 2, 64)
+    assert batch.inputs.dtype == batch.labels.dtype == torch.int64
+    assert sorted(state["streams"]) == ["4", "5", "6", "7"]
 
 
 def test_seeds_and_steps_differ(dataset: Dataset) -> None:
-    first, _ = read_world(dataset, 4, 1)
-    other, _ = read_world(dataset, 4, 1, seed=4)
+    first, _ = read_world(dataset, 4)
+    other, _ = read_world(dataset, 4, seed=4)
     assert not torch.equal(first, other)
-    assert len({tuple(row.tolist()) for row in first.flatten(0, 1)}) == 32
+    assert len({tuple(row.tolist()) for row in first[:, 0].flatten(0, 1)}) == 32
 
 
-@settings(max_examples=25, deadline=None)
+WORLDS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3]))
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    n_steps=st.integers(1, 12),
+    n_steps=st.integers(1, 60),
     seq_len=st.sampled_from([1, 7, 64, 400, 2500]),
-    shuffle_buffer=st.sampled_from([1, 3, 100]),
-    worlds=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
+    worlds=st.tuples(WORLDS, WORLDS),
+    weights=st.sampled_from([None, [0.3, 0.7]]),
+    damaged=st.booleans(),
 )
 def test_resume_is_exact_and_elastic(
-    dataset: Dataset, n_steps: int, seq_len: int, shuffle_buffer: int, worlds: tuple[int, int]
+    corpora: dict[bool, Corpus],
+    n_steps: int,
+    seq_len: int,
+    worlds: tuple[tuple[int, int], tuple[int, int]],
+    weights: list[float] | None,
+    damaged: bool,
 ) -> None:
-    changed = {"seq_len": seq_len, "shuffle_buffer": shuffle_buffer, "batch_size": 4, "micro_batch_size": 1}
-    whole, end = read_world(dataset, n_steps + 3, 1, **changed)
-    before, state = read_world(dataset, n_steps, worlds[0], **changed)
-    state = json.loads(json.dumps(state))
-    after, resumed_end = read_world(dataset, 3, worlds[1], state=state, **changed)
+    """Two data sets, pooled or mixed, whole or damaged; another number of ranks and threads goes on."""
+    corpus = Corpus(corpora[damaged].datasets, weights)
+    changed: dict[str, Any] = {"seq_len": seq_len, "batch_size": 4}
+    whole, end = read_world(corpus, n_steps + 3, **changed)
+    (first_ranks, first_workers), (then_ranks, then_workers) = worlds
+    before, state = read_world(corpus, n_steps, first_ranks, workers=first_workers, **changed)
+    after, resumed_end = read_world(corpus, 3, then_ranks, workers=then_workers, state=state, **changed)
     assert torch.equal(torch.cat([before, after]), whole)
     assert resumed_end == end
+    assert consumed_hash(state) != consumed_hash(end)
+
+
+@pytest.fixture(scope="module")
+def corpora(make_dataset: Callable[..., Dataset]) -> dict[bool, Corpus]:
+    """Two data sets, whole, and with damage in each."""
+    both = {}
+    for damaged in (False, True):
+        datasets = [make_dataset(), make_dataset([(f"n{n}", b"number %d. " % n * (n % 7 + 1)) for n in range(80)])]
+        if damaged:
+            for number in (0, 7, 8, 20):
+                damage_sample(datasets[0], number)
+                damage_sample(datasets[1], number)
+        both[damaged] = Corpus(datasets)
+    return both
 
 
 def test_state_is_that_of_the_batch_and_not_of_the_reader_ahead(dataset: Dataset) -> None:
-    with open_loader(dataset) as loader:
-        first = next(loader)
-        time.sleep(0.2)  # the thread is steps ahead by now
+    with open_loader(dataset, workers=2) as loader:
+        state = next(loader).state
+        time.sleep(0.2)  # the threads are steps ahead by now
         expected = next(loader)
-    [resumed] = read_steps(dataset, 1, state=first.state)
-    assert torch.equal(resumed.tokens, expected.tokens)
+    [resumed], _ = read_steps(dataset, 1, state=state)
+    assert torch.equal(resumed.inputs, expected.inputs)
 
 
 @pytest.mark.parametrize(
@@ -96,79 +103,108 @@ def test_state_is_that_of_the_batch_and_not_of_the_reader_ahead(dataset: Dataset
         ({"seq_len": 32}, "seq_len was 64 and is 32 now"),
         ({"batch_size": 4}, "batch_size was 8 and is 4 now"),
         ({"seed": 4}, "seed was 3 and is 4"),
-        ({"shuffle_buffer": 6}, "shuffle_buffer was 5"),
+        ({"shuffle": False}, "shuffle was True"),
     ],
 )
-def test_states_of_other_settings_are_refused(dataset: Dataset, changed: dict[str, int], message: str) -> None:
-    [batch] = read_steps(dataset, 1)
+def test_states_of_other_settings_are_refused(dataset: Dataset, changed: dict[str, Any], message: str) -> None:
+    _, state = read_steps(dataset, 1)
     with pytest.raises(DataError, match=message):
-        open_loader(dataset, state=batch.state, **changed)
+        open_loader(dataset, state=state, **changed)
 
 
-def test_states_of_other_data_are_refused(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
-    [batch] = read_steps(dataset, 1)
-    other = make_dataset(shard_bytes=1 << 20)
-    with pytest.raises(DataError, match="dataset was"):
-        open_loader(other, state=batch.state)
-
-
-@pytest.mark.parametrize("numbers", [None, [1, 2], [0, 0, -1], [0, 0, 1.5], "012", [0, 0, True]])
-def test_broken_states_are_refused(dataset: Dataset, numbers: object) -> None:
-    [batch] = read_steps(dataset, 1)
-    state = {**batch.state, "streams": {**batch.state["streams"], "3": numbers}}
+@pytest.mark.parametrize(
+    "stream",
+    [None, [1], [0, 0, "00" * 16], [-1, "00" * 16], [1.5, "00" * 16], [True, "00" * 16], [0, "xy"], "012"],
+)
+def test_broken_states_are_refused(dataset: Dataset, stream: object) -> None:
+    _, state = read_steps(dataset, 1)
     with pytest.raises(DataError, match="stream 3 is"):
-        open_loader(dataset, state=state)
-    with pytest.raises(DataError, match="streams is None"):
-        open_loader(dataset, state={**batch.state, "streams": None})
+        open_loader(dataset, state={**state, "streams": {**state["streams"], "3": stream}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("streams", None, "streams is None"),
+        ("version", 1, "version 1 is not"),
+        ("settings", None, "seed was None"),
+        ("step", -1, "step is -1"),
+        ("origin", [0], "origin is"),
+        ("quarantine", [[1]], "quarantine is"),
+    ],
+)
+def test_broken_parts_of_states_are_refused(dataset: Dataset, key: str, value: object, message: str) -> None:
+    _, state = read_steps(dataset, 1)
+    with pytest.raises(DataError, match=message):
+        open_loader(dataset, state={**state, key: value})
 
 
 def test_states_of_different_runs_do_not_merge(dataset: Dataset) -> None:
-    [first], [second] = (read_steps(dataset, 1, seed=seed) for seed in (1, 2))
+    states = [read_steps(dataset, 1, seed=seed)[1] for seed in (1, 2)]
     with pytest.raises(DataError, match="not of one run"):
-        merge_states([first.state, second.state])
+        merge_states(states)
     with pytest.raises(DataError, match="none"):
         merge_states([])
 
 
 def test_a_state_that_lacks_streams_is_refused(dataset: Dataset) -> None:
-    [batch] = read_steps(dataset, 1, dp_rank=0, dp_size=2)
+    _, state = read_steps(dataset, 1, dp_rank=0, dp_size=2)
     with pytest.raises(DataError, match="stream 4 is None"):
-        open_loader(dataset, dp_rank=1, dp_size=2, state=batch.state)
+        open_loader(dataset, dp_rank=1, dp_size=2, state=state)
 
 
-def test_errors_of_the_thread_reach_the_consumer(make_dataset: Callable[..., Dataset]) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_errors_of_threads_reach_the_consumer(make_dataset: Callable[..., Dataset], workers: int) -> None:
+    """At the step that they belong to, whatever is read ahead."""
     dataset = make_dataset()
-    for shard in dataset.shards("train")[1:]:
-        path: Path = dataset.folder / shard.name
-        path.write_bytes(path.read_bytes()[:700])
-    loader = open_loader(dataset)
-    with pytest.raises(DataError, match=r"train-00000\d\.tar.*torn"):
-        for _ in range(500):
+    (folder_of(dataset) / dataset.shards("train")[-1].name).unlink()
+    before = threading.active_count()
+    loader = open_loader(dataset, workers=workers, batch_size=4)
+    n_read = 0
+    with pytest.raises(DataError, match=r"train-\d+\.tar: is missing"):
+        for n_read in range(1000):  # noqa: B007
             next(loader)
+    assert n_read == 54
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+    assert threading.active_count() == before
 
 
-def test_close_stops_the_thread(dataset: Dataset) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_close_stops_the_threads(dataset: Dataset, workers: int) -> None:
     before = threading.active_count()
-    with open_loader(dataset) as loader:
+    with open_loader(dataset, workers=workers) as loader:
         assert threading.active_count() == before  # reading begins with the first step
         next(iter(loader))
-        assert threading.active_count() == before + 1
+        assert threading.active_count() == before + workers
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
     loader.close()
 
 
+def test_an_interrupt_closes_the_loader(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    loader = open_loader(dataset, workers=2)
+    next(loader)
+
+    def interrupt(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader_module._Thread, "next_rows", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    assert threading.active_count() == before
+
+
 def test_reading_ahead_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    read = TrainLoader._read_step
-    monkeypatch.setattr(TrainLoader, "_read_step", lambda self: steps.append(1) or read(self))
-    with open_loader(dataset) as loader:
+    read = loader_module._Reader.next_rows
+    monkeypatch.setattr(loader_module._Reader, "next_rows", lambda self: steps.append(1) or read(self))
+    with open_loader(dataset, workers=1) as loader:
         next(loader)
-        time.sleep(0.2)
-        assert len(steps) == 3
+        time.sleep(0.3)
+        assert len(steps) <= 2 + loader_module.PREFETCH_STEPS
 
 
 def test_a_batch_that_does_not_divide(dataset: Dataset) -> None:
@@ -178,8 +214,9 @@ def test_a_batch_that_does_not_divide(dataset: Dataset) -> None:
         open_loader(dataset, micro_batch_size=3)
 
 
-def test_a_split_without_text_is_refused(make_dataset: Callable[..., Dataset]) -> None:
-    folder = make_dataset().folder
-    replace_split(folder, "train", [b"", b""])
+@pytest.mark.parametrize("texts", [[b"", b""], [b"abc"]])
+def test_a_split_with_too_little_text_is_refused(make_dataset: Callable[..., Dataset], texts: list[bytes]) -> None:
+    folder = folder_of(make_dataset())
+    replace_split(folder, "train", texts)
     with pytest.raises(DataError, match="holds no text"):
         open_loader(Dataset.open(folder))

@@ -47,9 +47,9 @@ def test_folder_to_shards_and_back(texts: Path, tmp_path: Path) -> None:
     made = run("make_shards.py", *arguments)
     assert made.returncode == 0, made.stderr
     dataset = Dataset.open(tmp_path / "d")
-    assert dataset.n_samples("train") + dataset.n_samples("heldout") == 60
-    assert f"{dataset.n_bytes('train'):,} bytes" in made.stdout
-    assert f"{dataset.n_tokens('heldout'):,} tokens" in made.stdout
+    assert dataset.total("samples", "train") + dataset.total("samples", "heldout") == 60
+    assert f"{dataset.total('text_bytes', 'train'):,} bytes" in made.stdout
+    assert f"{dataset.total('tokens', 'heldout'):,} tokens" in made.stdout
     assert "held out:" in made.stdout
 
     shown = run("inspect_shards.py", tmp_path / "d", "--samples", 1, "--verify")
@@ -71,8 +71,10 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     dataset = Dataset.open(tmp_path / "a")
     assert dataset.tokenizer.vocab_size == 300
-    assert dataset.n_bytes("train") + dataset.n_bytes("heldout") == sum(len(t) for _, t in varied_documents())
-    assert dataset.n_tokens("train") < dataset.n_bytes("train")
+    assert dataset.total("text_bytes", "train") + dataset.total("text_bytes", "heldout") == sum(
+        len(t) for _, t in varied_documents()
+    )
+    assert dataset.total("tokens", "train") < dataset.total("text_bytes", "train")
 
     tokenizer_file = tmp_path / "a" / "tokenizer.json"
     made = run("make_shards.py", *common, "--tokenizer-file", tokenizer_file, "--output", tmp_path / "b")

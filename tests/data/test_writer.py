@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import webdataset
-from data_helpers import varied_documents
+from data_helpers import folder_of, varied_documents
 
 from reformer_dist.data import (
     BpeTokenizer,
     ByteTokenizer,
     Dataset,
+    SampleReader,
+    Source,
+    find_damage,
     is_heldout,
-    read_index,
-    read_sample,
     write_dataset,
 )
 from reformer_dist.errors import DataError
@@ -30,16 +31,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def texts_of(dataset: Dataset, split: str) -> list[bytes]:
     """Documents as plain webdataset reads them."""
-    urls = [str(dataset.folder / shard.name) for shard in dataset.shards(split)]
+    urls = [str(folder_of(dataset) / shard.name) for shard in dataset.shards(split)]
     return [sample["txt"] for sample in webdataset.WebDataset(urls, shardshuffle=False)]
 
 
 def test_same_documents_give_the_same_bytes(make_dataset: Callable[..., Dataset]) -> None:
     first, second = make_dataset(), make_dataset()
-    assert contents(first.folder) == contents(second.folder)
+    assert contents(folder_of(first)) == contents(folder_of(second))
     assert first.fingerprint == second.fingerprint
     assert make_dataset(varied_documents()[1:]).fingerprint != first.fingerprint
-    with tarfile.open(first.folder / "train-000000.tar") as tar:
+    with tarfile.open(folder_of(first) / "train-000000.tar") as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
 
 
@@ -48,9 +49,9 @@ def test_plain_webdataset_reads_the_shards(dataset: Dataset) -> None:
     assert Counter(texts["train"] + texts["heldout"]) == Counter(text for _, text in varied_documents())
     assert len(dataset.shards("train")) > 3
     for split, found in texts.items():
-        assert dataset.n_samples(split) == len(found)
-        assert dataset.n_bytes(split) == sum(map(len, found))
-        assert dataset.n_tokens(split) == sum(map(len, found)) + len(found)
+        assert dataset.total("samples", split) == len(found)
+        assert dataset.total("text_bytes", split) == sum(map(len, found))
+        assert dataset.total("tokens", split) == sum(map(len, found)) + len(found)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -58,14 +59,15 @@ def test_index_finds_every_sample(make_dataset: Callable[..., Dataset], kind: st
     documents = dict(varied_documents())
     tokenizer = BpeTokenizer.train(documents.values(), 280) if kind == "bpe" else ByteTokenizer()
     dataset = make_dataset(tokenizer=tokenizer)
-    names = set()
+    names, reader = set(), SampleReader()
     for split in dataset.splits:
         for shard in dataset.shards(split):
-            for entry in read_index(dataset, shard):
+            for entry in dataset.index(shard).entries:
                 names.add(entry.document)
-                ids = read_sample(dataset, shard, entry)
+                ids = reader.read(Source(dataset, shard, entry))[:-1]
                 assert dataset.tokenizer.decode(ids) == documents[entry.document].decode()
                 assert (entry.n_tokens, entry.n_bytes) == (len(ids) + 1, len(documents[entry.document]))
+    reader.close()
     assert names == documents.keys()
 
 
@@ -88,7 +90,7 @@ def test_share_of_held_out_documents() -> None:
 def test_shards_keep_to_their_size(dataset: Dataset) -> None:
     for shard in dataset.shards("train"):
         if shard.samples > 1:
-            assert sum(512 + -(-entry.size // 512) * 512 for entry in read_index(dataset, shard)) <= 12_000
+            assert sum(512 + -(-entry.size // 512) * 512 for entry in dataset.index(shard).entries) <= 12_000
 
 
 def test_empty_and_unreadable_documents_are_counted(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_overwrite_replaces_all_and_nothing_else(tmp_path: Path) -> None:
     tars = {path.name for path in tmp_path.glob("*.tar")}
     assert tars == {"train-000000.tar", "heldout-000000.tar"}
     assert (tmp_path / "train-notes.txt").read_text() == "mine"
-    Dataset.open(tmp_path).check("train")
+    assert not list(find_damage(Dataset.open(tmp_path)))
 
 
 def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from support.tiny import tiny_config
 from torch import Tensor
 
 from reformer_dist.build import build_trainer
-from reformer_dist.data import Dataset
-from reformer_dist.data.documents import read_documents
+from reformer_dist.data import Corpus, heldout_batches
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.load import load_model
 from reformer_dist.models import ReformerLM
@@ -50,15 +49,12 @@ def damage(folder: Path) -> None:
 def heldout_loss(folder: Path, seq_len: int) -> tuple[float, float]:
     """(nats per token, bits per byte) of a checkpoint on the whole held-out text, one row at a time."""
     loaded = load_model(folder, [], torch.device("cpu"))
-    dataset = Dataset.open(loaded.config.data.path)
-    text = [dataset.tokenizer.eos_id]
-    for shard in dataset.shards("heldout"):
-        for document in read_documents(dataset, shard):
-            text += document.tolist()
-    tokens = torch.tensor(text)
+    corpus = Corpus.open([loaded.config.data.path])
+    n_all = corpus.total("tokens", "heldout")
+    tokens = next(heldout_batches(corpus, seq_len=n_all, rows=0, micro_batch_size=1)).tokens[0]
     n_tokens = len(tokens) - 1
     nats = sum(_nats(loaded.model, tokens[start : start + seq_len + 1]) for start in range(0, n_tokens, seq_len))
-    n_bytes = dataset.n_bytes("heldout")
+    n_bytes = corpus.total("text_bytes", "heldout")
     return nats / n_tokens, nats / torch.tensor(2.0, dtype=torch.float64).log().item() / n_bytes
 
 

@@ -156,7 +156,7 @@ def test_errors_are_those_of_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> No
     for name, words in (
         ("uneven", "data.batch_size=5: must be a multiple of the 2 data-parallel ranks"),
         ("too many", "parallel.sequence=3: must divide the 2 ranks of the job"),
-        ("broken", "torn or altered"),
+        ("broken", "samples are damaged, and data.max_damaged_share=0.01 allows 0"),
         ("again", "resume=never: "),
     ):
         first, second = ranks[1][name]

@@ -31,7 +31,7 @@ def test_what_tensorboard_gets(whole: Path) -> None:
     train_tags = {f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps")}
     eval_tags = {"eval/loss", "eval/bits_per_byte", "reversible/drift", *lsh}
     perf_tags = {"perf/tokens_per_s", "perf/peak_memory_gib"}
-    assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags
+    assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags | {"data/damaged"}
     assert all(math.isfinite(event.value) for tag in eval_tags for event in events.Scalars(tag))
     assert 0 < scalars(whole, "reversible/drift")[6] < 1e-3
     assert scalars(whole, "train/lr")[2] == pytest.approx(0.01)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from reformer_dist.cli import run_command
-from reformer_dist.data import IGNORED_LABEL, Dataset, heldout_batches
+from reformer_dist.data import IGNORED_LABEL, heldout_batches
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError
+from reformer_dist.feed import open_corpus
 from reformer_dist.load import LoadedModel, load_model
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh import AttentionOptions
@@ -46,17 +47,15 @@ class MeasuredSequence(WholeSequence):
 @torch.no_grad()
 def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
     """Shares of each LSH layer over some held-out rows; every head counts alike. Raises UserError."""
-    dataset = Dataset.open(loaded.config.data.path)
-    dataset.check("heldout")
+    corpus = open_corpus(loaded.config.data, ["heldout"])
     device = next(loaded.model.parameters()).device
     totals: list[Coverage] = []
     batches = heldout_batches(
-        dataset,
+        corpus,
         seq_len=loaded.config.data.seq_len,
         rows=n_rows,
         micro_batch_size=1,
-        dp_rank=0,
-        dp_size=1,
+        max_damaged_share=loaded.config.data.max_damaged_share,
     )
     for batch in batches:
         sequence = MeasuredSequence()

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from reformer_dist.distributed.meeting import launcher_hosts_store
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.errors import PeerLost
 
@@ -216,7 +217,7 @@ class _Watch:
     def _who(self) -> str:
         has_failed = any(note.kind is Kind.failed for note in self._notes.values())
         if self._is_cut_off and not has_failed:
-            host = "the job's launcher" if _launcher_hosts_store() else f"rank 0 of {self._world_size}"
+            host = "the job's launcher" if launcher_hosts_store() else f"rank 0 of {self._world_size}"
             words = f"{host}, which hosts the job's store, was lost: ended without a word, or does not answer"
         else:
             words = judge(self._notes, self._world_size)
@@ -271,11 +272,6 @@ def _has_ended(connection: socket.socket) -> bool:
         return bool(select.select([connection], [], [], 0)[0]) and connection.recv(1) == b""
     except OSError:
         return True
-
-
-def _launcher_hosts_store() -> bool:
-    """As torchrun does; else rank 0 hosts it."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _words(error: BaseException) -> str:

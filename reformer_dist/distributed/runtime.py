@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from reformer_dist.distributed.meeting import connect, launcher_hosts_store, meet
 from reformer_dist.errors import PeerLost, UserError
 
 T = TypeVar("T")
@@ -160,7 +161,9 @@ def start(timeout: timedelta = TIMEOUT) -> Runtime:
 def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
     """Raises PeerLost where the others do not come."""
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        # None: rank 0 makes one
+        store = meet(connect(timeout), rank, world_size, timeout) if launcher_hosts_store() else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerLost(

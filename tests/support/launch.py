@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -39,6 +41,17 @@ def run_command(name: str, *args: object, status: int = 0, timeout: float = 180,
     ended, output = _run([str(BIN / name), *map(str, args)], timeout, env)
     assert ended == status, f"ended with status {ended}:\n{output}"
     return output
+
+
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports in a row that nothing listens on."""
+    while True:
+        with ExitStack() as taken:
+            first = taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            with suppress(OSError):
+                for port in range(first + 1, first + count):
+                    taken.enter_context(socket.create_server(("127.0.0.1", port)))
+                return first
 
 
 def _run(command: list[str], timeout: float, env: Mapping[str, str]) -> tuple[int, str]:

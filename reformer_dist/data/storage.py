@@ -126,7 +126,7 @@ class RemoteFolder:
 
         return self._cache.open(wanted, where, download)
 
-    def _retried(self, name: str, action: Callable[[str], T], pauses: tuple[float, ...] = PAUSES) -> T:
+    def _retried(self, name: str, action: Callable[[str], T], attempt: int = 0) -> T:
         try:
             return action(f"{self._root}/{name}")
         except DataError:
@@ -134,11 +134,11 @@ class RemoteFolder:
         except FileNotFoundError as error:
             raise DataError(f"{self.where(name)}: is missing") from error
         except Exception as error:  # each file system has its own kinds
-            if not pauses:
+            if attempt == len(PAUSES):
                 words = f"{type(error).__name__}: {error}"
                 raise DataError(f"{self.where(name)}: can't be read ({words})") from error
-        time.sleep(pauses[0])
-        return self._retried(name, action, pauses[1:])
+        time.sleep(PAUSES[attempt])
+        return self._retried(name, action, attempt + 1)
 
 
 class _Limit(Callback):

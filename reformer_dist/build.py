@@ -24,17 +24,20 @@ from reformer_dist.run_folder import changed_keys, make_run_folder, require_same
 from reformer_dist.share import share_sequences
 from reformer_dist.training.checkpoints import Checkpoints, find_start
 from reformer_dist.training.intake import Intake
-from reformer_dist.training.tensorboard import Board
+from reformer_dist.training.journal import Journal
+from reformer_dist.training.stopping import StopSignal
 from reformer_dist.training.trainer import Progress, Trainer
 
-TENSORBOARD_FOLDER = "tensorboard"
 
-
-def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> Trainer:
+def build_trainer(
+    config: RunConfig, runtime: Runtime, resources: ExitStack, stop: StopSignal | None = None
+) -> Trainer:
     """Checks everything that can be checked, builds all parts, and resumes if there is something to resume.
 
-    What must be closed at the end of the run is pushed on `resources`. Raises UserError, alike on every rank.
+    What must be closed at the end of the run is pushed on `resources`; `stop` tells when to end early.
+    Raises UserError, alike on every rank.
     """
+    stop = stop or StopSignal()
     require_same_config(config, runtime)
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     corpus = runtime.together(lambda: open_training_corpus(config))
@@ -57,14 +60,14 @@ def build_trainer(config: RunConfig, runtime: Runtime, resources: ExitStack) -> 
     loader = feed.loader(config, sequence.grid, micro_batch)
     resources.callback(loader.close)
     write_config(config, runtime)
-    board = Board(folder / TENSORBOARD_FOLDER, is_active=runtime.is_main, first_step=progress.step)
-    resources.callback(board.close)
-    probes = Probes(config, runtime, engine, sequence, corpus, board)
+    journal = Journal(folder, is_active=runtime.is_main, first_step=progress.step)
+    resources.callback(journal.close)
+    probes = Probes(config, runtime, engine, sequence, corpus, journal, stop)
     _announce(config, runtime, corpus, description["shapes"], n_micro)
     bytes_per_token = corpus.total("text_bytes", "train") / corpus.total("tokens", "train")
-    intake = Intake(runtime, sequence, loader, QuarantineFile(folder).add)
+    intake = Intake(runtime, sequence, loader, QuarantineFile(folder).add, stop)
     return Trainer(
-        config, runtime, engine, sequence, intake, checkpoints, probes, board, progress, bytes_per_token
+        config, runtime, engine, sequence, intake, checkpoints, probes, journal, progress, bytes_per_token
     )
 
 

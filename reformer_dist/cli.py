@@ -13,6 +13,7 @@ from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
 
 INTERRUPTED = 130
+PREEMPTED = os.EX_TEMPFAIL  # 75: told to end by a signal, and saved; the same command goes on
 HEAR_OUT = 10.0  # seconds that silent ranks leave to rank 0, which speaks for all
 
 
@@ -24,6 +25,9 @@ def run_command(command: Callable[[], None]) -> None:
     log.configure()
     try:
         command()
+    except runtime.Preempted as stopped:
+        sys.stdout.write(f"{stopped}\n" if runtime.env_rank() == 0 else "")
+        _leave(PREEMPTED)
     except (ConfigError, runtime.SharedError) as error:
         runtime.stop()
         _exit(error, speaks=runtime.env_rank() == 0)

@@ -18,7 +18,8 @@ from reformer_dist.models import ReformerLM
 from reformer_dist.ops.lsh.health import LSHHealth
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.evaluator import evaluate
-from reformer_dist.training.tensorboard import Board
+from reformer_dist.training.journal import Journal
+from reformer_dist.training.stopping import StopSignal
 
 PROMPT_TOKENS = 64
 
@@ -33,24 +34,29 @@ class Probes:
         engine: TrainEngine,
         sequence: SlicedSequence,
         corpus: Corpus,
-        board: Board,
+        journal: Journal,
+        stop: StopSignal,
     ) -> None:
         self._config, self._runtime, self._engine, self._sequence = config, runtime, engine, sequence
-        self._corpus, self._board = corpus, board
+        self._corpus, self._journal, self._stop = corpus, journal, stop
         self._token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes)
         self._micro_batch, _ = config.micro_batching(runtime.world_size)
 
-    def evaluate(self, step: int) -> None:
-        """Held-out loss over data.eval_rows rows, and the health of the model on the first of them."""
+    def evaluate(self, step: int, seconds: float) -> None:
+        """Held-out loss over data.eval_rows rows, and the health of the model on the first of them.
+
+        seconds: of training so far. Raises Preempted alike on every rank if any is told to stop meanwhile.
+        """
         self._engine.train(False)
         grid = self._sequence.grid
         batches = self._batches(self._config.data.eval_rows, self._micro_batch, grid.dp_rank, grid.dp_size)
+        batches = self._stop.until_stopped(batches, self._runtime)
         result = evaluate(self._engine.forward, batches, self._token_bytes, self._runtime, self._sequence)
         logger.info(
             f"step {step} | held-out loss {result.loss:.3f} | held-out bits per byte {result.bits_per_byte:.3f}"
         )
         values = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
-        self._board.scalars({**values, **self._health()}, step)
+        self._journal.scalars({**values, **self._health()}, step, seconds)
         self._engine.train(True)
 
     def sample(self, step: int) -> None:
@@ -60,9 +66,10 @@ class Probes:
         longest = self._config.model.max_positions or self._config.data.seq_len
         n_tokens = max(0, min(self._config.trainer.sample_tokens, longest - prompt.numel()))
         options = SamplingOptions(seed=self._config.trainer.seed)
-        drawn = list(generate(self._engine.forward, prompt, n_tokens, options))
+        tokens = generate(self._engine.forward, prompt, n_tokens, options)
+        drawn = list(self._stop.until_stopped(tokens, self._runtime))
         tokenizer = self._corpus.tokenizer
-        self._board.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)
+        self._journal.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)
         self._engine.train(True)
 
     def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[EvalBatch]:

@@ -22,10 +22,18 @@ def train(config: RunConfig) -> None:
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
     from reformer_dist.distributed import failures
+    from reformer_dist.training.stopping import StopSignal
 
-    job = runtime.start(timedelta(seconds=config.parallel.timeout))
-    with ExitStack() as resources, failures.named(job, ADVICE):
-        build_trainer(config, job, resources).fit()
+    stop = StopSignal()
+    with stop.listen():
+        job = runtime.start(timedelta(seconds=config.parallel.timeout))
+        stop.wait_for_steps()
+        with ExitStack() as resources, failures.named(job, ADVICE):
+            try:
+                build_trainer(config, job, resources, stop).fit()
+            except runtime.Preempted:
+                stop.leave_soon()
+                raise
 
 
 def _launch(config: RunConfig, arguments: list[str]) -> None:

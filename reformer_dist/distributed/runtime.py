@@ -29,6 +29,10 @@ class SharedError(UserError):
     """An error that every rank raises alike, so that one of them may speak for all."""
 
 
+class Preempted(SharedError):
+    """Every rank stops alike, because the job was told to; what it had done is saved."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process among the others."""

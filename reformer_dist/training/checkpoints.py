@@ -14,6 +14,7 @@ from reformer_dist.log import logger
 from reformer_dist.training.trainer import Progress
 
 FOLDER = "checkpoints"
+PROGRESS = ("step", "skipped", "skipped_in_a_row", "seconds", "is_observed")  # alike on all ranks
 
 
 def find_start(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
@@ -63,7 +64,7 @@ class Checkpoints:
         """Writes the checkpoint of the step just done. Raises UserError alike on every rank."""
         run = {
             **self._description,
-            "progress": {"step": progress.step, "skipped": progress.skipped},
+            "progress": {name: getattr(progress, name) for name in PROGRESS},
             "loss_scaler": self._engine.scaler_state(),
         }
         folder = write_checkpoint(
@@ -71,7 +72,7 @@ class Checkpoints:
             self._root,
             progress.step,
             self._engine.fragments(),
-            rank_state={"data": data_state},
+            rank_state={"data": data_state, "window": progress.window},
             run=run,
             extra_files=self._extra_files,
             keep=self._keep,
@@ -83,5 +84,14 @@ class Checkpoints:
         self._runtime.together(lambda: reader.check_shapes(self._description["shapes"]))
         self._runtime.together(lambda: self._engine.load_fragments(reader))
         self._engine.load_scaler_state(reader.run["loss_scaler"])
-        saved = reader.run["progress"]
-        return Progress(step=saved["step"], skipped=saved["skipped"])
+        saved = {name: value for name, value in reader.run["progress"].items() if name in PROGRESS}
+        return Progress(**saved, window=self._window(reader))
+
+    def _window(self, reader: CheckpointReader) -> dict[str, float]:
+        """This rank's share of the window in which the run was cut; in another world, rank 0 takes all of it."""
+        windows = [state.get("window", {}) for state in reader.rank_states]
+        rank = self._runtime.rank
+        if len(windows) == self._runtime.world_size:
+            return windows[rank]
+        total = sum(window.get("loss", 0.0) for window in windows)
+        return windows[0] and {**windows[0], "loss": total if rank == 0 else 0.0}

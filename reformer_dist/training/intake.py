@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from reformer_dist.distributed.runtime import Runtime, SharedError
+from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.evaluator import IGNORED
+from reformer_dist.training.stopping import StopSignal
+
+LOOK_UP = 0.2  # seconds between two looks at the stop signal, while data is waited for
 
 
 class StepBatch(Protocol):
@@ -81,9 +85,13 @@ class Intake:
         sequence: SlicedSequence,
         batches: Batches,
         report: Callable[[list[Any]], None] = lambda damaged: None,
+        stop: StopSignal | None = None,
     ) -> None:
         """report: told on rank 0 of the samples that any rank found damaged."""
         self._runtime, self._sequence, self._batches, self._report = runtime, sequence, batches, report
+        self._stop = stop or StopSignal()
+        # a thread may wait for a data source that never answers, while the main one can be told to stop
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="intake")
 
     @property
     def n_damaged(self) -> int:
@@ -91,17 +99,22 @@ class Intake:
         return self._batches.n_damaged
 
     def next_rows(self) -> Rows:
-        """This rank's rows of the next step. Raises an error alike on every rank if any can't read its own."""
+        """This rank's rows of the next step.
+
+        Raises alike on every rank: Preempted if any was told to stop, an error if any can't read its rows.
+        """
         batch, labels, error = None, None, None
         try:
-            batch = next(self._batches)
-            labels = self._slice(batch.labels, IGNORED)
+            batch = self._wait_for(self._reader.submit(next, self._batches))
+            labels = None if batch is None else self._slice(batch.labels, IGNORED)
         except (DataError, OSError) as caught:
             error = caught
         valid = 0 if labels is None else int((labels != IGNORED).sum())
         n_damaged, odds = (len(batch.damaged), self._odds(batch.checksum)) if batch is not None else (0, 0)
-        mine = [float(error is not None), float(valid), float(n_damaged), float(odds)]
-        failed, valid_tokens, n_damaged_of_all, odds_of_all = self._runtime.sum(mine)
+        mine = [error is not None, self._stop.is_set, valid, n_damaged, odds]
+        failed, stopped, valid_tokens, n_damaged_of_all, odds_of_all = self._runtime.sum([*map(float, mine)])
+        if stopped:
+            raise Preempted("told to stop")
         if failed:
             self._runtime.raise_together(error)
         assert batch is not None and labels is not None
@@ -122,6 +135,13 @@ class Intake:
         damaged = [found[words] for words in sorted(found)]
         self._runtime.on_main(lambda: self._report(damaged))
         self._runtime.together(lambda: self._batches.learn(damaged))
+
+    def _wait_for(self, coming: Future[StepBatch]) -> StepBatch | None:
+        """The batch, or None if this process is told to stop before it comes."""
+        while not self._stop.is_set:
+            if wait([coming], timeout=LOOK_UP).done:
+                return coming.result()
+        return None
 
     def _slice(self, rows: Tensor, fill: int) -> Tensor:
         """[n_micro, micro_batch, seq_len] to [n_micro, micro_batch, tokens at hand]."""

@@ -67,12 +67,39 @@ class Window:
         self._paused += seconds
 
     @property
+    def has_steps(self) -> bool:
+        return self._steps > 0
+
+    @property
+    def seconds(self) -> float:
+        """Spent on steps since the last report."""
+        return time.perf_counter() - self._start - self._paused
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What a resumed run needs to report the window as if it had not been cut: this rank's, as JSON values."""
+        return {
+            "loss": self.local_loss,
+            "counted": self._counted,
+            "tokens": self._tokens,
+            "steps": self._steps,
+            "seconds": self.seconds,
+        }
+
+    def go_on(self, state: dict[str, float]) -> None:
+        """Begins anew where a saved window was."""
+        self.reset()
+        self._loss += state["loss"]
+        self._counted, self._tokens, self._steps = state["counted"], state["tokens"], int(state["steps"])
+        self._paused = -state["seconds"]
+
+    @property
     def local_loss(self) -> float:
         return float(self._loss)
 
     def result(self, loss_sum: float) -> WindowResult:
         """loss_sum: local_loss summed over the ranks."""
-        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        seconds = max(1e-9, self.seconds)
         loss = loss_sum / self._counted if self._counted else math.nan
         return WindowResult(loss, self._tokens / seconds, seconds / max(1, self._steps))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from reformer_dist.config import RunConfig
-from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.distributed.runtime import Preempted, Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import TrainingError, UserError
@@ -17,8 +17,8 @@ from reformer_dist.log import logger
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.seeds import derive_seed
 from reformer_dist.training.intake import Intake, Rows
+from reformer_dist.training.journal import Journal
 from reformer_dist.training.metrics import Window, bits_per_byte, peak_memory_gib, progress_line
-from reformer_dist.training.tensorboard import Board
 
 
 @dataclass
@@ -29,6 +29,12 @@ class Progress:
     """Optimizer steps done, skipped ones included."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Of training: evaluation, samples and checkpoints left out."""
+    is_observed: bool = True
+    """False where the evaluation or sample of the step was cut short, and has to be made up for."""
+    window: dict[str, float] = field(default_factory=dict)
+    """Of this rank: the steps since the last report, if the run was cut between two of them."""
 
 
 class Saver(Protocol):
@@ -38,9 +44,12 @@ class Saver(Protocol):
 
 
 class Observer(Protocol):
-    """Looks at the model beside training; called on every rank with the step just done."""
+    """Looks at the model beside training; called on every rank with the step just done.
 
-    def evaluate(self, step: int) -> None: ...
+    Raises Preempted alike on every rank if any is told to stop meanwhile.
+    """
+
+    def evaluate(self, step: int, seconds: float) -> None: ...
 
     def sample(self, step: int) -> None: ...
 
@@ -57,42 +66,78 @@ class Trainer:
         intake: Intake,
         saver: Saver,
         observer: Observer,
-        board: Board,
+        journal: Journal,
         progress: Progress,
         bytes_per_token: float,
     ) -> None:
         self.config = config
         self.progress = progress
         self._runtime, self._engine, self._sequence, self._intake = runtime, engine, sequence, intake
-        self._saver, self._observer, self._board = saver, observer, board
+        self._saver, self._observer, self._journal = saver, observer, journal
         self._bytes_per_token = bytes_per_token
         self._window = Window(runtime.device)
+        self._data_state: dict[str, Any] = {}
+        self._saved_step = progress.step  # what a stop need not save again
 
     def fit(self) -> None:
-        """Trains up to trainer.max_steps, then evaluates and saves. Raises UserError alike on every rank."""
-        settings = self.config.trainer
-        if self.progress.step >= settings.max_steps:
-            logger.info(f"already at step {self.progress.step} of {settings.max_steps}: nothing to train")
+        """Trains up to trainer.max_steps, then evaluates and saves.
+
+        Raises alike on every rank: UserError, and Preempted once it has saved because the job was told to stop.
+        """
+        if self.progress.step >= self.config.trainer.max_steps and self.progress.is_observed:
+            logger.info(
+                f"already at step {self.progress.step} of {self.config.trainer.max_steps}: nothing to train"
+            )
             return
         self._window.reset()
-        while self.progress.step < settings.max_steps:
-            rows = self._intake.next_rows()
-            self._train_step(rows)
+        if self.progress.window:
+            self._window.go_on(self.progress.window)
+        try:
+            self._train()
+        except Preempted as told:
+            raise Preempted(f"{told}: {self._save_before_leaving()}") from None
+
+    def _train(self) -> None:
+        if not self.progress.is_observed:
+            self._observe()
+        while self.progress.step < self.config.trainer.max_steps:
             start = time.perf_counter()
-            if self._is_due(settings.eval_every):
-                self._observer.evaluate(self.progress.step)
-            if self._is_due(settings.sample_every):
-                self._observer.sample(self.progress.step)
-            if self._is_due(settings.save_every):
-                self._save(rows.state)
-            self._window.pause(time.perf_counter() - start)
+            rows = self._intake.next_rows()
+            grad_norm, lr = self._train_step(rows)
+            self._data_state = rows.state
+            self.progress.seconds += time.perf_counter() - start
+            if self._is_due(self.config.trainer.log_every):
+                self._report(grad_norm, lr)
+            end = time.perf_counter()
+            self._observe()
+            self._journal.end_step()
+            if self._is_due(self.config.trainer.save_every):
+                self._save()
+            self._window.pause(time.perf_counter() - end)
+
+    def _observe(self) -> None:
+        self.progress.is_observed = False
+        if self._is_due(self.config.trainer.eval_every):
+            self._observer.evaluate(self.progress.step, self.progress.seconds)
+        if self._is_due(self.config.trainer.sample_every):
+            self._observer.sample(self.progress.step)
+        self.progress.is_observed = True
+
+    def _save_before_leaving(self) -> str:
+        """What became of the run, in words."""
+        step = self.progress.step
+        if step == self._saved_step:
+            return f"nothing was done since the checkpoint of step {step}" if step else "before the first step"
+        self._save(must=True)
+        return f"saved step {step}; the same command goes on from there"
 
     def _is_due(self, interval: int) -> bool:
         """Every `interval` steps and at the end; never if it is 0."""
         step = self.progress.step
         return interval > 0 and (step % interval == 0 or step == self.config.trainer.max_steps)
 
-    def _train_step(self, rows: Rows) -> None:
+    def _train_step(self, rows: Rows) -> tuple[float, float]:
+        """(norm of the gradient, learning rate)."""
         step, device, sequence = self.progress.step, self._runtime.device, self._sequence
         inputs, labels = rows.inputs.to(device), rows.labels.to(device)
         n_micro, n_rows, _ = inputs.shape
@@ -115,8 +160,7 @@ class Trainer:
         self.progress.step = step + 1
         self._window.add(loss_sum, rows.valid_tokens, was_skipped=result.was_skipped)
         self._count_skips(result.was_skipped)
-        if self._is_due(self.config.trainer.log_every):
-            self._report(result.grad_norm, lr)
+        return result.grad_norm, lr
 
     def _count_skips(self, was_skipped: bool) -> None:
         progress, limit = self.progress, self.config.trainer.max_skipped_steps
@@ -151,15 +195,18 @@ class Trainer:
             "perf/tokens_per_s": window.tokens_per_s,
             "perf/peak_memory_gib": peak_memory_gib(self._runtime.device),
         }
-        self._board.scalars(values, step)
+        self._journal.scalars(values, step, self.progress.seconds)
         self._window.reset()
 
-    def _save(self, data_state: dict[str, Any]) -> None:
-        self._board.flush()
+    def _save(self, *, must: bool = False) -> None:
+        """Saves the step just done; where that fails, the run goes on unless it is at its end, or `must`."""
+        self._journal.flush()  # first: a checkpoint must not be ahead of what was written down
+        self.progress.window = self._window.state if self._window.has_steps else {}
         try:
-            self._saver.save(self.progress, data_state)
+            self._saver.save(self.progress, self._data_state)
+            self._saved_step = self.progress.step
         except UserError as error:
-            if self.progress.step == self.config.trainer.max_steps:
+            if must or self.progress.step == self.config.trainer.max_steps:
                 raise
             # the run goes on: a later save may succeed, and the last good checkpoint stands
             logger.warning(f"step {self.progress.step}: the checkpoint could not be written: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,15 +16,24 @@ from reformer_dist.data import Corpus, heldout_batches
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.load import load_model
 from reformer_dist.models import ReformerLM
+from reformer_dist.training.stopping import StopSignal
 
 LOSS = "train/loss"
 
 
-def train(job: Runtime, data: Path, output: Path, *changed: str) -> Path:
+def train(job: Runtime, data: Path, output: Path, *changed: str, stop: StopSignal | None = None) -> Path:
     """Trains as `reformer-train` would; returns the run directory."""
     with ExitStack() as resources:
-        build_trainer(tiny_config(data, output, *changed), job, resources).fit()
+        build_trainer(tiny_config(data, output, *changed), job, resources, stop).fit()
     return output
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """What metrics.jsonl tells of each step, but for speed, time and memory; each step stands there once."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
+    return {row["step"]: {tag: row[tag] for tag in row if not tag.startswith(("perf/", "time_s"))} for row in rows}
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -1,0 +1,100 @@
+"""Being told to stop: SIGTERM and SIGINT are heard whatever the main thread does, and obeyed by all ranks alike.
+
+Schedulers send SIGTERM some seconds before they kill. A thread hears it even while the main thread waits in a
+collective. Before the job has come together the process ends at once; after that, the ranks agree at the next
+step or held-out batch, save, and end. A second SIGINT ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from reformer_dist.distributed.runtime import Preempted, Runtime
+
+T = TypeVar("T")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT
+LINGER = 10.0  # seconds that the parts of a stopped run may take to close
+ECHO = 1.0  # seconds in which a second SIGINT is the first one, sent by the terminal and by a launcher
+
+
+class StopSignal:
+    """Whether this process was told to stop; before `listen`, it never is."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._is_awaited = False
+        self._first = 0.0
+
+    @property
+    def is_set(self) -> bool:
+        return self._name != ""
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Hears signals from now on; in the main thread only. Until `wait_for_steps` they end the process."""
+        near, far = socket.socketpair()
+        far.setblocking(False)
+        before = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        wakeup = signal.set_wakeup_fd(far.fileno())
+        threading.Thread(target=self._hear, args=(near,), name="signals", daemon=True).start()
+        owner = os.getpid()
+        os.register_at_fork(after_in_child=lambda: _be_deaf(owner))
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            far.close()
+
+    def wait_for_steps(self) -> None:
+        """From now on a signal is obeyed between steps."""
+        self._is_awaited = True
+
+    def leave_soon(self) -> None:
+        """Ends the process within seconds even if a part does not close, such as a source that never answers."""
+        timer = threading.Timer(LINGER, os._exit, args=(os.EX_TEMPFAIL,))
+        timer.daemon = True
+        timer.start()
+
+    def agree(self, runtime: Runtime) -> None:
+        """Every rank calls this. Raises Preempted alike on every rank if any was told to stop."""
+        if runtime.sum([float(self.is_set)])[0]:
+            raise Preempted("told to stop")
+
+    def until_stopped(self, things: Iterable[T], runtime: Runtime) -> Iterator[T]:
+        """Passes on as many things on every rank; raises Preempted between two of them."""
+        for thing in things:
+            self.agree(runtime)
+            yield thing
+
+    def _hear(self, near: socket.socket) -> None:
+        with near:
+            while heard := near.recv(1):
+                if heard[0] in SIGNALS:
+                    self._obey(signal.Signals(heard[0]))
+
+    def _obey(self, signum: signal.Signals) -> None:
+        now = time.monotonic()
+        if not self._is_awaited:
+            os._exit(os.EX_TEMPFAIL)
+        if self.is_set and signum is signal.SIGINT and now - self._first > ECHO:
+            os._exit(INTERRUPTED)
+        if not self.is_set:
+            self._first, self._name = now, signum.name
+
+
+def _be_deaf(owner: int) -> None:
+    """A forked child is ended by signals as any process, and does not tell its parent of them."""
+    if os.getpid() != owner:
+        signal.set_wakeup_fd(-1)
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)

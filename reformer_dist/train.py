@@ -48,7 +48,15 @@ def _launch(config: RunConfig, arguments: list[str]) -> None:
 
 
 def sweep(request: SweepRequest) -> None:
-    """Runs the trials of a sweep, each as a job of its own. Raises ConfigError; ends with their status."""
+    """Runs the trials of a sweep, each as a job of its own, or prints the script that does.
+
+    Raises ConfigError; ends with the status of the trials.
+    """
+    if request.launcher.kind not in (LauncherKind.none, LauncherKind.local) and not runtime.is_rank():
+        from reformer_dist.launch.render import render_sweep
+
+        sys.stdout.write(render_sweep(request.launcher, sys.argv[1:]))
+        return
     from reformer_dist.sweep.run import run_sweep
 
     sys.exit(run_sweep(request))

@@ -20,7 +20,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
     "engine": {"config", "errors", "distributed"},
-    "launch": {"compose", "config", "errors"},
+    "launch": {"config", "errors"},
     "sweep": {"compose", "config", "distributed", "errors", "log", "overrides", "seeds", "training"},
     "parallel": {"distributed", "errors", "ops"},
     "training": {"config", "checkpoint", "distributed", "engine", "errors", "log", "parallel", "seeds"},

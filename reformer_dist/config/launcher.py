@@ -58,8 +58,8 @@ class LauncherConfig:
     """Longest time of a SLURM job, after which it is requeued."""
     sbatch: list[str] = field(default_factory=list)
     """Further options of sbatch, such as "--partition=gpu"."""
-    array: list[str] = field(default_factory=list)
-    """A SLURM job array: the overrides of each task, such as "model.n_hashes=2 optim.lr=1e-3"."""
+    array: int = 0
+    """Tasks of a SLURM job array among which the trials of a sweep are shared; 0: no array."""
     image: str = ""
     """Container image that has reformer_dist. For Kubernetes."""
     claim: str = ""
@@ -69,6 +69,7 @@ class LauncherConfig:
         at_least(1, launcher__nproc_per_node=self.nproc_per_node, launcher__nnodes=self.nnodes)
         at_least(1, launcher__cpus_per_rank=self.cpus_per_rank, launcher__grace=self.grace)
         at_least(0, launcher__max_restarts=self.max_restarts, launcher__gpus_per_node=self.gpus_per_node)
+        at_least(0, launcher__array=self.array)
         if self.kind in BY_HOSTS:
             require(bool(self.hosts), "launcher.hosts", "[]", "must name the machines, such as [node1,node2]")
         if self.kind in ON_ONE_MACHINE:

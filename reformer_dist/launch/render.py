@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Sequence
 
-from reformer_dist.compose import plain, run_config_from
 from reformer_dist.config import LauncherConfig, LauncherKind, RunConfig
 from reformer_dist.config.checks import require
 from reformer_dist.launch import manifests, scripts
 
 FORMS: dict[LauncherKind, Callable[[LauncherConfig, Sequence[str], str], str]] = {
+    LauncherKind.slurm: scripts.slurm,
     LauncherKind.torchrun: scripts.torchrun,
     LauncherKind.deepspeed: scripts.deepspeed,
     LauncherKind.job: manifests.job,
@@ -29,20 +28,28 @@ def render(config: RunConfig, arguments: Sequence[str]) -> str:
     right = "must be given: what this machine has says nothing about those that will train"
     require(launcher.nproc_per_node is not None, "launcher.nproc_per_node", "null", right)
     config.micro_batching((launcher.nproc_per_node or 1) * launcher.n_nodes)
-    others = [each for each in arguments if not each.lstrip("+").startswith(("launcher=", "launcher."))]
-    source = f"Written by: {shlex.join(['reformer-train', *arguments])}"
-    if launcher.kind is LauncherKind.slurm:
-        return scripts.slurm(launcher, others, source, _trials(config))
-    return FORMS[launcher.kind](launcher, others, source)
+    right = "must be 0: the trials of a sweep are shared among the tasks of an array; add --multirun"
+    require(launcher.array == 0, "launcher.array", launcher.array, right)
+    return FORMS[launcher.kind](launcher, _less_launcher(arguments), _source(arguments))
 
 
-def _trials(config: RunConfig) -> list[list[str]]:
-    """What each task of launcher.array adds to the command, a run directory of its own among it."""
-    trials = []
-    for words in config.launcher.array:
-        overrides = shlex.split(words)
-        run_config_from(plain(config), overrides)  # raises ConfigError for one that can't be
-        name = ",".join(overrides).replace("/", "_")
-        # a string in quotes is the same to Hydra and to JSON; without them Hydra would split it at the commas
-        trials.append([*overrides, f"output_dir={json.dumps(f'{config.output_dir}/{name}', ensure_ascii=False)}"])
-    return trials
+def render_sweep(launcher: LauncherConfig, arguments: Sequence[str]) -> str:
+    """The batch script of a job array that runs `reformer-train --multirun` with these arguments.
+
+    Raises ConfigError where launcher does not describe one.
+    """
+    right = "shares no sweep among machines: take launcher=slurm, or launcher=local on this one"
+    require(launcher.kind is LauncherKind.slurm, "launcher", launcher.kind.name, right)
+    right = "must say among how many tasks of a SLURM array the trials are shared"
+    require(launcher.array > 0, "launcher.array", launcher.array, right)
+    right = "must be 1: each trial has one machine"
+    require(launcher.nnodes == 1, "launcher.nnodes", launcher.nnodes, right)
+    return scripts.slurm_sweep(launcher, _less_launcher(arguments), _source(arguments))
+
+
+def _less_launcher(arguments: Sequence[str]) -> list[str]:
+    return [each for each in arguments if not each.lstrip("+").startswith(("launcher=", "launcher."))]
+
+
+def _source(arguments: Sequence[str]) -> str:
+    return f"Written by: {shlex.join(['reformer-train', *arguments])}"

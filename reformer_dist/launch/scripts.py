@@ -10,6 +10,12 @@ from reformer_dist.config import LauncherConfig
 MODULE = "reformer_dist.train"
 PREEMPTED = 75  # what ranks end with that saved because they were told to end
 PORT = 29400
+REQUEUE = f"""
+if ((status == {PREEMPTED})); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
 
 
 def torchrun(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
@@ -79,30 +85,12 @@ export DS_ENV_FILE="$folder/environment"
 """
 
 
-def slurm(
-    launcher: LauncherConfig, arguments: Sequence[str], source: str, trials: Sequence[Sequence[str]] = ()
-) -> str:
-    """trials: the further arguments of each task of a job array."""
-    gpus = launcher.nproc_per_node if launcher.gpus_per_node is None else launcher.gpus_per_node
-    options = [
-        f"--job-name={launcher.name}",
-        f"--nodes={launcher.n_nodes}",
-        f"--ntasks-per-node={launcher.nproc_per_node}",
-        f"--cpus-per-task={launcher.cpus_per_rank}",
-        *([f"--gpus-per-node={gpus}"] if gpus else []),
-        f"--time={launcher.time}",
-        f"--output={'%x-%A_%a' if trials else '%x-%j'}.out",
-        "--open-mode=append",
-        "--requeue",
-        f"--signal=TERM@{launcher.grace}",
-        *([f"--array=0-{len(trials) - 1}"] if trials else []),
-        *launcher.sbatch,
-    ]
-    header = "\n".join(f"#SBATCH {option}" for option in options)
-    command = _lines(["rank"], [*map(shlex.quote, arguments), *(['"${trial[@]}"'] if trials else [])])
+def slurm(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
+    options = _sbatch(launcher, launcher.nproc_per_node or 1, launcher.cpus_per_rank)
+    command = _lines(["rank"], [*map(shlex.quote, arguments)])
     return f"""#!/usr/bin/env bash
 # {source}
-{header}
+{options}
 #
 # Each task of SLURM is a rank. Ranks that get SIGTERM, when the job is preempted or its time is nearly up, save
 # and end with status {PREEMPTED}; the job then goes back to the queue, and later on from that checkpoint.
@@ -112,7 +100,7 @@ trap : TERM # this shell stays to see how the ranks end
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}}"
-{_cases(trials)}
+
 status=0
 # shellcheck disable=SC2016 # each task has variables of its own
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
@@ -120,23 +108,47 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$SLURM_NTASKS_PER_NODE"
     exec reformer-train "$@"
 ' {command} || status=$?
-
-if ((status == {PREEMPTED})); then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
-"""
+{REQUEUE}"""
 
 
-def _cases(trials: Sequence[Sequence[str]]) -> str:
-    if not trials:
-        return ""
-    cases = "\n".join(f"    {number}) trial=({shlex.join(trial)}) ;;" for number, trial in enumerate(trials))
-    return f"""
-case "$SLURM_ARRAY_TASK_ID" in
-{cases}
-esac
-"""
+def slurm_sweep(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
+    """A job array, each of whose tasks runs its share of a sweep on one machine."""
+    ranks = launcher.nproc_per_node or 1
+    options = [_sbatch(launcher, 1, ranks * launcher.cpus_per_rank), f"#SBATCH --array=0-{launcher.array - 1}"]
+    own = ["launcher=local", f"launcher.nproc_per_node={ranks}"]
+    share = '"sweep.shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"'
+    command = _lines(["reformer-train"], [*map(shlex.quote, [*arguments, *own]), share])
+    lines = "\n".join(options)
+    return f"""#!/usr/bin/env bash
+# {source}
+{lines}
+#
+# Each task of the array runs its share of the trials, as many side by side as its machine holds. When it gets
+# SIGTERM, trials that run save; the task ends with status {PREEMPTED}, goes back to the queue, and later on.
+set -euo pipefail
+trap : TERM # this shell stays to see how the sweep ends
+
+status=0
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} || status=$?
+{REQUEUE}"""
+
+
+def _sbatch(launcher: LauncherConfig, tasks_per_node: int, cpus_per_task: int) -> str:
+    gpus = launcher.nproc_per_node if launcher.gpus_per_node is None else launcher.gpus_per_node
+    options = [
+        f"--job-name={launcher.name}",
+        f"--nodes={launcher.n_nodes}",
+        f"--ntasks-per-node={tasks_per_node}",
+        f"--cpus-per-task={cpus_per_task}",
+        *([f"--gpus-per-node={gpus}"] if gpus else []),
+        f"--time={launcher.time}",
+        f"--output={'%x-%A_%a' if launcher.array else '%x-%j'}.out",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=TERM@{launcher.grace}",
+        *launcher.sbatch,
+    ]
+    return "\n".join(f"#SBATCH {option}" for option in options)
 
 
 def _lines(command: Sequence[str], arguments: Sequence[str]) -> str:

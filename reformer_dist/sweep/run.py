@@ -57,9 +57,6 @@ def _check(request: SweepRequest) -> None:
         n_ranks = runtime.ranks_per_node()
         ours = f"reformer-train {words} launcher=local launcher.nproc_per_node={n_ranks}"
         raise ConfigError(f"a sweep starts the ranks of its trials itself; without torchrun or deepspeed: {ours}")
-    if request.launcher.kind not in (LauncherKind.none, LauncherKind.local):
-        right = "a sweep starts its trials on this machine: take launcher=local, and sweep.shard for many"
-        raise ConfigError(f"launcher={request.launcher.kind.name}: {right}")
     if not request.space:
         example = "such as model.n_hashes=2,4 or optim.lr=1e-3,3e-4"
         raise ConfigError(f"--multirun: no key has several values to try; give some, {example}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from kubeflow_trainer_api import models
 from reformer_dist.compose import conf_folder, register_schema, to_run_config
 from reformer_dist.config import RunConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.launch.render import render
+from reformer_dist.launch.render import render, render_sweep
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 FILES = sorted(LAUNCH.iterdir())
@@ -26,7 +27,6 @@ KINDS = {
     "JobSet": models.JobsetV1alpha2JobSet,
     "TrainJob": models.TrainerV1alpha1TrainJob,
 }
-ARRAY = 'launcher.array=["model.n_hashes=2 optim.lr=1e-3","model.n_hashes=4"]'
 
 
 def configured(*overrides: str) -> RunConfig:
@@ -141,24 +141,47 @@ def test_numbers_reach_the_files() -> None:
         assert words in torchrun
 
 
-def test_each_task_of_an_array_has_its_run_directory() -> None:
-    script = rendered("launcher=slurm", ARRAY, "output_dir=runs")
+SWEEP = ("--multirun", "model.n_hashes=2,4", "output_dir='a b'")
+
+
+def swept(*overrides: str) -> str:
+    return render_sweep(configured(*overrides).launcher, [*SWEEP, *overrides])
+
+
+def test_the_tasks_of_an_array_share_a_sweep() -> None:
+    script = swept("launcher=slurm", "launcher.nnodes=1", "launcher.array=3", "launcher.cpus_per_rank=2")
     judge(script)
-    assert "#SBATCH --array=0-1\n" in script and "#SBATCH --output=%x-%A_%a.out\n" in script
-    start, end = script.index("case "), script.index("esac") + len("esac")
-    for number, own in enumerate(("model.n_hashes=2,optim.lr=1e-3", "model.n_hashes=4")):
-        shell = f'SLURM_ARRAY_TASK_ID={number}\n{script[start:end]}\nprintf "%s\\0" "${{trial[@]}}"'
-        said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-        overrides = said.split("\0")[:-1]
-        config = configured("output_dir=runs", *overrides)
-        assert config.output_dir == f"runs/{own}"
-        assert config.model.n_hashes == (2, 4)[number]
+    for option in ("--array=0-2", "--output=%x-%A_%a.out", "--ntasks-per-node=1", "--cpus-per-task=8"):
+        assert f"#SBATCH {option}\n" in script
+    # what the task would start, said instead of done
+    start, end = script.index("status=0"), script.index("|| status=$?")
+    shell = "srun() { shift; printf '%s\\0' \"$@\"; }\n" + script[start:end]
+    place = {"SLURM_CPUS_PER_TASK": "8", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
+    done = subprocess.run(
+        ["bash", "-c", shell], capture_output=True, text=True, check=True, env=os.environ | place
+    )
+    local = ["launcher=local", "launcher.nproc_per_node=4", "sweep.shard=1/3"]
+    assert done.stdout.split("\0")[:-1] == ["reformer-train", *SWEEP, *local]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("launcher=slurm", "launcher.nnodes=1"), ["launcher.array=0", "tasks"]),
+        (("launcher=slurm", "launcher.array=2"), ["launcher.nnodes=2", "must be 1"]),
+        (("launcher=jobset", "launcher.array=2"), ["launcher=jobset", "launcher=slurm"]),
+    ],
+)
+def test_sweeps_that_no_array_can_share_are_refused(overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        swept(*overrides)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 BAD = [
     (("launcher=slurm", "launcher.nnodes=3"), ["data.batch_size=8", "12"]),
     (("launcher=slurm", "launcher.nproc_per_node=null"), ["launcher.nproc_per_node=null", "must be given"]),
-    (("launcher=slurm", 'launcher.array=["model.n_hashs=2"]'), ["n_hashs", "did you mean n_hashes"]),
+    (("launcher=slurm", "launcher.array=2"), ["launcher.array=2", "--multirun"]),
     (("launcher=job", "launcher.nnodes=2"), ["launcher.nnodes=2", "launcher=job"]),
     (("launcher=local", "launcher.nnodes=2"), ["launcher.nnodes=2", "launcher=local"]),
     (("launcher=torchrun", "launcher.hosts=[]"), ["launcher.hosts=[]", "node1"]),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-SPIN_COUNT = "1000"
+SPIN_COUNT = "10000"
 
 
 def _wait_patiently() -> None:
     """Lets threads of GNU OpenMP spin only briefly for one another.
 
-    On two cores, one of them taken by another program, a step then takes half as long or less; on an idle
-    machine it makes no difference.
+    Tens of microseconds: long enough for one small operation to follow another without a thread falling asleep
+    on an idle machine; short enough not to burn a core that another program wants, which can double a step.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 

@@ -219,8 +219,7 @@ def ours(row: Row, seq_len: int) -> Attend:
     options = AttentionOptions(WindowRule(row.window, causal=True), row.buckets, scale=row.head_dim**-0.5)
 
     def attend(q: Tensor, v: Tensor) -> Tensor:
-        keys = F.normalize(q.float(), dim=-1).to(q.dtype)
-        return bucket_attention(q, keys, v, our_buckets(row, q), options)
+        return bucket_attention(q, None, v, our_buckets(row, q), options)
 
     return attend
 

@@ -1,8 +1,9 @@
-"""Scratch memory that is used again: asking the system for fresh pages costs more than filling them."""
+"""Scratch memory that is used again, since fresh pages cost more than filling them; and rows brought together."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,9 +24,10 @@ class Workspace:
             self._buffers[name] = buffer
         return buffer[:size].view(n_rows, width)
 
-    def gather(self, name: str, source: Tensor, index: Tensor) -> Tensor:
-        """source[index] in float32; a negative index gives some row."""
-        out = self.rows(name, index.numel(), source.shape[1])
-        if source.dtype == torch.float32:
-            return torch.index_select(source, 0, index.clamp_min(0), out=out)
-        return out.copy_(source.index_select(0, index.clamp_min(0)))
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index]: [m, D] of float32 rows [n, D] and index [m] int64, not negative."""
+    if rows.is_cuda:
+        return rows.index_select(0, index)
+    # bags of one row each: of PyTorch's ways to gather, the one that uses all cores and fetches ahead
+    return F.embedding_bag(index, rows, torch.arange(index.numel()), mode="sum")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import Case, assert_fast_is_oracle, cases, chunk_rules, window_rules
 
-from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, attention, rounds
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, attention, tiles
 
 
 @settings(max_examples=120, deadline=None)
@@ -27,12 +27,16 @@ def test_chunk_rule(case: Case) -> None:
 @given(
     cases(st.one_of(window_rules(), chunk_rules())),
     st.sampled_from([1, 50, 128]),
-    st.sampled_from([1, 500, 3000]),
+    st.sampled_from([1, 50, 300]),
+    st.sampled_from([0, 1, 2, 8]),
 )
-def test_many_groups_and_blocks(case: Case, group_tokens: int, block_scores: int) -> None:
+def test_many_groups_spans_and_deep_buckets(
+    case: Case, group_tokens: int, span_slots: int, deepest_level: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.GROUP_TOKENS, "cpu", group_tokens)
-        patch.setitem(rounds.BLOCK_SCORES, "cpu", block_scores)
+        patch.setitem(tiles.SPAN_SLOTS, "cpu", span_slots)
+        patch.setattr(tiles, "DEEPEST_LEVEL", deepest_level)
         assert_fast_is_oracle(case)
 
 

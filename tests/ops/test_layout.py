@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
-from reformer_dist.ops.lsh import ChunkRule
+from reformer_dist.ops.lsh import ChunkRule, WindowRule, tiles
 from reformer_dist.ops.lsh.attention import lay_out
 from reformer_dist.ops.lsh.layout import Layout
 from reformer_dist.ops.lsh.order import mark_padding
@@ -36,12 +37,10 @@ def test_every_token_has_one_home(case: Case) -> None:
         last = layout.query_slots.numel() - 1
         assert (layout.home[~real.flatten()] == last).all()
         assert (layout.query_slots.view(layout.n_tiles, -1)[-1] == -1).all()
-        tiling = layout.tiling
-        assert layout.key_slots.numel() == tiling.back + layout.query_slots.numel() + tiling.front
+        assert layout.key_slots.numel() == layout.query_slots.numel()
         if not (isinstance(case.options.rule, ChunkRule) and case.options.rule.wrap):
             # a token stands at the same place as a query and as a key
-            as_keys = layout.key_slots[tiling.back :][: layout.query_slots.numel()]
-            assert torch.equal(as_keys, layout.query_slots)
+            assert torch.equal(layout.key_slots, layout.query_slots)
             assert layout.key_home is not None and torch.equal(layout.key_home, layout.home)
 
 
@@ -52,19 +51,55 @@ def test_buckets_start_on_tile_borders(case: Case) -> None:
     for round_, layout in enumerate(layouts):
         bucket = torch.where(real, ids[:, round_].long(), case.options.n_buckets)
         bucket = (bucket + torch.arange(ids.shape[0]).unsqueeze(1) * (case.options.n_buckets + 1)).flatten()
-        assert layout.rank is not None and layout.count is not None
-        tiles = layout.query_slots.view(layout.n_tiles, layout.tiling.tile_len).tolist()
-        members: dict[int, list[int]] = {}
-        assert layout.count[-1] == 0
-        for tile, rank, count in list(zip(tiles, layout.rank.tolist(), layout.count.tolist(), strict=True))[:-1]:
+        assert layout.edges is not None
+        edges, tile_len = layout.edges, layout.tiling.tile_len
+        slots = layout.query_slots.view(layout.n_tiles, tile_len).tolist()
+        members: dict[int, dict[int, list[int]]] = {}
+        for tile, rank, count in zip(slots, edges.rank.tolist(), edges.count.tolist(), strict=True):
             taken = [t for t in tile if t >= 0]
+            if not taken:
+                assert count == 0
+                continue
             (number,) = {int(bucket[t]) for t in taken}
-            assert tile[: len(taken)] == taken and rank == len(members.get(number, []))
-            members.setdefault(number, []).extend(taken)
+            assert tile[: len(taken)] == taken and rank % tile_len == 0
             assert count == int((bucket == number).sum())
             assert number % (case.options.n_buckets + 1) < case.options.n_buckets
-        assert list(members) == sorted(members)
-        assert all(tokens == sorted(tokens) for tokens in members.values())
+            members.setdefault(number, {})[rank] = taken
+        for by_rank in members.values():
+            tokens = [token for rank in sorted(by_rank) for token in by_rank[rank]]
+            assert tokens == sorted(tokens)
+            assert list(by_rank) == list(range(0, tile_len * len(by_rank), tile_len))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(window_rules()), st.sampled_from([1, 40, 1000]))
+def test_every_pair_in_sight_is_in_one_column(case: Case, span_slots: int) -> None:
+    """Whatever the order of the tiles, each tile of queries finds its neighbours, each at its own distance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiles.SPAN_SLOTS, "cpu", span_slots)
+        layouts, ids, _ = build(case)
+    unit = torch.arange(ids.shape[0]).unsqueeze(1) * case.options.n_buckets
+    for round_, layout in enumerate(layouts):
+        assert layout.edges is not None
+        tile_len = layout.tiling.tile_len
+        bucket = (ids[:, round_].long() + unit).flatten().tolist()
+        firsts = layout.query_slots.view(layout.n_tiles, tile_len)[:, 0].tolist()
+        ranks = layout.edges.rank.tolist()
+        of_tile = {(bucket[row], ranks[tile]): tile for tile, row in enumerate(firsts) if row >= 0}
+        found = {}
+        for span in layout.spans:
+            assert span.columns[0].offset == 0
+            for column in span.columns:
+                for run in column.runs:
+                    for i in range(run.n_tiles):
+                        assert span.start <= run.keys + i < span.stop
+                        found[run.queries + i, column.offset] = run.keys + i
+        reach = range(-layout.tiling.front, layout.tiling.back + 1)
+        for (number, rank), tile in of_tile.items():
+            for offset in reach:
+                neighbour = of_tile.get((number, rank - offset * tile_len))
+                if neighbour is not None:
+                    assert found[tile, offset] == neighbour
 
 
 @settings(max_examples=50, deadline=None)
@@ -84,6 +119,6 @@ def test_chunks_follow_the_order_by_bucket(case: Case) -> None:
 @given(st.one_of(window_rules(), chunk_rules()), st.integers(1, 10**6), st.sampled_from([1, 2, 64, 4096]))
 def test_tilings_are_sane(rule: object, seq_len: int, n_buckets: int) -> None:
     tiling = tiling_of(rule, seq_len, n_buckets)  # type: ignore[arg-type]
-    assert tiling.tile_len >= 1 and tiling.columns == tiling.back + tiling.tile_len + tiling.front
-    if not isinstance(rule, ChunkRule):
+    if isinstance(rule, WindowRule):
         assert tiling.tile_len in (16, 32, 64)
+        assert tiling.back * tiling.tile_len >= rule.window - 1

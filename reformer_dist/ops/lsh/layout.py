@@ -1,7 +1,7 @@
 """One round's order by (bucket, position), laid out in tiles that attention can take as they are.
 
 A *slot* is a place in the laid-out order; it holds a row (a token of some unit) or is empty (-1). A *tile* is
-`tile_len` slots. The queries of a tile look at the slots from `back` before the tile to `front` behind it.
+`tile_len` slots; `tiles` says where they are put.
 
 Window rule: every bucket starts on a tile border. So the column in which a query finds a key depends on their
 ranks in the bucket alone, never on how full other buckets are, and sums run in the same order whatever the
@@ -17,11 +17,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.lsh.order import stable_order
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.runs import ChunkRun, Part, Tiling, WindowRun, chunk_run, tiling_of, window_run
+from reformer_dist.ops.lsh.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,38 @@ class Layout:
     """One round of a group of units."""
 
     tiling: Tiling
+    spans: list[Span]
     query_slots: Tensor
     """[n_tiles * tile_len] row in each slot as a query, -1 if empty or a key only."""
     key_slots: Tensor
-    """[back + n_tiles * tile_len + front] likewise, as a key."""
+    """[n_tiles * tile_len] likewise, as a key."""
     home: Tensor
     """[n_rows] slot of each row as a query; a slot of the last tile if it is none in this round."""
     key_home: Tensor | None
     """[n_rows] slot of each row as a key, likewise; None where a key may stand in several (wrapped chunks)."""
-    rank: Tensor | None
-    """Window rule: [n_tiles] rank in its bucket of each tile's first slot."""
-    count: Tensor | None
-    """Window rule: [n_tiles] tokens of each tile's bucket over all ranks; 0 in the last tile."""
+    edges: Edges | None
+    """Window rule."""
+
+    def some_rows(self) -> tuple[Tensor, Tensor]:
+        """The slots of queries and keys, with some row where they are empty."""
+        queries = self.query_slots.clamp_min(0)
+        return queries, queries if self.key_slots is self.query_slots else self.key_slots.clamp_min(0)
 
     @property
     def n_tiles(self) -> int:
         return self.query_slots.numel() // self.tiling.tile_len
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Window rule: which tiles look beyond the ends of their bucket, and where those ends are."""
+
+    are_near: npt.NDArray[np.bool_]
+    """[n_tiles] on the host."""
+    rank: Tensor
+    """[n_tiles] rank in its bucket of each tile's first slot."""
+    count: Tensor
+    """[n_tiles] tokens of each tile's bucket over all ranks; 0 where a tile is empty."""
 
 
 def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tensor:
@@ -70,47 +90,54 @@ def lay_out_rows(
 
 
 def window_layout(keys: Tensor, run: WindowRun, tiling: Tiling) -> Layout:
-    """The layout of rows with sort keys [n_rows] (see `row_keys`), of which `run` says what they are."""
-    start, total = run.start.flatten(), run.total.flatten()
-    tile_len, device = tiling.tile_len, keys.device
-    sorted_keys, order = torch.sort(keys, stable=True)
-    counts = torch.bincount(sorted_keys, minlength=total.numel() + 1)[:-1]
+    """The layout of rows with sort keys [n_rows] (see `row_keys`), of which `run` says what they are.
+
+    The order is made on the host, where small integers are sorted fast and the number of tiles must be known.
+    """
+    sort_keys, start, total = (x.flatten().cpu().numpy() for x in (keys, run.start, run.total))
+    tile_len = tiling.tile_len
+    counts = np.bincount(sort_keys, minlength=total.size + 1)[:-1]
     n_present = int(counts.sum())
-    order, sorted_keys = order[:n_present], sorted_keys[:n_present]
+    order = stable_order(sort_keys)[:n_present]
 
     skipped = start // tile_len  # tiles of the bucket that other ranks hold
-    tiles = torch.where(counts > 0, (start + counts + tile_len - 1) // tile_len - skipped, 0)
-    first_tile = tiles.cumsum(0) - tiles
-    bucket_of_tile = torch.repeat_interleave(tiles)
-    n_slots = (bucket_of_tile.numel() + 1) * tile_len
-    rank = torch.arange(n_present, device=device) + (start - (counts.cumsum(0) - counts))[sorted_keys]
-    slot = ((first_tile - skipped) * tile_len)[sorted_keys] + rank
+    tiles = np.where(counts > 0, -(-(start + counts) // tile_len) - skipped, 0)
+    first_tile = np.cumsum(tiles) - tiles
+    placement = place_tiles(tiles, start == 0, tiling, _span_tiles(tiling, keys))
+    rank = np.arange(n_present) + np.repeat(start - (np.cumsum(counts) - counts), counts)
+    tile = placement.number[np.repeat(first_tile - skipped, counts) + rank // tile_len]
+    slot = tile * tile_len + rank % tile_len
 
-    slots = torch.full((tiling.back + n_slots + tiling.front,), -1, device=device)
-    keys_in = slots[tiling.back : tiling.back + n_slots]
-    keys_in[slot] = order
-    home = torch.full((keys.numel(),), n_slots - 1, device=device)
-    home[order] = slot
-    query_slots, query_home = keys_in, home
+    n_slots = placement.n_tiles * tile_len
+    keys_in, home = np.full(n_slots, -1), np.full(sort_keys.size, n_slots - 1)
+    keys_in[slot], home[order] = order, slot
+    queries, queries_home = keys_in, home
     if run.query_start is not run.start or run.query_stop is not run.total:
-        is_query = (rank >= run.query_start.flatten()[sorted_keys]) & (
-            rank < run.query_stop.flatten()[sorted_keys]
-        )
-        query_slots, query_home = torch.full_like(keys_in, -1), torch.full_like(home, n_slots - 1)
-        query_slots[slot[is_query]] = order[is_query]
-        query_home[order[is_query]] = slot[is_query]
-    tile = torch.arange(bucket_of_tile.numel(), device=device)
-    first_rank = (tile - (first_tile - skipped)[bucket_of_tile]) * tile_len
-    at_end = torch.nn.functional.pad
-    return Layout(
-        tiling,
-        query_slots,
-        slots,
-        query_home,
-        home,
-        at_end(first_rank, (0, 1)),
-        at_end(total[bucket_of_tile], (0, 1)),
-    )
+        query_start, query_stop = (x.flatten().cpu().numpy() for x in (run.query_start, run.query_stop))
+        is_query = (rank >= np.repeat(query_start, counts)) & (rank < np.repeat(query_stop, counts))
+        queries, queries_home = np.full_like(keys_in, -1), np.full_like(home, n_slots - 1)
+        queries[slot[is_query]], queries_home[order[is_query]] = order[is_query], slot[is_query]
+
+    of_tile = np.repeat(np.arange(tiles.size), tiles)
+    tile_rank, tile_count = np.zeros((2, placement.n_tiles), dtype=np.int64)
+    tile_rank[placement.number] = (np.arange(of_tile.size) - (first_tile - skipped)[of_tile]) * tile_len
+    tile_count[placement.number] = total[of_tile]
+    behind = tile_count - tile_rank - tile_len
+    are_near = (tile_rank < tiling.back * tile_len) | (behind < tiling.front * tile_len)
+    are_near[: placement.first_deep] = False  # shallow tiles look at nothing but their bucket
+
+    def on_device(x: Integers) -> Tensor:
+        return torch.from_numpy(x).to(keys.device)
+
+    key_slots, key_home = on_device(keys_in), on_device(home)
+    is_whole = queries is keys_in
+    query_slots, query_home = (key_slots, key_home) if is_whole else (on_device(queries), on_device(queries_home))
+    edges = Edges(are_near, on_device(tile_rank), on_device(tile_count))
+    return Layout(tiling, placement.spans, query_slots, key_slots, query_home, key_home, edges)
+
+
+def _span_tiles(tiling: Tiling, on: Tensor) -> int:
+    return max(1, SPAN_SLOTS["cuda" if on.is_cuda else "cpu"] // tiling.tile_len)
 
 
 def chunk_layouts(
@@ -127,14 +154,12 @@ def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, 
 
     The needed chunks of a unit are full but for the last that has any tokens: its rows fill them in order.
     """
-    sorted_keys, order = torch.sort(keys, stable=True)
-    counts = torch.bincount(sorted_keys // n_buckets, minlength=n_units + 1)[:n_units]
-    n_present = int(counts.sum())
-    unit = torch.repeat_interleave(counts)
-    place = torch.arange(n_present, device=keys.device) - (counts.cumsum(0) - counts)[unit]
-    chunks = torch.full((n_units, len(run.needed) * rule.chunk_len), -1, device=keys.device)
-    chunks[unit, place] = order[:n_present]
-    return chunks.view(n_units, len(run.needed), rule.chunk_len)
+    sort_keys = keys.cpu().numpy()
+    counts = np.bincount(sort_keys // n_buckets, minlength=n_units + 1)[:n_units]
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    chunks = np.full((n_units, len(run.needed) * rule.chunk_len), -1)
+    chunks[np.repeat(np.arange(n_units), counts), place] = stable_order(sort_keys)[: place.size]
+    return torch.from_numpy(chunks).to(keys.device).view(n_units, len(run.needed), rule.chunk_len)
 
 
 def _chunk_layout(
@@ -142,7 +167,6 @@ def _chunk_layout(
 ) -> Layout:
     """chunks [U, R, n_needed, chunk_len]: rows, -1 where empty."""
     n_units, n_rounds, n_needed, _ = chunks.shape
-    before, after = tiling.back, tiling.front
     nobody = chunks.new_full((n_units, 1, rule.chunk_len), -1)
     every = torch.cat([chunks.flatten(1, 2), nobody], dim=1)
     number = {c: i for i, c in enumerate(run.needed)}
@@ -158,15 +182,15 @@ def _chunk_layout(
 
     # a unit's tiles: `n_before` that only lend keys, its chunks, `n_after` that only lend keys
     local = range(run.start - rule.n_before, run.stop + rule.n_after) if run.stop > run.start else range(0)
-    queries, keys = (
-        every[:, [block(chunk, as_query=as_query) for chunk in local]].flatten() for as_query in (True, False)
+    before, after = (chunks.new_full((n * rule.chunk_len,), -1) for n in (tiling.back, max(1, tiling.front)))
+    query_slots, key_slots = (
+        torch.cat([before, every[:, [block(chunk, as_query=as_query) for chunk in local]].flatten(), after])
+        for as_query in (True, False)
     )
-    empty = chunks.new_full((max(before, after) + rule.chunk_len,), -1)
-    query_slots = torch.cat([queries, empty[: rule.chunk_len]])
-    key_slots = torch.cat([empty[:before], keys, empty[: rule.chunk_len + after]])
     home = _homes(query_slots, n_rows)
-    key_home = None if rule.wrap else _homes(key_slots[before : before + query_slots.numel()], n_rows)
-    return Layout(tiling, query_slots, key_slots, home, key_home, None, None)
+    key_home = None if rule.wrap else _homes(key_slots, n_rows)
+    spans = consecutive_spans(tiling.back, tiling.back + n_units * len(local), tiling, _span_tiles(tiling, chunks))
+    return Layout(tiling, spans, query_slots, key_slots, home, key_home, None)
 
 
 def _homes(slots: Tensor, n_rows: int) -> Tensor:

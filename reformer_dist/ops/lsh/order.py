@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +29,17 @@ def count_buckets(buckets: Tensor, n_buckets: int) -> Tensor:
     return counts[..., :n_buckets].contiguous()
 
 
+DIGIT = 16  # bits: NumPy sorts such integers by their digits, far faster than wider ones by comparing them
+
+
+def stable_order(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The stable ascending order of non-negative keys [n], digit by digit."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    for shift in range(DIGIT, int(keys.max(initial=0)).bit_length(), DIGIT):
+        order = order[np.argsort((keys[order] >> shift).astype(np.uint16), kind="stable")]
+    return order
+
+
 def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     """Rank in its bucket of each token of one round, int64 [U, S], from ids [U, S].
 
@@ -35,7 +48,9 @@ def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     n_units, seq_len = bucket.shape
     n_buckets = before.shape[1]
     unit = torch.arange(n_units, device=bucket.device).unsqueeze(1) * (n_buckets + 1)
-    sorted_keys, order = torch.sort((bucket.long() + unit).flatten(), stable=True)
+    keys = (bucket.long() + unit).flatten()
+    order = torch.from_numpy(stable_order(keys.cpu().numpy())).to(keys.device)
+    sorted_keys = keys[order]
     counts = torch.bincount(sorted_keys, minlength=n_units * (n_buckets + 1))
     shift = torch.nn.functional.pad(before.long(), (0, 1)).flatten() - (counts.cumsum(0) - counts)
     rank = torch.empty_like(order)

@@ -1,7 +1,8 @@
-"""Which pairs of a tile's queries and keys may meet, as what their scores start from: 0, -log N, or -inf."""
+"""Which pairs of a column's queries and keys may meet, as what their scores start from: 0, -log N, or -inf."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from reformer_dist.ops.counter_dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.layout import Layout
 from reformer_dist.ops.lsh.order import are_near
 from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.tiles import Column
 
 
 @dataclass(frozen=True)
@@ -26,57 +28,65 @@ class Rows:
 
 
 class PairMask:
-    """The mask of one round of a group of units, asked for block by block; nothing of it is kept."""
+    """The mask of one round of a group of units, asked for column by column: [n_tiles, queries, keys] each."""
 
     def __init__(self, layout: Layout, round_: int, rows: Rows, options: AttentionOptions) -> None:
         self._layout, self._rows, self._options = layout, rows, options
-        if isinstance(options.rule, WindowRule):
-            self._band = _band(layout, options.rule)
-            self._outside = _outside_bucket(layout)
         if options.dropout > 0:
             self._query_keys, self._key_keys = (
                 token_keys(rows.unit, rows.position, round_, options.dropout_seed, is_query)
                 for is_query in (True, False)
             )
 
-    def scores(self, first_tile: int, n_tiles: int) -> Tensor:
-        """float32 [tiles, tile_len, columns] to add scores to."""
-        if isinstance(self._options.rule, WindowRule):
-            start = self._band + self._outside[first_tile : first_tile + n_tiles]
-        else:
-            start = self._position_scores(self._options.rule.causal, first_tile, n_tiles)
+    def scores(self, column: Column) -> Tensor:
+        """What scores are added to, by log 2: float32 [n_tiles or 1, tile_len, tile_len]; only read it."""
+        rule = self._options.rule
+        start = self._window(column, rule) if isinstance(rule, WindowRule) else self._in_sight(column, rule.causal)
         codes = self._rows.codes
         if codes is not None and codes.shape[0] > 1:
-            start -= self._meetings(codes, first_tile, n_tiles).clamp_min_(1).log_()
+            start = start - self._meetings(codes, column).clamp_min_(1).log2_()
         return start
 
-    def dropout_factors(self, first_tile: int, n_tiles: int) -> Tensor:
-        """0 or 1 / (1 - dropout), float32 [tiles, tile_len, columns]."""
-        queries, keys = (rows.clamp_min(0) for rows in self._in_tiles(first_tile, n_tiles))
+    def dropout_factors(self, column: Column) -> Tensor:
+        """0 or 1 / (1 - dropout), float32 [n_tiles, tile_len, tile_len]."""
+        queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
         dropout = self._options.dropout
         kept = keep_mask(self._query_keys[queries], self._key_keys[keys], dropout)
         return kept.float().mul_(1 / (1 - dropout))
 
-    def _in_tiles(self, first_tile: int, n_tiles: int) -> tuple[Tensor, Tensor]:
-        """Rows of the queries [tiles, tile_len] and keys [tiles, columns]; -1 where a slot is empty."""
-        tiling = self._layout.tiling
-        queries = self._layout.query_slots.view(-1, tiling.tile_len)[first_tile : first_tile + n_tiles]
-        first_key = first_tile * tiling.tile_len
-        keys = self._layout.key_slots[first_key:].unfold(0, tiling.columns, tiling.tile_len)[:n_tiles]
-        return queries, keys
+    def _rows_of(self, column: Column) -> tuple[Tensor, Tensor]:
+        """Rows of the queries and of the keys, [n_tiles, tile_len] each; -1 where empty."""
+        queries, keys = (
+            slots.view(-1, self._layout.tiling.tile_len)
+            for slots in (self._layout.query_slots, self._layout.key_slots)
+        )
+        return queries[column.queries], torch.cat([keys[run.keys : run.keys + run.n_tiles] for run in column.runs])
 
-    def _position_scores(self, is_causal: bool, first_tile: int, n_tiles: int) -> Tensor:
+    def _window(self, column: Column, rule: WindowRule) -> Tensor:
+        edges, tiles = self._layout.edges, column.queries
+        assert edges is not None
+        band = _band(rule, self._layout.tiling.tile_len, column.offset, edges.rank.device)
+        if not edges.are_near[tiles].any():
+            return band
+        rank = edges.rank[tiles].unsqueeze(1) - _lag(
+            self._layout.tiling.tile_len, column.offset, edges.rank.device
+        )
+        is_member = (rank >= 0) & (rank < edges.count[tiles].unsqueeze(1))
+        outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
+        return band + outside.unsqueeze(1)
+
+    def _in_sight(self, column: Column, is_causal: bool) -> Tensor:
         """Chunk rule: every key in sight but the query itself and, if causal, later ones."""
-        queries, keys = self._in_tiles(first_tile, n_tiles)
+        queries, keys = self._rows_of(column)
         query, key = queries.unsqueeze(2), keys.unsqueeze(1)
         # rows of a unit are in order of position
         meets = (key < query) if is_causal else (key != query)
         meets = meets & (key >= 0) & (query >= 0)
         return torch.zeros(meets.shape, device=meets.device).masked_fill_(~meets, -torch.inf)
 
-    def _meetings(self, codes: Tensor, first_tile: int, n_tiles: int) -> Tensor:
-        """In how many rounds each pair meets: float32 [tiles, tile_len, columns]."""
-        queries, keys = (rows.clamp_min(0) for rows in self._in_tiles(first_tile, n_tiles))
+    def _meetings(self, codes: Tensor, column: Column) -> Tensor:
+        """In how many rounds each pair meets, float32 [n_tiles, tile_len, tile_len]."""
+        queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
         meetings = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
         for round_codes in codes:
             meetings += are_near(
@@ -85,22 +95,16 @@ class PairMask:
         return meetings
 
 
-def _band(layout: Layout, rule: WindowRule) -> Tensor:
-    """Window rule: 0 within the window around the diagonal, else -inf; [tile_len, columns]."""
-    tiling, device = layout.tiling, layout.home.device
-    row = torch.arange(tiling.tile_len, device=device).unsqueeze(1)
-    distance = row + tiling.back - torch.arange(tiling.columns, device=device)
+def _lag(tile_len: int, offset: int, device: torch.device) -> Tensor:
+    """How far each key of a tile stands before the first slot of the tile of queries, [tile_len]."""
+    return offset * tile_len - torch.arange(tile_len, device=device)
+
+
+@functools.cache
+def _band(rule: WindowRule, tile_len: int, offset: int, device: torch.device) -> Tensor:
+    """0 within the window of a query, else -inf; [1, tile_len, tile_len]."""
+    distance = torch.arange(tile_len, device=device).unsqueeze(1) + _lag(tile_len, offset, device)
     near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
     if not rule.sees_self:
         near &= distance != 0
-    return torch.zeros(near.shape, device=device).masked_fill_(~near, -torch.inf)
-
-
-def _outside_bucket(layout: Layout) -> Tensor:
-    """Window rule: 0 in columns that hold members of the tile's bucket, else -inf; [tiles, 1, columns]."""
-    assert layout.rank is not None and layout.count is not None
-    column = torch.arange(layout.tiling.columns, device=layout.home.device)
-    rank = layout.rank.unsqueeze(1) + (column - layout.tiling.back)
-    is_member = (rank >= 0) & (rank < layout.count.unsqueeze(1))
-    outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
-    return outside.unsqueeze(1)
+    return torch.zeros(1, *near.shape, device=device).masked_fill_(~near, -torch.inf)

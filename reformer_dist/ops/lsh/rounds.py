@@ -1,4 +1,4 @@
-"""The arithmetic of attention over laid-out rows, tile by tile; its backward needs no per-round state.
+"""The arithmetic of attention over laid-out rows, block by block; its backward needs no per-round state.
 
 Rounds are attended one after another and merged into one running softmax, as flash attention does with blocks
 of keys. With the final output `o` and the total logsumexp saved, each round's probabilities are exp(s - lse)
@@ -11,8 +11,10 @@ Rows are [n_rows, head_dim]: tokens of some units, laid out by `layout` for each
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,13 +22,14 @@ from torch import Tensor
 from reformer_dist.ops.lsh.layout import Layout
 from reformer_dist.ops.lsh.pair_mask import PairMask, Rows
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.workspace import Workspace
+from reformer_dist.ops.lsh.tiles import Run, Span
+from reformer_dist.ops.workspace import Workspace, gather_rows
 
 # Stands for "no key seen yet" in running maxima: finite, so that differences of two of them are 0, not nan.
 LOWEST = -1e30
-# Slots that are gathered at a time, and scores that exist at a time: they fit the caches of a core.
-SPAN_SLOTS = {"cpu": 2**14, "cuda": 2**20}
-BLOCK_SCORES = {"cpu": 2**18, "cuda": 2**27}
+# Scores are in units of log 2: of exp2 and exp, the processor's vectors know only exp2 where there are infinities.
+LOG2_E = math.log2(math.e)
+LOG_2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,15 @@ class Sums:
         return Sums(o, top, self.weight.mul_(factor).addcmul_(other.weight, other_factor))
 
     def output(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [n_rows, D] and logsumexp [n_rows], float32; v and +inf for rows that met nobody."""
+        """Output [n_rows, D] and logsumexp [n_rows], float32; v and +inf for rows that met nobody.
+
+        This one's memory is used up.
+        """
         alone = self.weight == 0
-        o = torch.where(alone.unsqueeze(1), v.float(), self.o / self.weight.unsqueeze(1))
-        return o, (self.top + self.weight.log()).masked_fill_(alone, torch.inf)
+        lse = (self.top + self.weight.log()).masked_fill_(alone, torch.inf)
+        o = self.o.div_(self.weight.unsqueeze(1))
+        o[alone] = v[alone].float()
+        return o, lse
 
 
 @dataclass(frozen=True)
@@ -61,33 +69,31 @@ class RowGroup:
     options: AttentionOptions
     layouts: list[Layout]
     masks: list[PairMask]
-    block_tiles: int
     scratch: Workspace
 
     @staticmethod
     def of(rows: Rows, layouts: list[Layout], options: AttentionOptions, scratch: Workspace) -> RowGroup:
-        tiling = layouts[0].tiling
-        device = "cuda" if rows.unit.is_cuda else "cpu"
-        block_tiles = max(1, BLOCK_SCORES[device] // (tiling.tile_len * tiling.columns))
         masks = [PairMask(layout, round_, rows, options) for round_, layout in enumerate(layouts)]
-        return RowGroup(options, layouts, masks, block_tiles, scratch)
+        return RowGroup(options, layouts, masks, scratch)
 
     def rounds(self) -> Iterator[tuple[Layout, PairMask]]:
         return zip(self.layouts, self.masks, strict=True)
 
+    def scaled(self, q: Tensor) -> Tensor:
+        """Queries whose products with keys are scores."""
+        out = self.scratch.rows("scaled", *q.shape)
+        return torch.mul(q, self.options.scale * LOG2_E, out=out)
+
 
 def attend_rounds(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Sums]:
-    """Each round's own sums, in the order of the rounds; q, k, v [n_rows, D].
-
-    They live in scratch memory: the first round's until the end, another's until the next is asked for.
-    """
-    for round_, (layout, mask) in enumerate(group.rounds()):
+    """Each round's own sums, in the order of the rounds; q, k, v [n_rows, D]."""
+    q, k, v = group.scaled(q), k.float(), v.float()
+    for layout, mask in group.rounds():
         if q.shape[0] == 0:  # a rank may have nothing to attend
-            yield Sums(v.float(), v.new_empty(0, dtype=torch.float32), v.new_empty(0, dtype=torch.float32))
+            yield Sums(v, v.new_empty(0), v.new_empty(0))
             continue
         o, top, weight = _attend_round(group, layout, mask, q, k, v)
-        name = "total" if round_ == 0 else "round"
-        yield Sums(group.scratch.gather(name, o, layout.home), top[layout.home], weight[layout.home])
+        yield Sums(gather_rows(o, layout.home), top[layout.home], weight[layout.home])
 
 
 def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Sums:
@@ -99,72 +105,129 @@ def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Sums:
     return total
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Consecutive tiles whose queries and keys are gathered together."""
+class _Pairs:
+    """The pairs of tiles of a span, column by column, and buffers [pairs, tile_len, tile_len] for them."""
 
-    layout: Layout
-    first_tile: int
-    n_tiles: int
+    def __init__(self, group: RowGroup, layout: Layout, span: Span) -> None:
+        self._scratch, self._tile_len, self.columns = group.scratch, layout.tiling.tile_len, span.columns
+        self.first = span.columns[0].queries.start
+        ends = list(accumulate((column.n_tiles for column in span.columns), initial=0))
+        self._slices = [slice(start, stop) for start, stop in pairwise(ends)]
 
-    @property
-    def slots(self) -> slice:
-        tile_len = self.layout.tiling.tile_len
-        return slice(self.first_tile * tile_len, (self.first_tile + self.n_tiles) * tile_len)
+    def buffer(self, name: str) -> Tensor:
+        n_pairs, tile_len = self._slices[-1].stop, self._tile_len
+        return self._scratch.rows(name, n_pairs * tile_len, tile_len).view(n_pairs, tile_len, tile_len)
 
-    @property
-    def queries(self) -> Tensor:
-        return self.layout.query_slots[self.slots]
+    def by_column(self, pairs: Tensor) -> list[Tensor]:
+        return [pairs[column] for column in self._slices]
 
-    @property
-    def keys(self) -> Tensor:
-        tiling, slots = self.layout.tiling, self.slots
-        return self.layout.key_slots[slots.start : slots.stop + tiling.back + tiling.front]
+    def of_queries(self, tiles: Tensor) -> list[Tensor]:
+        """For each column, those of the tiles of queries [tiles, ...] that are in it."""
+        return [tiles[c.queries.start - self.first : c.queries.stop - self.first] for c in self.columns]
 
-    def windows(self, rows: Tensor, first: int, n_tiles: int) -> Tensor:
-        """The keys that each tile looks at, as an overlapping view [tiles, columns, D] of the span's key rows."""
-        tile_len, columns = self.layout.tiling.tile_len, self.layout.tiling.columns
-        width = rows.shape[1]
-        return rows.as_strided((n_tiles, columns, width), (tile_len * width, width, 1), first * tile_len * width)
-
-    def blocks(self, block_tiles: int) -> Iterator[tuple[int, int]]:
-        """(first tile within the span, tiles) of consecutive blocks."""
-        for first in range(0, self.n_tiles, block_tiles):
-            yield first, min(block_tiles, self.n_tiles - first)
+    def products(self, pairs: Tensor) -> Iterator[tuple[Tensor, Run, bool]]:
+        """The pairs of each run, and whether they are the first ones of their queries."""
+        for number, (part, column) in enumerate(zip(self.by_column(pairs), self.columns, strict=True)):
+            for run in column.runs:
+                start = run.queries - column.queries.start
+                yield part[start : start + run.n_tiles], run, number == 0
 
 
-def _spans(layout: Layout) -> Iterator[_Span]:
-    device = "cuda" if layout.home.is_cuda else "cpu"
-    size = max(1, SPAN_SLOTS[device] // layout.tiling.tile_len)
-    for first in range(0, layout.n_tiles, size):
-        yield _Span(layout, first, min(size, layout.n_tiles - first))
+class _Tiles:
+    """Rows in the slots of a span, tile by tile: of queries or keys."""
+
+    def __init__(self, rows: Tensor, span: Span) -> None:
+        self._rows, self._start = rows, span.start
+
+    @staticmethod
+    def gather(rows: Tensor, slots: Tensor, layout: Layout, span: Span) -> _Tiles:
+        """Of rows [n_rows, D], by slots that name some row where they are empty."""
+        tile_len = layout.tiling.tile_len
+        found = gather_rows(rows, slots[span.start * tile_len : span.stop * tile_len])
+        return _Tiles(found.view(-1, tile_len, rows.shape[1]), span)
+
+    def __getitem__(self, tiles: tuple[int, int]) -> Tensor:
+        """[n, tile_len, D] from (number of the first, n)."""
+        first, n_tiles = tiles
+        return self._rows[first - self._start : first - self._start + n_tiles]
+
+
+def _multiply(out: Tensor, pairs: _Pairs, queries: _Tiles, keys: _Tiles) -> None:
+    """out [pairs, tile_len, tile_len] = queries @ keys^T."""
+    for part, run, _ in pairs.products(out):
+        torch.bmm(queries[run.queries, run.n_tiles], keys[run.keys, run.n_tiles].transpose(1, 2), out=part)
+
+
+def _add_scores(scores: Tensor, pairs: _Pairs, queries: _Tiles, keys: _Tiles) -> None:
+    """scores [pairs, tile_len, tile_len] += queries @ keys^T."""
+    for part, run, _ in pairs.products(scores):
+        part.baddbmm_(queries[run.queries, run.n_tiles], keys[run.keys, run.n_tiles].transpose(1, 2))
+
+
+def _sum_products(out: Tensor, weights: Tensor, pairs: _Pairs, keys: _Tiles) -> None:
+    """out [all tiles, tile_len, D] at queries = weights @ keys, one column after another."""
+    for part, run, is_first in pairs.products(weights):
+        target, right = out[run.queries : run.queries + run.n_tiles], keys[run.keys, run.n_tiles]
+        if is_first:
+            torch.bmm(part, right, out=target)
+        else:
+            target.baddbmm_(part, right)
+
+
+def _add_transposed(out: Tensor, weights: Tensor, pairs: _Pairs, queries: _Tiles, *, is_zero: bool) -> None:
+    """out [all tiles, tile_len, D] at keys += weights^T @ queries.
+
+    is_zero: out was zero to begin with. Else what the first column stands for is written first, which is every
+    tile: where nobody looks ahead, its others come from later columns and spans.
+    """
+    for part, run, is_first in pairs.products(weights):
+        target, right = out[run.keys : run.keys + run.n_tiles], queries[run.queries, run.n_tiles]
+        if is_first and not is_zero:
+            torch.bmm(part.transpose(1, 2), right, out=target)
+        else:
+            target.baddbmm_(part.transpose(1, 2), right)
 
 
 def _attend_round(
     group: RowGroup, layout: Layout, mask: PairMask, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One round's partial softmax by slot: sum of exp(s - top) v [slots, D], top [slots], weight [slots]."""
-    scratch, tile_len, width = group.scratch, layout.tiling.tile_len, q.shape[1]
-    o = scratch.rows("o", layout.query_slots.numel(), width)
-    tops = torch.empty(o.shape[0], dtype=torch.float32, device=o.device)
-    weights = torch.empty_like(tops)
-    for span in _spans(layout):
-        q_slots = scratch.gather("q", q, span.queries).mul_(group.options.scale).view(-1, tile_len, width)
-        k_slots, v_slots = scratch.gather("k", k, span.keys), scratch.gather("v", v, span.keys)
-        o_tiles = o[span.slots].view(-1, tile_len, width)
-        top_tiles, weight_tiles = (t[span.slots].view(-1, tile_len) for t in (tops, weights))
-        for first, n_tiles in span.blocks(group.block_tiles):
-            tiles = slice(first, first + n_tiles)
-            keys = span.windows(k_slots, first, n_tiles)
-            scores = mask.scores(span.first_tile + first, n_tiles).baddbmm_(q_slots[tiles], keys.transpose(1, 2))
-            top = scores.amax(dim=2).clamp_min_(LOWEST)
-            p = scores.sub_(top.unsqueeze(2)).exp_()
-            top_tiles[tiles] = top
-            weight_tiles[tiles] = p.sum(dim=2)
-            if group.options.dropout > 0:
-                p.mul_(mask.dropout_factors(span.first_tile + first, n_tiles))
-            torch.bmm(p, span.windows(v_slots, first, n_tiles), out=o_tiles[tiles])
-    return o, tops, weights
+    tile_len = layout.tiling.tile_len
+    o = group.scratch.rows("o", layout.query_slots.numel(), q.shape[1]).view(layout.n_tiles, tile_len, -1)
+    top = torch.full(o.shape[:2], LOWEST, dtype=torch.float32, device=o.device)
+    weight = torch.zeros_like(top)
+    o[-1] = 0  # the home of those that are no queries
+    query_rows, key_rows = layout.some_rows()
+    for span in layout.spans:
+        queries = _Tiles.gather(q, query_rows, layout, span)
+        keys, values = (_Tiles.gather(x, key_rows, layout, span) for x in (k, v))
+        pairs = _Pairs(group, layout, span)
+        p = pairs.buffer("scores")
+        for part, column in zip(pairs.by_column(p), span.columns, strict=True):
+            part.copy_(mask.scores(column))
+        _add_scores(p, pairs, queries, keys)
+        own = span.columns[0].queries
+        top[own] = largest = _over_columns(torch.maximum, p.amax(dim=2), pairs).clamp_min_(LOWEST)
+        for part, its_largest in zip(pairs.by_column(p), pairs.of_queries(largest), strict=True):
+            part.sub_(its_largest.unsqueeze(2))
+        p.exp2_()
+        weight[own] = _over_columns(torch.add, p.sum(dim=2), pairs)
+        if group.options.dropout > 0:
+            for part, column in zip(pairs.by_column(p), span.columns, strict=True):
+                part.mul_(mask.dropout_factors(column))
+        _sum_products(o, p, pairs, values)
+    return o.flatten(0, 1), top.mul_(LOG_2).flatten(), weight.flatten()
+
+
+def _over_columns(combine: Callable[..., Tensor], found: Tensor, pairs: _Pairs) -> Tensor:
+    """Combines what was found for each row of [pairs, tile_len] over the columns, one after another.
+
+    So columns that the first tiles of a bucket do not have count like columns of masked pairs, to the last bit.
+    """
+    total, *others = pairs.by_column(found)
+    for part, other in zip(pairs.of_queries(total)[1:], others, strict=True):
+        combine(part, other, out=part)
+    return total
 
 
 def attend_backward(
@@ -175,17 +238,18 @@ def attend_backward(
     delta [n_rows] = rowsum(dO * o) and lse [n_rows] are those of the whole softmax; lse = inf silences a row.
     """
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
+    scaled, lse = group.scaled(q), lse * LOG2_E
+    k, v, d_out = k.float(), v.float(), d_out.float()
     for layout, mask in group.rounds() if q.shape[0] else ():
-        dq_slots, dk_slots, dv_slots = _backward_round(group, layout, mask, q, k, v, d_out, delta, lse)
-        dq += group.scratch.gather("home", dq_slots, layout.home)
+        dq_slots, dk_slots, dv_slots = _backward_round(group, layout, mask, scaled, k, v, d_out, delta, lse)
+        dq += gather_rows(dq_slots, layout.home)
         for whole, part in ((dk, dk_slots), (dv, dv_slots)):
             if layout.key_home is None:
                 is_taken = layout.key_slots >= 0
-                rows = part[: is_taken.numel()][is_taken]
-                whole.index_add_(0, layout.key_slots[is_taken], rows)
+                whole.index_add_(0, layout.key_slots[is_taken], part[is_taken])
             else:
-                whole += group.scratch.gather("home", part, layout.key_home + layout.tiling.back)
-    return dq.mul_(group.options.scale), dk, dv
+                whole += gather_rows(part, layout.key_home)
+    return dq.mul_(group.options.scale), dk.mul_(LOG_2), dv
 
 
 def _backward_round(
@@ -199,47 +263,51 @@ def _backward_round(
     delta: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One round's gradients by slot: dq / scale of the query slots; dk and dv of the key slots."""
-    scratch, tile_len, width = group.scratch, layout.tiling.tile_len, q.shape[1]
-    dq = scratch.rows("dq", layout.query_slots.numel(), width)
-    n_sums = (layout.n_tiles - 1 - (-layout.tiling.columns // tile_len)) * tile_len
-    dk, dv = (scratch.rows(name, n_sums, width).zero_() for name in ("dk", "dv"))
-    for span in _spans(layout):
-        q_slots = scratch.gather("q", q, span.queries).mul_(group.options.scale).view(-1, tile_len, width)
-        do_slots = scratch.gather("d_out", d_out, span.queries).view(-1, tile_len, width)
-        k_slots, v_slots = scratch.gather("k", k, span.keys), scratch.gather("v", v, span.keys)
-        own = span.queries.clamp_min(0)
-        # exp(s - inf) = 0: empty slots give nothing to anybody
-        lse_slots = lse[own].masked_fill_(span.queries < 0, torch.inf).view(-1, tile_len, 1)
-        delta_slots = delta[own].view(-1, tile_len, 1)
-        dq_tiles = dq[span.slots].view(-1, tile_len, width)
-        for first, n_tiles in span.blocks(group.block_tiles):
-            tiles, place = slice(first, first + n_tiles), span.first_tile + first
-            keys, values = (span.windows(rows, first, n_tiles) for rows in (k_slots, v_slots))
-            p = mask.scores(place, n_tiles).baddbmm_(q_slots[tiles], keys.transpose(1, 2))
-            p.sub_(lse_slots[tiles]).exp_()
-            dp = torch.bmm(do_slots[tiles], values.transpose(1, 2))
-            dropped = p
-            if group.options.dropout > 0:
-                factors = mask.dropout_factors(place, n_tiles)
-                dp.mul_(factors)
-                dropped = p * factors
-            _add_windows(dv, torch.bmm(dropped.transpose(1, 2), do_slots[tiles]), layout, place)
-            ds = dp.sub_(delta_slots[tiles]).mul_(p)
-            torch.bmm(ds, keys, out=dq_tiles[tiles])
-            _add_windows(dk, torch.bmm(ds.transpose(1, 2), q_slots[tiles]), layout, place)
-    return dq, dk, dv
+    """One round's gradients by slot: dq / scale, dk / log 2 and dv; q and lse are in units of log 2."""
+    tile_len, width = layout.tiling.tile_len, q.shape[1]
+    dq, dk, dv = (
+        group.scratch.rows(name, layout.query_slots.numel(), width).view(layout.n_tiles, tile_len, width)
+        for name in ("dq", "dk", "dv")
+    )
+    looks_ahead = layout.tiling.front > 0
+    for grad in (dq, dk, dv):
+        # the last tile is the home of those that are not here
+        (grad if looks_ahead else grad[-1]).zero_()
+    query_rows, key_rows = layout.some_rows()
+    for span in layout.spans:
+        queries, d_outs = (_Tiles.gather(x, query_rows, layout, span) for x in (q, d_out))
+        keys, values = (_Tiles.gather(x, key_rows, layout, span) for x in (k, v))
+        pairs = _Pairs(group, layout, span)
+        lses, deltas = (pairs.of_queries(x) for x in _by_slot(layout, span, lse, delta))
+        p, ds = pairs.buffer("scores"), pairs.buffer("ds")
+        for part, column, its_lse in zip(pairs.by_column(p), span.columns, lses, strict=True):
+            torch.sub(mask.scores(column), its_lse, out=part)
+        _add_scores(p, pairs, queries, keys)
+        p.exp2_()
+        _multiply(ds, pairs, d_outs, values)
+        dropped = p
+        if group.options.dropout > 0:
+            dropped = p.clone()
+            for part, d_part, column in zip(
+                pairs.by_column(dropped), pairs.by_column(ds), span.columns, strict=True
+            ):
+                factors = mask.dropout_factors(column)
+                part.mul_(factors)
+                d_part.mul_(factors)
+        _add_transposed(dv, dropped, pairs, d_outs, is_zero=looks_ahead)
+        for part, its_delta in zip(pairs.by_column(ds), deltas, strict=True):
+            part.sub_(its_delta)
+        ds.mul_(p)
+        _sum_products(dq, ds, pairs, keys)
+        _add_transposed(dk, ds, pairs, queries, is_zero=looks_ahead)
+    return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
 
 
-def _add_windows(rows: Tensor, windows: Tensor, layout: Layout, first_tile: int) -> None:
-    """Adds overlapping windows [tiles, columns, D] into the rows [slots, D] that they stand for.
-
-    The rows reach beyond the last slot, so that the last window ends on a tile border.
-    """
-    tile_len, columns = layout.tiling.tile_len, layout.tiling.columns
-    n_tiles, _, width = windows.shape
-    tiles = rows.view(-1, tile_len, width)
-    for shift, start in enumerate(range(0, columns, tile_len)):
-        part = windows[:, start : start + tile_len]
-        first = first_tile + shift
-        tiles[first : first + n_tiles, : part.shape[1]] += part
+def _by_slot(layout: Layout, span: Span, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """lse and delta of a span's query slots, [tiles, tile_len, 1] each."""
+    tile_len, tiles = layout.tiling.tile_len, span.columns[0].queries
+    slots = layout.query_slots[tiles.start * tile_len : tiles.stop * tile_len]
+    own = slots.clamp_min(0)
+    # exp(s - inf) = 0: empty slots give nothing to anybody
+    lses = lse[own].masked_fill_(slots < 0, torch.inf)
+    return lses.view(-1, tile_len, 1), delta[own].view(-1, tile_len, 1)

@@ -24,22 +24,21 @@ class Tiling:
 
     tile_len: int
     back: int
+    """How many tiles before its own a query may look at."""
     front: int
-
-    @property
-    def columns(self) -> int:
-        return self.back + self.tile_len + self.front
+    """How many behind its own."""
 
 
 def tiling_of(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
     """Tile sizes for a rule. Short buckets take short tiles, since a bucket's last tile is half empty."""
     if isinstance(rule, ChunkRule):
-        return Tiling(rule.chunk_len, rule.n_before * rule.chunk_len, rule.n_after * rule.chunk_len)
+        return Tiling(rule.chunk_len, rule.n_before, rule.n_after)
     members = max(1, seq_len // n_buckets)
     tile_len = 16
-    while tile_len < 64 and 4 * tile_len <= min(2 * members, 2 * rule.window):
+    while tile_len < 64 and 4 * tile_len <= min(members, rule.window):
         tile_len *= 2
-    return Tiling(tile_len, rule.window, 0 if rule.causal else rule.window)
+    reach = -(-(rule.window - 1) // tile_len)
+    return Tiling(tile_len, reach, 0 if rule.causal else reach)
 
 
 @dataclass(frozen=True)

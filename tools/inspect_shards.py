@@ -1,15 +1,31 @@
 #!/usr/bin/env python3
-"""Shows what a data set holds, and checks that it is still what was written."""
+"""Shows what a data set holds, checks that it is still what was written, and tells what a step reads."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from itertools import islice
 from pathlib import Path
 
-from reformer_dist.data import SPLITS, Dataset, SampleReader, Source, find_damage
-from reformer_dist.errors import DataError
+import yaml
+
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.compose import run_config_from
+from reformer_dist.data import (
+    SPLITS,
+    Dataset,
+    Replay,
+    SampleReader,
+    Source,
+    consumed_hash,
+    find_damage,
+    merge_states,
+)
+from reformer_dist.errors import ConfigError, DataError, UserError
+from reformer_dist.feed import QUARANTINE_FILE, Feed, open_corpus
+from reformer_dist.run_folder import CONFIG_FILE
 
 SHOWN_CHARACTERS = 300
 
@@ -17,12 +33,15 @@ SHOWN_CHARACTERS = 300
 def main() -> int:
     arguments = parse_arguments()
     try:
+        if arguments.order is not None:
+            show_step(arguments)
+            return 0
         dataset = Dataset.open(arguments.folder)
         show_counts(dataset)
         for split in SPLITS:
             show_samples(dataset, split, arguments.samples)
         return verify(dataset) if arguments.verify else 0
-    except DataError as error:
+    except UserError as error:
         print(f"inspect_shards.py: error: {error}", file=sys.stderr)
         return 1
 
@@ -30,7 +49,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder that holds dataset.json")
+    add("folder", metavar="DIR", help="folder or URL that holds dataset.json; for --order also a run directory")
+    add("overrides", nargs="*", metavar="key=value", help="for --order: such as data.batch_size=16 trainer.seed=1")
     add(
         "--samples",
         type=int,
@@ -43,7 +63,18 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="check the sha256 of every shard and sample; exit 1 if any is bad",
     )
-    return parser.parse_args()
+    add(
+        "--order",
+        type=int,
+        metavar="STEP",
+        help="list the samples of a step, counted from 1, of a run of that configuration",
+    )
+    add(
+        "--hash",
+        action="store_true",
+        help="for --order: go through all steps up to it, and print the running hash that checkpoints hold",
+    )
+    return parser.parse_intermixed_args()
 
 
 def show_counts(dataset: Dataset) -> None:
@@ -67,6 +98,55 @@ def show_samples(dataset: Dataset, split: str, n_samples: int) -> None:
         size = f"{entry.n_bytes:,} bytes, {entry.n_tokens:,} tokens"
         print(f"\n--- {shard.name} {entry.key}: {entry.document}, {size}")
         print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
+
+
+def show_step(arguments: argparse.Namespace) -> None:
+    if arguments.order < 1:
+        raise ConfigError(f"--order {arguments.order}: must be at least 1, the first step")
+    run = Path(arguments.folder)
+    is_run = (run / CONFIG_FILE).is_file()
+    saved = yaml.safe_load((run / CONFIG_FILE).read_text()) if is_run else {"data": {"path": arguments.folder}}
+    config = run_config_from(saved, arguments.overrides)
+    checkpoints = find_checkpoints(run) if is_run else {}
+    corpus = open_corpus(config.data, [])
+    before = max((step for step in checkpoints if step < arguments.order and not arguments.hash), default=None)
+    feed = Feed.open(config, corpus, None if before is None else checkpoints[before])
+    replay = Replay(feed.order, feed.start, find_quarantine(run), config.data.epochs or None)
+    n_skipped = arguments.order - 1 - replay.step
+    for _ in range(n_skipped if arguments.hash else 0):
+        replay.next_step()
+    replay.skip(0 if arguments.hash else n_skipped)
+    for number, pieces in enumerate(replay.next_step()):
+        print(f"step {arguments.order}, row {number}:" + ("" if pieces else " nothing, the last pass has ended"))
+        for piece in pieces:
+            entry = piece.source.entry
+            places = f"tokens {piece.start} to {piece.stop} of {entry.n_tokens}"
+            print(f"  {piece.source.where} ({entry.document}), {places}")
+    if arguments.hash:
+        show_hash(replay.hash, checkpoints.get(arguments.order))
+
+
+def show_hash(found: str, checkpoint: CheckpointReader | None) -> None:
+    print(f"hash of all samples so far: {found}")
+    if checkpoint is not None:
+        saved = consumed_hash(merge_states([rank["data"] for rank in checkpoint.rank_states]))
+        if saved != found:
+            raise DataError(f"{checkpoint.folder}: the run read other samples: its hash is {saved}")
+        print(f"{checkpoint.folder}: the run read the same")
+
+
+def find_checkpoints(run: Path) -> dict[int, CheckpointReader]:
+    """Those of a run that are whole, by step."""
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    readers = [CheckpointReader(folder) for folder in folders if (folder / "manifest.json").is_file()]
+    return {reader.step: reader for reader in readers}
+
+
+def find_quarantine(run: Path) -> set[tuple[int, str, str]]:
+    """What a run passed over."""
+    path = run / QUARANTINE_FILE
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {(number, shard, key) for number, shard, key in (json.loads(line)["id"] for line in lines)}
 
 
 def verify(dataset: Dataset) -> int:

@@ -8,6 +8,7 @@ from reformer_dist.data.layout import SPLITS, Shard
 from reformer_dist.data.loader import StepBatch, TrainLoader
 from reformer_dist.data.order import Order
 from reformer_dist.data.quarantine import Damage, Quarantine
+from reformer_dist.data.replay import Replay
 from reformer_dist.data.samples import SampleReader, Source
 from reformer_dist.data.sources import iterate_documents
 from reformer_dist.data.state import Start, consumed_hash, merge_states, read_state
@@ -29,6 +30,7 @@ __all__ = [
     "Order",
     "Part",
     "Quarantine",
+    "Replay",
     "SampleReader",
     "Shard",
     "Source",

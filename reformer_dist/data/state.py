@@ -81,8 +81,12 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def consumed_hash(state: Mapping[str, Any]) -> str:
     """One hash of the ids of all samples read so far in their order, whatever the world, from a merged state."""
-    digests = "".join(str(state["streams"][key][-1]) for key in sorted(state["streams"], key=int))
-    return hashlib.blake2b(digests.encode(), digest_size=HASH_BYTES).hexdigest()
+    return join_digests([bytes.fromhex(state["streams"][key][-1]) for key in sorted(state["streams"], key=int)])
+
+
+def join_digests(digests: Sequence[bytes]) -> str:
+    """One hash of the running hashes of all streams, in their order."""
+    return hashlib.blake2b(b"".join(digests), digest_size=HASH_BYTES).hexdigest()
 
 
 def read_state(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import varied_documents
+from data_helpers import damage_sample, make_order, open_loader, varied_documents
 
-from reformer_dist.data import Dataset
+from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, Start, consumed_hash, write_dataset
+from reformer_dist.feed import QuarantineFile
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -135,3 +137,72 @@ def test_an_error_of_a_program_is_one_line(tmp_path: Path) -> None:
     result = run("make_shards.py", tmp_path / "nowhere", "--output", tmp_path / "d")
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves: its configuration; over a data set of which some samples are damaged."""
+    root = tmp_path_factory.mktemp("order")
+    write_dataset(varied_documents(), root / "data", ByteTokenizer(), 12_000, 0.2)
+    for number in range(5, 40, 5):
+        damage_sample(Dataset.open(root / "data"), number)
+    (root / "run").mkdir()
+    settings = {"path": str(root / "data"), "seq_len": 64, "batch_size": 8}
+    (root / "run" / "config.yaml").write_text(json.dumps({"data": settings, "trainer": {"seed": 3}}))
+    return root / "run"
+
+
+def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(TOOLS / "inspect_shards.py"), run_name="__main__")
+    assert ending.value.code == 0
+
+
+def test_the_samples_of_a_step(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that the loader reads, damage or not, by a run directory or by the data set and its settings."""
+    data = run_folder.parent / "data"
+    corpus = Corpus.open([data])
+    with open_loader(corpus, batch_size=8) as loader:
+        batches = [next(loader) for _ in range(20)]
+        state = batches[-1].state
+    found = [damage for batch in batches for damage in batch.damaged]
+    assert found
+    QuarantineFile(run_folder).add(found)
+    inspect(monkeypatch, run_folder, "--order", 20, "--hash")
+    shown = capsys.readouterr().out
+    assert f"hash of all samples so far: {consumed_hash(state)}" in shown
+    inspect(monkeypatch, run_folder, "--order", 20)
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == shown.splitlines()[:-1]
+    # the text of each row is that of the places that are listed
+    texts = dict(varied_documents())
+    rows: list[bytes] = []
+    for line in listed:
+        if line.startswith("step 20, row"):
+            rows.append(b"")
+        else:
+            document, start, stop = re.fullmatch(r".*\((\w+)\), tokens (\d+) to (\d+) of \d+", line).groups()
+            rows[-1] += (texts[document] + b"\xff")[int(start) : int(stop)]
+    labels = batches[-1].labels.flatten(0, 1).clamp(max=255)
+    assert rows == [bytes(row.tolist()) for row in labels]
+
+    (run_folder / "quarantine.jsonl").unlink()
+    inspect(monkeypatch, data, "--order", 3, "data.seq_len=64", "data.batch_size=8", "trainer.seed=3")
+    assert capsys.readouterr().out.startswith("step 3, row 0:\n")
+
+
+def test_a_step_far_away_is_found_at_once(dataset: Dataset) -> None:
+    """Mixed or not, skipping steps comes to where going through them does."""
+    for corpus in (Corpus([dataset, dataset], [1.0, 2.0]), Corpus([dataset])):
+        order = make_order(corpus)
+        skipped, walked = Replay(order, Start()), Replay(order, Start())
+        skipped.skip(50)
+        for _ in range(50):
+            walked.next_step()
+        ids = [[[piece.id for piece in row] for row in each.next_step()] for each in (skipped, walked)]
+        assert ids[0] == ids[1]
+    skipped.skip(10**12)
+    assert all(skipped.next_step())

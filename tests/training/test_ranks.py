@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from support.launch import run_ranks
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.data import Dataset, merge_states
 from reformer_dist.distributed.runtime import Runtime
 
 STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
 SHARED = "parallel.sequence=2"
+DAMAGED = ("data.max_damaged_share=0.5", "data.workers=0")
+EPOCH = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=10")
+EPOCH += ("trainer.max_steps=1000",)
 
 
 def broken(data: Path, copy: Path) -> Path:
@@ -30,6 +36,23 @@ def broken(data: Path, copy: Path) -> Path:
     for path in sorted(copy.glob("train-*.tar"))[::2]:
         path.write_bytes(bytes(path.stat().st_size))
     return copy
+
+
+def damage_samples(data: Path, copy: Path) -> Path:
+    """A data set in which a bit of every third training sample is another."""
+    shutil.copytree(data, copy)
+    dataset = Dataset.open(copy)
+    for shard in dataset.shards("train"):
+        path = copy / shard.name
+        content = bytearray(path.read_bytes())
+        for entry in dataset.index(shard).entries[::3]:
+            content[entry.offset + 5] ^= 1
+        path.write_bytes(content)
+    return copy
+
+
+def data_state(folder: Path) -> dict[str, Any]:
+    return merge_states([rank["data"] for rank in CheckpointReader(folder).rank_states])
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +80,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
     add("buckets-resumed", *by_buckets, f"resume={checkpoint(root / 'buckets', 3)}")
     add("buckets-elastic", *by_buckets, f"resume={checkpoint(alone, 3)}")
     add("broken", data=broken(tiny_data, root / "data"))
+    add("threads", "data.workers=3")
+    damaged = damage_samples(tiny_data, root / "damaged-data")
+    add("damaged", *DAMAGED, data=damaged)
+    add("damaged-heads", *DAMAGED, SHARED, data=damaged)
+    add("epoch", *EPOCH)
     # stage 3 last: DeepSpeed then replaces torch's linear in the process
     for stage in STAGES:
         zero = f"deepspeed.stage={stage}"
@@ -150,6 +178,54 @@ def test_sharing_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_da
     for words in ("held-out loss: ", "held-out text: "):
         (right,), (found,) = ([line for line in said.splitlines() if words in line] for said in (alone, shared))
         assert found == right
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_every_world_reads_the_same_samples(ranks: tuple[Path, dict[str, Any]], alone: Path, step: int) -> None:
+    """Ranks, threads, sequence degrees and resumes: the running hash of what was read is that of one process."""
+    right = data_state(checkpoint(alone, step))
+    assert right["step"] == step
+    names = ["plain", "threads", "heads", "buckets", "zero3"]
+    if step > 3:
+        names += ["elastic", "buckets-resumed", "buckets-elastic", "zero3-resumed"]
+    for name in names:
+        assert data_state(checkpoint(ranks[0] / name, step)) == right, name
+
+
+def test_damage_is_passed_over_by_all_ranks_and_named(
+    ranks: tuple[Path, dict[str, Any]], tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    root = ranks[0]
+    run = train(job, root / "damaged-data", tmp_path / "run", *DAMAGED)
+    state = data_state(checkpoint(run, 6))
+    n_damaged = len(state["quarantine"])
+    assert n_damaged > 1
+    named = (run / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["id"] for line in named) == state["quarantine"]
+    assert sum("passed over: " in words and "sha256 differs" in words for words in said.messages) == n_damaged
+    for name in ("damaged", "damaged-heads"):
+        assert data_state(checkpoint(root / name, 6)) == state
+        assert sorted((root / name / "quarantine.jsonl").read_text().splitlines()) == sorted(named)
+        assert scalars(root / name, LOSS) == pytest.approx(scalars(run, LOSS), rel=1e-5)
+        assert scalars(root / name, "data/damaged")[6] == n_damaged
+    # repaired since, and on one process: what is in quarantine stays there
+    source = checkpoint(root / "damaged-heads", 3)
+    resumed = train(job, root / "damaged-data", tmp_path / "resumed", f"resume={source}", *DAMAGED)
+    assert data_state(checkpoint(resumed, 6)) == state
+
+
+def test_an_epoch_ends_the_run_alike(
+    ranks: tuple[Path, dict[str, Any]], tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    """After the same number of steps, the last of them partly padding, as on one process."""
+    run = train(job, tiny_data, tmp_path / "run", *EPOCH)
+    n_tokens = Dataset.open(tiny_data).total("tokens", "train")
+    last = ceil(ceil(n_tokens / 40) / 128)
+    assert scalars(ranks[0] / "epoch", LOSS) == pytest.approx(scalars(run, LOSS), rel=1e-5)
+    assert max(scalars(run, LOSS)) == last > 3
+    state = data_state(checkpoint(run, last))
+    assert sum(stream[0] for stream in state["streams"].values()) == n_tokens
+    assert data_state(checkpoint(ranks[0] / "epoch", last)) == state
 
 
 def test_errors_are_those_of_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> None:

@@ -7,13 +7,16 @@ length: a row that fails its check shows no speed, and the tool exits 1.
 ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
 reformer_pytorch 1.4.4's LSHAttention on the same q, v, chunks of --window, seq_len / window buckets
 transformers     4.57.6's LSHSelfAttention, its projections replaced by the given q, v; it picks its buckets itself
-sdpa             PyTorch's exact causal attention, with k = q and the same v, held against a dense softmax
+sdpa             PyTorch's exact causal attention as it chooses itself, with k = q, held against a dense softmax
+flash, cudnn     the same by one of its kernels (CUDA)
+flex             PyTorch's FlexAttention over the last rounds * window tokens: as many keys as ours may see (CUDA)
 
 The two peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says only
 that output and gradients are finite and have the right shape.
 
 Peak memory: on a CPU the process's highest resident size less its size once modules are loaded and inputs exist;
-on CUDA the most that PyTorch had allocated, less the inputs. Seconds: the best of --repeat after one warm-up.
+on CUDA the most that PyTorch had allocated, less the inputs. Seconds: the best of --repeat runs, of which the
+first also warms up. hash and sort, part of ours, are timed by themselves too.
 """
 
 from __future__ import annotations
@@ -37,15 +40,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
+from reformer_dist.ops.lsh.attention import lay_out
 from reformer_dist.ops.lsh.reference import reference_attention
 
 PEERS = ("reformer_pytorch", "transformers")
-IMPLEMENTATIONS = ("ours", *PEERS, "sdpa")
+CUDA_ONLY = ("flash", "cudnn", "flex")
+IMPLEMENTATIONS = ("ours", *PEERS, "sdpa", *CUDA_ONLY)
 CHECK_SEQ_LEN = 512
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+MEASURES = ("seconds", "forward", "backward", "hash", "sort", "peak_mib")
 IMPORT_FAILED = 3
 MIB = 2**20
 
@@ -93,6 +100,8 @@ def main() -> int:
             print(json.dumps(row))
     else:
         print_table(rows)
+    if arguments.plot is not None:
+        plot(rows, arguments.plot)
     return 0 if all(row["correct"] for row in rows) else 1
 
 
@@ -107,21 +116,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--n-buckets", type=int, help="ours (default: seq_len / window, so that the mean bucket is one window)")
     add("--dtype", choices=sorted(TOLERANCE), default="float32", help="default: float32")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--repeat", type=int, default=3, help="timed runs, of which the best counts (default: 3)")
+    add("--repeat", type=int, default=4, help="timed runs, of which the best counts (default: 4)")
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    add("--impl", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS, help="default: all")
+    add("--impl", nargs="+", choices=IMPLEMENTATIONS, help="default: all that the device can run")
+    add("--plot", type=Path, metavar="PNG", help="draw seconds over lengths (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON object a row instead of the table")
     add("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def wanted_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    missing = [name for name in PEERS if name in arguments.impl and importlib.util.find_spec(name) is None]
+    is_cuda = arguments.device.startswith("cuda")
+    wanted = arguments.impl or [name for name in IMPLEMENTATIONS if is_cuda or name not in CUDA_ONLY]
+    missing = [name for name in PEERS if name in wanted and importlib.util.find_spec(name) is None]
     if missing:
         note = "left out, not installed (pip install 'reformer_dist[peers]')"
         print(f"bench_attention.py: {' and '.join(missing)} {note}", file=sys.stderr)
     shared = {name: getattr(arguments, name) for name in Row.__dataclass_fields__}
-    impls = [impl for impl in IMPLEMENTATIONS if impl in arguments.impl and impl not in missing]
+    impls = [impl for impl in IMPLEMENTATIONS if impl in wanted and impl not in missing]
     for seq_len, n_hashes, impl in itertools.product(arguments.seq_len, arguments.n_hashes, impls):
         yield Row(**{**shared, "seq_len": seq_len, "n_hashes": n_hashes, "impl": impl})
 
@@ -139,12 +151,13 @@ def in_own_process(row: Row) -> dict[str, Any] | None:
         print(f"bench_attention.py: {row.impl} left out: {last_line}", file=sys.stderr)
         return None
     print(f"bench_attention.py: {row.impl} failed: {last_line}", file=sys.stderr)
-    return report(row, None, None, is_correct=False)
+    return report(row, None)
 
 
-def report(row: Row, seconds: float | None, peak_mib: float | None, *, is_correct: bool) -> dict[str, Any]:
-    sizes = {name: getattr(row, name) for name in ("impl", "seq_len", "n_hashes", "heads", "head_dim")}
-    return {**sizes, "seconds": seconds, "peak_mib": peak_mib, "correct": is_correct}
+def report(row: Row, measured: dict[str, float | None] | None) -> dict[str, Any]:
+    """A row as it is printed; without measures it was not correct."""
+    sizes = {name: getattr(row, name) for name in ("impl", "seq_len", "n_hashes", "heads", "head_dim", "dtype")}
+    return {**sizes, **(measured or dict.fromkeys(MEASURES)), "correct": measured is not None}
 
 
 def run_row(row: Row) -> int:
@@ -154,8 +167,7 @@ def run_row(row: Row) -> int:
     except ImportError as error:
         print(error, file=sys.stderr)
         return IMPORT_FAILED
-    seconds, peak_mib = measure(row) if is_correct else (None, None)
-    print(json.dumps(report(row, seconds, peak_mib, is_correct=is_correct)))
+    print(json.dumps(report(row, measure(row) if is_correct else None)))
     return 0
 
 
@@ -166,23 +178,48 @@ def run_once(attend: Attend, q: Tensor, v: Tensor, d_out: Tensor) -> tuple[Tenso
     return out, dq, dv
 
 
-def measure(row: Row) -> tuple[float, float]:
-    """Best seconds and peak MiB of forward and backward."""
-    inputs = row.inputs(row.seq_len)
+def measure(row: Row) -> dict[str, float | None]:
+    """Seconds and MiB by the names of MEASURES; hash and sort are None where there is none to time."""
+    q, v, d_out = row.inputs(row.seq_len)
     attend = IMPLEMENTATION[row.impl](row, row.seq_len)
     is_cuda = row.device.startswith("cuda")
     before = torch.cuda.memory_allocated() if is_cuda else resident_bytes()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(1 + row.repeat):
-        start = time.perf_counter()
-        run_once(attend, *inputs)
-        if is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    runs = []
+    for _ in range(row.repeat):
+        out, forward = timed(row, lambda: attend(q, v))
+        _, backward = timed(row, lambda out=out: torch.autograd.grad(out, (q, v), d_out.view(out.shape)))
+        runs.append((forward + backward, forward, backward))
+        del out
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_resident_bytes()
-    return round(min(times[1:]), 4), round(max(0, peak - before) / MIB, 1)
+    values = [*(round(seconds, 5) for seconds in min(runs)), *split(row, q)]
+    return dict(zip(MEASURES, [*values, round(max(0, peak - before) / MIB, 1)], strict=True))
+
+
+def timed(row: Row, work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    found = work()
+    if row.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - start
+
+
+def split(row: Row, q: Tensor) -> tuple[float | None, float | None]:
+    """Seconds of hashing and of laying out the order, of ours on a CPU."""
+    if row.impl != "ours":
+        return None, None
+    hashed = [timed(row, lambda: our_buckets(row, q)) for _ in range(row.repeat)]
+    hash_seconds = round(min(seconds for _, seconds in hashed), 5)
+    if row.device.startswith("cuda"):
+        return hash_seconds, None  # there the order is made inside the kernels' launch
+    units = hashed[0][0].flatten(0, 1)
+    options = our_options(row)
+    sorts = [
+        timed(row, lambda: [lay_out(units[u : u + 1], options) for u in range(units.shape[0])])
+        for _ in range(row.repeat)
+    ]
+    return hash_seconds, round(min(seconds for _, seconds in sorts), 5)
 
 
 def resident_bytes() -> int:
@@ -205,7 +242,7 @@ def check(row: Row) -> bool:
     attend = IMPLEMENTATION[row.impl](row, seq_len)
     q, v, d_out = row.inputs(seq_len)
     found = run_once(attend, q, v, d_out)
-    if row.impl in PEERS:
+    if row.impl in (*PEERS, "flex"):
         return all(x.numel() == q.numel() and x.isfinite().all() for x in found)
     q, v = (x.detach().float().requires_grad_() for x in (q, v))
     exact = attend_by_oracle(row, q, v) if row.impl == "ours" else attend_densely(q, v)
@@ -215,8 +252,12 @@ def check(row: Row) -> bool:
     return all((x.float() - y).abs().max() <= tolerance * (1 + y.abs().max()) for x, y in pairs)
 
 
+def our_options(row: Row) -> AttentionOptions:
+    return AttentionOptions(WindowRule(row.window, causal=True), row.buckets, scale=row.head_dim**-0.5)
+
+
 def ours(row: Row, seq_len: int) -> Attend:
-    options = AttentionOptions(WindowRule(row.window, causal=True), row.buckets, scale=row.head_dim**-0.5)
+    options = our_options(row)
 
     def attend(q: Tensor, v: Tensor) -> Tensor:
         return bucket_attention(q, None, v, our_buckets(row, q), options)
@@ -271,31 +312,88 @@ def sdpa(row: Row, seq_len: int) -> Attend:
     return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=True)
 
 
+def by_kernel(backend: SDPBackend) -> Callable[[Row, int], Attend]:
+    def build(row: Row, seq_len: int) -> Attend:
+        def attend(q: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, q, v, is_causal=True)
+
+        return attend
+
+    return build
+
+
+def flex(row: Row, seq_len: int) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    reach = row.n_hashes * row.window
+
+    def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < reach)
+
+    mask = create_block_mask(in_window, None, None, seq_len, seq_len, device=row.device)
+    compiled = torch.compile(flex_attention)
+    return lambda q, v: compiled(q, q, v, block_mask=mask)
+
+
 def attend_densely(q: Tensor, v: Tensor) -> Tensor:
     future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = q.shape[-1] ** -0.5 * q @ q.transpose(-1, -2)
     return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
 
 
-IMPLEMENTATION = {"ours": ours, "reformer_pytorch": reformer_pytorch, "transformers": transformers, "sdpa": sdpa}
+IMPLEMENTATION: dict[str, Callable[[Row, int], Attend]] = {
+    "ours": ours,
+    "reformer_pytorch": reformer_pytorch,
+    "transformers": transformers,
+    "sdpa": sdpa,
+    "flash": by_kernel(SDPBackend.FLASH_ATTENTION),
+    "cudnn": by_kernel(SDPBackend.CUDNN_ATTENTION),
+    "flex": flex,
+}
+EXACT = ("sdpa", "flash", "cudnn")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows with their share of reformer_pytorch's time and memory at the same sizes."""
-    line = "{:<18}{:>8}{:>8}{:>10}{:>10}{:>9}{:>9}  {}".format
-    print(line("impl", "seq_len", "hashes", "seconds", "peak MiB", "time", "memory", "correct"))
-    peer = {(row["seq_len"], row["n_hashes"]): row for row in rows if row["impl"] == "reformer_pytorch"}
+    """Rows with how many times ours is faster and smaller at the same sizes."""
+    heads = ("seconds", "forward", "backward", "hash", "sort", "us/token", "peak MiB", "time", "memory")
+    line = ("{:<18}{:>9}{:>7}" + "{:>10}" * len(heads) + "  {}").format
+    print(line("impl", "seq_len", "hashes", *heads, "correct"))
+    ours_at = {(row["seq_len"], row["n_hashes"]): row for row in rows if row["impl"] == "ours"}
     for row in rows:
-        other = peer.get((row["seq_len"], row["n_hashes"]), {})
-        n_hashes = "-" if row["impl"] == "sdpa" else row["n_hashes"]
-        measured = ("-" if row[key] is None else row[key] for key in ("seconds", "peak_mib"))
-        shares = (share(row, other, key) for key in ("seconds", "peak_mib"))
-        print(line(row["impl"], row["seq_len"], n_hashes, *measured, *shares, "yes" if row["correct"] else "NO"))
-    print("time, memory: divided by those of reformer_pytorch")
+        own = ours_at.get((row["seq_len"], row["n_hashes"]), {})
+        per_token = round(row["seconds"] / row["seq_len"] * 1e6, 1) if row["seconds"] else None
+        *seconds, peak = (row[key] for key in MEASURES)
+        cells = [*seconds, per_token, peak, ratio(row, own, "seconds"), ratio(row, own, "peak_mib")]
+        n_hashes = "-" if row["impl"] in EXACT else row["n_hashes"]
+        shown = ("-" if cell is None else cell for cell in cells)
+        print(line(row["impl"], row["seq_len"], n_hashes, *shown, "yes" if row["correct"] else "NO"))
+    print("time, memory: divided by those of ours at the same length and rounds")
 
 
-def share(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
-    return f"{row[key] / other[key]:.3f}" if row[key] and other.get(key) else "-"
+def ratio(row: dict[str, Any], own: dict[str, Any], key: str) -> str | None:
+    return f"{row[key] / own[key]:.2f}" if row[key] and own.get(key) else None
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds over lengths, a line for each implementation and number of rounds."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        sys.exit("bench_attention.py: --plot needs matplotlib: pip install matplotlib")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["correct"]:
+            name = row["impl"] if row["impl"] in EXACT else f"{row['impl']}, {row['n_hashes']} rounds"
+            lines.setdefault(name, []).append((row["seq_len"], row["seconds"]))
+    for name, points in lines.items():
+        axes.loglog(*zip(*sorted(set(points)), strict=True), marker="o", label=name, base=2)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("seconds, forward and backward")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

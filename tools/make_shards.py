@@ -31,8 +31,6 @@ examples:
   python tools/make_shards.py book.txt --output data/book
   python tools/make_shards.py src/ --suffix .py --suffix .md --output data/code --shard-mb 1
   python tools/make_shards.py corpus.jsonl.gz --tokenizer bpe --vocab-size 8192 --output data/corpus
-
-Write at least as many shards as a step has rows: every row then reads a shard of its own.
 """
 
 

@@ -154,3 +154,11 @@ def test_saved_configuration_is_checked_again() -> None:
     saved["model"]["n_buckets"] = 7
     with pytest.raises(ConfigError, match=r"model\.n_buckets=7"):
         run_config_from(saved, [])
+
+
+def test_several_data_sets(composed: Callable[..., RunConfig]) -> None:
+    """By the command line, and again from what a run has saved."""
+    config = composed("data.path=[a,'s3://b/c']", "data.weights=[1,3]")
+    assert (config.data.paths(), config.data.weights) == (["a", "s3://b/c"], [1.0, 3.0])
+    assert run_config_from(plain(config), []).data == config.data
+    assert run_config_from(plain(config), ["data.path=d", "data.weights=null"]).data.paths() == ["d"]

@@ -217,3 +217,28 @@ def test_configuration_errors_are_what_users_and_python_expect() -> None:
     assert issubclass(ConfigError, UserError)
     assert issubclass(ConfigError, ValueError)
     assert Activation("glu") is Activation.glu
+
+
+@pytest.mark.parametrize("path", ["", [], ["a", ""], 3, ["a", 4], None, {"a": "b"}])
+def test_data_paths(path: object) -> None:
+    complains("data.path", path, "must be a folder or URL, or a list of them")
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("inf")], [1.0, float("nan")]])
+def test_data_weights(weights: list[float]) -> None:
+    complains("data.weights", weights, "must be 2 numbers above 0", path=["a", "b"])
+
+
+def test_epochs_are_of_pooled_data() -> None:
+    complains("data.epochs", 2, "trainer.max_steps", path=["a", "b"], weights=[1.0, 2.0])
+    assert DataConfig(path=["a", "b"], epochs=2).paths() == ["a", "b"]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_damaged_share(share: float) -> None:
+    complains("data.max_damaged_share", share, "below 1")
+
+
+def test_cache_size() -> None:
+    complains("data.cache_gb", 0.0, "above 0")
+    complains("data.cache_dir", "", "must name a folder")

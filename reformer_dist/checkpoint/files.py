@@ -28,6 +28,15 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"{PREFIX}{step:08d}"
 
 
+def step_folders(root: Path) -> list[Path]:
+    """What lies under the name of a checkpoint, by step."""
+    return sorted((path for path in root.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name[len(PREFIX) :])
+
+
 def partial_folder(root: Path, step: int) -> Path:
     """Where the checkpoint of a step is written until it is whole."""
     return root / f".{PREFIX}{step:08d}.partial"
@@ -45,8 +54,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, thing: Any) -> None:
-    write_bytes(path, json.dumps(thing, indent=1, sort_keys=True).encode())
+def json_bytes(thing: Any) -> bytes:
+    return json.dumps(thing, indent=1, sort_keys=True).encode()
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reformer_dist.checkpoint.files import FORMAT, MANIFEST, PREFIX, RUN_FILE, fingerprint, rank_file
+from reformer_dist.checkpoint.files import FORMAT, MANIFEST, RUN_FILE, fingerprint, rank_file, step_folders
 from reformer_dist.errors import CheckpointError
 
 
@@ -41,7 +41,7 @@ def is_good(folder: Path) -> str | None:
 def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """The newest good checkpoint below `root`, if any, and what is wrong with newer ones."""
     complaints: list[str] = []
-    for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+    for folder in reversed(step_folders(root)):
         wrong = is_good(folder)
         if wrong is None:
             return folder, complaints

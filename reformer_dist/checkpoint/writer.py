@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +16,16 @@ from torch import Tensor
 from reformer_dist.checkpoint.files import (
     FORMAT,
     MANIFEST,
-    PREFIX,
     RUN_FILE,
     fingerprint,
+    json_bytes,
     partial_folder,
     rank_file,
     step_folder,
+    step_folders,
+    step_of,
     sync,
     write_bytes,
-    write_json,
 )
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import CheckpointError
@@ -46,65 +48,119 @@ class SavedFragment(Protocol):
     def values(self, kind: str) -> Tensor: ...
 
 
-def write_checkpoint(
-    runtime: Runtime,
-    root: Path,
-    step: int,
-    fragments: Sequence[SavedFragment],
-    *,
-    rank_state: dict[str, Any],
-    run: dict[str, Any],
-    extra_files: dict[str, bytes],
-    keep: int,
-) -> Path:
-    """Writes root/step-<step> from all ranks, prunes all but the newest `keep` (0: none), returns the folder.
+class Saving:
+    """A checkpoint in the making: copied when this is made, written by a thread, true after `finish`.
 
-    rank_state: JSON of this rank; run and extra_files: rank 0's. On any rank's failure every rank raises the
-    same error, and what existed before still does.
+    Every rank makes the same calls in the same order. The thread takes part in no collective, so that it can't
+    get between those of training; the ranks agree on what became of it in `is_done` and `finish`.
     """
-    final, partial = step_folder(root, step), partial_folder(root, step)
-    runtime.on_main(lambda: _make_empty(partial))
-    try:
-        files = runtime.gather(runtime.together(lambda: _write_rank(partial, runtime.rank, fragments, rank_state)))
-        runtime.on_main(lambda: _finish(partial, final, step, files, run, extra_files))
-    except Exception:
-        if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if runtime.is_main and keep > 0:
-        # later ones are damaged or of an abandoned course: they must not push this one out
-        course = sorted(folder for folder in root.glob(f"{PREFIX}*") if folder <= final)
-        for old in course[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        root: Path,
+        step: int,
+        fragments: Sequence[SavedFragment],
+        *,
+        rank_state: dict[str, Any],
+        run: dict[str, Any],
+        extra_files: dict[str, bytes],
+    ) -> None:
+        """rank_state: JSON of this rank; run and extra_files: rank 0's.
+
+        Raises an error alike on every rank where the folder can't be made or the disk has not the room.
+        """
+        self.step = step
+        self._runtime, self._extra_files = runtime, extra_files
+        self._final, self._partial = step_folder(root, step), partial_folder(root, step)
+        needed = runtime.sum([float(sum(fragment.length for fragment in fragments) * len(KINDS) * 4)])[0]
+        runtime.on_main(lambda: _make_room(root, self._partial, int(needed)))
+        self._run = json_bytes(run)
+        self._error: CheckpointError | None = None
+        self._marks: dict[str, Any] = {}
+        copied = _copy(fragments, rank_state)
+        self._thread = threading.Thread(target=self._write, args=copied, name="checkpoint")
+        self._thread.start()
+
+    def _write(self, tensors: dict[str, Tensor], index: bytes) -> None:
+        try:
+            self._marks = _write_rank(self._partial, self._runtime.rank, tensors, index)
+        except CheckpointError as error:
+            self._error = error
+        except Exception as error:  # whatever it is, the main thread has to hear of it
+            self._error = CheckpointError(f"{self._partial}: can't be written: {error or type(error).__name__}")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the threads of all ranks have ended, so that `finish` waits for nothing."""
+        return self._runtime.sum([float(self._thread.is_alive())])[0] == 0
+
+    def finish(self) -> Path:
+        """Waits for all ranks, and gives the checkpoint its name. Raises an error alike on every rank."""
+        runtime = self._runtime
+        self._thread.join()
+        try:
+            runtime.raise_together(self._error)
+            marks = runtime.gather(self._marks)
+            runtime.on_main(
+                lambda: _finish(self._partial, self._final, self.step, marks, self._run, self._extra_files)
+            )
+        except Exception:
+            if runtime.is_main:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+        return self._final
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _make_room(root: Path, partial: Path, needed: int) -> None:
+    """An empty folder to write into, on a disk with `needed` bytes left; what a killed save left is removed."""
+    for left in root.glob(partial_folder(root, 0).name.replace("0" * 8, "*")):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        partial.rmdir()
+        raise CheckpointError(f"{root}: a checkpoint needs {needed:,} bytes, and {free:,} are free on its disk")
 
 
-def _write_rank(
-    folder: Path, rank: int, fragments: Sequence[SavedFragment], rank_state: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes this rank's two files; returns their fingerprints by name."""
+def _copy(fragments: Sequence[SavedFragment], rank_state: dict[str, Any]) -> tuple[dict[str, Tensor], bytes]:
+    """Tensors that training does not change, by their names in the file, and the JSON beside them."""
     tensors: dict[str, Tensor] = {}
     places = []
     for fragment in fragments:
         places.append({"name": fragment.name, "offset": fragment.offset, "length": fragment.length})
         for kind in KINDS:
-            values = fragment.values(kind).detach().to(device="cpu", dtype=torch.float32)
-            # a view into a large flat tensor would be saved with all of its storage
-            tensors[f"{fragment.name}|{kind}"] = values.clone()
+            values = fragment.values(kind).detach()
+            tensors[f"{fragment.name}|{kind}"] = torch.empty(values.shape).copy_(values)
     adam_step = max((fragment.adam_step for fragment in fragments), default=0)
-    weights, index = folder / rank_file(rank, "safetensors"), folder / rank_file(rank, "json")
+    return tensors, json_bytes({"fragments": places, "adam_step": adam_step, "state": rank_state})
+
+
+def _write_rank(folder: Path, rank: int, tensors: dict[str, Tensor], index: bytes) -> dict[str, Any]:
+    """Writes this rank's two files; returns their fingerprints by name."""
+    weights, beside = folder / rank_file(rank, "safetensors"), folder / rank_file(rank, "json")
     try:
         save_file(tensors, weights)
     except SafetensorError as error:  # such as a full disk
         raise CheckpointError(f"{weights}: can't be written: {error}") from error
     sync(weights)
-    write_json(index, {"fragments": places, "adam_step": adam_step, "state": rank_state})
-    return {path.name: fingerprint(path) for path in (weights, index)}
+    write_bytes(beside, index)
+    return {path.name: fingerprint(path) for path in (weights, beside)}
+
+
+def prune(root: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
+    """Removes all but the last `keep` checkpoints up to `newest` (0: none is removed); returns what it removed.
+
+    Those of steps that `keep_every` divides stay (0: no such).
+    """
+    if keep == 0:
+        return []
+    # later ones are damaged or of an abandoned course: they must not push this one out
+    course = [folder for folder in step_folders(root) if step_of(folder) <= step_of(newest)]
+    old = [folder for folder in course[:-keep] if not keep_every or step_of(folder) % keep_every]
+    for folder in old:
+        shutil.rmtree(folder, ignore_errors=True)
+    return old
 
 
 def _finish(
@@ -112,16 +168,17 @@ def _finish(
     final: Path,
     step: int,
     files: list[dict[str, Any]],
-    run: dict[str, Any],
+    run: bytes,
     extra_files: dict[str, bytes],
 ) -> None:
     """Rank 0's files, the manifest over all of them, and the rename."""
-    write_json(partial / RUN_FILE, run)
+    write_bytes(partial / RUN_FILE, run)
     for name, data in extra_files.items():
         write_bytes(partial / name, data)
     listed = {name: mark for of_rank in files for name, mark in of_rank.items()}
     listed.update({name: fingerprint(partial / name) for name in (RUN_FILE, *extra_files)})
-    write_json(partial / MANIFEST, {"format": FORMAT, "step": step, "world_size": len(files), "files": listed})
+    manifest = {"format": FORMAT, "step": step, "world_size": len(files), "files": listed}
+    write_bytes(partial / MANIFEST, json_bytes(manifest))
     sync(partial)
     if final.exists():
         shutil.rmtree(final)

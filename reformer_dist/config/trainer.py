@@ -30,6 +30,8 @@ class TrainerConfig:
     save_every: int = 100
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that it divides stay for good; 0 keeps no more than keep_checkpoints."""
     sample_every: int = 0
     sample_tokens: int = 200
     """Tokens of each text sample."""
@@ -40,6 +42,7 @@ class TrainerConfig:
         at_least(1, trainer__max_steps=self.max_steps, trainer__micro_batch_size=self.micro_batch_size)
         at_least(0, trainer__log_every=self.log_every, trainer__eval_every=self.eval_every)
         at_least(0, trainer__save_every=self.save_every, trainer__sample_every=self.sample_every)
-        at_least(0, trainer__keep_checkpoints=self.keep_checkpoints, trainer__seed=self.seed)
+        at_least(0, trainer__keep_checkpoints=self.keep_checkpoints, trainer__keep_every=self.keep_every)
+        at_least(0, trainer__seed=self.seed)
         at_least(1, trainer__sample_tokens=self.sample_tokens)
         at_least(1, trainer__max_skipped_steps=self.max_skipped_steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, resolve_checkpoint, write_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, Saving, find_checkpoint, prune, resolve_checkpoint
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
@@ -57,17 +57,22 @@ class Checkpoints:
         """description: what evaluation and generation need to know of the run, as JSON values."""
         self._runtime, self._engine = runtime, engine
         self._root = Path(config.output_dir) / FOLDER
-        self._keep = config.trainer.keep_checkpoints
+        self._keep, self._keep_every = config.trainer.keep_checkpoints, config.trainer.keep_every
+        self._saving: Saving | None = None
         self._description, self._extra_files = description, extra_files
 
-    def save(self, progress: Progress, data_state: dict[str, Any]) -> None:
-        """Writes the checkpoint of the step just done. Raises UserError alike on every rank."""
+    def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
+        """Copies the state of the step just done, and lets a thread write it.
+
+        The save before it must be settled. Raises UserError alike on every rank, as `settle` does.
+        """
+        assert self._saving is None
         run = {
             **self._description,
             "progress": {name: getattr(progress, name) for name in PROGRESS},
             "loss_scaler": self._engine.scaler_state(),
         }
-        folder = write_checkpoint(
+        self._saving = Saving(
             self._runtime,
             self._root,
             progress.step,
@@ -75,9 +80,19 @@ class Checkpoints:
             rank_state={"data": data_state, "window": progress.window},
             run=run,
             extra_files=self._extra_files,
-            keep=self._keep,
         )
+
+    def settle(self, *, wait: bool) -> int | None:
+        """The step whose checkpoint is whole since this call, if any; waits for it if asked to."""
+        saving = self._saving
+        if saving is None or not (wait or saving.is_done):
+            return None
+        self._saving = None
+        folder = saving.finish()
         logger.info(f"saved {folder}")
+        if self._runtime.is_main:
+            prune(self._root, folder, self._keep, self._keep_every)
+        return saving.step
 
     def restore(self, reader: CheckpointReader) -> Progress:
         """Fills the engine; returns how far the run was."""

@@ -105,7 +105,15 @@ class Window:
 
 
 def progress_line(
-    step: int, max_steps: int, window: WindowResult, *, bpb: float, grad_norm: float, lr: float, skipped: int
+    step: int,
+    max_steps: int,
+    window: WindowResult,
+    *,
+    bpb: float,
+    grad_norm: float,
+    lr: float,
+    skipped: int,
+    failed_saves: int,
 ) -> str:
     parts = [
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
@@ -118,4 +126,6 @@ def progress_line(
     ]
     if skipped:
         parts.append(f"skipped {skipped}")
+    if failed_saves:
+        parts.append(f"failed saves {failed_saves}")
     return " | ".join(parts)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from reformer_dist.config import RunConfig
-from reformer_dist.distributed.runtime import Preempted, Runtime
+from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import TrainingError, UserError
@@ -38,8 +38,14 @@ class Progress:
 
 
 class Saver(Protocol):
-    def save(self, progress: Progress, data_state: dict[str, Any]) -> None:
-        """Writes the checkpoint of the step just done."""
+    """Writes one checkpoint at a time, beside training."""
+
+    def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
+        """Begins the checkpoint of the step just done; the one before is settled."""
+        ...
+
+    def settle(self, *, wait: bool) -> int | None:
+        """The step whose checkpoint is whole since this call, if any. Raises UserError where it failed."""
         ...
 
 
@@ -77,6 +83,7 @@ class Trainer:
         self._bytes_per_token = bytes_per_token
         self._window = Window(runtime.device)
         self._data_state: dict[str, Any] = {}
+        self._failed_saves = 0  # of this process
         self._saved_step = progress.step  # what a stop need not save again
 
     def fit(self) -> None:
@@ -96,6 +103,9 @@ class Trainer:
             self._train()
         except Preempted as told:
             raise Preempted(f"{told}: {self._save_before_leaving()}") from None
+        except (SharedError, TrainingError):  # alike on every rank
+            self._settle(wait=True)
+            raise
 
     def _train(self) -> None:
         if not self.progress.is_observed:
@@ -112,7 +122,9 @@ class Trainer:
             self._observe()
             self._journal.end_step()
             if self._is_due(self.config.trainer.save_every):
-                self._save()
+                self._save(must=self.progress.step == self.config.trainer.max_steps)
+            else:
+                self._settle(wait=False)
             self._window.pause(time.perf_counter() - end)
 
     def _observe(self) -> None:
@@ -125,6 +137,7 @@ class Trainer:
 
     def _save_before_leaving(self) -> str:
         """What became of the run, in words."""
+        self._settle(wait=True)
         step = self.progress.step
         if step == self._saved_step:
             return f"nothing was done since the checkpoint of step {step}" if step else "before the first step"
@@ -182,7 +195,14 @@ class Trainer:
         bpb = bits_per_byte(window.loss, self._bytes_per_token)
         logger.info(
             progress_line(
-                step, max_steps, window, bpb=bpb, grad_norm=grad_norm, lr=lr, skipped=self.progress.skipped
+                step,
+                max_steps,
+                window,
+                bpb=bpb,
+                grad_norm=grad_norm,
+                lr=lr,
+                skipped=self.progress.skipped,
+                failed_saves=self._failed_saves,
             )
         )
         values = {
@@ -192,21 +212,35 @@ class Trainer:
             "train/lr": lr,
             "train/skipped_steps": self.progress.skipped,
             "data/damaged": self._intake.n_damaged,
+            "checkpoint/failed_saves": self._failed_saves,
             "perf/tokens_per_s": window.tokens_per_s,
             "perf/peak_memory_gib": peak_memory_gib(self._runtime.device),
         }
         self._journal.scalars(values, step, self.progress.seconds)
         self._window.reset()
 
-    def _save(self, *, must: bool = False) -> None:
-        """Saves the step just done; where that fails, the run goes on unless it is at its end, or `must`."""
+    def _save(self, *, must: bool) -> None:
+        """Saves the step just done: in the background, or, if it `must` succeed, before this returns."""
+        self._settle(wait=True)
         self._journal.flush()  # first: a checkpoint must not be ahead of what was written down
         self.progress.window = self._window.state if self._window.has_steps else {}
         try:
-            self._saver.save(self.progress, self._data_state)
-            self._saved_step = self.progress.step
+            self._saver.begin(self.progress, self._data_state)
+            if must:
+                self._saver.settle(wait=True)
         except UserError as error:
-            if must or self.progress.step == self.config.trainer.max_steps:
+            if must:
                 raise
-            # the run goes on: a later save may succeed, and the last good checkpoint stands
-            logger.warning(f"step {self.progress.step}: the checkpoint could not be written: {error}")
+            self._tell_of_failed_save(error)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Learns what became of the save in the background, if it is done; waits for it if asked to."""
+        try:
+            self._saved_step = self._saver.settle(wait=wait) or self._saved_step
+        except UserError as error:
+            self._tell_of_failed_save(error)
+
+    def _tell_of_failed_save(self, error: UserError) -> None:
+        # the run goes on: a later save may succeed, and the last good checkpoint stands
+        self._failed_saves += 1
+        logger.warning(f"a checkpoint could not be written: {error}")

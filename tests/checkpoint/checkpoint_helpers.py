@@ -12,7 +12,7 @@ import torch
 from support.threads import on_ranks
 from torch import Tensor
 
-from reformer_dist.checkpoint import write_checkpoint
+from reformer_dist.checkpoint import Saving, prune
 from reformer_dist.checkpoint.writer import KINDS
 from reformer_dist.distributed.runtime import Runtime
 
@@ -56,14 +56,15 @@ def write(
     pieces: Sequence[Sequence[Piece]] | None = None,
     *,
     keep: int = 0,
+    keep_every: int = 0,
     extra_files: dict[str, bytes] | None = None,
 ) -> list[Path | Exception]:
-    """What write_checkpoint returned or raised on each rank; by default there are two."""
+    """The folder, or what was or raised on each rank; by default there are two."""
     ranks = cut_evenly(2) if pieces is None else pieces
 
     def write_one(runtime: Runtime) -> Path:
         run: dict[str, Any] = {"shapes": SHAPES, "made at": step}
-        return write_checkpoint(
+        saving = Saving(
             runtime,
             root,
             step,
@@ -71,8 +72,11 @@ def write(
             rank_state={"rank": runtime.rank},
             run=run,
             extra_files=extra_files or {},
-            keep=keep,
         )
+        folder = saving.finish()
+        if runtime.is_main:
+            prune(root, folder, keep, keep_every)
+        return folder
 
     return on_ranks(len(ranks), write_one)
 

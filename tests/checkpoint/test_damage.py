@@ -100,7 +100,7 @@ def test_paths_that_users_give(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("place", ["_finish", "_write_rank", "write_json", "sync"])
+@pytest.mark.parametrize("place", ["_finish", "_write_rank", "write_bytes", "sync"])
 def test_a_crash_leaves_the_old_one_and_no_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -170,6 +170,12 @@ def test_old_ones_are_pruned(tmp_path: Path, keep: int, left: list[str]) -> None
     for step in (1, 2, 3, 4):
         written(tmp_path, step, keep=keep)
     assert names(tmp_path) == left
+
+
+def test_every_so_many_steps_one_stays(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        written(tmp_path, step, keep=2, keep_every=3)
+    assert names(tmp_path) == ["3", "6", "7"]
 
 
 def test_later_ones_never_push_out_the_one_just_written(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def test_an_empty_window_divides_by_nothing(clock: list[float]) -> None:
 
 def test_progress_line() -> None:
     numbers = {"bpb": 1.9557, "grad_norm": 0.456, "lr": 0.0003}
-    line = progress_line(40, 1000, WindowResult(1.3556, 12345.6, 0.5), skipped=0, **numbers)
+    line = progress_line(40, 1000, WindowResult(1.3556, 12345.6, 0.5), skipped=0, failed_saves=0, **numbers)
     expected = ["step   40/1000", "loss 1.356", "bits per byte 1.956", "12,346 tokens/s", "grad norm 0.46"]
     assert line.split(" | ") == [*expected, "lr 3.0e-04", "ETA 8m00s"]
-    assert progress_line(9, 9, WindowResult(1.0, 1.0, 1.0), skipped=2, **numbers).endswith("ETA 0s | skipped 2")
+    assert progress_line(9, 9, WindowResult(1.0, 1.0, 1.0), skipped=2, failed_saves=1, **numbers).endswith(
+        "ETA 0s | skipped 2 | failed saves 1"
+    )

@@ -30,7 +30,7 @@ def test_what_tensorboard_gets(whole: Path) -> None:
     lsh = {"lsh/largest_bucket_over_mean", "lsh/full_windows", "lsh/agreement_of_rounds"}
     train_tags = {f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps")}
     eval_tags = {"eval/loss", "eval/bits_per_byte", "reversible/drift", *lsh}
-    perf_tags = {"perf/tokens_per_s", "perf/peak_memory_gib"}
+    perf_tags = {"checkpoint/failed_saves", "perf/tokens_per_s", "perf/peak_memory_gib"}
     assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags | {"data/damaged"}
     assert all(math.isfinite(event.value) for tag in eval_tags for event in events.Scalars(tag))
     assert 0 < scalars(whole, "reversible/drift")[6] < 1e-3
@@ -105,8 +105,11 @@ def test_a_failed_save_does_not_stop_the_run(
 
     monkeypatch.setattr(writer, "save_file", fail_once)
     run = train(job, tiny_data, tmp_path / "run")
-    assert any("step 3: the checkpoint could not be written" in words for words in said.messages)
+    assert any(
+        "a checkpoint could not be written: " in words and "step-00000003" in words for words in said.messages
+    )
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert scalars(run, "checkpoint/failed_saves")[6] == 1
 
 
 def test_the_last_save_must_succeed(
@@ -115,7 +118,7 @@ def test_the_last_save_must_succeed(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_json", fail)
+    monkeypatch.setattr(writer, "write_bytes", fail)
     with pytest.raises(UserError, match="No space left"):
         train(job, tiny_data, tmp_path / "run", "trainer.max_steps=1")
 

@@ -20,16 +20,17 @@ def _mix(x: Tensor) -> Tensor:
     return x
 
 
-def _signed32(number: int) -> int:
+def signed32(number: int) -> int:
+    """The int32 of the number's low 32 bits."""
     number &= 0xFFFFFFFF
     return number - 2**32 if number >= 2**31 else number
 
 
 def token_keys(head: Tensor, position: Tensor, round_: int, seed: int, is_query: bool) -> Tensor:
     """int32 keys of tokens, from the index of their (batch, head) and their position; shapes broadcast."""
-    salt = _signed32(seed ^ (seed >> 32) ^ (round_ * 0x9E3779B9) ^ (0x5BD1E995 if is_query else 0))
+    salt = signed32(seed ^ (seed >> 32) ^ (round_ * 0x9E3779B9) ^ (0x5BD1E995 if is_query else 0))
     key = _mix(position.to(torch.int32) + salt)
-    return _mix(key ^ (head.to(torch.int32) * _signed32(0x85EBCA6B)))
+    return _mix(key ^ (head.to(torch.int32) * signed32(0x85EBCA6B)))
 
 
 def keep_mask(query_keys: Tensor, key_keys: Tensor, dropout: float) -> Tensor:

@@ -39,6 +39,8 @@ def attend_round_backward(
 
     With shared keys (C.shared) dk is led on to q = |q| k at once, and dq is the gradient of q as a whole.
     """
+    BLOCK: tl.constexpr = C.block
+    BLOCK_D: tl.constexpr = C.block_d
     tile, unit = tl.program_id(0), tl.program_id(1)
     table_ptr += ((unit * C.n_rounds + round_) * n_tiles + tile) * 5
     query_begin, query_end = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
@@ -67,8 +69,8 @@ def attend_round_backward(
 
     k = gather(k_ptr, row, k_strides[2], is_key, C)
     v = gather(v_ptr, row, v_strides[2], is_key, C)
-    dk = tl.zeros([C.block, C.block_d], tl.float32)
-    dv = tl.zeros([C.block, C.block_d], tl.float32)
+    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     if C.drops:
         key_keys = token_keys(row, round_, unit, unit_ptr, position_ptr, seed, False, C)
     start, stop = queries_in_sight(first, begin, query_begin, query_end, C)
@@ -111,7 +113,7 @@ def attend_round_backward(
     delta = tl.load(delta_ptr + row, mask=is_query, other=0.0)
     if LAST:  # who met nobody has o = v
         dv += tl.where((is_query & (lse == float("inf")))[:, None], d_out.to(tl.float32), 0.0)
-    dq = tl.zeros([C.block, C.block_d], tl.float32)
+    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     if C.drops:
         query_keys = token_keys(row, round_, unit, unit_ptr, position_ptr, seed, True, C)
     start, stop = keys_in_sight(first, begin, end, C)

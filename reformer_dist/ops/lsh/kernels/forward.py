@@ -36,6 +36,8 @@ def attend_round(
     FIRST: there are no sums yet. LAST: the output is made of them, and they are not written. `scale` is that of
     scores in base 2, in which `top` is kept too.
     """
+    BLOCK: tl.constexpr = C.block
+    BLOCK_D: tl.constexpr = C.block_d
     tile, unit = tl.program_id(0), tl.program_id(1)
     table_ptr += ((unit * C.n_rounds + round_) * n_tiles + tile) * 5
     query_begin, query_end = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
@@ -54,9 +56,9 @@ def attend_round(
     row = tl.load(order_ptr + round_ * seq_len + place, mask=is_query, other=0)
     q = gather(q_ptr + batch * q_strides[0] + head * q_strides[1], row, q_strides[2], is_query, C)
     if FIRST:
-        o = tl.zeros([C.block, C.block_d], tl.float32)
-        top = tl.full([C.block], -1e30, tl.float32)
-        weight = tl.zeros([C.block], tl.float32)
+        o = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        top = tl.full([BLOCK], -1e30, tl.float32)
+        weight = tl.zeros([BLOCK], tl.float32)
     else:
         o = gather(o_ptr + state * C.head_dim, row, C.head_dim, is_query, C)
         top = tl.load(top_ptr + state + row, mask=is_query, other=-1e30)

@@ -21,6 +21,7 @@ from reformer_dist.models import ReformerLM
 from reformer_dist.models.block import Block
 from reformer_dist.probes import Probes
 from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config, write_config
+from reformer_dist.runnable import require_attention
 from reformer_dist.share import share_sequences
 from reformer_dist.training.checkpoints import Checkpoints, find_start
 from reformer_dist.training.intake import Intake
@@ -40,6 +41,7 @@ def build_trainer(
     stop = stop or StopSignal()
     require_same_config(config, runtime)
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
+    runtime.together(lambda: require_attention(config.model, runtime.device))
     corpus = runtime.together(lambda: open_training_corpus(config))
     sequence = share_sequences(config, runtime, micro_batch)
     folder = make_run_folder(config, runtime, resources)

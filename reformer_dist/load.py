@@ -12,6 +12,7 @@ from reformer_dist.compose import run_config_from
 from reformer_dist.config import RunConfig
 from reformer_dist.data import Tokenizer, load_tokenizer
 from reformer_dist.models import ReformerLM
+from reformer_dist.runnable import require_attention
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     """
     folder = resolve_checkpoint(path)
     reader = CheckpointReader(folder)
-    # how many ranks shared a sequence in training is of no matter here
+    # how many ranks shared a sequence in training, and on what, is of no matter here
     saved = {key: value for key, value in reader.run["config"].items() if key != "parallel"}
+    saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_implementation"}
     config = run_config_from(saved, overrides)
+    require_attention(config.model, device)
     model = ReformerLM(config.model, reader.run["vocab_size"], config.trainer.seed)
     reader.load_weights(model)
     tokenizer = load_tokenizer(reader.run["tokenizer"], folder)

@@ -4,6 +4,7 @@ from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig, LauncherKind
 from reformer_dist.config.model import (
     Activation,
+    AttentionImplementation,
     AttentionKind,
     HashScheme,
     ModelConfig,
@@ -19,6 +20,7 @@ from reformer_dist.config.trainer import Precision, TrainerConfig
 
 __all__ = [
     "Activation",
+    "AttentionImplementation",
     "AttentionKind",
     "DataConfig",
     "DeepSpeedConfig",

@@ -31,6 +31,13 @@ class Activation(Enum):
     glu = "glu"
 
 
+class AttentionImplementation(Enum):
+    auto = "auto"
+    reference = "reference"
+    torch = "torch"
+    triton = "triton"
+
+
 class Position(Enum):
     axial = "axial"
     rotary = "rotary"
@@ -85,6 +92,9 @@ class ModelConfig:
     """Factor of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
     local_window: int = 128
     """Local attention: positions seen, its own included."""
+    attention_implementation: AttentionImplementation = AttentionImplementation.auto
+    """Of lsh and local layers: triton (GPU kernels), torch (any device), reference (slow, short texts only);
+    auto is triton where it can run on a GPU, else torch."""
 
     ff_mult: int = 4
     """Inner width of the feed-forward, in units of dim."""

@@ -106,6 +106,7 @@ class LSHSelfAttention(SelfAttention):
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
             first_row=context.places.first_row,
+            implementation=config.attention_implementation.name,
         )
         return self._over_sequence(q, None, v, bucket_ids, options, context, layer, memo)
 
@@ -145,6 +146,7 @@ class LocalSelfAttention(SelfAttention):
             dropout=context.dropout(self.config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
             first_row=context.places.first_row,
+            implementation=self.config.attention_implementation.name,
         )
         one_bucket = torch.zeros(1, dtype=torch.uint8, device=q.device).expand(*q.shape[:2], 1, q.shape[2])
         return self._over_sequence(q, k, v, one_bucket, options, context, layer, memo)

@@ -78,11 +78,13 @@ def reference_attention(
     count_pairs_once: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
+    unit_numbers: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
     A pair that meets in several rounds counts once per meeting, or once with count_pairs_once (the paper's
-    N(i, j)). A token that meets nobody attends to itself. Differentiable; computes in float32 or wider.
+    N(i, j)). A token that meets nobody attends to itself. unit_numbers [B * H]: those of `AttentionOptions`,
+    from 0 if None. Differentiable; computes in float32 or wider.
     """
     seq_len = q.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -96,15 +98,18 @@ def reference_attention(
     scores = scores.masked_fill(alone[..., None, None], 0.0)
     weights = scores.flatten(-2).softmax(-1).view_as(scores)
     if dropout > 0:
-        weights = weights * _dropout_factors(bucket_ids.shape, dropout, dropout_seed, q.device)
+        weights = weights * _dropout_factors(bucket_ids.shape, dropout, dropout_seed, unit_numbers, q.device)
     out = torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide))
     return torch.where(alone[..., None], v.to(wide), out)[:, :, :seq_len].to(v.dtype)
 
 
-def _dropout_factors(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+def _dropout_factors(
+    shape: torch.Size, dropout: float, seed: int, unit_numbers: Tensor | None, device: torch.device
+) -> Tensor:
     """0 or 1 / (1 - dropout) for each pair: [B, H, S, R, S]."""
     batch, n_heads, n_hashes, seq_len = shape
-    head = torch.arange(batch * n_heads, device=device).view(-1, 1)
+    head = torch.arange(batch * n_heads, device=device) if unit_numbers is None else unit_numbers
+    head = head.view(-1, 1)
     position = torch.arange(seq_len, device=device).view(1, -1)
     rounds = []
     for r in range(n_hashes):

@@ -57,6 +57,8 @@ class AttentionOptions:
     """Number of the first head at hand among the layer's n_heads."""
     n_heads: int | None = None
     """Of the layer; None where all of them are at hand."""
+    implementation: str = "auto"
+    """auto, reference, torch or triton: see `ops.lsh.implementation`."""
 
     def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
         """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.lsh.kernels.launch import Gradients, Softmax, Units
 from reformer_dist.ops.lsh.kernels.rowwise import normalised, row_products
-from reformer_dist.ops.lsh.kernels.tiles import tile_units
+from reformer_dist.ops.lsh.kernels.tiles import largest_block, tile_units
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
 
@@ -54,8 +54,8 @@ class _KernelAttention(torch.autograd.Function):
         keys = normalised(q) if k is None else k
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-        for units in _groups(bucket_ids, options, key_padding_mask):
-            softmax = Softmax.empty(units.size if units.n_rounds > 1 else 0, *v.shape[2:], v.device)
+        for units in _groups(v, bucket_ids, options, key_padding_mask):
+            softmax = Softmax.empty(units.size if units.n_rounds > 1 else 0, v)
             for round_ in range(units.n_rounds):
                 result = (out, lse) if round_ == units.n_rounds - 1 else None
                 units.attend(round_, q, keys, v, softmax, is_first=round_ == 0, result=result)
@@ -72,7 +72,7 @@ class _KernelAttention(torch.autograd.Function):
         keys = normalised(q) if k is None else k
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         dk = None if k is None else torch.empty_like(k)
-        for units in _groups(bucket_ids, ctx.options, key_padding_mask):
+        for units in _groups(v, bucket_ids, ctx.options, key_padding_mask):
             shape = (units.size if units.n_rounds > 1 else 0, *v.shape[2:])
             sums = [torch.empty(shape, dtype=torch.float32, device=v.device) for _ in range(2 if k is None else 3)]
             gradients = Gradients(sums[0], None if k is None else sums[2], sums[1])
@@ -89,11 +89,18 @@ def _with_whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _groups(bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None) -> Iterator[Units]:
+def _groups(
+    v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+) -> Iterator[Units]:
     batch, n_heads, _, seq_len = bucket_ids.shape
     numbers = options.unit_numbers(batch, n_heads, bucket_ids.device).to(torch.int32)
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = min(MOST_UNITS, max(1, GROUP_TOKENS // seq_len))
     for first in range(0, buckets.shape[0], size):
-        tiles = tile_units(buckets[first : first + size], options, has_padding=key_padding_mask is not None)
+        tiles = tile_units(
+            buckets[first : first + size],
+            options,
+            largest=largest_block(v.shape[3], v.dtype),
+            has_padding=key_padding_mask is not None,
+        )
         yield Units(options, tiles, first, numbers[first : first + size])

@@ -30,9 +30,9 @@ class Softmax:
     """[U, S] sum of 2^(s - top)."""
 
     @staticmethod
-    def empty(n_units: int, seq_len: int, head_dim: int, device: torch.device) -> Softmax:
-        """Uninitialised."""
-        o = torch.empty(n_units, seq_len, head_dim, dtype=torch.float32, device=device)
+    def empty(n_units: int, v: Tensor) -> Softmax:
+        """Uninitialised, for units of v [B, H, S, D]."""
+        o = torch.empty(n_units, *v.shape[2:], dtype=torch.float32, device=v.device)
         return Softmax(o, torch.empty_like(o[..., 0]), torch.empty_like(o[..., 0]))
 
 
@@ -82,6 +82,7 @@ class Units:
             q, k, v, out, lse, softmax.o, softmax.top, softmax.weight,
             *(x.stride()[:3] for x in (q, k, v, out)),
             *self._arguments(round_, q),
+            self._draw(),
             **self._flags(q, is_first=is_first, is_last=result is not None, shared=False),
         )  # fmt: skip
 
@@ -107,6 +108,7 @@ class Units:
             *inputs, lse, delta, *outs, *totals,
             *(x.stride()[:3] for x in (*inputs, *outs)),
             *self._arguments(round_, inputs[0], self.options.scale),
+            self._draw(),
             **self._flags(inputs[0], is_first=is_first, is_last=result is not None, shared=shared),
         )  # fmt: skip
 
@@ -114,16 +116,16 @@ class Units:
         return self.tiles.table.shape[2], self.size
 
     def _arguments(self, round_: int, q: Tensor, *scales: float) -> tuple[Any, ...]:
-        tiles, options = self.tiles, self.options
+        tiles = self.tiles
         codes = tiles.order if tiles.codes is None else tiles.codes
-        positions = self.numbers if self.positions is None else self.positions
-        seed = options.dropout_seed
-        return (
-            tiles.order, tiles.table, codes, self.numbers, positions,
-            self.first, q.shape[1], q.shape[2], tiles.table.shape[2], round_,
-            options.scale * LOG2_E, *scales,
-            int(options.dropout * 2**31), 1 / (1 - options.dropout), signed32(seed ^ (seed >> 32)),
-        )  # fmt: skip
+        who = (self.numbers, self.numbers if self.positions is None else self.positions)
+        sizes = (self.first, q.shape[1], q.shape[2], tiles.table.shape[2], round_)
+        return tiles.order, tiles.table, codes, who, *sizes, *scales, self.options.scale * LOG2_E
+
+    def _draw(self) -> tuple[int, int, float]:
+        """Seed, threshold and factor of `pairs.dropout_factors`."""
+        dropout, seed = self.options.dropout, self.options.dropout_seed
+        return signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout)
 
     def _flags(self, q: Tensor, *, is_first: bool, is_last: bool, shared: bool) -> dict[str, Any]:
         constants = Constants.of(
@@ -134,5 +136,5 @@ class Units:
             by_row=self.positions is not None,
             shared=shared,
         )
-        n_warps = 4 if constants.block_d <= 64 else 8
+        n_warps = 4 if constants.block_d <= 64 and q.dtype != torch.float32 else 8
         return {"FIRST": is_first, "LAST": is_last, "C": constants, "num_warps": n_warps, "num_stages": 2}

@@ -41,6 +41,12 @@ def scatter(x_ptr, row, row_stride, is_row, value, C: tl.constexpr):
 
 
 @triton.jit
+def of_unit(x_ptr, strides, unit, n_heads):
+    """Where a unit's rows of [B, H, S, D] begin."""
+    return x_ptr + (unit // n_heads).to(tl.int64) * strides[0] + (unit % n_heads).to(tl.int64) * strides[1]
+
+
+@triton.jit
 def rows_at(order_ptr, place, begin, end, round_, seq_len, C: tl.constexpr):
     """(row, whether there is one, its round) at each place; only those from begin to before end are rows."""
     if C.wraps:
@@ -141,6 +147,27 @@ def meetings(codes_ptr, query_row, key_row, seq_len, C: tl.constexpr):
 
 
 @triton.jit
+def masked(
+    scores,
+    query_place,
+    key_place,
+    query_row,
+    key_row,
+    is_query,
+    is_key,
+    begin,
+    codes_ptr,
+    seq_len,
+    C: tl.constexpr,
+):
+    """Scores in base 2 of the pairs that meet, -inf of others. The rest broadcasts to the shape of the scores."""
+    if C.counts_once:
+        scores -= tl.log2(meetings(codes_ptr, query_row, key_row, seq_len, C))
+    sees = meets(query_place, key_place, query_row, key_row, begin, C)
+    return tl.where(sees & is_query & is_key, scores, float("-inf"))
+
+
+@triton.jit
 def mix(x):
     """`ops.counter_dropout`'s bijection of 32-bit integers."""
     x ^= x >> 16
@@ -152,13 +179,13 @@ def mix(x):
 
 
 @triton.jit
-def token_keys(row, round_, unit, unit_ptr, position_ptr, seed, IS_QUERY: tl.constexpr, C: tl.constexpr):
+def token_keys(row, round_, unit, who, seed, IS_QUERY: tl.constexpr, C: tl.constexpr):
     """`ops.counter_dropout.token_keys` of rows: uint32."""
     if C.by_row:
-        number, position = tl.load(unit_ptr + row), tl.load(position_ptr + row)
+        number, position = tl.load(who[0] + row), tl.load(who[1] + row)
     else:
-        number, position = tl.load(unit_ptr + unit), row
-    salt = seed.to(tl.uint32) ^ (round_.to(tl.uint32) * 0x9E3779B9)
+        number, position = tl.load(who[0] + unit), row
+    salt = (round_.to(tl.uint32) * 0x9E3779B9) ^ seed
     if IS_QUERY:
         salt ^= 0x5BD1E995
     key = mix(position.to(tl.uint32) + salt)
@@ -166,6 +193,9 @@ def token_keys(row, round_, unit, unit_ptr, position_ptr, seed, IS_QUERY: tl.con
 
 
 @triton.jit
-def kept(query_key, key_key, threshold):
-    """`ops.counter_dropout.keep_mask` of token keys; broadcasts."""
-    return (mix(query_key ^ key_key) & 0x7FFFFFFF) >= threshold.to(tl.uint32)
+def dropout_factors(query_row, key_row, round_, unit, who, draw, C: tl.constexpr):
+    """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor)."""
+    query_keys = token_keys(query_row, round_, unit, who, draw[0], True, C)
+    key_keys = token_keys(key_row, round_, unit, who, draw[0], False, C)
+    is_kept = (mix(query_keys ^ key_keys) & 0x7FFFFFFF) >= draw[1]
+    return tl.where(is_kept, draw[2], 0.0)

@@ -81,22 +81,29 @@ class Tiles:
     """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
 
 
-def block_of(rule: Rule, seq_len: int, n_buckets: int) -> int:
+def largest_block(head_dim: int, dtype: torch.dtype) -> int:
+    """The most rows of a tile whose products fit the registers of a program (docs/kernels.md)."""
+    if dtype != torch.float32:
+        return 64
+    return 32 if head_dim <= 64 else 16
+
+
+def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
     """Rows of a tile: a function of rule and shape only. Short buckets take short tiles."""
     if isinstance(rule, ChunkRule):
         reach, members = rule.chunk_len, seq_len
     else:
         reach, members = rule.window, max(1, seq_len // n_buckets)
     block = 16
-    while block < 64 and 2 * block <= min(members, reach):
+    while block < largest and 2 * block <= min(members, reach):
         block *= 2
     return block
 
 
-def tile_units(buckets: Tensor, options: AttentionOptions, *, has_padding: bool) -> Tiles:
+def tile_units(buckets: Tensor, options: AttentionOptions, *, largest: int, has_padding: bool) -> Tiles:
     """Tiles of bucket ids [U, R, S], in which n_buckets marks padding: tiles of queries that meet nobody."""
     seq_len, rule, n_buckets = buckets.shape[2], options.rule, options.n_buckets
-    block = block_of(rule, seq_len, n_buckets)
+    block = block_of(rule, seq_len, n_buckets, largest)
     buckets = buckets.to(bucket_dtype(n_buckets))
     in_order, places = _sorted(buckets, options, has_padding)
     # where each bucket stops, and the padding behind them; under the chunk rule a unit is one bucket

@@ -1,0 +1,104 @@
+"""Which implementation of LSH and local attention runs: chosen here, once a call, by device or by name.
+
+reference   dense matrices, slow and plain: what attention means (`reference.py`)
+torch       tiles in plain PyTorch, on any device (`attention.py`)
+triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
+
+All have the signature of `bucket_attention` and give the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.lsh import attention
+from reformer_dist.ops.lsh.reference import reference_attention
+from reformer_dist.ops.lsh.rules import AttentionOptions
+from reformer_dist.ops.lsh.shared_keys import shared_keys
+
+NAMES = ("reference", "torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+
+
+def why_not(name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32) -> str | None:
+    """What is amiss where the implementation can't run; None where it can."""
+    if name not in ("auto", *NAMES):
+        return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
+    if name != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton (pip install triton); torch needs nothing more"
+    if head_dim % 16 or not 16 <= head_dim <= 128:
+        return f"needs a head_dim that is a multiple of 16 up to 128, not {head_dim}; torch takes any"
+    if dtype not in DTYPES:
+        return f"computes in float32, bfloat16 and float16, not in {dtype}; torch takes it"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "needs a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly); use auto or torch here"
+    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return f"needs a GPU of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}; use torch here"
+    return None
+
+
+def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
+    """The implementation to run; raises ValueError where the one asked for can't."""
+    if name == "auto":
+        is_fit = device.type == "cuda" and why_not("triton", device, head_dim, dtype) is None
+        return "triton" if is_fit else "torch"
+    reason = why_not(name, device, head_dim, dtype)
+    if reason is not None:
+        raise ValueError(f"attention implementation {name}: {reason}")
+    return name
+
+
+def bucket_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    bucket_ids: Tensor,
+    options: AttentionOptions,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the union of what each token meets in its rounds (paper, eq. 2 to 4).
+
+    q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
+    q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
+    tokens. A token that meets nobody attends to itself. Raises ValueError where options.implementation can't run.
+    """
+    name = choose(options.implementation, v.device, v.shape[3], v.dtype)
+    if name == "reference":
+        return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
+    if name == "triton":
+        from reformer_dist.ops.lsh.kernels.attention import bucket_attention as by_kernels
+
+        return by_kernels(q, k, v, bucket_ids, options, key_padding_mask)
+    return attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
+
+
+def _by_reference(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    bucket_ids: Tensor,
+    options: AttentionOptions,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    return reference_attention(
+        q,
+        shared_keys(q) if k is None else k,
+        v,
+        bucket_ids,
+        options.rule,
+        scale=options.scale,
+        key_padding_mask=key_padding_mask,
+        count_pairs_once=options.count_pairs_once,
+        dropout=options.dropout,
+        dropout_seed=options.dropout_seed,
+        unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+    )

@@ -1,0 +1,5 @@
+"""These tests run many tiny operations."""
+
+from support.one_thread import one_thread
+
+__all__ = ["one_thread"]

@@ -1,0 +1,105 @@
+"""Small attention calls that between them reach every branch of the kernels, and what each must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule, bucket_attention
+from reformer_dist.ops.lsh.reference import reference_attention
+from reformer_dist.ops.lsh.shared_keys import shared_keys
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    rule: Rule
+    n_buckets: int = 4
+    n_hashes: int = 2
+    seq_len: int = 45
+    head_dim: int = 16
+    once: bool = False
+    dropout: float = 0.0
+    padding: bool = False
+    """Of some tokens in the first row, and of all in the second."""
+    shared: bool = False
+    crowded: bool = False
+    """All tokens of the first round share the last bucket: the others are empty."""
+    dtype: torch.dtype = torch.float32
+    tolerance: float = 1e-5
+
+    def tensors(self, device: str) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """q, k, v [2, 2, S, D] as rows of [2, S, 2, D] (those of a projection), ids [2, 2, R, S], mask [2, S]."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, self.seq_len, 2, self.head_dim)
+        drawn = [torch.randn(shape, generator=generator).to(self.dtype).transpose(1, 2) for _ in range(3)]
+        ids = torch.randint(0, self.n_buckets, (2, 2, self.n_hashes, self.seq_len), generator=generator)
+        if self.crowded:
+            ids[:, :, 0] = self.n_buckets - 1
+        mask = None
+        if self.padding:
+            mask = torch.rand(2, self.seq_len, generator=generator) < 0.7
+            mask[1] = False
+            mask = mask.to(device)
+        if self.shared:
+            drawn[0][0, 0, 3] = 0.0  # a query without direction
+        return [x.to(device) for x in drawn], ids.to(device, torch.uint8), mask
+
+
+CASES = {
+    "window": KernelCase(WindowRule(7, True)),
+    "window of both sides": KernelCase(WindowRule(7, False), padding=True),
+    "window over several blocks": KernelCase(WindowRule(40, True), n_buckets=1, n_hashes=1, seq_len=71),
+    "one token": KernelCase(WindowRule(7, True), seq_len=1),
+    "mostly empty buckets": KernelCase(WindowRule(7, True), n_buckets=16, n_hashes=1, seq_len=20),
+    "one full bucket": KernelCase(WindowRule(20, True), crowded=True, padding=True, dropout=0.3),
+    "local": KernelCase(WindowRule(9, True, sees_self=True), n_buckets=1, n_hashes=1, dropout=0.3),
+    "local of both sides": KernelCase(WindowRule(9, False, sees_self=True), n_buckets=1, n_hashes=1, padding=True),
+    "shared keys": KernelCase(WindowRule(9, True), shared=True, padding=True),
+    "shared keys in bf16": KernelCase(
+        WindowRule(9, True), shared=True, dtype=torch.bfloat16, tolerance=0.06, head_dim=32
+    ),
+    "pairs once": KernelCase(WindowRule(9, True), n_hashes=3, once=True, n_buckets=2, padding=True),
+    "pairs once, both sides": KernelCase(WindowRule(9, False), n_hashes=3, once=True, n_buckets=2, dropout=0.2),
+    "48 wide": KernelCase(WindowRule(9, True), head_dim=48),
+    "128 wide": KernelCase(WindowRule(9, False), head_dim=128, n_hashes=1),
+    "bf16": KernelCase(WindowRule(9, True), dtype=torch.bfloat16, tolerance=0.06, dropout=0.2),
+    "fp16": KernelCase(WindowRule(9, True), dtype=torch.float16, tolerance=0.01),
+    "chunks": KernelCase(ChunkRule(16, True), padding=True),
+    "short chunks of both sides": KernelCase(ChunkRule(5, False, 2, 1), padding=True, dropout=0.2),
+    "chunks, pairs once": KernelCase(ChunkRule(5, False, 2, 1), n_hashes=3, once=True),
+    "wrapped chunks": KernelCase(ChunkRule(8, True, 1, 0, True), n_hashes=3, padding=True, dropout=0.3),
+    "wrapped chunks that meet twice": KernelCase(ChunkRule(16, False, 3, 2, True), n_hashes=1, seq_len=9),
+}
+
+
+def errors(case: KernelCase, device: str) -> dict[str, float]:
+    """Of the output and of each gradient, relative to the largest right number; the right is in float64."""
+    inputs, ids, mask = case.tensors(device)
+    given = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
+    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **given, implementation="triton")
+    d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
+
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    leaves = (q, v) if case.shared else (q, k, v)
+    found = bucket_attention(q, None if case.shared else k, v, ids, options, mask)
+    found_grads = torch.autograd.grad(found, leaves, d_out)
+    assert found.dtype == case.dtype and all(x.dtype == case.dtype for x in found_grads)
+
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs)
+    keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
+    if case.shared:  # the same rounding of keys
+        keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
+    right = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **given)
+    right_grads = torch.autograd.grad(right, (q, v) if case.shared else (q, k, v), d_out.double())
+    if case.shared:
+        # a zero query's key has no derivative; both sides call it something finite
+        found_grads[0][0, 0, 3] = 0
+        right_grads[0][0, 0, 3] = 0
+    pairs = zip((found, *found_grads), (right, *right_grads), strict=True)
+    names = ("output", "dq", "dv") if case.shared else ("output", "dq", "dk", "dv")
+    return {
+        name: ((a.detach().double() - b.detach()).abs().max() / (1 + b.detach().abs().max())).item()
+        for name, (a, b) in zip(names, pairs, strict=True)
+    }

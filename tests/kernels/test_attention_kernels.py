@@ -1,0 +1,65 @@
+"""The kernels are the oracle, outputs and gradients: under Triton's interpreter, or on a GPU if there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import CASES, KernelCase, errors
+
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that nobody has written holds nan, so that whoever reads it is found out."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x):
+        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(-(2**30))
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_outputs_and_gradients(case: KernelCase):
+    found = errors(case, DEVICE)
+    assert all(error <= case.tolerance for error in found.values()), found
+
+
+def test_groups_of_units(monkeypatch):
+    from reformer_dist.ops.lsh.kernels import attention
+
+    monkeypatch.setattr(attention, "GROUP_TOKENS", 100)  # groups of two units, of four at hand
+    found = errors(CASES["shared keys"], DEVICE)
+    assert all(error <= 1e-5 for error in found.values()), found
+
+
+def test_the_future_changes_no_bit_of_the_past():
+    generator = torch.Generator().manual_seed(0)
+    q, v = (torch.randn(1, 2, 90, 16, generator=generator).to(DEVICE) for _ in range(2))
+    ids = torch.randint(0, 3, (1, 2, 2, 90), generator=generator).to(DEVICE)
+    options = AttentionOptions(WindowRule(20, True), 4, 0.5, implementation="triton")
+    before = bucket_attention(q, None, v, ids, options)
+    edited = [x.clone() for x in (q, v, ids)]
+    for x in edited[:2]:
+        x[:, :, 50:] = torch.randn(1, 2, 40, 16, generator=generator).to(DEVICE)
+    edited[2][..., 50:] = torch.randint(0, 4, (1, 2, 2, 40), generator=generator).to(DEVICE)
+    after = bucket_attention(edited[0], None, edited[1], edited[2], options)
+    assert torch.equal(before[:, :, :50], after[:, :, :50])
+    assert not torch.equal(before[:, :, 50:], after[:, :, 50:])
+
+
+def test_two_runs_agree_to_the_last_bit():
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        q, v = (torch.randn(1, 1, 60, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
+        ids = torch.randint(0, 2, (1, 1, 2, 60), generator=generator).to(DEVICE)
+        options = AttentionOptions(WindowRule(9, True), 2, 0.5, implementation="triton")
+        out = bucket_attention(q, None, v, ids, options)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, v))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

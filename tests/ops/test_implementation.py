@@ -1,0 +1,63 @@
+"""Who attends: chosen by device, overridden by name, refused in words where it can't run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.errors import ConfigError
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, implementation
+from reformer_dist.runnable import require_attention
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_takes_torch_unless_told():
+    assert implementation.choose("auto", CPU, 64, torch.float32) == "torch"
+    assert implementation.choose("reference", CPU, 7, torch.float64) == "reference"
+
+
+def test_names_are_those_of_the_configuration():
+    assert {choice.name for choice in AttentionImplementation} == {"auto", *implementation.NAMES}
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why = implementation.why_not
+    assert "needs a GPU" in why("triton", CPU, 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why("triton", CPU, 64) is None
+    assert "multiple of 16" in why("triton", CPU, 24) and "multiple of 16" in why("triton", CPU, 144)
+    assert "float64" in why("triton", CPU, 64, torch.float64)
+    monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in why("triton", CPU, 64)
+    assert "must be auto" in why("cuda", CPU, 64)
+    with pytest.raises(ValueError, match="attention implementation triton: needs the package"):
+        implementation.choose("triton", CPU, 64, torch.float32)
+
+
+def test_a_run_is_refused_before_it_is_built(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = ModelConfig(attention_implementation=AttentionImplementation.triton)
+    with pytest.raises(ConfigError, match=r"model\.attention_implementation=triton: needs a GPU"):
+        require_attention(config, CPU)
+    config = ModelConfig(
+        attention_implementation=AttentionImplementation.triton, layers=[AttentionKind.exact], n_heads=1
+    )
+    require_attention(config, CPU)
+
+
+def test_reference_and_torch_agree():
+    generator = torch.Generator().manual_seed(0)
+    q, v = (torch.randn(1, 2, 30, 8, generator=generator).requires_grad_() for _ in range(2))
+    ids = torch.randint(0, 2, (1, 2, 2, 30), generator=generator)
+    found = []
+    for name in ("reference", "torch"):
+        options = AttentionOptions(
+            WindowRule(5, True), 2, 0.5, dropout=0.2, dropout_seed=9, first_row=3, implementation=name
+        )
+        out = bucket_attention(q, None, v, ids, options)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, v))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -33,6 +33,7 @@ THIRD_PARTY_HOMES = {
     "optuna": {"sweep"},
     "matplotlib": {"sweep"},
     "tensorboard": {"training"},
+    "triton": {"ops"},
 }
 
 

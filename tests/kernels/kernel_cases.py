@@ -69,8 +69,10 @@ CASES = {
     "chunks": KernelCase(ChunkRule(16, True), padding=True),
     "short chunks of both sides": KernelCase(ChunkRule(5, False, 2, 1), padding=True, dropout=0.2),
     "chunks, pairs once": KernelCase(ChunkRule(5, False, 2, 1), n_hashes=3, once=True),
-    "wrapped chunks": KernelCase(ChunkRule(8, True, 1, 0, True), n_hashes=3, padding=True, dropout=0.3),
-    "wrapped chunks that meet twice": KernelCase(ChunkRule(16, False, 3, 2, True), n_hashes=1, seq_len=9),
+    "wrapped chunks": KernelCase(ChunkRule(8, True, 1, 0, True), n_hashes=3, dropout=0.3),
+    "wrapped chunks that meet twice": KernelCase(
+        ChunkRule(4, False, 3, 2, True), n_hashes=1, seq_len=9, padding=True
+    ),
 }
 
 

@@ -35,7 +35,6 @@ def attend_round(
     scores in base 2, in which `top` is kept too.
     """
     BLOCK: tl.constexpr = C.block
-    BLOCK_D: tl.constexpr = C.block_d
     unit = tl.program_id(1)
     table_ptr += ((unit * C.n_rounds + round_) * n_tiles + tl.program_id(0)) * 5
     query_begin, query_end = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
@@ -53,14 +52,7 @@ def attend_round(
     row = tl.load(order_ptr + round_ * seq_len + place, mask=is_query, other=0)
     place = unwrapped(place, round_, seq_len, C)
     q = gather(of_unit(q_ptr, q_strides, first_unit + unit, n_heads), row, q_strides[2], is_query, C)
-    if FIRST:
-        o = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-        top = tl.full([BLOCK], -1e30, tl.float32)  # finite, so that differences of two are 0, not nan
-        weight = tl.zeros([BLOCK], tl.float32)
-    else:
-        o = gather(o_ptr + start_row * C.head_dim, row, C.head_dim, is_query, C)
-        top = tl.load(top_ptr + start_row + row, mask=is_query, other=-1e30)
-        weight = tl.load(weight_ptr + start_row + row, mask=is_query, other=0.0)
+    o, top, weight = so_far(o_ptr, top_ptr, weight_ptr, start_row, row, is_query, FIRST, C)
 
     start, stop = keys_in_sight(unwrapped(first, round_, seq_len, C), begin, end, C)
     for block in range(start, stop, BLOCK):
@@ -89,6 +81,22 @@ def attend_round(
         scatter(o_ptr + start_row * C.head_dim, row, C.head_dim, is_query, o, C)
         tl.store(top_ptr + start_row + row, top, mask=is_query)
         tl.store(weight_ptr + start_row + row, weight, mask=is_query)
+
+
+@triton.jit
+def so_far(o_ptr, top_ptr, weight_ptr, start_row, row, is_query, FIRST: tl.constexpr, C: tl.constexpr):
+    """The softmax of the rounds before, by row: sum of 2^(s - top) v, top, and sum of 2^(s - top)."""
+    BLOCK: tl.constexpr = C.block
+    BLOCK_D: tl.constexpr = C.block_d
+    if FIRST:
+        o = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        top = tl.full([BLOCK], -1e30, tl.float32)  # finite, so that differences of two are 0, not nan
+        weight = tl.zeros([BLOCK], tl.float32)
+    else:
+        o = gather(o_ptr + start_row * C.head_dim, row, C.head_dim, is_query, C)
+        top = tl.load(top_ptr + start_row + row, mask=is_query, other=-1e30)
+        weight = tl.load(weight_ptr + start_row + row, mask=is_query, other=0.0)
+    return o, top, weight
 
 
 @triton.jit

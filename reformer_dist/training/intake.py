@@ -67,7 +67,7 @@ class Rows:
     inputs: Tensor
     labels: Tensor
     valid_tokens: float
-    """Labels of the step over all ranks, those of -100 left out."""
+    """Labels of the step over all ranks, those of -100 left out; 1 where damage has left nothing but padding."""
     batch: StepBatch
 
     @property
@@ -122,7 +122,7 @@ class Intake:
             raise SharedError("ranks that share sequences read different rows; compare their copies of the data")
         if n_damaged_of_all:
             self._share_damage(batch.damaged)
-        return Rows(self._slice(batch.inputs, 0), labels, valid_tokens, batch)
+        return Rows(self._slice(batch.inputs, 0), labels, max(1.0, valid_tokens), batch)
 
     def _odds(self, checksum: int) -> int:
         """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""

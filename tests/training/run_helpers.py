@@ -6,13 +6,15 @@ import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from support.tiny import tiny_config
 from torch import Tensor
 
 from reformer_dist.build import build_trainer
-from reformer_dist.data import Corpus, heldout_batches
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.data import Corpus, Dataset, heldout_batches, merge_states
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.load import load_model
 from reformer_dist.models import ReformerLM
@@ -53,6 +55,23 @@ def damage(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def damage_samples(data: Path, copy: Path) -> Path:
+    """A data set in which a bit of every third training sample is another."""
+    shutil.copytree(data, copy)
+    dataset = Dataset.open(copy)
+    for shard in dataset.shards("train"):
+        path = copy / shard.name
+        content = bytearray(path.read_bytes())
+        for entry in dataset.index(shard).entries[::3]:
+            content[entry.offset + 5] ^= 1
+        path.write_bytes(content)
+    return copy
+
+
+def data_state(folder: Path) -> dict[str, Any]:
+    return merge_states([rank["data"] for rank in CheckpointReader(folder).rank_states])
 
 
 @torch.no_grad()

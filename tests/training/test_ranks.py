@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import LOSS, checkpoint, heldout_loss, train
+from run_helpers import LOSS, checkpoint, damage_samples, data_state, heldout_loss, train
 from support.events import read_events, scalars
 from support.launch import run_ranks
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
-from reformer_dist.checkpoint import CheckpointReader
-from reformer_dist.data import Dataset, merge_states
+from reformer_dist.data import Dataset
 from reformer_dist.distributed.runtime import Runtime
 
 STAGES = (0, 2, 3)
@@ -36,23 +35,6 @@ def broken(data: Path, copy: Path) -> Path:
     for path in sorted(copy.glob("train-*.tar"))[::2]:
         path.write_bytes(bytes(path.stat().st_size))
     return copy
-
-
-def damage_samples(data: Path, copy: Path) -> Path:
-    """A data set in which a bit of every third training sample is another."""
-    shutil.copytree(data, copy)
-    dataset = Dataset.open(copy)
-    for shard in dataset.shards("train"):
-        path = copy / shard.name
-        content = bytearray(path.read_bytes())
-        for entry in dataset.index(shard).entries[::3]:
-            content[entry.offset + 5] ^= 1
-        path.write_bytes(content)
-    return copy
-
-
-def data_state(folder: Path) -> dict[str, Any]:
-    return merge_states([rank["data"] for rank in CheckpointReader(folder).rank_states])
 
 
 @pytest.fixture(scope="module")

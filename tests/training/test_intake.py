@@ -1,0 +1,74 @@
+"""What ranks agree on before a step: that all could read, and that those of one sequence read the same."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import LOSS, checkpoint, damage_samples, train
+from support.events import scalars
+from support.threads import on_ranks
+
+from reformer_dist.data import Corpus, Order, Quarantine, TrainLoader
+from reformer_dist.distributed.grid import SequenceGrid, make_grid
+from reformer_dist.distributed.runtime import Runtime, SharedError
+from reformer_dist.parallel import SlicedSequence
+from reformer_dist.training.intake import Intake
+
+SEQ_LEN, BATCH_SIZE = 64, 4
+
+
+def read(folders: list[Path], grid: SequenceGrid, n_steps: int) -> list[list[torch.Tensor] | Exception]:
+    """Labels of each step on ranks that share sequences, each with a disk of its own; or what each raised."""
+
+    def of_rank(runtime: Runtime) -> list[torch.Tensor]:
+        corpus = Corpus.open([folders[runtime.rank]])
+        order = Order(corpus, seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+        quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
+        sequence = SlicedSequence(replace(grid, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
+        with TrainLoader(order, quarantine, micro_batch_size=2) as loader:
+            intake = Intake(runtime, sequence, loader)
+            rows = [intake.next_rows() for _ in range(n_steps)]
+        assert {each.valid_tokens for each in rows} == {SEQ_LEN * BATCH_SIZE}
+        return [each.labels for each in rows]
+
+    return on_ranks(len(folders), of_rank)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_ranks_of_one_sequence_read_the_same(tiny_data: Path, tmp_path: Path, job: Runtime, n_ranks: int) -> None:
+    grid = make_grid(job, 1, 1)
+    slices = read([tiny_data] * n_ranks, grid, 5)
+    whole = read([tiny_data], grid, 5)[0]
+    assert not isinstance(whole, Exception)
+    for step, expected in enumerate(whole):
+        joined = torch.cat([labels[step] for labels in slices if not isinstance(labels, Exception)], dim=-1)
+        assert torch.equal(joined[..., :SEQ_LEN], expected)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_disks_that_differ_are_noticed(tiny_data: Path, tmp_path: Path, job: Runtime, odd: int) -> None:
+    """On one of the ranks samples are damaged: the others must not go on with other rows than it has."""
+    folders = [tiny_data] * 3
+    folders[odd] = damage_samples(tiny_data, tmp_path / "damaged")
+    for error in read(folders, make_grid(job, 1, 1), 40):
+        assert isinstance(error, SharedError)
+        assert "read different rows; compare their copies of the data" in str(error)
+
+
+def test_an_epoch_of_little_but_damage_ends_as_planned(
+    tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    """Steps that have nothing left to read change no plan and no weights beyond what Adam's moments do."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    for path in sorted(data.glob("train-*.tar"))[:-1]:
+        path.write_bytes(bytes(path.stat().st_size))
+    changed = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=20")
+    run = train(job, data, tmp_path / "run", *changed, "trainer.max_steps=100", "data.max_damaged_share=0.95")
+    assert "data.epochs=1 ends the run at step 4" in said.messages
+    assert sorted(scalars(run, LOSS)) == [1, 2, 3, 4]
+    assert checkpoint(run, 4).exists()

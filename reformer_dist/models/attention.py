@@ -123,7 +123,8 @@ class LSHSelfAttention(SelfAttention):
         config, scheme = self.config, self.config.hash_scheme.name
         seed = derive_seed("rotations", context.rotation_seed, layer)
         rotations = draw_rotations(self.n_heads, self.head_dim, config.n_hashes, config.n_buckets, scheme, seed)
-        bucket_ids = hash_vectors(q, rotations, config.n_buckets, scheme)
+        implementation = config.attention_implementation.name
+        bucket_ids = hash_vectors(q, rotations, config.n_buckets, scheme, implementation=implementation)
         if memo is not None:
             memo.bucket_ids[layer] = bucket_ids
         if context.health is not None:

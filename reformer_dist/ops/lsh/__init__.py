@@ -1,7 +1,7 @@
 """LSH attention. `reference` says what it means, `implementation` chooses how it is done."""
 
-from reformer_dist.ops.lsh.hashing import draw_rotations, hash_vectors
-from reformer_dist.ops.lsh.implementation import bucket_attention
+from reformer_dist.ops.lsh.hashing import draw_rotations
+from reformer_dist.ops.lsh.implementation import bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule, WindowRule
 
 __all__ = [

@@ -15,7 +15,7 @@ import os
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh import attention
+from reformer_dist.ops.lsh import attention, hashing
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
@@ -79,6 +79,17 @@ def bucket_attention(
 
         return by_kernels(q, k, v, bucket_ids, options, key_padding_mask)
     return attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
+
+
+def hash_vectors(
+    vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, *, implementation: str = "auto"
+) -> Tensor:
+    """`hashing.hash_vectors` by the implementation that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
+    if choose(implementation, vectors.device, vectors.shape[3], vectors.dtype) == "triton":
+        from reformer_dist.ops.lsh.kernels.hashing import hash_vectors as by_kernel
+
+        return by_kernel(vectors, rotations, n_buckets, scheme)
+    return hashing.hash_vectors(vectors, rotations, n_buckets, scheme)
 
 
 def _by_reference(

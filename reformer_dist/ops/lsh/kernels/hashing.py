@@ -1,0 +1,89 @@
+"""Bucket ids by one kernel: projection and argmax (or cell) together, so that no projections lie in memory.
+
+The ids are those of `ops.lsh.hashing.hash_vectors`, ties included: the first of the largest columns, and the
+positive half. Projections are float32 sums in another order, so where two columns differ by less than their
+rounding, the kernel may name the other one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_dtype, bucket_factors
+
+ROWS = 64
+FLOOR = tl.constexpr(FLOOR_SPAN)
+
+
+@triton.jit
+def _hash(
+    x_ptr, x_strides, rotations_ptr, ids_ptr, factors, n_heads, seq_len, n_rounds, n_columns,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+    N_FACTORS: tl.constexpr, ROTATES: tl.constexpr,
+):  # fmt: skip
+    """x [B, H, S, D], rotations [H, R, D, columns] float32, ids [B, H, R, S]; WIDTH: half of any factor."""
+    unit = tl.program_id(1)
+    batch, head = (unit // n_heads).to(tl.int64), (unit % n_heads).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wide, column = tl.arange(0, BLOCK_D), tl.arange(0, WIDTH)
+    x_ptr += batch * x_strides[0] + head * x_strides[1]
+    mask = (row < seq_len)[:, None] & (wide < HEAD_DIM)[None, :]
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_strides[2] + wide[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if not ROTATES:
+        x = x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+    rotations_ptr += head * n_rounds * HEAD_DIM * n_columns
+    ids_ptr += unit.to(tl.int64) * n_rounds * seq_len
+    for round_ in range(n_rounds):
+        bucket = tl.zeros([ROWS], tl.int32)
+        radix, start = 1, 0
+        for f in tl.static_range(N_FACTORS):
+            half = factors[f] // 2
+            if ROTATES:
+                among = (wide < HEAD_DIM)[:, None] & (column < half)[None, :]
+                places = (round_ * HEAD_DIM + wide)[:, None] * n_columns + start + column[None, :]
+                columns = tl.load(rotations_ptr + places, mask=among, other=0.0)
+                projected = tl.dot(x, columns, input_precision="ieee")
+                size = tl.where((column < half)[None, :], tl.abs(projected), -1.0)
+                largest = tl.argmax(size, 1, tie_break_left=True)
+                chosen = tl.sum(tl.where(column[None, :] == largest[:, None], projected, 0.0), 1)
+                bucket += radix * (largest + tl.where(chosen < 0, half, 0))
+                start += half
+            else:
+                places = (round_ * HEAD_DIM + wide) * n_columns + f
+                direction = tl.load(rotations_ptr + places, mask=wide < HEAD_DIM, other=0.0)
+                projected = tl.sum(x * direction[None, :], 1)
+                cell = tl.floor(projected / (FLOOR / factors[f])).to(tl.int32) + half
+                bucket += radix * tl.minimum(tl.maximum(cell, 0), factors[f] - 1)
+            radix *= factors[f]
+        target = ids_ptr + round_ * seq_len + row
+        tl.store(target, bucket.to(ids_ptr.dtype.element_ty), mask=row < seq_len)
+
+
+def hash_vectors(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str) -> Tensor:
+    """As `ops.lsh.hashing.hash_vectors`; the host does not wait for the rotations to arrive."""
+    x = vectors.detach()
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, n_heads, seq_len, head_dim = x.shape
+    n_rounds, n_columns = rotations.shape[1], rotations.shape[3]
+    dtype = bucket_dtype(n_buckets)
+    if n_buckets == 1:
+        return torch.zeros(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
+    ids = torch.empty(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
+    if x.is_cuda and not rotations.is_cuda:
+        rotations = rotations.pin_memory()
+    rotations = rotations.to(x.device, non_blocking=True).contiguous()
+    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme])
+    _hash[(triton.cdiv(seq_len, ROWS), batch * n_heads)](
+        x, x.stride()[:3], rotations, ids, factors, n_heads, seq_len, n_rounds, n_columns,
+        ROWS=ROWS,
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        WIDTH=max(16, triton.next_power_of_2(max(factors) // 2)),
+        N_FACTORS=len(factors),
+        ROTATES=scheme == "rotation",
+    )  # fmt: skip
+    return ids

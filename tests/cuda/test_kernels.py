@@ -1,0 +1,84 @@
+"""The kernels on a real device: at real sizes, and without the host ever waiting.
+
+The small cases of `tests/kernels` run on the device too, where there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reformer_dist.ops.lsh import (
+    AttentionOptions,
+    ChunkRule,
+    Rule,
+    WindowRule,
+    bucket_attention,
+    draw_rotations,
+    hash_vectors,
+)
+
+pytestmark = pytest.mark.cuda
+
+
+def run(q: Tensor, v: Tensor, d_out: Tensor, ids: Tensor, rule: Rule, n_buckets: int, name: str) -> list[Tensor]:
+    """Output and gradients of q and v."""
+    leaves = q.detach().requires_grad_(), v.detach().requires_grad_()
+    options = AttentionOptions(rule, n_buckets, 1.0, dropout=0.1, dropout_seed=3, implementation=name)
+    out = bucket_attention(leaves[0], None, leaves[1], ids, options)
+    return [out, *torch.autograd.grad(out, leaves, d_out)]
+
+
+@pytest.mark.parametrize("rule", [WindowRule(64, True), WindowRule(128, False), ChunkRule(64, True)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)]
+)
+def test_real_sizes(rule, head_dim, dtype, tolerance):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, v, d_out = (
+        torch.randn(2, 4, 8191, head_dim, device="cuda", dtype=dtype, generator=generator) for _ in range(3)
+    )
+    ids = hash_vectors(q, draw_rotations(4, head_dim, 4, 128, "rotation", 0), 128, "rotation")
+    right = run(*(x.float() for x in (q, v, d_out)), ids, rule, 128, "torch")
+    found = run(q, v, d_out, ids, rule, 128, "triton")
+    again = run(q, v, d_out, ids, rule, 128, "triton")
+    for a, b, c in zip(found, right, again, strict=True):
+        assert torch.equal(a, c)
+        assert (a.float() - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+def test_rows_beyond_32_bit_offsets():
+    """3 * 2^30 numbers of v: rows at the end are found as those at the beginning are."""
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free memory")
+    v = torch.zeros(3, 16, 2**19, 128, device="cuda", dtype=torch.bfloat16)
+    tail = torch.randn(1, 16, 2**19, 128, device="cuda", dtype=torch.bfloat16)
+    v[2:] = tail
+    ids = torch.zeros(3, 16, 1, 2**19, device="cuda", dtype=torch.uint8)
+    options = AttentionOptions(WindowRule(64, True), 1, 1.0, implementation="triton")
+    whole = bucket_attention(v, None, v, ids, options)[2:]
+    alone = bucket_attention(tail, None, tail, ids[2:], options)
+    assert torch.equal(whole, alone)
+
+
+def test_the_host_never_waits():
+    def step() -> list[Tensor]:
+        rotations = draw_rotations(4, 64, 4, 64, "rotation", 0)
+        ids = F.pad(hash_vectors(q, rotations, 64, "rotation"), (0, 0, 0, 1))
+        options = AttentionOptions(
+            WindowRule(64, True), 64, 1.0, count_pairs_once=True, dropout=0.1, dropout_seed=3
+        )
+        out = bucket_attention(q, None, v, ids, options, mask)
+        return list(torch.autograd.grad(out, (q, v), v.detach()))
+
+    q, v = (torch.randn(2, 4, 3000, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    mask = torch.rand(2, 3000, device="cuda") > 0.1
+    step()  # kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,55 @@
+"""Compiles the kernels for compute capability 9.0, which needs no GPU; prints a JSON line for each."""
+
+from __future__ import annotations
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule
+from reformer_dist.ops.lsh.kernels.backward import attend_round_backward
+from reformer_dist.ops.lsh.kernels.forward import attend_round
+from reformer_dist.ops.lsh.kernels.hashing import _hash
+from reformer_dist.ops.lsh.kernels.tiles import Constants
+
+INTEGERS = {"order_ptr", "table_ptr", "codes_ptr"}
+SINGLE = {"lse_ptr", "delta_ptr", "o_ptr", "top_ptr", "weight_ptr", "sum_q_ptr", "sum_k_ptr", "sum_v_ptr"}
+TUPLES = {"who": ("*i32", "*i32"), "draw": ("i32", "i32", "fp32"), "factors": ("i32", "i32")}
+
+
+def argument_type(name: str, dtype: str):
+    if name in TUPLES:
+        return TUPLES[name]
+    if name.endswith("strides"):
+        return ("i64", "i64", "i64")
+    if name.endswith("_ptr"):
+        if name in INTEGERS:
+            return "*i32"
+        return {"rotations_ptr": "*fp32", "ids_ptr": "*u8"}.get(name, "*fp32" if name in SINGLE else f"*{dtype}")
+    return "fp32" if name.endswith("scale") else "i32"
+
+
+def compile_one(kernel, dtype: str, constants: dict, n_warps: int) -> None:
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else argument_type(name, dtype) for name in names}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": n_warps})
+    print(json.dumps({"kernel": kernel.__name__, "dtype": dtype, "shared_bytes": done.metadata.shared}))
+
+
+def main() -> None:
+    window = AttentionOptions(WindowRule(64, True), 64, 1.0, count_pairs_once=True, dropout=0.1)
+    wrapped = AttentionOptions(ChunkRule(64, True, 1, 0, True), 64, 1.0, dropout=0.1)
+    for dtype, block, head_dim, options in (("bf16", 64, 64, window), ("fp32", 16, 80, wrapped)):
+        constants = Constants.of(options, block, head_dim, 4, by_row=False, shared=dtype == "bf16")
+        for kernel in (attend_round, attend_round_backward):
+            compile_one(kernel, dtype, {"FIRST": False, "LAST": True, "C": constants}, 4 if dtype == "bf16" else 8)
+    sizes = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
+    for rotates in (True, False):
+        compile_one(_hash, "bf16", {**sizes, "ROTATES": rotates}, 4)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,3 +35,10 @@ def generate() -> None:
     from reformer_dist.generate import main
 
     main()
+
+
+def doctor() -> None:
+    _wait_patiently()
+    from reformer_dist.doctor.__main__ import main
+
+    main()

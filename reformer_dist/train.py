@@ -10,7 +10,9 @@ from reformer_dist.cli import run_command
 from reformer_dist.compose import SweepRequest, hydra_entry
 from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.distributed import runtime
+from reformer_dist.errors import ConfigError
 
+DRY_RUN = "--dry-run"
 ADVICE = "start the same command again to go on from the last checkpoint"
 
 
@@ -62,8 +64,26 @@ def sweep(request: SweepRequest) -> None:
     sys.exit(run_sweep(request))
 
 
+def _run() -> None:
+    flags = [word for word in sys.argv[1:] if word.split("=")[0] == DRY_RUN]
+    if not flags:
+        hydra_entry(train, sweep)
+        return
+    sys.argv = [word for word in sys.argv if word not in flags]  # Hydra does not know it
+
+    def plan(config: RunConfig) -> None:
+        from reformer_dist.dry_run import dry_run
+
+        dry_run(config, flags[-1])
+
+    def refuse(request: SweepRequest) -> None:
+        raise ConfigError(f"{DRY_RUN}: describes one run, and this command line asks for a sweep; take one value")
+
+    hydra_entry(plan, refuse)
+
+
 def main() -> None:
-    run_command(lambda: hydra_entry(train, sweep))
+    run_command(_run)
 
 
 if __name__ == "__main__":

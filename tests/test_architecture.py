@@ -20,6 +20,8 @@ ALLOWED = {
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
     "engine": {"config", "errors", "distributed"},
+    "planning": {"config", "engine", "models", "ops", "parallel"},
+    "doctor": {"cli", "config", "distributed", "errors", "feed", "ops"},
     "launch": {"config", "errors"},
     "sweep": {"compose", "config", "distributed", "errors", "log", "overrides", "seeds", "training"},
     "parallel": {"distributed", "errors", "ops"},

@@ -1,0 +1,1 @@
+"""`reformer-doctor`: is this machine, or this job, fit to train? Each finding says what to do if it is not."""

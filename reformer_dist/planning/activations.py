@@ -1,0 +1,75 @@
+"""Memory of one layer's two sublayers on the way forward and back, term by term as autograd holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reformer_dist.config import Activation, AttentionKind
+from reformer_dist.planning.sizes import Job, Sizes, n_projections
+
+# int32 numbers and their shifted copies that exist while a dropout mask is drawn
+MASK_DRAW = 12
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Attention and feed-forward of one micro-batch on one rank."""
+
+    job: Job
+    sizes: Sizes
+
+    def attention_saved(self, kind: AttentionKind) -> int:
+        """What autograd holds of an attention sublayer between its forward and its backward."""
+        s, n_read = self.sizes, n_projections(kind)
+        inputs = s.hidden * (n_read if self.job.autocasts else 1) + s.statistics
+        heads = s.heads * (n_read + 1)  # q, k, v and the output
+        if kind is not AttentionKind.exact and self.job.config.model.n_heads > 1:
+            heads += s.heads  # the output once more, heads side by side
+        ids = s.ids if kind is AttentionKind.lsh else 0
+        return inputs + heads + s.per_head + ids + self._mask(s.hidden, self.job.config.model.dropout)
+
+    def attention_backward(self, kind: AttentionKind) -> int:
+        """What comes on top while the attention itself goes back, less what has been freed by then."""
+        s, model = self.sizes, self.job.config.model
+        freed = self._mask(s.hidden, model.dropout)
+        if kind is not AttentionKind.exact and model.n_heads > 1:
+            freed += s.heads
+        d_output = s.heads * (2 if model.n_heads > 1 else 1)  # as it comes, and with heads apart
+        return self._d_result() + d_output + s.heads * n_projections(kind) - freed
+
+    def feed_forward_saved(self) -> int:
+        """What autograd holds of a feed-forward sublayer between its forward and its backward."""
+        s, model = self.sizes, self.job.config.model
+        inner = s.inner * {Activation.gelu: 2, Activation.relu: 1, Activation.glu: 4}[model.activation]
+        if model.ff_dropout:
+            inner += s.inner * (2 if model.activation is Activation.relu else 1)
+        return s.hidden + s.statistics + inner + self._mask(s.hidden, model.dropout)
+
+    def feed_forward_backward(self) -> int:
+        """What comes on top of the saved at its highest, less what has been freed by then."""
+        s, model = self.sizes, self.job.config.model
+        grads = {Activation.gelu: 1, Activation.relu: 1 + 1, Activation.glu: 3}[model.activation]
+        at_a_time = self._share_at_a_time()
+        if model.ff_dropout:
+            draw = s.tokens * model.ff_mult * model.dim * MASK_DRAW - s.inner
+            return max(self._d_result() + int(s.inner * grads * at_a_time), int(draw * at_a_time))
+        return self._d_result() + int(s.inner * grads * at_a_time) - self._mask(s.hidden, model.dropout)
+
+    @property
+    def result(self) -> int:
+        """The output of a sublayer."""
+        return self.sizes.hidden
+
+    def _d_result(self) -> int:
+        """The gradient of a sublayer's output where it is not that of the stream itself."""
+        s, model = self.sizes, self.job.config.model
+        masked = s.hidden if model.dropout > 0 else 0
+        return masked + (s.hidden if s.hidden < s.stream else 0)
+
+    def _share_at_a_time(self) -> float:
+        model, slice_len = self.job.config.model, self.job.layer_shape.slice_len
+        return min(1.0, (model.ff_chunk or slice_len) / slice_len)
+
+    @staticmethod
+    def _mask(size: int, dropout: float) -> int:
+        return size if dropout > 0 else 0

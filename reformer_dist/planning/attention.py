@@ -1,0 +1,87 @@
+"""Working memory of attention beside its inputs and outputs: of the tiled path, and of exchange between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
+from reformer_dist.ops.lsh.attention import GROUP_TOKENS
+from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.runs import tiling_of
+from reformer_dist.ops.lsh.tiles import SPAN_SLOTS
+from reformer_dist.parallel.plan import GROUP_TOKENS as ROUTE_TOKENS
+from reformer_dist.parallel.traffic import mean_other_ranks
+from reformer_dist.planning.sizes import Job, Sizes
+
+INDEX = 8  # bytes of a slot or row number
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What decides an attention layer's layout."""
+
+    rule: Rule
+    n_rounds: int
+    n_buckets: int
+
+    @staticmethod
+    def of(model: ModelConfig, kind: AttentionKind) -> LayerRule:
+        if kind is AttentionKind.local:
+            return LayerRule(WindowRule(model.local_window, model.causal, sees_self=True), 1, 1)
+        rule: Rule = WindowRule(model.window, model.causal)
+        if model.neighbours is NeighbourRule.chunk:
+            before, after = model.n_chunks_before, model.n_chunks_after
+            rule = ChunkRule(model.chunk_len, model.causal, before, after, model.chunk_wrap)
+        return LayerRule(rule, model.n_hashes + model.local_round, model.n_buckets)
+
+
+def workspace(job: Job, kind: AttentionKind) -> float:
+    """Highest working memory of an attention layer's backward on one rank, exchange included."""
+    if kind is AttentionKind.exact:
+        return 0.0
+    shape, (heads, buckets) = job.layer_shape, job.grid
+    layer = LayerRule.of(job.config.model, kind)
+    units = shape.rows * shape.n_heads // heads
+    seq_len = min(shape.slice_len * heads, job.config.data.seq_len)
+    if buckets > 1:
+        return exchange_buffers(job, layer, units, seq_len, buckets)
+    n_units = min(units, max(1, GROUP_TOKENS[job.device] // seq_len))
+    rows = n_units * seq_len
+    is_last = n_units == units
+    return tiled_backward(job, layer, rows, n_units, seq_len) + (0 if is_last else 3 * rows * shape.head_dim * 4)
+
+
+def tiled_backward(job: Job, layer: LayerRule, rows: float, n_units: int, seq_len: int) -> float:
+    """Backward of a group of rows, each a vector of head_dim: its layouts, sorted copies, sums and scores."""
+    tiling = tiling_of(layer.rule, seq_len, layer.n_buckets)
+    tile_len = tiling.tile_len
+    columns = tile_len * (tiling.back + 1 + tiling.front)
+    slots = rows
+    if isinstance(layer.rule, WindowRule):
+        slots += n_units * layer.n_buckets * tile_len / 2  # the last tile of a bucket is half empty
+    vector = job.layer_shape.head_dim * 4
+    layouts = layer.n_rounds * (INDEX * (slots + rows) + 4 * slots * columns / tile_len)
+    sums = vector * (3 * rows + rows + 3 * slots)  # dq, dk, dv, by row and by slot, and one on its way home
+    span = min(slots, SPAN_SLOTS[job.device])
+    sorted_copies = vector * 6 * span  # q and dO, k and v with those of the tiles before
+    keys = vector * rows if layer.n_buckets > 1 else 0  # made of the queries
+    blocks = 3 * span * columns * 4  # scores, their probabilities and gradients
+    return layouts + sums + sorted_copies + keys + blocks
+
+
+def exchange_buffers(job: Job, layer: LayerRule, units: int, seq_len: int, buckets: int) -> float:
+    """Bucket exchange: the plan, a route that is attended, and its neighbours that travel."""
+    shape, sizes = job.layer_shape, Sizes.of(job)
+    n_local = -(-seq_len // buckets)
+    per_route = min(units, max(1, ROUTE_TOKENS[job.device] // n_local))
+    n_routes = -(-units // per_route)
+    own = per_route * n_local
+    copies = 1 + mean_other_ranks(buckets, layer.n_rounds)
+    rows = own * copies
+    key, asked = 2 * shape.vector, shape.vector + 8
+    in_flight = min(n_routes, 2) * 2 * rows * (key + asked)
+    at_home = rows * (key + shape.head_dim * 4 * 2)
+    plan = units * n_local * (copies * layer.n_rounds * 2 + buckets / 2)
+    attended = tiled_backward(job, layer, rows, per_route, seq_len)
+    guests = rows * shape.head_dim * 4 * 3
+    return plan + in_flight + at_home + attended + guests + sizes.per_head

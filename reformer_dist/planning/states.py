@@ -1,0 +1,123 @@
+"""Memory of weights, gradients and optimizer states on one rank, at each ZeRO stage: what DeepSpeed 0.19.8 holds.
+
+The names below are those of docs/planning.md: N elements, N_p of them owned by this rank, e bytes of a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reformer_dist.planning.parameters import ParameterCount
+from reformer_dist.planning.sizes import Job
+
+Parts = dict[str, float]
+
+WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimizer states", "ZeRO buffers"
+# DeepSpeed's own sizes, which the configuration does not set
+STAGE0_REDUCED_AT_ONCE = 500_000_000
+STAGE3_LIVE_PARAMETERS = 1_000_000_000
+ALIGNMENT = 2  # elements, for each rank
+
+
+@dataclass(frozen=True)
+class States:
+    """States of one rank of a job."""
+
+    job: Job
+    count: ParameterCount
+
+    @property
+    def stage(self) -> int:
+        return self.job.config.deepspeed.stage
+
+    @property
+    def width(self) -> int:
+        """e: bytes of a weight or gradient."""
+        return self.job.weight_bytes
+
+    @property
+    def owned(self) -> list[int]:
+        """Elements of each optimizer group on this rank, padding included."""
+        world = self.job.world_size
+        if self.stage == 0:
+            return [sum(group) for group in self.count.groups]
+        if self.stage == 3:
+            return [sum(-(-numel // world) for numel in group) for group in self.count.groups]
+        return [-(-sum(group) // (ALIGNMENT * world)) * ALIGNMENT for group in self.count.groups]
+
+    @property
+    def whole(self) -> int:
+        """Elements of all groups, padded as the stage pads them."""
+        return sum(self.owned) * (1 if self.stage == 0 else self.job.world_size)
+
+    def held(self) -> Parts:
+        """What lives from the first step to the end."""
+        n_owned, e = sum(self.owned), self.width
+        if self.stage == 0:
+            return {WEIGHTS: 4.0 * self.count.total, OPTIMIZER: 8.0 * n_owned}
+        parts: Parts = {WEIGHTS: e * self.whole, OPTIMIZER: 12.0 * n_owned, BUFFERS: 0.0}
+        offloads = self.job.config.deepspeed.offload_optimizer
+        if self.stage == 3:
+            # gathered weights stay until this many are alive
+            parts[WEIGHTS] = e * (n_owned + min(self.count.total, STAGE3_LIVE_PARAMETERS))
+            parts[GRADIENTS] = e * n_owned
+        elif offloads:
+            parts[BUFFERS] += e * n_owned + 2 * e * self.count.largest
+        if offloads:
+            parts[GRADIENTS] = parts.get(GRADIENTS, 0.0) + 4.0 * n_owned
+        return parts
+
+    def during_backward(self, done: int, fresh: int) -> Parts:
+        """Gradients when those of `done` elements are reduced or accumulated, and `fresh` have just been made."""
+        accumulates = self.job.n_micro > 1
+        fresh_bytes = self.width * fresh
+        if self.stage == 0:
+            return {GRADIENTS: 4.0 * (self.count.total if accumulates else done) + fresh_bytes}
+        parts: Parts = {GRADIENTS: fresh_bytes, BUFFERS: self._bucket(done)}
+        if self.stage == 1 and accumulates:
+            parts[GRADIENTS] += self.width * (self.count.total - done)
+        if self.stage in (1, 2) and (done > self._bucket_elements or (self.stage == 2 and accumulates)):
+            parts[GRADIENTS] += self.width * sum(self.owned)
+        return parts
+
+    def during_reduction(self) -> Parts:
+        """When the last gradients of a step are summed over the ranks."""
+        total, owned, e = self.count.total, sum(self.owned), self.width
+        if self.stage == 0:
+            flat = 4.0 * min(total, STAGE0_REDUCED_AT_ONCE) if self.job.world_size > 1 else 0.0
+            return {GRADIENTS: 4.0 * total, BUFFERS: flat}
+        in_bucket = min(total, self._bucket_elements)
+        if self.stage == 3:
+            return {BUFFERS: self._bucket(total) + e * in_bucket * (1 + 1 / self.job.world_size)}
+        return {GRADIENTS: e * owned, BUFFERS: self._bucket(total) + e * in_bucket}
+
+    def during_step(self) -> Parts:
+        """When AdamW moves the weights; its temporaries are those of PyTorch's loop, or on a GPU of its lists."""
+        e, largest_group = self.width, max(self.owned)
+        if self.stage == 0:
+            spare = 8.0 * self.count.largest if self.job.device == "cpu" else 4.0 * self.count.total
+            return {GRADIENTS: 4.0 * self.count.total, OPTIMIZER: spare}
+        spare = (8.0 if self.job.device == "cpu" else 4.0) * largest_group
+        in_float32 = 4.0 * largest_group if e != 4 or self.stage != 3 else 0.0
+        parts: Parts = {OPTIMIZER: spare, GRADIENTS: in_float32, BUFFERS: 0.0}
+        if self.stage == 3:
+            parts[BUFFERS] = self._bucket(self.count.total)
+            parts[WEIGHTS] = -e * min(self.count.total, STAGE3_LIVE_PARAMETERS)  # let go after backward
+        else:
+            parts[GRADIENTS] += e * sum(self.owned)
+        return parts
+
+    def gathering(self) -> Parts:
+        """Stage 3: when weights come from all ranks, in one buffer from which they are copied."""
+        if self.stage < 3:
+            return {}
+        return {BUFFERS: self.width * min(self.count.total, STAGE3_LIVE_PARAMETERS) + self._bucket(0)}
+
+    @property
+    def _bucket_elements(self) -> int:
+        return self.job.config.deepspeed.reduce_bucket_size
+
+    def _bucket(self, filled: int) -> float:
+        """The buffer in which gradients are collected. A CPU's memory is taken up as it is filled."""
+        whole = self._bucket_elements
+        return self.width * (whole if self.job.device == "cuda" else min(filled, whole))

@@ -1,0 +1,77 @@
+"""Bytes that a rank sends to others in one step: ZeRO's collectives, and the exchange of shared sequences.
+
+An all-reduce of n bytes over w ranks sends 2 n (w - 1) / w from each, a reduce-scatter or all-gather half of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reformer_dist.config import AttentionKind, Recompute
+from reformer_dist.parallel.traffic import bucket_bytes, head_bytes, mean_other_ranks
+from reformer_dist.planning.parameters import ParameterCount
+from reformer_dist.planning.sizes import Job, n_projections
+from reformer_dist.planning.states import STAGE3_LIVE_PARAMETERS
+
+Traffic = dict[str, float]
+GRADIENTS, WEIGHTS, HEADS, BUCKETS = "gradients", "weights", "exchange of heads", "exchange of buckets"
+
+
+def zero_traffic(job: Job, count: ParameterCount) -> Traffic:
+    """What ZeRO sends for gradients and weights."""
+    world, stage = job.world_size, job.config.deepspeed.stage
+    one_way = job.weight_bytes * count.total * (world - 1) / world
+    if stage == 0:
+        return {GRADIENTS: 2 * one_way}
+    if stage < 3:
+        # stage 2 keeps no gradients of others, so it sums those of every micro-batch
+        return {GRADIENTS: 2 * one_way * (job.n_micro if stage == 2 else 1), WEIGHTS: one_way}
+    gathers = (
+        1 if count.total <= STAGE3_LIVE_PARAMETERS else 2
+    )  # forward, and backward unless they are still there
+    return {GRADIENTS: one_way * job.n_micro, WEIGHTS: gathers * one_way * job.n_micro}
+
+
+def exchange_traffic(job: Job) -> Traffic:
+    """What the ranks of a sequence send one another; empty where sequences are not shared."""
+    parts = {HEADS: 0.0, BUCKETS: 0.0}
+    for kind in job.config.model.layer_kinds():
+        layer = LayerTraffic(job, kind)
+        parts[HEADS] += layer.heads() * job.n_micro
+        parts[BUCKETS] += layer.buckets() * job.n_micro
+    return {name: amount for name, amount in parts.items() if amount}
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """Forward, recompute and backward of one layer and micro-batch."""
+
+    job: Job
+    kind: AttentionKind
+
+    @property
+    def _forwards(self) -> int:
+        """Runs of a layer in a step: a recompute sends q, k, v and o again, but no ids, bits or counts."""
+        return 1 if self.job.config.model.recompute is Recompute.none else 2
+
+    def heads(self) -> float:
+        shape = self.job.layer_shape
+        heads = self.job.config.parallel.sequence if self.kind is AttentionKind.exact else self.job.grid[0]
+        vectors = shape.tokens * shape.vector * (heads - 1) / heads
+        ids = head_bytes(shape, heads) - 3 * vectors if self.kind is AttentionKind.lsh else 0.0
+        each_way = n_projections(self.kind) + 1  # q, k, v and o; or their gradients
+        return vectors * each_way * (self._forwards + 1) + ids
+
+    def buckets(self) -> float:
+        shape, (heads, buckets) = self.job.layer_shape, self.job.grid
+        if buckets == 1 or self.kind is AttentionKind.exact:
+            return 0.0
+        if self.kind is AttentionKind.local:
+            # what reaches over the border of a slice: keys and values, and their gradients back
+            window, slice_len = self.job.config.model.local_window, shape.slice_len * heads
+            reach = min(buckets - 1.0, (window - 1) / slice_len) * (buckets - 1) / buckets
+            return reach * shape.tokens * 2 * shape.vector * (self._forwards + 2)
+        sent = mean_other_ranks(buckets, shape.n_hashes)
+        again = sent * shape.tokens * (2 * shape.vector + shape.vector + 4)
+        back = sent * shape.tokens * (2 * shape.vector + shape.vector + 8 + 2 * shape.vector)
+        return bucket_bytes(shape, heads, buckets) + again * (self._forwards - 1) + back

@@ -1,0 +1,64 @@
+"""`--dry-run` as users type it."""
+
+from __future__ import annotations
+
+import pytest
+from support.launch import run_ranks
+from support.tiny import tiny_config, tiny_overrides
+
+from reformer_dist.dry_run import dry_run, read_memory
+from reformer_dist.errors import ConfigError, UserError
+from reformer_dist.parallel.traffic import head_bytes
+from reformer_dist.planning.parameters import count_parameters
+from reformer_dist.planning.sizes import Job
+from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
+
+
+def test_it_prints_the_plan_and_leaves_nothing_behind(tiny_data, tmp_path):
+    words = ["launcher=local", "launcher.nproc_per_node=4", "parallel.sequence=2", "deepspeed=zero2"]
+    overrides = tiny_overrides(tiny_data, tmp_path / "run", *words, "--dry-run=80GiB")
+    said = run_ranks("reformer_dist.train", 1, overrides)
+    for line in ("4 ranks on cuda, 4 on a machine; 2 data-parallel", "it fits in 80.00 GiB", "exchange of heads"):
+        assert line in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
+    config = tiny_config(tiny_data, tmp_path, "data.seq_len=4096", "model.axial_shape=[64,64]")
+    dry_run(config, "--dry-run=1MiB")
+    assert "DOES NOT FIT in 1.0 MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launcher.nproc_per_node=3"], "data.batch_size=4: must be a multiple of the 3 data-parallel ranks"),
+        (["trainer.precision=fp16"], "trainer.precision=fp16: needs a GPU"),
+        (["data.path=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_runs_give_the_errors_of_a_run(words, message, tiny_data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        dry_run(tiny_config(tiny_data, tmp_path, *words), "--dry-run")
+
+
+@pytest.mark.parametrize("flag", ["--dry-run=", "--dry-run=80", "--dry-run=many GiB", "--dry-run=0GiB"])
+def test_memory_needs_a_number_and_a_unit(flag):
+    with pytest.raises(ConfigError, match="such as --dry-run=80GiB"):
+        read_memory(flag)
+
+
+def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
+    def job(*words: str) -> Job:
+        return Job(tiny_config(tiny_data, tmp_path, "parallel.sequence=2", *words), 4, 4, 257, "cpu")
+
+    one = job("deepspeed.stage=1")
+    count = count_parameters(one.config.model, 257)
+    gradients, weights = zero_traffic(one, count).values()
+    assert gradients == 2 * weights == 2 * 4 * count.total * 3 / 4
+    two = zero_traffic(job("deepspeed.stage=2"), count)
+    assert two["gradients"] == one.n_micro * gradients
+    lsh = job("model.layers=[lsh]", "model.n_layers=1", "parallel.heads=2", "model.recompute=none")
+    shape = lsh.layer_shape
+    vectors = 3 * shape.tokens * shape.vector / 2
+    assert exchange_traffic(lsh)[HEADS] == lsh.n_micro * (head_bytes(shape, 2) + vectors)

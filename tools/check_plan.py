@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Peak memory of real training runs beside what `reformer-train --dry-run` foretells; exits 1 above 10 %.
+
+Each row is a job of its own: the real trainer and engine, two steps, on a small data set that is made for it. On
+a CPU the peak is the highest resident size of any rank's process (ru_maxrss), so it has the interpreter and its
+libraries in it. What those take is measured in a process of its own and stands apart; `tensors` compares the rest
+alone: planned tensors / (measured - libraries). On CUDA the peak is PyTorch's count of allocated bytes.
+
+The plan counts what is alive, and glibc keeps much of what is freed: its threshold, above which an allocation is
+a mapping of its own that goes back as it is freed, rises by itself to 32 MiB. The jobs run with that threshold
+fixed at 1 MiB (MALLOC_MMAP_THRESHOLD_), in which the resident size is what is alive. --default-allocator leaves
+it, and shows what a run takes that does not set it; that is no test, and the tool exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reformer_dist.build import build_trainer
+from reformer_dist.compose import compose_run
+from reformer_dist.config import RunConfig
+from reformer_dist.data import ByteTokenizer, write_dataset
+from reformer_dist.distributed import runtime
+from reformer_dist.planning import Job, make_plan
+from reformer_dist.training.metrics import peak_memory_gib
+
+LARGEST_ERROR = 0.10
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+BASE = [
+    *("model.dim=512", "model.n_heads=8", "model.n_layers=2", "model.n_hashes=2", "model.n_buckets=256"),
+    *(
+        "model.window=64",
+        "model.local_window=128",
+        "data.seq_len=16384",
+        "data.batch_size=1",
+        "trainer.max_steps=2",
+    ),
+    *("trainer.log_every=0", "trainer.eval_every=0", "trainer.sample_every=0", "trainer.save_every=0"),
+]
+ROWS: dict[str, tuple[int, list[str]]] = {
+    "2 layers": (1, []),
+    "8 layers": (1, ["model.n_layers=8"]),
+    "32768 tokens": (1, ["data.seq_len=32768", "model.dim=256", "model.n_buckets=512"]),
+    "nothing recomputed": (1, ["model.recompute=none", "data.seq_len=8192"]),
+    "checkpointed": (1, ["model.recompute=checkpoint"]),
+    "bf16": (1, ["trainer.precision=bf16"]),
+    "exact": (1, ["model.layers=[exact]", "data.seq_len=4096", "data.batch_size=2", "model.n_layers=8"]),
+    "ZeRO 1": (2, ["deepspeed=zero1", "model.n_layers=12", "data.seq_len=4096", "data.batch_size=2"]),
+    "ZeRO 2, bf16": (2, ["deepspeed=zero2", "trainer.precision=bf16", "data.batch_size=2", "data.seq_len=8192"]),
+    "ZeRO 3": (2, ["deepspeed=zero3", "model.n_layers=12", "data.seq_len=4096", "data.batch_size=2"]),
+    "heads 2": (2, ["parallel.sequence=2", "parallel.heads=2", "data.seq_len=32768"]),
+    "buckets 2": (2, ["parallel.sequence=2", "parallel.buckets=2", "data.seq_len=32768"]),
+    "buckets 4": (4, ["parallel.sequence=4", "parallel.buckets=4", "data.seq_len=32768", "deepspeed=zero1"]),
+}
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.row is not None:
+            print(json.dumps(measure(arguments.row, Path(arguments.data))))
+            return 0
+        write_text(Path(folder))
+        names = arguments.rows or list(ROWS)
+        env = os.environ | ({} if arguments.default_allocator else ALLOCATOR)
+        errors = [abs(compare(name, folder, env) - 1) for name in names]
+    print(f"the largest error is {max(errors):.1%}")
+    return 0 if arguments.default_allocator or max(errors) <= LARGEST_ERROR else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help=f"of: {', '.join(ROWS)}")
+    parser.add_argument("--default-allocator", action="store_true", help="leave glibc as it is; never fails")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--data", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_text(folder: Path) -> None:
+    """Two megabytes of any text."""
+    text = b"".join(b"%d is a number, and the next one is %d.\n" % (n, n + 1) for n in range(1000))
+    documents = [(f"document{i}", text) for i in range(50)]
+    write_dataset(documents, folder / "data", ByteTokenizer(), shard_bytes=10**6, heldout_fraction=0.0)
+
+
+def compare(name: str, folder: str, env: dict[str, str]) -> float:
+    """Prints a row of the table; planned / measured."""
+    n_ranks, _ = ROWS[name]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else []
+    command = [sys.executable, *launch, str(Path(__file__).resolve()), "--row", name, "--data", folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1"} | env)
+    if done.returncode:
+        raise SystemExit(f"the job of row {name} ended with status {done.returncode}")
+    found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    config = configure(name, Path(folder))
+    plan = make_plan(Job(config, n_ranks, n_ranks, found["vocab_size"], found["device"]))
+    measured, planned = max(found["peaks"]), plan.total
+    of_tensors = plan.peak.total / (measured - plan.libraries)
+    print(
+        f"{name:<20} {n_ranks} rank{'s' if n_ranks > 1 else ' '}  planned {planned / 2**20:7.0f} MiB  measured "
+        f"{measured / 2**20:7.0f} MiB  planned/measured {planned / measured:.3f}  tensors {of_tensors:.3f}  "
+        f"({plan.peak.name})",
+        flush=True,
+    )
+    return planned / measured
+
+
+def configure(name: str, folder: Path) -> RunConfig:
+    places = [f"data.path={folder / 'data'}", f"output_dir={folder / name.replace(' ', '-').replace(',', '')}"]
+    return compose_run([*BASE, *ROWS[name][1], *places])
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Trains; the peaks of all ranks in bytes."""
+    job = runtime.start()
+    if job.device.type == "cpu":
+        torch.set_num_threads(1)
+    with ExitStack() as resources:
+        trainer = build_trainer(configure(name, folder), job, resources)
+        trainer.fit()
+        peaks = job.gather(peak_memory_gib(job.device) * 2**30)
+    runtime.stop()
+    if not job.is_main:
+        sys.exit(0)
+    return {"peaks": peaks, "device": job.device.type, "vocab_size": 257}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

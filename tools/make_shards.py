@@ -24,6 +24,7 @@ EPILOG = """\
 inputs:
   a folder       each file in it is a document; hidden and binary files are left out
   a .jsonl file  each line is a document: a JSON object with the text in field `text` (or --jsonl-field)
+  a .tar file    each .txt in it is a document, and field `text` of each .json: shards in WebDataset's layout
   a text file    is cut at blank lines into some 64 documents of 2 to 64 KiB
   a .gz file     is read as what it holds
 

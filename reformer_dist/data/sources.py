@@ -8,6 +8,8 @@ What becomes a document:
 - a text file named by itself is cut at blank lines into pieces, since a single document can not be split into
   training and held-out text: into some 64 pieces, each of about 2 KiB at least and 64 KiB at most. The pieces
   join to exactly the file;
+- each `.txt` member of a `.tar` file named by itself, such as a shard of WebDataset's, and each `.json` member, of
+  which the same field is taken as of a line of `.jsonl`; other members are left out, and links lead nowhere;
 - a `.gz` file is read as what it holds.
 """
 
@@ -17,10 +19,13 @@ import gzip
 import json
 import os
 import re
+import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
+
+from webdataset.tariterators import tar_file_iterator
 
 from reformer_dist.errors import DataError
 
@@ -50,7 +55,9 @@ def iterate_documents(
         elif path.exists():
             yield from _documents_of(path, path.name, jsonl_field, in_folder=False)
         else:
-            raise DataError(f"{path}: no such file or folder; inputs must be text, .jsonl, .gz or folders of them")
+            raise DataError(
+                f"{path}: no such file or folder; inputs must be text, .jsonl, .tar, .gz or folders of text"
+            )
 
 
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -77,6 +84,8 @@ def _documents_of(path: Path, label: str, jsonl_field: str, in_folder: bool) -> 
         with _open(path) as file:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
                 yield from _lines(file, path, label, jsonl_field)
+            elif path.name.removesuffix(".gz").endswith(".tar") and not in_folder:
+                yield from _members(file, path, label, jsonl_field)
             elif in_folder:
                 text = file.read()
                 if b"\0" not in text:
@@ -84,7 +93,7 @@ def _documents_of(path: Path, label: str, jsonl_field: str, in_folder: bool) -> 
             else:
                 aim = min(max(path.stat().st_size // USUAL_PIECES, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
                 yield from _pieces(file, path, label, aim)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path}: can't be read ({error})") from error
 
 
@@ -92,18 +101,37 @@ def _lines(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tupl
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: is not valid JSON ({error}); each line must be a JSON object") from error
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: field {field!r} is {text!r}; each line must hold its text there, as a string"
-            )
-        # JSON can spell half of a surrogate pair, which no UTF-8 text holds
-        yield f"{label}:{number}", text.encode("utf-8", errors="replace")
+        yield f"{label}:{number}", _field_of(line, field, f"{path}:{number}")
+
+
+def _members(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tuple[str, bytes]]:
+    n_texts = 0
+    for member in tar_file_iterator(file):
+        name = str(member["fname"])
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(f"{path}: a member is named {name!r}; names must be relative and without ..")
+        if name.endswith(".txt"):
+            yield f"{label}/{name}", member["data"]
+        elif name.endswith(".json"):
+            yield f"{label}/{name}", _field_of(member["data"], field, f"{path}: {name}")
+        else:
+            continue
+        n_texts += 1
+    if n_texts == 0:
+        raise DataError(f"{path}: holds no .txt and no .json member; a .tar must hold text")
+
+
+def _field_of(content: bytes, field: str, where: str) -> bytes:
+    """The text in a field of a JSON object."""
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{where}: is not valid JSON ({error}); it must be a JSON object") from error
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {field!r} is {text!r}; it must hold the text, as a string")
+    # JSON can spell half of a surrogate pair, which no UTF-8 text holds
+    return text.encode("utf-8", errors="replace")
 
 
 def _pieces(file: IO[bytes], path: Path, label: str, aim: int) -> Iterator[tuple[str, bytes]]:

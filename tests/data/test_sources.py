@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import webdataset
+from data_helpers import write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +53,42 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
+        list(iterate_documents([path]))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_webdataset_shards(tmp_path: Path, zipped: bool) -> None:
+    """As webdataset itself writes them."""
+    path = tmp_path / ("shard.tar.gz" if zipped else "shard.tar")
+    with webdataset.TarWriter(str(path)) as shard:
+        shard.write({"__key__": "a/one", "txt": "first"})
+        shard.write({"__key__": "a/two", "json": {"text": "second"}, "cls": 3})
+    found = list(iterate_documents([path]))
+    assert found == [(f"{path.name}/a/one.txt", b"first"), (f"{path.name}/a/two.json", b"second")]
+    assert not list(iterate_documents([tmp_path]))  # in a folder it is one binary file among others
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("../x.txt", b"x", "named '../x.txt'"),
+        ("/x.txt", b"x", "named '/x.txt'"),
+        ("x.json", b"{", "x.json: is not valid JSON"),
+        ("x.json", b"{}", "x.json: field 'text' is None"),
+        ("x.pkl", b"x", "no .txt and no .json"),
+    ],
+)
+def test_bad_members_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    write_tar(tmp_path / "d.tar", [(name, content)])
+    with pytest.raises(DataError, match=message):
+        list(iterate_documents([tmp_path / "d.tar"]))
+
+
+def test_a_torn_tar_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.tar"
+    write_tar(path, [("x.txt", b"x" * 5000)])
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"d\.tar: can't be read"):
         list(iterate_documents([path]))
 
 

@@ -42,3 +42,9 @@ def doctor() -> None:
     from reformer_dist.doctor.__main__ import main
 
     main()
+
+
+def checkpoints() -> None:
+    from reformer_dist.checkpoints import main
+
+    main()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from reformer_dist.checkpoint import CheckpointReader, resolve_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, Export, resolve_checkpoint
+from reformer_dist.checkpoint.export import CONFIG_FILE as EXPORTED
 from reformer_dist.compose import run_config_from
 from reformer_dist.config import RunConfig
 from reformer_dist.data import Tokenizer, load_tokenizer
@@ -27,13 +28,12 @@ class LoadedModel:
 
 
 def load_model(path: Path, overrides: list[str], device: torch.device) -> LoadedModel:
-    """Loads from a run directory (its newest good checkpoint) or from a checkpoint's own folder.
+    """Loads from a run directory (its newest good checkpoint) a checkpoint, or an export.
 
     overrides: key=value, such as model.n_hashes=8, for what the weights leave free. Raises CheckpointError
     where there is no good checkpoint or the overrides make another model of it, and ConfigError.
     """
-    folder = resolve_checkpoint(path)
-    reader = CheckpointReader(folder)
+    reader = _open(path)
     # how many ranks shared a sequence in training, and on what, is of no matter here
     saved = {key: value for key, value in reader.run["config"].items() if key != "parallel"}
     saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_implementation"}
@@ -41,5 +41,10 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     require_attention(config.model, device)
     model = ReformerLM(config.model, reader.run["vocab_size"], config.trainer.seed)
     reader.load_weights(model)
-    tokenizer = load_tokenizer(reader.run["tokenizer"], folder)
-    return LoadedModel(model.to(device).eval(), config, tokenizer, folder, reader.step)
+    tokenizer = load_tokenizer(reader.run["tokenizer"], reader.folder)
+    return LoadedModel(model.to(device).eval(), config, tokenizer, reader.folder, reader.step)
+
+
+def _open(path: Path) -> CheckpointReader | Export:
+    is_export = (path / EXPORTED).is_file()
+    return Export(path) if is_export else CheckpointReader(resolve_checkpoint(path))

@@ -51,7 +51,12 @@ def write_config(config: RunConfig, runtime: Runtime) -> None:
 
 def changed_keys(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """Lines such as "optim.lr: 0.003 -> 0.001" for what differs from a saved configuration."""
-    before, now = dict(_flat(saved)), dict(_flat(plain(config)))
+    return changed_values(saved, plain(config))
+
+
+def changed_values(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The same of two saved configurations."""
+    before, now = dict(_flat(first)), dict(_flat(second))
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

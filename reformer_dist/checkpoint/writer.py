@@ -148,15 +148,16 @@ def _write_rank(folder: Path, rank: int, tensors: dict[str, Tensor], index: byte
     return {path.name: fingerprint(path) for path in (weights, beside)}
 
 
-def prune(root: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
+def prune(root: Path, newest: Path, keep: int, keep_every: int, counted: list[Path] | None = None) -> list[Path]:
     """Removes all but the last `keep` checkpoints up to `newest` (0: none is removed); returns what it removed.
 
-    Those of steps that `keep_every` divides stay (0: no such).
+    Those of steps that `keep_every` divides stay (0: no such). counted: all that are looked at; the others
+    neither count nor go.
     """
     if keep == 0:
         return []
     # later ones are damaged or of an abandoned course: they must not push this one out
-    course = [folder for folder in step_folders(root) if step_of(folder) <= step_of(newest)]
+    course = [folder for folder in counted or step_folders(root) if step_of(folder) <= step_of(newest)]
     old = [folder for folder in course[:-keep] if not keep_every or step_of(folder) % keep_every]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)

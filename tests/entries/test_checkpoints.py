@@ -1,0 +1,105 @@
+"""reformer-checkpoints as users type it, on the checkpoints of a trained run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from reformer_dist import checkpoints
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.errors import CheckpointError, ConfigError
+from reformer_dist.load import load_model
+
+
+def run(*words: object) -> None:
+    arguments = checkpoints.build_parser().parse_args([str(word) for word in words])
+    arguments.action(arguments)
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """A run directory that may be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def step(run_folder: Path, number: int) -> Path:
+    return run_folder / "checkpoints" / f"step-{number:08d}"
+
+
+def test_ls_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("verify", copy)
+    assert capsys.readouterr().out == f"{step(copy, 3)}: good\n{step(copy, 6)}: good\n"
+    (step(copy, 3) / "run.json").write_text("{}")
+    run("ls", copy)
+    damaged, good = capsys.readouterr().out.splitlines()
+    assert damaged.startswith(f"{step(copy, 3)} | damaged: run.json has 2 bytes")
+    assert good.startswith(f"{step(copy, 6)} | step 6 | 1 ranks | ZeRO stage 0 | ")
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
+        run("verify", copy)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run("ls", copy.parent)
+
+
+def test_diff(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("diff", trained, step(trained, 6))
+    assert capsys.readouterr().out.splitlines()[-1] == "weights and moments are the same"
+    run("diff", step(trained, 3), step(trained, 6))
+    said = capsys.readouterr().out
+    assert said.startswith("step: 3 -> 6; Adam's step: 3 -> 6\n")
+    assert " exp_avg: differs by up to " in said
+
+
+def test_prune_counts_good_ones(copy: Path) -> None:
+    shutil.copytree(step(copy, 6), step(copy, 9))  # its manifest is of step 6
+    run("prune", copy, "--keep", 1)
+    assert [path.name for path in sorted((copy / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+    with pytest.raises(ConfigError, match="--keep 0: must be at least 1"):
+        run("prune", copy, "--keep", 0)
+
+
+@pytest.mark.parametrize("size", [[], ["--max-shard-size", "40KB"]])
+def test_an_export_is_the_model(trained: Path, tmp_path: Path, size: list[str]) -> None:
+    run("export", trained, tmp_path / "exported", *size)
+    exported = load_model(tmp_path / "exported", [], torch.device("cpu"))
+    original = load_model(trained, [], torch.device("cpu"))
+    assert exported.step == 6
+    assert exported.config == original.config
+    for name, parameter in original.model.named_parameters():
+        assert torch.equal(parameter, exported.model.get_parameter(name))
+    files = sorted((tmp_path / "exported").glob("*.safetensors"))
+    if size:
+        index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
+        assert len(files) > 1 and {path.name for path in files} == set(index["weight_map"].values())
+        shapes = CheckpointReader(step(trained, 6)).run["shapes"]
+        assert index["metadata"]["total_size"] == 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    else:
+        assert [path.name for path in files] == ["model.safetensors"]
+    with pytest.raises(CheckpointError, match="exists; name a folder that does not"):
+        run("export", trained, tmp_path / "exported", *size)
+
+
+@pytest.mark.parametrize("words", ["0", "2XB", "-1"])
+def test_sizes(trained: Path, tmp_path: Path, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"--max-shard-size {words}: must be"):
+        run("export", trained, tmp_path / "exported", f"--max-shard-size={words}")
+
+
+def test_a_damaged_export_is_refused(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    run("export", trained, folder, "--max-shard-size", "40KB")
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    name = next(iter(document["weight_map"]))
+    index.write_text(json.dumps({"weight_map": document["weight_map"] | {name: "../x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="is no name of a file beside it"):
+        load_model(folder, [], torch.device("cpu"))
+    index.write_text(json.dumps({"weight_map": document["weight_map"] | {name: "absent.safetensors"}}))
+    with pytest.raises(CheckpointError, match="can't be read"):
+        load_model(folder, [], torch.device("cpu"))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no export of a model"):
+        load_model(folder, [], torch.device("cpu"))

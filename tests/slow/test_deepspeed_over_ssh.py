@@ -36,7 +36,7 @@ def test_two_machines_train_as_one(tmp_path: Path) -> None:
         }
         first = nodes[0].start("bash", script, log=log, **env)
         try:
-            status = first.wait(120)
+            status = first.wait(300)
         except subprocess.TimeoutExpired:
             raise AssertionError(log.read_text()) from None
     assert status == 0, log.read_text()

@@ -82,7 +82,7 @@ def test_the_tasks_of_an_array_share_a_sweep(queue: Slurm, data: Path, tmp_path:
 
 
 def wait_for(words: str, path: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.is_file() or words not in path.read_text():
         assert time.monotonic() < deadline, path.read_text() if path.is_file() else "no output"
         time.sleep(0.1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 CORES = 2
 DAEMONS = ("slurmd", "slurmctld", "munged")
-BOUND = 60  # seconds, on a busy machine
+BOUND = 120  # seconds, on a busy machine
 # A job of partition `high` takes the node from those of `low`, which are told and have a minute to end. A job that
 # goes back to the queue waits until its credential has expired, of which five seconds are left instead of 120.
 CONFIG = """\

@@ -24,9 +24,11 @@ def train(config: RunConfig) -> None:
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
     from reformer_dist.distributed import failures
+    from reformer_dist.launch.tether import stop_with_launcher
     from reformer_dist.training.stopping import StopSignal
 
     stop = StopSignal()
+    stop_with_launcher()
     with stop.listen():
         job = runtime.start(timedelta(seconds=config.parallel.timeout))
         stop.wait_for_steps()

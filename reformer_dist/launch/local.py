@@ -26,6 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from reformer_dist.config import LauncherConfig
+from reformer_dist.launch.tether import LAUNCHER
 
 HERE = "127.0.0.1"
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
@@ -51,6 +52,7 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
     # an agent's own words about what the ranks have said already
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = LEFT_TO_THE_AGENT
+    os.environ[LAUNCHER] = str(os.getpid())
     ranks = n_ranks(launcher)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(ranks)))
     status = 0

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from reformer_dist.launch.tether import stop_with_launcher
+
 
 def main() -> None:
     folder, fates = Path(sys.argv[1]), sys.argv[2:]
@@ -25,6 +27,7 @@ def main() -> None:
         sys.exit(int(number))
 
     if name == "wait":
+        stop_with_launcher()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, save_and_leave)
     (folder / f"rank{rank}.{attempts}.json").write_text(json.dumps({key: os.environ.get(key) for key in kept}))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import pytest
 from support.events import scalars
@@ -21,20 +24,33 @@ from reformer_dist.launch.local import run_ranks, threads_per_rank
 
 PREEMPTED = 75
 KILLED = 128 + signal.SIGKILL
+PATHS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+START = """
+import sys
+from reformer_dist.config import LauncherConfig
+from reformer_dist.launch.local import run_ranks
+run_ranks("obedient_rank", sys.argv[1:], LauncherConfig(nproc_per_node=2), "")
+"""
 
 
 @pytest.fixture
-def obey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def obey(tmp_path: Path) -> Iterator[Callable[..., int]]:
     """Runs two ranks with a fate each, from this process; returns the status."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
 
     def run(*fates: str, max_restarts: int = 0) -> int:
         launcher = LauncherConfig(nproc_per_node=len(fates), max_restarts=max_restarts)
         return run_ranks("obedient_rank", [str(tmp_path), *fates], launcher, "begin again")
 
-    return run
+    with patch.dict(os.environ, PYTHONPATH=PATHS):  # what a launcher tells its ranks is forgotten afterwards
+        os.environ.pop("OMP_NUM_THREADS", None)
+        yield run
+
+
+def wait_for_files(folder: Path, pattern: str) -> None:
+    """Until both ranks have written theirs."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def test_ranks_know_who_they_are(obey, tmp_path):
@@ -69,9 +85,7 @@ def test_the_status_of_a_rank_is_that_of_the_job(obey, status, capfd):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, name):
     def send() -> None:
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob("rank*.json"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_files(tmp_path, "rank*.json")
         os.kill(os.getpid(), signal.Signals[name])
 
     before = signal.getsignal(signal.Signals[name])
@@ -81,6 +95,17 @@ def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, nam
     thread.join()
     assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [name, name]
     assert signal.getsignal(signal.Signals[name]) is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has ended")
+def test_ranks_of_a_killed_launcher_are_told_to_stop(tmp_path):
+    command = [sys.executable, "-c", START, str(tmp_path), "wait=0", "wait=0"]
+    launcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": PATHS})
+    wait_for_files(tmp_path, "rank*.json")
+    launcher.kill()
+    launcher.wait()
+    wait_for_files(tmp_path, "saved*")
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
 
 
 def test_a_killed_rank_is_named(obey, capfd):

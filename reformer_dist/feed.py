@@ -16,6 +16,7 @@ from reformer_dist.data import (
     Quarantine,
     Start,
     TrainLoader,
+    consumed_hash,
     explain_changes,
     merge_states,
     read_state,
@@ -70,6 +71,7 @@ class Feed:
         changes = explain_changes(checkpoint.run["data"], corpus.record()) if "data" in checkpoint.run else []
         state = merge_states([rank["data"] for rank in checkpoint.rank_states])
         start = read_state(state, order, changes=changes, accept_changed=data.accept_changed)
+        logger.info(f"data go on behind step {start.step}; hash of all samples so far: {consumed_hash(state)}")
         return cls(corpus, order, start)
 
     def with_last_step(self, config: RunConfig) -> RunConfig:
@@ -109,10 +111,13 @@ class QuarantineFile:
         self._path = folder / QUARANTINE_FILE
 
     def add(self, damaged: list[Damage]) -> None:
-        """Raises OSError where it can't be written."""
-        known = set(self._path.read_text().splitlines()) if self._path.exists() else set()
-        lines = [json.dumps(asdict(damage), sort_keys=True) for damage in damaged]
+        """Says so in the log as well; a disk that is full is no reason to end the run."""
         for damage in damaged:
             logger.warning(f"passed over: {damage}")
-        with self._path.open("a") as file:
-            file.writelines(f"{line}\n" for line in lines if line not in known)
+        lines = [json.dumps(asdict(damage), sort_keys=True) for damage in damaged]
+        try:
+            known = set(self._path.read_text().splitlines()) if self._path.exists() else set()
+            with self._path.open("a") as file:
+                file.writelines(f"{line}\n" for line in lines if line not in known)
+        except OSError as error:
+            logger.warning(f"{self._path}: can't be written ({error.strerror})")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import damage_sample, folder_of, read_world
-from servers import Server, serve
+from support.servers import Server, serve
 
 from reformer_dist.data import BpeTokenizer, Corpus, Dataset
 from reformer_dist.data import storage as storage_module

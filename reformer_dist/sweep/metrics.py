@@ -26,7 +26,8 @@ def read_metrics(folder: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int | float):
-            numbers = {tag: value for tag, value in row.items() if isinstance(value, int | float)}
+            # null is a value that was not finite
+            numbers = {tag: math.nan if value is None else value for tag, value in row.items()}
             by_step.setdefault(row["step"], {}).update(numbers)
     return [by_step[step] for step in sorted(by_step)]
 

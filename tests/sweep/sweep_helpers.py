@@ -8,6 +8,6 @@ from pathlib import Path
 from reformer_dist.sweep import metrics
 
 
-def write_metrics(folder: Path, *rows: dict[str, float]) -> None:
+def write_metrics(folder: Path, *rows: dict[str, float | None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / metrics.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

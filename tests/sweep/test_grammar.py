@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 
 import pytest
@@ -161,3 +163,16 @@ def test_presets_only_have_settings_of_a_sweep() -> None:
     """Trials never see the preset: another key in it would be lost."""
     for path in (conf_folder() / "sweep").iterdir():
         assert "@package" not in path.read_text()
+
+
+def test_the_commands_of_the_docs_are_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = (conf_folder().parent / "docs/sweeps.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", docs, flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    sweeps = [command for command in commands if command.startswith("reformer-train")]
+    assert len(sweeps) == 3
+    for command in sweeps:
+        requests: list[SweepRequest] = []
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        hydra_entry(lambda config: None, requests.append)
+        assert requests[0].space and requests[0].folder.parent.name == "outputs"

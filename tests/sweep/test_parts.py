@@ -114,7 +114,7 @@ def test_metrics_of_a_run_that_was_cut_and_went_on(tmp_path: Path) -> None:
         {"step": 2, "eval/loss": 2.5},
         {"step": 1, "train/loss": 3.5},
         {"step": 2, "train/loss": 2.25},
-        {"step": 3, "train/loss": float("nan"), "perf/tokens_per_s": 20.0},
+        {"step": 3, "train/loss": None, "perf/tokens_per_s": 20.0},
     ]
     write_metrics(tmp_path, *rows)
     with (tmp_path / metrics.FILE).open("a") as file:

@@ -37,7 +37,6 @@ def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch:
     [
         (["-m", "optim.lr=1"], "no key has several values"),
         ([*GRID, "resume=never"], "resume=never"),
-        ([*GRID, "launcher=slurm"], "launcher=slurm"),
         ([*GRID, "launcher=local", "launcher.nproc_per_node=3"], "launcher.nproc_per_node=3"),
         (["-m", "model.dimm=1,2"], "model.dimm"),
         (["-m", "optim.lr=a,b"], "optim.lr"),

@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+"""One command, under 9 minutes on a GPU: are the kernels right there, how fast, and how far does one card go?
+
+tests      the tests of the kernels and those marked `cuda`, on this device
+rates      what the card gives at best here: bytes a second of a copy, operations a second of a matrix product
+attention  forward and backward beside PyTorch's exact kernels and FlexAttention (rows of bench_attention.py), with
+           the share of the time that the card's rates say the work needs (the roofline)
+training   steps of a 12-layer model, 1024 wide, at growing lengths until one does not fit
+
+Writes report.json, report.md and, where matplotlib is installed, plots. Sections have budgets: what is left
+over of a long one is named in the report, and the rest goes on. No speed is shown where a check failed: if
+the tests fail, sections of speed are not run at all. --small runs every section at toy sizes, also on a
+CPU: it shows that the tool works, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bench_attention
+import torch
+from bench_attention import Row, plot
+
+from reformer_dist.config import ModelConfig
+from reformer_dist.models import ReformerLM
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGETS = {"tests": 150, "rates": 20, "attention": 220, "training": 120}  # seconds
+LONGEST_FLEX, LONGEST_EXACT = 2**18, 2**20
+VOCAB = 256
+
+
+@dataclass
+class Section:
+    """What a part of the report found, and what it left out."""
+
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float:
+        return BUDGETS[self.name] - (time.monotonic() - self.started)
+
+    def row(self, label: str, command: list[str]) -> dict[str, Any] | None:
+        """The JSON that a process of its own prints last; None, and a note, where it prints none in time."""
+        if self.seconds_left < 5:
+            self.notes.append(f"{label}: left out, the section's {BUDGETS[self.name]} s were spent")
+            return None
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=self.seconds_left, cwd=ROOT
+            )
+        except subprocess.TimeoutExpired:
+            self.notes.append(f"{label}: cut after the section's {BUDGETS[self.name]} s")
+            return None
+        if done.returncode == 0:
+            self.rows.append(json.loads(done.stdout.splitlines()[-1]))
+            return self.rows[-1]
+        self.notes.append(f"{label}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        return None
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.train_row is not None:
+        print(json.dumps(train_row(**json.loads(arguments.train_row))))
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not arguments.small:
+        sys.exit("gpu_report.py: no CUDA device here; --small tries the tool out on a CPU")
+    folder = arguments.output or ROOT / "docs" / "benchmarks" / f"{datetime.date.today()}-{slug(card(device))}"
+    folder.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "card": card(device),
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "small": arguments.small,
+    }
+    sections: list[Callable[[str, bool, dict[str, Any]], Section]] = [tests, rates, attention, training]
+    for work in sections:
+        print(f"{work.__name__} ...", flush=True)
+        section = work(device, arguments.small, report)
+        report[section.name] = {"rows": section.rows, "notes": section.notes}
+        write(report, folder)  # after each, so that nothing found is lost
+    print(f"written to {folder}")
+    return (
+        0 if report["tests"]["rows"][0]["passed"] and all(r["correct"] for r in report["attention"]["rows"]) else 1
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder (default: docs/benchmarks/<date>-<card>)")
+    parser.add_argument("--small", action="store_true", help="toy sizes, in seconds, on any device")
+    parser.add_argument("--train-row", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def card(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def tests(device: str, small: bool, report: dict[str, Any]) -> Section:
+    section = Section("tests")
+    which = ["tests/kernels/test_hash_kernel.py", "-k", "one_bucket"] if small else ["tests/kernels", "tests/cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *which]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=section.seconds_left
+        )
+        section.rows = [{"passed": done.returncode == 0}]
+        if done.returncode:
+            section.notes = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    except subprocess.TimeoutExpired:
+        section.rows = [{"passed": False}]
+        section.notes = [f"not finished after {BUDGETS['tests']} s"]
+    return section
+
+
+def may_show_speed(section: Section, report: dict[str, Any]) -> bool:
+    if not report["tests"]["rows"][0]["passed"]:
+        section.notes.append("not run: the tests failed, and a wrong result has no speed")
+        return False
+    return True
+
+
+def rates(device: str, small: bool, report: dict[str, Any]) -> Section:
+    """Bytes a second of a copy (read and write counted) and operations a second of a bf16 matrix product."""
+    section = Section("rates")
+    size, dtype = (2**9, torch.float32) if small else (2**13, torch.bfloat16)
+    a, b, c = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    source = torch.ones(2**20 if small else 2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy, product = best(device, lambda: target.copy_(source)), best(device, lambda: torch.mm(a, b, out=c))
+    section.rows = [{"bytes_per_s": 2 * source.numel() / copy, "flops_per_s": 2 * size**3 / product}]
+    return section
+
+
+def best(device: str, work: Callable[[], Any]) -> float:
+    """Seconds of the best of 10 batches of 5."""
+    found = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            work()
+        synchronize(device)
+        found.append((time.perf_counter() - start) / 5)
+    return min(found)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def attention(device: str, small: bool, report: dict[str, Any]) -> Section:
+    section = Section("attention")
+    if not may_show_speed(section, report):
+        return section
+    lengths = [256] if small else [2**12, 2**14, 2**16, 2**18, 2**20]
+    for seq_len in lengths:
+        for head_dim in [16] if small else [64, 128]:
+            for impl, n_hashes in entries(device, seq_len):
+                row = Row(
+                    impl=impl,
+                    seq_len=seq_len,
+                    n_hashes=n_hashes,
+                    heads=2 if small else 16,
+                    head_dim=head_dim,
+                    window=64,
+                    n_buckets=None,
+                    dtype="float32" if small else "bfloat16",
+                    device=device,
+                    repeat=2 if small or seq_len > 2**18 else 5,
+                    threads=2,
+                )
+                label = f"{impl}, {seq_len} tokens, heads of {head_dim}, {n_hashes} rounds"
+                tool = str(Path(bench_attention.__file__).resolve())
+                found = section.row(label, [sys.executable, tool, "--row", json.dumps(asdict(row))])
+                if found is not None and impl == "ours" and found["correct"]:
+                    found.update(roofline(row, report["rates"]["rows"][0], found["seconds"]))
+    return section
+
+
+def entries(device: str, seq_len: int) -> list[tuple[str, int]]:
+    """(implementation, rounds) to run at a length."""
+    if device == "cpu":
+        return [("ours", 4), ("sdpa", 8)]
+    found = [("ours", 4), ("ours", 8)]
+    if seq_len < LONGEST_EXACT:
+        found += [("flash", 8), ("cudnn", 8)]
+    else:
+        found.append(("sdpa", 8))  # the one that PyTorch picks: two would take most of the minutes
+    return [*found, ("flex", 4), ("flex", 8)] if seq_len <= LONGEST_FLEX else found
+
+
+def roofline(row: Row, measured: dict[str, float], seconds: float) -> dict[str, float]:
+    """What the work needs, and the share of the time that this would take at the card's measured rates.
+
+    A token sees at most `window` keys a round. Forward has 2 products of head_dim for each pair, backward 5. Bytes
+    are those that must be read or written at least once: q, v, out; then q, v, out, dO, dq, dv; and the ids.
+    """
+    pairs = row.heads * row.seq_len * row.n_hashes * row.window
+    flops = 7 * 2 * pairs * row.head_dim
+    width = getattr(torch, row.dtype).itemsize * row.head_dim
+    n_bytes = row.heads * row.seq_len * (9 * width + 2 * row.n_hashes * 2)
+    least = max(flops / measured["flops_per_s"], n_bytes / measured["bytes_per_s"])
+    return {"flops": flops, "bytes": n_bytes, "roofline_share": round(least / seconds, 4)}
+
+
+def training(device: str, small: bool, report: dict[str, Any]) -> Section:
+    section = Section("training")
+    if not may_show_speed(section, report):
+        return section
+    lengths = [128] if small else [2**14, 2**16, 2**18, 2**20]
+    for seq_len in lengths:
+        sizes = {"seq_len": seq_len, "device": device, "small": small}
+        command = [sys.executable, __file__, "--train-row", json.dumps(sizes)]
+        if section.row(f"{seq_len} tokens", command) is None:
+            break
+    return section
+
+
+def train_row(seq_len: int, device: str, small: bool) -> dict[str, Any]:
+    """Tokens a second and peak bytes of whole steps: forward, backward and fused AdamW over one sequence."""
+    dim, n_layers = (32, 2) if small else (1024, 12)
+    config = ModelConfig(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=2 if small else 16,
+        axial_shape=[1024, 1024],
+        n_buckets=max(2, seq_len // 64),
+        ff_chunk=2**14,
+    )
+    model = ReformerLM(config, VOCAB).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+    tokens = torch.randint(0, VOCAB, (1, seq_len + 1), device=device)
+    times = []
+    for step in range(3):
+        start = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=not small):
+            loss = model(tokens[:, :-1], labels=tokens[:, 1:], step=step) / seq_len
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    if not torch.isfinite(loss):
+        sys.exit(f"the loss is {loss.item()}")
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else bench_attention.peak_resident_bytes()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "seq_len": seq_len,
+        "tokens_per_s": round(seq_len / min(times[1:]), 1),
+        "peak_bytes": peak,
+        "state_bytes": 16 * n_parameters,
+    }
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [
+        f"# {report['card']}, {report['date']}",
+        "",
+        f"PyTorch {report['torch']}. `python tools/gpu_report.py`.",
+    ]
+    if report["small"]:
+        lines += ["", "Toy sizes (`--small`): these numbers show that the tool works, and nothing else."]
+    for name in BUDGETS:
+        if name in report:
+            lines += ["", f"## {name.capitalize()}", "", *table(report[name]["rows"])]
+            lines += ["", *(f"- {note}" for note in report[name]["notes"])] if report[name]["notes"] else []
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    draw(report, folder)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = [[f"{row.get(name, '-')}" for name in names] for row in rows]
+    return [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *shown]] if rows else []
+
+
+def draw(report: dict[str, Any], folder: Path) -> None:
+    """Seconds over lengths, a plot for each width of heads."""
+    rows = [row for row in report.get("attention", {}).get("rows", []) if row["correct"]]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
+    for head_dim in {row["head_dim"] for row in rows}:
+        plot([row for row in rows if row["head_dim"] == head_dim], folder / f"attention-{head_dim}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

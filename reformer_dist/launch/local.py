@@ -29,8 +29,9 @@ from reformer_dist.config import LauncherConfig
 from reformer_dist.launch.tether import LAUNCHER
 
 HERE = "127.0.0.1"
-PASSED_ON = (signal.SIGTERM, signal.SIGINT)
-LEFT_TO_THE_AGENT = "SIGHUP,SIGQUIT"  # which ends the ranks by the same signal
+# what comes here, and what the ranks get: one whose terminal is closed is told to stop, not to die
+PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGTERM}
+LEFT_TO_THE_AGENT = "SIGQUIT"  # which ends the ranks by the same signal
 POLL = 0.05  # seconds
 KILLED = 128  # a shell's status of a process that signal n ended is 128 + n
 
@@ -43,8 +44,8 @@ def n_ranks(launcher: LauncherConfig) -> int:
 def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, advice: str) -> int:
     """Runs `python -m module arguments...` as the ranks of one job; returns the status to end with.
 
-    That is the status of the rank that was the first to end with another than 0. SIGTERM and SIGINT go to all
-    ranks, which are waited for. After a rank was killed by a signal that did not come through here, all are
+    That is the status of the rank that was the first to end with another than 0. SIGTERM, SIGINT and SIGHUP go to
+    all ranks, which are waited for. After a rank was killed by a signal that did not come through here, all are
     started again, if launcher.max_restarts allows.
 
     advice: what the user should do where a rank was killed.
@@ -59,7 +60,7 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
     for restarts_left in reversed(range(launcher.max_restarts + 1)):
         job = _Job((sys.executable, "-m", module, *arguments), ranks)
         status = job.run()
-        if status <= KILLED or job.was_signalled:
+        if not job.loss or job.was_signalled:
             break
         sys.stderr.write(f"error: {job.loss}; {advice if restarts_left == 0 else 'all ranks start again'}\n")
     return status
@@ -118,9 +119,13 @@ class _Job:
         def pass_on(signum: int, frame: FrameType | None) -> None:
             self.was_signalled = True
             # in a thread: there may be no ranks yet, and the agent goes on making them only after this returns
-            threading.Thread(target=_send_to_all, args=(agent, signum), daemon=True).start()
+            threading.Thread(
+                target=_send_to_all, args=(agent, PASSED_ON[signal.Signals(signum)]), daemon=True
+            ).start()
 
-        before = {signum: signal.signal(signum, pass_on) for signum in PASSED_ON}
+        # under nohup, SIGHUP stays ignored
+        heard = [signum for signum in PASSED_ON if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, pass_on) for signum in heard}
         try:
             yield
         finally:

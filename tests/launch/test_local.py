@@ -75,15 +75,15 @@ def test_threads_that_the_user_chose_stay(obey, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "rank0.0.json").read_text())["OMP_NUM_THREADS"] == "3"
 
 
-@pytest.mark.parametrize("status", [1, PREEMPTED])
+@pytest.mark.parametrize("status", [1, PREEMPTED, 130])
 def test_the_status_of_a_rank_is_that_of_the_job(obey, status, capfd):
     """The other rank, which waits, is ended; and nobody says a word that the ranks have not said."""
     assert obey("wait=9", f"end={status}", max_restarts=1) == status
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, name):
+@pytest.mark.parametrize(("name", "heard"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")])
+def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, name, heard):
     def send() -> None:
         wait_for_files(tmp_path, "rank*.json")
         os.kill(os.getpid(), signal.Signals[name])
@@ -93,7 +93,7 @@ def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, nam
     thread.start()
     assert obey(f"wait={PREEMPTED}", f"wait={PREEMPTED}", max_restarts=1) == PREEMPTED
     thread.join()
-    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [name, name]
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [heard, heard]
     assert signal.getsignal(signal.Signals[name]) is before
 
 

@@ -102,13 +102,12 @@ def torment(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
     draw = random.Random(arguments.seed)
     problems: list[str] = []
     done_again = kills = 0
-    furthest = 0
     while True:
         before = last_step(run)
         with start(data, run, arguments) as process:
             if kills < arguments.kills:
-                goal = furthest + arguments.steps // (arguments.kills + 1)
-                how = wait_for_moment(process, run, draw, min(goal, arguments.steps - 2))
+                goal = arguments.steps * (kills + 1) // (arguments.kills + 2)
+                how = wait_for_moment(process, run, draw, goal)
                 victims = ranks_of(process.pid)
                 if draw.random() < 0.5:
                     how, victims = how + ", one rank", draw.sample(victims, min(1, len(victims)))
@@ -122,7 +121,6 @@ def torment(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
         if before - begun > SAVE_EVERY + 1:
             problems.append(f"went back from step {before} to {begun}:\n{output}")
         done_again += max(0, before - begun)
-        furthest = max(furthest, last_step(run))
         problems += wrong_checkpoints(run)
         if process.returncode == 0:
             break

@@ -65,8 +65,12 @@ class Saving:
         rank_state: dict[str, Any],
         run: dict[str, Any],
         extra_files: dict[str, bytes],
+        copies: dict[str, Tensor] | None = None,
     ) -> None:
         """rank_state: JSON of this rank; run and extra_files: rank 0's.
+
+        copies: where the tensors are copied to, filled by the first save that is given it and used again by the
+        next, which then need not wait for fresh memory; not to be used while a save is under way.
 
         Raises an error alike on every rank where the folder can't be made or the disk has not the room.
         """
@@ -78,8 +82,9 @@ class Saving:
         self._run = json_bytes(run)
         self._error: CheckpointError | None = None
         self._marks: dict[str, Any] = {}
-        copied = _copy(fragments, rank_state)
-        self._thread = threading.Thread(target=self._write, args=copied, name="checkpoint")
+        tensors = _copy(fragments, {} if copies is None else copies)
+        index = json_bytes(_index(fragments, rank_state))
+        self._thread = threading.Thread(target=self._write, args=(tensors, index), name="checkpoint")
         self._thread.start()
 
     def _write(self, tensors: dict[str, Tensor], index: bytes) -> None:
@@ -123,17 +128,24 @@ def _make_room(root: Path, partial: Path, needed: int) -> None:
         raise CheckpointError(f"{root}: a checkpoint needs {needed:,} bytes, and {free:,} are free on its disk")
 
 
-def _copy(fragments: Sequence[SavedFragment], rank_state: dict[str, Any]) -> tuple[dict[str, Tensor], bytes]:
-    """Tensors that training does not change, by their names in the file, and the JSON beside them."""
-    tensors: dict[str, Tensor] = {}
-    places = []
+def _copy(fragments: Sequence[SavedFragment], copies: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that training does not change, by their names in the file; lies in `copies` where it fits."""
+    kept: dict[str, Tensor] = {}
     for fragment in fragments:
-        places.append({"name": fragment.name, "offset": fragment.offset, "length": fragment.length})
         for kind in KINDS:
-            values = fragment.values(kind).detach()
-            tensors[f"{fragment.name}|{kind}"] = torch.empty(values.shape).copy_(values)
+            key, values = f"{fragment.name}|{kind}", fragment.values(kind).detach()
+            place = copies.get(key)
+            if place is None or place.shape != values.shape:
+                place = torch.empty(values.shape)
+            kept[key] = place.copy_(values)
+    copies.update(kept)
+    return kept
+
+
+def _index(fragments: Sequence[SavedFragment], rank_state: dict[str, Any]) -> dict[str, Any]:
+    places = [{"name": each.name, "offset": each.offset, "length": each.length} for each in fragments]
     adam_step = max((fragment.adam_step for fragment in fragments), default=0)
-    return tensors, json_bytes({"fragments": places, "adam_step": adam_step, "state": rank_state})
+    return {"fragments": places, "adam_step": adam_step, "state": rank_state}
 
 
 def _write_rank(folder: Path, rank: int, tensors: dict[str, Tensor], index: bytes) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from reformer_dist.checkpoint import CheckpointReader, Saving, find_checkpoint, prune, resolve_checkpoint
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
@@ -59,6 +61,7 @@ class Checkpoints:
         self._root = Path(config.output_dir) / FOLDER
         self._keep, self._keep_every = config.trainer.keep_checkpoints, config.trainer.keep_every
         self._saving: Saving | None = None
+        self._copies: dict[str, Tensor] = {}
         self._description, self._extra_files = description, extra_files
 
     def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
@@ -80,6 +83,7 @@ class Checkpoints:
             rank_state={"data": data_state, "window": progress.window},
             run=run,
             extra_files=self._extra_files,
+            copies=self._copies,
         )
 
     def settle(self, *, wait: bool) -> int | None:

@@ -38,11 +38,14 @@ class TrainerConfig:
     max_skipped_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
 
+    step_timeout: float = 0.0
+    """Seconds after which a rank says what it is at, if a part of a step takes longer; 0 means never."""
+
     def __post_init__(self) -> None:
         at_least(1, trainer__max_steps=self.max_steps, trainer__micro_batch_size=self.micro_batch_size)
         at_least(0, trainer__log_every=self.log_every, trainer__eval_every=self.eval_every)
         at_least(0, trainer__save_every=self.save_every, trainer__sample_every=self.sample_every)
         at_least(0, trainer__keep_checkpoints=self.keep_checkpoints, trainer__keep_every=self.keep_every)
-        at_least(0, trainer__seed=self.seed)
+        at_least(0, trainer__seed=self.seed, trainer__step_timeout=self.step_timeout)
         at_least(1, trainer__sample_tokens=self.sample_tokens)
         at_least(1, trainer__max_skipped_steps=self.max_skipped_steps)

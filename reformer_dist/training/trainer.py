@@ -19,6 +19,7 @@ from reformer_dist.seeds import derive_seed
 from reformer_dist.training.intake import Intake, Rows
 from reformer_dist.training.journal import Journal
 from reformer_dist.training.metrics import Window, bits_per_byte, peak_memory_gib, progress_line
+from reformer_dist.training.watchdog import Watchdog
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Trainer:
         self._saver, self._observer, self._journal = saver, observer, journal
         self._bytes_per_token = bytes_per_token
         self._window = Window(runtime.device)
+        self._watchdog = Watchdog(runtime, config.trainer.step_timeout)
         self._data_state: dict[str, Any] = {}
         self._failed_saves = 0  # of this process
         self._saved_step = progress.step  # what a stop need not save again
@@ -100,7 +102,8 @@ class Trainer:
         if self.progress.window:
             self._window.go_on(self.progress.window)
         try:
-            self._train()
+            with self._watchdog.watching():
+                self._train()
         except Preempted as told:
             raise Preempted(f"{told}: {self._save_before_leaving()}") from None
         except (SharedError, TrainingError):  # alike on every rank
@@ -112,8 +115,11 @@ class Trainer:
             self._observe()
         while self.progress.step < self.config.trainer.max_steps:
             start = time.perf_counter()
-            rows = self._intake.next_rows()
-            grad_norm, lr = self._train_step(rows)
+            step = self.progress.step + 1
+            with self._watchdog.phase(f"waiting for data of step {step}, or for ranks that do"):
+                rows = self._intake.next_rows()
+            with self._watchdog.phase(f"computing step {step}"):
+                grad_norm, lr = self._train_step(rows)
             self._data_state = rows.state
             self.progress.seconds += time.perf_counter() - start
             if self._is_due(self.config.trainer.log_every):
@@ -122,7 +128,8 @@ class Trainer:
             self._observe()
             self._journal.end_step()
             if self._is_due(self.config.trainer.save_every):
-                self._save(must=self.progress.step == self.config.trainer.max_steps)
+                with self._watchdog.phase(f"saving after step {step}"):
+                    self._save(must=step == self.config.trainer.max_steps)
             else:
                 self._settle(wait=False)
             self._window.pause(time.perf_counter() - end)
@@ -130,7 +137,8 @@ class Trainer:
     def _observe(self) -> None:
         self.progress.is_observed = False
         if self._is_due(self.config.trainer.eval_every):
-            self._observer.evaluate(self.progress.step, self.progress.seconds)
+            with self._watchdog.phase(f"evaluating after step {self.progress.step}"):
+                self._observer.evaluate(self.progress.step, self.progress.seconds)
         if self._is_due(self.config.trainer.sample_every):
             self._observer.sample(self.progress.step)
         self.progress.is_observed = True

@@ -46,3 +46,29 @@ def test_memory_held_by_reversible_layers_does_not_grow() -> None:
     assert held["reversible", 16] < 1.1 * held["reversible", 4]
     assert held["checkpoint", 16] > 2 * held["checkpoint", 4]
     assert held["none", 16] > 3 * held["none", 4] > 6 * held["reversible", 4]
+
+
+SMALL_STEP = ("model.dim=32", "model.n_heads=2", "model.n_layers=1", "data.seq_len=512", "model.n_buckets=8")
+
+
+def test_a_step_and_its_parts() -> None:
+    status, (row,) = run_tool("bench_step.py", *SMALL_STEP, "model.axial_shape=[32,16]", "--repeat", "1")
+    assert status == 0 and row["correct"] is True
+    assert row["seconds"] > 0 and row["tokens_per_s"] == pytest.approx(512 / row["seconds"], rel=1e-2)
+    assert {"hash", "sort", "attend", "projections", "feed-forward", "loss", "optimizer", "rest"} == set(
+        row["split"]
+    )
+    assert 0 < row["mfu"] < 2 and row["mfu_of"] == "a measured product"
+
+
+def test_peak_rates_are_found_by_name() -> None:
+    sys.path.insert(0, str(TOOLS))
+    try:
+        import bench_step
+    finally:
+        sys.path.remove(str(TOOLS))
+    assert bench_step.card_peak("NVIDIA H100 80GB HBM3", "bf16") == pytest.approx(989.4e12)
+    assert bench_step.card_peak("NVIDIA H100 PCIe", "bf16") == pytest.approx(756e12)
+    assert bench_step.card_peak("NVIDIA H200", "fp32") == pytest.approx(66.9e12)
+    assert bench_step.card_peak("Tesla V100-SXM2-16GB", "bf16") is None
+    assert bench_step.card_peak("Some other card", "bf16") is None

@@ -117,10 +117,11 @@ def torment(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
                     os.kill(victim, signal.SIGKILL)
             output, _ = process.communicate(timeout=600)
         found = re.search(r"resuming from .* at step (\d+)", output)
-        begun = int(found[1]) if found else 0
-        if before - begun > SAVE_EVERY + 1:
-            problems.append(f"went back from step {before} to {begun}:\n{output}")
-        done_again += max(0, before - begun)
+        if found is not None:  # else it was killed before it had said where it resumes
+            begun = int(found[1])
+            if before - begun > SAVE_EVERY + 1:
+                problems.append(f"went back from step {before} to {begun}:\n{output}")
+            done_again += max(0, before - begun)
         problems += wrong_checkpoints(run)
         if process.returncode == 0:
             break

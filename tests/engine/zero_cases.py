@@ -27,7 +27,7 @@ from zero_setup import (
     rows,
 )
 
-from reformer_dist.checkpoint import CheckpointReader, write_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, Saving
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
@@ -52,7 +52,7 @@ class Run:
         self.done = reader.step
 
     def save(self) -> None:
-        write_checkpoint(
+        Saving(
             self.job,
             self.folder,
             self.done,
@@ -60,8 +60,7 @@ class Run:
             rank_state={},
             run={"shapes": self.shapes},
             extra_files={},
-            keep=0,
-        )
+        ).finish()
 
     def step(self, *, is_bad: bool = False) -> None:
         """A training step; if bad, the last rank's first loss is infinite."""

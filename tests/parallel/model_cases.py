@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
-from reformer_dist.checkpoint import write_checkpoint
+from reformer_dist.checkpoint import Saving
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.grid import make_grid
 from reformer_dist.distributed.runtime import Runtime
@@ -50,7 +50,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
             engine.backward(loss, valid)
         norms.append(engine.step(LEARNING_RATES[step]).grad_norm)
         losses.append(job.sum([total])[0] / valid)
-    write_checkpoint(
+    Saving(
         job,
         out / case.name,
         STEPS,
@@ -58,8 +58,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
         rank_state={},
         run={"shapes": shapes},
         extra_files={},
-        keep=0,
-    )
+    ).finish()
     engine.close()
     return {"losses": losses, "norms": norms}
 

@@ -40,4 +40,6 @@ def test_near_ties_alone_may_differ(dtype):
 
 def test_one_bucket():
     rotations = draw_rotations(2, 16, 2, 1, "rotation", seed=5)
-    assert not hash_vectors(torch.randn(1, 2, 9, 16), rotations, 1, "rotation", implementation="triton").any()
+    assert not hash_vectors(
+        torch.randn(1, 2, 9, 16, device=DEVICE), rotations, 1, "rotation", implementation="triton"
+    ).any()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from reformer_dist.compose import SweepRequest
 from reformer_dist.config.space import Choices, Interval
@@ -29,7 +31,6 @@ class SearchPlan:
         """describe: a new trial of a name and its changed keys. Raises ConfigError."""
         self._optuna = _import_optuna()
         self._settings, self._file, self._describe = request.settings, file, describe
-        self._distributions = {key: _distribution(self._optuna, each) for key, each in request.space.items()}
         self._space = request.space
         self._storage, self._study = self._open_study(request)
         self._waiting = deque(self._left_over(request))
@@ -43,8 +44,7 @@ class SearchPlan:
         if self._waiting:
             return self._waiting.popleft()
         while self._has_retries() or self._counted() < self._settings.n_trials:
-            proposed = self._study.ask(self._distributions)
-            trial = self._make(proposed)
+            trial = self._make(self._study.ask())
             self._file.trials[trial.name] = trial
             if trial.state is not State.failed:
                 return trial
@@ -80,8 +80,9 @@ class SearchPlan:
 
     def _open_study(self, request: SweepRequest) -> tuple[Any, Any]:
         optuna, settings = self._optuna, self._settings
-        path = str(request.folder / JOURNAL)
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+        path = request.folder / JOURNAL
+        backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_Lock(path.with_suffix(".lock")))
+        storage = optuna.storages.JournalStorage(backend)
         study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, direction="minimize")
         asked = {"overrides": " ".join(sorted(_lasting(request.fixed))), "space": str(request.space)}
         for key, value in asked.items():
@@ -108,14 +109,15 @@ class SearchPlan:
             if trial is not None and trial.state in DONE:
                 self.ended(trial)
             elif trial is not None or alone:
-                trial = trial or self._make(frozen)
+                trial = trial or self._make(self._optuna.trial.Trial(self._study, frozen._trial_id))
                 self._file.trials[trial.name] = trial
                 left.append(trial)
         return left
 
     def _make(self, proposed: Any) -> Trial:
+        """A trial of what Optuna proposes; what it has proposed before of the same trial, it repeats."""
         name = _name(proposed.number)
-        changed = {key: _word(self._space[key], proposed.params[key]) for key in self._space}
+        changed = {key: _propose(proposed, key, dimension) for key, dimension in self._space.items()}
         try:
             return self._describe(name, changed)
         except ConfigError as error:
@@ -153,19 +155,32 @@ def _import_optuna() -> Any:
     return optuna
 
 
-def _distribution(optuna: Any, dimension: Choices | Interval) -> Any:
-    kinds = optuna.distributions
+def _propose(trial: Any, key: str, dimension: Choices | Interval) -> str:
+    """Optuna's value of a key, as it stands in an override."""
     if isinstance(dimension, Choices):
-        return kinds.CategoricalDistribution(dimension.values)
+        return str(trial.suggest_categorical(key, dimension.values))
+    low, high, is_log = dimension.low, dimension.high, dimension.is_log
+    step = None if is_log else dimension.step
     if dimension.is_integer:
-        by = 1 if dimension.step is None or dimension.is_log else int(dimension.step)
-        return kinds.IntDistribution(int(dimension.low), int(dimension.high), log=dimension.is_log, step=by)
-    step = None if dimension.is_log else dimension.step
-    return kinds.FloatDistribution(dimension.low, dimension.high, log=dimension.is_log, step=step)
+        return dimension.word(trial.suggest_int(key, int(low), int(high), step=int(step or 1), log=is_log))
+    return dimension.word(trial.suggest_float(key, low, high, step=step, log=is_log))
 
 
-def _word(dimension: Choices | Interval, value: Any) -> str:
-    return dimension.word(value) if isinstance(dimension, Interval) else str(value)
+class _Lock:
+    """Of the journal, as Optuna asks for; its own, a file that is there, would outlive a killed driver."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        assert self._file is not None
+        self._file.close()
 
 
 def _lasting(fixed: list[str]) -> list[str]:

@@ -77,6 +77,17 @@ def test_a_new_driver_goes_on_with_the_trials_of_the_last(requested: Ask) -> Non
     assert plan.next() is None
 
 
+def test_a_trial_that_was_only_half_proposed_is_proposed_whole(requested: Ask) -> None:
+    request = requested(*SPACE, "sweep.n_trials=1")
+    plan, _ = open_plan(request)
+    plan._study.ask().suggest_categorical("model.n_hashes", ("1", "2", "4"))
+    plan, _ = open_plan(request)
+    trial = plan.next()
+    assert trial.name == "trial-0000" and len(trial.changed) == 3 and plan.next() is None
+    half = plan._study.trials[0].params["model.n_hashes"]
+    assert trial.changed["model.n_hashes"] == half
+
+
 def test_a_new_driver_does_not_propose_the_same_points_again(requested: Ask) -> None:
     request = requested(*SPACE, "sweep.n_trials=6")
     seen = set()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.lsh.layout import Layout, lay_out_rows, row_keys
-from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, mark_padding, place_codes
+from reformer_dist.ops.lsh.order import count_buckets, mark_padding, whole_codes
 from reformer_dist.ops.lsh.pair_mask import Rows
 from reformer_dist.ops.lsh.rounds import RowGroup, attend, attend_backward
 from reformer_dist.ops.lsh.rules import AttentionOptions
@@ -140,10 +140,4 @@ def _codes(buckets: Tensor, options: AttentionOptions) -> Tensor | None:
     """Codes [R, rows] by which pairs that meet in several rounds are found, if they are to be counted once."""
     if not options.count_pairs_once or buckets.shape[1] == 1:
         return None
-    total = count_buckets(buckets, options.n_buckets)
-    codes = []
-    for r in range(buckets.shape[1]):
-        bucket = buckets[:, r]
-        rank = bucket_ranks(bucket, torch.zeros_like(total[:, r]))
-        codes.append(place_codes(bucket, rank, total[:, r], options.rule).flatten())
-    return torch.stack(codes)
+    return whole_codes(buckets, options.n_buckets, options.rule).flatten(1)

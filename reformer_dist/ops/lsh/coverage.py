@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.order import are_near, bucket_ranks, count_buckets, mark_padding, place_codes
-from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule
+from reformer_dist.ops.lsh.order import are_near, mark_padding, whole_codes
+from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 
 QUERIES_AT_A_TIME = 256
 
@@ -53,7 +53,7 @@ def measure_coverage(
     assert not (isinstance(rule, ChunkRule) and rule.wrap)
     seq_len = q.shape[2]
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
-    codes = _codes(buckets, options.n_buckets, rule)
+    codes = whole_codes(buckets, options.n_buckets, rule)
     real = buckets[:, 0] != options.n_buckets
     queries, keys = q.flatten(0, 1).float(), k.flatten(0, 1).float()
     position = torch.arange(seq_len, device=q.device)
@@ -79,14 +79,3 @@ def measure_coverage(
             )
         )
     return found
-
-
-def _codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
-    """[R, U, S] places by which two tokens can be told to be near, see `order.are_near`."""
-    total = count_buckets(buckets, n_buckets)
-    codes = []
-    for r in range(buckets.shape[1]):
-        bucket = buckets[:, r]
-        rank = bucket_ranks(bucket, torch.zeros_like(total[:, r]))
-        codes.append(place_codes(bucket, rank, total[:, r], rule))
-    return torch.stack(codes)

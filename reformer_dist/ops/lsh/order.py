@@ -73,6 +73,17 @@ def place_codes(bucket: Tensor, rank: Tensor, total: Tensor, rule: Rule) -> Tens
     return place.to(torch.int32)
 
 
+def whole_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
+    """int32 [R, U, S]: the place codes of all rounds of whole units, from ids [U, R, S]."""
+    total = count_buckets(buckets, n_buckets)
+    codes = []
+    for round_ in range(buckets.shape[1]):
+        bucket = buckets[:, round_]
+        rank = bucket_ranks(bucket, torch.zeros_like(total[:, round_]))
+        codes.append(place_codes(bucket, rank, total[:, round_], rule))
+    return torch.stack(codes)
+
+
 def are_near(query_codes: Tensor, key_codes: Tensor, rule: Rule) -> Tensor:
     """Whether a query meets a key in the round of the codes, were both real and not one token; broadcasts."""
     distance = query_codes - key_codes

@@ -1,17 +1,25 @@
-"""Makes `support` importable from every folder of tests: pytest puts the folder of a conftest.py on the path."""
+"""What all tests share. pytest puts the folder of a conftest.py on the path: hence `support` can be imported."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from support.tiny import write_tiny_dataset
+
+from reformer_dist.distributed import runtime
+from reformer_dist.distributed.runtime import Runtime
 
 # the same examples in every run: a failure is a change of the code, never luck
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
+# as a rank of a launcher's has it; these are tests of many tiny operations, which threads only slow down
+torch.set_num_threads(1)
 
 # kernels are made when they are imported: without a GPU, Triton's interpreter runs them on the CPU
 if not torch.cuda.is_available():
@@ -24,3 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set that no test changes."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def job() -> Iterator[Runtime]:
+    """This process as a job of one."""
+    yield runtime.start()
+    runtime.stop()

@@ -99,14 +99,6 @@ def _all_micro_batches(step: int, world: int) -> Iterator[tuple[Tensor, Tensor, 
         yield from micro_batches(step, rank, world)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def label(value: object) -> str:
     return value.name if isinstance(value, Case) else str(value)
 

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.launch import run_ranks
-from support.tiny import tiny_overrides, write_tiny_dataset
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+from support.tiny import tiny_overrides
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Jobs that lose a rank in the midst of their collectives, all at once.
 
 doomed_ranks.py PLAN OUT     PLAN: JSON {name: [fate, its rank, number of ranks, time-out in seconds]}
-                             OUT: JSON {name: for each rank {"status", "seconds" since the fate, "output"}}
+                             OUT: JSON {name: for each rank {"status", "output"}}
 
 The ranks are forked from this process, which has loaded torch for all of them. There is no launcher: torchrun
 would end the ranks that are left by itself.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -70,7 +69,6 @@ def work(rank: int, fate: str, culprit: int) -> None:
         numbers = torch.full((world_size * 100,), float(rank))
         dist.all_to_all_single(torch.empty_like(numbers), numbers)
         if step == HEALTHY_STEPS and rank == culprit and fate in FATES:
-            print(f"doomed at {time.time()}", flush=True)
             FATES[fate]()
         if step == HEALTHY_STEPS and (fate, world_size) == ("hangs", 4):
             dist.all_reduce(numbers, group=pair if rank >= 2 else patient)
@@ -110,14 +108,14 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def end_of(children: set[int], frozen: set[int]) -> dict[int, tuple[int, float]]:
-    """Status and time of the end of each. What goes on for ever is killed, the frozen when the others are gone."""
-    ended: dict[int, tuple[int, float]] = {}
+def end_of(children: set[int], frozen: set[int]) -> dict[int, int]:
+    """Status of each. What goes on for ever is killed, the frozen when the others are gone."""
+    ended: dict[int, int] = {}
     deadline = time.monotonic() + GIVE_UP
     while children - ended.keys():
         child, status = os.waitpid(-1, os.WNOHANG)
         if child:
-            ended[child] = (os.waitstatus_to_exitcode(status), time.time())
+            ended[child] = os.waitstatus_to_exitcode(status)
         elif children - ended.keys() <= frozen or time.monotonic() > deadline:
             for left in children - ended.keys():
                 os.kill(left, signal.SIGKILL)
@@ -136,14 +134,9 @@ def main(plan: dict[str, list[Any]], out: Path, folder: Path) -> None:
     frozen = {ranks[name, culprit] for name, (fate, culprit, *_) in plan.items() if fate == "freezes"}
     ended = end_of(set(ranks.values()), frozen)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, (_, culprit, world_size, _) in plan.items():
-        said = [(folder / f"{name}-{rank}").read_text() for rank in range(world_size)]
-        doomed = re.search(r"doomed at ([\d.]+)", said[culprit])
-        found[name] = []
-        for rank in range(world_size):
-            status, when = ended[ranks[name, rank]]
-            seconds = when - float(doomed[1]) if doomed else None
-            found[name].append({"status": status, "seconds": seconds, "output": said[rank]})
+    for name, (_, _, world_size, _) in plan.items():
+        left = [(ended[ranks[name, rank]], (folder / f"{name}-{rank}").read_text()) for rank in range(world_size)]
+        found[name] = [{"status": status, "output": said} for status, said in left]
     out.write_text(json.dumps(found))
 
 

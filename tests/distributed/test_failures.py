@@ -1,6 +1,7 @@
 """Jobs that lose a rank: every other rank ends soon, with status 1 and one message that names the lost one.
 
-One script runs all the jobs side by side (doomed_ranks.py); the tests look at what each rank left.
+One script runs all the jobs side by side (doomed_ranks.py), and kills what has not ended in a fraction of the time
+that a collective would wait; the tests look at what each rank left.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import pytest
 from support.launch import run_ranks
 
 from reformer_dist.distributed import failures
-from reformer_dist.distributed.failures import ANSWER, PATIENCE, Kind, Note, _has_ended, _look_at, judge
+from reformer_dist.distributed.failures import Kind, Note, _has_ended, _look_at, judge
 
-SLACK = 8  # seconds for a busy machine
 TIMEOUT = 6  # seconds of the jobs that wait for it
 LONG = 300  # of those that do not
 GONE = "ended without a word, or does not answer"
@@ -57,20 +57,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "bound"),
+    ("name", "words"),
     [
-        ("killed", f"rank 2 of 4 was lost: {GONE}", ANSWER),
-        ("killed host", f"rank 0 of 3, which hosts the job's store, was lost: {GONE}", 0),
-        ("raises", "rank 2 of 4 failed: ValueError: a bad number: 17", 0),
-        ("raising host", "rank 0 of 3 failed: ValueError: a bad number: 17", 0),
-        ("complains", "rank 1 of 2 failed: DataError: shard 3: found by one rank alone", 0),
-        ("hangs", f"rank 1 of 3 {HANGS}", TIMEOUT + ANSWER),
-        ("hangs apart", f"rank 3 of 4 {HANGS}", TIMEOUT + ANSWER + PATIENCE),
-        ("hanging host", f"rank 0 of 2 {HANGS}", TIMEOUT + ANSWER),
-        ("frozen host", f"rank 0 of 2, which hosts the job's store, was lost: {GONE}", TIMEOUT + 3 * ANSWER),
+        ("killed", f"rank 2 of 4 was lost: {GONE}"),
+        ("killed host", f"rank 0 of 3, which hosts the job's store, was lost: {GONE}"),
+        ("raises", "rank 2 of 4 failed: ValueError: a bad number: 17"),
+        ("raising host", "rank 0 of 3 failed: ValueError: a bad number: 17"),
+        ("complains", "rank 1 of 2 failed: DataError: shard 3: found by one rank alone"),
+        ("hangs", f"rank 1 of 3 {HANGS}"),
+        ("hangs apart", f"rank 3 of 4 {HANGS}"),
+        ("hanging host", f"rank 0 of 2 {HANGS}"),
+        ("frozen host", f"rank 0 of 2, which hosts the job's store, was lost: {GONE}"),
     ],
 )
-def test_every_other_rank_names_the_lost_one(found, name, words, bound):
+def test_every_other_rank_names_the_lost_one(found, name, words):
     culprit = PLAN[name][1]
     for rank, left in enumerate(found[name]):
         if rank != culprit:
@@ -79,7 +79,6 @@ def test_every_other_rank_names_the_lost_one(found, name, words, bound):
             # a request that is on its way to the store while its host dies makes torch print a page
             assert left["output"].startswith("error: ") or name == "killed host"
             assert left["output"].count("error: ") == 1
-            assert left["seconds"] < bound + SLACK
 
 
 def test_the_end_of_the_host_is_seen_on_an_idle_connection():
@@ -105,14 +104,12 @@ def test_the_rank_that_failed_says_it_in_its_own_way(found):
     assert "Traceback" in failed["output"] and "ValueError: a bad number: 17" in failed["output"]
     complaint = found["complains"][1]
     assert complaint["status"] == 1
-    assert complaint["output"].splitlines()[1:] == ["error: shard 3: found by one rank alone"]
+    assert complaint["output"] == "error: shard 3: found by one rank alone\n"
 
 
 @pytest.mark.parametrize("name", ["hangs", "hangs apart", "hanging host"])
 def test_a_rank_that_hangs_is_ended_too(found, name):
-    hanging = found[name][PLAN[name][1]]
-    assert hanging["status"] == 1
-    assert hanging["seconds"] < TIMEOUT + 2 * ANSWER + PATIENCE + SLACK
+    assert found[name][PLAN[name][1]]["status"] == 1
 
 
 def test_an_error_that_all_agreed_on_is_no_loss(found):

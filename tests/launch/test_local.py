@@ -83,7 +83,11 @@ def test_the_status_of_a_rank_is_that_of_the_job(obey, status, capfd):
 
 
 @pytest.mark.parametrize(("name", "heard"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")])
-def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, name, heard):
+def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, name, heard, request):
+    # a shell has its background jobs ignore SIGINT, nohup has them ignore SIGHUP; and so the launcher would
+    found = signal.signal(signal.Signals[name], signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.Signals[name], found))
+
     def send() -> None:
         wait_for_files(tmp_path, "rank*.json")
         os.kill(os.getpid(), signal.Signals[name])

@@ -15,6 +15,7 @@ from reformer_dist.data import (
     Order,
     Quarantine,
     Start,
+    TextRows,
     TrainLoader,
     consumed_hash,
     explain_changes,
@@ -99,7 +100,7 @@ class Feed:
             dp_size=grid.dp_size,
             start=self.start,
             passes=data.epochs or None,
-            mask_document_starts=data.mask_document_starts,
+            make_example=TextRows(data.seq_len, self.corpus.tokenizer.eos_id, data.mask_document_starts),
             workers=data.workers,
         )
 

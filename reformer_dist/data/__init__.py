@@ -1,5 +1,6 @@
 """From text to batches: data sets of tar shards, read in an order that no number of ranks changes."""
 
+from reformer_dist.data.batches import Batch, Example, TextRows
 from reformer_dist.data.corpus import Corpus, Part, explain_changes
 from reformer_dist.data.dataset import Dataset
 from reformer_dist.data.heldout import EvalBatch, count_text_bytes, heldout_batches
@@ -20,12 +21,14 @@ from reformer_dist.data.writer import WriteSummary, is_heldout, write_dataset
 __all__ = [
     "IGNORED_LABEL",
     "SPLITS",
+    "Batch",
     "BpeTokenizer",
     "ByteTokenizer",
     "Corpus",
     "Damage",
     "Dataset",
     "EvalBatch",
+    "Example",
     "IndexEntry",
     "Order",
     "Part",
@@ -36,6 +39,7 @@ __all__ = [
     "Source",
     "Start",
     "StepBatch",
+    "TextRows",
     "Tokenizer",
     "TrainLoader",
     "WriteSummary",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from reformer_dist.data.batches import Batch
 from reformer_dist.data.corpus import Corpus
 from reformer_dist.data.quarantine import CheckedReader, Damage, Quarantine
 from reformer_dist.data.samples import Source
@@ -36,6 +37,11 @@ class EvalBatch:
     def inputs(self) -> torch.Tensor:
         """int64 [micro_batch_size, seq_len]."""
         return self.tokens[:, :-1]
+
+    @property
+    def tensors(self) -> Batch:
+        """What a language model is given."""
+        return {"tokens": self.inputs, "labels": self.labels}
 
 
 def heldout_batches(

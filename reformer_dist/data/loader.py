@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-
+from reformer_dist.data.batches import Batch, Example, MakeExample, TextRows, collate
 from reformer_dist.data.order import Order
 from reformer_dist.data.quarantine import CheckedReader, Damage, Quarantine, SampleId
 from reformer_dist.data.state import Start, write_state
-from reformer_dist.data.streams import Row, TokenStream, make_row
+from reformer_dist.data.streams import TokenStream
 
 PREFETCH_STEPS = 2
 WAIT = 0.1  # seconds between two looks at whether the loader is closed
@@ -33,10 +31,8 @@ CLOSING = 5.0  # seconds that a thread has to end; one that waits for a dead ser
 class StepBatch:
     """A rank's rows of one optimizer step."""
 
-    inputs: torch.Tensor
-    """int64 [n_micro, micro_batch_size, seq_len]."""
-    labels: torch.Tensor
-    """int64 [n_micro, micro_batch_size, seq_len]: the token after each input, -100 where none is asked for."""
+    micro_batches: list[Batch]
+    """Each of micro_batch_size rows; their labels are -100 where nothing is asked for."""
     damaged: list[Damage]
     """Samples that were found damaged for the first time."""
     checksum: int
@@ -56,7 +52,7 @@ class StepBatch:
 class _StreamRow:
     """A stream's row of one step, and where it stands behind it."""
 
-    row: Row
+    example: Example
     positions: list[int]
     digest: bytes
     passed_over: list[SampleId]
@@ -79,10 +75,12 @@ class TrainLoader:
         dp_size: int = 1,
         start: Start | None = None,
         passes: int | None = None,
-        mask_document_starts: bool = False,
+        make_example: MakeExample | None = None,
         workers: int = 1,
     ) -> None:
         """`passes`: over the order's one lane, after which there is only padding. `workers`: 0 reads in `next`.
+
+        `make_example`: what becomes of what a row reads; if not given, rows of text for a language model.
 
         `quarantine` is given more by this loader, and holds what `start` knows. Raises ValueError where the
         batch doesn't divide.
@@ -93,7 +91,8 @@ class TrainLoader:
             raise ValueError(f"batch_size={order.n_streams} can't be divided into {shares}")
         start = start or Start()
         self._order, self._quarantine, self._origin = order, quarantine, start.origin
-        self._shape = (n_rows // micro_batch_size, micro_batch_size, -1)
+        self._micro_batch_size = micro_batch_size
+        make_example = make_example or TextRows(order.seq_len, order.corpus.tokenizer.eos_id)
         self._owned = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
         self._step = start.step
         self._listed: set[SampleId] = set(start.quarantine)
@@ -105,7 +104,7 @@ class TrainLoader:
                 {stream: streams[stream] for stream in self._owned[first::n_readers]},
                 quarantine,
                 step=start.step,
-                masks=mask_document_starts,
+                make_example=make_example,
             )
             for first in range(n_readers)
         ]
@@ -160,8 +159,7 @@ class TrainLoader:
         self.close()
 
     def _batch(self, rows: list[_StreamRow]) -> StepBatch:
-        tokens = torch.from_numpy(np.stack([each.row.tokens for each in rows]))
-        labels = torch.from_numpy(np.stack([each.row.labels for each in rows]))
+        examples, size = [each.example for each in rows], self._micro_batch_size
         new = {sample for each in rows for sample in each.passed_over} - self._listed
         self._listed |= new
         found = [self._quarantine.reason(sample) for sample in sorted(new)]
@@ -169,8 +167,7 @@ class TrainLoader:
         streams = {stream: (each.positions, each.digest) for stream, each in zip(self._owned, rows, strict=True)}
         step = self._step
         return StepBatch(
-            inputs=tokens[:, :-1].reshape(self._shape),
-            labels=labels.reshape(self._shape),
+            micro_batches=[collate(examples[at : at + size]) for at in range(0, len(examples), size)],
             damaged=[damage for damage in found if damage is not None],
             checksum=int.from_bytes(digests, "little"),
             describe=lambda: write_state(self._order, step, self._origin, streams, self._listed),
@@ -181,26 +178,32 @@ class _Reader:
     """Some streams of a rank, step by step."""
 
     def __init__(
-        self, order: Order, streams: dict[int, TokenStream], quarantine: Quarantine, *, step: int, masks: bool
+        self,
+        order: Order,
+        streams: dict[int, TokenStream],
+        quarantine: Quarantine,
+        *,
+        step: int,
+        make_example: MakeExample,
     ) -> None:
-        self._order, self._streams, self._step, self._masks = order, streams, step, masks
+        self._order, self._streams, self._step, self._make_example = order, streams, step, make_example
         self._samples = CheckedReader(quarantine)
 
     def next_rows(self) -> dict[int, _StreamRow]:
         """The next row of each stream."""
         lanes = self._order.lanes_of(self._step)
         self._step += 1
-        return {number: self._read(stream, int(lanes[number])) for number, stream in self._streams.items()}
+        return {number: self._read(number, int(lanes[number])) for number in self._streams}
 
     def close(self) -> None:
         self._samples.close()
 
-    def _read(self, stream: TokenStream, lane: int) -> _StreamRow:
-        order = self._order
+    def _read(self, number: int, lane: int) -> _StreamRow:
+        stream = self._streams[number]
         self._samples.passed_over = []
-        pieces = stream.next_pieces(lane, self._samples.open)
-        row = make_row(pieces, order.seq_len, order.corpus.tokenizer.eos_id, self._masks)
-        return _StreamRow(row, list(stream.positions), stream.digest, self._samples.passed_over)
+        visit = (number, lane, stream.positions[lane])
+        example = self._make_example(stream.next_pieces(lane, self._samples.open), visit)
+        return _StreamRow(example, list(stream.positions), stream.digest, self._samples.passed_over)
 
 
 class _Thread:

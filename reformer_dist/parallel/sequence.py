@@ -32,6 +32,10 @@ class SlicedSequence:
         self.n_local = -(-seq_len // grid.size)
         self._start = grid.slice_index * self.n_local
 
+    def of_length(self, seq_len: int) -> SlicedSequence:
+        """The same ranks over rows of another length."""
+        return SlicedSequence(self.grid, seq_len, merge_returns=self._merge_returns)
+
     def take(self, x: Tensor, fill: float | int) -> Tensor:
         """This rank's slice [B, n_local] of whole rows x [B, seq_len], with `fill` where they have ended."""
         part = x[:, self._start : self._start + self.n_local]

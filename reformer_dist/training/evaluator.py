@@ -11,18 +11,15 @@ from torch import Tensor
 
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.parallel import SlicedSequence
+from reformer_dist.training.intake import IGNORED, MicroBatch
 from reformer_dist.training.metrics import bits_per_byte
-
-IGNORED = -100
 
 
 class Batch(Protocol):
-    """Inputs [B, S] and labels [B, S], -100 where there is nothing to predict."""
+    """Whole rows by the names that the model takes; labels are -100 where nothing is asked for."""
 
     @property
-    def inputs(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,9 @@ def evaluate(
     """
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
-        inputs, labels = sequence.take(batch.inputs, 0), sequence.take(batch.labels, IGNORED)
-        mask = sequence.key_padding_mask(inputs.shape[0], runtime.device)
-        on_device = (inputs.to(runtime.device), labels.to(runtime.device))
-        loss = forward(*on_device, key_padding_mask=mask, sequence=sequence)
+        rows = MicroBatch.of(batch.tensors, sequence)
+        loss = forward(**rows.to(runtime.device), sequence=rows.sequence)
+        labels = rows.tensors["labels"]
         counted = labels[labels != IGNORED]
         nats += loss.item()
         tokens += counted.numel()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.training.evaluator import IGNORED
 from reformer_dist.training.stopping import StopSignal
 
+IGNORED = -100
+FILLS = {"labels": IGNORED}
+"""What a slice holds where the row has ended; 0 for all that is not named."""
 LOOK_UP = 0.2  # seconds between two looks at the stop signal, while data is waited for
 
 
@@ -22,13 +25,8 @@ class StepBatch(Protocol):
     """A data-parallel rank's rows of one step."""
 
     @property
-    def inputs(self) -> Tensor:
-        """[n_micro, micro_batch, seq_len] int64."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """[n_micro, micro_batch, seq_len] int64, -100 where there is nothing to predict."""
+    def micro_batches(self) -> list[dict[str, Tensor]]:
+        """Whole rows by the names that the model takes; labels are -100 where nothing is asked for."""
         ...
 
     @property
@@ -61,12 +59,44 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A rank's slices of its rows of a step, [n_micro, micro_batch, tokens at hand] each."""
+class MicroBatch:
+    """This rank's slices of some rows: what the model's forward is given."""
 
-    inputs: Tensor
-    labels: Tensor
-    valid_tokens: float
+    tensors: dict[str, Tensor]
+    """[rows, tokens at hand] each, or without tokens where there is one answer to a row."""
+    sequence: SlicedSequence
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Tensor], sequence: SlicedSequence) -> MicroBatch:
+        """rows: whole ones, alike on the ranks that share them by `sequence`."""
+        tensors = dict(rows)
+        tokens = tensors["tokens"]
+        sequence = sequence.of_length(tokens.shape[1])
+        if sequence.grid.size > 1:
+            tensors = {name: sequence.take(tensor, FILLS.get(name, 0)) for name, tensor in tensors.items()}
+        mask = sequence.key_padding_mask(len(tokens), tokens.device)
+        if mask is not None:
+            tensors.setdefault("key_padding_mask", mask)
+        return cls(tensors, sequence)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.tensors["labels"])
+
+    @property
+    def valid_labels(self) -> int:
+        return int((self.tensors["labels"] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A rank's part of a step."""
+
+    micro_batches: list[MicroBatch]
+    valid_labels: float
     """Labels of the step over all ranks, those of -100 left out; 1 where damage has left nothing but padding."""
     batch: StepBatch
 
@@ -103,26 +133,27 @@ class Intake:
 
         Raises alike on every rank: Preempted if any was told to stop, an error if any can't read its rows.
         """
-        batch, labels, error = None, None, None
+        batch, micro_batches, error = None, [], None
         try:
             batch = self._wait_for(self._reader.submit(next, self._batches))
-            labels = None if batch is None else self._slice(batch.labels, IGNORED)
+            if batch is not None:
+                micro_batches = [MicroBatch.of(rows, self._sequence) for rows in batch.micro_batches]
         except (DataError, OSError) as caught:
             error = caught
-        valid = 0 if labels is None else int((labels != IGNORED).sum())
+        valid = sum(each.valid_labels for each in micro_batches)
         n_damaged, odds = (len(batch.damaged), self._odds(batch.checksum)) if batch is not None else (0, 0)
         mine = [error is not None, self._stop.is_set, valid, n_damaged, odds]
-        failed, stopped, valid_tokens, n_damaged_of_all, odds_of_all = self._runtime.sum([*map(float, mine)])
+        failed, stopped, valid_labels, n_damaged_of_all, odds_of_all = self._runtime.sum([*map(float, mine)])
         if stopped:
             raise Preempted("told to stop")
         if failed:
             self._runtime.raise_together(error)
-        assert batch is not None and labels is not None
+        assert batch is not None
         if odds_of_all:
             raise SharedError("ranks that share sequences read different rows; compare their copies of the data")
         if n_damaged_of_all:
             self._share_damage(batch.damaged)
-        return Rows(self._slice(batch.inputs, 0), labels, max(1.0, valid_tokens), batch)
+        return Rows(micro_batches, max(1.0, valid_labels), batch)
 
     def _odds(self, checksum: int) -> int:
         """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""
@@ -142,8 +173,3 @@ class Intake:
             if wait([coming], timeout=LOOK_UP).done:
                 return coming.result()
         return None
-
-    def _slice(self, rows: Tensor, fill: int) -> Tensor:
-        """[n_micro, micro_batch, seq_len] to [n_micro, micro_batch, tokens at hand]."""
-        n_micro, n_rows, _ = rows.shape
-        return self._sequence.take(rows.flatten(0, 1), fill).reshape(n_micro, n_rows, -1)

@@ -79,9 +79,11 @@ class Trainer:
     ) -> None:
         self.config = config
         self.progress = progress
-        self._runtime, self._engine, self._sequence, self._intake = runtime, engine, sequence, intake
+        self._runtime, self._engine, self._intake = runtime, engine, intake
         self._saver, self._observer, self._journal = saver, observer, journal
         self._bytes_per_token = bytes_per_token
+        # the first of this rank's rows among those of a step
+        self._first_row = sequence.grid.dp_rank * config.data.batch_size // config.dp_size(runtime.world_size)
         self._window = Window(runtime.device)
         self._watchdog = Watchdog(runtime, config.trainer.step_timeout)
         self._data_state: dict[str, Any] = {}
@@ -159,27 +161,24 @@ class Trainer:
 
     def _train_step(self, rows: Rows) -> tuple[float, float]:
         """(norm of the gradient, learning rate)."""
-        step, device, sequence = self.progress.step, self._runtime.device, self._sequence
-        inputs, labels = rows.inputs.to(device), rows.labels.to(device)
-        n_micro, n_rows, _ = inputs.shape
-        mask = sequence.key_padding_mask(n_rows, device)
+        step, device = self.progress.step, self._runtime.device
+        first_row = self._first_row
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for micro in range(n_micro):
+        for batch in rows.micro_batches:
             loss = self._engine.forward(
-                inputs[micro],
-                labels[micro],
-                key_padding_mask=mask,
+                **batch.to(device),
                 step=step,
                 dropout_seed=derive_seed("dropout", self.config.trainer.seed, step),
-                first_row=(sequence.grid.dp_rank * n_micro + micro) * n_rows,
-                sequence=sequence,
+                first_row=first_row,
+                sequence=batch.sequence,
             )
-            self._engine.backward(loss, rows.valid_tokens)
+            first_row += batch.n_rows
+            self._engine.backward(loss, rows.valid_labels)
             loss_sum += loss.detach()
         lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
         result = self._engine.step(lr)
         self.progress.step = step + 1
-        self._window.add(loss_sum, rows.valid_tokens, was_skipped=result.was_skipped)
+        self._window.add(loss_sum, rows.valid_labels, was_skipped=result.was_skipped)
         self._count_skips(result.was_skipped)
         return result.grad_norm, lr
 

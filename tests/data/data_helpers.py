@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,16 @@ def read_steps(data: Dataset | Corpus, n_steps: int, **changed: Any) -> tuple[li
         return batches, json.loads(json.dumps(batches[-1].state))
 
 
+def rows_of(step: Iterable[StepBatch], name: str) -> torch.Tensor:
+    """A tensor of all rows of a step, given the batches of all ranks."""
+    return torch.cat([rows[name] for batch in step for rows in batch.micro_batches])
+
+
 def read_world(
     data: Dataset | Corpus, n_steps: int, dp_size: int = 1, **changed: Any
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Inputs and labels of all ranks [n_steps, 2, batch_size, seq_len], and the state behind them."""
     ranks = [read_steps(data, n_steps, dp_rank=rank, dp_size=dp_size, **changed) for rank in range(dp_size)]
     steps = zip(*(batches for batches, _ in ranks), strict=True)
-    rows = [
-        torch.stack(
-            [torch.cat([getattr(batch, kind).flatten(0, 1) for batch in step]) for kind in ("inputs", "labels")]
-        )
-        for step in steps
-    ]
+    rows = [torch.stack([rows_of(step, name) for name in ("tokens", "labels")]) for step in steps]
     return torch.stack(rows), merge_states([state for _, state in ranks])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import damage_sample, folder_of, open_loader, read_steps, read_world, replace_split
+from data_helpers import damage_sample, folder_of, open_loader, read_steps, read_world, replace_split, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +31,10 @@ def test_no_world_changes_the_rows(dataset: Dataset, dp_size: int, micro_batch_s
 
 def test_shapes(dataset: Dataset) -> None:
     [batch], state = read_steps(dataset, 1, dp_rank=1, dp_size=2, micro_batch_size=2)
-    assert batch.inputs.shape == batch.labels.shape == (2, 2, 64)
-    assert batch.inputs.dtype == batch.labels.dtype == torch.int64
+    assert len(batch.micro_batches) == 2
+    for rows in batch.micro_batches:
+        assert rows["tokens"].shape == rows["labels"].shape == (2, 64)
+        assert rows["tokens"].dtype == rows["labels"].dtype == torch.int64
     assert sorted(state["streams"]) == ["4", "5", "6", "7"]
 
 
@@ -94,7 +96,7 @@ def test_state_is_that_of_the_batch_and_not_of_the_reader_ahead(dataset: Dataset
         time.sleep(0.2)  # the threads are steps ahead by now
         expected = next(loader)
     [resumed], _ = read_steps(dataset, 1, state=state)
-    assert torch.equal(resumed.inputs, expected.inputs)
+    assert torch.equal(rows_of([resumed], "tokens"), rows_of([expected], "tokens"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from data_helpers import documents_of, folder_of, make_order, numbered_text, rea
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reformer_dist.data import Corpus, Dataset, Source
+from reformer_dist.data import Corpus, Dataset, Source, TextRows
 from reformer_dist.data import index as index_module
 from reformer_dist.data.order import permutation, seeded_bits
 from reformer_dist.data.samples import SampleReader
@@ -149,7 +149,8 @@ def test_samples_are_shuffled_within_and_across_shards(make_dataset: Callable[..
 def test_document_starts_are_masked_on_demand(dataset: Dataset) -> None:
     n_steps = make_order(dataset).steps_of(1) - 1  # within one pass, where no share ends in a document
     plain, state = read_world(dataset, n_steps)
-    masked, masked_state = read_world(dataset, n_steps, mask_document_starts=True)
+    masking = TextRows(64, 256, mask_document_starts=True)
+    masked, masked_state = read_world(dataset, n_steps, make_example=masking)
     inputs, labels, kept = plain[:, 0], plain[:, 1], masked[:, 1]
     assert torch.equal(masked[:, 0], inputs) and state == masked_state
     starts = kept != labels

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from data_helpers import damage_sample, make_order, open_loader, varied_documents
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, Start, consumed_hash, write_dataset
@@ -186,7 +187,7 @@ def test_the_samples_of_a_step(
         else:
             document, start, stop = re.fullmatch(r".*\((\w+)\), tokens (\d+) to (\d+) of \d+", line).groups()
             rows[-1] += (texts[document] + b"\xff")[int(start) : int(stop)]
-    labels = batches[-1].labels.flatten(0, 1).clamp(max=255)
+    labels = torch.cat([rows["labels"] for rows in batches[-1].micro_batches]).clamp(max=255)
     assert rows == [bytes(row.tolist()) for row in labels]
 
     (run_folder / "quarantine.jsonl").unlink()

@@ -32,8 +32,8 @@ def read(folders: list[Path], grid: SequenceGrid, n_steps: int) -> list[list[tor
         with TrainLoader(order, quarantine, micro_batch_size=2) as loader:
             intake = Intake(runtime, sequence, loader)
             rows = [intake.next_rows() for _ in range(n_steps)]
-        assert {each.valid_tokens for each in rows} == {SEQ_LEN * BATCH_SIZE}
-        return [each.labels for each in rows]
+        assert {each.valid_labels for each in rows} == {SEQ_LEN * BATCH_SIZE}
+        return [torch.cat([batch.tensors["labels"] for batch in each.micro_batches]) for each in rows]
 
     return on_ranks(len(folders), of_rank)
 

@@ -11,6 +11,7 @@ from reformer_dist.config.model import (
     NeighbourRule,
     Position,
     Recompute,
+    StreamMerge,
 )
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
 from reformer_dist.config.parallel import ParallelConfig
@@ -36,6 +37,7 @@ __all__ = [
     "Recompute",
     "RunConfig",
     "Schedule",
+    "StreamMerge",
     "SweepConfig",
     "SweepKind",
     "TrainerConfig",

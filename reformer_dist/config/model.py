@@ -27,6 +27,7 @@ class NeighbourRule(Enum):
 
 class Activation(Enum):
     gelu = "gelu"
+    gelu_tanh = "gelu_tanh"
     relu = "relu"
     glu = "glu"
 
@@ -43,6 +44,11 @@ class Position(Enum):
     rotary = "rotary"
     learned = "learned"
     sinusoidal = "sinusoidal"
+
+
+class StreamMerge(Enum):
+    mean = "mean"
+    concat = "concat"
 
 
 class Recompute(Enum):
@@ -72,8 +78,12 @@ class ModelConfig:
     """Hash rounds of LSH attention."""
     n_buckets: int = 64
     """Buckets of one hash round, whatever the length: 1 or even; seq_len / window is a usual choice."""
+    bucket_factors: list[int] | None = None
+    """Even numbers whose product is n_buckets, each hashed by an argmax of its own; null chooses them."""
     hash_scheme: HashScheme = HashScheme.rotation
     """rotation: argmax of [xR, -xR]; floor: floor(Rx / gamma)."""
+    hash_seed: int | None = None
+    """Rotations of every step and layer, drawn as Hugging Face draws those of this seed; null draws new ones."""
     neighbours: NeighbourRule = NeighbourRule.window
     """window: the last members of the bucket, strictly causal; chunk: the published code's rule, which leaks."""
     window: int = 64
@@ -83,7 +93,7 @@ class ModelConfig:
     n_chunks_before: int = 1
     n_chunks_after: int = 0
     chunk_wrap: bool = False
-    """chunk rule: the first chunk of a round sees the last of the round before, as in other systems."""
+    """Chunks: the first chunk of a round sees the last of the round before, as in other systems."""
     local_round: bool = False
     """One more round whose neighbours are the nearest positions, under the same softmax."""
     count_pairs_once: bool = False
@@ -92,12 +102,20 @@ class ModelConfig:
     """Factor of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
     local_window: int = 128
     """Local attention: positions seen, its own included."""
+    local_chunk_len: int = 0
+    """Local attention among chunks of so many positions, as in other systems; 0 means local_window."""
+    local_chunks_before: int = 1
+    local_chunks_after: int = 0
+    attention_bias: bool = False
+    """The output projection of attention has a bias."""
     attention_implementation: AttentionImplementation = AttentionImplementation.auto
     """Of lsh and local layers: triton (GPU kernels), torch (any device), reference (slow, short texts only);
     auto is triton where it can run on a GPU, else torch."""
 
     ff_mult: int = 4
     """Inner width of the feed-forward, in units of dim."""
+    ff_dim: int | None = None
+    """Inner width of the feed-forward; null means ff_mult * dim."""
     activation: Activation = Activation.gelu
     ff_chunk: int = 0
     """Tokens that the feed-forward handles at a time; 0 means all."""
@@ -105,12 +123,16 @@ class ModelConfig:
     """Tokens whose logits exist at a time in the loss."""
     tie_embeddings: bool = False
     """The output head uses the token embedding's table."""
+    merge_streams: StreamMerge = StreamMerge.mean
+    """What the last norm and the head get of the two streams: their mean, or both side by side (2 * dim wide)."""
 
     position: Position = Position.axial
     axial_shape: list[int] = field(default_factory=lambda: [32, 64])
     """axial: sides of the grid that positions fill; their product bounds the length."""
     axial_dims: list[int] | None = None
     """axial: width of each side's embedding, summing to dim; null splits dim evenly."""
+    axial_sum: bool = False
+    """axial: embeddings of the sides are dim wide and added up, instead of standing side by side."""
     max_seq_len: int = 2048
     """learned: rows of the table. Other kinds ignore it."""
 
@@ -128,14 +150,19 @@ class ModelConfig:
         at_least(1, model__head_dim=self.head_dim, model__n_hashes=self.n_hashes, model__window=self.window)
         at_least(1, model__chunk_len=self.chunk_len, model__local_window=self.local_window)
         at_least(0, model__n_chunks_before=self.n_chunks_before, model__n_chunks_after=self.n_chunks_after)
-        at_least(0, model__ff_chunk=self.ff_chunk, model__norm_eps=self.norm_eps)
-        at_least(1, model__ff_mult=self.ff_mult, model__loss_chunk=self.loss_chunk)
+        at_least(0, model__ff_chunk=self.ff_chunk, model__norm_eps=self.norm_eps, model__hash_seed=self.hash_seed)
+        at_least(0, model__local_chunk_len=self.local_chunk_len, model__local_chunks_after=self.local_chunks_after)
+        at_least(0, model__local_chunks_before=self.local_chunks_before)
+        at_least(1, model__ff_mult=self.ff_mult, model__ff_dim=self.ff_dim, model__loss_chunk=self.loss_chunk)
         at_least(1, model__max_seq_len=self.max_seq_len)
         is_share(model__dropout=self.dropout, model__attention_dropout=self.attention_dropout)
         is_share(model__ff_dropout=self.ff_dropout)
         require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
         self._check_heads()
         self._check_lsh()
+        self._check_chunks()
+        right = "excludes model.merge_streams=concat, whose head is 2 * dim wide"
+        require(not (self.tie_embeddings and self.is_concat), "model.tie_embeddings", True, right)
         if self.position is Position.axial:
             self._check_axial()
 
@@ -150,12 +177,22 @@ class ModelConfig:
     def _check_lsh(self) -> None:
         even = self.n_buckets >= 1 and (self.n_buckets == 1 or self.n_buckets % 2 == 0)
         require(even, "model.n_buckets", self.n_buckets, "must be 1 or an even number")
+        if self.bucket_factors is not None:
+            factors = self.bucket_factors
+            fits = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
+            right = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
+            require(fits, "model.bucket_factors", factors, right)
+        if self.hash_seed is not None:
+            right = "needs model.hash_scheme=rotation"
+            require(self.hash_scheme is HashScheme.rotation, "model.hash_seed", self.hash_seed, right)
         require(
             math.isfinite(self.qk_scale) and self.qk_scale > 0,
             "model.qk_scale",
             self.qk_scale,
             "must be positive",
         )
+
+    def _check_chunks(self) -> None:
         if self.chunk_wrap:
             chunked = self.neighbours is NeighbourRule.chunk
             require(chunked, "model.chunk_wrap", True, "needs model.neighbours=chunk")
@@ -164,11 +201,18 @@ class ModelConfig:
         if self.neighbours is NeighbourRule.chunk and self.causal:
             right = "must be 0 in a causal model"
             require(self.n_chunks_after == 0, "model.n_chunks_after", self.n_chunks_after, right)
+        if self.local_chunk_len and self.causal:
+            right = "must be 0 in a causal model"
+            require(self.local_chunks_after == 0, "model.local_chunks_after", self.local_chunks_after, right)
 
     def _check_axial(self) -> None:
         require(len(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must name at least one side")
         require(min(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must hold positive numbers")
         dims = self.resolved_axial_dims
+        if self.axial_sum:
+            right = "must be null with model.axial_sum=true: each side is model.dim wide"
+            require(self.axial_dims is None, "model.axial_dims", self.axial_dims, right)
+            return
         fits = len(dims) == len(self.axial_shape) and min(dims) > 0 and sum(dims) == self.dim
         right = f"must hold a positive width for each of {len(self.axial_shape)} sides, summing to {self.dim}"
         require(fits, "model.axial_dims", dims, right)
@@ -178,9 +222,32 @@ class ModelConfig:
         return self.head_dim if self.head_dim is not None else self.dim // self.n_heads
 
     @property
+    def resolved_ff_dim(self) -> int:
+        return self.ff_dim if self.ff_dim is not None else self.ff_mult * self.dim
+
+    @property
+    def is_concat(self) -> bool:
+        return self.merge_streams is StreamMerge.concat
+
+    @property
+    def output_dim(self) -> int:
+        """Width of what the stack gives to a head."""
+        return 2 * self.dim if self.is_concat else self.dim
+
+    @property
+    def chunk_multiple(self) -> int:
+        """chunk_wrap: other systems pad a text to a multiple of all chunks in use, and wrap around that."""
+        kinds = set(self.layer_kinds())
+        lengths = [self.chunk_len] if AttentionKind.lsh in kinds else []
+        lengths += [self.local_chunk_len] if AttentionKind.local in kinds and self.local_chunk_len else []
+        return math.lcm(*lengths) if self.chunk_wrap else 1
+
+    @property
     def resolved_axial_dims(self) -> list[int]:
         if self.axial_dims is not None:
             return self.axial_dims
+        if self.axial_sum:
+            return [self.dim] * len(self.axial_shape)
         n_sides = len(self.axial_shape)
         share, rest = divmod(self.dim, n_sides)
         return [share + (side < rest) for side in range(n_sides)]

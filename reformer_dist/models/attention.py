@@ -19,6 +19,7 @@ from reformer_dist.ops.lsh import (
     WindowRule,
     draw_rotations,
     hash_vectors,
+    seeded_rotations,
 )
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
         if self.has_own_keys:
             self.to_k = nn.Linear(config.dim, inner, bias=False)
         self.to_v = nn.Linear(config.dim, inner, bias=False)
-        self.to_out = nn.Linear(inner, config.dim, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
         """[B, S, dim] -> [B, S, dim]. `memo` is written on the first run and read by a recompute."""
@@ -115,21 +116,32 @@ class LSHSelfAttention(SelfAttention):
         if config.neighbours is NeighbourRule.window:
             return WindowRule(config.window, config.causal)
         before, after = config.n_chunks_before, config.n_chunks_after
-        return ChunkRule(config.chunk_len, config.causal, before, after, config.chunk_wrap)
+        wrap, multiple = config.chunk_wrap, config.chunk_multiple
+        return ChunkRule(config.chunk_len, config.causal, before, after, wrap, round_to=multiple)
 
     def _hash(self, q: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
         if memo is not None and layer in memo.bucket_ids:
             return memo.bucket_ids[layer]
-        config, scheme = self.config, self.config.hash_scheme.name
-        seed = derive_seed("rotations", context.rotation_seed, layer)
-        rotations = draw_rotations(self.n_heads, self.head_dim, config.n_hashes, config.n_buckets, scheme, seed)
-        implementation = config.attention_implementation.name
-        bucket_ids = hash_vectors(q, rotations, config.n_buckets, scheme, implementation=implementation)
+        config = self.config
+        scheme, implementation = config.hash_scheme.name, config.attention_implementation.name
+        factors = None if config.bucket_factors is None else tuple(config.bucket_factors)
+        rotations = self._rotations(context, layer, factors)
+        bucket_ids = hash_vectors(
+            q, rotations, config.n_buckets, scheme, factors=factors, implementation=implementation
+        )
         if memo is not None:
             memo.bucket_ids[layer] = bucket_ids
         if context.health is not None:
             context.health.append(context.sequence.health(bucket_ids, config.n_buckets, config.window))
         return bucket_ids
+
+    def _rotations(self, context: ForwardContext, layer: int, factors: tuple[int, ...] | None) -> Tensor:
+        config = self.config
+        sizes = (self.n_heads, self.head_dim, config.n_hashes, config.n_buckets)
+        if config.hash_seed is not None:
+            return seeded_rotations(*sizes, config.hash_seed, factors=factors)
+        seed = derive_seed("rotations", context.rotation_seed, layer)
+        return draw_rotations(*sizes, config.hash_scheme.name, seed, factors=factors)
 
 
 class LocalSelfAttention(SelfAttention):
@@ -141,7 +153,7 @@ class LocalSelfAttention(SelfAttention):
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         options = AttentionOptions(
-            rule=WindowRule(self.config.local_window, self.config.causal, sees_self=True),
+            rule=self._rule(),
             n_buckets=1,
             scale=self.head_dim**-0.5,
             dropout=context.dropout(self.config.attention_dropout),
@@ -151,6 +163,14 @@ class LocalSelfAttention(SelfAttention):
         )
         one_bucket = torch.zeros(1, dtype=torch.uint8, device=q.device).expand(*q.shape[:2], 1, q.shape[2])
         return self._over_sequence(q, k, v, one_bucket, options, context, layer, memo)
+
+    def _rule(self) -> Rule:
+        config = self.config
+        if not config.local_chunk_len:
+            return WindowRule(config.local_window, config.causal, sees_self=True)
+        before, after = config.local_chunks_before, config.local_chunks_after
+        wrap, multiple = config.chunk_wrap, config.chunk_multiple
+        return ChunkRule(config.local_chunk_len, config.causal, before, after, wrap, True, multiple)
 
 
 class ExactSelfAttention(SelfAttention):

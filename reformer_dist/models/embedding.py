@@ -30,7 +30,7 @@ class TokenEmbedding(nn.Module):
 def build_positions(config: ModelConfig) -> nn.Module | None:
     """The module that maps positions [S] to [S, dim]; None for rotary ones, which act on queries and keys."""
     if config.position is Position.axial:
-        return AxialPositions(config.axial_shape, config.resolved_axial_dims)
+        return AxialPositions(config.axial_shape, config.resolved_axial_dims, is_sum=config.axial_sum)
     if config.position is Position.learned:
         return LearnedPositions(config.max_seq_len, config.dim)
     if config.position is Position.sinusoidal:
@@ -39,11 +39,14 @@ def build_positions(config: ModelConfig) -> nn.Module | None:
 
 
 class AxialPositions(nn.Module):
-    """Position p is a place on a grid; the embeddings of its coordinates are concatenated (paper, section 4)."""
+    """Position p is a place on a grid; the embeddings of its coordinates are concatenated (paper, section 4).
 
-    def __init__(self, shape: list[int], dims: list[int]) -> None:
+    With is_sum they are added up.
+    """
+
+    def __init__(self, shape: list[int], dims: list[int], *, is_sum: bool = False) -> None:
         super().__init__()
-        self.shape = list(shape)
+        self.shape, self.is_sum = list(shape), is_sum
         sides = zip(shape, dims, strict=True)
         self.tables = nn.ParameterList(nn.Parameter(torch.empty(side, dim)) for side, dim in sides)
 
@@ -53,6 +56,8 @@ class AxialPositions(nn.Module):
         for side, table in zip(reversed(self.shape), reversed(list(self.tables)), strict=True):
             parts.append(table[rest % side])
             rest = rest // side
+        if self.is_sum:
+            return torch.stack(parts).float().sum(dim=0)
         return torch.cat(parts[::-1], dim=-1).float()
 
 

@@ -17,7 +17,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        inner = config.ff_mult * config.dim
+        inner = config.resolved_ff_dim
         is_gated = config.activation is Activation.glu
         self.to_inner = nn.Linear(config.dim, 2 * inner if is_gated else inner)
         self.to_out = nn.Linear(inner, config.dim)
@@ -40,6 +40,8 @@ class FeedForward(nn.Module):
             inner = value * F.gelu(gate)
         elif self.config.activation is Activation.gelu:
             inner = F.gelu(inner)
+        elif self.config.activation is Activation.gelu_tanh:
+            inner = F.gelu(inner, approximate="tanh")
         else:
             inner = F.relu(inner)
         dropout = context.dropout(self.config.ff_dropout)

@@ -34,7 +34,7 @@ class ReformerLM(nn.Module):
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
         self.head = LanguageModelHead(
-            config.dim, vocab_size, config.loss_chunk, table if config.tie_embeddings else None
+            config.output_dim, vocab_size, config.loss_chunk, table if config.tie_embeddings else None
         )
         initialise(self, seed)
 

@@ -13,7 +13,10 @@ from reformer_dist.models.reversible import Tape
 
 
 class ReformerStack(nn.Module):
-    """[B, S, dim] -> [B, S, dim]: both streams start as the input, and their mean is normed at the end."""
+    """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; at the end, what they make is normed.
+
+    That is their mean or, with merge_streams=concat, both side by side.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -22,7 +25,8 @@ class ReformerStack(nn.Module):
         n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
         self.blocks = nn.ModuleList(Block(config, kind) for kind in kinds[:n_blocks])
         self.n_layers = config.n_layers
-        self.norm = StreamNorm(config.dim, config.norm_eps)
+        self.is_concat = config.is_concat
+        self.norm = StreamNorm(config.output_dim, config.norm_eps)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         x = x.float()
@@ -30,7 +34,7 @@ class ReformerStack(nn.Module):
             # under a frozen embedding the layers must still learn, and ZeRO's hooks fire only on such inputs
             x = x.detach().requires_grad_()
         y1, y2 = self._run((x, x), context)
-        return self.norm((y1 + y2) / 2)
+        return self.norm(torch.cat([y1, y2], dim=-1) if self.is_concat else (y1 + y2) / 2)
 
     def _block(self, layer: int) -> Block:
         block = self.blocks[layer % len(self.blocks)]

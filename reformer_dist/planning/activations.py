@@ -40,7 +40,7 @@ class Sublayers:
     def feed_forward_saved(self) -> int:
         """What autograd holds of a feed-forward sublayer between its forward and its backward."""
         s, model = self.sizes, self.job.config.model
-        inner = s.inner * {Activation.gelu: 2, Activation.relu: 1, Activation.glu: 4}[model.activation]
+        inner = s.inner * {Activation.relu: 1, Activation.glu: 4}.get(model.activation, 2)
         if model.ff_dropout:
             inner += s.inner * (2 if model.activation is Activation.relu else 1)
         return s.hidden + s.statistics + inner + self._mask(s.hidden, model.dropout)
@@ -48,10 +48,10 @@ class Sublayers:
     def feed_forward_backward(self) -> int:
         """What comes on top of the saved at its highest, less what has been freed by then."""
         s, model = self.sizes, self.job.config.model
-        grads = {Activation.gelu: 1, Activation.relu: 1 + 1, Activation.glu: 3}[model.activation]
+        grads = {Activation.relu: 1 + 1, Activation.glu: 3}.get(model.activation, 1)
         at_a_time = self._share_at_a_time()
         if model.ff_dropout:
-            draw = s.tokens * model.ff_mult * model.dim * MASK_DRAW - s.inner
+            draw = s.tokens * model.resolved_ff_dim * MASK_DRAW - s.inner
             return max(self._d_result() + int(s.inner * grads * at_a_time), int(draw * at_a_time))
         return self._d_result() + int(s.inner * grads * at_a_time) - self._mask(s.hidden, model.dropout)
 

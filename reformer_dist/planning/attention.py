@@ -26,8 +26,14 @@ class LayerRule:
 
     @staticmethod
     def of(model: ModelConfig, kind: AttentionKind) -> LayerRule:
-        if kind is AttentionKind.local:
+        if kind is AttentionKind.local and not model.local_chunk_len:
             return LayerRule(WindowRule(model.local_window, model.causal, sees_self=True), 1, 1)
+        if kind is AttentionKind.local:
+            before, after = model.local_chunks_before, model.local_chunks_after
+            chunks = ChunkRule(
+                model.local_chunk_len, model.causal, before, after, model.chunk_wrap, sees_self=True
+            )
+            return LayerRule(chunks, 1, 1)
         rule: Rule = WindowRule(model.window, model.causal)
         if model.neighbours is NeighbourRule.chunk:
             before, after = model.n_chunks_before, model.n_chunks_after

@@ -13,13 +13,13 @@ def step_flops(job: Job) -> float:
     tokens = data.batch_size * data.seq_len
     layers = sum(layer_flops(model, kind, data.seq_len) for kind in model.layer_kinds())
     passes = 3 if model.recompute is Recompute.none else 4
-    head = 2 * model.dim * job.vocab_size
+    head = 2 * model.output_dim * job.vocab_size
     return tokens * (layers * passes + head * 3)
 
 
 def layer_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:
     """Of one token's forward through a layer."""
-    inner, heads = model.ff_mult * model.dim, model.n_heads * model.resolved_head_dim
+    inner, heads = model.resolved_ff_dim, model.n_heads * model.resolved_head_dim
     wide = 3 if model.activation is Activation.glu else 2
     products = 2 * model.dim * (heads * (n_projections(kind) + 1) + inner * wide)
     return products + attention_flops(model, kind, seq_len)
@@ -31,12 +31,13 @@ def attention_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> fl
     if kind is AttentionKind.exact:
         return 4 * heads * seq_len / 2
     if kind is AttentionKind.local:
-        return 4 * heads * model.local_window
+        chunks = model.local_chunk_len * (1 + model.local_chunks_before + model.local_chunks_after)
+        return 4 * heads * (chunks or model.local_window)
     rounds = model.n_hashes + model.local_round
     seen = model.window
     if model.neighbours is NeighbourRule.chunk:
         seen = model.chunk_len * (1 + model.n_chunks_before + model.n_chunks_after)
     scheme = model.hash_scheme.name
-    factors = bucket_factors(model.n_buckets, LARGEST_FACTOR[scheme])
+    factors = model.bucket_factors or bucket_factors(model.n_buckets, LARGEST_FACTOR[scheme])
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
     return heads * (4 * seen * rounds + 2 * columns * model.n_hashes)

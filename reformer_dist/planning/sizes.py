@@ -66,7 +66,7 @@ class Sizes:
     heads: int
     """q, k, v or the output of attention: [tokens, n_heads * head_dim] in that dtype."""
     inner: int
-    """[tokens, ff_mult * dim] in that dtype."""
+    """[tokens, ff_dim] in that dtype."""
     per_head: int
     """[tokens, n_heads] float32: a logsumexp."""
     ids: int
@@ -83,7 +83,7 @@ class Sizes:
             stream=tokens * model.dim * 4,
             hidden=tokens * model.dim * width,
             heads=tokens * shape.n_heads * shape.head_dim * width,
-            inner=tokens * model.ff_mult * model.dim * width,
+            inner=tokens * model.resolved_ff_dim * width,
             per_head=tokens * shape.n_heads * 4,
             ids=shape.tokens * shape.n_hashes * bucket_dtype(shape.n_buckets).itemsize,
             statistics=tokens * 8,

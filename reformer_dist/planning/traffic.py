@@ -68,7 +68,9 @@ class LayerTraffic:
             return 0.0
         if self.kind is AttentionKind.local:
             # what reaches over the border of a slice: keys and values, and their gradients back
-            window, slice_len = self.job.config.model.local_window, shape.slice_len * heads
+            model = self.job.config.model
+            chunks = model.local_chunk_len * (1 + model.local_chunks_before + model.local_chunks_after)
+            window, slice_len = chunks or model.local_window, shape.slice_len * heads
             reach = min(buckets - 1.0, (window - 1) / slice_len) * (buckets - 1) / buckets
             return reach * shape.tokens * 2 * shape.vector * (self._forwards + 2)
         sent = mean_other_ranks(buckets, shape.n_hashes)

@@ -12,12 +12,14 @@ from reformer_dist.config import (
     AttentionKind,
     DataConfig,
     DeepSpeedConfig,
+    HashScheme,
     ModelConfig,
     NeighbourRule,
     OptimConfig,
     Position,
     Precision,
     RunConfig,
+    StreamMerge,
     TrainerConfig,
 )
 from reformer_dist.engine.setup import deepspeed_dict
@@ -41,6 +43,11 @@ TOO_SMALL = {
     "model.local_window": 0,
     "model.n_chunks_before": -1,
     "model.n_chunks_after": -1,
+    "model.local_chunk_len": -1,
+    "model.local_chunks_before": -1,
+    "model.local_chunks_after": -1,
+    "model.hash_seed": -1,
+    "model.ff_dim": 0,
     "model.ff_chunk": -1,
     "model.ff_mult": 0,
     "model.loss_chunk": 0,
@@ -125,7 +132,16 @@ def test_chunk_rule() -> None:
     complains("model.chunk_wrap", True, "count_pairs_once", count_pairs_once=True, **chunk)
     complains("model.chunk_wrap", True, "local_round", local_round=True, **chunk)
     complains("model.n_chunks_after", 1, "causal", **chunk)
+    complains("model.local_chunks_after", 1, "causal", local_chunk_len=8)
     assert ModelConfig(n_chunks_after=1, causal=False, **chunk).n_chunks_after == 1
+
+
+def test_what_models_of_other_systems_need() -> None:
+    for factors in ([8, 6], [64, 1], [-8, -8], []):
+        complains("model.bucket_factors", factors, "64", n_buckets=64)
+    complains("model.hash_seed", 3, "rotation", hash_scheme=HashScheme.floor)
+    complains("model.axial_dims", [128, 128], "axial_sum", axial_sum=True)
+    complains("model.tie_embeddings", True, "concat", merge_streams=StreamMerge.concat)
 
 
 def test_axial_positions() -> None:

@@ -73,6 +73,13 @@ CASES = {
     "wrapped chunks that meet twice": KernelCase(
         ChunkRule(4, False, 3, 2, True), n_hashes=1, seq_len=9, padding=True
     ),
+    "local chunks": KernelCase(
+        ChunkRule(8, False, 1, 1, True, sees_self=True, round_to=24),
+        n_buckets=1,
+        n_hashes=1,
+        seq_len=30,
+        padding=True,
+    ),
 }
 
 

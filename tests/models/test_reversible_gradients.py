@@ -21,7 +21,7 @@ from model_helpers import (
 )
 from torch import Tensor
 
-from reformer_dist.config import Activation, HashScheme, NeighbourRule, Position, Recompute
+from reformer_dist.config import Activation, HashScheme, NeighbourRule, Position, Recompute, StreamMerge
 from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.context import ForwardContext, Memo
 from reformer_dist.models.sequence import WholeSequence
@@ -48,6 +48,14 @@ CHANGES: list[dict[str, Any]] = [
     {"ff_chunk": 10, **DROPOUTS},
     {"neighbours": NeighbourRule.chunk},
     {"neighbours": NeighbourRule.chunk, "causal": False, "n_chunks_after": 1, "chunk_wrap": True, **DROPOUTS},
+    {
+        "neighbours": NeighbourRule.chunk,
+        "chunk_wrap": True,
+        "local_chunk_len": 6,
+        "merge_streams": StreamMerge.concat,
+    },
+    {"bucket_factors": [2, 2], "hash_seed": 7, "attention_bias": True, "ff_dim": 30, "axial_sum": True},
+    {"activation": Activation.gelu_tanh},
     {"local_round": True, "count_pairs_once": True, **DROPOUTS},
     {"hash_scheme": HashScheme.floor},
     {"causal": False, **DROPOUTS},

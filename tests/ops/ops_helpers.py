@@ -57,6 +57,8 @@ def chunk_rules(draw: st.DrawFn) -> ChunkRule:
         n_before=draw(st.integers(0, 3)),
         n_after=draw(st.integers(0, 2)),
         wrap=draw(st.booleans()),
+        sees_self=draw(st.booleans()),
+        round_to=draw(st.sampled_from([1, 1, 6, 40])),
     )
 
 

@@ -38,7 +38,8 @@ def chunk_meetings(ids: list[list[int]], real: list[bool], rule: ChunkRule) -> l
     chunks_of: list[list[list[int]]] = []
     for bucket in ids:
         order = sorted(range(seq_len), key=lambda t: (not real[t], bucket[t], t))
-        starts = range(0, seq_len, rule.chunk_len)
+        padded = math.ceil(seq_len / rule.round_to) * rule.round_to
+        starts = range(0, padded, rule.chunk_len)
         chunks_of.append([order[start : start + rule.chunk_len] for start in starts])
     in_a_row = [chunk for chunks in chunks_of for chunk in chunks]
     n_chunks = len(chunks_of[0])
@@ -49,7 +50,11 @@ def chunk_meetings(ids: list[list[int]], real: list[bool], rule: ChunkRule) -> l
                 continue
             for j in in_a_row[(place + offset) % len(in_a_row)]:
                 for i in queries:
-                    if real[i] and real[j] and (j < i if rule.causal else j != i):
+                    if (
+                        real[i]
+                        and real[j]
+                        and (j < i or (j > i and not rule.causal) or (j == i and rule.sees_self))
+                    ):
                         meetings[i].append((round_, j))
     return meetings
 

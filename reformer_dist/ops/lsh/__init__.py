@@ -1,6 +1,6 @@
 """LSH attention. `reference` says what it means, `implementation` chooses how it is done."""
 
-from reformer_dist.ops.lsh.hashing import draw_rotations
+from reformer_dist.ops.lsh.hashing import draw_rotations, seeded_rotations
 from reformer_dist.ops.lsh.implementation import bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule, WindowRule
 
@@ -12,4 +12,5 @@ __all__ = [
     "bucket_attention",
     "draw_rotations",
     "hash_vectors",
+    "seeded_rotations",
 ]

@@ -63,15 +63,44 @@ def bucket_dtype(n_buckets: int) -> torch.dtype:
     return torch.int16 if n_buckets < 2**15 else torch.int32
 
 
-def draw_rotations(n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, scheme: str, seed: int) -> Tensor:
-    """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU: alike everywhere."""
-    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme])
+Factors = tuple[int, ...]
+
+
+def draw_rotations(
+    n_heads: int,
+    head_dim: int,
+    n_hashes: int,
+    n_buckets: int,
+    scheme: str,
+    seed: int,
+    *,
+    factors: Factors | None = None,
+) -> Tensor:
+    """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU: alike everywhere.
+
+    factors: of n_buckets, those of `bucket_factors` if None.
+    """
+    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n_heads, n_hashes, head_dim, columns, generator=generator)
 
 
-def hash_vectors(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str) -> Tensor:
+def seeded_rotations(
+    n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, seed: int, *, factors: Factors | None = None
+) -> Tensor:
+    """The rotations that Hugging Face's Reformer draws on a CPU where its `hash_seed` is set: as `draw_rotations`.
+
+    Every layer of the same sizes gets the same ones, and so does every step.
+    """
+    factors = bucket_factors(n_buckets, LARGEST_FACTOR["rotation"]) if factors is None else factors
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_heads, head_dim, n_hashes, sum(factors) // 2, generator=generator).transpose(1, 2)
+
+
+def hash_vectors(
+    vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, *, factors: Factors | None = None
+) -> Tensor:
     """Bucket ids [B, H, R, S] of vectors [B, H, S, D] under rotations [H, R, D, columns].
 
     Hashes in float32 whatever the dtype of the vectors, one round after another, so that no more than
@@ -82,7 +111,7 @@ def hash_vectors(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str
     ids = torch.zeros(batch, n_heads, n_hashes, seq_len, dtype=bucket_dtype(n_buckets), device=vectors.device)
     if n_buckets == 1:
         return ids
-    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme])
+    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
     digits = _rotation_digits if scheme == "rotation" else _floor_digits
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         x = vectors.detach().float()

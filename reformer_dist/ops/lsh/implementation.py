@@ -82,14 +82,20 @@ def bucket_attention(
 
 
 def hash_vectors(
-    vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, *, implementation: str = "auto"
+    vectors: Tensor,
+    rotations: Tensor,
+    n_buckets: int,
+    scheme: str,
+    *,
+    factors: tuple[int, ...] | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """`hashing.hash_vectors` by the implementation that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
     if choose(implementation, vectors.device, vectors.shape[3], vectors.dtype) == "triton":
         from reformer_dist.ops.lsh.kernels.hashing import hash_vectors as by_kernel
 
-        return by_kernel(vectors, rotations, n_buckets, scheme)
-    return hashing.hash_vectors(vectors, rotations, n_buckets, scheme)
+        return by_kernel(vectors, rotations, n_buckets, scheme, factors=factors)
+    return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
 
 def _by_reference(

@@ -11,7 +11,7 @@ from torch import Tensor
 from reformer_dist.ops.counter_dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.layout import Layout
 from reformer_dist.ops.lsh.order import are_near
-from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, WindowRule
 from reformer_dist.ops.lsh.tiles import Column
 
 
@@ -41,7 +41,7 @@ class PairMask:
     def scores(self, column: Column) -> Tensor:
         """What scores are added to, by log 2: float32 [n_tiles or 1, tile_len, tile_len]; only read it."""
         rule = self._options.rule
-        start = self._window(column, rule) if isinstance(rule, WindowRule) else self._in_sight(column, rule.causal)
+        start = self._window(column, rule) if isinstance(rule, WindowRule) else self._in_sight(column, rule)
         codes = self._rows.codes
         if codes is not None and codes.shape[0] > 1:
             start = start - self._meetings(codes, column).clamp_min_(1).log2_()
@@ -75,13 +75,16 @@ class PairMask:
         outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
         return band + outside.unsqueeze(1)
 
-    def _in_sight(self, column: Column, is_causal: bool) -> Tensor:
-        """Chunk rule: every key in sight but the query itself and, if causal, later ones."""
+    def _in_sight(self, column: Column, rule: ChunkRule) -> Tensor:
+        """Chunk rule: every key in sight but, if causal, later ones, and the query itself where it is not seen."""
         queries, keys = self._rows_of(column)
         query, key = queries.unsqueeze(2), keys.unsqueeze(1)
         # rows of a unit are in order of position
-        meets = (key < query) if is_causal else (key != query)
-        meets = meets & (key >= 0) & (query >= 0)
+        meets = (key >= 0) & (query >= 0)
+        if rule.causal:
+            meets &= key <= query
+        if not rule.sees_self:
+            meets &= key != query
         return torch.zeros(meets.shape, device=meets.device).masked_fill_(~meets, -torch.inf)
 
     def _meetings(self, codes: Tensor, column: Column) -> Tensor:

@@ -48,11 +48,12 @@ def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
 
 def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
     n_hashes, seq_len = buckets.shape
-    n_chunks = -(-seq_len // rule.chunk_len)
+    n_chunks = rule.n_chunks(seq_len)
     meets = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64)
     # padding sorts behind every bucket
     padded = torch.where(real, buckets, buckets.max() + 1)
-    chunks = [torch.argsort(padded[r], stable=True).split(rule.chunk_len) for r in range(n_hashes)]
+    orders = [torch.argsort(padded[r], stable=True) for r in range(n_hashes)]
+    chunks = [[order[c * rule.chunk_len : (c + 1) * rule.chunk_len] for c in range(n_chunks)] for order in orders]
     for r in range(n_hashes):
         for c, queries in enumerate(chunks[r]):
             for offset in range(-rule.n_before, rule.n_after + 1):
@@ -61,7 +62,9 @@ def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
                     continue
                 other_round, other_chunk = divmod(place % (n_hashes * n_chunks), n_chunks)
                 query, key = queries[:, None], chunks[other_round][other_chunk][None, :]
-                in_time = key < query if rule.causal else key != query
+                in_time = key <= query if rule.causal else key == key
+                if not rule.sees_self:
+                    in_time = in_time & (key != query)
                 meets[r, query, key] += (in_time & real[key] & real[query]).long()
     return meets
 

@@ -36,6 +36,17 @@ class ChunkRule:
     n_after: int = 0
     wrap: bool = False
     """The first chunks of a round see the last ones of the round before it (the first round: of the last)."""
+    sees_self: bool = False
+    """True (local attention): a token sees itself; False (shared query-key): only if it has nothing else."""
+    round_to: int = 1
+    """The order counts as padded to a multiple of this: who wraps, looks into the padding."""
+
+    def n_chunks(self, seq_len: int) -> int:
+        """Chunks of an order of seq_len tokens, empty ones of the padding included."""
+        return -(-self.round_len(seq_len) // self.chunk_len)
+
+    def round_len(self, seq_len: int) -> int:
+        return -(-seq_len // self.round_to) * self.round_to
 
 
 Rule = WindowRule | ChunkRule

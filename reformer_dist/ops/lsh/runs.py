@@ -112,7 +112,7 @@ class ChunkRun:
 
 def chunk_run(seq_len: int, rule: ChunkRule, part: Part) -> ChunkRun:
     """The run of a rank in an order of `seq_len` tokens; the same in every round and unit."""
-    n_chunks = -(-seq_len // rule.chunk_len)
+    n_chunks = rule.n_chunks(seq_len)
     start, stop = part.index * n_chunks // part.size, (part.index + 1) * n_chunks // part.size
     needed = set(range(start, stop))
     if stop > start:
@@ -180,7 +180,7 @@ def chunk_readers(
     is_real = bucket < total.shape[1]
     own = bucket.long().clamp_max(total.shape[1] - 1)
     chunk = ((total.cumsum(dim=1) - total).gather(1, own) + rank) // rule.chunk_len
-    n_chunks = -(-seq_len // rule.chunk_len)
+    n_chunks = rule.n_chunks(seq_len)
     n_tiles = torch.full_like(total[:, :1], n_chunks)
 
     def readers(first_chunk: Tensor, last_chunk: Tensor) -> Readers:

@@ -63,7 +63,14 @@ def _hash(
         tl.store(target, bucket.to(ids_ptr.dtype.element_ty), mask=row < seq_len)
 
 
-def hash_vectors(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str) -> Tensor:
+def hash_vectors(
+    vectors: Tensor,
+    rotations: Tensor,
+    n_buckets: int,
+    scheme: str,
+    *,
+    factors: tuple[int, ...] | None = None,
+) -> Tensor:
     """As `ops.lsh.hashing.hash_vectors`; the host does not wait for the rotations to arrive."""
     x = vectors.detach()
     x = x if x.stride(3) == 1 else x.contiguous()
@@ -76,7 +83,7 @@ def hash_vectors(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str
     if x.is_cuda and not rotations.is_cuda:
         rotations = rotations.pin_memory()
     rotations = rotations.to(x.device, non_blocking=True).contiguous()
-    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme])
+    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
     _hash[(triton.cdiv(seq_len, ROWS), batch * n_heads)](
         x, x.stride()[:3], rotations, ids, factors, n_heads, seq_len, n_rounds, n_columns,
         ROWS=ROWS,

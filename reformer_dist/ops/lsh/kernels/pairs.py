@@ -50,7 +50,7 @@ def of_unit(x_ptr, strides, unit, n_heads):
 def rows_at(order_ptr, place, begin, end, round_, seq_len, C: tl.constexpr):
     """(row, whether there is one, its round) at each place; only those from begin to before end are rows."""
     if C.wraps:
-        round_len = tl.cdiv(seq_len, C.span) * C.span
+        round_len = tl.cdiv(tl.cdiv(seq_len, C.round_to) * C.round_to, C.span) * C.span
         place = place % (C.n_rounds * round_len)
         round_ = place // round_len
         place = place % round_len
@@ -64,7 +64,7 @@ def rows_at(order_ptr, place, begin, end, round_, seq_len, C: tl.constexpr):
 def unwrapped(place, round_, seq_len, C: tl.constexpr):
     """The place in all rounds behind one another, far enough from 0 for the chunks before it; see above."""
     if C.wraps:
-        round_len = tl.cdiv(seq_len, C.span) * C.span
+        round_len = tl.cdiv(tl.cdiv(seq_len, C.round_to) * C.round_to, C.span) * C.span
         place += (round_ + C.n_rounds * (C.before + C.after)) * round_len
     return place
 
@@ -125,8 +125,8 @@ def meets(query_place, key_place, query_row, key_row, begin, C: tl.constexpr):
         is_near = near((query_place - begin) // C.span - (key_place - begin) // C.span, C)
         # rows of a unit are in order of position
         if C.causal:
-            is_near = is_near & (key_row < query_row)
-        else:
+            is_near = is_near & (key_row <= query_row)
+        if not C.sees_self:
             is_near = is_near & (key_row != query_row)
     else:
         is_near = near(query_place - key_place, C)

@@ -33,6 +33,8 @@ class Constants:
     before: int
     after: int
     wraps: bool
+    round_to: int
+    """The rows of a round count as padded to a multiple of this."""
     causal: bool
     sees_self: bool
     counts_once: bool
@@ -59,8 +61,9 @@ class Constants:
             before=rule.n_before if isinstance(rule, ChunkRule) else 0,
             after=rule.n_after if isinstance(rule, ChunkRule) else 0,
             wraps=isinstance(rule, ChunkRule) and rule.wrap,
+            round_to=rule.round_to if isinstance(rule, ChunkRule) else 1,
             causal=rule.causal,
-            sees_self=not isinstance(rule, ChunkRule) and rule.sees_self,
+            sees_self=rule.sees_self,
             counts_once=options.count_pairs_once and n_rounds > 1,
             drops=options.dropout > 0,
             by_row=by_row,

@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         kept = {} if memo is None else memo.plans.setdefault(layer, {})
         mask = context.key_padding_mask
-        return context.sequence.bucket_attention(q, k, v, bucket_ids, options, mask, kept)
+        return context.sequence.of_layer(layer).bucket_attention(q, k, v, bucket_ids, options, mask, kept)
 
 
 class LSHSelfAttention(SelfAttention):
@@ -187,4 +187,4 @@ class ExactSelfAttention(SelfAttention):
             seed=context.seed_for("attention", layer),
             first_row=context.places.first_row,
         )
-        return context.sequence.exact_attention(q, k, v, options, context.key_padding_mask)
+        return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)

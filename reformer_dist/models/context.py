@@ -28,7 +28,7 @@ class ForwardContext:
     key_padding_mask: Tensor | None = None
     """[B, S], True for real tokens."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """cos and sin [S, head_dim / 2] of rotary positions."""
+    """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
     health: list[LSHHealth] | None = None
     """Where LSH layers leave their statistics, if they are wanted."""
 

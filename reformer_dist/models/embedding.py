@@ -22,13 +22,13 @@ class TokenEmbedding(nn.Module):
         self.positions = build_positions(config)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens [B, S] and positions [S], both int64."""
+        """tokens [B, S] and positions [S] or [B, S], all int64."""
         x = self.tokens(tokens).float() * self.scale
         return x if self.positions is None else x + self.positions(positions)
 
 
 def build_positions(config: ModelConfig) -> nn.Module | None:
-    """The module that maps positions [S] to [S, dim]; None for rotary ones, which act on queries and keys."""
+    """What maps positions [..., S] to [..., S, dim]; None for rotary ones, which act on queries and keys."""
     if config.position is Position.axial:
         return AxialPositions(config.axial_shape, config.resolved_axial_dims, is_sum=config.axial_sum)
     if config.position is Position.learned:
@@ -82,5 +82,5 @@ class SinusoidalPositions(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         half = (self.dim + 1) // 2
         exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-        angles = positions.float().unsqueeze(1) * BASE**-exponent
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, : self.dim]
+        angles = positions.float().unsqueeze(-1) * BASE**-exponent
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., : self.dim]

@@ -49,18 +49,24 @@ class ReformerLM(nn.Module):
         first_row: int = 0,
         health: list[LSHHealth] | None = None,
         sequence: SequenceAccess = WHOLE,
+        logits_to_keep: int | None = None,
     ) -> Tensor:
         """tokens [B, S] -> logits [B, S, V], or with labels [B, S] the summed loss in nats (-100 is ignored).
 
         step: training step, which draws that step's hash rotations; None: the fixed ones of evaluation.
         dropout_seed: of this step's dropout in training mode; None draws one from torch's generator.
         first_row: number of tokens[0] among the rows of its step, which dropout masks depend on.
-        key_padding_mask [B, S]: True for real tokens. health: LSH layers append their statistics.
-        sequence: where the tokens are not whole sequences, which part they are (`models.sequence`).
+        key_padding_mask [B, S]: True for real tokens; positions count from the first of each row.
+        health: LSH layers append their statistics.
+        sequence: where the tokens are not whole sequences, which part they are (`models.sequence`); a
+        `models.decoding.DecodingState` goes on with the texts that it remembers.
+        logits_to_keep: of the last tokens only, where no more are wanted.
         """
-        places = TokenPlaces(first_row, sequence.positions(tokens.shape[1], tokens.device))
+        places = TokenPlaces(first_row, sequence.positions(tokens.shape[1], tokens.device, key_padding_mask))
         context = self._context(places, sequence, key_padding_mask, step, dropout_seed, health)
         hidden = self.stack(self._embed(tokens, context), context)
+        if logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
         logits_or_loss: Tensor = self.head(hidden, labels)
         return logits_or_loss
 
@@ -68,7 +74,7 @@ class ReformerLM(nn.Module):
         self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE
     ) -> Tensor:
         """Largest difference between the stack's input and its reconstruction, on tokens [B, S] at hand."""
-        places = TokenPlaces(0, sequence.positions(tokens.shape[1], tokens.device))
+        places = TokenPlaces(0, sequence.positions(tokens.shape[1], tokens.device, key_padding_mask))
         context = self._context(places, sequence, key_padding_mask, None, None, None)
         return self.stack.reversible_drift(self._embed(tokens, context), context)
 

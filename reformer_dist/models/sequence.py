@@ -17,12 +17,11 @@ from reformer_dist.ops.lsh.health import LSHHealth, measure_health
 from reformer_dist.ops.lsh.order import count_buckets
 
 
-class SequenceAccess(Protocol):
-    """Tensors are those of the tokens at hand: q, k, v [B, H, S, D], key_padding_mask [B, S]."""
+class LayerAccess(Protocol):
+    """How the attention of one layer reaches the sequence.
 
-    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
-        """Positions of the tokens at hand in the whole sequence, [n_tokens] int64."""
-        ...
+    Tensors are those of the tokens at hand: q, k, v [B, H, S, D], key_padding_mask [B, S].
+    """
 
     def bucket_attention(
         self,
@@ -43,6 +42,21 @@ class SequenceAccess(Protocol):
         """Attention to every position of the whole sequence, or every earlier one."""
         ...
 
+
+class SequenceAccess(Protocol):
+    """What a model asks of its sequence."""
+
+    def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Positions of the tokens at hand in their sequences, int64: [n_tokens], or [B, n_tokens] given a mask.
+
+        They count from the first real token of each row; padding before it is at position 0.
+        """
+        ...
+
+    def of_layer(self, layer: int) -> LayerAccess:
+        """What the attention of a layer calls."""
+        ...
+
     def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
         """Health of the hashing of the whole sequence."""
         ...
@@ -51,8 +65,14 @@ class SequenceAccess(Protocol):
 class WholeSequence:
     """All tokens are at hand."""
 
-    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
-        return torch.arange(n_tokens, device=device)
+    def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
+        places = torch.arange(n_tokens, device=device)
+        if key_padding_mask is None:
+            return places
+        return (places - first_real(key_padding_mask).unsqueeze(1)).clamp_min(0)
+
+    def of_layer(self, layer: int) -> LayerAccess:
+        return self
 
     def bucket_attention(
         self,
@@ -74,3 +94,8 @@ class WholeSequence:
     def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
         return measure_health(bucket_ids, counts, window)
+
+
+def first_real(key_padding_mask: Tensor) -> Tensor:
+    """Index [B] of the first real token of each row of a mask [B, S]; 0 where there is none."""
+    return key_padding_mask.int().argmax(dim=1)

@@ -20,10 +20,10 @@ class TokenPlaces:
     first_row: int
     """Number of the first batch row in its step."""
     positions: Tensor
-    """[S] in the whole sequence."""
+    """[S] in the whole sequence, or [B, S] where rows differ."""
 
     def chunk(self, start: int, stop: int) -> TokenPlaces:
-        return TokenPlaces(self.first_row, self.positions[start:stop])
+        return TokenPlaces(self.first_row, self.positions[..., start:stop])
 
 
 def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenPlaces) -> Tensor:
@@ -31,7 +31,7 @@ def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenPlaces) -> 
     if dropout == 0.0:
         return x
     row = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + places.first_row
-    tokens = token_keys(row, places.positions.unsqueeze(0), 0, seed, is_query=True)
+    tokens = token_keys(row, places.positions, 0, seed, is_query=True)
     channel = torch.arange(x.shape[2], device=x.device)
     channels = token_keys(torch.zeros_like(channel), channel, 0, seed, is_query=False)
     kept = keep_mask(tokens, channels.expand(x.shape[0], -1), dropout)

@@ -48,11 +48,15 @@ class SlicedSequence:
         places = torch.arange(self._start, self._start + self.n_local, device=device)
         return (places < self.seq_len).expand(batch, -1)
 
-    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
+    def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
+        """[n_tokens]; padding must stand behind the text."""
         if n_tokens != self.n_local:
             raise ValueError(f"{n_tokens} tokens: this rank's slice of {self.seq_len} has {self.n_local}")
         # padding takes the last position, since position tables may end there
         return torch.arange(self._start, self._start + n_tokens, device=device).clamp_max(self.seq_len - 1)
+
+    def of_layer(self, layer: int) -> SlicedSequence:
+        return self
 
     def bucket_attention(
         self,

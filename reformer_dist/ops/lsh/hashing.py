@@ -66,6 +66,7 @@ def bucket_dtype(n_buckets: int) -> torch.dtype:
 Factors = tuple[int, ...]
 
 
+@functools.lru_cache(maxsize=32)  # micro-batches of a step and tokens of a text ask for the same ones
 def draw_rotations(
     n_heads: int,
     head_dim: int,
@@ -76,7 +77,7 @@ def draw_rotations(
     *,
     factors: Factors | None = None,
 ) -> Tensor:
-    """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU: alike everywhere.
+    """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU: alike everywhere; only read.
 
     factors: of n_buckets, those of `bucket_factors` if None.
     """
@@ -86,6 +87,7 @@ def draw_rotations(
     return torch.randn(n_heads, n_hashes, head_dim, columns, generator=generator)
 
 
+@functools.lru_cache(maxsize=32)
 def seeded_rotations(
     n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, seed: int, *, factors: Factors | None = None
 ) -> Tensor:

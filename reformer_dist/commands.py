@@ -37,6 +37,12 @@ def generate() -> None:
     main()
 
 
+def convert() -> None:
+    from reformer_dist.convert import main
+
+    main()
+
+
 def doctor() -> None:
     _wait_patiently()
     from reformer_dist.doctor.__main__ import main

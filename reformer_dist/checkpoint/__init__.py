@@ -1,6 +1,6 @@
 """Sharded checkpoints that know neither ZeRO stage nor world size: safetensors and JSON, never pickles."""
 
-from reformer_dist.checkpoint.export import Export, write_export
+from reformer_dist.checkpoint.export import Export, WeightSource, write_export
 from reformer_dist.checkpoint.reader import CheckpointReader, find_checkpoint, is_good, resolve_checkpoint
 from reformer_dist.checkpoint.writer import Saving, prune
 
@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointReader",
     "Export",
     "Saving",
+    "WeightSource",
     "find_checkpoint",
     "is_good",
     "prune",

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reformer_dist.checkpoint.files import json_bytes, sync, write_bytes
-from reformer_dist.checkpoint.reader import CheckpointReader, check_shapes
+from reformer_dist.checkpoint.reader import check_shapes
 from reformer_dist.errors import CheckpointError
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -29,7 +29,27 @@ DESCRIBED = ("config", "tokenizer", "vocab_size", "shapes")
 BYTES = 4  # of a float32
 
 
-def write_export(reader: CheckpointReader, folder: Path, max_shard_bytes: int | None = None) -> None:
+class WeightSource(Protocol):
+    """Weights by name and what is said of them: a checkpoint, or a model that comes from elsewhere."""
+
+    @property
+    def folder(self) -> Path:
+        """Where extra_files lie."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Configuration, tokenizer, size of the vocabulary, shapes of the parameters."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def extra_files(self) -> list[str]: ...
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor: ...
+
+
+def write_export(reader: WeightSource, folder: Path, max_shard_bytes: int | None = None) -> None:
     """Writes the weights of a checkpoint in float32, in one file or in files of at most `max_shard_bytes`.
 
     A parameter that is larger has a file of its own. Raises CheckpointError where the folder exists.

@@ -1,7 +1,7 @@
 """Text to token ids and back: plain bytes, or byte-level BPE by the `tokenizers` package.
 
-Both are lossless, and both know how many bytes of text each token stands for, so that losses of models with
-different vocabularies compare as bits per byte.
+Both are lossless, which SentencePiece, for models that come from elsewhere, is not. All know how many bytes of
+text each token stands for, so that losses of models with different vocabularies compare as bits per byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.layout import TOKENIZER_FILE, file_sha256, require_plain_name
+from reformer_dist.data.layout import TOKENIZER_FILE, file_sha256, require_count, require_plain_name
+from reformer_dist.data.sentencepiece import SentencePieceTokenizer
 from reformer_dist.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,28 +53,34 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """A token is a byte: ids 0 .. 255, and 256 for the end of text."""
+    """A token is a byte: ids 0 .. 255, and 256 for the end of text; or 256 ids from another first one."""
 
-    vocab_size = 257
-    eos_id = 256
-    dtype = "uint8"
+    def __init__(self, first_id: int = 0, eos_id: int = 256) -> None:
+        self._first_id, self.eos_id = first_id, eos_id
+        self.vocab_size = max(first_id + 256, eos_id + 1)
+        self.dtype = "uint8" if first_id == 0 else "uint16"
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
-        return np.array([1] * 256 + [0], dtype=np.int64)
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        lengths[self._first_id : self._first_id + 256] = 1
+        return lengths
 
     def readable(self, text: bytes) -> bytes:
         return text
 
     def encode(self, text: bytes) -> NDArray[Any]:
-        return np.frombuffer(text, dtype=np.uint8)
+        ids = np.frombuffer(text, dtype=np.uint8)
+        return ids if self._first_id == 0 else ids.astype(self.dtype) + self._first_id
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        array = np.asarray(ids, dtype=np.int64)
-        return array[array < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        array = np.asarray(ids, dtype=np.int64) - self._first_id
+        return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> dict[str, Any]:
-        return {"kind": "bytes"}
+        if self._first_id == 0:
+            return {"kind": "bytes"}
+        return {"kind": "bytes", "first_id": self._first_id, "eos_id": self.eos_id}
 
 
 class BpeTokenizer:
@@ -166,14 +173,24 @@ def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer that `save` described; DataError where its file is missing or another one."""
     kind = spec.get("kind")
     if kind == "bytes":
-        return ByteTokenizer()
-    if kind != "bpe":
-        raise DataError(f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes or bpe")
+        return _load_bytes(spec, str(folder))
+    if kind not in ("bpe", "sentencepiece"):
+        raise DataError(f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes, bpe or sentencepiece")
     path = folder / require_plain_name(spec.get("file"), str(folder))
-    tokenizer = BpeTokenizer.load(path)
+    tokenizer: Tokenizer
+    if kind == "bpe":
+        tokenizer = BpeTokenizer.load(path)
+    else:
+        tokenizer = SentencePieceTokenizer(path, require_count(spec, "vocab_size", str(folder)))
     if file_sha256(path) != spec.get("sha256"):
         raise DataError(f"{path}: is not the tokenizer that the shards were written with (sha256 differs)")
     return tokenizer
+
+
+def _load_bytes(spec: Mapping[str, Any], where: str) -> ByteTokenizer:
+    if "first_id" not in spec:
+        return ByteTokenizer()
+    return ByteTokenizer(require_count(spec, "first_id", where), require_count(spec, "eos_id", where))
 
 
 def _package() -> Any:

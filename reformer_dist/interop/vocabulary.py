@@ -1,0 +1,67 @@
+"""Which of our tokenizers has the ids of a vocabulary that came with a model, and ours in Hugging Face's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.data import BpeTokenizer, ByteTokenizer, Tokenizer
+from reformer_dist.data.sentencepiece import FILE as SPIECE
+from reformer_dist.data.sentencepiece import SentencePieceTokenizer
+from reformer_dist.errors import ConfigError, DataError
+
+TOKENIZER_FILE = "tokenizer.json"
+RESERVED_FIRST, RESERVED_END = 2, 1  # of Trax's and google/reformer-enwik8's bytes: 0 is padding, 1 the end
+BYTES: dict[str, Callable[[], Tokenizer]] = {
+    "bytes": ByteTokenizer,
+    "bytes+2": lambda: ByteTokenizer(RESERVED_FIRST, RESERVED_END),
+}
+
+
+def find_tokenizer(folder: Path, vocab_size: int, named: str | None) -> Tokenizer:
+    """The tokenizer of a model with vocab_size ids: the one named (bytes, bytes+2 or a file), or what lies there.
+
+    Raises ConfigError for a name that is none, DataError where there is no vocabulary or it doesn't fit.
+    """
+    tokenizer = _by_name(named, vocab_size) if named is not None else _by_files(folder, vocab_size)
+    if tokenizer.vocab_size != vocab_size:
+        origin = named or folder
+        raise DataError(f"{origin}: is a vocabulary of {tokenizer.vocab_size} tokens; the model has {vocab_size}")
+    return tokenizer
+
+
+def _by_name(named: str, vocab_size: int) -> Tokenizer:
+    if named in BYTES:
+        return BYTES[named]()
+    path = Path(named)
+    if not path.is_file():
+        raise ConfigError(f"--tokenizer {named}: must be {', '.join(BYTES)}, a {TOKENIZER_FILE} or a {SPIECE}")
+    return BpeTokenizer.load(path) if path.suffix == ".json" else SentencePieceTokenizer(path, vocab_size)
+
+
+def _by_files(folder: Path, vocab_size: int) -> Tokenizer:
+    if (folder / SPIECE).is_file():
+        return SentencePieceTokenizer(folder / SPIECE, vocab_size)
+    if (folder / TOKENIZER_FILE).is_file():
+        return BpeTokenizer.load(folder / TOKENIZER_FILE)
+    if vocab_size == 256 + RESERVED_FIRST:
+        return BYTES["bytes+2"]()  # as google/reformer-enwik8, which says so in its description only
+    raise DataError(
+        f"{folder}: holds no vocabulary ({SPIECE} or {TOKENIZER_FILE}) for {vocab_size} tokens; "
+        f"name one: --tokenizer {', '.join(BYTES)} or the path of such a file"
+    )
+
+
+def hugging_face_files(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Writes what AutoTokenizer reads; returns the specification of `Tokenizer.save`."""
+    specification = tokenizer.save(folder)
+    settings: dict[str, Any] = {}
+    if specification["kind"] == "sentencepiece":
+        settings = {"tokenizer_class": "ReformerTokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    elif specification["kind"] == "bpe":
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return specification

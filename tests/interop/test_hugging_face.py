@@ -1,0 +1,168 @@
+"""Models of transformers and ours compute the same, read and written, whatever their options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hugging_face_models import CRIME_AND_PUNISHMENT, ENWIK8, SMALL, build, exactly, logits, options
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reformer_dist.errors import CheckpointError
+from reformer_dist.interop import hugging_face
+from reformer_dist.interop.foreign import ForeignModel
+from reformer_dist.interop.to_hugging_face import model_files
+from reformer_dist.models import ReformerLM
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+SMALLEST_MARGIN = 1e-5
+
+
+def converted(model: Any) -> ForeignModel:
+    """Through the files that theirs saves."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return hugging_face.read(Path(folder))
+
+
+def ours(found: ForeignModel) -> ReformerLM:
+    model = ReformerLM(found.config, found.vocab_size).eval()
+    model.load_state_dict(found.weights)
+    return model
+
+
+def theirs(model: ReformerLM) -> Any:
+    """Through the options and tensors that we write."""
+    named, tensors = model_files(model.config, model.state_dict(), model.vocab_size)
+    kind = getattr(transformers, named["architectures"][0])
+    there = kind(transformers.ReformerConfig(**named, use_cache=False)).eval()
+    there.load_state_dict(tensors)
+    return there
+
+
+def tokens_of(vocab_size: int, seq_len: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def difference(mine: ReformerLM, their_logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> float:
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    return (mine(tokens, key_padding_mask=mask) - their_logits)[real].abs().max().item()
+
+
+@settings(max_examples=50)
+@given(options(), st.integers(1, 96), st.integers(0, 2**16), st.booleans())
+def test_any_model_both_ways(given: dict[str, Any], seq_len: int, seed: int, has_padding: bool) -> None:
+    tokens = tokens_of(given["vocab_size"], seq_len, seed)
+    mask = None
+    if has_padding:
+        mask = torch.arange(seq_len) < torch.tensor([[seq_len], [1 + seq_len // 2]])
+    weak, strong = (build(given | {"initializer_range": std}, seed=seed) for std in (0.02, 0.2))
+    assert difference(ours(converted(weak)), logits(weak, tokens, mask), tokens, mask) < TOLERANCE
+    mine = ours(converted(strong))
+    for there in (strong, theirs(mine)):
+        with exactly(there) as margins:
+            right = logits(there.double(), tokens, mask)
+        assume(min(margins, default=1.0) > SMALLEST_MARGIN)
+        assert difference(mine, right, tokens, mask) < TOLERANCE
+
+
+@pytest.mark.parametrize("given", [ENWIK8, CRIME_AND_PUNISHMENT], ids=["enwik8", "crime and punishment"])
+def test_the_published_patterns(given: dict[str, Any]) -> None:
+    model = build(given)
+    mine = ours(converted(model))
+    for seq_len in (7, 16, 100, 128):
+        tokens = tokens_of(given["vocab_size"], seq_len)
+        assert difference(mine, logits(model, tokens), tokens) < TOLERANCE
+        assert (logits(theirs(mine), tokens) - logits(model, tokens)).abs().max() < TOLERANCE
+
+
+def test_the_pattern_of_layers_is_found() -> None:
+    assert [kind.name for kind in converted(build(ENWIK8)).config.layers] == ["local", "local", "lsh", "local"]
+    assert ours(converted(build(ENWIK8))).config.layer_kinds()[6].name == "lsh"
+
+
+def test_buckets_are_those_that_theirs_chooses() -> None:
+    for seq_len, chunk_len, longest in ((96, 8, 96), (4096, 64, 4096), (65536, 64, 65536), (128, 16, 2048)):
+        given = SMALL | {
+            "num_buckets": None,
+            "lsh_attn_chunk_length": chunk_len,
+            "max_position_embeddings": longest,
+        }
+        layer = build(given).reformer.encoder.layers[1].attention.self_attention
+        layer._set_num_buckets(seq_len)
+        right = layer.num_buckets
+        found = hugging_face.buckets_for(seq_len, chunk_len, longest)
+        assert found == ([right] if isinstance(right, int) else right)
+    notes = converted(build(SMALL | {"num_buckets": None})).notes
+    assert any("num_buckets" in note for note in notes)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "model_type": ("bert", "only models of type reformer"),
+    "hidden_act": ("swish", "relu"),
+    "attn_layers": (["lsh", "full"], "local and lsh"),
+    "num_buckets": ([3, 4], "even"),
+    "axial_pos_embds_dim": ([8, 8], "hidden_size=32"),
+    "hidden_size": ("wide", "int"),
+    "tie_word_embeddings": (True, "twice as wide"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_counterpart_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    value, reason = REFUSED[name]
+    build(SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError) as caught:
+        hugging_face.read(tmp_path)
+    assert name in str(caught.value) and reason in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    def complains(*words: str) -> None:
+        with pytest.raises(CheckpointError) as caught:
+            hugging_face.read(tmp_path)
+        for word in words:
+            assert word in str(caught.value)
+
+    complains("config.json", "is missing")
+    (tmp_path / "config.json").write_text("{")
+    complains("config.json", "can't be read")
+    build(SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    right = json.loads(path.read_text())
+    path.write_text(json.dumps(right | {"feed_forward_size": 41}))
+    complains("feed_forward.dense.dense.weight", "[40, 32]", "[41, 32]")
+    path.write_text(json.dumps(right | {"attn_layers": ["local", "lsh", "lsh"]}))
+    complains("holds no tensor reformer.encoder.layers.2")
+    path.write_text(json.dumps(right | {"attn_layers": ["local"]}))
+    complains("reformer.encoder.layers.1", "is no tensor of the model")
+    path.write_text(json.dumps(right))
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    complains("model.safetensors", "can't be read")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    complains("pytorch_model.bin", "is a pickle", "save_pretrained")
+    (tmp_path / "pytorch_model.bin").unlink()
+    complains("has no model.safetensors")
+    transformers.ReformerModel(transformers.ReformerConfig(**SMALL)).save_pretrained(tmp_path)
+    complains("has no head")
+
+
+def test_what_theirs_can_not_express() -> None:
+    from reformer_dist.config import ModelConfig
+
+    model = ReformerLM(ModelConfig(dim=32, n_layers=2, n_heads=2), 50)
+    with pytest.raises(CheckpointError) as caught:
+        model_files(model.config, model.state_dict(), 50)
+    for key in ("merge_streams", "neighbours", "chunk_wrap", "local_chunk_len"):
+        assert f"model.{key}: " in str(caught.value)

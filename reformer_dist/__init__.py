@@ -1,3 +1,73 @@
-"""Distributed trainer for Reformer models; importing it loads nothing heavy."""
+"""Reformer models, and their distributed trainer.
+
+The names below are loaded when they are first asked for: importing the package loads nothing heavy, and they load
+torch alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from reformer_dist.config import (
+        Activation,
+        AttentionImplementation,
+        AttentionKind,
+        HashScheme,
+        ModelConfig,
+        NeighbourRule,
+        Pooling,
+        Position,
+        Recompute,
+        StreamMerge,
+    )
+    from reformer_dist.models import (
+        ExactSelfAttention,
+        LocalSelfAttention,
+        LSHSelfAttention,
+        ReformerForQuestionAnswering,
+        ReformerForSequenceClassification,
+        ReformerLM,
+        ReformerStack,
+        initialise,
+    )
+    from reformer_dist.ops.lsh import lsh_attention
+
+__all__ = [
+    "Activation",
+    "AttentionImplementation",
+    "AttentionKind",
+    "ExactSelfAttention",
+    "HashScheme",
+    "LSHSelfAttention",
+    "LocalSelfAttention",
+    "ModelConfig",
+    "NeighbourRule",
+    "Pooling",
+    "Position",
+    "Recompute",
+    "ReformerForQuestionAnswering",
+    "ReformerForSequenceClassification",
+    "ReformerLM",
+    "ReformerStack",
+    "StreamMerge",
+    "__version__",
+    "initialise",
+    "lsh_attention",
+]
+_HOMES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in map(import_module, _HOMES):
+            if name in home.__all__:
+                return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

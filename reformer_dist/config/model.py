@@ -51,6 +51,12 @@ class StreamMerge(Enum):
     concat = "concat"
 
 
+class Pooling(Enum):
+    mean = "mean"
+    first = "first"
+    last = "last"
+
+
 class Recompute(Enum):
     reversible = "reversible"
     checkpoint = "checkpoint"
@@ -136,6 +142,9 @@ class ModelConfig:
     max_seq_len: int = 2048
     """learned: rows of the table. Other kinds ignore it."""
 
+    pooling: Pooling = Pooling.mean
+    """Classification: the mean of all tokens' vectors decides, or that of the first or last token."""
+
     dropout: float = 0.0
     """After the embedding and after each sublayer."""
     attention_dropout: float = 0.0
@@ -158,6 +167,8 @@ class ModelConfig:
         is_share(model__dropout=self.dropout, model__attention_dropout=self.attention_dropout)
         is_share(model__ff_dropout=self.ff_dropout)
         require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
+        right = "needs model.causal=false, for the first token of a causal model sees no other"
+        require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", right)
         self._check_heads()
         self._check_lsh()
         self._check_chunks()

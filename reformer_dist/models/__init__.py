@@ -1,6 +1,19 @@
 """Models in plain PyTorch."""
 
+from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_dist.models.classification import ReformerForSequenceClassification
+from reformer_dist.models.initial import initialise
+from reformer_dist.models.question_answering import ReformerForQuestionAnswering
 from reformer_dist.models.reformer import ReformerLM
 from reformer_dist.models.stack import ReformerStack
 
-__all__ = ["ReformerLM", "ReformerStack"]
+__all__ = [
+    "ExactSelfAttention",
+    "LSHSelfAttention",
+    "LocalSelfAttention",
+    "ReformerForQuestionAnswering",
+    "ReformerForSequenceClassification",
+    "ReformerLM",
+    "ReformerStack",
+    "initialise",
+]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
-from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import (
     AttentionOptions,
@@ -51,8 +52,23 @@ class SelfAttention(nn.Module):
         self.to_v = nn.Linear(config.dim, inner, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
-        """[B, S, dim] -> [B, S, dim]. `memo` is written on the first run and read by a recompute."""
+    def forward(
+        self,
+        x: Tensor,
+        context: ForwardContext | None = None,
+        layer: int = 0,
+        memo: Memo | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> Tensor:
+        """[B, S, dim] -> [B, S, dim].
+
+        layer: its number, which draws rotations and dropout masks of its own. In a stack, `context` is that of
+        the forward call, and `memo` is written on the first run and read by a recompute. A layer that is used
+        alone is called without them, as in `layer(x, key_padding_mask=mask, step=step)`.
+        """
+        if context is None:
+            n_tokens, is_training = x.shape[1], self.training
+            context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         q = self._heads(self.to_q(x))
         k = self._heads(self.to_k(x)) if self.has_own_keys else q
         v = self._heads(self.to_v(x))

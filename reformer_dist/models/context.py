@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
-from reformer_dist.models.sequence import SequenceAccess
+from reformer_dist.config import ModelConfig, Position
+from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.dropout import TokenPlaces
 from reformer_dist.ops.lsh.health import LSHHealth
+from reformer_dist.ops.rotary import rotary_tables
 from reformer_dist.seeds import derive_seed
+
+WHOLE = WholeSequence()
+
+
+class ForwardOptions(TypedDict, total=False):
+    """The keywords that the forward of every model takes; all may be left out."""
+
+    key_padding_mask: Tensor | None
+    """[B, S] bool, True for real tokens, and positions count from the first of each row; None: all are real."""
+    step: int | None
+    """Training step, which draws that step's hash rotations; None: the fixed ones of evaluation."""
+    dropout_seed: int | None
+    """Of this step's dropout in training mode; None draws one from torch's generator."""
+    first_row: int
+    """Number of the first row among the rows of its step, which dropout masks depend on."""
+    health: list[LSHHealth] | None
+    """LSH layers append their statistics."""
+    sequence: SequenceAccess
+    """Where the tokens are not whole sequences, which part they are (`models.sequence`); a
+    `models.decoding.DecodingState` goes on with the texts that it remembers."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,31 @@ class ForwardContext:
 
     def dropout(self, p: float) -> float:
         return 0.0 if self.dropout_seed is None else p
+
+
+def open_context(
+    config: ModelConfig,
+    seed: int,
+    n_tokens: int,
+    device: torch.device,
+    options: ForwardOptions,
+    *,
+    is_training: bool,
+) -> ForwardContext:
+    """The context of one forward call on rows of n_tokens. seed: the model's; is_training switches dropout on."""
+    sequence, step, mask = options.get("sequence", WHOLE), options.get("step"), options.get("key_padding_mask")
+    places = TokenPlaces(options.get("first_row", 0), sequence.positions(n_tokens, device, mask))
+    dropout_seed = options.get("dropout_seed")
+    if not is_training:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = int(torch.randint(2**62, (1,)).item())
+    rotary = None
+    if config.position is Position.rotary:
+        rotary = rotary_tables(places.positions, config.resolved_head_dim)
+    phase = "evaluation" if step is None else "training"
+    rotation_seed = derive_seed("rotations", seed, phase, step or 0)
+    return ForwardContext(dropout_seed, rotation_seed, places, sequence, mask, rotary, options.get("health"))
 
 
 @dataclass

@@ -46,6 +46,15 @@ class LayerAccess(Protocol):
 class SequenceAccess(Protocol):
     """What a model asks of its sequence."""
 
+    @property
+    def n_parts(self) -> int:
+        """Parts that the whole sequence is in."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[n_parts, ...]: what each part has for x, in order of positions. Differentiable."""
+        ...
+
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         """Positions of the tokens at hand in their sequences, int64: [n_tokens], or [B, n_tokens] given a mask.
 
@@ -64,6 +73,11 @@ class SequenceAccess(Protocol):
 
 class WholeSequence:
     """All tokens are at hand."""
+
+    n_parts = 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0)
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         places = torch.arange(n_tokens, device=device)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Recompute
 from reformer_dist.models.block import Block, StreamNorm, Streams
-from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
 from reformer_dist.models.reversible import Tape
 
 
@@ -20,7 +21,7 @@ class ReformerStack(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.recompute = config.recompute
+        self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()
         n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
         self.blocks = nn.ModuleList(Block(config, kind) for kind in kinds[:n_blocks])
@@ -28,7 +29,13 @@ class ReformerStack(nn.Module):
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+    def forward(
+        self, x: Tensor, context: ForwardContext | None = None, **options: Unpack[ForwardOptions]
+    ) -> Tensor:
+        """In a model, `context` is that of the forward call; a stack that is used alone takes its keywords."""
+        if context is None:
+            n_tokens, is_training = x.shape[1], self.training
+            context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         x = x.float()
         if torch.is_grad_enabled() and not x.requires_grad:
             # under a frozen embedding the layers must still learn, and ZeRO's hooks fire only on such inputs

@@ -17,6 +17,7 @@ from reformer_dist.ops.lsh import AttentionOptions, bucket_attention
 from reformer_dist.ops.lsh.health import LSHHealth, measure_health
 from reformer_dist.ops.lsh.order import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
+from reformer_dist.parallel.gather import gather_slices
 from reformer_dist.parallel.head_exchange import to_heads, to_slices
 from reformer_dist.parallel.plan import make_plan
 
@@ -47,6 +48,13 @@ class SlicedSequence:
             return None
         places = torch.arange(self._start, self._start + self.n_local, device=device)
         return (places < self.seq_len).expand(batch, -1)
+
+    @property
+    def n_parts(self) -> int:
+        return self.grid.size
+
+    def gather(self, x: Tensor) -> Tensor:
+        return gather_slices(x, self.grid)
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         """[n_tokens]; padding must stand behind the text."""

@@ -1,5 +1,6 @@
 """LSH attention. `reference` says what it means, `implementation` chooses how it is done."""
 
+from reformer_dist.ops.lsh.functional import lsh_attention
 from reformer_dist.ops.lsh.hashing import draw_rotations, seeded_rotations
 from reformer_dist.ops.lsh.implementation import bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule, WindowRule
@@ -12,5 +13,6 @@ __all__ = [
     "bucket_attention",
     "draw_rotations",
     "hash_vectors",
+    "lsh_attention",
     "seeded_rotations",
 ]

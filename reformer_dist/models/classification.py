@@ -1,0 +1,79 @@
+"""Classification of whole texts: hidden vectors of a text become one, and that becomes logits over classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from reformer_dist.config import ModelConfig, Pooling
+from reformer_dist.models.body import TokenModel
+from reformer_dist.models.context import ForwardContext, ForwardOptions
+from reformer_dist.models.initial import initialise
+from reformer_dist.ops.dropout import TokenPlaces, token_dropout
+
+IGNORED = -100
+
+
+class ReformerForSequenceClassification(TokenModel):
+    """One class for each text. config.pooling says which hidden vectors decide.
+
+    Trained on whole sequences or on slices of them (`models.sequence`): every rank then has the labels of the
+    whole rows, and returns its share of the loss.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, seed: int = 0) -> None:
+        super().__init__(config, vocab_size, seed)
+        self.n_classes = n_classes
+        self.head = ClassificationHead(config, n_classes)
+        initialise(self, config, seed)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
+        """tokens [B, S] -> logits [B, n_classes] float32, or with labels [B] the summed loss in nats.
+
+        A label of -100 is ignored. The keywords are those of `ForwardOptions`.
+        """
+        context = self._open(tokens, options)
+        logits: Tensor = self.head(pool(self._hidden(tokens, context), context, self.config.pooling), context)
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        return loss / context.sequence.n_parts
+
+
+class ClassificationHead(nn.Module):
+    """Dense, tanh, dense, with dropout before each, as in Hugging Face's head."""
+
+    def __init__(self, config: ModelConfig, n_classes: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.dense = nn.Linear(config.output_dim, config.dim)
+        self.to_logits = nn.Linear(config.dim, n_classes)
+
+    def forward(self, pooled: Tensor, context: ForwardContext) -> Tensor:
+        """pooled [B, output_dim] float32 -> logits [B, n_classes] float32."""
+        dense = self.dense(self._drop(pooled, "pooled", context).to(self.dense.weight.dtype))
+        return self.to_logits(self._drop(torch.tanh(dense), "dense", context)).float()
+
+    def _drop(self, x: Tensor, place: str, context: ForwardContext) -> Tensor:
+        only_place = TokenPlaces(context.places.first_row, torch.zeros(1, dtype=torch.int64, device=x.device))
+        seed = context.seed_for("head", place)
+        return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, only_place).squeeze(1)
+
+
+def pool(hidden: Tensor, context: ForwardContext, pooling: Pooling) -> Tensor:
+    """One vector [B, output_dim] float32 for each row of hidden [B, S, output_dim]; padding counts for nothing."""
+    mask, sequence, positions = context.key_padding_mask, context.sequence, context.places.positions
+    real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask
+    if pooling is Pooling.mean:
+        n_real = sequence.gather(real.sum(dim=1)).sum(dim=0)
+        weights = real / n_real.clamp_min(1).unsqueeze(1)
+    elif pooling is Pooling.first:
+        nearest = torch.where(real, positions, torch.iinfo(positions.dtype).max).amin(dim=1)
+        weights = real & (positions == sequence.gather(nearest).amin(dim=0).unsqueeze(1))
+    else:
+        farthest = torch.where(real, positions, -1).amax(dim=1)
+        weights = real & (positions == sequence.gather(farthest).amax(dim=0).unsqueeze(1))
+    here = (weights.unsqueeze(1).float() @ hidden.float()).squeeze(1)
+    return sequence.gather(here).sum(dim=0)

@@ -1,0 +1,65 @@
+"""Extractive question answering: where in a text its answer begins and ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from reformer_dist.config import ModelConfig
+from reformer_dist.models.body import TokenModel
+from reformer_dist.models.context import ForwardContext, ForwardOptions
+from reformer_dist.models.initial import initialise
+
+IGNORED = -100
+EXCLUDED = torch.finfo(torch.float32).min
+
+
+class ReformerForQuestionAnswering(TokenModel):
+    """Two logits for each token: that the answer begins with it, and that it ends with it.
+
+    A two-sided model (config.causal=False) is what the task wants. Trained on whole sequences or on slices of
+    them (`models.sequence`): every rank then has the labels of the whole rows, and returns its share of the loss.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
+        super().__init__(config, vocab_size, seed)
+        self.head = nn.Linear(config.output_dim, 2)
+        initialise(self, config, seed)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        answer_mask: Tensor | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """tokens [B, S] -> logits of the first and of the last token of the answer, [B, S] float32 each.
+
+        With labels [B, 2], first and last position of the answer in its text, whose first real token is at 0:
+        the loss of both in nats, summed. Labels of -100 are ignored. answer_mask [B, S]: True where an answer
+        may lie; the question's tokens, as padding always, get the lowest number there is as a logit. The other
+        keywords are those of `ForwardOptions`.
+        """
+        context = self._open(tokens, options)
+        logits = self.head(self._hidden(tokens, context)).float()
+        for allowed in (context.key_padding_mask, answer_mask):
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed.unsqueeze(-1), EXCLUDED)
+        if labels is None:
+            first, last = logits.unbind(dim=-1)
+            return first, last
+        return _cross_entropy_over_positions(logits, labels, context)
+
+
+def _cross_entropy_over_positions(logits: Tensor, labels: Tensor, context: ForwardContext) -> Tensor:
+    """This rank's share of the summed loss; logits [B, S, 2] of the positions at hand, labels [B, 2]."""
+    sequence, mask = context.sequence, context.key_padding_mask
+    is_label = context.places.positions.unsqueeze(-1) == labels.unsqueeze(1)
+    if mask is not None:
+        is_label = is_label & mask.unsqueeze(-1)
+    # over slices too: each has its own sum of exponentials, and one of them holds the label
+    of_label = sequence.gather(torch.where(is_label, logits, 0.0).sum(dim=1)).sum(dim=0)
+    of_all = sequence.gather(logits.logsumexp(dim=1)).logsumexp(dim=0)
+    return torch.where(labels == IGNORED, 0.0, of_all - of_label).sum() / sequence.n_parts

@@ -1,0 +1,49 @@
+"""LSH attention as one function of queries and values: hash and attend, for use without any module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reformer_dist.ops.lsh.hashing import draw_rotations
+from reformer_dist.ops.lsh.implementation import bucket_attention, hash_vectors
+from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+
+
+def lsh_attention(
+    qk: Tensor,
+    v: Tensor,
+    *,
+    n_hashes: int = 4,
+    n_buckets: int = 64,
+    window: int = 64,
+    causal: bool = True,
+    seed: int = 0,
+    key_padding_mask: Tensor | None = None,
+    scale: float = 1.0,
+    hash_scheme: str = "rotation",
+    count_pairs_once: bool = False,
+    dropout: float = 0.0,
+    dropout_seed: int = 0,
+    implementation: str = "auto",
+) -> Tensor:
+    """Shared query-key attention among tokens of one bucket, by the window rule: [B, H, S, D] like v.
+
+    qk, v [B, H, S, D], of any length S; keys are qk / |qk|, and logits scale * q.k. In each of n_hashes rounds
+    a token meets the members of its bucket at a sorted distance below `window`: earlier ones if causal. A token
+    that meets nobody attends to itself. seed: of the hash rotations; draw another for each layer and training
+    step. key_padding_mask [B, S]: True for real tokens. dropout: of weights, its mask a function of
+    dropout_seed. n_buckets: 1 or even. implementation: auto, triton, torch or reference. Time and memory grow
+    with S * n_hashes * window.
+    """
+    rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)
+    bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, implementation=implementation)
+    options = AttentionOptions(
+        rule=WindowRule(window, causal),
+        n_buckets=n_buckets,
+        scale=scale,
+        count_pairs_once=count_pairs_once,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
+        implementation=implementation,
+    )
+    return bucket_attention(qk, None, v, bucket_ids, options, key_padding_mask)

@@ -4,96 +4,256 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from reformer_dist.cli import run_command
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation import SamplingOptions, generate
+from reformer_dist.generation import (
+    BeamOptions,
+    Sampler,
+    SamplingOptions,
+    TextStream,
+    beam_search,
+    make_decoder,
+)
 from reformer_dist.load import LoadedModel, load_model
+
+ROWS_AT_A_TIME = 16
+SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.0}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-generate",
-        description="Goes on with a text, printing as it writes.",
+        description="Goes on with texts, printing as it writes.",
         epilog="example: reformer-generate outputs/quickstart --prompt 'def main('",
     )
-    parser.add_argument("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8")
-    parser.add_argument("--prompt", default="", help="the text to go on from")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to write (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0 means all")
-    parser.add_argument("--top-p", type=float, default=0.95, help="only the likeliest tokens up to this share")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
+    add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="the text to go on from; may be repeated")
+    add(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file whose whole text is a prompt, which is not printed again; - is standard input",
+    )
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
+    add("--samples", type=int, default=1, metavar="N", help="texts to write for each prompt (default: 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it; may be repeated")
+    add("--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: 0.8)")
+    add("--top-k", type=int, metavar="K", help="only the k likeliest tokens (default: 0, all)")
+    add("--top-p", type=float, metavar="P", help="only the likeliest tokens up to this share (default: 0.95)")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repetitions (default: 1)")
+    add("--beams", type=int, metavar="N", help="beam search instead of sampling; prints the best texts")
+    add(
+        "--length-penalty", type=float, metavar="X", help="of beam search: above 1 favours long texts (default: 1)"
+    )
+    add("--seed", type=int, default=0, help="of the samples (default: 0)")
     return parser
 
 
+@dataclass(frozen=True)
+class Prompt:
+    name: str
+    """As errors call it."""
+    text: bytes
+    is_shown: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, checked as far as it can be without a model."""
+
+    prompts: list[Prompt]
+    n_tokens: int
+    n_samples: int
+    stops: list[str]
+    sampling: SamplingOptions
+    beams: BeamOptions | None
+
+
 def run_generation(arguments: argparse.Namespace) -> None:
-    """Loads, checks and writes."""
-    options = _sampling_options(arguments)
+    """Checks, loads and writes."""
+    request = _request(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(arguments.run, arguments.overrides, device)
-    prompt = _encode_prompt(loaded, arguments.prompt)
-    room = _room(loaded, prompt.numel())
-    n_tokens = arguments.max_new_tokens if room is None else min(arguments.max_new_tokens, room)
-    sys.stdout.write(arguments.prompt)
-    n_written = _stream(loaded, generate(loaded.model, prompt.to(device), n_tokens, options))
-    if n_written == n_tokens < arguments.max_new_tokens:
+    prompts = [_encode(loaded, prompt, device) for prompt in request.prompts]
+    writer = _Writer(request)
+    if request.beams is not None:
+        _search(loaded, prompts, request, request.beams, writer)
+    else:
+        size = max(1, ROWS_AT_A_TIME // request.n_samples)
+        for first in range(0, len(prompts), size):
+            _sample(loaded, prompts[first : first + size], first, request, writer)
+    if writer.is_out_of_room:
         longest = loaded.config.model.max_positions
         sys.stderr.write(f"stopped: the model's positions end at {longest} tokens, prompt included\n")
 
 
-def _stream(loaded: LoadedModel, tokens: Iterator[int]) -> int:
-    """Writes tokens as they come, up to the end of the text; returns how many it wrote."""
-    ids: list[int] = []
-    shown = 0
-    for token in tokens:
-        if token == loaded.tokenizer.eos_id:
-            break
-        ids.append(token)
-        # a character may be spread over several tokens: it is shown when it is whole
-        whole = loaded.tokenizer.decode(ids).rstrip("\ufffd")
-        sys.stdout.write(whole[shown:])
-        sys.stdout.flush()
-        shown = max(shown, len(whole))
-    sys.stdout.write(loaded.tokenizer.decode(ids)[shown:] + "\n")
-    return len(ids)
+class _Writer:
+    """Prints texts one behind the other: the first that is not whole as it grows, later ones when it is."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._n_rows = len(request.prompts) * request.n_samples
+        self._waiting = [""] * self._n_rows
+        self._ended: set[int] = set()
+        self._row = 0
+        self.is_out_of_room = False
+        self._begin()
+
+    def write(self, row: int, text: str) -> None:
+        if row != self._row:
+            self._waiting[row] += text
+        elif text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def end(self, row: int) -> None:
+        self._ended.add(row)
+        while self._row in self._ended:
+            sys.stdout.write("\n")
+            self._row += 1
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._row == self._n_rows:
+            return
+        number, sample = divmod(self._row, self._request.n_samples)
+        if self._n_rows > 1:
+            sys.stdout.write(f"==> prompt {number + 1}, text {sample + 1} <==\n")
+        prompt = self._request.prompts[number]
+        self.write(self._row, prompt.text.decode(errors="replace") if prompt.is_shown else "")
+        self.write(self._row, self._waiting[self._row])
 
 
-def _sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
-    for name, value, fits, right in (
-        ("max-new-tokens", arguments.max_new_tokens, arguments.max_new_tokens > 0, "must be positive"),
-        ("temperature", arguments.temperature, arguments.temperature >= 0, "must not be negative"),
-        ("top-k", arguments.top_k, arguments.top_k >= 0, "must not be negative"),
-        ("top-p", arguments.top_p, 0 < arguments.top_p <= 1, "must be above 0 and at most 1"),
-    ):
-        if not fits:
-            raise ConfigError(f"--{name} {value}: {right}")
-    return SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+def _sample(
+    loaded: LoadedModel, prompts: list[torch.Tensor], first: int, request: Request, writer: _Writer
+) -> None:
+    tokenizer, n_samples = loaded.tokenizer, request.n_samples
+    sampler = Sampler(
+        make_decoder(loaded.model, loaded.config.model),
+        prompts,
+        request.sampling,
+        n_samples=n_samples,
+        first_prompt=first,
+        unpunished=tokenizer.eos_id,
+    )
+    texts = {row: TextStream(tokenizer.decode, request.stops) for row in sampler.rows}
+    limits = {row: _limit(loaded, prompts[row // n_samples], request.n_tokens) for row in sampler.rows}
+    n_written = 0
+    while sampler.rows:
+        ended = set()
+        n_written += 1
+        for row, token in sampler.step().items():
+            text, shown = texts[row], first * n_samples + row
+            is_eos = token == tokenizer.eos_id
+            writer.write(shown, "" if is_eos else text.add(token))
+            if is_eos or text.is_stopped or n_written == limits[row]:
+                writer.write(shown, text.close())
+                writer.end(shown)
+                ended.add(row)
+                writer.is_out_of_room |= not (is_eos or text.is_stopped) and n_written < request.n_tokens
+        sampler.end(ended)
 
 
-def _encode_prompt(loaded: LoadedModel, text: str) -> torch.Tensor:
+def _search(
+    loaded: LoadedModel, prompts: list[torch.Tensor], request: Request, options: BeamOptions, writer: _Writer
+) -> None:
+    tokenizer = loaded.tokenizer
+    decoder = make_decoder(loaded.model, loaded.config.model)
+    # as many tokens as a stop string can lie across, each of a byte
+    tail = max((len(stop.encode()) for stop in request.stops), default=0) + 4
+
+    def is_end(tokens: list[int]) -> bool:
+        if tokens[-1] == tokenizer.eos_id or not request.stops:
+            return tokens[-1] == tokenizer.eos_id
+        newest = tokenizer.decode(tokens[-tail:])
+        return any(stop in newest for stop in request.stops)
+
+    for number, prompt in enumerate(prompts):
+        limit = _limit(loaded, prompt, request.n_tokens)
+        found = beam_search(decoder, prompt, limit, options, is_end)
+        for sample in range(request.n_samples):
+            row = number * request.n_samples + sample
+            if sample < len(found):
+                text = TextStream(tokenizer.decode, request.stops)
+                tokens = found[sample].tokens
+                writer.write(row, "".join(map(text.add, tokens)) + text.close())
+                writer.is_out_of_room |= limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
+            writer.end(row)
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    for name, value in (("max-new-tokens", arguments.max_new_tokens), ("samples", arguments.samples)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: must be positive")
+    if "" in arguments.stop:
+        raise ConfigError("--stop '': must not be empty")
+    prompts = [Prompt("--prompt", text.encode(errors="surrogateescape"), True) for text in arguments.prompt]
+    prompts += [_read_prompt(name) for name in arguments.prompt_file]
+    return Request(
+        prompts or [Prompt("--prompt", b"", True)],
+        arguments.max_new_tokens,
+        arguments.samples,
+        arguments.stop,
+        _sampling(arguments),
+        _beams(arguments),
+    )
+
+
+def _sampling(arguments: argparse.Namespace) -> SamplingOptions:
+    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    if given and arguments.beams is not None:
+        option = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{option} {next(iter(given.values()))}: excludes --beams, which draws nothing")
+    return SamplingOptions(**{**SAMPLING, **given}, seed=arguments.seed)
+
+
+def _beams(arguments: argparse.Namespace) -> BeamOptions | None:
+    length_penalty = arguments.length_penalty
+    if arguments.beams is None:
+        if length_penalty is not None:
+            raise ConfigError(f"--length-penalty {length_penalty}: needs --beams")
+        return None
+    if arguments.samples > arguments.beams:
+        raise ConfigError(f"--samples {arguments.samples}: must be at most --beams {arguments.beams}")
+    return BeamOptions(arguments.beams, 1.0 if length_penalty is None else length_penalty)
+
+
+def _read_prompt(name: str) -> Prompt:
+    option = f"--prompt-file {name}"
+    try:
+        text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option}: can't be read ({error.strerror})") from error
+    if not text:
+        raise ConfigError(f"{option}: is empty; it must hold the text to go on from")
+    return Prompt(option, text, False)
+
+
+def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> torch.Tensor:
     """Token ids [S] of an end-of-text token and the prompt: a document begins behind the end of another."""
     tokenizer = loaded.tokenizer
-    ids = [tokenizer.eos_id, *tokenizer.encode(text.encode()).tolist()]
-    room = _room(loaded, len(ids))
-    if room is not None and room < 1:
-        longest = loaded.config.model.max_positions
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist()], device=device)
+    longest = loaded.config.model.max_positions
+    if longest is not None and ids.numel() >= longest:
         raise ConfigError(
-            f"--prompt: has {len(ids) - 1} tokens, and this model takes at most {(longest or 0) - 2}; "
+            f"{prompt.name}: has {ids.numel() - 1} tokens, and this model takes at most {longest - 2}; "
             "shorten it, or train with longer positions"
         )
-    return torch.tensor(ids)
+    return ids
 
 
-def _room(loaded: LoadedModel, n_tokens: int) -> int | None:
-    """Tokens that fit behind n_tokens; None for any number."""
+def _limit(loaded: LoadedModel, prompt: torch.Tensor, n_tokens: int) -> int:
+    """Tokens to write behind a prompt [S]."""
     longest = loaded.config.model.max_positions
-    return None if longest is None else longest - n_tokens
+    return n_tokens if longest is None else min(n_tokens, longest - prompt.numel())
 
 
 def main() -> None:

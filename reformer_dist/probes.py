@@ -12,7 +12,7 @@ from reformer_dist.config import RunConfig
 from reformer_dist.data import Corpus, EvalBatch, heldout_batches
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
-from reformer_dist.generation import SamplingOptions, generate
+from reformer_dist.generation import SamplingOptions, generate, make_decoder
 from reformer_dist.log import logger
 from reformer_dist.models import ReformerLM
 from reformer_dist.ops.lsh.health import LSHHealth
@@ -66,7 +66,9 @@ class Probes:
         longest = self._config.model.max_positions or self._config.data.seq_len
         n_tokens = max(0, min(self._config.trainer.sample_tokens, longest - prompt.numel()))
         options = SamplingOptions(seed=self._config.trainer.seed)
-        tokens = generate(self._engine.forward, prompt, n_tokens, options)
+        # through the engine, whose stage 3 gathers each layer's weights for every call
+        decoder = make_decoder(self._engine.forward, self._config.model)
+        tokens = generate(decoder, prompt, n_tokens, options)
         drawn = list(self._stop.until_stopped(tokens, self._runtime))
         tokenizer = self._corpus.tokenizer
         self._journal.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)

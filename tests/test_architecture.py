@@ -16,6 +16,7 @@ ALLOWED = {
     "config": {"errors"},
     "ops": set(),
     "models": {"config", "ops", "seeds"},
+    "generation": {"config", "errors", "models", "seeds"},
     "data": {"errors"},
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},

@@ -1,0 +1,84 @@
+"""What generation asks of a model: the logits behind some texts, which then grow by a token each at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reformer_dist.config import ModelConfig
+from reformer_dist.errors import ConfigError
+from reformer_dist.models.decoding import DecodingState, why_not_incremental
+
+Model = Callable[..., Tensor]
+"""`ReformerLM.forward`, or what stands before it, such as a training engine's forward."""
+
+
+class Decoder(Protocol):
+    """Of B texts. Logits are [B, V] on the model's device, in float32."""
+
+    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Logits behind prompts [B, S], whose padding (mask False) stands before the text. Forgets other texts."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits behind one more token [B] of each text."""
+        ...
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Makes text i what text rows[i] was: rows [N] int64 may repeat some and leave others out."""
+        ...
+
+
+def make_decoder(model: Model, config: ModelConfig) -> Decoder:
+    """With a cache; where the model has none, by the whole forward for each token. Raises ConfigError."""
+    if not config.causal:
+        raise ConfigError("model.causal=false: a two-sided model writes no text; use one with model.causal=true")
+    return CachedDecoder(model, config) if why_not_incremental(config) is None else RecomputingDecoder(model)
+
+
+class CachedDecoder:
+    """The cost of a token does not grow with its text, exact layers apart."""
+
+    def __init__(self, model: Model, config: ModelConfig) -> None:
+        self._model, self._config = model, config
+        self._state = DecodingState(config)
+
+    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        self._state = DecodingState(self._config)
+        return self._logits(tokens, key_padding_mask)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._logits(tokens.unsqueeze(1), None)
+
+    def select_rows(self, rows: Tensor) -> None:
+        self._state.select_rows(rows)
+
+    def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        return self._model(tokens, key_padding_mask=mask, sequence=self._state, logits_to_keep=1)[:, -1]
+
+
+class RecomputingDecoder:
+    """Each token costs a forward pass over what stands before it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        self._tokens, self._mask = tokens, key_padding_mask
+        return self._logits()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._tokens = torch.cat([self._tokens, tokens.unsqueeze(1)], dim=1)
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+        return self._logits()
+
+    def select_rows(self, rows: Tensor) -> None:
+        self._tokens = self._tokens[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+
+    def _logits(self) -> Tensor:
+        return self._model(self._tokens, key_padding_mask=self._mask, logits_to_keep=1)[:, -1]

@@ -149,11 +149,41 @@ def test_generate_and_evaluate_want_a_checkpoint(tmp_path):
         assert str(tmp_path) in complaint(result.stderr)
 
 
-@pytest.mark.parametrize("option", ["--temperature=-1", "--top-p=0", "--top-k=-3", "--max-new-tokens=0"])
-def test_generate_refuses_senseless_options(option, capsys):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature=-1"],
+        ["--top-p=0"],
+        ["--top-k=-3"],
+        ["--max-new-tokens=0"],
+        ["--samples=0"],
+        ["--repetition-penalty=0"],
+        ["--stop="],
+        ["--beams=0"],
+        ["--length-penalty=1"],
+        ["--samples=3", "--beams=2"],
+        ["--temperature=0.5", "--beams=2"],
+        ["--prompt-file=no/such/file"],
+    ],
+    ids=" ".join,
+)
+def test_generate_refuses_senseless_options(options):
     """In this process: the check comes before anything is loaded."""
     from reformer_dist.errors import ConfigError
     from reformer_dist.generate import build_parser, run_generation
 
-    with pytest.raises(ConfigError, match=option.split("=")[0].lstrip("-")):
-        run_generation(build_parser().parse_args(["nowhere", option]))
+    with pytest.raises(ConfigError, match=options[0].split("=")[0].lstrip("-")):
+        run_generation(build_parser().parse_args(["nowhere", *options]))
+
+
+def test_generate_refuses_an_empty_prompt_file_and_unknown_options(tmp_path, capsys):
+    from reformer_dist.errors import ConfigError
+    from reformer_dist.generate import build_parser, run_generation
+
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(ConfigError, match=r"empty\.txt: is empty"):
+        run_generation(build_parser().parse_args(["nowhere", "--prompt-file", str(empty)]))
+    with pytest.raises(SystemExit):
+        build_parser().parse_intermixed_args(["nowhere", "--beam-width", "3"])
+    assert "unrecognized arguments: --beam-width" in capsys.readouterr().err

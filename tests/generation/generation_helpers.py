@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TableDecoder:
-    """Logits behind token t are table[t]; with `depth`, those of the last two tokens."""
+    """Logits behind a token, or behind two, are a row of the table."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table

@@ -66,4 +66,4 @@ def test_any_text(text: str, stops: list[str]) -> None:
     assert is_stopped == bool(ends)
     whole = text[: min(ends)] if ends else text
     places = [whole.find(stop) for stop in stops if stop in whole]
-    assert "".join(parts) == whole[: min(places)] if places else whole
+    assert "".join(parts) == (whole[: min(places)] if places else whole)

@@ -1,0 +1,93 @@
+"""reformer-generate on a small trained run: prompts from everywhere, several texts, where they end."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from reformer_dist.errors import ConfigError
+from reformer_dist.generate import build_parser, run_generation
+
+
+@pytest.fixture
+def write(trained: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        run_generation(build_parser().parse_intermixed_args([str(trained), *arguments]))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_prompts_from_arguments_files_and_standard_input(write, tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"time water")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"time water")))
+    given = write("--prompt", "time water", "--max-new-tokens", "12")
+    assert given.startswith("time water") and given.endswith("\n")
+    # a file's text is not printed again
+    assert write("--prompt-file", str(file), "--max-new-tokens", "12") == given.removeprefix("time water")
+    assert write("--prompt-file", "-", "--max-new-tokens", "12") == given.removeprefix("time water")
+
+
+def test_several_prompts_and_samples(write):
+    options = ("--samples", "2", "--max-new-tokens", "12", "--seed", "3")
+    output = write("--prompt", "time", "--prompt", "little house ", *options)
+    texts = output.split("==> ")[1:]
+    assert [text.split(" <==\n")[0] for text in texts] == [
+        f"prompt {prompt}, text {text}" for prompt in (1, 2) for text in (1, 2)
+    ]
+    bodies = [text.split(" <==\n")[1].removesuffix("\n") for text in texts]
+    assert all(body.startswith("time") for body in bodies[:2])
+    assert all(body.startswith("little house ") for body in bodies[2:])
+    assert len(set(bodies)) == 4
+    # the first sample does not depend on what else is written
+    assert write("--prompt", "time", "--max-new-tokens", "12", "--seed", "3") == bodies[0] + "\n"
+
+
+def test_more_rounds_than_it_was_trained_with(write):
+    assert write("--prompt", "time", "model.n_hashes=8", "--max-new-tokens", "5").startswith("time")
+
+
+def test_a_stop_string_ends_the_text_before_it(write):
+    whole = write("--prompt", "time", "--max-new-tokens", "40", "--temperature", "0").removesuffix("\n")
+    stop = whole[10:13]
+    text = write("--prompt", "time", "--max-new-tokens", "40", "--temperature", "0", "--stop", stop)
+    assert text == whole[: whole.index(stop, len("time"))] + "\n"
+    searched = write("--prompt", "time", "--max-new-tokens", "40", "--beams", "1")
+    assert searched == whole + "\n"
+    # a search that meets one goes on with the next best beginning
+    assert stop not in write("--prompt", "time", "--max-new-tokens", "40", "--beams", "2", "--stop", stop)
+
+
+def test_the_best_beams_are_printed(write):
+    output = write("--prompt", "time", "--max-new-tokens", "6", "--beams", "3", "--samples", "2")
+    first, second = (text.split(" <==\n")[1] for text in output.split("==> ")[1:])
+    assert first.startswith("time") and second.startswith("time") and first != second
+
+
+def test_it_writes_up_to_the_last_position(trained, capsys):
+    """Of 128 positions the end of text before the prompt takes one; the other row goes on when the first ends."""
+    prompts = ["--prompt", "x" * 117, "--prompt", "y"]
+    arguments = [str(trained), *prompts, "--max-new-tokens", "30", "--temperature", "0"]
+    run_generation(build_parser().parse_intermixed_args(arguments))
+    printed = capsys.readouterr()
+    first, second = (text.split(" <==\n")[1].removesuffix("\n") for text in printed.out.split("==> ")[1:])
+    assert (len(first), len(second)) == (127, 31)
+    assert printed.err == "stopped: the model's positions end at 128 tokens, prompt included\n"
+
+
+def test_a_prompt_that_is_too_long_is_named(write, tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_bytes(b"x" * 127)
+    with pytest.raises(ConfigError, match=r"long\.txt: has 127 tokens, and this model takes at most 126"):
+        write("--prompt-file", str(file))
+
+
+def test_models_of_the_chunk_rule_write_too(write):
+    assert write("--prompt", "time", "model.neighbours=chunk", "--max-new-tokens", "5").startswith("time")

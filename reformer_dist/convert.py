@@ -20,7 +20,7 @@ from reformer_dist.compose import plain
 from reformer_dist.config import DataConfig, RunConfig
 from reformer_dist.data import Tokenizer
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop import hugging_face, to_hugging_face
+from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_face, trax
 from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, Options
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.load import load_model
@@ -28,6 +28,8 @@ from reformer_dist.load import load_model
 EPILOG = """\
 sources:
   a directory of Hugging Face's transformers (config.json of model_type reformer, safetensors)
+  one of reformer_pytorch: model.safetensors, and the arguments of ReformerLM in config.json
+  one of Trax: model.weights.npy.gz or model.pkl.gz, and the arguments of ReformerLM in config.json
   a run directory, a checkpoint or an export of this package: written as a directory of transformers
 
 examples:
@@ -70,13 +72,23 @@ def run_conversion(arguments: argparse.Namespace) -> None:
 def _is_ours(source: Path) -> bool:
     path = source / CONFIG_FILE
     if not path.is_file():
-        return True  # a run or a checkpoint, or nothing: loading tells
+        return not trax.is_trax(source)  # a run or a checkpoint, or nothing: loading tells
     options = Options.read(path)
     return "shapes" in options and "config" in options
 
 
 def _read_foreign(source: Path) -> ForeignModel:
-    return hugging_face.read(source)
+    if trax.is_trax(source):
+        return trax.read(source)
+    options = Options.read(source / CONFIG_FILE)
+    if "model_type" in options:
+        return hugging_face.read(source)
+    if "num_tokens" in options:
+        return reformer_pytorch.read(source)
+    raise CheckpointError(
+        f"{options.path}: is of no known system: a model of transformers has model_type in it, one of "
+        "reformer_pytorch the arguments of ReformerLM (num_tokens, ...); Trax has model.pkl.gz beside it"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,287 @@
+"""Arrays, numbers, texts and containers out of a pickle, without running any of it.
+
+Opcodes are read by `pickletools.genops`, which executes nothing, and carried out here: those that make plain
+values, and the few names by which NumPy writes arrays, for which there are stand-ins. Nothing is imported and
+nothing is called that the file names; every other opcode and name is refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from reformer_dist.errors import CheckpointError
+
+CORE = ("numpy.core.multiarray", "numpy._core.multiarray")
+NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
+NUMBERS: tuple[str, ...] = (
+    "bool",
+    "bool_",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+)
+NUMBERS += ("float16", "float32", "float64")
+PLAIN = "biuf"  # kinds of dtype that hold numbers
+
+
+class Refused(Exception):
+    """What a file asks for that is not carried out."""
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name that the file mentions: it stands for nothing but itself."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class _DType:
+    def __init__(self, name: object) -> None:
+        if not isinstance(name, str):
+            raise Refused(f"a dtype of {name!r}")
+        try:
+            self.value = np.dtype(name)
+        except (TypeError, ValueError) as error:
+            raise Refused(f"the dtype {name!r}") from error
+        if self.value.kind not in PLAIN:
+            raise Refused(f"the dtype {name!r}")
+
+    def set_state(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.value = self.value.newbyteorder(state[1])
+
+
+class _Array:
+    value: np.ndarray[Any, Any] | None = None
+
+    def set_state(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.value = _array(data, dtype, shape, "F" if is_fortran else "C")
+
+
+class _Ignored:
+    """An object that no weights are in, such as the shapes that a model was called with."""
+
+    def set_state(self, state: Any) -> None: ...
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray[Any, Any]:
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
+        raise Refused("an array of something else than numbers")
+    return np.frombuffer(data, dtype=dtype.value).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _array(data, dtype, (), "C")[()]
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if encoding != "latin1" or not isinstance(text, str):
+        raise Refused(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+# what a name stands for where the file calls it
+STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
+    **{(module, "_reconstruct"): lambda *_: _Array() for module in CORE},
+    **{(module, "scalar"): _scalar for module in CORE},
+    **{(module, "_frombuffer"): _array for module in NUMERIC},
+    ("numpy", "dtype"): lambda name, *_: _DType(name),
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): lambda *_: {},
+    ("collections", "defaultdict"): lambda *_: {},
+    ("trax.shapes", "ShapeDtype"): lambda *_: _Ignored(),
+}
+BUILTINS = ("builtins", "__builtin__")
+# what may be spoken of, but not called
+MENTIONED = {
+    ("numpy", "ndarray"),
+    *((module, name) for module in BUILTINS for name in ("list", "dict")),
+    *(("numpy", name) for name in NUMBERS),
+}
+VALUES = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+}
+MARK = object()
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, arg: Any) -> None:
+        if name in VALUES:
+            self.stack.append(arg)
+        elif name in CONSTANTS:
+            self.stack.append(CONSTANTS[name]())
+        elif hasattr(self, f"do_{name}"):
+            getattr(self, f"do_{name}")(arg)
+        else:
+            raise Refused(f"the opcode {name}")
+
+    def _since_mark(self) -> list[Any]:
+        items: list[Any] = []
+        while (item := self.stack.pop()) is not MARK:
+            items.append(item)
+        return items[::-1]
+
+    def do_PROTO(self, arg: Any) -> None: ...
+
+    def do_FRAME(self, arg: Any) -> None: ...
+
+    def do_STOP(self, arg: Any) -> None: ...
+
+    def do_MARK(self, arg: Any) -> None:
+        self.stack.append(MARK)
+
+    def do_POP(self, arg: Any) -> None:
+        self.stack.pop()
+
+    def do_POP_MARK(self, arg: Any) -> None:
+        self._since_mark()
+
+    def do_MEMOIZE(self, arg: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def do_PUT(self, arg: Any) -> None:
+        self.memo[int(arg)] = self.stack[-1]
+
+    do_BINPUT = do_LONG_BINPUT = do_PUT
+
+    def do_GET(self, arg: Any) -> None:
+        self.stack.append(self.memo[int(arg)])
+
+    do_BINGET = do_LONG_BINGET = do_GET
+
+    def do_TUPLE(self, arg: Any) -> None:
+        self.stack.append(tuple(self._since_mark()))
+
+    def do_LIST(self, arg: Any) -> None:
+        self.stack.append(self._since_mark())
+
+    def do_DICT(self, arg: Any) -> None:
+        items = self._since_mark()
+        self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+
+    def do_TUPLE1(self, arg: Any) -> None:
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def do_TUPLE2(self, arg: Any) -> None:
+        self.stack[-2:] = [tuple(self.stack[-2:])]
+
+    def do_TUPLE3(self, arg: Any) -> None:
+        self.stack[-3:] = [tuple(self.stack[-3:])]
+
+    def do_APPEND(self, arg: Any) -> None:
+        self._extend([self.stack.pop()])
+
+    def do_APPENDS(self, arg: Any) -> None:
+        self._extend(self._since_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise Refused("to append to something else than a list")
+        self.stack[-1].extend(items)
+
+    def do_SETITEM(self, arg: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
+
+    def do_SETITEMS(self, arg: Any) -> None:
+        self._update(self._since_mark())
+
+    def _update(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not dict:
+            raise Refused("to set items of something else than a dict")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def do_GLOBAL(self, arg: Any) -> None:
+        module, name = arg.split(" ", 1)
+        self._mention(module, name)
+
+    def do_STACK_GLOBAL(self, arg: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self._mention(module, name)
+
+    def _mention(self, module: Any, name: Any) -> None:
+        if (module, name) not in STAND_INS and (module, name) not in MENTIONED:
+            raise Refused(f"the name {module}.{name}")
+        self.stack.append(_Name(module, name))
+
+    def do_REDUCE(self, arg: Any) -> None:
+        arguments, what = self.stack.pop(), self.stack.pop()
+        if (
+            not isinstance(what, _Name)
+            or (what.module, what.name) not in STAND_INS
+            or type(arguments) is not tuple
+        ):
+            raise Refused(f"to call {what}")
+        self.stack.append(STAND_INS[what.module, what.name](*arguments))
+
+    do_NEWOBJ = do_REDUCE
+
+    def do_BUILD(self, arg: Any) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _DType | _Array | _Ignored):
+            raise Refused(f"to set the state of {self.stack[-1]!r}")
+        self.stack[-1].set_state(state)
+
+
+def read_pickle(data: bytes, where: str) -> Any:
+    """The value of a pickle: containers, texts and numbers as they are, arrays as NumPy's.
+
+    Raises CheckpointError for what is not carried out, by the name of its opcode, or no pickle.
+    """
+    machine, asked = _Machine(), ""
+    try:
+        for opcode, arg, place in pickletools.genops(data):
+            asked = f"asks, at byte {place}, by {opcode.name}, for"
+            machine.step(opcode.name, arg)
+        (value,) = machine.stack
+        return _plain(value)
+    except Refused as refused:
+        _refuse(where, f"{asked} {refused}", refused)
+    except RecursionError as error:
+        _refuse(where, "holds itself", error)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
+        _refuse(where, f"can't be read as a pickle ({type(error).__name__}: {error})", error)
+
+
+def _refuse(where: str, what: str, cause: BaseException) -> NoReturn:
+    raise CheckpointError(f"{where}: {what}; only arrays, numbers, texts and containers are read") from cause
+
+
+def _plain(value: Any) -> Any:
+    """With arrays in place of what stands for them."""
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

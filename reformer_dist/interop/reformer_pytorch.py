@@ -1,0 +1,261 @@
+"""Language models of reformer_pytorch, in: the state of a `ReformerLM`, and the options that it was built with.
+
+A state dict holds no options: config.json beside it is the JSON object of ReformerLM's keyword arguments.
+Written against reformer_pytorch 1.4.4; docs/interop.md says what is equal.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position
+from reformer_dist.errors import CheckpointError
+from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, Tensors, fitted, shapes_of
+from reformer_dist.models import ReformerLM
+from reformer_dist.models.embedding import SinusoidalPositions
+
+SYSTEM = "reformer_pytorch"
+WAY_OUT = """where you trust it, write it anew with these lines:
+  import torch, safetensors.torch as st
+  state = torch.load("FILE", weights_only=True)
+  st.save_file({name: x.clone() for name, x in state.items()}, "model.safetensors")"""
+FLOAT = (int, float)
+# with the value that they must have, and why another has no counterpart
+WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
+    "n_local_attn_heads": (0, "heads of one layer are alike here; local attention has layers of its own"),
+    "num_mem_kv": (0, "no layer here has keys that stand for no token"),
+    "pkm_layers": ([], "no layer here looks up a product-key memory"),
+    "use_scale_norm": (False, "layers here have a layer norm"),
+    "use_rezero": (False, "layers here have a layer norm, and no gate"),
+    "ff_activation": (None, "a class can't be named in JSON; leave it out, for GELU"),
+    "return_embeddings": (False, "a model without a head can't be used here"),
+}
+# what changes how, not what, is computed; or training alone
+WITHOUT_EFFECT = (
+    "ff_chunks",
+    "attn_chunks",
+    "post_attn_dropout",
+    "random_rotations_per_head",
+    "reverse_thres",
+    "pkm_num_keys",
+)
+
+
+def read(folder: Path) -> ForeignModel:
+    """The model of a folder with config.json and model.safetensors. Raises CheckpointError."""
+    options = Options.read(folder / CONFIG_FILE)
+    notes: list[str] = []
+    options.only(WITHOUT_COUNTERPART)
+    for name in WITHOUT_EFFECT:
+        options.take(name)
+    for name, words in (
+        ("layer_dropout", "layers are not left out in training here"),
+        ("full_attn_thres", "texts up to that length have exact attention there, and LSH attention here"),
+    ):
+        if options.take(name, 0):
+            notes.append(f"{name}: {words}")
+    tensors = Tensors(folder, WAY_OUT)
+    model = _Model(options, _State(tensors), notes)
+    options.close("ReformerLM of reformer_pytorch")
+    return ForeignModel(SYSTEM, Head.language_model, model.config, model.vocab_size, model.weights(), notes)
+
+
+class _State:
+    """Tensors by the names that they have in a ReformerLM, whatever wraps it."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        inner = next((name for name in sorted(tensors.names()) if name.endswith("token_emb.weight")), None)
+        if inner is None:
+            right = "it must be the state of a ReformerLM; a Reformer alone has no vocabulary"
+            raise CheckpointError(f"{tensors.folder}: holds no token_emb.weight: {right}")
+        self._prefix = inner.removesuffix("token_emb.weight")
+        self.folder, self._taken = tensors.folder, set[str]()
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._tensors.names()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self._taken.add(self._prefix + name)
+        return fitted(self._tensors.get(self._prefix + name), shape, name, self.folder)
+
+    def close(self) -> None:
+        """Refuses tensors that nobody has taken; every layer is saved twice, and frequencies are no weights."""
+        known = (".irrev_blocks.", "inv_freq")
+        strays = self._tensors.names() - self._taken
+        strays = {name for name in strays if not any(word in name for word in known)}
+        if strays:
+            raise CheckpointError(
+                f"{self.folder}: {min(strays)} is no tensor of the model that its options describe"
+            )
+
+
+class _Model:
+    def __init__(self, options: Options, state: _State, notes: list[str]) -> None:
+        self._state = state
+        self.vocab_size: int = options.need("num_tokens", int)
+        self.max_seq_len: int = options.need("max_seq_len", int)
+        self.emb_dim: int = options.take("emb_dim", None) or options.need("dim", int)
+        self.one_value_head = bool(options.take("one_value_head", False))
+        self.ties_embedding = bool(options.take("weight_tie_embedding", False))
+        self.bucket_size: int = options.take("bucket_size", 64, kind=int)
+        self.position = _position(options)
+        self.axial_shape = options.take("axial_position_shape", None) or [
+            math.ceil(self.max_seq_len / self.bucket_size),
+            self.bucket_size,
+        ]
+        if options.take("weight_tie", False):
+            notes.append("weight_tie: layers that share their parameters there have copies of their own here")
+        self.config = self._config(options, notes)
+
+    def _config(self, options: Options, notes: list[str]) -> ModelConfig:
+        dim: int = options.need("dim", int)
+        head_dim: int = options.take("dim_head", None, kind=(int, type(None))) or 64
+        use_full = bool(options.take("use_full_attn", False))
+        if use_full and self.position is Position.rotary:
+            options.refuse(
+                "use_full_attn", "exact attention there does not see rotary positions: it has none at all"
+            )
+        n_hashes: int = options.take("n_hashes", 4, kind=int)
+        chosen = self._exact() if use_full else self._chunked(n_hashes, notes)
+        is_table = self.position is Position.sinusoidal and self.emb_dim != dim
+        return ModelConfig(
+            dim=dim,
+            n_layers=options.need("depth", int),
+            n_heads=options.take("heads", 8, kind=int),
+            head_dim=head_dim,
+            layers=[AttentionKind.lsh],
+            causal=options.take("causal", False, kind=bool),
+            qk_scale=head_dim**-0.5,
+            attention_bias=True,
+            ff_mult=options.take("ff_mult", 4, kind=int),
+            activation=Activation.glu if options.take("ff_glu", False) else Activation.gelu,
+            position=Position.learned if is_table else self.position,
+            axial_shape=list(self.axial_shape),
+            axial_sum=self.position is Position.axial,
+            max_seq_len=self.max_seq_len,
+            attention_dropout=float(options.take("lsh_dropout", 0.0, kind=FLOAT)),
+            ff_dropout=float(options.take("ff_dropout", 0.0, kind=FLOAT)),
+            **chosen,
+        )
+
+    def _chunked(self, n_hashes: int, notes: list[str]) -> dict[str, Any]:
+        n_buckets = max(2, 2 * (self.max_seq_len // (2 * self.bucket_size)))
+        notes.append(
+            f"n_buckets={n_buckets} is that of texts of max_seq_len={self.max_seq_len} tokens; there, it is each "
+            f"text's length / bucket_size: for those of S tokens alone, model.n_buckets=S/{self.bucket_size} "
+            f"model.bucket_factors=[S/{self.bucket_size}]"
+        )
+        return {
+            "n_hashes": n_hashes,
+            "n_buckets": n_buckets,
+            "bucket_factors": [n_buckets],
+            "neighbours": NeighbourRule.chunk,
+            "chunk_len": self.bucket_size,
+            "chunk_wrap": True,
+        }
+
+    def _exact(self) -> dict[str, Any]:
+        """Shared query-key attention to everything: one bucket, and a window that has no end."""
+        return {"n_hashes": 1, "n_buckets": 1, "neighbours": NeighbourRule.window, "window": self.max_seq_len}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Ours, by name. Raises CheckpointError."""
+        found = {**self._embedding(), **self._head()}
+        for layer in range(self.config.n_layers):
+            found.update(self._layer(layer))
+        dim = self.config.dim
+        found["stack.norm.weight"] = self._get("norm.weight", dim)
+        found["stack.norm.bias"] = self._get("norm.bias", dim)
+        self._state.close()
+        shapes = shapes_of(lambda: ReformerLM(self.config, self.vocab_size))
+        return {name: fitted(found[name], shape, name, self._state.folder) for name, shape in shapes.items()}
+
+    def _get(self, name: str, *shape: int) -> Tensor:
+        return self._state.get(name, shape)
+
+    def _embedding(self) -> dict[str, Tensor]:
+        """With emb_dim, tokens and positions as they are behind the layer that widens them."""
+        config, width = self.config, self.emb_dim
+        table = self._get("token_emb.weight", self.vocab_size, width)
+        positions: dict[str, Tensor] = {}
+        if self.position is Position.axial:
+            for side, length in enumerate(self.axial_shape):
+                older = f"pos_emb.weights_{side}"
+                name = older if older in self._state else f"pos_emb.weights.{side}"
+                positions[f"embedding.positions.tables.{side}"] = self._get(name, length, width)
+        elif self.position is Position.learned:
+            positions["embedding.positions.table"] = self._get("pos_emb.emb.weight", self.max_seq_len, width)
+        elif self.position is Position.sinusoidal and width != config.dim:
+            positions["embedding.positions.table"] = SinusoidalPositions(width)(torch.arange(self.max_seq_len))
+        if width == config.dim:
+            return {"embedding.tokens.weight": table, **positions}
+        widen, bias = (
+            self._get("to_model_dim.weight", config.dim, width),
+            self._get("to_model_dim.bias", config.dim),
+        )
+        positions = {name: x @ widen.T for name, x in positions.items()}
+        return {"embedding.tokens.weight": table @ widen.T + bias, **positions}
+
+    def _head(self) -> dict[str, Tensor]:
+        width, dim = self.emb_dim, self.config.dim
+        if self.ties_embedding:
+            self._get("out.1.tensor", self.vocab_size, width)
+            weight = F.normalize(self._get("token_emb.weight", self.vocab_size, width), dim=-1)
+            bias = torch.zeros(self.vocab_size)
+        else:
+            weight = self._get("out.1.weight", self.vocab_size, width)
+            bias = self._get("out.1.bias", self.vocab_size)
+        if width != dim:
+            narrow = self._get("out.0.weight", width, dim)
+            bias = bias + weight @ self._get("out.0.bias", width)
+            weight = weight @ narrow
+        return {"head.weight": weight, "head.bias": bias}
+
+    def _layer(self, layer: int) -> dict[str, Tensor]:
+        config, theirs = self.config, f"reformer.layers.blocks.{layer}"
+        dim, inner, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
+        attention, feed = f"{theirs}.f.net", f"{theirs}.g.net"
+        to_qk = self._get(f"{attention}.fn.toqk.weight", inner, dim)
+        if config.position is Position.rotary:
+            # they turn neighbouring pairs of channels, we those that lie half a head apart
+            pairs = to_qk.view(config.n_heads, -1, 2, dim)
+            to_qk = pairs.transpose(1, 2).reshape(inner, dim)
+        n_values = 1 if self.one_value_head else config.n_heads
+        to_v = self._get(f"{attention}.fn.tov.weight", n_values * config.resolved_head_dim, dim)
+        wide = 2 * ff_dim if config.activation is Activation.glu else ff_dim
+        to_inner = [self._get(f"{feed}.fn.fn.w1.weight", wide, dim), self._get(f"{feed}.fn.fn.w1.bias", wide)]
+        if config.activation is Activation.glu:
+            # their gate comes first, ours behind the value
+            to_inner = [torch.cat(x.chunk(2)[::-1]) for x in to_inner]
+        found = {
+            "attention_norm.weight": self._get(f"{attention}.norm.weight", dim),
+            "attention_norm.bias": self._get(f"{attention}.norm.bias", dim),
+            "attention.to_q.weight": to_qk,
+            "attention.to_v.weight": to_v.repeat(config.n_heads // n_values, 1),
+            "attention.to_out.weight": self._get(f"{attention}.fn.to_out.weight", dim, inner),
+            "attention.to_out.bias": self._get(f"{attention}.fn.to_out.bias", dim),
+            "feed_forward_norm.weight": self._get(f"{feed}.norm.weight", dim),
+            "feed_forward_norm.bias": self._get(f"{feed}.norm.bias", dim),
+            "feed_forward.to_inner.weight": to_inner[0],
+            "feed_forward.to_inner.bias": to_inner[1],
+            "feed_forward.to_out.weight": self._get(f"{feed}.fn.fn.w2.weight", dim, ff_dim),
+            "feed_forward.to_out.bias": self._get(f"{feed}.fn.fn.w2.bias", dim),
+        }
+        return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in found.items()}
+
+
+def _position(options: Options) -> Position:
+    kinds = {
+        "axial_position_emb": Position.axial,
+        "absolute_position_emb": Position.learned,
+        "fixed_position_emb": Position.sinusoidal,
+    }
+    given = [kind for name, kind in kinds.items() if options.take(name, False)]
+    return given[0] if given else Position.rotary

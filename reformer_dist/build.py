@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from reformer_dist.compose import plain
-from reformer_dist.config import RunConfig
+from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
 from reformer_dist.feed import Feed, QuarantineFile, open_training_corpus
 from reformer_dist.log import logger
-from reformer_dist.models import ReformerLM
 from reformer_dist.models.block import Block
 from reformer_dist.probes import Probes
 from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config, write_config
 from reformer_dist.runnable import require_attention
 from reformer_dist.share import share_sequences
+from reformer_dist.tasks import Task, make_task
 from reformer_dist.training.checkpoints import Checkpoints, find_start
 from reformer_dist.training.intake import Intake
 from reformer_dist.training.journal import Journal
@@ -43,13 +44,14 @@ def build_trainer(
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     runtime.together(lambda: require_attention(config.model, runtime.device))
     corpus = runtime.together(lambda: open_training_corpus(config))
+    task = runtime.together(lambda: _make_task(config, corpus))
     sequence = share_sequences(config, runtime, micro_batch)
     folder = make_run_folder(config, runtime, resources)
     start = find_start(config, runtime)  # after that: no other job may add checkpoints any more
 
     feed = runtime.together(lambda: Feed.open(config, corpus, start))
     config = feed.with_last_step(config)
-    model = ReformerLM(config.model, corpus.tokenizer.vocab_size, config.trainer.seed).to(runtime.device)
+    model = task.build_model().to(runtime.device)
     description, tokenizer_files = _describe(config, corpus, model)
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
@@ -59,21 +61,29 @@ def build_trainer(
         for line in changed_keys(start.run["config"], config):
             logger.info(f"  changed since: {line}")
     progress = checkpoints.restore(start) if start is not None else Progress()
-    loader = feed.loader(config, sequence.grid, micro_batch)
+    loader = feed.loader(config, sequence.grid, micro_batch, task.make_example)
     resources.callback(loader.close)
     write_config(config, runtime)
     journal = Journal(folder, is_active=runtime.is_main, first_step=progress.step)
     resources.callback(journal.close)
-    probes = Probes(config, runtime, engine, sequence, corpus, journal, stop)
+    probes = Probes(config, runtime, engine, sequence, corpus, task, journal, stop)
     _announce(config, runtime, corpus, description["shapes"], n_micro)
-    bytes_per_token = corpus.total("text_bytes", "train") / corpus.total("tokens", "train")
+    bytes_per_token = None
+    if config.task.kind is TaskKind.language_model:
+        bytes_per_token = corpus.total("text_bytes", "train") / corpus.total("tokens", "train")
     intake = Intake(runtime, sequence, loader, QuarantineFile(folder).add, stop)
     return Trainer(
         config, runtime, engine, sequence, intake, checkpoints, probes, journal, progress, bytes_per_token
     )
 
 
-def _describe(config: RunConfig, corpus: Corpus, model: ReformerLM) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _make_task(config: RunConfig, corpus: Corpus) -> Task:
+    task = make_task(config, corpus.tokenizer, corpus.labels)
+    task.check(corpus)
+    return task
+
+
+def _describe(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What a checkpoint says of its run, and the files, if any, that its tokenizer needs to be loaded again."""
     with tempfile.TemporaryDirectory() as folder:
         specification = corpus.tokenizer.save(Path(folder))
@@ -82,6 +92,7 @@ def _describe(config: RunConfig, corpus: Corpus, model: ReformerLM) -> tuple[dic
         "config": plain(config),
         "tokenizer": specification,
         "vocab_size": corpus.tokenizer.vocab_size,
+        "labels": corpus.labels,
         "data": corpus.record(),
         "shapes": parameter_shapes(model),
     }
@@ -92,11 +103,12 @@ def _announce(
     config: RunConfig, runtime: Runtime, corpus: Corpus, shapes: dict[str, list[int]], n_micro: int
 ) -> None:
     n_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    tokens = config.data.batch_size * config.data.seq_len
+    rows = config.data.batch_size
+    size = f"{rows * config.data.seq_len:,} tokens" if config.task.packs_text else f"{rows:,} samples"
     ranks = f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}"
     logger.info(
         f"{n_parameters:,} parameters | ZeRO stage {config.deepspeed.stage}, "
-        f"{config.trainer.precision.name}, {ranks} | {tokens:,} tokens a step in {n_micro} micro-batch"
+        f"{config.trainer.precision.name}, {ranks} | {size} a step in {n_micro} micro-batch"
         f"{'es' if n_micro > 1 else ''} | {corpus.total('tokens', 'train'):,} training tokens in "
         f"{len(corpus.parts('train'))} shards"
     )

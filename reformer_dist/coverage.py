@@ -60,7 +60,7 @@ def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
     for batch in batches:
         sequence = MeasuredSequence()
         inputs, labels = batch.inputs.to(device), batch.labels.to(device)
-        loaded.model(inputs, labels, key_padding_mask=labels != IGNORED_LABEL, sequence=sequence)
+        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORED_LABEL, sequence=sequence)
         totals = totals or [Coverage() for _ in sequence.layers]
         for total, layer in zip(totals, sequence.layers, strict=True):
             total.add(layer)

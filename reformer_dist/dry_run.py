@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from reformer_dist.compose import to_yaml
-from reformer_dist.config import LauncherKind, RunConfig
+from reformer_dist.config import LauncherKind, RunConfig, TaskKind
 from reformer_dist.distributed import runtime
 from reformer_dist.engine.setup import deepspeed_dict
 from reformer_dist.errors import ConfigError
@@ -25,6 +25,7 @@ MEMINFO = Path("/proc/meminfo")
 
 def dry_run(config: RunConfig, flag: str) -> None:
     """Prints the plan on rank 0. Raises the UserError that a run would raise of its configuration or data."""
+    _require_language_model(config)
     memory = read_memory(flag)
     device = "cuda" if memory is not None or torch.cuda.is_available() else "cpu"
     ranks_per_node, world_size = count_ranks(config)
@@ -37,6 +38,13 @@ def dry_run(config: RunConfig, flag: str) -> None:
     plan = replace(plan, memory_limit=memory or _memory_here(device, ranks_per_node))
     if runtime.env_rank() == 0:
         sys.stdout.write(to_yaml(config) + "\n" + describe(plan) + "\n")
+
+
+def _require_language_model(config: RunConfig) -> None:
+    known = (TaskKind.language_model, TaskKind.masked_language_model, TaskKind.completion)
+    if config.task.kind not in known:
+        right = f"plans are of {', '.join(kind.name for kind in known)}"
+        raise ConfigError(f"{FLAG}: knows no task.kind={config.task.kind.name}; {right}")
 
 
 def read_memory(flag: str) -> float | None:

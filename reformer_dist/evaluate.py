@@ -1,23 +1,24 @@
-"""Entry: held-out loss and bits per byte of a trained model. `reformer-evaluate RUN [key=value ...]`."""
+"""Entry: how good a trained model is at its task. `reformer-evaluate RUN [key=value ...]`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from reformer_dist.baselines import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.cli import run_command
-from reformer_dist.data import IGNORED_LABEL, Corpus, EvalBatch, heldout_batches
+from reformer_dist.config import TaskKind
+from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.errors import CheckpointError
+from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.feed import open_corpus
 from reformer_dist.load import LoadedModel, load_model
-from reformer_dist.log import logger
 from reformer_dist.share import share_sequences
+from reformer_dist.tasks import Rows
 from reformer_dist.training.evaluator import EvalResult, evaluate
 
 MICRO_BATCH = 8
@@ -26,7 +27,7 @@ MICRO_BATCH = 8
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-evaluate",
-        description="Held-out loss of a trained model, beside what simple compressors make of the same text.",
+        description="What a trained model makes of held-out data: the loss, and the measures of its task.",
         epilog="example: reformer-evaluate outputs/quickstart --rows 200 model.n_hashes=8",
     )
     parser.add_argument("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
@@ -34,6 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=..."
     )
     parser.add_argument("--rows", type=int, default=0, help="held-out rows to use; 0, the default, means all")
+    parser.add_argument("--batch", type=int, default=MICRO_BATCH, help=f"rows at a time (default: {MICRO_BATCH})")
+    parser.add_argument("--split", choices=SPLITS, default="heldout", help="heldout, or the samples of train")
+    parser.add_argument("--rounds", metavar="N,N,...", help="a table over so many hash rounds, such as 1,2,4,8")
     return parser
 
 
@@ -41,61 +45,103 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
     """Evaluates as one rank of the job; rank 0 prints."""
     job = runtime.start()
     with failures.named(job):
-        _evaluate(arguments, job)
+        lines = _table(arguments, job) if arguments.rounds else _evaluate(arguments, job)
+        if job.is_main:
+            print("\n".join(lines))
 
 
-def _evaluate(arguments: argparse.Namespace, job: Runtime) -> None:
-    loaded = job.together(lambda: load_model(arguments.run, arguments.overrides, job.device))
-    corpus = job.together(lambda: _open_corpus(loaded))
-
-    def batches(rank: int, size: int) -> Iterator[EvalBatch]:
-        data = loaded.config.data
-        return heldout_batches(
-            corpus,
-            seq_len=data.seq_len,
-            rows=arguments.rows,
-            micro_batch_size=MICRO_BATCH,
-            dp_rank=rank,
-            dp_size=size,
-            max_damaged_share=data.max_damaged_share,
-            report=lambda damage: logger.warning(f"not evaluated: {damage}"),
-        )
-
-    sequence = share_sequences(loaded.config, job, MICRO_BATCH)
-    grid = sequence.grid
-    token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes)
-    result = evaluate(loaded.model, batches(grid.dp_rank, grid.dp_size), token_bytes, job, sequence)
-    if job.is_main:
-        print(_report(loaded, result, _text_of(batches(0, 1), loaded)))
+def _evaluate(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+    loaded, corpus = _open(arguments, [], job)
+    result = _held_out(arguments, loaded, corpus, job)
+    lines = [f"checkpoint: {loaded.checkpoint}"]
+    if loaded.config.task.kind is TaskKind.language_model:
+        return [*lines, *_of_text(result, _text(arguments, loaded, corpus))]
+    lines += [
+        f"task: {loaded.config.task.kind.name}",
+        *_numbers(result, "held-out" if arguments.split == "heldout" else "training"),
+    ]
+    own = _rows(arguments, loaded, job.rank, job.world_size)
+    return [*lines, *loaded.task.measure(loaded.model, corpus, own, lambda mine: _joined(job, mine))]
 
 
-def _open_corpus(loaded: LoadedModel) -> Corpus:
-    corpus = open_corpus(loaded.config.data, ["heldout"])
+def _table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+    lines: list[str] = []
+    for rounds in _read_rounds(arguments.rounds):
+        loaded, corpus = _open(arguments, [f"model.n_hashes={rounds}"], job)
+        values = _held_out(arguments, loaded, corpus, job).values()
+        if not lines:
+            lines = [f"checkpoint: {loaded.checkpoint}", "".join(f"{name:>16}" for name in ("rounds", *values))]
+        lines.append(f"{rounds:>16}" + "".join(f"{value:>16.4f}" for value in values.values()))
+    return lines
+
+
+def _read_rounds(words: str) -> list[int]:
+    numbers = words.split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ConfigError(f"--rounds {words}: must be positive numbers with commas between, such as 1,2,4,8")
+    return [int(number) for number in numbers]
+
+
+def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> tuple[LoadedModel, Corpus]:
+    if arguments.batch < 1 or arguments.rows < 0:
+        raise ConfigError(f"--batch {arguments.batch} --rows {arguments.rows}: must be at least 1, and at least 0")
+    loaded = job.together(lambda: load_model(arguments.run, [*arguments.overrides, *overrides], job.device))
+    return loaded, job.together(lambda: _open_corpus(loaded, arguments.split))
+
+
+def _open_corpus(loaded: LoadedModel, split: str) -> Corpus:
+    corpus = open_corpus(loaded.config.data, [split])
     if corpus.tokenizer.vocab_size != loaded.tokenizer.vocab_size:
         raise CheckpointError(
             f"data.path={corpus.where}: has a vocabulary of {corpus.tokenizer.vocab_size}, "
             f"the model was trained with one of {loaded.tokenizer.vocab_size}"
         )
+    loaded.task.check(corpus)
     return corpus
 
 
-def _text_of(batches: Iterator[EvalBatch], loaded: LoadedModel) -> bytes:
+def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> Rows:
+    if arguments.split != "heldout" and loaded.config.task.packs_text:
+        raise ConfigError(f"--split {arguments.split}: is for tasks that read samples; text is measured held out")
+    share = loaded.config.data.max_damaged_share
+    return Rows(arguments.rows, arguments.batch, rank, size, share, arguments.split)
+
+
+def _held_out(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
+    sequence = share_sequences(loaded.config, job, arguments.batch)
+    task, grid = loaded.task, sequence.grid
+    batches = task.heldout(corpus, _rows(arguments, loaded, grid.dp_rank, grid.dp_size))
+    predict = task.predict if task.tells_accuracy else None
+    return evaluate(loaded.model, batches, task.token_bytes, job, sequence, predict)
+
+
+def _joined(job: Runtime, mine: list[Any]) -> list[Any]:
+    return [each for of_rank in job.gather(mine) for each in of_rank]
+
+
+def _text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) -> bytes:
     """The text that was predicted."""
-    ids = torch.cat([batch.labels[batch.labels != IGNORED_LABEL] for batch in batches])
+    batches = loaded.task.heldout(corpus, _rows(arguments, loaded, 0, 1))
+    labels = (batch.tensors["labels"] for batch in batches)
+    ids = torch.cat([each[each != IGNORED_LABEL] for each in labels])
     return loaded.tokenizer.decode(ids.tolist()).encode()
 
 
-def _report(loaded: LoadedModel, result: EvalResult, text: bytes) -> str:
-    return "\n".join(
-        [
-            f"checkpoint: {loaded.checkpoint}",
-            f"held-out text: {result.text_bytes:,} bytes, {result.tokens:,} tokens",
-            f"held-out loss: {result.loss:.4f} nats per token",
-            f"held-out bits per byte: {result.bits_per_byte:.4f}",
-            f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
-            f"  gzip -9 of the same text: {gzip_bits_per_byte(text):.4f}",
-        ]
-    )
+def _of_text(result: EvalResult, text: bytes) -> list[str]:
+    return [
+        f"held-out text: {result.text_bytes:,} bytes, {result.labels:,} tokens",
+        f"held-out loss: {result.loss:.4f} nats per token",
+        f"held-out bits per byte: {result.bits_per_byte:.4f}",
+        f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
+        f"  gzip -9 of the same text: {gzip_bits_per_byte(text):.4f}",
+    ]
+
+
+def _numbers(result: EvalResult, of: str) -> list[str]:
+    lines = [f"{of} loss: {result.loss:.4f} nats, of {result.labels:,} labels"]
+    if result.bits_per_byte is not None:
+        lines.append(f"{of} bits per byte: {result.bits_per_byte:.4f}")
+    return lines if result.accuracy is None else [*lines, f"{of} accuracy: {100 * result.accuracy:.2f} %"]
 
 
 def main() -> None:

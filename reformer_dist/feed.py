@@ -12,10 +12,10 @@ from reformer_dist.config import DataConfig, RunConfig
 from reformer_dist.data import (
     Corpus,
     Damage,
+    MakeExample,
     Order,
     Quarantine,
     Start,
-    TextRows,
     TrainLoader,
     consumed_hash,
     explain_changes,
@@ -66,6 +66,7 @@ class Feed:
             batch_size=data.batch_size,
             seq_len=data.seq_len,
             shuffle=data.shuffle,
+            by_sample=not config.task.packs_text,
         )
         if checkpoint is None:
             return cls(corpus, order, Start())
@@ -88,7 +89,9 @@ class Feed:
         logger.info(f"data.epochs={config.data.epochs} ends the run at step {last}")
         return replace(config, trainer=replace(config.trainer, max_steps=max(1, last)))
 
-    def loader(self, config: RunConfig, grid: SequenceGrid, micro_batch: int) -> TrainLoader:
+    def loader(
+        self, config: RunConfig, grid: SequenceGrid, micro_batch: int, make_example: MakeExample
+    ) -> TrainLoader:
         """The batches of a data-parallel rank."""
         data = config.data
         n_samples = self.corpus.total("samples", "train")
@@ -100,7 +103,7 @@ class Feed:
             dp_size=grid.dp_size,
             start=self.start,
             passes=data.epochs or None,
-            make_example=TextRows(data.seq_len, self.corpus.tokenizer.eos_id, data.mask_document_starts),
+            make_example=make_example,
             workers=data.workers,
         )
 

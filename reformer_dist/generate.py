@@ -137,7 +137,7 @@ def _sample(
 ) -> None:
     tokenizer, n_samples = loaded.tokenizer, request.n_samples
     sampler = Sampler(
-        make_decoder(loaded.model, loaded.config.model),
+        make_decoder(loaded.language_model, loaded.config.model),
         prompts,
         request.sampling,
         n_samples=n_samples,
@@ -166,7 +166,7 @@ def _search(
     loaded: LoadedModel, prompts: list[torch.Tensor], request: Request, options: BeamOptions, writer: _Writer
 ) -> None:
     tokenizer = loaded.tokenizer
-    decoder = make_decoder(loaded.model, loaded.config.model)
+    decoder = make_decoder(loaded.language_model, loaded.config.model)
     # as many tokens as a stop string can lie across, each of a byte
     tail = max((len(stop.encode()) for stop in request.stops), default=0) + 4
 

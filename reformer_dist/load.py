@@ -6,25 +6,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from reformer_dist.checkpoint import CheckpointReader, Export, resolve_checkpoint
 from reformer_dist.checkpoint.export import CONFIG_FILE as EXPORTED
 from reformer_dist.compose import run_config_from
-from reformer_dist.config import RunConfig
+from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Tokenizer, load_tokenizer
+from reformer_dist.errors import CheckpointError
 from reformer_dist.models import ReformerLM
 from reformer_dist.runnable import require_attention
+from reformer_dist.tasks import Task, make_task
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    model: ReformerLM
-    """In evaluation mode, float32, on the device asked for."""
+    model: nn.Module
+    """Of its task's kind, in evaluation mode, float32, on the device asked for."""
+    task: Task
     config: RunConfig
     """Of the training run, with the overrides."""
     tokenizer: Tokenizer
     checkpoint: Path
     step: int
+
+    @property
+    def language_model(self) -> ReformerLM:
+        """The model, if it is one that writes text. Raises CheckpointError."""
+        kind = self.config.task.kind
+        if kind in (TaskKind.language_model, TaskKind.completion) and isinstance(self.model, ReformerLM):
+            return self.model
+        right = "what goes on from a text is a language_model or a completion; see reformer-evaluate"
+        raise CheckpointError(f"{self.checkpoint}: its task.kind is {kind.name}; {right}")
 
 
 def load_model(path: Path, overrides: list[str], device: torch.device) -> LoadedModel:
@@ -39,10 +52,19 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_implementation"}
     config = run_config_from(saved, overrides)
     require_attention(config.model, device)
-    model = ReformerLM(config.model, reader.run["vocab_size"], config.trainer.seed)
-    reader.load_weights(model)
     tokenizer = load_tokenizer(reader.run["tokenizer"], reader.folder)
-    return LoadedModel(model.to(device).eval(), config, tokenizer, reader.folder, reader.step)
+    _require_vocabulary(reader, tokenizer)
+    task = make_task(config, tokenizer, reader.run.get("labels", ()))
+    model = task.build_model()
+    reader.load_weights(model)
+    return LoadedModel(model.to(device).eval(), task, config, tokenizer, reader.folder, reader.step)
+
+
+def _require_vocabulary(reader: CheckpointReader | Export, tokenizer: Tokenizer) -> None:
+    expected = reader.run["vocab_size"]
+    if tokenizer.vocab_size != expected:
+        right = f"the model was trained with one of {expected}; bring its own tokenizer back"
+        raise CheckpointError(f"{reader.folder}: its tokenizer has {tokenizer.vocab_size} tokens; {right}")
 
 
 def _open(path: Path) -> CheckpointReader | Export:

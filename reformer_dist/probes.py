@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import RunConfig
-from reformer_dist.data import Corpus, EvalBatch, heldout_batches
+from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.generation import SamplingOptions, generate, make_decoder
 from reformer_dist.log import logger
-from reformer_dist.models import ReformerLM
+from reformer_dist.models.body import TokenModel
 from reformer_dist.ops.lsh.health import LSHHealth
 from reformer_dist.parallel import SlicedSequence
+from reformer_dist.tasks import HeldoutBatch, Rows, Task
 from reformer_dist.training.evaluator import evaluate
+from reformer_dist.training.intake import MicroBatch
 from reformer_dist.training.journal import Journal
 from reformer_dist.training.stopping import StopSignal
 
@@ -34,12 +36,12 @@ class Probes:
         engine: TrainEngine,
         sequence: SlicedSequence,
         corpus: Corpus,
+        task: Task,
         journal: Journal,
         stop: StopSignal,
     ) -> None:
         self._config, self._runtime, self._engine, self._sequence = config, runtime, engine, sequence
-        self._corpus, self._journal, self._stop = corpus, journal, stop
-        self._token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes)
+        self._corpus, self._task, self._journal, self._stop = corpus, task, journal, stop
         self._micro_batch, _ = config.micro_batching(runtime.world_size)
 
     def evaluate(self, step: int, seconds: float) -> None:
@@ -51,18 +53,23 @@ class Probes:
         grid = self._sequence.grid
         batches = self._batches(self._config.data.eval_rows, self._micro_batch, grid.dp_rank, grid.dp_size)
         batches = self._stop.until_stopped(batches, self._runtime)
-        result = evaluate(self._engine.forward, batches, self._token_bytes, self._runtime, self._sequence)
-        logger.info(
-            f"step {step} | held-out loss {result.loss:.3f} | held-out bits per byte {result.bits_per_byte:.3f}"
+        result = evaluate(
+            self._engine.forward,
+            batches,
+            self._task.token_bytes,
+            self._runtime,
+            self._sequence,
+            self._task.predict if self._task.tells_accuracy else None,
         )
-        values = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
+        logger.info(f"step {step} | {result}")
+        values = {f"eval/{name}": value for name, value in result.values().items()}
         self._journal.scalars({**values, **self._health()}, step, seconds)
         self._engine.train(True)
 
     def sample(self, step: int) -> None:
         """A text that goes on from the first held-out tokens; every rank writes it, whole."""
         self._engine.train(False)
-        prompt = self._first_row()[0, 1 : PROMPT_TOKENS + 1]
+        prompt = self._first_rows()["tokens"][0, 1 : PROMPT_TOKENS + 1].to(self._runtime.device)
         longest = self._config.model.max_positions or self._config.data.seq_len
         n_tokens = max(0, min(self._config.trainer.sample_tokens, longest - prompt.numel()))
         options = SamplingOptions(seed=self._config.trainer.seed)
@@ -74,33 +81,27 @@ class Probes:
         self._journal.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(drawn), step)
         self._engine.train(True)
 
-    def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[EvalBatch]:
-        return heldout_batches(
-            self._corpus,
-            seq_len=self._config.data.seq_len,
-            rows=rows,
-            micro_batch_size=micro_batch,
-            dp_rank=rank,
-            dp_size=size,
-            max_damaged_share=self._config.data.max_damaged_share,
-            report=lambda damage: logger.warning(f"not evaluated: {damage}"),
-        )
+    def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[HeldoutBatch]:
+        share = self._config.data.max_damaged_share
+        return self._task.heldout(self._corpus, Rows(rows, micro_batch, rank, size, share))
 
-    def _first_row(self) -> Tensor:
-        """Inputs [1, seq_len] of the first held-out row, on every rank the same."""
-        return next(self._batches(1, 1, 0, 1)).inputs.to(self._runtime.device)
+    def _first_rows(self) -> dict[str, Tensor]:
+        """The first held-out row, on every rank the same."""
+        return next(self._batches(1, 1, 0, 1)).tensors
 
     @torch.no_grad()
     def _health(self) -> dict[str, float]:
         model = self._engine.module
-        assert isinstance(model, ReformerLM)
-        row, sequence = self._sequence.take(self._first_row(), 0), self._sequence
-        mask = sequence.key_padding_mask(1, row.device)
+        rows = MicroBatch.of(self._first_rows(), self._sequence)
+        given = rows.to(self._runtime.device)
         health: list[LSHHealth] = []
+        values = {}
         with self._engine.autocast():
-            model(row, row, key_padding_mask=mask, health=health, sequence=sequence)
-            drift = model.reversible_drift(row, key_padding_mask=mask, sequence=sequence).item()
-        values = {"reversible/drift": max(self._runtime.gather(drift))}
+            model(**given, **rows.sequences, health=health)
+            if isinstance(model, TokenModel) and "source" not in given:
+                mask, sequence = given.get("key_padding_mask"), rows.sequences["sequence"]
+                drift = model.reversible_drift(given["tokens"], key_padding_mask=mask, sequence=sequence).item()
+                values["reversible/drift"] = max(self._runtime.gather(drift))
         if health:
             values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in health)
             values["lsh/full_windows"] = fmean(layer.full_windows for layer in health)

@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reformer_dist.data import (
     SPLITS,
+    TEXT_FIELDS,
     BpeTokenizer,
     ByteTokenizer,
+    Record,
     Tokenizer,
     WriteSummary,
-    is_heldout,
     iterate_documents,
-    write_dataset,
+    read_jsonl,
+    read_parallel,
+    read_squad,
+    split_records,
+    write_records,
 )
 from reformer_dist.errors import DataError
 
@@ -28,9 +36,16 @@ inputs:
   a text file    is cut at blank lines into some 64 documents of 2 to 64 KiB
   a .gz file     is read as what it holds
 
+samples of several texts, for tasks other than a language model:
+  --source F --target F       parallel text, a sample in each line: translations
+  INPUT.jsonl --fields A B    fields of each line, such as document and summary; --label for a class
+  INPUT.json --squad          questions, and the contexts that hold the answers
+
 examples:
   python tools/make_shards.py book.txt --output data/book
   python tools/make_shards.py src/ --suffix .py --suffix .md --output data/code --shard-mb 1
+  python tools/make_shards.py --source train.en --target train.de --heldout-from test.en test.de \\
+      --tokenizer bpe --vocab-size 4000 --output data/en-de
   python tools/make_shards.py corpus.jsonl.gz --tokenizer bpe --vocab-size 8192 --output data/corpus
 """
 
@@ -38,14 +53,18 @@ examples:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        tokenizer = choose_tokenizer(arguments)
-        summary = write_dataset(
-            documents(arguments),
+        form = Form.of(arguments)
+        tokenizer = choose_tokenizer(arguments, form)
+        summary = write_records(
+            form.records(),
             arguments.output,
             tokenizer,
             shard_bytes=int(arguments.shard_mb * 2**20),
             heldout_fraction=arguments.heldout,
             overwrite=arguments.overwrite,
+            heldout=form.heldout() if form.heldout else None,
+            fields=form.fields,
+            labels=sorted({record.facts["label"] for record in form.records()}) if arguments.label else (),
         )
     except DataError as error:
         print(f"make_shards.py: error: {error}", file=sys.stderr)
@@ -54,13 +73,59 @@ def main() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Form:
+    """How the inputs are read, as often as it takes."""
+
+    fields: tuple[str, ...]
+    records: Callable[[], Iterator[Record]]
+    heldout: Callable[[], Iterator[Record]] | None
+    """What is held out, where that is given apart."""
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Form:
+        """Raises DataError where a file is missing."""
+        given: list[Path] = arguments.heldout_from
+        if arguments.source:
+            read: Callable[..., Iterator[Record]] = read_parallel
+            pairs: list[tuple[Any, ...]] = [(arguments.source, arguments.target), tuple(given)]
+            fields = ("source", "target")
+        elif arguments.squad:
+            read, pairs, fields = read_squad, [(arguments.inputs,), (given,)], ("question", "context")
+        elif arguments.fields:
+            fields = tuple(arguments.fields)
+            read = partial(read_jsonl, fields=fields, label=arguments.label)
+            pairs = [(arguments.inputs,), (given,)]
+        else:
+            read = partial(read_text, suffixes=arguments.suffix, jsonl_field=arguments.jsonl_field)
+            pairs, fields = [(arguments.inputs,), (given,)], TEXT_FIELDS
+        return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if given else None)
+
+
+def read_text(paths: list[Path], suffixes: list[str], jsonl_field: str) -> Iterator[Record]:
+    return (Record(name, (text,)) for name, text in iterate_documents(paths, suffixes, jsonl_field))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files and folders that hold the text")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help="files and folders that hold the text")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the data set")
+    add("--source", type=Path, metavar="FILE", help="parallel text: line by line what --target is written for")
+    add("--target", type=Path, metavar="FILE", help="parallel text: as many lines as --source")
+    add("--fields", nargs="+", metavar="NAME", help="fields of each line of .jsonl that are its texts, in order")
+    add("--label", metavar="NAME", help="--fields: the field that says how the text is to be classified")
+    add("--squad", action="store_true", help="inputs are in SQuAD's format, version 1.1")
+    add(
+        "--heldout-from",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="hold this out, in the form of the inputs (for parallel text: source and target), and nothing else",
+    )
     add(
         "--tokenizer",
         choices=("bytes", "bpe"),
@@ -86,24 +151,42 @@ def parse_arguments() -> argparse.Namespace:
     add("--jsonl-field", default="text", metavar="NAME", help="field that holds the text (default: text)")
     add("--overwrite", action="store_true", help="replace the data set that DIR holds")
     arguments = parser.parse_args()
-    if arguments.tokenizer == "bytes" and (arguments.tokenizer_file or arguments.vocab_size):
-        parser.error("--tokenizer-file and --vocab-size need --tokenizer bpe")
-    if arguments.tokenizer_file and arguments.vocab_size:
-        parser.error("--vocab-size is for learning a tokenizer; --tokenizer-file has one")
+    problem = find_problem(arguments)
+    if problem:
+        parser.error(problem)
     return arguments
 
 
-def documents(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
-    return iterate_documents(arguments.inputs, arguments.suffix, arguments.jsonl_field)
+def find_problem(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments together, if anything is."""
+    is_parallel = arguments.source is not None or arguments.target is not None
+    checks = {
+        "--source and --target go together": (arguments.source is None) == (arguments.target is None),
+        "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
+        "--source, --fields and --squad exclude one another": is_parallel
+        + bool(arguments.fields)
+        + arguments.squad
+        <= 1,
+        "--label needs --fields": not arguments.label or bool(arguments.fields),
+        "--heldout-from needs two files, source and target, with --source": not is_parallel
+        or len(arguments.heldout_from) in (0, 2),
+        "--tokenizer-file and --vocab-size need --tokenizer bpe": arguments.tokenizer == "bpe"
+        or not (arguments.tokenizer_file or arguments.vocab_size),
+        "--vocab-size is for learning a tokenizer; --tokenizer-file has one": not (
+            arguments.tokenizer_file and arguments.vocab_size
+        ),
+    }
+    return next((words for words, is_fine in checks.items() if not is_fine), None)
 
 
-def choose_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
     if arguments.tokenizer == "bytes":
         return ByteTokenizer()
     if arguments.tokenizer_file:
         return BpeTokenizer.load(arguments.tokenizer_file)
     # held-out text teaches the tokenizer nothing either
-    texts = (text for _, text in documents(arguments) if not is_heldout(text, arguments.heldout))
+    training = split_records(form.records(), () if form.heldout else None, arguments.heldout)
+    texts = (text for split, record in training if split == "train" for text in record.fields)
     return BpeTokenizer.train(texts, arguments.vocab_size or 8192)
 
 
@@ -118,7 +201,7 @@ def show(summary: WriteSummary, tokenizer: Tokenizer, folder: Path) -> None:
     share = summary.total("text_bytes", "heldout") / summary.total("text_bytes")
     print(f"  held out: {share:.1%} of the text")
     if summary.empty:
-        print(f"  left out: {summary.empty:,} empty documents")
+        print(f"  left out: {summary.empty:,} documents that, or one of whose fields, are empty")
     if summary.replaced:
         print(f"  replaced: bytes that are not UTF-8, in {summary.replaced:,} documents")
 

@@ -26,17 +26,17 @@ def main() -> None:
     data, run = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():
         suffixes = [] if arguments.text else ["--suffix", ".py"]
-        _say(f"Cutting {text} into shards")
+        say(f"Cutting {text} into shards")
         make_shards = [sys.executable, str(TOOLS / "make_shards.py"), str(text), *suffixes]
-        _run([*make_shards, "--shard-mb", "1", "--heldout", "0.1", "--output", str(data)])
+        execute([*make_shards, "--shard-mb", "1", "--heldout", "0.1", "--output", str(data)])
     paths = [f"data.path={data}", f"output_dir={run}"]
-    train = [_command("reformer-train"), f"experiment={EXPERIMENT}", *paths, *arguments.overrides]
-    _say("Training (the same command resumes)")
-    _run(train)
-    _say("Evaluating on text that was held out")
-    _run([_command("reformer-evaluate"), str(run), "--rows", "512"])
-    _say("Writing")
-    _run([_command("reformer-generate"), str(run), "--prompt", arguments.prompt, "--max-new-tokens", "200"])
+    train = [command("reformer-train"), f"experiment={EXPERIMENT}", *paths, *arguments.overrides]
+    say("Training (the same command resumes)")
+    execute(train)
+    say("Evaluating on text that was held out")
+    execute([command("reformer-evaluate"), str(run), "--rows", "512"])
+    say("Writing")
+    execute([command("reformer-generate"), str(run), "--prompt", arguments.prompt, "--max-new-tokens", "200"])
     _farewell(data, run, train)
 
 
@@ -58,16 +58,16 @@ def _source(text: Path | None) -> tuple[Path, str]:
     return text, f"quickstart-{text.resolve().stem}-{mark}"
 
 
-def _command(name: str) -> str:
+def command(name: str) -> str:
     """A command of this environment, whether or not it is on the PATH."""
     return str(Path(sys.executable).parent / name)
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
     print(f"\n== {words}", flush=True)
 
 
-def _run(command: list[str]) -> None:
+def execute(command: list[str]) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     status = subprocess.run(command).returncode
     if status != 0:
@@ -75,11 +75,11 @@ def _run(command: list[str]) -> None:
 
 
 def _farewell(data: Path, run: Path, train: list[str]) -> None:
-    _say("Done")
+    say("Done")
     print(f"data set     {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
     print(f"go on        {shlex.join([*train, 'trainer.max_steps=1000'])}")
-    print(f"TensorBoard  {_command('tensorboard')} --logdir {run}")
+    print(f"TensorBoard  {command('tensorboard')} --logdir {run}")
 
 
 if __name__ == "__main__":

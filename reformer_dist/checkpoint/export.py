@@ -25,7 +25,7 @@ from reformer_dist.checkpoint.reader import check_shapes
 from reformer_dist.errors import CheckpointError
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
-DESCRIBED = ("config", "tokenizer", "vocab_size", "shapes")
+DESCRIBED = ("config", "tokenizer", "vocab_size", "labels", "shapes")
 BYTES = 4  # of a float32
 
 
@@ -77,7 +77,7 @@ def write_export(reader: WeightSource, folder: Path, max_shard_bytes: int | None
         write_bytes(partial / INDEX_FILE, json_bytes(index))
     for name in reader.extra_files:
         shutil.copy(reader.folder / name, partial / name)
-    described = {key: reader.run[key] for key in DESCRIBED}
+    described = {key: reader.run[key] for key in DESCRIBED if key in reader.run}
     write_bytes(partial / CONFIG_FILE, json_bytes({**described, "step": reader.step}))
     sync(partial)
     partial.rename(folder)

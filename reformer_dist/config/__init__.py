@@ -18,6 +18,7 @@ from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.sweep import SweepConfig, SweepKind
+from reformer_dist.config.task import TaskConfig, TaskKind, TextMetric
 from reformer_dist.config.trainer import Precision, TrainerConfig
 
 __all__ = [
@@ -42,5 +43,8 @@ __all__ = [
     "StreamMerge",
     "SweepConfig",
     "SweepKind",
+    "TaskConfig",
+    "TaskKind",
+    "TextMetric",
     "TrainerConfig",
 ]

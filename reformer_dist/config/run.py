@@ -11,6 +11,7 @@ from reformer_dist.config.model import AttentionImplementation, AttentionKind, M
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.sweep import SweepConfig
+from reformer_dist.config.task import TaskConfig, TaskKind
 from reformer_dist.config.trainer import TrainerConfig
 from reformer_dist.errors import ConfigError
 
@@ -19,6 +20,7 @@ from reformer_dist.errors import ConfigError
 class RunConfig:
     """Everything that decides a run; equal on every rank."""
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -42,9 +44,27 @@ class RunConfig:
             raise ConfigError(f"model.share_layers=true: {right}")
         require(self.output_dir != "", "output_dir", "''", "must name a folder")
         require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
-        right = "must be true: a two-sided model would see the next token that it is trained to predict"
-        require(self.model.causal, "model.causal", self.model.causal, right)
+        self._check_task()
         self._check_parallel()
+
+    def _check_task(self) -> None:
+        task, causal = self.task, self.model.causal
+        if task.is_causal:
+            right = "must be true: a two-sided model would see the next token that it is trained to predict"
+        else:
+            right = f"must be false: task.kind={task.kind.name} asks for what both sides tell"
+        require(causal == task.is_causal, "model.causal", causal, right)
+        if self.trainer.sample_every > 0 and task.kind is not TaskKind.language_model:
+            right = f"must be 0: task.kind={task.kind.name} writes no text that goes on from another"
+            raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {right}")
+        by_row = (TaskKind.sequence_classification, TaskKind.question_answering)
+        if self.parallel.sequence > 1 and task.kind in by_row:
+            right = f"must be 1 with task.kind={task.kind.name}, whose rows have one answer each"
+            raise ConfigError(f"parallel.sequence={self.parallel.sequence}: {right}")
+        longest = self.model.max_positions
+        if task.kind is TaskKind.sequence_to_sequence and longest is not None:
+            right = f"must be at most {longest}, what model.position={self.model.position.name} can tell apart"
+            require(task.max_source_len <= longest, "task.max_source_len", task.max_source_len, right)
 
     def _check_parallel(self) -> None:
         parallel, n_heads = self.parallel, self.model.n_heads

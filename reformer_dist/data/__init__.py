@@ -1,26 +1,28 @@
 """From text to batches: data sets of tar shards, read in an order that no number of ranks changes."""
 
-from reformer_dist.data.batches import Batch, Example, TextRows
+from reformer_dist.data.batches import Batch, Example, MakeExample, TextRows, Visit, collate, next_tokens
 from reformer_dist.data.corpus import Corpus, Part, explain_changes
 from reformer_dist.data.dataset import Dataset
-from reformer_dist.data.heldout import EvalBatch, count_text_bytes, heldout_batches
+from reformer_dist.data.heldout import EvalBatch, count_text_bytes, heldout_batches, split_samples
 from reformer_dist.data.index import IndexEntry
-from reformer_dist.data.layout import SPLITS, Shard
+from reformer_dist.data.layout import SPLITS, TEXT_FIELDS, Shard
 from reformer_dist.data.loader import StepBatch, TrainLoader
-from reformer_dist.data.order import Order
+from reformer_dist.data.order import Order, seeded_bits
 from reformer_dist.data.quarantine import Damage, Quarantine
+from reformer_dist.data.records import Record, read_jsonl, read_parallel, read_squad
 from reformer_dist.data.replay import Replay
-from reformer_dist.data.samples import SampleReader, Source
+from reformer_dist.data.samples import Sample, SampleReader, Source, sample_of
 from reformer_dist.data.sources import iterate_documents
 from reformer_dist.data.state import Start, consumed_hash, merge_states, read_state
-from reformer_dist.data.streams import IGNORED_LABEL
+from reformer_dist.data.streams import IGNORED_LABEL, Piece, TextRow, make_row
 from reformer_dist.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from reformer_dist.data.verify import find_damage
-from reformer_dist.data.writer import WriteSummary, is_heldout, write_dataset
+from reformer_dist.data.writer import WriteSummary, is_heldout, split_records, write_dataset, write_records
 
 __all__ = [
     "IGNORED_LABEL",
     "SPLITS",
+    "TEXT_FIELDS",
     "Batch",
     "BpeTokenizer",
     "ByteTokenizer",
@@ -30,19 +32,26 @@ __all__ = [
     "EvalBatch",
     "Example",
     "IndexEntry",
+    "MakeExample",
     "Order",
     "Part",
+    "Piece",
     "Quarantine",
+    "Record",
     "Replay",
+    "Sample",
     "SampleReader",
     "Shard",
     "Source",
     "Start",
     "StepBatch",
+    "TextRow",
     "TextRows",
     "Tokenizer",
     "TrainLoader",
+    "Visit",
     "WriteSummary",
+    "collate",
     "consumed_hash",
     "count_text_bytes",
     "explain_changes",
@@ -51,7 +60,17 @@ __all__ = [
     "is_heldout",
     "iterate_documents",
     "load_tokenizer",
+    "make_row",
     "merge_states",
+    "next_tokens",
+    "read_jsonl",
+    "read_parallel",
+    "read_squad",
     "read_state",
+    "sample_of",
+    "seeded_bits",
+    "split_records",
+    "split_samples",
     "write_dataset",
+    "write_records",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reformer_dist.data.streams import IGNORED_LABEL, Piece, Row, make_row
+from reformer_dist.data.streams import IGNORED_LABEL, Piece, TextRow, make_row
 
 Example = dict[str, NDArray[Any]]
 """What a model is given of one row, by name; `labels` is among it."""
@@ -33,7 +33,7 @@ class TextRows:
     seq_len: int
     eos_id: int
     mask_document_starts: bool = False
-    finish: Callable[[Row, Visit], Example] | None = None
+    finish: Callable[[TextRow, Visit], Example] | None = None
     """What a model that is asked for something else is given."""
 
     def __call__(self, pieces: list[Piece], visit: Visit) -> Example:
@@ -41,7 +41,7 @@ class TextRows:
         return self.finish(row, visit) if self.finish else next_tokens(row)
 
 
-def next_tokens(row: Row) -> Example:
+def next_tokens(row: TextRow) -> Example:
     """Each token is to be predicted from those before it."""
     return {"tokens": row.tokens[:-1], "labels": row.labels}
 

@@ -44,10 +44,13 @@ class Corpus:
         self.weights = None if weights is None else [float(weight) / sum(weights) for weight in weights]
         first = self.datasets[0]
         for other in self.datasets[1:]:
+            if (len(other.fields), other.labels) != (len(first.fields), first.labels):
+                right = f"must be those of {first.folder.address}; its samples have others"
+                raise DataError(f"data.path: fields and labels of {other.folder.address} {right}")
             if other.tokenizer_spec != first.tokenizer_spec:
                 right = f"must be that of {first.folder.address}; write both with one tokenizer"
                 raise DataError(f"data.path: the tokenizer of {other.folder.address} {right}")
-        self.tokenizer = first.tokenizer
+        self.tokenizer, self.labels = first.tokenizer, first.labels
 
     @classmethod
     def open(

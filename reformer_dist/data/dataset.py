@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from reformer_dist.data.layout import (
     DATASET_FILE,
     FORMAT,
     SPLITS,
+    TEXT_FIELDS,
     Shard,
     json_sha256,
     parse_json,
@@ -33,12 +34,22 @@ CACHE_GB = 50.0
 class Dataset:
     """What dataset.json says, checked; the shards themselves are not opened."""
 
-    def __init__(self, folder: Folder, tokenizer: Tokenizer, splits: Mapping[str, list[Shard]], spec: str) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        tokenizer: Tokenizer,
+        splits: Mapping[str, list[Shard]],
+        spec: str,
+        fields: Sequence[str] = TEXT_FIELDS,
+        labels: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.splits = dict(splits)
         self.tokenizer_spec = spec
         """What the tokenizer is, as one line of JSON."""
+        self.fields, self.labels = list(fields), list(labels)
+        """Names of the texts of a sample; labels that samples have, if they have any."""
         self._indexes = IndexCache()
 
     @classmethod
@@ -57,13 +68,15 @@ class Dataset:
         tokenizer = _load_tokenizer(record["tokenizer"], folder)
         _check_tokenizer(record, tokenizer, where)
         splits = {split: _read_shards(record["splits"][split], split, where) for split in SPLITS}
-        return cls(folder, tokenizer, splits, json.dumps(record["tokenizer"], sort_keys=True))
+        fields, labels = _read_names(record, "fields", where) or TEXT_FIELDS, _read_names(record, "labels", where)
+        return cls(folder, tokenizer, splits, json.dumps(record["tokenizer"], sort_keys=True), fields, labels)
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the tokenizer and all that is recorded of the shards, wherever they are."""
         listed = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
-        content = json.dumps([self.tokenizer_spec, listed], sort_keys=True)
+        named = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
+        content = json.dumps([self.tokenizer_spec, listed, *named], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def shards(self, split: str) -> list[Shard]:
@@ -72,7 +85,7 @@ class Dataset:
 
     def index(self, shard: Shard) -> ShardIndex:
         """The samples of a shard. Raises DataError where its index is missing or not the one that was written."""
-        return self._indexes.read(self.folder, shard, self.tokenizer.dtype)
+        return self._indexes.read(self.folder, shard, self.tokenizer.dtype, len(self.fields))
 
     def total(self, count: str, split: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
@@ -104,6 +117,13 @@ def _check_record(record: Mapping[str, Any], where: str) -> None:
     spec, listed = record.get("tokenizer"), record.get("splits")
     if not isinstance(spec, dict) or not isinstance(listed, dict) or set(listed) != set(SPLITS):
         raise DataError(f"{where}: must hold a tokenizer and the splits {', '.join(SPLITS)}")
+
+
+def _read_names(record: Mapping[str, Any], key: str, where: str) -> list[str]:
+    names = record.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: {key} is {names!r}; it must be a list of names")
+    return names
 
 
 def _load_tokenizer(spec: Mapping[str, Any], folder: Folder) -> Tokenizer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -41,10 +42,14 @@ class IndexEntry:
     """Where its content begins in the tar file, in bytes."""
     size: int
     n_tokens: int
-    """Its tokens, the end-of-text token included."""
+    """Its tokens, the end-of-text token of each field included."""
     n_bytes: int
     """Its bytes of text."""
     sha256: str
+    lengths: tuple[int, ...] = ()
+    """Stored tokens of each field, where there are several."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to it that is no text, such as its label."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,10 @@ class ShardIndex:
     """[samples]"""
 
 
-def read_index(folder: Folder, shard: Shard, dtype: str) -> ShardIndex:
+def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> ShardIndex:
     """The index of a shard, checked against dataset.json and against itself; DataError where it doesn't fit.
 
-    dtype: of the stored token ids.
+    dtype: of the stored token ids; n_fields: of each sample.
     """
     where = folder.where(shard.index_name)
     with os.fdopen(folder.open(Wanted(shard.index_name, None, shard.index_sha256)), "rb") as file:
@@ -71,7 +76,7 @@ def read_index(folder: Folder, shard: Shard, dtype: str) -> ShardIndex:
     if record.get("format") != FORMAT or record.get("shard") != shard.name or not isinstance(samples, list):
         raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT}")
     itemsize = np.dtype(dtype).itemsize
-    entries = [_entry(sample, where, itemsize) for sample in samples]
+    entries = [_entry(sample, where, itemsize, n_fields) for sample in samples]
     _check_places(entries, shard, where)
     found = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
     if found != (shard.samples, shard.tokens, shard.text_bytes):
@@ -93,18 +98,18 @@ class IndexCache:
         self._lock = Lock()
         self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
 
-    def read(self, folder: Folder, shard: Shard, dtype: str) -> ShardIndex:
+    def read(self, folder: Folder, shard: Shard, dtype: str, n_fields: int) -> ShardIndex:
         with self._lock:
             name = folder.where(shard.index_name)
             if name not in self._kept:
-                self._kept[name] = read_index(folder, shard, dtype)
+                self._kept[name] = read_index(folder, shard, dtype, n_fields)
             self._kept.move_to_end(name)
             if len(self._kept) > KEPT_INDEXES:
                 self._kept.popitem(last=False)
             return self._kept[name]
 
 
-def _entry(sample: object, where: str, itemsize: int) -> IndexEntry:
+def _entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEntry:
     record: dict[str, Any] = sample if isinstance(sample, dict) else {}
     if not isinstance(record.get("document"), str):
         raise DataError(f"{where}: document of a sample is {record.get('document')!r}; it must be a string")
@@ -117,13 +122,25 @@ def _entry(sample: object, where: str, itemsize: int) -> IndexEntry:
         size=require_count(record, "size", where),
         n_tokens=require_count(record, "n_tokens", where),
         n_bytes=require_count(record, "n_bytes", where),
+        lengths=_lengths(record, n_fields, f"{where}: sample {key}"),
+        facts=record["facts"] if isinstance(record.get("facts"), dict) else {},
     )
     if entry.size > MOST_SAMPLE_BYTES:
         raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MOST_SAMPLE_BYTES}")
-    if entry.size % itemsize or entry.n_tokens != entry.size // itemsize + 1:
-        right = f"must be whole ids of {itemsize} bytes, and one token more"
+    n_stored = entry.size // itemsize
+    fits = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
+    if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not fits:
+        right = f"must be whole ids of {itemsize} bytes, and one token more for each field"
         raise DataError(f"{where}: sample {key} holds {entry.size} bytes and {entry.n_tokens} tokens; it {right}")
     return entry
+
+
+def _lengths(record: Mapping[str, Any], n_fields: int, where: str) -> tuple[int, ...]:
+    lengths = record.get("lengths", [])
+    counts = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
+    if not counts or len(lengths) != (n_fields if n_fields > 1 else 0):
+        raise DataError(f"{where} has field lengths {lengths!r}; it must have one for each of {n_fields} fields")
+    return tuple(lengths)
 
 
 def _check_places(entries: list[IndexEntry], shard: Shard, where: str) -> None:

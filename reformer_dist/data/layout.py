@@ -19,6 +19,8 @@ FORMAT = 2
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
+TEXT_FIELDS = ("text",)
+"""Of a sample, where dataset.json names no fields."""
 MEMBER_SUFFIX = {"uint8": "txt", "uint16": "u16", "uint32": "u32"}
 """Suffix of a sample's file in the tar, by the type of its token ids (little-endian)."""
 MOST_SAMPLE_BYTES = 1 << 30

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from reformer_dist.data.batches import Batch, Example, MakeExample, TextRows, collate
 from reformer_dist.data.order import Order
 from reformer_dist.data.quarantine import CheckedReader, Damage, Quarantine, SampleId
@@ -160,6 +162,9 @@ class TrainLoader:
 
     def _batch(self, rows: list[_StreamRow]) -> StepBatch:
         examples, size = [each.example for each in rows], self._micro_batch_size
+        if self._order.by_sample:
+            # rows of a like length go together: a step is the same sum whatever rows a micro-batch holds
+            examples.sort(key=lambda example: sum(map(np.size, example.values())))
         new = {sample for each in rows for sample in each.passed_over} - self._listed
         self._listed |= new
         found = [self._quarantine.reason(sample) for sample in sorted(new)]

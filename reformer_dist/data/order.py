@@ -2,9 +2,9 @@
 
 A lane is a pool of shards: all of the run, or those of one data set where data sets are mixed by weight. Pass k
 over a lane is its shards one after another, permuted by (seed, lane, k), with the samples of each permuted by
-(seed, lane, k, shard). Seen as a row of tokens it is cut into V equal shares, one for each virtual stream. So a
-place in a stream is one number, the tokens that lie before it over all passes, and finding it takes no longer in
-the thousandth pass than in the first.
+(seed, lane, k, shard). Seen as a row of tokens, or of samples where a row of a step holds one sample, it is cut
+into V equal shares, one for each virtual stream. So a place in a stream is one number, the tokens or samples that
+lie before it over all passes, and finding it takes no longer in the thousandth pass than in the first.
 
 Only the raw output of a seeded bit generator is used: numpy promises it never changes, which it does not promise
 for `Generator.permutation`. So an order outlives upgrades, and no global generator is touched.
@@ -45,7 +45,7 @@ class _Pass:
     shards: NDArray[np.int64]
     """[n_shards]: which shard comes at each place."""
     starts: NDArray[np.int64]
-    """[n_shards]: tokens before each place."""
+    """[n_shards]: units before each place, which are tokens or samples."""
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,37 @@ class ShuffledShard:
     part: Part
     index: ShardIndex
     start: int
-    """Tokens of the pass before it."""
+    """Units of the pass before it."""
+    size: int
+    """Units of it."""
     samples: NDArray[np.int64]
     """[samples]: which sample comes at each place."""
     starts: NDArray[np.int64]
-    """[samples]: tokens of the shard before each place."""
+    """[samples]: units of the shard before each place."""
 
     @property
     def end(self) -> int:
-        return self.start + self.part.shard.tokens
+        return self.start + self.size
 
 
 class Lane:
     """A pool of shards, read pass after pass by V streams."""
 
-    def __init__(self, number: int, parts: list[Part], *, seed: int, n_streams: int, shuffle: bool) -> None:
-        """Raises DataError where the shards hold fewer tokens than there are streams."""
-        self.number, self.parts = number, parts
+    def __init__(
+        self, number: int, parts: list[Part], *, seed: int, n_streams: int, shuffle: bool, by_sample: bool
+    ) -> None:
+        """Raises DataError where the shards hold fewer units than there are streams."""
+        self.number, self.parts, self.by_sample = number, parts, by_sample
         self._seed, self._n_streams, self._shuffle = seed, n_streams, shuffle
-        self._shard_tokens = np.array([part.shard.tokens for part in parts], dtype=np.int64)
-        self.n_tokens = int(self._shard_tokens.sum())
-        if self.n_tokens < n_streams or not any(part.shard.text_bytes for part in parts):
+        sizes = [part.shard.samples if by_sample else part.shard.tokens for part in parts]
+        self._shard_sizes = np.array(sizes, dtype=np.int64)
+        self.n_units = int(self._shard_sizes.sum())
+        """Tokens, or samples, of one pass."""
+        if self.n_units < n_streams or not any(part.shard.text_bytes for part in parts):
             where = parts[0].dataset.folder.address if parts else f"data.path[{number}]"
             right = f"it must hold some, for each of the {n_streams} rows of data.batch_size"
-            raise DataError(f"{where}: the training split holds no text, or {self.n_tokens} tokens; {right}")
+            units = "samples" if by_sample else "tokens"
+            raise DataError(f"{where}: the training split holds no text, or {self.n_units} {units}; {right}")
         self._passes: dict[int, _Pass] = {}
 
     @property
@@ -88,27 +95,28 @@ class Lane:
         return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def share(self, stream: int) -> tuple[int, int]:
-        """(first token, tokens) of a pass that a stream reads."""
-        first = self.n_tokens * stream // self._n_streams
-        return first, self.n_tokens * (stream + 1) // self._n_streams - first
+        """(first unit, units) of a pass that a stream reads."""
+        first = self.n_units * stream // self._n_streams
+        return first, self.n_units * (stream + 1) // self._n_streams - first
 
-    def shard_at(self, number: int, token: int) -> ShuffledShard:
-        """The shard that holds a token of pass `number`. Raises DataError where its index can't be read."""
+    def shard_at(self, number: int, unit: int) -> ShuffledShard:
+        """The shard that holds a unit of pass `number`. Raises DataError where its index can't be read."""
         order = self._pass(number)
-        place = int(np.searchsorted(order.starts, token, side="right")) - 1
+        place = int(np.searchsorted(order.starts, unit, side="right")) - 1
         shard = int(order.shards[place])
         part = self.parts[shard]
         index = part.index
         samples = self._permuted(len(index.entries), f"samples/{self.number}/{shard}", number)
-        tokens = index.n_tokens[samples]
-        return ShuffledShard(part, index, int(order.starts[place]), samples, np.cumsum(tokens) - tokens)
+        sizes = np.ones_like(samples) if self.by_sample else index.n_tokens[samples]
+        starts = np.cumsum(sizes) - sizes
+        return ShuffledShard(part, index, int(order.starts[place]), int(sizes.sum()), samples, starts)
 
     def _pass(self, number: int) -> _Pass:
         found = self._passes.get(number)
         if found is None:
             shards = self._permuted(len(self.parts), f"shards/{self.number}", number)
-            tokens = self._shard_tokens[shards]
-            found = _Pass(shards, np.cumsum(tokens) - tokens)
+            sizes = self._shard_sizes[shards]
+            found = _Pass(shards, np.cumsum(sizes) - sizes)
             # several threads may do this at once, each with the same result; streams are at most a pass apart
             self._passes = {number: found, **dict(list(self._passes.items())[: KEPT_PASSES - 1])}
         return found
@@ -122,16 +130,28 @@ class Lane:
 class Order:
     """The order of a run: its lanes, and which of them each row of a step reads."""
 
-    def __init__(self, corpus: Corpus, *, seed: int, batch_size: int, seq_len: int, shuffle: bool = True) -> None:
-        """`batch_size`: rows of a step over all ranks, each of which is a stream of its own."""
-        self.corpus, self.seed = corpus, seed
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seed: int,
+        batch_size: int,
+        seq_len: int,
+        shuffle: bool = True,
+        by_sample: bool = False,
+    ) -> None:
+        """`batch_size`: rows of a step over all ranks, each of which is a stream of its own.
+
+        `by_sample`: a row holds one sample; else seq_len tokens of text.
+        """
+        self.corpus, self.seed, self.by_sample = corpus, seed, by_sample
         self.n_streams, self.seq_len, self.shuffle = batch_size, seq_len, shuffle
         parts = corpus.parts("train")
         pools = [parts]
         if corpus.weights is not None:
             pools = [[part for part in parts if part.number == each] for each in range(len(corpus.datasets))]
         self.lanes = [
-            Lane(number, pool, seed=seed, n_streams=batch_size, shuffle=shuffle)
+            Lane(number, pool, seed=seed, n_streams=batch_size, shuffle=shuffle, by_sample=by_sample)
             for number, pool in enumerate(pools)
         ]
         self._bounds = np.cumsum(corpus.weights or [1.0])
@@ -151,16 +171,18 @@ class Order:
         lanes = np.searchsorted(self._bounds, np.minimum(points, np.nextafter(1.0, 0.0)), side="right")
         return lanes[permutation(self.n_streams, seeded_bits(self.seed, "mixing", step + 1))]
 
+    @property
+    def row_units(self) -> int:
+        """Units of a lane that a row takes."""
+        return 1 if self.by_sample else self.seq_len
+
     def steps_of(self, passes: int) -> int:
         """Steps after which every token of so many passes over a single lane was predicted once."""
-        longest = -(-self.lanes[0].n_tokens // self.n_streams)
-        return -(-passes * longest // self.seq_len)
+        longest = -(-self.lanes[0].n_units // self.n_streams)
+        return -(-passes * longest // self.row_units)
 
     def settings(self) -> dict[str, Any]:
         """What else decides the order, as JSON values."""
-        return {
-            "seed": self.seed,
-            "batch_size": self.n_streams,
-            "seq_len": self.seq_len,
-            "shuffle": self.shuffle,
-        }
+        # how long a row may get does not decide which samples it reads
+        row = {"by_sample": True} if self.by_sample else {"seq_len": self.seq_len}
+        return {"seed": self.seed, "batch_size": self.n_streams, **row, "shuffle": self.shuffle}

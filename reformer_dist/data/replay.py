@@ -48,7 +48,7 @@ class Replay:
                 rows[np.arange(self._order.n_streams), self._order.lanes_of(step)] += 1
         for stream, counts in zip(self._streams, rows, strict=True):
             moved = zip(stream.positions, counts.tolist(), strict=True)
-            stream.positions = [place + count * self._order.seq_len for place, count in moved]
+            stream.positions = [place + count * self._order.row_units for place, count in moved]
         self.step += n_steps
 
     @property

@@ -11,7 +11,9 @@ import hashlib
 import os
 import tarfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +119,24 @@ def _tokens(payload: bytes, source: Source) -> NDArray[np.int32]:
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
         right = f"ids must be below {tokenizer.vocab_size}"
         raise DataError(f"{source.where} holds token {int(ids.max())}; {right}: write the data set again")
-    tokens = np.empty(len(ids) + 1, dtype=np.int32)
-    tokens[:-1] = ids
-    tokens[-1] = tokenizer.eos_id
-    return tokens
+    ends = np.cumsum(source.entry.lengths or [len(ids)])
+    return np.insert(ids.astype(np.int32), ends, tokenizer.eos_id)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The fields of a sample, apart again."""
+
+    name: str
+    """Where it came from."""
+    fields: tuple[NDArray[Any], ...]
+    """Token ids of each, [n] without an end of text."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sample_of(source: Source, tokens: Any) -> Sample:
+    """tokens: of the whole sample, as a SampleReader gives them."""
+    entry = source.entry
+    ends = np.cumsum([length + 1 for length in entry.lengths or (entry.n_tokens - 1,)])
+    fields = tuple(part[:-1] for part in np.split(tokens, ends[:-1]))
+    return Sample(entry.document, fields, entry.facts)

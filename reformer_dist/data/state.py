@@ -50,7 +50,7 @@ def write_state(
         "version": STATE_VERSION,
         "data": order.corpus.fingerprint,
         "settings": order.settings(),
-        "lanes": [[lane.digest, lane.n_tokens] for lane in order.lanes],
+        "lanes": [[lane.digest, lane.n_units] for lane in order.lanes],
         "step": step,
         "origin": list(origin),
         "quarantine": [list(sample) for sample in sorted(quarantine)],
@@ -132,7 +132,7 @@ def _changed_data(state: Mapping[str, Any], order: Order) -> Start:
     positions: list[list[int]] = [[] for _ in saved]
     passes = 0
     for number, lane in enumerate(order.lanes):
-        if number < len(lanes) and lanes[number] == [lane.digest, lane.n_tokens]:
+        if number < len(lanes) and lanes[number] == [lane.digest, lane.n_units]:
             now = [places[number] for places, _ in saved]
         else:
             old = int(lanes[number][1]) if number < len(lanes) else 0

@@ -1,7 +1,8 @@
 """Virtual streams: one for each row of an optimizer step, the same for any number of ranks.
 
 A stream packs the samples of its share of each pass back to back into rows. Where its next row begins is one
-integer for each lane, and nothing else is kept from row to row but what saves reading a sample twice.
+integer for each lane, and nothing else is kept from row to row but what saves reading a sample twice. Where a row
+of the order holds one sample, it is the next one that is not damaged.
 """
 
 from __future__ import annotations
@@ -63,22 +64,22 @@ class TokenStream:
         digest: bytes = bytes(HASH_BYTES),
         passes: int | None = None,
     ) -> None:
-        """`positions`: tokens of each lane that lie before the next row, over all passes.
+        """`positions`: tokens, or samples, of each lane that lie before the next row, over all passes.
 
         `passes`: after how many passes over its one lane the stream ends; None: never.
         """
         self.positions = list(positions or [0] * len(order.lanes))
         self.digest = digest
         """Running hash of the ids of all pieces so far."""
-        self._seq_len = order.seq_len
+        self._row_units = order.row_units
         self._cursors = [_Cursor(lane, stream, passes) for lane in order.lanes]
 
     def next_pieces(self, lane: int, open_sample: Open) -> list[Piece]:
-        """The pieces of the next row, seq_len tokens together, or fewer where the stream ends.
+        """The pieces of the next row, seq_len tokens together or one sample; fewer where the stream ends.
 
         Raises DataError where an index can't be read.
         """
-        pieces, left, place = [], self._seq_len, self.positions[lane]
+        pieces, left, place = [], self._row_units, self.positions[lane]
         cursor = self._cursors[lane]
         while left > 0 and not cursor.is_at_end(place):
             piece, length = cursor.piece_at(place, left, open_sample)
@@ -106,24 +107,27 @@ class _Cursor:
         return self._passes is not None and place >= self._passes * self._length
 
     def piece_at(self, place: int, most: int, open_sample: Open) -> tuple[Piece | None, int]:
-        """(what of a sample lies from a place on, tokens up to the next place); no piece if it is damaged."""
+        """(what of a sample lies from a place on, units up to the next place); no piece if it is damaged."""
         number, within = divmod(place, self._length)
-        token = self._first + within
-        shard = self._shard_at(number, token)
-        at = int(np.searchsorted(shard.starts, token - shard.start, side="right")) - 1
-        start = token - shard.start - int(shard.starts[at])
+        unit = self._first + within
+        shard = self._shard_at(number, unit)
+        at = int(np.searchsorted(shard.starts, unit - shard.start, side="right")) - 1
+        start = unit - shard.start - int(shard.starts[at])
         source = Source(shard.part.dataset, shard.part.shard, shard.index.entries[int(shard.samples[at])])
         tokens = self._tokens(shard.part.number, source, open_sample)
+        if self._lane.by_sample:
+            whole = None if tokens is None else Piece(shard.part.number, source, 0, source.entry.n_tokens, tokens)
+            return whole, 1
         length = min(source.entry.n_tokens - start, self._length - within)
         if tokens is None:
             return None, length
         length = min(length, most)
         return Piece(shard.part.number, source, start, start + length, tokens), length
 
-    def _shard_at(self, number: int, token: int) -> ShuffledShard:
+    def _shard_at(self, number: int, unit: int) -> ShuffledShard:
         shard = self._shard
-        if shard is None or number != self._shard_pass or not shard.start <= token < shard.end:
-            self._shard = shard = self._lane.shard_at(number, token)
+        if shard is None or number != self._shard_pass or not shard.start <= unit < shard.end:
+            self._shard = shard = self._lane.shard_at(number, unit)
             self._shard_pass = number
         return shard
 
@@ -134,7 +138,7 @@ class _Cursor:
 
 
 @dataclass(frozen=True)
-class Row:
+class TextRow:
     """seq_len inputs and labels."""
 
     tokens: NDArray[np.int64]
@@ -143,7 +147,7 @@ class Row:
     """[seq_len], -100 where there is nothing to predict."""
 
 
-def make_row(pieces: list[Piece], seq_len: int, eos_id: int, mask_document_starts: bool) -> Row:
+def make_row(pieces: list[Piece], seq_len: int, eos_id: int, mask_document_starts: bool) -> TextRow:
     """Joins pieces to a row, whose end is padding if the stream has ended.
 
     The first label is predicted from the token before it in its sample, or the end of text where it is the
@@ -162,4 +166,4 @@ def make_row(pieces: list[Piece], seq_len: int, eos_id: int, mask_document_start
         filled = end
     if pieces and pieces[0].start > 0:
         tokens[:1] = pieces[0].tokens[pieces[0].start - 1 : pieces[0].start]
-    return Row(tokens, labels)
+    return TextRow(tokens, labels)

@@ -11,9 +11,9 @@ import io
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from reformer_dist.data.layout import (
     MEMBER_SUFFIX,
     MOST_SAMPLE_BYTES,
     SPLITS,
+    TEXT_FIELDS,
     TOKENIZER_FILE,
     Shard,
     file_sha256,
     json_sha256,
     write_json,
 )
+from reformer_dist.data.records import Record
 from reformer_dist.data.tokenizer import Tokenizer
 from reformer_dist.errors import DataError
 
@@ -43,7 +45,7 @@ class WriteSummary:
 
     splits: dict[str, list[Shard]]
     empty: int = 0
-    """Documents left out since they held no text."""
+    """Documents left out since they, or one of their fields, held no text."""
     replaced: int = 0
     """Documents in which bytes that are not UTF-8 were replaced by U+FFFD."""
 
@@ -66,12 +68,29 @@ def write_dataset(
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> WriteSummary:
-    """Write (name, text) documents as a data set.
+    """Write (name, text) documents as a data set; see `write_records`."""
+    records = (Record(name, (text,)) for name, text in documents)
+    return write_records(records, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
+
+
+def write_records(
+    records: Iterable[Record],
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    shard_bytes: int = 16 << 20,
+    heldout_fraction: float = 0.05,
+    overwrite: bool = False,
+    *,
+    heldout: Iterable[Record] | None = None,
+    fields: Sequence[str] = TEXT_FIELDS,
+    labels: Sequence[str] = (),
+) -> WriteSummary:
+    """Write records, each of as many texts as `fields` names, as a data set.
 
     A shard is closed before it would outgrow `shard_bytes` of tar; a longer document has a shard of its own.
-    `heldout_fraction` is the share of documents, chosen by content, that are held out. Raises DataError where
-    there is no text, a split comes out empty, or the folder can't be written or already holds a data set and
-    `overwrite` is False.
+    `heldout_fraction` is the share of records, chosen by content, that are held out, unless those to be held out
+    are given. `labels`: all that their facts may hold. Raises DataError where there is no text, a split comes out
+    empty, a label is another, or the folder can't be written or already holds a data set and `overwrite` is False.
     """
     folder = Path(folder)
     if shard_bytes < 1:
@@ -81,9 +100,10 @@ def write_dataset(
     if not overwrite and any(_existing(folder)):
         raise DataError(f"{folder}: already holds a data set; give another folder, or --overwrite to replace it")
     with _staging(folder) as staging:
-        summary = _write_splits(documents, staging, tokenizer, shard_bytes, heldout_fraction)
+        splitted = split_records(records, heldout, heldout_fraction)
+        summary = _write_splits(splitted, staging, tokenizer, shard_bytes, labels)
         _require_splits(summary, heldout_fraction)
-        record = _record(summary, tokenizer, staging)
+        record = _describe(summary, tokenizer, staging, fields, labels)
         _move_into_place(staging, folder, record)
     return summary
 
@@ -107,24 +127,36 @@ def _staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def split_records(
+    records: Iterable[Record], heldout: Iterable[Record] | None, heldout_fraction: float
+) -> Iterator[tuple[str, Record]]:
+    """Each record with its split: held out are those that are given for it, or else a share of them all."""
+    for record in records:
+        held = heldout is None and is_heldout(record.kinship or b"\0".join(record.fields), heldout_fraction)
+        yield "heldout" if held else "train", record
+    yield from (("heldout", record) for record in heldout or ())
+
+
 def _write_splits(
-    documents: Iterable[tuple[str, bytes]],
+    records: Iterable[tuple[str, Record]],
     staging: Path,
     tokenizer: Tokenizer,
     shard_bytes: int,
-    heldout_fraction: float,
+    labels: Sequence[str],
 ) -> WriteSummary:
     writers = {split: _SplitWriter(staging, split, tokenizer, shard_bytes) for split in SPLITS}
     summary = WriteSummary(splits={split: writer.shards for split, writer in writers.items()})
     try:
-        for name, text in documents:
-            if not text:
+        for split, record in records:
+            if not all(record.fields):
                 summary.empty += 1
                 continue
-            readable = tokenizer.readable(text)
-            summary.replaced += readable != text
-            split = "heldout" if is_heldout(text, heldout_fraction) else "train"
-            writers[split].add(name, readable)
+            if labels and record.facts["label"] not in labels:
+                right = f"it must be one of the training samples': {', '.join(labels)}"
+                raise DataError(f"{record.name}: its label {record.facts['label']!r} is unknown; {right}")
+            readable = tuple(tokenizer.readable(text) for text in record.fields)
+            summary.replaced += readable != record.fields
+            writers[split].add(replace(record, fields=readable))
     finally:
         for writer in writers.values():
             writer.close()
@@ -147,13 +179,17 @@ def _require_splits(summary: WriteSummary, heldout_fraction: float) -> None:
         )
 
 
-def _record(summary: WriteSummary, tokenizer: Tokenizer, staging: Path) -> dict[str, Any]:
+def _describe(
+    summary: WriteSummary, tokenizer: Tokenizer, staging: Path, fields: Sequence[str], labels: Sequence[str]
+) -> dict[str, Any]:
     record = {
         "format": FORMAT,
         "tokenizer": tokenizer.save(staging),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "dtype": tokenizer.dtype,
+        **({"fields": list(fields)} if tuple(fields) != TEXT_FIELDS else {}),
+        **({"labels": list(labels)} if labels else {}),
         "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
     }
     return {**record, "sha256": json_sha256(record)}
@@ -182,12 +218,13 @@ class _SplitWriter:
     _index: list[dict[str, Any]] = field(default_factory=list)
     _n_documents: int = 0
 
-    def add(self, document: str, text: bytes) -> None:
-        ids = self.tokenizer.encode(text)
+    def add(self, record: Record) -> None:
+        parts = [self.tokenizer.encode(text) for text in record.fields]
+        ids = np.concatenate(parts)
         payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
         if len(payload) > MOST_SAMPLE_BYTES:
             right = f"a document may hold {MOST_SAMPLE_BYTES} at most: cut it into several"
-            raise DataError(f"{document}: holds {len(payload)} bytes of token ids; {right}")
+            raise DataError(f"{record.name}: holds {len(payload)} bytes of token ids; {right}")
         if self._tar is not None and self._tar.offset + 1024 + len(payload) > self.shard_bytes:
             self.close()
         if self._tar is None:
@@ -200,12 +237,14 @@ class _SplitWriter:
         self._index.append(
             {
                 "key": key,
-                "document": document,
+                "document": record.name,
                 "offset": self._tar.offset - -(-len(payload) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE,
                 "size": len(payload),
-                "n_tokens": len(ids) + 1,
-                "n_bytes": len(text),
+                "n_tokens": len(ids) + len(parts),
+                "n_bytes": sum(map(len, record.fields)),
                 "sha256": hashlib.sha256(payload).hexdigest(),
+                **({"lengths": [len(part) for part in parts]} if len(parts) > 1 else {}),
+                **({"facts": dict(record.facts)} if record.facts else {}),
             }
         )
         self._n_documents += 1

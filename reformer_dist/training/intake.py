@@ -16,6 +16,7 @@ from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.stopping import StopSignal
 
 IGNORED = -100
+OF_SOURCE = ("source", "source_mask")
 FILLS = {"labels": IGNORED}
 """What a slice holds where the row has ended; 0 for all that is not named."""
 LOOK_UP = 0.2  # seconds between two looks at the stop signal, while data is waited for
@@ -64,20 +65,24 @@ class MicroBatch:
 
     tensors: dict[str, Tensor]
     """[rows, tokens at hand] each, or without tokens where there is one answer to a row."""
-    sequence: SlicedSequence
+    sequences: dict[str, SlicedSequence]
+    """By the names that the model takes: which part of the rows is at hand, and of their sources."""
 
     @classmethod
     def of(cls, rows: Mapping[str, Tensor], sequence: SlicedSequence) -> MicroBatch:
         """rows: whole ones, alike on the ranks that share them by `sequence`."""
-        tensors = dict(rows)
-        tokens = tensors["tokens"]
-        sequence = sequence.of_length(tokens.shape[1])
+        tensors, tokens = dict(rows), rows["tokens"]
+        sequences = {"sequence": sequence.of_length(tokens.shape[1])}
+        if "source" in rows:
+            sequences["source_sequence"] = sequence.of_length(rows["source"].shape[1])
         if sequence.grid.size > 1:
-            tensors = {name: sequence.take(tensor, FILLS.get(name, 0)) for name, tensor in tensors.items()}
-        mask = sequence.key_padding_mask(len(tokens), tokens.device)
+            for name, tensor in rows.items():
+                shared = sequences["source_sequence" if name in OF_SOURCE else "sequence"]
+                tensors[name] = shared.take(tensor, FILLS.get(name, 0))
+        mask = sequences["sequence"].key_padding_mask(len(tokens), tokens.device)
         if mask is not None:
             tensors.setdefault("key_padding_mask", mask)
-        return cls(tensors, sequence)
+        return cls(tensors, sequences)
 
     @property
     def n_rows(self) -> int:

@@ -109,7 +109,7 @@ def progress_line(
     max_steps: int,
     window: WindowResult,
     *,
-    bpb: float,
+    bpb: float | None,
     grad_norm: float,
     lr: float,
     skipped: int,
@@ -118,7 +118,7 @@ def progress_line(
     parts = [
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
         f"loss {window.loss:.3f}",
-        f"bits per byte {bpb:.3f}",
+        *([] if bpb is None else [f"bits per byte {bpb:.3f}"]),
         f"{window.tokens_per_s:,.0f} tokens/s",
         f"grad norm {grad_norm:.2f}",
         f"lr {lr:.1e}",

@@ -75,7 +75,7 @@ class Trainer:
         observer: Observer,
         journal: Journal,
         progress: Progress,
-        bytes_per_token: float,
+        bytes_per_token: float | None,
     ) -> None:
         self.config = config
         self.progress = progress
@@ -170,7 +170,7 @@ class Trainer:
                 step=step,
                 dropout_seed=derive_seed("dropout", self.config.trainer.seed, step),
                 first_row=first_row,
-                sequence=batch.sequence,
+                **batch.sequences,
             )
             first_row += batch.n_rows
             self._engine.backward(loss, rows.valid_labels)
@@ -199,7 +199,7 @@ class Trainer:
     def _report(self, grad_norm: float, lr: float) -> None:
         step, max_steps = self.progress.step, self.config.trainer.max_steps
         window = self._window.result(self._runtime.sum([self._window.local_loss])[0])
-        bpb = bits_per_byte(window.loss, self._bytes_per_token)
+        bpb = None if self._bytes_per_token is None else bits_per_byte(window.loss, self._bytes_per_token)
         logger.info(
             progress_line(
                 step,
@@ -214,7 +214,7 @@ class Trainer:
         )
         values = {
             "train/loss": window.loss,
-            "train/bits_per_byte": bpb,
+            **({} if bpb is None else {"train/bits_per_byte": bpb}),
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/skipped_steps": self.progress.skipped,

@@ -1,0 +1,27 @@
+"""What a run trains on and is measured by: a file for each kind of task."""
+
+from collections.abc import Sequence
+
+from reformer_dist.config import RunConfig, TaskKind
+from reformer_dist.data import Tokenizer
+from reformer_dist.tasks.answers import QuestionAnswering
+from reformer_dist.tasks.classification import SequenceClassification
+from reformer_dist.tasks.completion import Completion
+from reformer_dist.tasks.task import HeldoutBatch, Rows, Task
+from reformer_dist.tasks.text import LanguageModel, MaskedLanguageModel
+
+KINDS: dict[TaskKind, type[Task]] = {
+    TaskKind.language_model: LanguageModel,
+    TaskKind.masked_language_model: MaskedLanguageModel,
+    TaskKind.completion: Completion,
+    TaskKind.sequence_classification: SequenceClassification,
+    TaskKind.question_answering: QuestionAnswering,
+}
+
+
+def make_task(config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Task:
+    """The task of config.task.kind; `labels` are those of its data set, where it classifies."""
+    return KINDS[config.task.kind](config, tokenizer, labels)
+
+
+__all__ = ["HeldoutBatch", "Rows", "Task", "make_task"]

@@ -1,0 +1,45 @@
+"""Classification: which label a text has."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from reformer_dist.data import Corpus, Example, Sample, Visit
+from reformer_dist.errors import DataError
+from reformer_dist.models import ReformerForSequenceClassification
+from reformer_dist.tasks.task import SampleTask, row_of
+
+
+class SequenceClassification(SampleTask):
+    """A row is a text and its end; a text that is too long is cut."""
+
+    made_by = "FILE.jsonl --fields text --label label"
+
+    def build_model(self) -> nn.Module:
+        config = self.config
+        return ReformerForSequenceClassification(
+            config.model, self.vocab_size, len(self.labels), config.trainer.seed
+        )
+
+    def check(self, corpus: Corpus) -> None:
+        super().check(corpus)
+        for dataset in corpus.datasets:
+            where = f"data.path={dataset.folder.address}"
+            if not dataset.labels:
+                raise DataError(
+                    f"{where}: its samples have no labels; write it with make_shards.py {self.made_by}"
+                )
+            if dataset.labels != self.labels:
+                unknown = sorted(set(dataset.labels) ^ set(self.labels))
+                right = f"the model's labels are {', '.join(self.labels)}"
+                raise DataError(f"{where}: its labels are others ({', '.join(unknown)}); {right}")
+
+    def example(self, sample: Sample, visit: Visit) -> Example:
+        tokens = row_of(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])
+        label = self.labels.index(sample.facts["label"])
+        mask = np.ones(len(tokens), dtype=bool)
+        return {"tokens": tokens, "key_padding_mask": mask, "labels": np.array(label)}
+
+    def blank(self) -> Sample:
+        return Sample("", (np.zeros(0, np.int64),), {"label": self.labels[0]})

@@ -1,0 +1,37 @@
+"""Completion: a causal model of samples whose last field is asked for, such as the second half of a copy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reformer_dist.data import IGNORED_LABEL, Example, Sample, Visit
+from reformer_dist.models import ReformerLM
+from reformer_dist.tasks.task import SampleTask, row_of
+
+
+class Completion(SampleTask):
+    """A row is prompt, end of text, completion, end of text; the last two are asked for."""
+
+    needs = ("prompt", "completion")
+    made_by = "FILE.jsonl --fields prompt completion"
+
+    def build_model(self) -> nn.Module:
+        return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
+
+    def example(self, sample: Sample, visit: Visit) -> Example:
+        """What is too long loses the beginning of its prompt; the completion its end, if it alone is."""
+        seq_len, eos = self.config.data.seq_len, [self.tokenizer.eos_id]
+        prompt, completion = sample.fields
+        asked = row_of(completion, eos)[: seq_len - 1]
+        given = row_of(eos, prompt, eos)[-(seq_len - len(asked) + 1) :]
+        labels = row_of([IGNORED_LABEL] * (len(given) - 1), asked)
+        return {"tokens": row_of(given, asked[:-1]), "labels": labels}
+
+    def blank(self) -> Sample:
+        return Sample("", (np.zeros(0, np.int64),) * 2)
+
+    @property
+    def token_bytes(self) -> Tensor | None:
+        return torch.from_numpy(self.tokenizer.token_bytes)

@@ -1,0 +1,66 @@
+"""Measures of texts, each by the definition that others use."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from reformer_dist.errors import UserError
+
+INSTALL = "pip install 'reformer_dist[tasks]'"
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = frozenset(string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and extra space: what SQuAD's official evaluation compares."""
+    plain = "".join(letter for letter in text.lower() if letter not in PUNCTUATION)
+    return " ".join(ARTICLES.sub(" ", plain).split())
+
+
+def exact_match(answer: str, truth: str) -> float:
+    """1 or 0, of normalized answers."""
+    return float(normalize_answer(answer) == normalize_answer(truth))
+
+
+def answer_f1(answer: str, truth: str) -> float:
+    """Harmonic mean of precision and recall over the words of normalized answers, 0 to 1."""
+    found, right = normalize_answer(answer).split(), normalize_answer(truth).split()
+    n_same = sum((Counter(found) & Counter(right)).values())
+    if n_same == 0:
+        return 0.0
+    precision, recall = n_same / len(found), n_same / len(right)
+    return 2 * precision * recall / (precision + recall)
+
+
+def best_over(measure: Callable[[str, str], float], answer: str, truths: Sequence[str]) -> float:
+    """Against whichever of the true answers fits best."""
+    return max(measure(answer, truth) for truth in truths)
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """(corpus BLEU from 0 to 100, signature that says how it was computed), by sacreBLEU's defaults."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise UserError(f"BLEU needs the package sacrebleu: {INSTALL}") from error
+    metric: Any = BLEU()
+    score = metric.corpus_score(list(hypotheses), [list(references)]).score
+    return float(score), str(metric.get_signature())
+
+
+def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, -2 and -L from 0 to 100, with stemming, by rouge-score."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError(f"ROUGE needs the package rouge-score: {INSTALL}") from error
+    scorer: Any = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(truth, found) for found, truth in zip(hypotheses, references, strict=True)]
+    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+    return {
+        shown: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name, shown in names.items()
+    }

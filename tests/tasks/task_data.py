@@ -1,0 +1,65 @@
+"""Small data sets of several fields, and tasks over them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from support.tiny import tiny_config
+
+from reformer_dist.data import ByteTokenizer, Record, write_records
+from reformer_dist.tasks import Task, make_task
+
+WORDS = ["red", "green", "blue", "grey", "white", "black"]
+
+
+def sentence(draw: random.Random, most: int = 8) -> bytes:
+    return " ".join(draw.choices(WORDS, k=draw.randint(1, most))).encode()
+
+
+def write_pairs(folder: Path, n_samples: int = 60, most: int = 8) -> Path:
+    """Two fields: a sentence, and the same backwards by words."""
+    draw = random.Random(1)
+    texts = [sentence(draw, most) for _ in range(n_samples)]
+    records = [
+        Record(f"pair{number}", (text, b" ".join(reversed(text.split(b" "))))) for number, text in enumerate(texts)
+    ]
+    write_records(
+        records[10:],
+        folder,
+        ByteTokenizer(),
+        shard_bytes=20_000,
+        heldout=records[:10],
+        fields=("source", "target"),
+    )
+    return folder
+
+
+def write_for(kind: str, folder: Path) -> Path:
+    """Samples with a label, or questions with answers in a context that is longer than a row of the runs."""
+    draw = random.Random(2)
+    records = []
+    for number in range(40):
+        words = draw.choices(WORDS, k=30)
+        if kind == "sequence_classification":
+            records.append(Record(f"text{number}", (" ".join(words[:8]).encode(),), {"label": words[0]}))
+        else:
+            at, context = draw.randrange(30), " ".join(words)
+            answers = [[len(" ".join(words[:at])) + (at > 0), words[at]]]
+            records.append(
+                Record(f"question{number}", (words[at].encode(), context.encode()), {"answers": answers})
+            )
+    fields, labels = (("text",), WORDS) if kind == "sequence_classification" else (("question", "context"), [])
+    write_records(records[8:], folder, ByteTokenizer(), heldout=records[:8], fields=fields, labels=labels)
+    return folder
+
+
+def make(kind: str, data: Path, *changed: str, labels: tuple[str, ...] = ()) -> Task:
+    return make_task(tiny_config(data, Path("unused"), f"task.kind={kind}", *changed), ByteTokenizer(), labels)
+
+
+def write_lines(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

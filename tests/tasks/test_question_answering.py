@@ -1,0 +1,86 @@
+"""Answers in contexts: windows cover them, labels point at them, and the best span over all windows is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from task_data import make
+from torch import nn
+
+from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
+from reformer_dist.tasks import Rows
+from reformer_dist.tasks.answers import QuestionAnswering
+
+CONTEXT = "Über den Rhein führen viele Brücken, und die älteste von ihnen steht seit 1850 in Waldshut. " * 3
+ANSWER = "1850"
+START = len(CONTEXT.encode()) - len("1850 in Waldshut. ")
+
+
+class Pointer(nn.Module):
+    """Stands for a trained model: it points at the byte that the answer begins with and the one it ends with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor, **other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        windows = tokens.unfold(1, 4, 1) == torch.tensor(list(ANSWER.encode()))
+        first = torch.zeros(tokens.shape)
+        first[:, :-3] = windows.all(-1).float() * 5
+        return first, first.roll(3, dims=1)
+
+
+def task_and_sample(*changed: str, seq_len: int = 64) -> tuple[QuestionAnswering, Sample]:
+    task = make("question_answering", Path("unused"), "model.causal=false", f"data.seq_len={seq_len}", *changed)
+    assert isinstance(task, QuestionAnswering)
+    fields = tuple(task.tokenizer.encode(text.encode()) for text in ("Since when?", CONTEXT))
+    return task, Sample("q", fields, {"answers": [[START, ANSWER]]})
+
+
+@pytest.mark.parametrize("stride", [0, 16, 200])
+def test_windows_cover_the_context_and_labels_point_at_the_answer(stride: int) -> None:
+    task, sample = task_and_sample(f"task.stride={stride}")
+    windows = task._windows(sample)
+    covered = set()
+    for window in windows:
+        assert len(window.tokens) <= 64
+        inside = window.tokens[window.context_at : -1]
+        assert np.array_equal(inside, sample.fields[1][window.start : window.start + len(inside)])
+        covered |= set(range(window.start, window.start + len(inside)))
+    assert covered == set(range(len(sample.fields[1])))
+
+    with_answer = 0
+    for place in range(60):
+        row = task.example(sample, (0, 0, place))
+        first, last = row["labels"]
+        if first == len(row["tokens"]) - 1:
+            assert last == first
+        else:
+            with_answer += 1
+            assert bytes(row["tokens"][first : last + 1].astype(np.uint8)) == ANSWER.encode()
+            assert row["answer_mask"][first : last + 1].all()
+        assert np.array_equal(row["tokens"], task.example(sample, (0, 0, place))["tokens"])
+    assert 30 <= with_answer < 60
+
+
+def test_labels_of_bpe_cover_the_answer() -> None:
+    task, _ = task_and_sample(seq_len=128)
+    task.tokenizer = tokenizer = BpeTokenizer.train([CONTEXT.encode()] * 3, 300)
+    fields = tuple(tokenizer.encode(text.encode()) for text in ("Since when?", CONTEXT))
+    row = task.example(Sample("q", fields, {"answers": [[START, ANSWER]]}), (0, 0, 1))
+    first, last = row["labels"]
+    assert ANSWER in tokenizer.decode(row["tokens"][first : last + 1])
+    assert last - first < 4
+
+
+def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:
+    task, _ = task_and_sample("task.stride=16", "task.max_answer_tokens=4")
+    fields = (b"Since when?", CONTEXT.encode())
+    records = [Record(f"q{n}", fields, {"answers": [[START, ANSWER], [START, "1850 in"]]}) for n in range(3)]
+    records.append(Record("q3", fields, {"answers": [[0, "Über"]]}))
+    write_records(records, tmp_path / "d", ByteTokenizer(), heldout=records, fields=("question", "context"))
+    lines = task.measure(Pointer(), Corpus.open([tmp_path / "d"]), Rows(0, 2), lambda mine: mine)
+    assert lines == ["questions: 4", "exact match: 75.00", "F1: 75.00"]

@@ -1,0 +1,168 @@
+"""Samples of several fields: what is written is read again, one in a row, in an order that no world changes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from task_data import make, sentence, write_pairs
+
+from reformer_dist.data import (
+    ByteTokenizer,
+    Corpus,
+    Dataset,
+    Order,
+    Quarantine,
+    Record,
+    Replay,
+    SampleReader,
+    Source,
+    Start,
+    TrainLoader,
+    consumed_hash,
+    merge_states,
+    read_state,
+    sample_of,
+    split_samples,
+    write_dataset,
+    write_records,
+)
+from reformer_dist.errors import DataError
+
+BATCH = 6
+
+
+def pairs(folder: Path) -> dict[str, tuple[bytes, ...]]:
+    draw = random.Random(1)
+    texts = [sentence(draw) for _ in range(60)]
+    return {f"pair{n}": (text, b" ".join(reversed(text.split(b" ")))) for n, text in enumerate(texts)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
+
+
+def make_order(data: Path) -> Order:
+    return Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64, by_sample=True)
+
+
+def read(
+    data: Path,
+    n_steps: int,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    state: dict | None = None,
+    passes: int | None = None,
+    micro_batch: int | None = None,
+) -> tuple[list[list[dict[str, torch.Tensor]]], dict]:
+    """Micro-batches of each step, and the state behind them."""
+    order = make_order(data)
+    start = Start() if state is None else read_state(state, order)
+    quarantine = Quarantine(100, 0.5, start.quarantine)
+    task = make("completion", data)
+    own = {"dp_rank": rank, "dp_size": size, "start": start, "passes": passes, "make_example": task.make_example}
+    with TrainLoader(order, quarantine, micro_batch_size=micro_batch or BATCH // size, workers=2, **own) as loader:
+        steps = [next(loader) for _ in range(n_steps)]
+        return [step.micro_batches for step in steps], steps[-1].state
+
+
+def rows(steps: list[list[dict[str, torch.Tensor]]]) -> list[list[int]]:
+    """Tokens that are asked for, of each row."""
+    return [row[row >= 0].tolist() for step in steps for batch in step for row in batch["labels"]]
+
+
+def test_fields_come_back(data: Path) -> None:
+    dataset, expected, reader = Dataset.open(data), pairs(data), SampleReader()
+    found = {}
+    for split in ("train", "heldout"):
+        for shard in dataset.shards(split):
+            for entry in dataset.index(shard).entries:
+                source = Source(dataset, shard, entry)
+                tokens = reader.read(source)
+                assert len(tokens) == entry.n_tokens == sum(entry.lengths) + 2
+                assert (tokens == 256).sum() == 2
+                sample = sample_of(source, tokens)
+                found[sample.name] = tuple(field.astype(np.uint8).tobytes() for field in sample.fields)
+    assert found == expected
+    assert dataset.fields == ["source", "target"]
+    assert {sample.name for sample in split_samples(Corpus([dataset]))} == {f"pair{n}" for n in range(10)}
+
+
+def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
+    steps = make_order(data).steps_of(1)
+    assert steps == -(-50 // BATCH)
+    whole, state = read(data, steps, passes=1)
+    seen = sorted(bytes(row[:-1]) for row in rows(whole) if row)
+    assert seen == sorted(target for name, (_, target) in pairs(data).items() if int(name[4:]) >= 10)
+    by_rank = [read(data, steps, rank=rank, size=2, passes=1) for rank in range(2)]
+    of_ranks = [rows([part for rank in by_rank for part in (rank[0][step],)]) for step in range(steps)]
+    assert [sorted(step) for step in of_ranks] == [sorted(rows([step])) for step in whole]
+    assert merge_states([rank_state for _, rank_state in by_rank]) == merge_states([state])
+    replay = Replay(make_order(data), Start(), passes=1)
+    for _ in range(steps):
+        replay.next_step()
+    assert replay.hash == consumed_hash(merge_states([state]))
+
+
+def test_rows_of_a_like_length_are_together(data: Path) -> None:
+    steps, _ = read(data, 6, micro_batch=2)
+    for step in steps:
+        assert [batch["tokens"].shape[0] for batch in step] == [2, 2, 2]
+        lengths = [(row != 0).sum().item() for batch in step for row in batch["tokens"]]
+        assert lengths == sorted(lengths)
+        for batch in step:
+            longest = max((row != 0).sum().item() for row in batch["tokens"])
+            assert longest <= batch["tokens"].shape[1] < longest + 8
+
+
+def test_a_resume_gives_the_next_samples(data: Path) -> None:
+    whole, _ = read(data, 12)
+    first, state = read(data, 5)
+    then, _ = read(data, 7, state=json.loads(json.dumps(state)))
+    assert rows(first) + rows(then) == rows(whole)
+
+
+def test_a_damaged_sample_is_passed_over(data: Path, tmp_path: Path) -> None:
+    copy = write_pairs(tmp_path / "copy")
+    dataset = Dataset.open(copy)
+    shard = dataset.shards("train")[0]
+    entry = dataset.index(shard).entries[3]
+    content = bytearray((copy / shard.name).read_bytes())
+    content[entry.offset] ^= 1
+    (copy / shard.name).write_bytes(content)
+    found, state = read(copy, 2 * make_order(copy).steps_of(1))
+    assert [sample[2] for sample in state["quarantine"]] == [entry.key]
+    assert len(rows(found)) == len([row for row in rows(found) if row])
+
+
+def test_what_packs_text_and_what_does_not_are_not_mixed_up(data: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    write_dataset(
+        [(f"doc{n}", b"words " * (n + 1)) for n in range(20)], text, ByteTokenizer(), heldout_fraction=0.3
+    )
+    assert "fields" not in json.loads((text / "dataset.json").read_text())
+    make("language_model", text).check(Corpus.open([text]))
+    with pytest.raises(
+        DataError, match=r"its samples hold source, target; task.kind=language_model reads running"
+    ):
+        make("language_model", data).check(Corpus.open([data]))
+    with pytest.raises(
+        DataError, match=r"its samples hold text; task.kind=completion needs prompt and completion"
+    ):
+        make("completion", text).check(Corpus.open([text]))
+    with pytest.raises(DataError, match="by_sample was None and is True now"):
+        state = Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
+        read_state({"version": 2, "settings": state}, make_order(data))
+
+
+def test_an_unknown_label_is_named(tmp_path: Path) -> None:
+    records = [Record(f"line{n}", (b"text %d" % n,), {"label": "ab"[n % 2]}) for n in range(10)]
+    odd = [Record("other:7", (b"more",), {"label": "c"})]
+    with pytest.raises(DataError, match=r"other:7: its label 'c' is unknown; it must be one of .*: a, b"):
+        write_records(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])

@@ -1,0 +1,115 @@
+"""Runs of every kind of task in this process: they train, are evaluated, resume exactly and load again."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import tiny_config
+from task_data import make, write_for, write_pairs
+
+from reformer_dist.build import build_trainer
+from reformer_dist.data import Corpus, Sample
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.errors import CheckpointError, ConfigError
+from reformer_dist.load import load_model
+from reformer_dist.tasks import Rows
+
+OVERRIDES = {
+    "masked_language_model": ("model.causal=false", "trainer.eval_every=3"),
+    "completion": ("trainer.eval_every=3", "data.seq_len=128"),
+    "sequence_classification": ("model.causal=false", "trainer.eval_every=3", "deepspeed.stage=1"),
+    "question_answering": ("model.causal=false", "trainer.eval_every=3", "task.stride=8"),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
+
+
+def train(job: Runtime, kind: str, data: Path, output: Path, *changed: str) -> list[dict[str, float]]:
+    """What the run tells of each step, but for times and speed."""
+    config = tiny_config(data, output, f"task.kind={kind}", *OVERRIDES[kind], *changed)
+    with ExitStack() as resources:
+        build_trainer(config, job, resources).fit()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: x for tag, x in row.items() if not tag.startswith(("perf/", "time_s"))} for row in lines]
+
+
+@pytest.mark.parametrize("kind", sorted(OVERRIDES))
+def test_a_run_goes_on_exactly_and_loads(
+    kind: str, pairs: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    data = {"completion": pairs, "masked_language_model": tiny_data}.get(kind) or write_for(
+        kind, tmp_path / "data"
+    )
+    whole = train(job, kind, data, tmp_path / "whole")
+    assert whole[-1]["train/loss"] != whole[0]["train/loss"]
+    assert 0 <= whole[-1]["eval/accuracy"] <= 1
+    assert ("train/bits_per_byte" in whole[-1]) is False
+    cut = tmp_path / "whole/checkpoints/step-00000003"
+    resumed = train(job, kind, data, tmp_path / "resumed", f"resume={cut}")
+    assert resumed[-1] == whole[-1]
+
+    loaded = load_model(tmp_path / "whole", [], torch.device("cpu"))
+    assert loaded.task.config.task.kind.name == kind
+    batch = next(iter(loaded.task.heldout(Corpus.open([data]), Rows(4, 4)))).tensors
+    assert torch.isfinite(loaded.model(**batch))
+
+
+def test_which_tokens_are_hidden_is_a_function_of_the_place(tiny_data: Path) -> None:
+    task = make(
+        "masked_language_model", tiny_data, "model.causal=false", "data.seq_len=2000", "model.position=rotary"
+    )
+    text = Corpus.open([tiny_data])
+    first, again = (next(iter(task.heldout(text, Rows(1, 1)))).tensors for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    tokens, labels = first["tokens"], first["labels"]
+    asked = labels != -100
+    assert 0.12 < asked.float().mean() < 0.18
+    assert 0.7 < (tokens[asked] == 257).float().mean() < 0.9  # the mask, behind the 257 tokens of bytes
+    assert (tokens[asked] == labels[asked]).float().mean() > 0.04
+    assert (tokens[~asked] != 257).all()
+
+
+def test_a_completion_that_is_too_long_keeps_its_own_beginning(pairs: Path) -> None:
+    task = make("completion", pairs, "data.seq_len=8")
+    sample = Sample("", (np.arange(1, 7), np.arange(11, 14)))
+    row = task.example(sample, (0, 0, 0))  # type: ignore[attr-defined]
+    assert row["tokens"].tolist() == [3, 4, 5, 6, 256, 11, 12, 13]
+    assert row["labels"].tolist() == [-100, -100, -100, -100, 11, 12, 13, 256]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["task.kind=masked_language_model"], "model.causal=True: must be false: task.kind=masked_language_model"),
+        (["task.kind=completion", "model.causal=false"], "model.causal=False: must be true: a two-sided model"),
+        (["task.kind=completion", "trainer.sample_every=1"], "trainer.sample_every=1: must be 0: task.kind=comp"),
+        (["task.mask_share=1"], "task.mask_share=1.0: must be above 0 and below 1"),
+        (
+            ["task.kind=question_answering", "model.causal=false", "parallel.sequence=2"],
+            "parallel.sequence=2: must be 1 with task.kind=question_answering",
+        ),
+        (
+            ["task.kind=sequence_to_sequence"],
+            "task.max_source_len=1024: must be at most 128, what model.pos",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changed: list[str], words: str, tiny_data: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(tiny_data, Path("unused"), *changed)
+    assert str(caught.value).startswith(words)
+
+
+def test_a_model_that_writes_no_text_is_not_asked_to(tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    train(job, "masked_language_model", tiny_data, tmp_path / "run", "trainer.max_steps=1")
+    loaded = load_model(tmp_path / "run", [], torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"its task.kind is masked_language_model; what goes on from"):
+        _ = loaded.language_model

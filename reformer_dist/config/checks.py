@@ -25,3 +25,10 @@ def is_share(**values: float) -> None:
     """Each named value is a share: 0 <= value < 1."""
     for name, value in values.items():
         require(0.0 <= value < 1.0, name.replace("__", "."), value, "must be at least 0 and below 1")
+
+
+def would_do(whole: int, value: int) -> str:
+    """The numbers nearest to `value` that divide `whole`, as it does not: "2 or 4" for 3 and 8."""
+    below = next((number for number in range(min(value - 1, whole), 0, -1) if whole % number == 0), None)
+    above = next((number for number in range(value + 1, whole + 1) if whole % number == 0), None)
+    return " or ".join(str(number) for number in (below, above) if number is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reformer_dist.config.checks import require
+from reformer_dist.config.checks import require, would_do
 from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig
 from reformer_dist.config.model import AttentionImplementation, AttentionKind, ModelConfig
@@ -84,21 +84,23 @@ class RunConfig:
 
     def dp_size(self, world_size: int) -> int:
         """Data-parallel groups of ranks, each of which shares its sequences. Raises ConfigError."""
-        size, rest = divmod(world_size, self.parallel.sequence)
-        right = f"must divide the {world_size} ranks of the job"
-        require(rest == 0 and size > 0, "parallel.sequence", self.parallel.sequence, right)
-        return size
+        degree = self.parallel.sequence
+        right = f"must divide the {world_size} ranks of the job; {would_do(world_size, degree)} would do"
+        require(world_size % degree == 0, "parallel.sequence", degree, right)
+        return world_size // degree
 
     def micro_batching(self, world_size: int) -> tuple[int, int]:
         """(rows of a micro-batch, micro-batches of a step) of each rank of a job.
 
         Raises ConfigError where the batch does not divide.
         """
-        dp_size = self.dp_size(world_size)
-        rows, rest = divmod(self.data.batch_size, dp_size)
-        right = f"must be a multiple of the {dp_size} data-parallel ranks"
-        require(rest == 0, "data.batch_size", self.data.batch_size, right)
+        dp_size, batch_size = self.dp_size(world_size), self.data.batch_size
+        right = f"must be a multiple of the {dp_size} data-parallel ranks; "
+        right += f"{would_do(batch_size, dp_size)} of them would do"
+        require(batch_size % dp_size == 0, "data.batch_size", batch_size, right)
+        rows = batch_size // dp_size
         micro = self.trainer.micro_batch_size or rows
-        right = f"must divide the {rows} of data.batch_size={self.data.batch_size} rows that each rank takes"
+        right = f"must divide the {rows} of data.batch_size={batch_size} rows that each rank takes; "
+        right += f"{would_do(rows, micro)} would do"
         require(rows % micro == 0, "trainer.micro_batch_size", micro, right)
         return micro, rows // micro

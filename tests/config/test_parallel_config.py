@@ -87,10 +87,10 @@ def test_exact_layers_share_heads_alone(sequence: int) -> None:
     run(n_heads=24, layers=[exact], sequence=sequence)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 6])
-def test_a_world_that_is_no_multiple(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "near"), [(1, "1"), (2, "2"), (6, "3 or 6")])
+def test_a_world_that_is_no_multiple(world_size: int, near: str) -> None:
     config = run(sequence=4)
-    right = rf"^parallel\.sequence=4: must divide the {world_size} ranks of the job$"
+    right = rf"^parallel\.sequence=4: must divide the {world_size} ranks of the job; {near} would do$"
     for action in (config.dp_size, config.micro_batching):
         with pytest.raises(ConfigError, match=right):
             action(world_size)
@@ -106,12 +106,18 @@ def test_ranks_of_a_sequence_are_one_for_the_batch(sequence: int, world_size: in
     assert config.micro_batching(world_size) == run().micro_batching(dp_size) == (2, 6 // dp_size)
 
 
-def test_batches_that_do_not_divide_among_sequences() -> None:
-    with pytest.raises(
-        ConfigError, match=re.escape("data.batch_size=12: must be a multiple of the 5 data-parallel")
-    ):
-        run(sequence=2).micro_batching(10)
-    with pytest.raises(
-        ConfigError, match=r"^trainer\.micro_batch_size=2: must divide the 3 .*data\.batch_size=12"
-    ):
-        run(sequence=2).micro_batching(8)
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_the_same_command_on_the_ranks_that_are_left(sequence: int) -> None:
+    """Wherever the batch divides, ranks take more micro-batches; elsewhere, it is said how many ranks would do."""
+    config = run(sequence=sequence)
+    for dp_size, n_micro in ((6, 1), (3, 2), (2, 3), (1, 6)):
+        assert config.micro_batching(dp_size * sequence) == (2, n_micro)
+    for dp_size, near in ((5, "4 or 6"), (7, "6 or 12"), (8, "6 or 12"), (13, "12")):
+        right = (
+            f"data.batch_size=12: must be a multiple of the {dp_size} data-parallel ranks; {near} of them would do"
+        )
+        with pytest.raises(ConfigError, match=f"^{re.escape(right)}$"):
+            config.micro_batching(dp_size * sequence)
+    right = r"^trainer\.micro_batch_size=2: must divide the 3 of .* rows that each rank takes; 1 or 3 would do$"
+    with pytest.raises(ConfigError, match=right):
+        config.micro_batching(4 * sequence)

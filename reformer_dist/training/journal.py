@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+from reformer_dist.training.patient_file import PatientFile
 from reformer_dist.training.tensorboard import Board
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
@@ -37,53 +38,54 @@ class Journal:
             self._metrics.write()
 
     def flush(self) -> None:
-        """All that was told is on the disk."""
+        """All that was told is on the disk. Raises OSError where it can't be."""
         self._board.flush()
         if self._metrics is not None:
-            self._metrics.write()
-            self._metrics.sync()
+            self._metrics.flush()
 
     def close(self) -> None:
         self._board.close()
         if self._metrics is not None:
-            self._metrics.write()
             self._metrics.close()
 
 
 class MetricsFile:
     """A JSON object in each line: "step", "time_s" (seconds of training, resumes included) and scalars by tag.
 
-    A value that is no finite number is null. Raises OSError where the file can't be written.
+    A value that is no finite number is null. Where the disk is full, lines wait for it.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
+        """Raises OSError where the file can't be written."""
         self._path = path
         self._row: dict[str, float | None] = {}
         self._last = _take_back(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = PatientFile(path)
 
     def add(self, values: dict[str, float], step: int, seconds: float) -> None:
         if self._row.get("step", step) != step:
             self.write()
         if self._last.get("step") == step:  # an evaluation that was interrupted is made up for
-            _take_back(self._path, step - 1)
             self._file.close()
-            self._file = self._path.open("a", encoding="utf-8")
+            _take_back(self._path, step - 1)
+            self._file = PatientFile(self._path)
             self._row = self._last
         self._last = {}
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         self._row = {"step": step, "time_s": seconds, **self._row, **finite}
 
     def write(self) -> None:
+        """The step is complete."""
         if self._row:
-            self._file.write(json.dumps(self._row) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(self._row).encode() + b"\n")
             self._row = {}
 
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
+    def flush(self) -> None:
+        self.write()
+        self._file.sync()
 
     def close(self) -> None:
+        self.write()
         self._file.close()
 
 

@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from reformer_dist.training.patient_file import PatientFile
+
+VERSION = "brain.Event:2"  # what a file of events begins with
 
 
 class Board:
-    """Scalars and texts by step; on ranks other than 0 it does nothing."""
+    """Scalars and texts by step; on ranks other than 0 it does nothing.
+
+    PyTorch's SummaryWriter gives up for good where its thread meets a full disk.
+    """
 
     def __init__(self, folder: Path, *, is_active: bool, first_step: int) -> None:
-        self._writer: SummaryWriter | None = None
+        self._file: PatientFile | None = None
         if is_active:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto.event_pb2 import SessionLog
 
+            folder.mkdir(parents=True, exist_ok=True)
+            # readers take the files in the order of their names
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+            self._file = PatientFile(folder / name)
+            self._add(file_version=VERSION)
             # what an interrupted run wrote beyond its checkpoint is taken back
-            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+            self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self._writer is not None:
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import scalar
+
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                self._add(step=step, summary=scalar(name, value))
 
     def text(self, name: str, text: str, step: int) -> None:
-        if self._writer is not None:
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import text as summary_of
+
             indented = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown for "as it is"
-            self._writer.add_text(name, indented, step)
+            self._add(step=step, summary=summary_of(name, indented))
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        """All is on the disk. Raises OSError where it can't be."""
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _add(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        RecordWriter(self._file).write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
 def write_hparams(folder: Path, values: dict[str, float | str | bool], metrics: dict[str, float]) -> None:

@@ -229,9 +229,10 @@ class Trainer:
     def _save(self, *, must: bool) -> None:
         """Saves the step just done: in the background, or, if it `must` succeed, before this returns."""
         self._settle(wait=True)
-        self._journal.flush()  # first: a checkpoint must not be ahead of what was written down
         self.progress.window = self._window.state if self._window.has_steps else {}
         try:
+            # first: a checkpoint must not be ahead of what was written down
+            self._runtime.on_main(self._journal.flush)
             self._saver.begin(self.progress, self._data_state)
             if must:
                 self._saver.settle(wait=True)

@@ -14,5 +14,8 @@ def read_events(run: Path) -> EventAccumulator:
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:
-    """Values of a tag by step."""
-    return {event.step: event.value for event in read_events(run).Scalars(tag)}
+    """Values of a tag by step; each step stands there once."""
+    events = read_events(run).Scalars(tag)
+    values = {event.step: event.value for event in events}
+    assert [event.step for event in events] == sorted(values)
+    return values

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.data import Corpus, Dataset, heldout_batches, merge_states
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.load import load_model
+from reformer_dist.log import logger
 from reformer_dist.models import ReformerLM
 from reformer_dist.training.stopping import StopSignal
 
@@ -36,6 +39,24 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
     return {row["step"]: {tag: row[tag] for tag in row if not tag.startswith(("perf/", "time_s"))} for row in rows}
+
+
+@contextmanager
+def when_told(**actions: Callable[[], object]) -> Iterator[None]:
+    """Does something as soon as the run says a line with these words (_ stands for a blank)."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            for words in [each for each in actions if each.replace("_", " ") in record.getMessage()]:
+                actions.pop(words)()
+
+    listener = Listener()
+    logger.addHandler(listener)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+    assert not actions
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from reformer_dist.cli import run_command
-from reformer_dist.compose import SweepRequest, hydra_entry
 from reformer_dist.config import LauncherKind, RunConfig
-from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError
+from reformer_dist.told_to_stop import end_when_told
+
+if TYPE_CHECKING:
+    from reformer_dist.compose import SweepRequest
 
 DRY_RUN = "--dry-run"
 ADVICE = "start the same command again to go on from the last checkpoint"
@@ -18,6 +20,8 @@ ADVICE = "start the same command again to go on from the last checkpoint"
 
 def train(config: RunConfig) -> None:
     """Trains as one rank of the job, or starts the ranks that do. Raises UserError, alike on every rank."""
+    from reformer_dist.distributed import runtime
+
     if config.launcher.kind is not LauncherKind.none and not runtime.is_rank():
         _launch(config, sys.argv[1:])
         return
@@ -56,6 +60,8 @@ def sweep(request: SweepRequest) -> None:
 
     Raises ConfigError; ends with the status of the trials.
     """
+    from reformer_dist.distributed import runtime
+
     if request.launcher.kind not in (LauncherKind.none, LauncherKind.local) and not runtime.is_rank():
         from reformer_dist.launch.render import render_sweep
 
@@ -67,6 +73,8 @@ def sweep(request: SweepRequest) -> None:
 
 
 def _run() -> None:
+    from reformer_dist.compose import hydra_entry
+
     flags = [word for word in sys.argv[1:] if word.split("=")[0] == DRY_RUN]
     if not flags:
         hydra_entry(train, sweep)
@@ -85,6 +93,9 @@ def _run() -> None:
 
 
 def main() -> None:
+    end_when_told()  # before anything is imported that takes long
+    from reformer_dist.cli import run_command
+
     run_command(_run)
 
 

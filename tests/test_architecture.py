@@ -28,7 +28,10 @@ ALLOWED = {
     "launch": {"config", "errors"},
     "sweep": {"compose", "config", "distributed", "errors", "log", "overrides", "seeds", "training"},
     "parallel": {"distributed", "errors", "ops"},
-    "training": {"config", "checkpoint", "distributed", "engine", "errors", "log", "parallel", "seeds"},
+    "told_to_stop": set(),
+    "training": {
+        *("config", "checkpoint", "distributed", "engine", "errors", "log", "parallel", "seeds", "told_to_stop"),
+    },
 }
 THIRD_PARTY_HOMES = {
     "deepspeed": {"engine"},

@@ -1,0 +1,21 @@
+"""What SIGTERM and SIGINT mean to a process that has not begun to work: it ends, and may be started again.
+
+Imports nothing slow, since PyTorch and DeepSpeed take seconds to load, and a scheduler may not wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def end_when_told() -> None:
+    """From now on either signal ends the process with status 75; in the main thread only.
+
+    A signal that is ignored, as SIGINT is in the background of a shell, stays so.
+    """
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, lambda *_: os._exit(os.EX_TEMPFAIL))

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -131,10 +131,11 @@ def read(job: Runtime, layout: Layout, data: Path, root: Path) -> dict[str, list
         return engines[0]
 
     found = {}
+    every = layout.config(data, root, "trainer.save_every=0")
     for source in LAYOUTS:
-        start = f"resume={step_folder(root / str(source) / 'checkpoints', SAVED)}"
         name = f"{layout}-after-{source}"
-        config = layout.config(data, root / name, "trainer.save_every=0", start)
+        start = step_folder(root / str(source) / "checkpoints", SAVED)
+        config = replace(every, output_dir=str(root / name), resume=str(start))
         with ExitStack() as resources, patch.object(build, "TrainEngine", made_once):
             trainer = build.build_trainer(config, job, resources)
             held = load_file(root / str(source) / "held.safetensors")

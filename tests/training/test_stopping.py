@@ -103,9 +103,8 @@ def test_a_signal_while_the_run_is_built_or_saved(
             train(job, tiny_data, tmp_path, *LONG, "trainer.save_every=4", stop=stop)
 
     stop = StopSignal()
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "save_file", save_when_told)
-        train_until_told("saved step|nothing was done since the checkpoint of step 4")
+    monkeypatch.setattr(writer, "save_file", save_when_told)
+    train_until_told("saved step|nothing was done since the checkpoint of step 4")
     assert [words for words in said.messages if words.startswith("saved ")]
     step = max(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
     stop = StopSignal()

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Kills a small run again and again with SIGKILL, starts it anew each time, and compares it with an uncut one.
 
-Exits 1 unless the losses, gradient norms and evaluations of every step are equal to the last bit, the last
-checkpoints hold the same tensors, every checkpoint on disk is whole or refused, and no kill cost more steps than
-lie between two checkpoints. The moments are drawn from --seed: after a time, or as soon as a save is under way.
+Exits 1 unless the losses, gradient norms and evaluations of every step are equal to the last bit, in metrics.jsonl
+and for TensorBoard, each step once; every checkpoint that verifies after a kill holds the tensors and the data
+position of the uncut run; and each attempt goes on from the newest of them. The moments are drawn from --seed:
+some time after a step, or as soon as a save is under way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import re
@@ -19,48 +19,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, is_good
-from reformer_dist.data import ByteTokenizer, write_dataset
+from reformer_dist.checkpoint.files import step_of
+from reformer_dist.data import merge_states
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from support.events import read_events, scalars
+from support.tiny import tiny_overrides, write_tiny_dataset
+from support.weights import differing
 
 SAVE_EVERY = 5
-WORDS = [
-    "time",
-    "water",
-    "light",
-    "house",
-    "little",
-    "great",
-    "under",
-    "never",
-    "river",
-    "people",
-    "stone",
-    "word",
-]
-TINY = [
-    *("model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.n_buckets=4", "model.window=16"),
-    *("model.local_window=16", "model.axial_shape=[8,16]", "model.dropout=0.1", "data.seq_len=64"),
-    *("data.batch_size=4", "data.eval_rows=4", "trainer.log_every=1", "trainer.eval_every=20"),
-    *(f"trainer.save_every={SAVE_EVERY}", "trainer.keep_checkpoints=3", "deepspeed=zero2"),
-]
+CHANGED = (f"trainer.save_every={SAVE_EVERY}", "trainer.eval_every=20", "trainer.micro_batch_size=null")
+CHANGED += ("deepspeed=zero2", "launcher=local")
 UNLIKE = ("time_s", "perf/", "checkpoint/")  # what depends on the clock
 
 
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        data = write_data(Path(scratch) / "data")
+        data = write_tiny_dataset(Path(scratch) / "data")
         whole, cut = Path(scratch) / "whole", Path(scratch) / "cut"
         print("uninterrupted run", flush=True)
-        with start(data, whole, arguments) as process:
+        with start(data, whole, arguments, "trainer.keep_checkpoints=0") as process:
             output, _ = process.communicate(timeout=1200)
         if process.returncode:
             print(output)
             return 1
-        problems = torment(data, cut, arguments)
+        problems = torment(data, cut, whole, arguments)
         problems += compare(whole, cut)
     for problem in problems:
         print(f"WRONG: {problem}")
@@ -77,17 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_data(folder: Path) -> Path:
-    draw = random.Random(0)
-    texts = (" ".join(draw.choices(WORDS, k=draw.randint(40, 160))) for _ in range(40))
-    documents = [(f"doc{number}", text.encode()) for number, text in enumerate(texts)]
-    write_dataset(documents, folder, ByteTokenizer(), shard_bytes=10_000, heldout_fraction=0.15)
-    return folder
-
-
-def start(data: Path, run: Path, arguments: argparse.Namespace) -> subprocess.Popen[str]:
-    ranks = ["launcher=local", f"launcher.nproc_per_node={arguments.ranks}"]
-    overrides = [*TINY, *ranks, f"trainer.max_steps={arguments.steps}", f"data.path={data}", f"output_dir={run}"]
+def start(data: Path, run: Path, arguments: argparse.Namespace, *changed: str) -> subprocess.Popen[str]:
+    more = (f"launcher.nproc_per_node={arguments.ranks}", f"trainer.max_steps={arguments.steps}")
+    overrides = tiny_overrides(data, run, *CHANGED, *more, "trainer.keep_checkpoints=3", *changed)
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "reformer_dist.train", *overrides],
         stdout=subprocess.PIPE,
@@ -97,13 +80,13 @@ def start(data: Path, run: Path, arguments: argparse.Namespace) -> subprocess.Po
     )
 
 
-def torment(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
+def torment(data: Path, run: Path, whole: Path, arguments: argparse.Namespace) -> list[str]:
     """Kills the run so many times, then lets it end; what went wrong."""
     draw = random.Random(arguments.seed)
     problems: list[str] = []
     done_again = kills = 0
     while True:
-        before = last_step(run)
+        before, saved = last_step(run), newest(run)
         with start(data, run, arguments) as process:
             if kills < arguments.kills:
                 goal = arguments.steps * (kills + 1) // (arguments.kills + 2)
@@ -119,10 +102,10 @@ def torment(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
         found = re.search(r"resuming from .* at step (\d+)", output)
         if found is not None:  # else it was killed before it had said where it resumes
             begun = int(found[1])
-            if before - begun > SAVE_EVERY + 1:
-                problems.append(f"went back from step {before} to {begun}:\n{output}")
+            if begun != saved:
+                problems.append(f"went back to step {begun} instead of {saved}:\n{output}")
             done_again += max(0, before - begun)
-        problems += wrong_checkpoints(run)
+        problems += wrong_checkpoints(run, whole)
         if process.returncode == 0:
             break
         if kills == arguments.kills:
@@ -151,9 +134,10 @@ def wait_for_moment(process: subprocess.Popen[str], run: Path, draw: random.Rand
 
 def ranks_of(launcher: int) -> list[int]:
     """Processes that the launcher has started."""
-    children = Path(f"/proc/{launcher}/task").glob("*/children")
-    found = [int(word) for path in children for word in path.read_text().split()]
-    return [pid for pid in found if "reformer_dist.train" in Path(f"/proc/{pid}/cmdline").read_text()]
+    with suppress(psutil.Error):
+        children = psutil.Process(launcher).children(recursive=True)
+        return [child.pid for child in children if "RANK" in child.environ()]
+    return []
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -168,24 +152,25 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in rows(run)), default=0)
 
 
-def wrong_checkpoints(run: Path) -> list[str]:
-    """Of the checkpoints that verify: those that can't be read. The newest of all must verify."""
-    found, complaints = find_checkpoint(run / "checkpoints")
-    wrong = [f"a kill left a damaged checkpoint: {words}" for words in complaints]
-    if found is not None:
-        read_all(found)
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint that verifies."""
+    found, _ = find_checkpoint(run / "checkpoints")
+    return 0 if found is None else step_of(found)
+
+
+def wrong_checkpoints(run: Path, whole: Path) -> list[str]:
+    """Those that do not verify though they have their name, or verify and are not what the uncut run saved."""
+    wrong = [f"a kill left a damaged checkpoint: {words}" for words in find_checkpoint(run / "checkpoints")[1]]
+    for folder in (run / "checkpoints").glob("step-*"):
+        if is_good(folder) is None:
+            other = whole / "checkpoints" / folder.name
+            odd = differing(folder, other) + ["data position"] * (data_state(folder) != data_state(other))
+            wrong += [f"{folder.name} verifies and is wrong in {', '.join(odd)}"] * bool(odd)
     return wrong
 
 
-def read_all(folder: Path) -> dict[str, bytes]:
-    reader = CheckpointReader(folder)
-    sizes = {name: math.prod(shape) for name, shape in reader.run["shapes"].items()}
-    kinds = ("fp32", "exp_avg", "exp_avg_sq")
-    return {
-        f"{name}|{kind}": reader.read(name, kind, 0, size).numpy().tobytes()
-        for name, size in sizes.items()
-        for kind in kinds
-    }
+def data_state(folder: Path) -> dict[str, Any]:
+    return merge_states([rank["data"] for rank in CheckpointReader(folder).rank_states])
 
 
 def compare(whole: Path, cut: Path) -> list[str]:
@@ -196,11 +181,11 @@ def compare(whole: Path, cut: Path) -> list[str]:
     problems = [f"step {a['step']}: {b} instead of {a}" for a, b in zip(expected, found, strict=False) if a != b]
     if len(expected) != len(found):
         problems.append(f"{len(found)} lines of metrics instead of {len(expected)}")
-    for path in sorted((cut / "checkpoints").iterdir()):
-        other = whole / "checkpoints" / path.name
-        if is_good(path) is None and other.is_dir() and read_all(path) != read_all(other):
-            problems.append(f"{path.name} verifies and is wrong")
-    return problems
+    tags = read_events(whole).Tags()["scalars"]
+    if read_events(cut).Tags()["scalars"] != tags:
+        problems.append("TensorBoard has other curves")
+    odd = [tag for tag in tags if not tag.startswith(UNLIKE) and scalars(cut, tag) != scalars(whole, tag)]
+    return problems + [f"TensorBoard shows another curve of {tag}" for tag in odd]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,13 @@ def read_all(folder: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, Tensor]:
     return tensors | {"adam_step": torch.tensor(reader.adam_step)}
 
 
-def assert_same(first: Path, second: Path) -> None:
-    """Two checkpoints hold the same weights and optimizer state, bit for bit."""
+def differing(first: Path, second: Path) -> list[str]:
+    """Which weights and optimizer states of two checkpoints are not the same, bit for bit."""
     left, right = read_all(first), read_all(second)
     assert left.keys() == right.keys()
-    differing = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not differing
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """Two checkpoints hold the same weights and optimizer state, bit for bit."""
+    assert not differing(first, second)

@@ -26,7 +26,7 @@ class Board:
 
             folder.mkdir(parents=True, exist_ok=True)
             # readers take the files in the order of their names
-            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+            name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
             self._file = PatientFile(folder / name)
             self._add(file_version=VERSION)
             # what an interrupted run wrote beyond its checkpoint is taken back

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from run_helpers import LOSS, checkpoint, damage, interrupted, train
+from run_helpers import LOSS, checkpoint, damage, interrupted, losses, train
 from support.events import scalars
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
+from reformer_dist.training.checkpoints import Checkpoints
+from reformer_dist.training.trainer import Progress
 
 
 def test_resume_is_bitwise(
@@ -55,6 +58,34 @@ def test_kill_9_and_start_again(whole: Path, tiny_data: Path, tmp_path: Path) ->
     assert (f"resuming from {checkpoint(run, 3)} at step 3" in done.stdout) == was_saved
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
     assert scalars(run, LOSS) == scalars(whole, LOSS)  # each step once
+
+
+def test_a_kill_between_the_metrics_and_the_checkpoint_of_a_step(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are on the disk before a checkpoint begins; what is ahead of the last one, and torn, is taken back."""
+    begin = Checkpoints.begin
+
+    def killed_at_step_6(self: Checkpoints, progress: Progress, data_state: dict[str, Any]) -> None:
+        if progress.step == 6:
+            raise KeyboardInterrupt
+        begin(self, progress, data_state)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "begin", killed_at_step_6)
+        train(job, tiny_data, run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert list(scalars(run, LOSS)) == list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    [events] = (run / "tensorboard").iterdir()
+    for path in (run / "metrics.jsonl", events):
+        content = path.read_bytes()
+        path.write_bytes(content + content[-300:-9])  # killed in the midst of a record
+    train(job, tiny_data, run)
+    assert scalars(run, LOSS) == scalars(whole, LOSS)
+    assert [row[LOSS] for row in losses(run).values()] == [row[LOSS] for row in losses(whole).values()]
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert_same(checkpoint(run, 6), checkpoint(whole, 6))
 
 
 def test_resume_falls_back_behind_a_damaged_checkpoint(

@@ -37,7 +37,7 @@ from reformer_dist.compose import plain, run_config_from
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine import TrainEngine
-from reformer_dist.models import ReformerLM, attention, head
+from reformer_dist.models import ReformerLM, hashing, head
 from reformer_dist.models.block import Block
 from reformer_dist.models.reversible import Sublayer
 from reformer_dist.models.sequence import WholeSequence
@@ -160,7 +160,7 @@ class Ours:
         watch = Stopwatch(self._device)
         with ExitStack() as patches:
             for name, owner, attribute in (
-                ("hash", attention, "hash_vectors"),
+                ("hash", hashing, "hash_vectors"),
                 ("sort", lsh_attention, "lay_out"),
                 ("attend", WholeSequence, "bucket_attention"),
                 ("attend", WholeSequence, "exact_attention"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from reformer_dist.config.checks import at_least, is_share, require
@@ -13,6 +13,11 @@ class AttentionKind(Enum):
     lsh = "lsh"
     local = "local"
     exact = "exact"
+
+
+class CrossAttentionKind(Enum):
+    exact = "exact"
+    lsh = "lsh"
 
 
 class HashScheme(Enum):
@@ -79,6 +84,12 @@ class ModelConfig:
     """True: a language model that sees the past. False: a two-sided stack."""
     share_layers: bool = False
     """True: layers at the same place of the pattern share their parameters (not with ZeRO stage 3)."""
+    n_encoder_layers: int | None = None
+    """Encoder-decoder: layers of the encoder; null means n_layers, which are those of the decoder."""
+    encoder_layers: list[AttentionKind] | None = None
+    """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder's."""
+    cross_attention: CrossAttentionKind = CrossAttentionKind.exact
+    """Encoder-decoder: how the decoder reads the source: exact, or lsh (the keys of a query's bucket)."""
 
     n_hashes: int = 4
     """Hash rounds of LSH attention."""
@@ -157,6 +168,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         at_least(1, model__dim=self.dim, model__n_layers=self.n_layers, model__n_heads=self.n_heads)
         at_least(1, model__head_dim=self.head_dim, model__n_hashes=self.n_hashes, model__window=self.window)
+        at_least(1, model__n_encoder_layers=self.n_encoder_layers)
         at_least(1, model__chunk_len=self.chunk_len, model__local_window=self.local_window)
         at_least(0, model__n_chunks_before=self.n_chunks_before, model__n_chunks_after=self.n_chunks_after)
         at_least(0, model__ff_chunk=self.ff_chunk, model__norm_eps=self.norm_eps, model__hash_seed=self.hash_seed)
@@ -167,6 +179,8 @@ class ModelConfig:
         is_share(model__dropout=self.dropout, model__attention_dropout=self.attention_dropout)
         is_share(model__ff_dropout=self.ff_dropout)
         require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
+        right = "must name at least one of lsh, local, exact, or be null"
+        require(self.encoder_layers != [], "model.encoder_layers", self.encoder_layers, right)
         right = "needs model.causal=false, for the first token of a causal model sees no other"
         require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", right)
         self._check_heads()
@@ -271,6 +285,16 @@ class ModelConfig:
         if self.position is Position.learned:
             return self.max_seq_len
         return None
+
+    def encoder(self) -> ModelConfig:
+        """Of the encoder's stack in an encoder-decoder: two-sided, with layers of its own, of width dim."""
+        return replace(
+            self,
+            causal=False,
+            merge_streams=StreamMerge.mean,
+            n_layers=self.n_encoder_layers or self.n_layers,
+            layers=list(self.encoder_layers or self.layers),
+        )
 
     def layer_kinds(self) -> list[AttentionKind]:
         """Attention of each of the n_layers layers."""

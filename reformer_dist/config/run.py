@@ -73,7 +73,8 @@ class RunConfig:
                 f"model.attention_implementation=reference: needs parallel.sequence=1, not {parallel.sequence}; "
                 "it knows whole sequences only"
             )
-        if AttentionKind.exact in self.model.layers and n_heads % parallel.sequence:
+        kinds = [*self.model.layers, *(self.model.encoder_layers or [])]
+        if AttentionKind.exact in kinds and n_heads % parallel.sequence:
             raise ConfigError(
                 f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since exact layers "
                 "are shared among ranks by heads alone; take fewer ranks, or local and lsh layers"

@@ -2,6 +2,7 @@
 
 from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_dist.models.classification import ReformerForSequenceClassification
+from reformer_dist.models.encoder_decoder import ReformerEncoderDecoder
 from reformer_dist.models.initial import initialise
 from reformer_dist.models.question_answering import ReformerForQuestionAnswering
 from reformer_dist.models.reformer import ReformerLM
@@ -11,6 +12,7 @@ __all__ = [
     "ExactSelfAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",
+    "ReformerEncoderDecoder",
     "ReformerForQuestionAnswering",
     "ReformerForSequenceClassification",
     "ReformerLM",

@@ -12,15 +12,13 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
+from reformer_dist.models.hashing import hash_heads
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import (
     AttentionOptions,
     ChunkRule,
     Rule,
     WindowRule,
-    draw_rotations,
-    hash_vectors,
-    seeded_rotations,
 )
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
@@ -139,25 +137,12 @@ class LSHSelfAttention(SelfAttention):
         if memo is not None and layer in memo.bucket_ids:
             return memo.bucket_ids[layer]
         config = self.config
-        scheme, implementation = config.hash_scheme.name, config.attention_implementation.name
-        factors = None if config.bucket_factors is None else tuple(config.bucket_factors)
-        rotations = self._rotations(context, layer, factors)
-        bucket_ids = hash_vectors(
-            q, rotations, config.n_buckets, scheme, factors=factors, implementation=implementation
-        )
+        bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
         if memo is not None:
             memo.bucket_ids[layer] = bucket_ids
         if context.health is not None:
             context.health.append(context.sequence.health(bucket_ids, config.n_buckets, config.window))
         return bucket_ids
-
-    def _rotations(self, context: ForwardContext, layer: int, factors: tuple[int, ...] | None) -> Tensor:
-        config = self.config
-        sizes = (self.n_heads, self.head_dim, config.n_hashes, config.n_buckets)
-        if config.hash_seed is not None:
-            return seeded_rotations(*sizes, config.hash_seed, factors=factors)
-        seed = derive_seed("rotations", context.rotation_seed, layer)
-        return draw_rotations(*sizes, config.hash_scheme.name, seed, factors=factors)
 
 
 class LocalSelfAttention(SelfAttention):

@@ -1,7 +1,11 @@
-"""One layer: two residual streams, attention on one and feed-forward on the other, invertible as a whole.
+"""One layer: two residual streams, to which its sublayers add in turn, invertible as a whole.
 
-y1 = x1 + Attention(LN(x2)), y2 = x2 + FeedForward(LN(y1)) (paper, eq. 9). The streams stay float32 whatever
-the dtype of the weights; the sublayers compute in the weights' dtype, or in autocast's.
+y1 = x1 + Attention(LN(x2)), y2 = x2 + FeedForward(LN(y1)) (paper, eq. 9). A layer that reads an encoder's output
+has a third sublayer between them, and each reads what the one before has written: y1 = x1 + Attention(LN(x2)),
+y2 = x2 + CrossAttention(LN(y1)), z1 = y1 + FeedForward(LN(y2)). Its outputs are (y2, z1): the next layer reads z1.
+
+The streams stay float32 whatever the dtype of the weights; the sublayers compute in the weights' dtype, or in
+autocast's.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ from torch import Tensor, nn
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.models.attention import build_attention
 from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
-from reformer_dist.models.reversible import Sublayer, Tape, reversible_step
+from reformer_dist.models.reversible import Sublayer, Tape, reversible_steps
 from reformer_dist.ops.dropout import token_dropout
 
 Streams = tuple[Tensor, Tensor]
@@ -36,11 +41,14 @@ class StreamNorm(nn.Module):
 class Block(nn.Module):
     """A layer of the stack; under ZeRO stage 3 it is gathered as a whole."""
 
-    def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
+    def __init__(self, config: ModelConfig, kind: AttentionKind, *, reads_source: bool = False) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.reads_source = config.dropout, reads_source
         self.attention_norm = StreamNorm(config.dim, config.norm_eps)
         self.attention = build_attention(config, kind)
+        if reads_source:
+            self.cross_attention_norm = StreamNorm(config.dim, config.norm_eps)
+            self.cross_attention = CrossAttention(config)
         self.feed_forward_norm = StreamNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
@@ -60,27 +68,36 @@ class Block(nn.Module):
         With a tape, backward rebuilds the inputs from the outputs instead of storing them. The streams are
         arguments of their own, since module hooks (ZeRO's) do not look into tuples.
         """
-        f, g = self._sublayers(context, layer, memo or Memo())
+        sublayers = self._sublayers(context, layer, memo or Memo())
         if is_inverse:
-            y1, y2 = x1, x2
-            x2 = y2 - g(y1)
-            return y1 - f(x2), x2
+            for sublayer in reversed(sublayers):
+                x1, x2 = x2 - sublayer(x1), x1
+            return x1, x2
         if tape is not None:
-            return reversible_step(x1, x2, f, g, tape)
-        y1 = x1 + f(x2)
-        return y1, x2 + g(y1)
+            return reversible_steps(x1, x2, sublayers, tape)
+        for sublayer in sublayers:
+            x1, x2 = x2, x1 + sublayer(x2)
+        return x1, x2
 
-    def _sublayers(self, context: ForwardContext, layer: int, memo: Memo) -> tuple[Sublayer, Sublayer]:
+    def _sublayers(self, context: ForwardContext, layer: int, memo: Memo) -> list[Sublayer]:
         dropout = context.dropout(self.dropout)
 
         def attend(x: Tensor) -> Tensor:
             out = self.attention(self.attention_norm(x), context, layer, memo)
             return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.places)
 
+        def read_source(x: Tensor) -> Tensor:
+            out = self.cross_attention(self.cross_attention_norm(x), context, layer, memo)
+            return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.places)
+
         def feed(x: Tensor) -> Tensor:
             out = self.feed_forward(self.feed_forward_norm(x), context, layer)
             return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), context.places)
 
-        attention_parameters = [*self.attention_norm.parameters(), *self.attention.parameters()]
-        feed_parameters = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]
-        return Sublayer(attend, attention_parameters), Sublayer(feed, feed_parameters)
+        attention = Sublayer(attend, [*self.attention_norm.parameters(), *self.attention.parameters()])
+        feed_forward = Sublayer(feed, [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()])
+        if not self.reads_source:
+            return [attention, feed_forward]
+        assert context.source is not None
+        weights = [*self.cross_attention_norm.parameters(), *self.cross_attention.parameters()]
+        return [attention, Sublayer(read_source, [*weights, context.source.hidden]), feed_forward]

@@ -19,11 +19,11 @@ class TokenModel(nn.Module):
     `seed` decides initial weights and hash rotations, alike on every rank and device.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, reads_source: bool = False) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)
-        self.stack = ReformerStack(config)
+        self.stack = ReformerStack(config, reads_source=reads_source)
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
         """tokens [B, S] -> hidden vectors [B, S, output_dim] in the dtype of the weights."""

@@ -37,6 +37,18 @@ class ForwardOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Source:
+    """What an encoder made of the texts that a decoder reads."""
+
+    hidden: Tensor
+    """[B, T, dim] float32: gradients of all layers that read it are summed in it."""
+    key_padding_mask: Tensor | None
+    """[B, T], True for real tokens."""
+    sequence: SequenceAccess
+    """Which part of each source is at hand."""
+
+
+@dataclass(frozen=True)
 class ForwardContext:
     """Constants of one forward call. Every random draw is a function of them, so a recompute repeats it."""
 
@@ -54,6 +66,8 @@ class ForwardContext:
     """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
     health: list[LSHHealth] | None = None
     """Where LSH layers leave their statistics, if they are wanted."""
+    source: Source | None = None
+    """What the layers of a decoder read."""
 
     def seed_for(self, *place: int | str) -> int:
         """Seed of the dropout at a place, such as ("attention", layer)."""
@@ -97,5 +111,9 @@ class Memo:
 
     bucket_ids: dict[int, Tensor] = field(default_factory=dict)
     """[B, H, R, S] by layer."""
+    query_ids: dict[int, Tensor] = field(default_factory=dict)
+    """The same of the queries of LSH cross attention."""
+    key_ids: dict[int, Tensor] = field(default_factory=dict)
+    """[B, H, R, T] of its keys."""
     plans: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By layer: how tokens travelled between ranks, where they did."""

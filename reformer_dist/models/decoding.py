@@ -9,16 +9,17 @@ A model, or a bare `ReformerStack`, knows nothing of it: to attention, the state
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
-from reformer_dist.models.sequence import LayerAccess, WholeSequence, first_real
+from reformer_dist.models.sequence import LayerAccess, SequenceAccess, WholeSequence, first_real
 from reformer_dist.ops.caches import AttentionCache, BucketCache, ExactCache, WindowCache
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, WindowRule, cross_attention
 
 
 def why_not_incremental(config: ModelConfig) -> str | None:
@@ -97,6 +98,7 @@ class _LayerState(WholeSequence):
     def __init__(self, first: Tensor | None) -> None:
         self._first = first
         self._cache: AttentionCache | None = None
+        self._source: CrossKeys | None = None
 
     def bucket_attention(
         self,
@@ -121,6 +123,18 @@ class _LayerState(WholeSequence):
             self._cache = WindowCache(k, v, options.rule.window, options.scale, self._first)
         return super().bucket_attention(q, k, v, bucket_ids, options, key_padding_mask, kept)
 
+    def cross_attention(
+        self,
+        q: Tensor,
+        query_ids: Tensor | None,
+        keys: Callable[[], CrossKeys],
+        options: CrossOptions,
+        sequence_of_keys: SequenceAccess,
+    ) -> Tensor:
+        if self._source is None:
+            self._source = keys()
+        return cross_attention(q, query_ids, self._source, options)
+
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
@@ -134,9 +148,10 @@ class _LayerState(WholeSequence):
         assert self._cache is not None
         self._cache.select_rows(rows)
         self._first = None if self._first is None else self._first[rows]
+        self._source = None if self._source is None else self._source.select_rows(rows)
 
     def n_bytes(self) -> int:
-        return 0 if self._cache is None else self._cache.n_bytes()
+        return sum(held.n_bytes() for held in (self._cache, self._source) if held is not None)
 
 
 def _refuse_dropout(dropout: float) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from reformer_dist.config import ModelConfig
 from reformer_dist.models.embedding import AxialPositions, LearnedPositions, TokenEmbedding
 from reformer_dist.models.head import LanguageModelHead
+from reformer_dist.models.stack import ReformerStack
 from reformer_dist.seeds import derive_seed
 
 HEAD_STD = 0.02
@@ -21,10 +22,10 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     the number of writes. Embeddings and positions: deviation 1, which matters (positions at 0.02 stall).
     """
     generator = torch.Generator().manual_seed(derive_seed("weights", seed))
-    writes = (2 * config.n_layers) ** 0.5
-    for name, module in model.named_modules():
+    writes = _writes(model, config)
+    for module in model.modules():
         if isinstance(module, nn.Linear):
-            shrink = writes if name.endswith("to_out") else 1.0
+            shrink = writes.get(module, 1) ** 0.5
             nn.init.normal_(module.weight, 0.0, module.in_features**-0.5 / shrink, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -42,3 +43,17 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             if not config.tie_embeddings:
                 nn.init.normal_(module.weight, 0.0, HEAD_STD, generator)
             nn.init.zeros_(module.bias)
+
+
+def _writes(model: nn.Module, config: ModelConfig) -> dict[nn.Module, int]:
+    """How often a stream is written to in a forward, by each layer that does."""
+    writes = dict.fromkeys(_outputs(model), 2 * config.n_layers)
+    for stack in model.modules():
+        if isinstance(stack, ReformerStack):
+            outputs = _outputs(stack)
+            writes.update(dict.fromkeys(outputs, stack.n_layers * len(outputs) // len(stack.blocks)))
+    return writes
+
+
+def _outputs(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("to_out")]

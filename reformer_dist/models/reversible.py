@@ -3,11 +3,14 @@
 All that backward needs is in the autograd context and on a tape that belongs to one forward call: two forwards
 may precede a backward. Parameters are inputs of the function, so that each gradient leaves through the outer
 graph exactly once, which is what ZeRO's hooks count on.
+
+A layer is a chain of steps (a, b) -> (b, a + F(b)), one for each sublayer F. Of two steps the result is
+y1 = x1 + F(x2), y2 = x2 + G(y1), the paper's; a third reads y2 and adds to y1, and the streams change places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,17 +32,20 @@ class Tape:
 
 
 class Sublayer:
-    """A function of one stream and the parameters that it uses. Calling it again gives the same result."""
+    """A function of one stream and of other tensors: parameters, or what an encoder gave.
 
-    def __init__(self, function: Callable[[Tensor], Tensor], parameters: Iterable[Tensor]) -> None:
+    Calling it again gives the same result.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], others: Iterable[Tensor]) -> None:
         self.function = function
-        self.trained = [p for p in parameters if p.requires_grad]
+        self.trained = [tensor for tensor in others if tensor.requires_grad]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
 
     def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
-        """Runs again from x; returns the output, and gradients of x and of the trained parameters."""
+        """Runs again from x; returns the output, and gradients of x and of the other tensors that want one."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             # the forward alone: a backward runs in the dtypes that its forward left
@@ -51,9 +57,14 @@ class Sublayer:
         return out.detach(), list(found)
 
 
-def reversible_step(x1: Tensor, x2: Tensor, f: Sublayer, g: Sublayer, tape: Tape) -> tuple[Tensor, Tensor]:
-    """y1 = x1 + f(x2), y2 = x2 + g(y1); steps must form a chain, and backward run through it once."""
-    y1, y2 = _ReversibleStep.apply(x1, x2, f, g, tape, *f.trained, *g.trained)
+def reversible_steps(x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape) -> tuple[Tensor, Tensor]:
+    """A layer: for each of its two or more sublayers F, one step (a, b) -> (b, a + F(b)).
+
+    Layers must form a chain, and backward run through it once. What an encoder gave is an input of every layer
+    that reads it, so its gradients add up before the encoder's own backward, which runs once.
+    """
+    others = [tensor for sublayer in sublayers for tensor in sublayer.trained]
+    y1, y2 = _ReversibleSteps.apply(x1, x2, sublayers, tape, *others)
     return y1, y2
 
 
@@ -69,29 +80,31 @@ class _Autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
 
-class _ReversibleStep(torch.autograd.Function):
+class _ReversibleSteps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, f: Sublayer, g: Sublayer, tape: Tape, *parameters: Tensor
+        ctx: Any, x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape, *others: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.f, ctx.g, ctx.tape = f, g, tape
+        ctx.sublayers, ctx.tape = sublayers, tape
         ctx.autocast = _Autocast(x1.device.type)
         ctx.is_lowest = tape.streams is None
-        y1 = x1 + f(x2)
-        y2 = x2 + g(y1)
-        tape.streams = (y1.detach(), y2.detach())
-        return y1, y2
+        a, b = x1, x2
+        for sublayer in sublayers:
+            a, b = b, a + sublayer(b)
+        tape.streams = (a.detach(), b.detach())
+        return a, b
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_y1, d_y2 = grads
-        y1, y2 = ctx.tape.take()
-        out, (d_through_g, *g_grads) = ctx.g.grads(y1, d_y2, ctx.autocast)
-        x2 = y2 - out
-        d_x1 = d_y1 if d_through_g is None else d_y1 + d_through_g
-        out, (d_through_f, *f_grads) = ctx.f.grads(x2, d_x1, ctx.autocast)
+        a, b = ctx.tape.take()
+        d_a, d_b = grads
+        of_others: list[Tensor | None] = []
+        for sublayer in reversed(ctx.sublayers):
+            out, (through, *its_grads) = sublayer.grads(a, d_b, ctx.autocast)
+            a, b = b - out, a
+            d_a, d_b = d_b, d_a if through is None else d_a + through
+            of_others = its_grads + of_others
         # below the lowest layer nobody takes the streams: a second backward must find none
-        ctx.tape.streams = None if ctx.is_lowest else (y1 - out, x2)
-        d_x2 = d_y2 if d_through_f is None else d_y2 + d_through_f
-        return (d_x1, d_x2, None, None, None, *f_grads, *g_grads)
+        ctx.tape.streams = None if ctx.is_lowest else (a, b)
+        return (d_a, d_b, None, None, *of_others)

@@ -6,13 +6,14 @@ another object with the same methods, and knows no more about it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions, bucket_attention
+from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
 from reformer_dist.ops.lsh.health import LSHHealth, measure_health
 from reformer_dist.ops.lsh.order import count_buckets
 
@@ -40,6 +41,20 @@ class LayerAccess(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
         """Attention to every position of the whole sequence, or every earlier one."""
+        ...
+
+    def cross_attention(
+        self,
+        q: Tensor,
+        query_ids: Tensor | None,
+        keys: Callable[[], CrossKeys],
+        options: CrossOptions,
+        sequence_of_keys: SequenceAccess,
+    ) -> Tensor:
+        """`ops.lsh.cross_attention` to the whole of another sequence.
+
+        keys(): those of the part of it at hand, which sequence_of_keys describes; asked for where they are needed.
+        """
         ...
 
 
@@ -104,6 +119,16 @@ class WholeSequence:
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
         return options.attend(q, k, v, key_padding_mask, first_head=0, n_heads=q.shape[1])
+
+    def cross_attention(
+        self,
+        q: Tensor,
+        query_ids: Tensor | None,
+        keys: Callable[[], CrossKeys],
+        options: CrossOptions,
+        sequence_of_keys: SequenceAccess,
+    ) -> Tensor:
+        return cross_attention(q, query_ids, keys(), options)
 
     def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)

@@ -16,15 +16,16 @@ from reformer_dist.models.reversible import Tape
 class ReformerStack(nn.Module):
     """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; at the end, what they make is normed.
 
-    That is their mean or, with merge_streams=concat, both side by side.
+    That is their mean or, with merge_streams=concat, both side by side. With reads_source, every layer
+    attends to the source of its context, too.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, reads_source: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()
         n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
-        self.blocks = nn.ModuleList(Block(config, kind) for kind in kinds[:n_blocks])
+        self.blocks = nn.ModuleList(Block(config, kind, reads_source=reads_source) for kind in kinds[:n_blocks])
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)

@@ -5,6 +5,7 @@ Implements `models.sequence.SequenceAccess`: heads are exchanged first, then buc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.grid import SequenceGrid
+from reformer_dist.errors import ConfigError
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions, bucket_attention
+from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
 from reformer_dist.ops.lsh.health import LSHHealth, measure_health
 from reformer_dist.ops.lsh.order import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
@@ -98,15 +100,40 @@ class SlicedSequence:
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
         wire, n_heads = self.grid.sequence_wire, q.shape[1]
-        order = [self.grid.rank_of_slice(index) for index in range(self.grid.size)]
-        q, k, v = (self._without_padding(to_heads(x, wire, order)) for x in (q, k, v))
-        mask = None
-        if key_padding_mask is not None:
-            mask = _join(key_padding_mask, wire.gather(key_padding_mask.contiguous(), "heads")[order], dim=1)
-            mask = mask[:, : self.seq_len]
+        q, k, v = (self._whole_heads(x) for x in (q, k, v))
+        mask = self._whole_mask(key_padding_mask)
         first_head = wire.index * n_heads // wire.size
         out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
-        return to_slices(self._with_padding(out, self.grid.size), wire, order)
+        return to_slices(self._with_padding(out, self.grid.size), wire, self._order)
+
+    def cross_attention(
+        self,
+        q: Tensor,
+        query_ids: Tensor | None,
+        keys: Callable[[], CrossKeys],
+        options: CrossOptions,
+        sequence_of_keys: object,
+    ) -> Tensor:
+        if not isinstance(sequence_of_keys, SlicedSequence):
+            raise ValueError("source_sequence: must be a slice of the sources, as `sequence` is of the targets")
+        wire, n_heads, other = self.grid.sequence_wire, q.shape[1], sequence_of_keys
+        if n_heads % wire.size:
+            raise ConfigError(
+                f"parallel.sequence={wire.size}: must divide model.n_heads={n_heads}, since cross attention is "
+                "shared among ranks by heads alone; take fewer ranks, or a model with another number of heads"
+            )
+        part = keys()
+        whole = CrossKeys(
+            other._whole_heads(part.k),
+            other._whole_heads(part.v),
+            other._whole_ids(part.ids),
+            other._whole_mask(part.padding_mask),
+        )
+        q, query_ids = self._whole_heads(q), self._whole_ids(query_ids)
+        options = replace(options, n_heads=n_heads, first_head=wire.index * n_heads // wire.size)
+        with self.grid.ledger.timed("attend"):
+            out = cross_attention(q, query_ids, whole, options)
+        return to_slices(self._with_padding(out, self.grid.size), wire, self._order)
 
     def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
@@ -144,6 +171,26 @@ class SlicedSequence:
         keys = None if k is None else k[:, :, real]
         out = bucket_attention(q[:, :, real], keys, v[:, :, real], bucket_ids[..., real], options, mask)
         return self._with_padding(out, self.grid.heads)
+
+    @property
+    def _order(self) -> list[int]:
+        """The rank of each slice."""
+        return [self.grid.rank_of_slice(index) for index in range(self.grid.size)]
+
+    def _whole_heads(self, x: Tensor) -> Tensor:
+        """[B, H, n_local, ...] -> [B, H / P, seq_len, ...]: all tokens with a share of the heads."""
+        return self._without_padding(to_heads(x, self.grid.sequence_wire, self._order))
+
+    def _whole_ids(self, ids: Tensor | None) -> Tensor | None:
+        """[B, H / P, R, seq_len] of [B, H, R, n_local]."""
+        return None if ids is None else self._whole_heads(ids.transpose(2, 3)).transpose(2, 3)
+
+    def _whole_mask(self, mask: Tensor | None) -> Tensor | None:
+        """[B, seq_len] of [B, n_local]."""
+        if mask is None:
+            return None
+        slices = self.grid.sequence_wire.gather(mask.contiguous(), "heads")[self._order]
+        return _join(mask, slices, dim=1)[:, : self.seq_len]
 
     def _without_padding(self, x: Tensor) -> Tensor:
         return x if x.shape[2] == self.seq_len else x[:, :, : self.seq_len]

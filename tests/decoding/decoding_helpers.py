@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from reformer_dist.models import ReformerLM, attention
+from reformer_dist.models import ReformerLM, hashing
 from reformer_dist.models.decoding import DecodingState
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_factors
 
@@ -38,7 +38,7 @@ def logits_and_margin(model: ReformerLM, tokens: Tensor, mask: Tensor | None = N
     of its query on a random direction (rotation), or of a cell's width (floor).
     """
     margins = [INFINITY]
-    hash_vectors = attention.hash_vectors
+    hash_vectors = hashing.hash_vectors
 
     def look(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, **given: Any) -> Tensor:
         real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
@@ -47,7 +47,7 @@ def logits_and_margin(model: ReformerLM, tokens: Tensor, mask: Tensor | None = N
             margins.append(gaps.masked_fill(~real[:, None, :, None], INFINITY).min().item())
         return hash_vectors(vectors, rotations, n_buckets, scheme, **given)
 
-    with mock.patch.object(attention, "hash_vectors", look):
+    with mock.patch.object(hashing, "hash_vectors", look):
         logits = model(tokens, key_padding_mask=mask)
     return logits, min(margins)
 

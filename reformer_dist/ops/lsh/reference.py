@@ -89,35 +89,77 @@ def reference_attention(
     N(i, j)). A token that meets nobody attends to itself. unit_numbers [B * H]: those of `AttentionOptions`,
     from 0 if None. Differentiable; computes in float32 or wider.
     """
-    seq_len = q.shape[2]
+    meets = visible_pairs(bucket_ids, rule, key_padding_mask)
+    out, alone = _union_softmax(
+        q, k, v, meets, scale, count_pairs_once, _dropout_factors(meets, dropout, dropout_seed, unit_numbers)
+    )
+    return torch.where(alone[..., None], v.to(out.dtype), out).to(v.dtype)
+
+
+def reference_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    *,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+    count_pairs_once: bool = False,
+    dropout: float = 0.0,
+    dropout_seed: int = 0,
+    unit_numbers: Tensor | None = None,
+) -> Tensor:
+    """A query sees every key of another sequence that shares its bucket in some round: the paper's P_i (eq. 4).
+
+    q [B, H, S, D] with query_ids [B, H, R, S]; k, v [B, H, T, D] with key_ids [B, H, R, T]; key_padding_mask
+    [B, T], True for real keys. The result is [B, H, S, D], 0 for a query that meets no key. The other arguments
+    are those of `reference_attention`.
+    """
+    meets = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
+    if key_padding_mask is not None:
+        meets = meets & key_padding_mask[:, None, None, None, :]
+    factors = _dropout_factors(meets, dropout, dropout_seed, unit_numbers)
+    out, alone = _union_softmax(q, k, v, meets.long(), scale, count_pairs_once, factors)
+    return out.masked_fill(alone[..., None], 0.0).to(v.dtype)
+
+
+def _union_softmax(
+    q: Tensor, k: Tensor, v: Tensor, meets: Tensor, scale: float, count_pairs_once: bool, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, S, D] in float32 or wider, and who met nobody, [B, H, S]; their output means nothing.
+
+    meets [B, H, R, S, T]: how often query i meets key j in each round; factors [B, H, S, R, T]: of dropout.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    meets = visible_pairs(bucket_ids, rule, key_padding_mask).to(wide)
+    meets = meets.to(wide)
     if count_pairs_once:
         meets = meets / meets.sum(dim=2, keepdim=True).clamp_min(1)
     alone = meets.sum(dim=(2, 4)) == 0
     scores = scale * (q.to(wide) @ k.to(wide).transpose(-1, -2))
     scores = scores.unsqueeze(2) + meets.log()
-    scores = scores.transpose(2, 3)  # [B, H, S, R, S]: one softmax over rounds and keys
+    scores = scores.transpose(2, 3)  # [B, H, S, R, T]: one softmax over rounds and keys
     scores = scores.masked_fill(alone[..., None, None], 0.0)
     weights = scores.flatten(-2).softmax(-1).view_as(scores)
-    if dropout > 0:
-        weights = weights * _dropout_factors(bucket_ids.shape, dropout, dropout_seed, unit_numbers, q.device)
-    out = torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide))
-    return torch.where(alone[..., None], v.to(wide), out)[:, :, :seq_len].to(v.dtype)
+    if factors is not None:
+        weights = weights * factors
+    return torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide)), alone
 
 
-def _dropout_factors(
-    shape: torch.Size, dropout: float, seed: int, unit_numbers: Tensor | None, device: torch.device
-) -> Tensor:
-    """0 or 1 / (1 - dropout) for each pair: [B, H, S, R, S]."""
-    batch, n_heads, n_hashes, seq_len = shape
+def _dropout_factors(meets: Tensor, dropout: float, seed: int, unit_numbers: Tensor | None) -> Tensor | None:
+    """0 or 1 / (1 - dropout) for each pair of meets [B, H, R, S, T]: [B, H, S, R, T]; None without dropout."""
+    if dropout == 0.0:
+        return None
+    batch, n_heads, n_hashes, n_queries, n_keys = meets.shape
+    device = meets.device
     head = torch.arange(batch * n_heads, device=device) if unit_numbers is None else unit_numbers
     head = head.view(-1, 1)
-    position = torch.arange(seq_len, device=device).view(1, -1)
     rounds = []
     for r in range(n_hashes):
-        query_keys = token_keys(head, position, r, seed, is_query=True)
-        key_keys = token_keys(head, position, r, seed, is_query=False)
+        query_keys, key_keys = (
+            token_keys(head, torch.arange(length, device=device).view(1, -1), r, seed, is_query)
+            for length, is_query in ((n_queries, True), (n_keys, False))
+        )
         rounds.append(keep_mask(query_keys, key_keys, dropout))
-    keep = torch.stack(rounds, dim=2).view(batch, n_heads, seq_len, n_hashes, seq_len)
+    keep = torch.stack(rounds, dim=2).view(batch, n_heads, n_queries, n_hashes, n_keys)
     return keep / (1 - dropout)

@@ -73,6 +73,34 @@ class AttentionOptions:
 
     def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
         """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
-        row = torch.arange(batch, device=device).unsqueeze(1) + self.first_row
-        head = torch.arange(n_heads, device=device) + self.first_head
-        return (row * (self.n_heads or n_heads) + head).flatten()
+        return number_units(self, batch, n_heads, device)
+
+
+@dataclass(frozen=True)
+class CrossOptions:
+    """The same for attention to another sequence, whose rule is that a query sees every key of its bucket."""
+
+    n_buckets: int
+    """1 and one round: exact attention."""
+    scale: float
+    count_pairs_once: bool = False
+    dropout: float = 0.0
+    dropout_seed: int = 0
+    first_row: int = 0
+    first_head: int = 0
+    n_heads: int | None = None
+    is_reference: bool = False
+    """Run the oracle."""
+
+    def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
+        """As those of `AttentionOptions`."""
+        return number_units(self, batch, n_heads, device)
+
+
+def number_units(
+    options: AttentionOptions | CrossOptions, batch: int, n_heads: int, device: torch.device
+) -> Tensor:
+    """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
+    row = torch.arange(batch, device=device).unsqueeze(1) + options.first_row
+    head = torch.arange(n_heads, device=device) + options.first_head
+    return (row * (options.n_heads or n_heads) + head).flatten()

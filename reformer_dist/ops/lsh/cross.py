@@ -1,0 +1,122 @@
+"""Attention to another sequence: each query sees the keys of its bucket, in every round.
+
+What it means is `reference.reference_cross_attention`. Short sequences are attended as dense matrices, which costs
+less than putting them in order; long ones bucket by bucket (`cross_tiles`), in time and memory that do not grow
+with the product of the lengths. Plain PyTorch, on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reformer_dist.ops.counter_dropout import keep_mask, token_keys
+from reformer_dist.ops.lsh.cross_tiles import tiled_cross_attention
+from reformer_dist.ops.lsh.reference import reference_cross_attention
+from reformer_dist.ops.lsh.rules import CrossOptions
+
+# Pairs of one head up to which dense matrices are the faster way.
+DENSE_PAIRS = 2**14
+
+
+@dataclass(frozen=True)
+class CrossKeys:
+    """What can be seen of the other sequence, of T tokens."""
+
+    k: Tensor
+    """[B, H, T, D]"""
+    v: Tensor
+    """[B, H, T, D]"""
+    ids: Tensor | None
+    """[B, H, R, T] buckets of the keys; None where every query sees every key."""
+    padding_mask: Tensor | None = None
+    """[B, T], True for real keys."""
+
+    def select_rows(self, rows: Tensor) -> CrossKeys:
+        """Of batch rows [N] int64, which may repeat some."""
+        ids, mask = (None if x is None else x[rows] for x in (self.ids, self.padding_mask))
+        return CrossKeys(self.k[rows], self.v[rows], ids, mask)
+
+    def n_bytes(self) -> int:
+        """Memory that they take."""
+        return sum(x.nbytes for x in (self.k, self.v, self.ids, self.padding_mask) if x is not None)
+
+
+def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, options: CrossOptions) -> Tensor:
+    """Softmax over all (round, key) pairs that a query meets: [B, H, S, D] in v's dtype, 0 where it meets none.
+
+    q [B, H, S, D]; query_ids [B, H, R, S] below options.n_buckets, None where those of the keys are.
+    """
+    k, v, key_ids, key_padding_mask = keys.k, keys.v, keys.ids, keys.padding_mask
+    if key_ids is None and options.dropout == 0.0:
+        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
+    if query_ids is None or key_ids is None:
+        query_ids, key_ids = _one_bucket(q), _one_bucket(k)
+    if options.is_reference:
+        return reference_cross_attention(
+            q,
+            k,
+            v,
+            query_ids,
+            key_ids,
+            scale=options.scale,
+            key_padding_mask=key_padding_mask,
+            count_pairs_once=options.count_pairs_once,
+            dropout=options.dropout,
+            dropout_seed=options.dropout_seed,
+            unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+        )
+    attend = _dense if q.shape[2] * k.shape[2] <= DENSE_PAIRS else tiled_cross_attention
+    return attend(q, k, v, query_ids, key_ids, options, key_padding_mask)
+
+
+def _one_bucket(x: Tensor) -> Tensor:
+    """Ids [B, H, 1, S] of x [B, H, S, D]: one round, one bucket."""
+    return torch.zeros(1, dtype=torch.uint8, device=x.device).expand(*x.shape[:2], 1, x.shape[2])
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    options: CrossOptions,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """All pairs of a head in one matrix."""
+    n_rounds = query_ids.shape[2]
+    rounds = [query_ids[:, :, r, :, None] == key_ids[:, :, r, None, :] for r in range(n_rounds)]
+    meetings = rounds[0] if n_rounds == 1 else torch.stack(rounds).sum(dim=0)
+    if key_padding_mask is not None:
+        meetings = meetings * key_padding_mask[:, None, None, :]
+    is_counted = n_rounds > 1 and not options.count_pairs_once
+    if options.dropout == 0.0:
+        mask = meetings.to(q.dtype).log() if is_counted else meetings > 0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
+    kept = sum(met * keep for met, keep in zip(rounds, _kept(q, k, n_rounds, options), strict=True))
+    factors = kept / meetings.clamp(min=1) / (1.0 - options.dropout)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = options.scale * (q.float() @ k.float().transpose(-1, -2))
+        if is_counted:
+            scores = scores + meetings.float().clamp_min(1).log()
+        weights = scores.masked_fill(meetings == 0, torch.finfo(torch.float32).min).softmax(-1)
+        return ((weights * (factors * (meetings > 0))) @ v.float()).to(v.dtype)
+
+
+def _kept(q: Tensor, k: Tensor, n_rounds: int, options: CrossOptions) -> list[Tensor]:
+    """Which pairs dropout keeps in each round, [B, H, S, T] each."""
+    units = options.unit_numbers(q.shape[0], q.shape[1], q.device).view(*q.shape[:2], 1)
+    queries, keys = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+    kept = []
+    for round_ in range(n_rounds):
+        query_keys, key_keys = (
+            token_keys(units, positions, round_, options.dropout_seed, is_query)
+            for positions, is_query in ((queries, True), (keys, False))
+        )
+        kept.append(keep_mask(query_keys, key_keys, options.dropout))
+    return kept

@@ -1,0 +1,308 @@
+"""Attention to another sequence, bucket by bucket: tiles of queries against the tiles of keys of their bucket.
+
+In every round the queries and the keys of each (batch row, head) are sorted by bucket and cut into tiles, each of
+one bucket; the pairs of tiles of the same bucket are multiplied, many at a time. The softmax runs as in `rounds`:
+round after round into one running sum, and backward from the total logsumexp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reformer_dist.ops.counter_dropout import keep_mask, token_keys
+from reformer_dist.ops.lsh.order import mark_padding, stable_order
+from reformer_dist.ops.lsh.rounds import LOG2_E, LOG_2, LOWEST, Sums
+from reformer_dist.ops.lsh.rules import CrossOptions
+
+# Tokens of both sequences that are put in order together, and scores that exist at a time.
+GROUP_TOKENS = {"cpu": 2**15, "cuda": 2**20}
+CHUNK_SCORES = {"cpu": 2**18, "cuda": 2**24}
+
+
+def tiled_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    options: CrossOptions,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """See `cross_attention`."""
+    out: Tensor = _TiledCrossAttention.apply(q, k, v, query_ids, key_ids, options, key_padding_mask)
+    return out
+
+
+class _TiledCrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_ids: Tensor,
+        key_ids: Tensor,
+        options: CrossOptions,
+        key_padding_mask: Tensor | None,
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            for group in _groups(query_ids, key_ids, options, key_padding_mask):
+                rows = group.rows(q, k, v)
+                total: Sums | None = None
+                for pairs in group.rounds:
+                    sums = _attend_round(group, pairs, *rows)
+                    total = sums if total is None else total.merge(sums)
+                assert total is not None
+                o, group_lse = total.output(torch.zeros_like(rows[0]))
+                group.queries(out).copy_(o)
+                lse.view(-1)[group.query_rows] = group_lse
+        ctx.save_for_backward(q, k, v, query_ids, key_ids, out, lse, key_padding_mask)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, query_ids, key_ids, out, lse, key_padding_mask = ctx.saved_tensors
+        d_out = grads[0].contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        with torch.autocast(q.device.type, enabled=False):
+            for group in _groups(query_ids, key_ids, ctx.options, key_padding_mask):
+                do = group.queries(d_out).float()
+                of_rows = lse.view(-1)[group.query_rows] * LOG2_E, (do * group.queries(out).float()).sum(dim=1)
+                rows = group.rows(q, k, v)
+                found = [torch.zeros_like(x) for x in rows]
+                for pairs in group.rounds:
+                    for total, part in zip(found, _backward_round(group, pairs, *rows, do, *of_rows), strict=True):
+                        total += part
+                group.queries(dq).copy_(found[0].mul_(ctx.options.scale))
+                group.keys(dk).copy_(found[1].mul_(LOG_2))
+                group.keys(dv).copy_(found[2])
+        return dq, dk, dv, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Rows [n_rows, ...] of one round in tiles of one bucket each."""
+
+    slots: Tensor
+    """[n_tiles, tile_len] row in each slot, -1 where empty."""
+    home: Tensor
+    """[n_rows] slot of each row; one behind the last for rows that stand in no bucket."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[n_tiles, tile_len, ...] of rows [n_rows, ...], some row where a slot is empty."""
+        return rows[self.slots.clamp_min(0)]
+
+    def bring_home(self, tiles: Tensor, fill: float = 0.0) -> Tensor:
+        """[n_rows, ...] of tiles [n_tiles, tile_len, ...]."""
+        flat = tiles.flatten(0, 1)
+        return torch.cat([flat, flat.new_full((1, *flat.shape[1:]), fill)])[self.home]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The tiles of one round, and which of them share a bucket."""
+
+    round_: int
+    queries: _Tiles
+    keys: _Tiles
+    query_tile: Tensor
+    """[n_pairs] ascending."""
+    key_tile: Tensor
+    """[n_pairs]"""
+    borders: list[int]
+    """Of chunks of pairs; the pairs of one query tile are in one chunk."""
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(query tiles at hand, which of these each pair is of, query tiles, key tiles) of some pairs."""
+        for start, stop in zip(self.borders, self.borders[1:], strict=False):
+            query, key = self.query_tile[start:stop], self.key_tile[start:stop]
+            first, last = int(query[0]), int(query[-1])
+            yield slice(first, last + 1), query - first, query, key
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some consecutive (batch row, head) units."""
+
+    options: CrossOptions
+    query_rows: slice
+    """Of the flat queries [B * H * S, D]."""
+    key_rows: slice
+    rounds: list[_Pairs]
+    query_ids: Tensor
+    """[R, query rows of the group]"""
+    key_ids: Tensor
+    query_place: tuple[Tensor, Tensor]
+    """Number of the unit in its step, and position, of each query row."""
+    key_place: tuple[Tensor, Tensor]
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x.view(-1, x.shape[-1])[self.query_rows]
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x.view(-1, x.shape[-1])[self.key_rows]
+
+    def rows(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In float32, the queries such that their products with keys are scores in units of log 2."""
+        return self.queries(q).float() * (self.options.scale * LOG2_E), self.keys(k).float(), self.keys(v).float()
+
+    def bias(self, pairs: _Pairs, query: Tensor, key: Tensor) -> Tensor:
+        """What scores are added to, by log 2: [n_pairs, 1 or tile_len, tile_len]; -inf at empty slots of keys."""
+        slots = pairs.keys.slots[key].unsqueeze(1)
+        start = torch.zeros(slots.shape, device=slots.device).masked_fill_(slots < 0, -torch.inf)
+        if not self.options.count_pairs_once or len(self.rounds) == 1:
+            return start
+        query_rows, key_rows = pairs.queries.slots[query].clamp_min(0), slots.clamp_min(0)
+        meetings = sum(
+            (its_queries[query_rows].unsqueeze(2) == its_keys[key_rows]).float()
+            for its_queries, its_keys in zip(self.query_ids, self.key_ids, strict=True)
+        )
+        assert isinstance(meetings, Tensor)
+        return start - meetings.clamp_min_(1).log2_()
+
+    def dropout_factors(self, pairs: _Pairs, query: Tensor, key: Tensor) -> Tensor:
+        """0 or 1 / (1 - dropout), [n_pairs, tile_len, tile_len]."""
+        dropout, seed = self.options.dropout, self.options.dropout_seed
+        query_keys = token_keys(*self.query_place, pairs.round_, seed, is_query=True)
+        key_keys = token_keys(*self.key_place, pairs.round_, seed, is_query=False)
+        kept = keep_mask(pairs.queries.gather(query_keys)[query], pairs.keys.gather(key_keys)[key], dropout)
+        return kept.float().mul_(1 / (1 - dropout))
+
+
+def _attend_round(group: _Group, pairs: _Pairs, q: Tensor, k: Tensor, v: Tensor) -> Sums:
+    """The sums of each query row over the keys of its bucket; q in units of log 2."""
+    queries, keys, values = pairs.queries.gather(q), pairs.keys.gather(k), pairs.keys.gather(v)
+    o, top = torch.zeros_like(queries), queries.new_full(queries.shape[:2], LOWEST)
+    weight = torch.zeros_like(top)
+    for at_hand, of, query, key in pairs.chunks():
+        p = torch.baddbmm(group.bias(pairs, query, key), queries[query], keys[key].transpose(1, 2))
+        largest = torch.segment_reduce(p.amax(dim=2), "max", lengths=of.bincount(), axis=0).clamp_min_(LOWEST)
+        top[at_hand] = largest
+        p.sub_(largest[of].unsqueeze(2)).exp2_()
+        weight[at_hand].index_add_(0, of, p.sum(dim=2))
+        if group.options.dropout > 0:
+            p.mul_(group.dropout_factors(pairs, query, key))
+        o[at_hand].index_add_(0, of, torch.bmm(p, values[key]))
+    home = pairs.queries.bring_home
+    return Sums(home(o), home(top, LOWEST).mul_(LOG_2), home(weight))
+
+
+def _backward_round(
+    group: _Group, pairs: _Pairs, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One round's part of dq / scale, dk / log 2 and dv; q and lse in units of log 2, lse = inf silences a row."""
+    queries, d_outs = pairs.queries.gather(q), pairs.queries.gather(d_out)
+    keys, values = pairs.keys.gather(k), pairs.keys.gather(v)
+    lses = pairs.queries.gather(lse).masked_fill_(pairs.queries.slots < 0, torch.inf).unsqueeze(2)
+    deltas = pairs.queries.gather(delta).unsqueeze(2)
+    dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    for at_hand, of, query, key in pairs.chunks():
+        its_queries, its_keys, its_d_outs = queries[query], keys[key], d_outs[query]
+        p = torch.baddbmm(group.bias(pairs, query, key), its_queries, its_keys.transpose(1, 2))
+        p.sub_(lses[query]).exp2_()
+        ds = torch.bmm(its_d_outs, values[key].transpose(1, 2))
+        dropped = p
+        if group.options.dropout > 0:
+            factors = group.dropout_factors(pairs, query, key)
+            dropped = p * factors
+            ds.mul_(factors)
+        ds.sub_(deltas[query]).mul_(p)
+        dv.index_add_(0, key, torch.bmm(dropped.transpose(1, 2), its_d_outs))
+        dk.index_add_(0, key, torch.bmm(ds.transpose(1, 2), its_queries))
+        dq[at_hand].index_add_(0, of, torch.bmm(ds, its_keys))
+    return pairs.queries.bring_home(dq), pairs.keys.bring_home(dk), pairs.keys.bring_home(dv)
+
+
+def _groups(
+    query_ids: Tensor, key_ids: Tensor, options: CrossOptions, key_padding_mask: Tensor | None
+) -> Iterator[_Group]:
+    batch, n_heads, n_rounds, n_queries = query_ids.shape
+    n_keys, device = key_ids.shape[3], query_ids.device
+    numbers = options.unit_numbers(batch, n_heads, device)
+    of_queries = query_ids.flatten(0, 1)
+    of_keys = mark_padding(key_ids, options.n_buckets, key_padding_mask)
+    kind = "cuda" if query_ids.is_cuda else "cpu"
+    size = max(1, GROUP_TOKENS[kind] // (n_queries + n_keys))
+    for first in range(0, batch * n_heads, size):
+        here = slice(first, min(first + size, batch * n_heads))
+        rounds = [
+            _pair_up(r, of_queries[here, r], of_keys[here, r], options.n_buckets, CHUNK_SCORES[kind])
+            for r in range(n_rounds)
+        ]
+        yield _Group(
+            options,
+            slice(here.start * n_queries, here.stop * n_queries),
+            slice(here.start * n_keys, here.stop * n_keys),
+            rounds,
+            of_queries[here].transpose(0, 1).flatten(1),
+            of_keys[here].transpose(0, 1).flatten(1),
+            _places(numbers[here], n_queries),
+            _places(numbers[here], n_keys),
+        )
+
+
+def _places(numbers: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Number of the unit and position of each row of whole units."""
+    position = torch.arange(seq_len, device=numbers.device)
+    return numbers.repeat_interleave(seq_len), position.repeat(numbers.numel())
+
+
+def _pair_up(round_: int, query_ids: Tensor, key_ids: Tensor, n_buckets: int, chunk_scores: int) -> _Pairs:
+    """Tiles of a round's ids [U, S] and [U, T], where n_buckets marks padding, and the pairs of one bucket."""
+    members = max(1, min(query_ids.shape[1], key_ids.shape[1]) // n_buckets)
+    tile_len = 16
+    while tile_len < 64 and 4 * tile_len <= members:
+        tile_len *= 2
+    queries, query_tiles = _tile(query_ids, n_buckets, tile_len)
+    keys, key_tiles = _tile(key_ids, n_buckets, tile_len)
+    first_key_tile = np.cumsum(key_tiles) - key_tiles
+    group_of_tile = np.repeat(np.arange(query_tiles.size), query_tiles)
+    n_pairs = key_tiles[group_of_tile]
+    ends = np.cumsum(n_pairs)
+    query_tile = np.repeat(np.arange(group_of_tile.size), n_pairs)
+    offset = np.arange(query_tile.size) - np.repeat(ends - n_pairs, n_pairs)
+    key_tile = first_key_tile[group_of_tile[query_tile]] + offset
+    at_a_time = max(1, chunk_scores // tile_len**2)
+    borders = [0]
+    while borders[-1] < query_tile.size:
+        # to the end of the last query tile that fits, or of the next one if none does
+        fits = np.searchsorted(ends, borders[-1] + at_a_time, side="right")
+        end = int(ends[fits - 1]) if fits > 0 else 0
+        if end <= borders[-1]:
+            end = int(ends[np.searchsorted(ends, borders[-1], side="right")])
+        borders.append(end)
+    device = query_ids.device
+    query, key = (torch.from_numpy(x).to(device) for x in (query_tile, key_tile))
+    return _Pairs(round_, queries, keys, query, key, borders)
+
+
+def _tile(ids: Tensor, n_buckets: int, tile_len: int) -> tuple[_Tiles, np.ndarray[Any, np.dtype[np.int64]]]:
+    """Tiles of ids [U, S], bucket after bucket of unit after unit, and how many each (unit, bucket) has."""
+    n_units = ids.shape[0]
+    unit = torch.arange(n_units, device=ids.device).unsqueeze(1)
+    is_absent = ids == n_buckets
+    keys = (unit * n_buckets + ids.long()).masked_fill_(is_absent, n_units * n_buckets)
+    sort_keys = keys.flatten().cpu().numpy()
+    counts = np.bincount(sort_keys, minlength=n_units * n_buckets + 1)[:-1]
+    n_present = int(counts.sum())
+    order = stable_order(sort_keys)[:n_present]
+    tiles = -(-counts // tile_len)
+    n_slots = int(tiles.sum()) * tile_len
+    start = (np.cumsum(tiles) - tiles) * tile_len
+    slot = np.arange(n_present) + np.repeat(start - (np.cumsum(counts) - counts), counts)
+    slots, home = np.full(n_slots, -1), np.full(sort_keys.size, n_slots)
+    slots[slot], home[order] = order, slot
+    device = ids.device
+    return _Tiles(torch.from_numpy(slots).view(-1, tile_len).to(device), torch.from_numpy(home).to(device)), tiles

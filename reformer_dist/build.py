@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.compose import plain
 from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Corpus
@@ -57,14 +58,12 @@ def build_trainer(
     resources.callback(engine.close)
     checkpoints = Checkpoints(config, runtime, engine, description=description, extra_files=tokenizer_files)
     if start is not None:
-        logger.info(f"resuming from {start.folder} at step {start.step}")
-        for line in changed_keys(start.run["config"], config):
-            logger.info(f"  changed since: {line}")
+        _announce_resume(start, config, runtime)
     progress = checkpoints.restore(start) if start is not None else Progress()
     loader = feed.loader(config, sequence.grid, micro_batch, task.make_example)
     resources.callback(loader.close)
     write_config(config, runtime)
-    journal = Journal(folder, is_active=runtime.is_main, first_step=progress.step)
+    journal = runtime.together(lambda: Journal(folder, is_active=runtime.is_main, first_step=progress.step))
     resources.callback(journal.close)
     probes = Probes(config, runtime, engine, sequence, corpus, task, journal, stop)
     _announce(config, runtime, corpus, description["shapes"], n_micro)
@@ -97,6 +96,14 @@ def _describe(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[dict
         "shapes": parameter_shapes(model),
     }
     return description, files
+
+
+def _announce_resume(start: CheckpointReader, config: RunConfig, runtime: Runtime) -> None:
+    logger.info(f"resuming from {start.folder} at step {start.step}")
+    ranks = [f"ranks of the job: {start.world_size} -> {runtime.world_size}"]
+    changed = ranks if start.world_size != runtime.world_size else []
+    for line in changed + changed_keys(start.run["config"], config):
+        logger.info(f"  changed since: {line}")
 
 
 def _announce(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.errors import ConfigError
+from reformer_dist.launch.tether import stop_with_launcher
 from reformer_dist.told_to_stop import end_when_told
 
 if TYPE_CHECKING:
@@ -28,11 +29,9 @@ def train(config: RunConfig) -> None:
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
     from reformer_dist.distributed import failures
-    from reformer_dist.launch.tether import stop_with_launcher
     from reformer_dist.training.stopping import StopSignal
 
     stop = StopSignal()
-    stop_with_launcher()
     with stop.listen():
         job = runtime.start(timedelta(seconds=config.parallel.timeout))
         stop.wait_for_steps()
@@ -93,7 +92,9 @@ def _run() -> None:
 
 
 def main() -> None:
-    end_when_told()  # before anything is imported that takes long
+    # before anything is imported that takes long
+    end_when_told()
+    stop_with_launcher()
     from reformer_dist.cli import run_command
 
     run_command(_run)

@@ -45,8 +45,8 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
     """Runs `python -m module arguments...` as the ranks of one job; returns the status to end with.
 
     That is the status of the rank that was the first to end with another than 0. SIGTERM, SIGINT and SIGHUP go to
-    all ranks, which are waited for. After a rank was killed by a signal that did not come through here, all are
-    started again, if launcher.max_restarts allows.
+    all ranks, which are waited for; where one can't hear them yet, and dies, the status is 75. After a rank was
+    killed by a signal that did not come through here, all are started again, if launcher.max_restarts allows.
 
     advice: what the user should do where a rank was killed.
     """
@@ -111,6 +111,8 @@ class _Job:
         rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
         if first.exitcode >= 0:
             return first.exitcode
+        if self.was_signalled and -first.exitcode in PASSED_ON.values():
+            return os.EX_TEMPFAIL  # it had not even begun to listen
         self.loss = f"rank {rank} of {self._ranks} was killed by {signal.Signals(-first.exitcode).name}"
         return KILLED - first.exitcode
 

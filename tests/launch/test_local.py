@@ -101,6 +101,20 @@ def test_signals_reach_all_ranks_and_their_status_comes_back(obey, tmp_path, nam
     assert signal.getsignal(signal.Signals[name]) is before
 
 
+def test_ranks_that_can_not_hear_yet_may_be_queued_again(obey, tmp_path, capfd):
+    """For a moment, while Python starts, a signal kills."""
+
+    def send() -> None:
+        wait_for_files(tmp_path, "rank*.json")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert obey("deaf", "deaf", max_restarts=1) == PREEMPTED
+    thread.join()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has ended")
 def test_ranks_of_a_killed_launcher_are_told_to_stop(tmp_path):
     command = [sys.executable, "-c", START, str(tmp_path), "wait=0", "wait=0"]

@@ -134,10 +134,18 @@ def test_evaluation_is_exact_in_any_world(ranks: tuple[Path, dict[str, Any]], al
 
 
 def test_one_process_goes_on_with_stage_3_of_two(
-    ranks: tuple[Path, dict[str, Any]], alone: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+    ranks: tuple[Path, dict[str, Any]],
+    alone: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    job: Runtime,
+    said: pytest.LogCaptureFixture,
 ) -> None:
     source = checkpoint(ranks[0] / "offload3", 3)
     run = train(job, tiny_data, tmp_path / "run", f"resume={source}", "deepspeed.stage=1")
+    changes = ("ranks of the job: 2 -> 1", "deepspeed.offload_optimizer: True -> False", "deepspeed.stage: 3 -> 1")
+    for change in changes:
+        assert f"  changed since: {change}" in said.messages
     expected = {step: loss for step, loss in scalars(alone, LOSS).items() if step > 3}
     assert scalars(run, LOSS) == pytest.approx(expected, rel=1e-5)
 

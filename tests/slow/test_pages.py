@@ -1,0 +1,111 @@
+"""Every command that README.md and docs/ print is run as it is printed, or named here with what keeps it from it.
+
+A page is run from top to bottom in a copy of the checkout where the quickstart has been (cut short). A new page
+and a new block on an old one are found without a word here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.launch import BIN
+from support.pages import PAGES, ROOT, Block, blocks, hidden_commands, inline_commands
+
+SMALL = "takes minutes or a GPU to be worth reading; run small by "
+# commands as printed (of a program in Python, its first line), and why they are not run here
+NOT_RUN = {
+    "make quickstart": "makes an environment; what it calls, tools/quickstart.py, has run before each page",
+    "make test": "runs these tests; .ci/run does",
+    "tensorboard --logdir outputs": "serves until it is stopped",
+    "python tools/bench_attention.py": SMALL + "tests/models/test_bench_tools.py",
+    "python tools/bench_step.py --impl ours reformer_pytorch": SMALL + "tests/models/test_bench_tools.py",
+    "python tools/bench_memory.py": SMALL + "tests/models/test_bench_tools.py",
+    "python tools/bench_exchange.py": SMALL + "tests/parallel/test_exchange_bench.py",
+    "python tools/bench_sequence_memory.py": SMALL + "tests/parallel/test_exchange_bench.py",
+    "python tools/gpu_report.py": SMALL + "tests/kernels/test_gpu_report.py",
+    "python tools/chaos.py": "takes half an hour; tests/slow/test_chaos.py runs fewer rounds",
+    "python tools/check_plan.py": "takes minutes; run by tests/slow/test_check_plan.py",
+}
+COPIED = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "conf", "docs", "launch", "tools")
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, with data and a run of the quickstart."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    said = run("python tools/quickstart.py trainer.max_steps=10", folder)
+    for words in ("held-out bits per byte", "order-0 entropy", "gzip", "go on", "TensorBoard", "def "):
+        assert words in said
+    assert "nothing to train" in run("python tools/quickstart.py trainer.max_steps=10", folder)
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    """All that it printed; fails with it where the command does."""
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"$ {command}\n{done.stdout}"
+    return done.stdout
+
+
+def run_block(block: Block, folder: Path) -> None:
+    for command in block.commands:
+        if is_listed(command):
+            continue
+        if block.language == "python":
+            (folder / "example.py").write_text(command)
+            run("python example.py", folder)
+            continue
+        said = run(command, folder)
+        printed = re.search(r" > (\S+)$", command)
+        assert said or (printed and (folder / printed[1]).stat().st_size), (
+            f"{block}: {command}: nothing came of it"
+        )
+
+
+def is_listed(command: str) -> bool:
+    return command.splitlines()[0] in NOT_RUN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_commands_of_a_page_run_as_printed(page: str, quickstart: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(quickstart, folder)
+    for block in blocks(page):
+        run_block(block, folder)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_running_text_are_named(page: str) -> None:
+    """They are tools that take long, each with a test of its own."""
+    fenced = {command.split("  #")[0].strip() for block in blocks(page) for command in block.commands}
+    unknown = [command for command in inline_commands(page) if command not in fenced and not is_listed(command)]
+    assert not unknown, f"{page}: run them in a ```bash block, or name them in NOT_RUN"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_stand_in_bash_blocks(page: str) -> None:
+    assert not hidden_commands(page)
+
+
+def test_what_is_not_run_is_printed_somewhere() -> None:
+    printed = {command.splitlines()[0] for page in PAGES for block in blocks(page) for command in block.commands}
+    printed |= {command for page in PAGES for command in inline_commands(page)}
+    assert not set(NOT_RUN) - printed

@@ -37,30 +37,28 @@ from reformer_dist.training.metrics import peak_memory_gib
 LARGEST_ERROR = 0.10
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 BASE = [
-    *("model.dim=512", "model.n_heads=8", "model.n_layers=2", "model.n_hashes=2", "model.n_buckets=256"),
-    *(
-        "model.window=64",
-        "model.local_window=128",
-        "data.seq_len=16384",
-        "data.batch_size=1",
-        "trainer.max_steps=2",
-    ),
-    *("trainer.log_every=0", "trainer.eval_every=0", "trainer.sample_every=0", "trainer.save_every=0"),
+    *("model.dim=256", "model.n_heads=4", "model.n_layers=2", "model.n_hashes=2", "model.n_buckets=256"),
+    *("model.window=64", "model.local_window=128", "data.seq_len=16384", "data.batch_size=1"),
+    *("trainer.max_steps=2", "trainer.log_every=0", "trainer.eval_every=0", "trainer.sample_every=0"),
+    "trainer.save_every=0",
 ]
+DEEP = ["model.dim=512", "model.n_heads=8", "model.n_layers=12", "model.n_buckets=64", "data.seq_len=2048"]
+LONG = ["data.seq_len=32768", "model.n_buckets=512"]
 ROWS: dict[str, tuple[int, list[str]]] = {
     "2 layers": (1, []),
-    "8 layers": (1, ["model.n_layers=8"]),
-    "32768 tokens": (1, ["data.seq_len=32768", "model.dim=256", "model.n_buckets=512"]),
+    "6 layers": (1, ["model.n_layers=6"]),
+    "32768 tokens": (1, LONG),
     "nothing recomputed": (1, ["model.recompute=none", "data.seq_len=8192"]),
-    "checkpointed": (1, ["model.recompute=checkpoint"]),
+    "checkpointed": (1, ["model.recompute=checkpoint", "model.n_layers=3"]),
     "bf16": (1, ["trainer.precision=bf16"]),
-    "exact": (1, ["model.layers=[exact]", "data.seq_len=4096", "data.batch_size=2", "model.n_layers=8"]),
-    "ZeRO 1": (2, ["deepspeed=zero1", "model.n_layers=12", "data.seq_len=4096", "data.batch_size=2"]),
-    "ZeRO 2, bf16": (2, ["deepspeed=zero2", "trainer.precision=bf16", "data.batch_size=2", "data.seq_len=8192"]),
-    "ZeRO 3": (2, ["deepspeed=zero3", "model.n_layers=12", "data.seq_len=4096", "data.batch_size=2"]),
-    "heads 2": (2, ["parallel.sequence=2", "parallel.heads=2", "data.seq_len=32768"]),
-    "buckets 2": (2, ["parallel.sequence=2", "parallel.buckets=2", "data.seq_len=32768"]),
-    "buckets 4": (4, ["parallel.sequence=4", "parallel.buckets=4", "data.seq_len=32768", "deepspeed=zero1"]),
+    "exact": (1, ["model.layers=[exact]", "data.seq_len=2048", "data.batch_size=8"]),
+    "saved at each step": (1, [*DEEP, "trainer.save_every=1"]),
+    "ZeRO 1": (2, [*DEEP, "deepspeed=zero1", "data.batch_size=2"]),
+    "ZeRO 2, bf16": (2, [*DEEP, "deepspeed=zero2", "data.batch_size=4", "trainer.precision=bf16"]),
+    "ZeRO 3": (2, [*DEEP, "deepspeed=zero3", "data.batch_size=2"]),
+    "heads 2": (2, [*LONG, "parallel.sequence=2", "parallel.heads=2"]),
+    "buckets 2": (2, [*LONG, "parallel.sequence=2", "parallel.buckets=2"]),
+    "buckets 4, ZeRO 1": (4, [*LONG, "parallel.sequence=4", "parallel.buckets=4", "deepspeed=zero1"]),
 }
 
 

@@ -14,6 +14,7 @@ from reformer_dist.parallel.traffic import mean_other_ranks
 from reformer_dist.planning.sizes import Job, Sizes
 
 INDEX = 8  # bytes of a slot or row number
+SCRATCH = 1.1  # buffers that are used again are a tenth larger than what asked for them
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,20 @@ def tiled_backward(job: Job, layer: LayerRule, rows: float, n_units: int, seq_le
     tile_len = tiling.tile_len
     columns = tile_len * (tiling.back + 1 + tiling.front)
     slots = rows
-    if isinstance(layer.rule, WindowRule):
+    if isinstance(layer.rule, WindowRule) and layer.n_buckets > 1:
         slots += n_units * layer.n_buckets * tile_len / 2  # the last tile of a bucket is half empty
     vector = job.layer_shape.head_dim * 4
     layouts = layer.n_rounds * (INDEX * (slots + rows) + 4 * slots * columns / tile_len)
-    sums = vector * (3 * rows + rows + 3 * slots)  # dq, dk, dv, by row and by slot, and one on its way home
-    span = min(slots, SPAN_SLOTS[job.device])
-    sorted_copies = vector * 6 * span  # q and dO, k and v with those of the tiles before
+    n_spans = -(-slots // SPAN_SLOTS[job.device])
+    span = slots / n_spans
+    n_blocks = 3 if job.config.model.attention_dropout else 2  # probabilities, what is left of them, and gradients
+    kept = vector * (rows + 3 * slots) + n_blocks * span * columns * 4  # scaled queries; dq, dk, dv by slot
+    grads = vector * 3 * rows
+    # q, dO, k and v; and the next span's q and dO, while they are still there
+    sorted_copies = vector * (6 if n_spans > 1 else 4) * span
     keys = vector * rows if layer.n_buckets > 1 else 0  # made of the queries
-    blocks = 3 * span * columns * 4  # scores, their probabilities and gradients
-    return layouts + sums + sorted_copies + keys + blocks
+    in_float32 = 0 if job.layer_shape.element_size == 4 else vector * 3 * rows  # k, v and dO
+    return layouts + SCRATCH * kept + grads + sorted_copies + keys + in_float32
 
 
 def exchange_buffers(job: Job, layer: LayerRule, units: int, seq_len: int, buckets: int) -> float:

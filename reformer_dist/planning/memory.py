@@ -11,11 +11,11 @@ from reformer_dist.planning.activations import Sublayers
 from reformer_dist.planning.attention import workspace
 from reformer_dist.planning.parameters import BlockCount, ParameterCount
 from reformer_dist.planning.sizes import Job, Sizes
-from reformer_dist.planning.states import BUFFERS, GRADIENTS, OPTIMIZER, WEIGHTS, Parts, States
+from reformer_dist.planning.states import BUFFERS, GRADIENTS, OPTIMIZER, SAVED, WEIGHTS, Parts, States
 
 STREAMS, STORED, LAYER = "residual streams", "stored activations", "one layer's backward"
 WORKSPACE, LOSS = "attention workspace", "loss"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, STREAMS, STORED, LAYER, WORKSPACE, LOSS)
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, SAVED, STREAMS, STORED, LAYER, WORKSPACE, LOSS)
 
 
 @dataclass(frozen=True)

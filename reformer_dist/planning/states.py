@@ -13,6 +13,7 @@ from reformer_dist.planning.sizes import Job
 Parts = dict[str, float]
 
 WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimizer states", "ZeRO buffers"
+SAVED = "copy of the last save"
 # DeepSpeed's own sizes, which the configuration does not set
 STAGE0_REDUCED_AT_ONCE = 500_000_000
 STAGE3_LIVE_PARAMETERS = 1_000_000_000
@@ -51,7 +52,17 @@ class States:
         return sum(self.owned) * (1 if self.stage == 0 else self.job.world_size)
 
     def held(self) -> Parts:
-        """What lives from the first step to the end."""
+        """What lives from the first step, or the first save, to the end."""
+        return self._trained() | self._saved()
+
+    def _saved(self) -> Parts:
+        """What this rank writes of weights and moments, copied so that training need not wait; in host memory."""
+        if self.job.device != "cpu" or self.job.config.trainer.save_every == 0:
+            return {}
+        shares = self.job.world_size if self.stage == 0 else 1
+        return {SAVED: 12.0 * sum(self.owned) / shares}
+
+    def _trained(self) -> Parts:
         n_owned, e = sum(self.owned), self.width
         if self.stage == 0:
             return {WEIGHTS: 4.0 * self.count.total, OPTIMIZER: 8.0 * n_owned}

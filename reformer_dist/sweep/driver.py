@@ -200,7 +200,9 @@ class Driver:
         def note(signum: int, _: FrameType | None) -> None:
             self._signal, self._signals = self._signal or signum, self._signals + 1
 
-        before = {signum: signal.signal(signum, note) for signum in STOPPING}
+        # under nohup, SIGHUP stays ignored
+        heard = [signum for signum in STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, note) for signum in heard}
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,8 @@ def _import_optuna() -> Any:
     except ImportError as error:
         raise ConfigError("sweep=optuna: Optuna is missing; pip install 'reformer_dist[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Optuna 4 has constant_liar, and warns of it
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 
 

@@ -30,13 +30,20 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def driver(words: list[str]) -> subprocess.Popen[bytes]:
         with (tmp_path / "log").open("ab") as file:
             command = [str(BIN / "reformer-train"), *words]
-            drivers.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ))
+            drivers.append(
+                subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=hear_interrupts)
+            )
         return drivers[-1]
 
     yield driver
     for each in drivers:
         each.kill()
         each.wait()
+
+
+def hear_interrupts() -> None:
+    """A shell has its background jobs ignore SIGINT, and those that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:

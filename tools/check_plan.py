@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Peak memory of real training runs beside what `reformer-train --dry-run` foretells; exits 1 above 10 %.
 
-Each row is a job of its own: the real trainer and engine, two steps, on a small data set that is made for it. On
-a CPU the peak is the highest resident size of any rank's process (ru_maxrss), so it has the interpreter and its
-libraries in it. What those take is measured in a process of its own and stands apart; `tensors` compares the rest
-alone: planned tensors / (measured - libraries). On CUDA the peak is PyTorch's count of allocated bytes.
+Each row is a job of its own: the real trainer and engine, two or three steps, on a small data set that is made for
+it. On a CPU the peak is the highest resident size of any rank's process (ru_maxrss), so it has the interpreter and
+its libraries in it. What those take is measured in a process of its own; `tensors` holds what is planned beside
+them against the rest, planned tensors / (measured - libraries). On CUDA the peak is PyTorch's count of allocated
+bytes.
 
 The plan counts what is alive, and glibc keeps much of what is freed: its threshold, above which an allocation is
 a mapping of its own that goes back as it is freed, rises by itself to 32 MiB. The jobs run with that threshold
@@ -42,7 +43,7 @@ BASE = [
     *("trainer.max_steps=2", "trainer.log_every=0", "trainer.eval_every=0", "trainer.sample_every=0"),
     "trainer.save_every=0",
 ]
-DEEP = ["model.dim=512", "model.n_heads=8", "model.n_layers=12", "model.n_buckets=64", "data.seq_len=2048"]
+DEEP = ["model.dim=512", "model.n_heads=8", "model.n_layers=8", "model.n_buckets=32", "data.seq_len=1024"]
 LONG = ["data.seq_len=32768", "model.n_buckets=512"]
 ROWS: dict[str, tuple[int, list[str]]] = {
     "2 layers": (1, []),
@@ -62,6 +63,18 @@ ROWS: dict[str, tuple[int, list[str]]] = {
 }
 
 
+COLUMNS = (
+    "job",
+    "ranks",
+    "planned",
+    "measured, MiB",
+    "of it libraries",
+    "planned / measured",
+    "tensors",
+    "fullest",
+)
+
+
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +83,10 @@ def main() -> int:
             return 0
         write_text(Path(folder))
         names = arguments.rows or list(ROWS)
-        env = os.environ | ({} if arguments.default_allocator else ALLOCATOR)
-        errors = [abs(compare(name, folder, env) - 1) for name in names]
+        # the processes of the jobs, and those that measure what libraries take
+        os.environ.update({"OMP_NUM_THREADS": "1"} | ({} if arguments.default_allocator else ALLOCATOR))
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        errors = [abs(compare(name, folder) - 1) for name in names]
     print(f"the largest error is {max(errors):.1%}")
     return 0 if arguments.default_allocator or max(errors) <= LARGEST_ERROR else 1
 
@@ -92,12 +107,12 @@ def write_text(folder: Path) -> None:
     write_dataset(documents, folder / "data", ByteTokenizer(), shard_bytes=10**6, heldout_fraction=0.0)
 
 
-def compare(name: str, folder: str, env: dict[str, str]) -> float:
+def compare(name: str, folder: str) -> float:
     """Prints a row of the table; planned / measured."""
     n_ranks, _ = ROWS[name]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else []
     command = [sys.executable, *launch, str(Path(__file__).resolve()), "--row", name, "--data", folder]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1"} | env)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"the job of row {name} ended with status {done.returncode}")
     found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
@@ -105,12 +120,9 @@ def compare(name: str, folder: str, env: dict[str, str]) -> float:
     plan = make_plan(Job(config, n_ranks, n_ranks, found["vocab_size"], found["device"]))
     measured, planned = max(found["peaks"]), plan.total
     of_tensors = plan.peak.total / (measured - plan.libraries)
-    print(
-        f"{name:<20} {n_ranks} rank{'s' if n_ranks > 1 else ' '}  planned {planned / 2**20:7.0f} MiB  measured "
-        f"{measured / 2**20:7.0f} MiB  planned/measured {planned / measured:.3f}  tensors {of_tensors:.3f}  "
-        f"({plan.peak.name})",
-        flush=True,
-    )
+    sizes = [f"{amount / 2**20:.0f}" for amount in (planned, measured, plan.libraries)]
+    ratios = [f"{ratio:.3f}" for ratio in (planned / measured, of_tensors)]
+    print(f"| {' | '.join([name, str(n_ranks), *sizes, *ratios, plan.peak.name])} |", flush=True)
     return planned / measured
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_config, tiny_overrides
@@ -9,6 +11,7 @@ from support.tiny import tiny_config, tiny_overrides
 from reformer_dist.dry_run import dry_run, read_memory
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.parallel.traffic import head_bytes
+from reformer_dist.planning.libraries import measure_libraries
 from reformer_dist.planning.parameters import count_parameters
 from reformer_dist.planning.sizes import Job
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
@@ -62,3 +65,13 @@ def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
     shape = lsh.layer_shape
     vectors = 3 * shape.tokens * shape.vector / 2
     assert exchange_traffic(lsh)[HEADS] == lsh.n_micro * (head_bytes(shape, 2) + vectors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_libraries_are_measured_for_the_stage(tiny_data, tmp_path):
+    """DeepSpeed imports more where it partitions."""
+    plain, partitioned = (
+        measure_libraries(Job(tiny_config(tiny_data, tmp_path, f"deepspeed.stage={stage}"), 1, 1, 257, "cpu"))
+        for stage in (0, 3)
+    )
+    assert 100 * 2**20 < plain < partitioned < 2**30

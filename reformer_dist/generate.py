@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from reformer_dist.cli import run_command
+from reformer_dist.config import TaskKind
 from reformer_dist.errors import ConfigError
 from reformer_dist.generation import (
     BeamOptions,
@@ -82,6 +83,8 @@ def run_generation(arguments: argparse.Namespace) -> None:
     request = _request(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(arguments.run, arguments.overrides, device)
+    if loaded.config.task.kind is TaskKind.sequence_to_sequence:
+        request = _for_sources(request)
     prompts = [_encode(loaded, prompt, device) for prompt in request.prompts]
     writer = _Writer(request)
     if request.beams is not None:
@@ -136,8 +139,9 @@ def _sample(
     loaded: LoadedModel, prompts: list[torch.Tensor], first: int, request: Request, writer: _Writer
 ) -> None:
     tokenizer, n_samples = loaded.tokenizer, request.n_samples
+    model, prompts = loaded.begin(prompts)
     sampler = Sampler(
-        make_decoder(loaded.language_model, loaded.config.model),
+        make_decoder(model, loaded.config.model),
         prompts,
         request.sampling,
         n_samples=n_samples,
@@ -166,7 +170,6 @@ def _search(
     loaded: LoadedModel, prompts: list[torch.Tensor], request: Request, options: BeamOptions, writer: _Writer
 ) -> None:
     tokenizer = loaded.tokenizer
-    decoder = make_decoder(loaded.language_model, loaded.config.model)
     # as many tokens as a stop string can lie across, each of a byte
     tail = max((len(stop.encode()) for stop in request.stops), default=0) + 4
 
@@ -177,8 +180,9 @@ def _search(
         return any(stop in newest for stop in request.stops)
 
     for number, prompt in enumerate(prompts):
+        model, [prompt] = loaded.begin([prompt])
         limit = _limit(loaded, prompt, request.n_tokens)
-        found = beam_search(decoder, prompt, limit, options, is_end)
+        found = beam_search(make_decoder(model, loaded.config.model), prompt, limit, options, is_end)
         for sample in range(request.n_samples):
             row = number * request.n_samples + sample
             if sample < len(found):
@@ -235,6 +239,15 @@ def _read_prompt(name: str) -> Prompt:
     if not text:
         raise ConfigError(f"{option}: is empty; it must hold the text to go on from")
     return Prompt(option, text, False)
+
+
+def _for_sources(request: Request) -> Request:
+    """What is written for a source is not its continuation: the source is not shown before it."""
+    for prompt in request.prompts:
+        if not prompt.text.strip():
+            right = "it must hold the source that a sequence_to_sequence model writes for"
+            raise ConfigError(f"{prompt.name}: is empty; {right}")
+    return replace(request, prompts=[replace(prompt, is_shown=False) for prompt in request.prompts])
 
 
 def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> torch.Tensor:

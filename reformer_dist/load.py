@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reformer_dist.checkpoint import CheckpointReader, Export, resolve_checkpoint
 from reformer_dist.checkpoint.export import CONFIG_FILE as EXPORTED
@@ -16,7 +17,7 @@ from reformer_dist.data import Tokenizer, load_tokenizer
 from reformer_dist.errors import CheckpointError
 from reformer_dist.models import ReformerLM
 from reformer_dist.runnable import require_attention
-from reformer_dist.tasks import Task, make_task
+from reformer_dist.tasks import SequenceToSequence, Task, make_task
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,21 @@ class LoadedModel:
 
     @property
     def language_model(self) -> ReformerLM:
-        """The model, if it is one that writes text. Raises CheckpointError."""
+        """The model, if it is one that goes on from a text. Raises CheckpointError."""
         kind = self.config.task.kind
         if kind in (TaskKind.language_model, TaskKind.completion) and isinstance(self.model, ReformerLM):
             return self.model
         right = "what goes on from a text is a language_model or a completion; see reformer-evaluate"
         raise CheckpointError(f"{self.checkpoint}: its task.kind is {kind.name}; {right}")
+
+    def begin(self, prompts: list[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+        """(model, what it goes on from) for prompts [S], each an end of text and what follows it.
+
+        Of a sequence_to_sequence model they are sources, which it has read by then. Raises CheckpointError.
+        """
+        if isinstance(self.task, SequenceToSequence):
+            return self.task.begin(self.model, prompts)
+        return self.language_model, prompts
 
 
 def load_model(path: Path, overrides: list[str], device: torch.device) -> LoadedModel:

@@ -18,7 +18,7 @@ ALLOWED = {
     "models": {"config", "ops", "seeds"},
     "generation": {"config", "errors", "models", "seeds"},
     "data": {"errors"},
-    "tasks": {"config", "data", "errors", "log", "models"},
+    "tasks": {"config", "data", "errors", "generation", "log", "models"},
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
     "engine": {"config", "errors", "distributed"},

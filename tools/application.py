@@ -43,7 +43,7 @@ APPLICATIONS = {
     "classification": Application(["--fields", "text", "--label", "label"], ["packages"], heldout="0.2"),
     "duplication": Application(
         ["--fields", "prompt", "completion"],
-        ["duplication", "--samples", "60000"],
+        ["duplication", "--samples", "40000"],
         heldout="0.01",
         evaluate=("--rounds", "1,2,4,8"),
     ),

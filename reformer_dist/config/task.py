@@ -43,6 +43,8 @@ class TaskConfig:
     """sequence_to_sequence: tokens of a source, the rest is cut off; data.seq_len is that of the target."""
     metric: TextMetric = TextMetric.bleu
     """sequence_to_sequence: bleu (sacreBLEU, for translations) or rouge (for summaries)."""
+    beams: int = 1
+    """sequence_to_sequence: beginnings that a search keeps when the model writes; 1 takes the likeliest token."""
     stride: int = 128
     """question_answering: tokens that windows of a long context share with the next."""
     max_answer_tokens: int = 30
@@ -51,6 +53,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         require(0 < self.mask_share < 1, "task.mask_share", self.mask_share, "must be above 0 and below 1")
         at_least(1, task__max_source_len=self.max_source_len, task__max_answer_tokens=self.max_answer_tokens)
+        at_least(1, task__beams=self.beams)
         at_least(0, task__stride=self.stride)
 
     @property

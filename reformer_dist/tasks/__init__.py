@@ -9,6 +9,7 @@ from reformer_dist.tasks.classification import SequenceClassification
 from reformer_dist.tasks.completion import Completion
 from reformer_dist.tasks.task import HeldoutBatch, Rows, Task
 from reformer_dist.tasks.text import LanguageModel, MaskedLanguageModel
+from reformer_dist.tasks.writing import SequenceToSequence
 
 KINDS: dict[TaskKind, type[Task]] = {
     TaskKind.language_model: LanguageModel,
@@ -16,6 +17,7 @@ KINDS: dict[TaskKind, type[Task]] = {
     TaskKind.completion: Completion,
     TaskKind.sequence_classification: SequenceClassification,
     TaskKind.question_answering: QuestionAnswering,
+    TaskKind.sequence_to_sequence: SequenceToSequence,
 }
 
 
@@ -24,4 +26,4 @@ def make_task(config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = (
     return KINDS[config.task.kind](config, tokenizer, labels)
 
 
-__all__ = ["HeldoutBatch", "Rows", "Task", "make_task"]
+__all__ = ["HeldoutBatch", "Rows", "SequenceToSequence", "Task", "make_task"]

@@ -119,7 +119,7 @@ def progress_line(
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
         f"loss {window.loss:.3f}",
         *([] if bpb is None else [f"bits per byte {bpb:.3f}"]),
-        f"{window.tokens_per_s:,.0f} tokens/s",
+        f"{window.tokens_per_s:,.0f} {'labels' if bpb is None else 'tokens'}/s",
         f"grad norm {grad_norm:.2f}",
         f"lr {lr:.1e}",
         f"ETA {duration((max_steps - step) * window.seconds_per_step)}",

@@ -12,10 +12,13 @@ import torch
 from support.tiny import tiny_config
 from task_data import make, write_for, write_pairs
 
+from reformer_dist import load
 from reformer_dist.build import build_trainer
-from reformer_dist.data import Corpus, Sample
+from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Sample
 from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.dry_run import dry_run
 from reformer_dist.errors import CheckpointError, ConfigError
+from reformer_dist.generate import build_parser, run_generation
 from reformer_dist.load import load_model
 from reformer_dist.tasks import Rows
 
@@ -23,6 +26,7 @@ OVERRIDES = {
     "masked_language_model": ("model.causal=false", "trainer.eval_every=3"),
     "completion": ("trainer.eval_every=3", "data.seq_len=128"),
     "sequence_classification": ("model.causal=false", "trainer.eval_every=3", "deepspeed.stage=1"),
+    "sequence_to_sequence": ("trainer.eval_every=3", "task.max_source_len=64", "model.encoder_layers=[exact]"),
     "question_answering": ("model.causal=false", "trainer.eval_every=3", "task.stride=8"),
 }
 
@@ -45,9 +49,8 @@ def train(job: Runtime, kind: str, data: Path, output: Path, *changed: str) -> l
 def test_a_run_goes_on_exactly_and_loads(
     kind: str, pairs: Path, tiny_data: Path, tmp_path: Path, job: Runtime
 ) -> None:
-    data = {"completion": pairs, "masked_language_model": tiny_data}.get(kind) or write_for(
-        kind, tmp_path / "data"
-    )
+    ready = {"completion": pairs, "sequence_to_sequence": pairs, "masked_language_model": tiny_data}
+    data = ready.get(kind) or write_for(kind, tmp_path / "data")
     whole = train(job, kind, data, tmp_path / "whole")
     assert whole[-1]["train/loss"] != whole[0]["train/loss"]
     assert 0 <= whole[-1]["eval/accuracy"] <= 1
@@ -108,8 +111,49 @@ def test_what_does_not_go_together_is_refused(changed: list[str], words: str, ti
     assert str(caught.value).startswith(words)
 
 
-def test_a_model_that_writes_no_text_is_not_asked_to(tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+def test_a_model_of_another_kind_or_vocabulary_is_refused(
+    tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(job, "masked_language_model", tiny_data, tmp_path / "run", "trainer.max_steps=1")
     loaded = load_model(tmp_path / "run", [], torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"its task.kind is masked_language_model; what goes on from"):
         _ = loaded.language_model
+    overrides = ["task.kind=language_model", "model.causal=true"]
+    with pytest.raises(CheckpointError, match=r"embedding.tokens.weight"):  # the mask has an embedding of its own
+        load_model(tmp_path / "run", overrides, torch.device("cpu"))
+    another = BpeTokenizer.train([b"a text of some words"], 270)
+    monkeypatch.setattr(load, "load_tokenizer", lambda *_: another)
+    with pytest.raises(
+        CheckpointError, match=r"its tokenizer has \d+ tokens; the model was trained with one of 257"
+    ):
+        load_model(tmp_path / "run", [], torch.device("cpu"))
+
+
+def test_plans_are_of_language_models(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path, "task.kind=question_answering", "model.causal=false")
+    with pytest.raises(
+        ConfigError, match=r"--dry-run: knows no task.kind=question_answering; plans are of language"
+    ):
+        dry_run(config, "--dry-run")
+
+
+def test_a_target_is_generated_for_a_source(
+    pairs: Path, tmp_path: Path, job: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(job, "sequence_to_sequence", pairs, tmp_path / "run", "trainer.max_steps=2", "optim.lr=0.1")
+    loaded = load_model(tmp_path / "run", [], torch.device("cpu"))
+    sources = ["red blue", "grey white black"]
+    samples = [Sample("", (ByteTokenizer().encode(text.encode()), np.zeros(0, np.int64))) for text in sources]
+    expected = loaded.task.write(loaded.model, samples)  # type: ignore[attr-defined]
+
+    def generate(*arguments: str) -> str:
+        capsys.readouterr()
+        run_generation(build_parser().parse_intermixed_args([str(tmp_path / "run"), *arguments]))
+        return capsys.readouterr().out
+
+    given = ["--prompt", sources[0], "--prompt", sources[1], "--max-new-tokens", "64"]
+    both = generate(*given, "--temperature", "0")
+    assert [part.split("==>")[0].strip() for part in both.split("<==")[1:]] == expected
+    assert generate("--prompt", sources[1], "--max-new-tokens", "64", "--beams", "1").strip() == expected[1]
+    with pytest.raises(ConfigError, match="--prompt: is empty; it must hold the source that a"):
+        generate("--prompt", " ")

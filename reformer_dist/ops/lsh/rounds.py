@@ -14,15 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.layout import Layout
 from reformer_dist.ops.lsh.pair_mask import PairMask, Rows
+from reformer_dist.ops.lsh.products import (
+    Pairs,
+    add_products,
+    gather_tiles,
+    set_products,
+    sum_products,
+    transposed,
+)
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.lsh.tiles import Run, Span
 from reformer_dist.ops.workspace import Workspace, gather_rows
 
 # Stands for "no key seen yet" in running maxima: finite, so that differences of two of them are 0, not nan.
@@ -105,89 +111,6 @@ def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Sums:
     return total
 
 
-class _Pairs:
-    """The pairs of tiles of a span, column by column, and buffers [pairs, tile_len, tile_len] for them."""
-
-    def __init__(self, group: RowGroup, layout: Layout, span: Span) -> None:
-        self._scratch, self._tile_len, self.columns = group.scratch, layout.tiling.tile_len, span.columns
-        self.first = span.columns[0].queries.start
-        ends = list(accumulate((column.n_tiles for column in span.columns), initial=0))
-        self._slices = [slice(start, stop) for start, stop in pairwise(ends)]
-
-    def buffer(self, name: str) -> Tensor:
-        n_pairs, tile_len = self._slices[-1].stop, self._tile_len
-        return self._scratch.rows(name, n_pairs * tile_len, tile_len).view(n_pairs, tile_len, tile_len)
-
-    def by_column(self, pairs: Tensor) -> list[Tensor]:
-        return [pairs[column] for column in self._slices]
-
-    def of_queries(self, tiles: Tensor) -> list[Tensor]:
-        """For each column, those of the tiles of queries [tiles, ...] that are in it."""
-        return [tiles[c.queries.start - self.first : c.queries.stop - self.first] for c in self.columns]
-
-    def products(self, pairs: Tensor) -> Iterator[tuple[Tensor, Run, bool]]:
-        """The pairs of each run, and whether they are the first ones of their queries."""
-        for number, (part, column) in enumerate(zip(self.by_column(pairs), self.columns, strict=True)):
-            for run in column.runs:
-                start = run.queries - column.queries.start
-                yield part[start : start + run.n_tiles], run, number == 0
-
-
-class _Tiles:
-    """Rows in the slots of a span, tile by tile: of queries or keys."""
-
-    def __init__(self, rows: Tensor, span: Span) -> None:
-        self._rows, self._start = rows, span.start
-
-    @staticmethod
-    def gather(rows: Tensor, slots: Tensor, layout: Layout, span: Span) -> _Tiles:
-        """Of rows [n_rows, D], by slots that name some row where they are empty."""
-        tile_len = layout.tiling.tile_len
-        found = gather_rows(rows, slots[span.start * tile_len : span.stop * tile_len])
-        return _Tiles(found.view(-1, tile_len, rows.shape[1]), span)
-
-    def __getitem__(self, tiles: tuple[int, int]) -> Tensor:
-        """[n, tile_len, D] from (number of the first, n)."""
-        first, n_tiles = tiles
-        return self._rows[first - self._start : first - self._start + n_tiles]
-
-
-def _multiply(out: Tensor, pairs: _Pairs, queries: _Tiles, keys: _Tiles) -> None:
-    """out [pairs, tile_len, tile_len] = queries @ keys^T."""
-    for part, run, _ in pairs.products(out):
-        torch.bmm(queries[run.queries, run.n_tiles], keys[run.keys, run.n_tiles].transpose(1, 2), out=part)
-
-
-def _add_scores(scores: Tensor, pairs: _Pairs, queries: _Tiles, keys: _Tiles) -> None:
-    """scores [pairs, tile_len, tile_len] += queries @ keys^T."""
-    for part, run, _ in pairs.products(scores):
-        part.baddbmm_(queries[run.queries, run.n_tiles], keys[run.keys, run.n_tiles].transpose(1, 2))
-
-
-def _sum_products(out: Tensor, weights: Tensor, pairs: _Pairs, keys: _Tiles) -> None:
-    """out [all tiles, tile_len, D] at queries = weights @ keys, one column after another."""
-    for part, run, is_first in pairs.products(weights):
-        target, right = out[run.queries : run.queries + run.n_tiles], keys[run.keys, run.n_tiles]
-        if is_first:
-            torch.bmm(part, right, out=target)
-        else:
-            target.baddbmm_(part, right)
-
-
-def _add_transposed(out: Tensor, weights: Tensor, pairs: _Pairs, queries: _Tiles, *, is_zero: bool) -> None:
-    """out [all tiles, tile_len, D] at keys += weights^T @ queries.
-
-    is_zero: out was zero to begin with. Else what the first column stands for is written first, which is every
-    tile: where nobody looks ahead, its others come from later columns and spans.
-    """
-    for part, run, is_first in pairs.products(weights):
-        target, right = out[run.keys : run.keys + run.n_tiles], queries[run.queries, run.n_tiles]
-        if is_first and not is_zero:
-            torch.bmm(part.transpose(1, 2), right, out=target)
-        else:
-            target.baddbmm_(part.transpose(1, 2), right)
-
-
 def _attend_round(
     group: RowGroup, layout: Layout, mask: PairMask, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,33 +122,34 @@ def _attend_round(
     o[-1] = 0  # the home of those that are no queries
     query_rows, key_rows = layout.some_rows()
     for span in layout.spans:
-        queries = _Tiles.gather(q, query_rows, layout, span)
-        keys, values = (_Tiles.gather(x, key_rows, layout, span) for x in (k, v))
-        pairs = _Pairs(group, layout, span)
+        queries = gather_tiles(q, query_rows, tile_len, span)
+        keys, values = (gather_tiles(x, key_rows, tile_len, span) for x in (k, v))
+        pairs = Pairs(layout, span, group.scratch)
         p = pairs.buffer("scores")
         for part, column in zip(pairs.by_column(p), span.columns, strict=True):
             part.copy_(mask.scores(column))
-        _add_scores(p, pairs, queries, keys)
+        p_runs = pairs.by_run(p)
+        add_products(p_runs, pairs.at_queries(queries, span.start), transposed(pairs.at_keys(keys, span.start)))
         own = span.columns[0].queries
         top[own] = largest = _over_columns(torch.maximum, p.amax(dim=2), pairs).clamp_min_(LOWEST)
-        for part, its_largest in zip(pairs.by_column(p), pairs.of_queries(largest), strict=True):
+        for part, its_largest in zip(pairs.by_column(p), pairs.by_queries(largest), strict=True):
             part.sub_(its_largest.unsqueeze(2))
         p.exp2_()
         weight[own] = _over_columns(torch.add, p.sum(dim=2), pairs)
         if group.options.dropout > 0:
             for part, column in zip(pairs.by_column(p), span.columns, strict=True):
                 part.mul_(mask.dropout_factors(column))
-        _sum_products(o, p, pairs, values)
+        sum_products(pairs.at_queries(o), p_runs, pairs.at_keys(values, span.start))
     return o.flatten(0, 1), top.mul_(LOG_2).flatten(), weight.flatten()
 
 
-def _over_columns(combine: Callable[..., Tensor], found: Tensor, pairs: _Pairs) -> Tensor:
+def _over_columns(combine: Callable[..., Tensor], found: Tensor, pairs: Pairs) -> Tensor:
     """Combines what was found for each row of [pairs, tile_len] over the columns, one after another.
 
     So columns that the first tiles of a bucket do not have count like columns of masked pairs, to the last bit.
     """
     total, *others = pairs.by_column(found)
-    for part, other in zip(pairs.of_queries(total)[1:], others, strict=True):
+    for part, other in zip(pairs.by_queries(total)[1:], others, strict=True):
         combine(part, other, out=part)
     return total
 
@@ -269,45 +193,43 @@ def _backward_round(
         group.scratch.rows(name, layout.query_slots.numel(), width).view(layout.n_tiles, tile_len, width)
         for name in ("dq", "dk", "dv")
     )
+    # where nobody looks ahead, the first run is the first to reach its keys: others come from later ones
     looks_ahead = layout.tiling.front > 0
+    add_to_keys = add_products if looks_ahead else sum_products
     for grad in (dq, dk, dv):
         # the last tile is the home of those that are not here
         (grad if looks_ahead else grad[-1]).zero_()
     query_rows, key_rows = layout.some_rows()
+    # where slots are empty, exp(s - inf) = 0: they give nothing to anybody
+    lse = torch.cat([lse, lse.new_full((1,), torch.inf)])
     for span in layout.spans:
-        queries, d_outs = (_Tiles.gather(x, query_rows, layout, span) for x in (q, d_out))
-        keys, values = (_Tiles.gather(x, key_rows, layout, span) for x in (k, v))
-        pairs = _Pairs(group, layout, span)
-        lses, deltas = (pairs.of_queries(x) for x in _by_slot(layout, span, lse, delta))
+        queries, d_outs = (gather_tiles(x, query_rows, tile_len, span) for x in (q, d_out))
+        keys, values = (gather_tiles(x, key_rows, tile_len, span) for x in (k, v))
+        pairs = Pairs(layout, span, group.scratch)
+        own = span.columns[0].queries
+        slots = layout.query_slots[own.start * tile_len : own.stop * tile_len]
+        lses, deltas = (pairs.by_queries(x[slots].view(-1, tile_len, 1)) for x in (lse, delta))
         p, ds = pairs.buffer("scores"), pairs.buffer("ds")
+        p_runs, ds_runs = pairs.by_run(p), pairs.by_run(ds)
+        at_queries, at_d_outs = (pairs.at_queries(x, span.start) for x in (queries, d_outs))
+        at_keys, at_values = (pairs.at_keys(x, span.start) for x in (keys, values))
         for part, column, its_lse in zip(pairs.by_column(p), span.columns, lses, strict=True):
             torch.sub(mask.scores(column), its_lse, out=part)
-        _add_scores(p, pairs, queries, keys)
+        add_products(p_runs, at_queries, transposed(at_keys))
         p.exp2_()
-        _multiply(ds, pairs, d_outs, values)
-        dropped = p
+        set_products(ds_runs, at_d_outs, transposed(at_values))
+        dropped = p_runs
         if group.options.dropout > 0:
-            dropped = p.clone()
-            for part, d_part, column in zip(
-                pairs.by_column(dropped), pairs.by_column(ds), span.columns, strict=True
-            ):
+            kept = p.clone()
+            for part, d_part, column in zip(pairs.by_column(kept), pairs.by_column(ds), span.columns, strict=True):
                 factors = mask.dropout_factors(column)
                 part.mul_(factors)
                 d_part.mul_(factors)
-        _add_transposed(dv, dropped, pairs, d_outs, is_zero=looks_ahead)
+            dropped = pairs.by_run(kept)
+        add_to_keys(pairs.at_keys(dv), transposed(dropped), at_d_outs)
         for part, its_delta in zip(pairs.by_column(ds), deltas, strict=True):
             part.sub_(its_delta)
         ds.mul_(p)
-        _sum_products(dq, ds, pairs, keys)
-        _add_transposed(dk, ds, pairs, queries, is_zero=looks_ahead)
+        sum_products(pairs.at_queries(dq), ds_runs, at_keys)
+        add_to_keys(pairs.at_keys(dk), transposed(ds_runs), at_queries)
     return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
-
-
-def _by_slot(layout: Layout, span: Span, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """lse and delta of a span's query slots, [tiles, tile_len, 1] each."""
-    tile_len, tiles = layout.tiling.tile_len, span.columns[0].queries
-    slots = layout.query_slots[tiles.start * tile_len : tiles.stop * tile_len]
-    own = slots.clamp_min(0)
-    # exp(s - inf) = 0: empty slots give nothing to anybody
-    lses = lse[own].masked_fill_(slots < 0, torch.inf)
-    return lses.view(-1, tile_len, 1), delta[own].view(-1, tile_len, 1)

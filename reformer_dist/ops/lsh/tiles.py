@@ -11,7 +11,7 @@ tiles: there a tile near a bucket's border meets some of another bucket, which t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -62,7 +62,7 @@ class Span:
     start: int
     stop: int
     columns: list[Column]
-    """The first one is that of offset 0 and has all tiles of queries."""
+    """The first one is that of offset 0 and has all tiles of queries, in one run."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,23 @@ def _place_levels(
     starts = list(accumulate(sizes, initial=start))
     for level, size in enumerate(sizes):
         number[first[buckets[:size]] + level] = np.arange(starts[level], starts[level + 1])
-    columns = [
-        Column(
-            offset,
-            [Run(starts[level], starts[level - offset], sizes[level]) for level in range(offset, len(sizes))],
-        )
-        for offset in range(min(back + 1, len(sizes)))
-    ]
+    columns = []
+    for offset in range(min(back + 1, len(sizes))):
+        runs = (Run(starts[level], starts[level - offset], sizes[level]) for level in range(offset, len(sizes)))
+        columns.append(Column(offset, _joined(runs)))
     return Span(start, starts[-1], columns)
+
+
+def _joined(runs: Iterable[Run]) -> list[Run]:
+    """As few runs as have the pairs of these: what follows one another in queries and in keys is one product."""
+    joined: list[Run] = []
+    for run in runs:
+        last = joined[-1] if joined else None
+        if last and run.queries - last.queries == run.keys - last.keys == last.n_tiles:
+            joined[-1] = Run(last.queries, last.keys, last.n_tiles + run.n_tiles)
+        else:
+            joined.append(run)
+    return joined
 
 
 def _tiles_of(buckets: Integers, tiles: Integers, first: Integers) -> Integers:

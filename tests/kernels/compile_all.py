@@ -14,9 +14,9 @@ from reformer_dist.ops.lsh.kernels.forward import attend_round
 from reformer_dist.ops.lsh.kernels.hashing import _hash
 from reformer_dist.ops.lsh.kernels.tiles import Constants
 
-INTEGERS = {"order_ptr", "table_ptr", "codes_ptr"}
+INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "numbers_ptr"}
 SINGLE = {"lse_ptr", "delta_ptr", "o_ptr", "top_ptr", "weight_ptr", "sum_q_ptr", "sum_k_ptr", "sum_v_ptr"}
-TUPLES = {"who": ("*i32", "*i32"), "draw": ("i32", "i32", "fp32"), "factors": ("i32", "i32")}
+TUPLES = {"draw": ("i32", "i32", "fp32"), "factors": ("i32", "i32")}
 
 
 def argument_type(name: str, dtype: str):
@@ -43,7 +43,7 @@ def main() -> None:
     window = AttentionOptions(WindowRule(64, True), 64, 1.0, count_pairs_once=True, dropout=0.1)
     wrapped = AttentionOptions(ChunkRule(64, True, 1, 0, True), 64, 1.0, dropout=0.1)
     for dtype, block, head_dim, options in (("bf16", 64, 64, window), ("fp32", 16, 80, wrapped)):
-        constants = Constants.of(options, block, head_dim, 4, by_row=False, shared=dtype == "bf16")
+        constants = Constants.of(options, block, head_dim, 4, shared=dtype == "bf16")
         for kernel in (attend_round, attend_round_backward):
             compile_one(kernel, dtype, {"FIRST": False, "LAST": True, "C": constants}, 4 if dtype == "bf16" else 8)
     sizes = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}

@@ -30,7 +30,7 @@ def attend_round_backward(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
     dq_ptr, dk_ptr, dv_ptr, sum_q_ptr, sum_k_ptr, sum_v_ptr,
     q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
-    order_ptr, table_ptr, codes_ptr, who,
+    order_ptr, table_ptr, codes_ptr, numbers_ptr,
     first_unit, n_heads, seq_len, n_tiles, round_, scale, score_scale, draw,
     FIRST: tl.constexpr, LAST: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +63,8 @@ def attend_round_backward(
     row = tl.load(order_ptr + round_ * seq_len + place, mask=is_key | is_query, other=0)
     first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
     of_order = (order_ptr, codes_ptr, seq_len, begin, end, query_begin, query_end, round_, unit)
-    dk, dv = of_keys(rows, row_strides, of_order, first, place, row, is_key, score_scale, who, draw, C)
-    dq = of_queries(rows, row_strides, of_order, first, place, row, is_query, score_scale, who, draw, C)
+    dk, dv = of_keys(rows, row_strides, of_order, first, place, row, is_key, score_scale, numbers_ptr, draw, C)
+    dq = of_queries(rows, row_strides, of_order, first, place, row, is_query, score_scale, numbers_ptr, draw, C)
     dk, dq = dk * scale, dq * scale
 
     is_row = is_key | is_query
@@ -86,7 +86,9 @@ def attend_round_backward(
 
 
 @triton.jit
-def of_keys(rows, row_strides, of_order, first, place, row, is_key, score_scale, who, draw, C: tl.constexpr):
+def of_keys(
+    rows, row_strides, of_order, first, place, row, is_key, score_scale, numbers_ptr, draw, C: tl.constexpr
+):
     """dk / scale and dv of a tile's rows, from the queries that see them. Blocks are [keys, queries]."""
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
@@ -113,7 +115,7 @@ def of_keys(rows, row_strides, of_order, first, place, row, is_key, score_scale,
         dp = product(v, tl.trans(d_out), C)
         weights = p
         if C.drops:  # in the round of the query, which differs under a wrapping rule
-            factors = dropout_factors(query_row[None, :], row[:, None], of_round[None, :], unit, who, draw, C)
+            factors = dropout_factors(query_row[None, :], row[:, None], of_round[None, :], unit, numbers_ptr, draw)
             weights = p * factors
             dp *= factors
         dv += product(weights.to(d_out.dtype), d_out, C)
@@ -122,7 +124,9 @@ def of_keys(rows, row_strides, of_order, first, place, row, is_key, score_scale,
 
 
 @triton.jit
-def of_queries(rows, row_strides, of_order, first, place, row, is_query, score_scale, who, draw, C: tl.constexpr):
+def of_queries(
+    rows, row_strides, of_order, first, place, row, is_query, score_scale, numbers_ptr, draw, C: tl.constexpr
+):
     """dq / scale of a tile's rows, from the keys that they see. Blocks are [queries, keys]."""
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
@@ -147,7 +151,7 @@ def of_queries(rows, row_strides, of_order, first, place, row, is_query, score_s
         p = tl.exp2(scores - lse[:, None])
         dp = product(d_out, tl.trans(v), C)
         if C.drops:
-            dp *= dropout_factors(row[:, None], key_row[None, :], round_, unit, who, draw, C)
+            dp *= dropout_factors(row[:, None], key_row[None, :], round_, unit, numbers_ptr, draw)
         dq += product((p * (dp - delta[:, None])).to(k.dtype), k, C)
     return dq
 

@@ -25,7 +25,7 @@ from reformer_dist.ops.lsh.kernels.pairs import (
 @triton.jit(do_not_specialize=["first_unit", "round_", "n_tiles"])
 def attend_round(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, o_ptr, top_ptr, weight_ptr,
-    q_strides, k_strides, v_strides, out_strides, order_ptr, table_ptr, codes_ptr, who,
+    q_strides, k_strides, v_strides, out_strides, order_ptr, table_ptr, codes_ptr, numbers_ptr,
     first_unit, n_heads, seq_len, n_tiles, round_, scale, draw,
     FIRST: tl.constexpr, LAST: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def attend_round(
         fade = tl.exp2(top - new_top)
         weight = weight * fade + tl.sum(p, 1)
         if C.drops:
-            p *= dropout_factors(row[:, None], key_row[None, :], round_, unit, who, draw, C)
+            p *= dropout_factors(row[:, None], key_row[None, :], round_, unit, numbers_ptr, draw)
         o = o * fade[:, None] + product(p.to(v.dtype), v, C)
         top = new_top
 

@@ -53,9 +53,7 @@ class Units:
     tiles: Tiles
     first: int
     numbers: Tensor
-    """int32, of each unit in its step, or of each row's unit."""
-    positions: Tensor | None = None
-    """int32, of each row; None where rows are whole units."""
+    """int32 [U] of each unit in its step."""
 
     @property
     def size(self) -> int:
@@ -118,9 +116,8 @@ class Units:
     def _arguments(self, round_: int, q: Tensor, *scales: float) -> tuple[Any, ...]:
         tiles = self.tiles
         codes = tiles.order if tiles.codes is None else tiles.codes
-        who = (self.numbers, self.numbers if self.positions is None else self.positions)
         sizes = (self.first, q.shape[1], q.shape[2], tiles.table.shape[2], round_)
-        return tiles.order, tiles.table, codes, who, *sizes, *scales, self.options.scale * LOG2_E
+        return tiles.order, tiles.table, codes, self.numbers, *sizes, *scales, self.options.scale * LOG2_E
 
     def _draw(self) -> tuple[int, int, float]:
         """Seed, threshold and factor of `pairs.dropout_factors`."""
@@ -128,13 +125,6 @@ class Units:
         return signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout)
 
     def _flags(self, q: Tensor, *, is_first: bool, is_last: bool, shared: bool) -> dict[str, Any]:
-        constants = Constants.of(
-            self.options,
-            self.tiles.block,
-            q.shape[3],
-            self.n_rounds,
-            by_row=self.positions is not None,
-            shared=shared,
-        )
+        constants = Constants.of(self.options, self.tiles.block, q.shape[3], self.n_rounds, shared=shared)
         n_warps = 4 if constants.block_d <= 64 and q.dtype != torch.float32 else 8
         return {"FIRST": is_first, "LAST": is_last, "C": constants, "num_warps": n_warps, "num_stages": 2}

@@ -179,23 +179,19 @@ def mix(x):
 
 
 @triton.jit
-def token_keys(row, round_, unit, who, seed, IS_QUERY: tl.constexpr, C: tl.constexpr):
+def token_keys(row, round_, unit, numbers_ptr, seed, IS_QUERY: tl.constexpr):
     """`ops.counter_dropout.token_keys` of rows: uint32."""
-    if C.by_row:
-        number, position = tl.load(who[0] + row), tl.load(who[1] + row)
-    else:
-        number, position = tl.load(who[0] + unit), row
     salt = (round_.to(tl.uint32) * 0x9E3779B9) ^ seed
     if IS_QUERY:
         salt ^= 0x5BD1E995
-    key = mix(position.to(tl.uint32) + salt)
-    return mix(key ^ (number.to(tl.uint32) * 0x85EBCA6B))
+    key = mix(row.to(tl.uint32) + salt)
+    return mix(key ^ (tl.load(numbers_ptr + unit).to(tl.uint32) * 0x85EBCA6B))
 
 
 @triton.jit
-def dropout_factors(query_row, key_row, round_, unit, who, draw, C: tl.constexpr):
+def dropout_factors(query_row, key_row, round_, unit, numbers_ptr, draw):
     """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor)."""
-    query_keys = token_keys(query_row, round_, unit, who, draw[0], True, C)
-    key_keys = token_keys(key_row, round_, unit, who, draw[0], False, C)
+    query_keys = token_keys(query_row, round_, unit, numbers_ptr, draw[0], True)
+    key_keys = token_keys(key_row, round_, unit, numbers_ptr, draw[0], False)
     is_kept = (mix(query_keys ^ key_keys) & 0x7FFFFFFF) >= draw[1]
     return tl.where(is_kept, draw[2], 0.0)

@@ -39,15 +39,11 @@ class Constants:
     sees_self: bool
     counts_once: bool
     drops: bool
-    by_row: bool
-    """Units and positions are given for each row, since rows are not whole units."""
     shared: bool
     """Backward: keys are q / |q|."""
 
     @staticmethod
-    def of(
-        options: AttentionOptions, block: int, head_dim: int, n_rounds: int, *, by_row: bool, shared: bool
-    ) -> Constants:
+    def of(options: AttentionOptions, block: int, head_dim: int, n_rounds: int, *, shared: bool) -> Constants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
         return Constants(
@@ -66,7 +62,6 @@ class Constants:
             sees_self=rule.sees_self,
             counts_once=options.count_pairs_once and n_rounds > 1,
             drops=options.dropout > 0,
-            by_row=by_row,
             shared=shared,
         )
 

@@ -118,7 +118,8 @@ def load_engine_fragments(engine: Any, stage: int, reader: FragmentReader) -> No
         base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
         for master in {id(f.master): f.master for f in fragments}.values():
             base.state[master] = {
-                "step": torch.tensor(float(reader.adam_step)),
+                # the fused AdamW counts where the parameters are
+                "step": torch.tensor(float(reader.adam_step), device=master.device),
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
         fragments = list(_local(engine, stage))

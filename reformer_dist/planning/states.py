@@ -103,14 +103,12 @@ class States:
         return {GRADIENTS: e * owned, BUFFERS: self._bucket(total) + e * in_bucket}
 
     def during_step(self) -> Parts:
-        """When AdamW moves the weights; its temporaries are those of PyTorch's loop, or on a GPU of its lists."""
+        """When AdamW moves the weights: fused, it has no temporaries."""
         e, largest_group = self.width, max(self.owned)
         if self.stage == 0:
-            spare = 8.0 * self.count.largest if self.job.device == "cpu" else 4.0 * self.count.total
-            return {GRADIENTS: 4.0 * self.count.total, OPTIMIZER: spare}
-        spare = (8.0 if self.job.device == "cpu" else 4.0) * largest_group
+            return {GRADIENTS: 4.0 * self.count.total}
         in_float32 = 4.0 * largest_group if e != 4 or self.stage != 3 else 0.0
-        parts: Parts = {OPTIMIZER: spare, GRADIENTS: in_float32, BUFFERS: 0.0}
+        parts: Parts = {GRADIENTS: in_float32, BUFFERS: 0.0}
         if self.stage == 3:
             parts[BUFFERS] = self._bucket(self.count.total)
             parts[WEIGHTS] = -e * min(self.count.total, STAGE3_LIVE_PARAMETERS)  # let go after backward

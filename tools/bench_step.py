@@ -11,6 +11,7 @@ its activations; of the peer, they are finite. A row that fails shows no speed, 
 
 mfu is the arithmetic that the model needs (planning/flops.py, no recompute) in the step's seconds, over the peak
 rate of the card at this precision, or on other devices over the rate of a large matrix product measured here.
+planned MiB is the planner's formula for the peak (reformer_dist/planning): weights, their states, activations.
 The split is of one more step whose parts are timed one by one, which slows it; recompute counts where it happens.
 """
 
@@ -39,9 +40,10 @@ from reformer_dist.distributed import runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.models import ReformerLM, hashing, head
 from reformer_dist.models.block import Block
-from reformer_dist.models.reversible import Sublayer
+from reformer_dist.models.reversible import Sublayer, TokenwiseSublayer
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh import attention as lsh_attention
+from reformer_dist.planning import Job, make_plan
 from reformer_dist.planning.flops import layer_flops
 
 IMPLEMENTATIONS = ("ours", "reformer_pytorch")
@@ -148,6 +150,11 @@ class Ours:
         model = ReformerLM(self._config.model, VOCAB_SIZE, seed=0).to(self._device)
         self._engine = TrainEngine(model, [Block], self._config, world_size=1)
 
+    def planned_mib(self) -> float | None:
+        """What planning says of the peak: weights, their states, and activations."""
+        job = Job(self._config, world_size=1, ranks_per_node=1, vocab_size=VOCAB_SIZE, device=self._device.type)
+        return round(make_plan(job).peak.total / MIB, 1)
+
     def step(self, tokens: Tensor) -> None:
         micro = self._config.micro_batching(1)[0]
         n_tokens = tokens[:, 1:].numel()
@@ -167,6 +174,8 @@ class Ours:
                 ("attend", lsh_attention._BucketAttention, "backward"),
                 (sublayer_of, Sublayer, "__call__"),
                 (sublayer_of, Sublayer, "grads"),
+                (sublayer_of, TokenwiseSublayer, "__call__"),
+                (sublayer_of, TokenwiseSublayer, "grads"),
                 ("loss", head.LanguageModelHead, "forward"),
                 ("optimizer", TrainEngine, "step"),
             ):
@@ -209,6 +218,9 @@ class ReformerPytorch:
     def prepare(self) -> None:
         self._model = self._class(**self._sizes).to(self._device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
+
+    def planned_mib(self) -> float | None:
+        return None
 
     def step(self, tokens: Tensor) -> None:
         n_micro = len(tokens.split(self._config.micro_batching(1)[0]))
@@ -265,7 +277,7 @@ class Stopwatch:
 
 def sublayer_of(sublayer: Sublayer, *_: Any) -> str:
     """A name by which of a block's functions it is; what is timed inside attention leaves its projections."""
-    return "feed-forward" if sublayer.function.__name__ == "feed" else "projections"
+    return "feed-forward" if isinstance(sublayer, TokenwiseSublayer) else "projections"
 
 
 def random_tokens(config: RunConfig, device: torch.device) -> Tensor:
@@ -276,6 +288,8 @@ def random_tokens(config: RunConfig, device: torch.device) -> Tensor:
 
 def measure(bench: Ours | ReformerPytorch, config: RunConfig, device: torch.device, repeat: int) -> dict[str, Any]:
     tokens = random_tokens(config, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated()
     bench.prepare()
     clock = Stopwatch(device)
@@ -293,6 +307,7 @@ def measure(bench: Ours | ReformerPytorch, config: RunConfig, device: torch.devi
         "mfu": round(model_flops(config) / seconds / rate, 4),
         "mfu_of": of,
         "peak_mib": round((peak - before) / MIB, 1),
+        "planned_mib": bench.planned_mib(),
         "split": {name: round(part, 4) for name, part in bench.split(tokens).items()},
     }
 
@@ -336,15 +351,22 @@ def measured_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) ->
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    line = "{:<18}{:>10}{:>14}{:>8}{:>12}{:>8}  {}".format
-    print(line("impl", "seconds", "tokens/s", "mfu", "peak MiB", "time", "correct"))
+    line = "{:<18}{:>10}{:>14}{:>8}{:>12}{:>13}{:>8}  {}".format
+    print(line("impl", "seconds", "tokens/s", "mfu", "peak MiB", "planned MiB", "time", "correct"))
     own = next((row["seconds"] for row in rows if row["impl"] == "ours" and row["correct"]), None)
     for row in rows:
         if not row["correct"]:
-            print(line(row["impl"], *("-" * 5), "NO"))
+            print(line(row["impl"], *("-" * 6), "NO"))
             continue
         times = f"{row['seconds'] / own:.2f}" if own else "-"
-        cells = (row["seconds"], f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", row["peak_mib"], times)
+        cells = (
+            row["seconds"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['mfu']:.1%}",
+            row["peak_mib"],
+            row["planned_mib"] or "-",
+            times,
+        )
         print(line(row["impl"], *cells, "yes"))
     for row in rows:
         if row.get("split"):

@@ -5,7 +5,8 @@ tests      the tests of the kernels and those marked `cuda`, on this device
 rates      what the card gives at best here: bytes a second of a copy, operations a second of a matrix product
 attention  forward and backward beside PyTorch's exact kernels and FlexAttention (rows of bench_attention.py), with
            the share of the time that the card's rates say the work needs (the roofline)
-training   steps of a 12-layer model, 1024 wide, at growing lengths until one does not fit
+training   steps of a 12-layer model, 1024 wide, at growing lengths until one does not fit (rows of bench_step.py),
+           with their peak memory and what reformer_dist/planning says of it
 
 Writes report.json, report.md and, where matplotlib is installed, plots. Sections have budgets: what is left
 over of a long one is named in the report, and the rest goes on. No speed is shown where a check failed: if
@@ -28,16 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import bench_attention
+import bench_step
 import torch
 from bench_attention import Row, plot
-
-from reformer_dist.config import ModelConfig
-from reformer_dist.models import ReformerLM
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {"tests": 150, "rates": 20, "attention": 220, "training": 120}  # seconds
 LONGEST_FLEX, LONGEST_EXACT = 2**18, 2**20
-VOCAB = 256
 
 
 @dataclass
@@ -74,9 +72,6 @@ class Section:
 
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.train_row is not None:
-        print(json.dumps(train_row(**json.loads(arguments.train_row))))
-        return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.small:
         sys.exit("gpu_report.py: no CUDA device here; --small tries the tool out on a CPU")
@@ -104,7 +99,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder (default: docs/benchmarks/<date>-<card>)")
     parser.add_argument("--small", action="store_true", help="toy sizes, in seconds, on any device")
-    parser.add_argument("--train-row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -229,49 +223,34 @@ def training(device: str, small: bool, report: dict[str, Any]) -> Section:
     section = Section("training")
     if not may_show_speed(section, report):
         return section
-    lengths = [128] if small else [2**14, 2**16, 2**18, 2**20]
-    for seq_len in lengths:
-        sizes = {"seq_len": seq_len, "device": device, "small": small}
-        command = [sys.executable, __file__, "--train-row", json.dumps(sizes)]
-        if section.row(f"{seq_len} tokens", command) is None:
+    for seq_len in [128] if small else [2**14, 2**16, 2**18, 2**20]:
+        tool = str(Path(bench_step.__file__).resolve())
+        command = [sys.executable, tool, "--json", *training_overrides(seq_len, small)]
+        found = section.row(f"{seq_len} tokens", command)
+        if found is None:
             break
+        section.rows[-1] = {"seq_len": seq_len, **in_one_line(found)}
     return section
 
 
-def train_row(seq_len: int, device: str, small: bool) -> dict[str, Any]:
-    """Tokens a second and peak bytes of whole steps: forward, backward and fused AdamW over one sequence."""
-    dim, n_layers = (32, 2) if small else (1024, 12)
-    config = ModelConfig(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=2 if small else 16,
-        axial_shape=[1024, 1024],
-        n_buckets=max(2, seq_len // 64),
-        ff_chunk=2**14,
-    )
-    model = ReformerLM(config, VOCAB).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
-    tokens = torch.randint(0, VOCAB, (1, seq_len + 1), device=device)
-    times = []
-    for step in range(3):
-        start = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=not small):
-            loss = model(tokens[:, :-1], labels=tokens[:, 1:], step=step) / seq_len
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    if not torch.isfinite(loss):
-        sys.exit(f"the loss is {loss.item()}")
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else bench_attention.peak_resident_bytes()
-    n_parameters = sum(p.numel() for p in model.parameters())
-    return {
-        "seq_len": seq_len,
-        "tokens_per_s": round(seq_len / min(times[1:]), 1),
-        "peak_bytes": peak,
-        "state_bytes": 16 * n_parameters,
-    }
+def training_overrides(seq_len: int, small: bool) -> list[str]:
+    """Of bench_step.py: the model, the length and the precision."""
+    sizes = [
+        f"data.seq_len={seq_len}",
+        "model.axial_shape=[1024,1024]",
+        f"model.n_buckets={max(2, seq_len // 64)}",
+    ]
+    if small:
+        return [*sizes, "model.dim=32", "model.n_layers=2", "model.n_heads=2"]
+    model = ["model.dim=1024", "model.n_layers=12", "model.n_heads=16", "model.n_hashes=4", "model.ff_chunk=16384"]
+    return [*sizes, *model, "trainer.precision=bf16"]
+
+
+def in_one_line(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of bench_step.py with the shares of its parts in words."""
+    split = row.pop("split")
+    total = sum(split.values())
+    return {**row, "split": ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())}
 
 
 def write(report: dict[str, Any], folder: Path) -> None:

@@ -18,7 +18,7 @@ from reformer_dist.models.attention import build_attention
 from reformer_dist.models.context import ForwardContext, Memo
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
-from reformer_dist.models.reversible import Sublayer, Tape, reversible_steps
+from reformer_dist.models.reversible import Sublayer, Tape, TokenwiseSublayer, reversible_steps
 from reformer_dist.ops.dropout import token_dropout
 
 Streams = tuple[Tensor, Tensor]
@@ -90,12 +90,14 @@ class Block(nn.Module):
             out = self.cross_attention(self.cross_attention_norm(x), context, layer, memo)
             return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.places)
 
-        def feed(x: Tensor) -> Tensor:
-            out = self.feed_forward(self.feed_forward_norm(x), context, layer)
-            return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), context.places)
+        def feed(start: int, x: Tensor) -> Tensor:
+            places = context.places.chunk(start, start + x.shape[1])
+            out = self.feed_forward(self.feed_forward_norm(x), context, layer, places)
+            return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), places)
 
         attention = Sublayer(attend, [*self.attention_norm.parameters(), *self.attention.parameters()])
-        feed_forward = Sublayer(feed, [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()])
+        feed_weights = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]
+        feed_forward = TokenwiseSublayer(feed, feed_weights, self.feed_forward.config.ff_chunk)
         if not self.reads_source:
             return [attention, feed_forward]
         assert context.source is not None

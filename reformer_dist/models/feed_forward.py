@@ -1,8 +1,7 @@
-"""The feed-forward layer, over chunks of tokens where asked: its inner width need not exist for all at once."""
+"""The feed-forward layer: each token for itself, so its inner width need not exist for all of them at once."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,18 +21,8 @@ class FeedForward(nn.Module):
         self.to_inner = nn.Linear(config.dim, 2 * inner if is_gated else inner)
         self.to_out = nn.Linear(inner, config.dim)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
-        """[B, S, dim] -> [B, S, dim]."""
-        seq_len = x.shape[1]
-        chunk = self.config.ff_chunk or seq_len
-        if chunk >= seq_len:
-            return self._chunk(x, context, layer, context.places)
-        starts = range(0, seq_len, chunk)
-        places = [context.places.chunk(start, start + chunk) for start in starts]
-        parts = zip(x.split(chunk, dim=1), places, strict=True)
-        return torch.cat([self._chunk(part, context, layer, its) for part, its in parts], dim=1)
-
-    def _chunk(self, x: Tensor, context: ForwardContext, layer: int, places: TokenPlaces) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext, layer: int, places: TokenPlaces) -> Tensor:
+        """[B, S, dim] -> [B, S, dim]; places: which tokens these are."""
         inner = self.to_inner(x)
         if self.config.activation is Activation.glu:
             value, gate = inner.chunk(2, dim=-1)

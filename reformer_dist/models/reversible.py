@@ -10,7 +10,8 @@ y1 = x1 + F(x2), y2 = x2 + G(y1), the paper's; a third reads y2 and adds to y1, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,15 +47,62 @@ class Sublayer:
 
     def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
         """Runs again from x; returns the output, and gradients of x and of the other tensors that want one."""
+        return self._again(self.function, x, d_out, autocast)
+
+    def _again(
+        self, function: Callable[[Tensor], Tensor], x: Tensor, d_out: Tensor, autocast: _Autocast
+    ) -> tuple[Tensor, list[Tensor | None]]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             # the forward alone: a backward runs in the dtypes that its forward left
             with autocast.again():
-                out = self.function(x)
+                out = function(x)
             found = torch.autograd.grad(
                 out, (x, *self.trained), d_out.to(out.dtype), allow_unused=True, materialize_grads=False
             )
         return out.detach(), list(found)
+
+
+class TokenwiseSublayer(Sublayer):
+    """A function of each token for itself, so `chunk` tokens can go through at a time (0: all at once).
+
+    Backward too takes one chunk after another: what the recompute of a chunk keeps for its backward is gone before
+    the next chunk runs, and nothing is computed more than once for it.
+    """
+
+    def __init__(self, function: Callable[[int, Tensor], Tensor], others: Iterable[Tensor], chunk: int) -> None:
+        """function: of the number of the first token at hand, and the tokens [B, n, dim]."""
+        super().__init__(partial(function, 0), others)
+        self._part, self._chunk = function, chunk
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._is_parted(x):
+            return self.function(x)
+        return torch.cat([self._part(start, part) for start, part in self._parts(x)], dim=1)
+
+    def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
+        if not self._is_parted(x):
+            return super().grads(x, d_out, autocast)
+        outs, d_inputs, totals = [], [], None
+        for (start, part), (_, d_part) in zip(self._parts(x), self._parts(d_out), strict=True):
+            out, (d_input, *found) = self._again(partial(self._part, start), part, d_part, autocast)
+            outs.append(out)
+            d_inputs.append(torch.zeros_like(part) if d_input is None else d_input)
+            totals = found if totals is None else [_sum(*pair) for pair in zip(totals, found, strict=True)]
+        assert totals is not None
+        return torch.cat(outs, dim=1), [torch.cat(d_inputs, dim=1), *totals]
+
+    def _is_parted(self, x: Tensor) -> bool:
+        return 0 < self._chunk < x.shape[1]
+
+    def _parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The number of the first token of each chunk, and the chunk."""
+        return zip(range(0, x.shape[1], self._chunk), x.split(self._chunk, dim=1), strict=True)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The total is used up."""
+    return part if total is None else total if part is None else total.add_(part)
 
 
 def reversible_steps(x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape) -> tuple[Tensor, Tensor]:

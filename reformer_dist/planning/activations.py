@@ -38,7 +38,7 @@ class Sublayers:
         return self._d_result() + d_output + s.heads * n_projections(kind) - freed
 
     def feed_forward_saved(self) -> int:
-        """What autograd holds of a feed-forward sublayer between its forward and its backward."""
+        """What autograd holds of a feed-forward sublayer between its forward and its backward, of all tokens."""
         s, model = self.sizes, self.job.config.model
         inner = s.inner * {Activation.relu: 1, Activation.glu: 4}.get(model.activation, 2)
         if model.ff_dropout:
@@ -54,6 +54,11 @@ class Sublayers:
             draw = s.tokens * model.resolved_ff_dim * MASK_DRAW - s.inner
             return max(self._d_result() + int(s.inner * grads * at_a_time), int(draw * at_a_time))
         return self._d_result() + int(s.inner * grads * at_a_time) - self._mask(s.hidden, model.dropout)
+
+    def feed_forward_rerun(self) -> int:
+        """What is held of the tokens whose recompute goes back, and the input's gradients of those before them."""
+        share = self._share_at_a_time()
+        return int(self.feed_forward_saved() * share) + (self.sizes.stream if share < 1 else 0)
 
     @property
     def result(self) -> int:

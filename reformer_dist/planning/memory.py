@@ -114,7 +114,7 @@ class MemoryPlan:
         parts: Parts = {WORKSPACE: workspace(self.job, kind)} if is_attention else {}
         recompute = self.job.config.model.recompute
         if recompute is Recompute.reversible:
-            saved = lower.attention_saved(kind) if is_attention else lower.feed_forward_saved()
+            saved = lower.attention_saved(kind) if is_attention else lower.feed_forward_rerun()
             # gradients of both outputs, the outputs, and then the rebuilt input and what the other half gave
             streams = 7.0 * sizes.stream + sizes.hidden if is_attention else 4.0 * sizes.stream
             stored = self._stored(layer)

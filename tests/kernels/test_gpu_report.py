@@ -25,7 +25,8 @@ def test_every_section_at_toy_sizes(tmp_path):
     assert all(not report[name]["notes"] for name in gpu_report.BUDGETS)
     assert [row["impl"] for row in report["attention"]["rows"]] == ["ours", "sdpa"]
     assert 0 < report["attention"]["rows"][0]["roofline_share"] < 1
-    assert report["training"]["rows"][0]["tokens_per_s"] > 0
+    (step,) = report["training"]["rows"]
+    assert step["tokens_per_s"] > 0 and step["planned_mib"] > 0 and "optimizer" in step["split"]
     assert "Toy sizes" in (tmp_path / "report.md").read_text()
 
 

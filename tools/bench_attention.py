@@ -6,13 +6,17 @@ length: a row that fails its check shows no speed, and the tool exits 1.
 
 ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
 reformer_pytorch 1.4.4's LSHAttention on the same q, v, chunks of --window, seq_len / window buckets
-transformers     4.57.6's LSHSelfAttention, its projections replaced by the given q, v; it picks its buckets itself
+transformers     4.57.6's LSHSelfAttention on the same q, v in place of its projections, chunks of --window, as
+                 many buckets as ours
+transformers_own the same with the buckets that it derives where num_buckets is not given: at 16384 tokens 512, as
+                 two factors
 sdpa             PyTorch's exact causal attention as it chooses itself, with k = q, held against a dense softmax
 flash, cudnn     the same by one of its kernels (CUDA)
 flex             PyTorch's FlexAttention over the last rounds * window tokens: as many keys as ours may see (CUDA)
 
-The two peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says only
-that output and gradients are finite and have the right shape.
+All rows are as in training: gradients, no dropout, no projections, and no recompute of a reversible layer around
+them. The peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says
+only that output and gradients are finite and have the right shape.
 
 Peak memory: on a CPU the process's highest resident size less its size once modules are loaded and inputs exist;
 on CUDA the most that PyTorch had allocated, less the inputs. Seconds: the best of --repeat runs, of which the
@@ -47,7 +51,12 @@ from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.attention import lay_out
 from reformer_dist.ops.lsh.reference import reference_attention
 
-PEERS = ("reformer_pytorch", "transformers")
+PEERS = {
+    "reformer_pytorch": "reformer_pytorch",
+    "transformers": "transformers",
+    "transformers_own": "transformers",
+}
+"""Rows of other Reformers, and the packages that they need."""
 CUDA_ONLY = ("flash", "cudnn", "flex")
 IMPLEMENTATIONS = ("ours", *PEERS, "sdpa", *CUDA_ONLY)
 CHECK_SEQ_LEN = 512
@@ -128,7 +137,9 @@ def parse_arguments() -> argparse.Namespace:
 def wanted_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     is_cuda = arguments.device.startswith("cuda")
     wanted = arguments.impl or [name for name in IMPLEMENTATIONS if is_cuda or name not in CUDA_ONLY]
-    missing = [name for name in PEERS if name in wanted and importlib.util.find_spec(name) is None]
+    missing = [
+        row for row, package in PEERS.items() if row in wanted and importlib.util.find_spec(package) is None
+    ]
     if missing:
         note = "left out, not installed (pip install 'reformer_dist[peers]')"
         print(f"bench_attention.py: {' and '.join(missing)} {note}", file=sys.stderr)
@@ -278,11 +289,19 @@ def attend_by_oracle(row: Row, q: Tensor, v: Tensor) -> Tensor:
 def reformer_pytorch(row: Row, seq_len: int) -> Attend:
     from reformer_pytorch.reformer_pytorch import LSHAttention
 
-    layer = LSHAttention(bucket_size=row.window, n_hashes=row.n_hashes, causal=True).eval()
+    layer = LSHAttention(bucket_size=row.window, n_hashes=row.n_hashes, causal=True)
     return lambda q, v: layer(q.flatten(0, 1), v.flatten(0, 1))[0]
 
 
 def transformers(row: Row, seq_len: int) -> Attend:
+    return transformers_layer(row, seq_len, row.buckets)
+
+
+def transformers_own(row: Row, seq_len: int) -> Attend:
+    return transformers_layer(row, seq_len, None)
+
+
+def transformers_layer(row: Row, seq_len: int, n_buckets: int | None) -> Attend:
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
     from transformers.utils import logging
@@ -293,6 +312,7 @@ def transformers(row: Row, seq_len: int) -> Attend:
         num_attention_heads=row.heads,
         lsh_attn_chunk_length=row.window,
         lsh_attention_probs_dropout_prob=0.0,
+        num_buckets=n_buckets,
         num_hashes=row.n_hashes,
         max_position_embeddings=seq_len,
         is_decoder=True,
@@ -346,6 +366,7 @@ IMPLEMENTATION: dict[str, Callable[[Row, int], Attend]] = {
     "ours": ours,
     "reformer_pytorch": reformer_pytorch,
     "transformers": transformers,
+    "transformers_own": transformers_own,
     "sdpa": sdpa,
     "flash": by_kernel(SDPBackend.FLASH_ATTENTION),
     "cudnn": by_kernel(SDPBackend.CUDNN_ATTENTION),

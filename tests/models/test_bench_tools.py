@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from reformer_dist.ops.caches import BucketCache
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -61,14 +64,39 @@ def test_a_step_and_its_parts() -> None:
     assert 0 < row["mfu"] < 2 and row["mfu_of"] == "a measured product"
 
 
-def test_peak_rates_are_found_by_name() -> None:
+def imported(name: str) -> Any:
+    """A tool as a module."""
     sys.path.insert(0, str(TOOLS))
     try:
-        import bench_step
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(TOOLS))
+
+
+def test_peak_rates_are_found_by_name() -> None:
+    bench_step = imported("bench_step")
     assert bench_step.card_peak("NVIDIA H100 80GB HBM3", "bf16") == pytest.approx(989.4e12)
     assert bench_step.card_peak("NVIDIA H100 PCIe", "bf16") == pytest.approx(756e12)
     assert bench_step.card_peak("NVIDIA H200", "fp32") == pytest.approx(66.9e12)
     assert bench_step.card_peak("Tesla V100-SXM2-16GB", "bf16") is None
     assert bench_step.card_peak("Some other card", "bf16") is None
+
+
+SMALL_DECODING = ("--context", "64", "200", "--dim", "16", "--layers", "2", "--heads", "2", "--window", "8")
+
+
+def test_decoding_rows() -> None:
+    status, rows = run_tool("bench_decode.py", *SMALL_DECODING, "--tokens", "3", "--impl", "ours")
+    assert status == 0 and [row["context"] for row in rows] == [64, 200]
+    for row in rows:
+        assert row["correct"] is True and row["difference"] < 1e-4
+        assert min(row["seconds"], row["prefill"], row["forward"], row["cache_mib"]) > 0
+
+
+def test_decoding_that_is_not_the_forward_shows_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = imported("bench_decode")
+    row = bench.Row("ours", 64, 2, 16, 2, 2, 2, 8, 4, 20, 1)
+    assert bench.ours(row)["seconds"] > 0
+    attend = BucketCache.attend
+    monkeypatch.setattr(BucketCache, "attend", lambda self, *given: 1.01 * attend(self, *given))
+    assert bench.ours(row) is None

@@ -186,7 +186,7 @@ def _whole(cache: Any, tensors: list[Tensor], mask: Tensor, text: Text, options:
 
 
 def test_a_token_costs_the_same_however_long_the_text() -> None:
-    """No tensor that a step makes grows with the text, but where the pool doubles."""
+    """No tensor that a step makes grows with the text, but where the pool grows."""
     sizes = []
     for n_prompt in (70, 1100):
         text = Text(1, 2, 3, 4, 9, n_prompt=n_prompt, n_more=1, head_dim=8, is_padded=False, seed=0)

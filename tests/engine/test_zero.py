@@ -121,6 +121,12 @@ def test_training_is_that_of_plain_adamw(jobs: dict[int, Job], world: int, case:
     assert saved["adam_step"] == STEPS
 
 
+@by_case(FP32)
+def test_decoding_is_the_forward(jobs: dict[int, Job], world: int, case: Case) -> None:
+    """Also where stage 3 gathers the weights for every token."""
+    assert jobs[world].outcomes[case.name].decoding_error <= 1e-5
+
+
 @by_case(BF16)
 def test_bf16_is_close(jobs: dict[int, Job], world: int, case: Case) -> None:
     found, right = jobs[world].outcomes[case.name], without_deepspeed(case, world)[0]

@@ -34,6 +34,7 @@ from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
 from reformer_dist.models.block import Block
+from reformer_dist.models.decoding import DecodingState
 
 
 class Run:
@@ -80,10 +81,14 @@ class Run:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Loss of evaluation."""
+        """Loss of evaluation, and a text that is decoded token by token."""
         self.engine.train(False)
         row = rows(99)
         self.outcome.heldout[str(self.done)] = self.engine.forward(row[:, :-1], row[:, 1:]).item()
+        text, state = row[:2, :20], DecodingState(self.engine.module.config)
+        parts = [text[:, :12], *text[:, 12:].split(1, dim=1)]
+        found = torch.cat([self.engine.forward(part, sequence=state) for part in parts], dim=1)
+        self.outcome.decoding_error = (found - self.engine.forward(text)).abs().max().item()
         self.engine.train(True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +111,8 @@ class Outcome:
     skipped: list[bool] = field(default_factory=list)
     heldout: dict[str, float] = field(default_factory=dict)
     """Loss on rows that were not trained on, by steps done."""
+    decoding_error: float = math.inf
+    """Largest difference of a logit of decoding, token by token, from the whole forward's."""
 
 
 def rows(step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A tensor that grows along one dimension, by doubling, so that appending costs the same however long it is."""
+"""A tensor that grows along one dimension, by half its size at a time: appending costs a constant on average."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from torch import Tensor
 SMALLEST = 64
 
 
+def _room_for(size: int) -> int:
+    return size + max(SMALLEST, size // 2)
+
+
 class Growing:
-    """Starts as a copy of x, with room for as much again."""
+    """Starts as a copy of x, with room for more."""
 
     def __init__(self, x: Tensor, dim: int) -> None:
         self._dim, self.size = dim, x.shape[dim]
-        self._room = self._with_room(x, 2 * max(self.size, SMALLEST))
+        self._room = self._with_room(x, _room_for(self.size))
 
     @property
     def filled(self) -> Tensor:
@@ -24,7 +28,7 @@ class Growing:
         """Puts x behind what is there."""
         end = self.size + x.shape[self._dim]
         if end > self._room.shape[self._dim]:
-            self._room = self._with_room(self.filled, 2 * end)
+            self._room = self._with_room(self.filled, _room_for(end))
         self._room.narrow(self._dim, self.size, x.shape[self._dim]).copy_(x)
         self.size = end
 

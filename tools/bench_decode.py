@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Time per token of decoding at contexts of several lengths: ours beside other Reformers' generation.
 
-Every row runs in a process of its own. One text is read to the context's length, then --tokens more are decoded
-one by one, greedily. Correctness comes first, at a small length and with the row's own model: logits of
-step-by-step decoding must equal those of the whole forward. A row that fails shows no speed, and the tool exits 1.
+A text is read to the context's length, then --tokens more are decoded one by one, greedily. Ours decodes texts of
+all lengths in turns, a token of each, so that other programs slow them alike; each row of a peer runs in a process
+of its own. Correctness comes first, at a small length: logits of step-by-step decoding must equal those of the
+model's whole forward. Without that no speed is shown, and the tool exits 1.
 
-ours             generation.CachedDecoder of a model of alternating local and LSH layers
+ours             a model of alternating local and LSH layers
 reformer_pytorch 1.4.4's generate, which has no cache: each token is a forward over all before it (LSH layers only)
 transformers     4.57.6's generate with its cache, alternating local and LSH layers
 
@@ -22,8 +23,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -40,7 +41,6 @@ from torch import Tensor
 
 from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.config import AttentionKind, ModelConfig
-from reformer_dist.generation import CachedDecoder
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.decoding import DecodingState
 
@@ -51,11 +51,11 @@ CHECK_PROMPT, CHECK_TOKENS = 300, 60
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one process measures."""
+class Work:
+    """What one process measures: a row for each of its contexts."""
 
     impl: str
-    context: int
+    contexts: list[int]
     tokens: int
     dim: int
     layers: int
@@ -70,7 +70,7 @@ class Row:
     def longest(self) -> int:
         """Positions that the model has room for: a multiple of every chunk."""
         unit = 2 * self.window
-        return -(-(max(self.context, CHECK_PROMPT + CHECK_TOKENS) + self.tokens + 1) // unit) * unit
+        return -(-(max(*self.contexts, CHECK_PROMPT + CHECK_TOKENS) + self.tokens + 1) // unit) * unit
 
     def text(self, n_tokens: int, seed: int = 0) -> Tensor:
         return torch.randint(1, self.vocab, (1, n_tokens), generator=torch.Generator().manual_seed(seed))
@@ -78,21 +78,20 @@ class Row:
 
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.row is not None:
-        return run_row(Row(**json.loads(arguments.row)))
+    if arguments.work is not None:
+        return run_work(Work(**json.loads(arguments.work)))
     impls = [impl for impl in IMPLEMENTATIONS if impl in arguments.impl]
     for impl in [impl for impl in PEERS if impl in impls and importlib.util.find_spec(impl) is None]:
         print(f"bench_decode.py: {impl} left out, not installed", file=sys.stderr)
         impls.remove(impl)
-    names = [name for name in Row.__dataclass_fields__ if name not in ("impl", "context", "n_buckets")]
+    names = [name for name in Work.__dataclass_fields__ if name not in ("impl", "contexts", "n_buckets")]
     sizes = {name: getattr(arguments, name) for name in names}
     # buckets belong to the model: those of the longest context, at every context
     sizes["n_buckets"] = arguments.n_buckets or max(2, max(arguments.context) // arguments.window // 2 * 2)
-    rows = [
-        found
-        for impl, context in itertools.product(impls, arguments.context)
-        if (found := in_own_process(Row(impl=impl, context=context, **sizes), arguments.timeout)) is not None
-    ]
+    rows = []
+    for impl in impls:
+        for contexts in [[context] for context in arguments.context] if impl in PEERS else [arguments.context]:
+            rows += in_own_process(Work(impl=impl, contexts=contexts, **sizes), arguments.timeout)
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -118,48 +117,52 @@ def parse_arguments() -> argparse.Namespace:
     add("--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS), help="default: all")
     add("--timeout", type=float, default=600.0, help="seconds that a row may take (default: 600)")
     add("--json", action="store_true", help="print one JSON object a row instead of the table")
-    add("--row", help=argparse.SUPPRESS)
+    add("--work", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def in_own_process(row: Row, timeout: float) -> dict[str, Any] | None:
-    """What the row's process printed; None where a peer can't do it, which is said."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--row", json.dumps(asdict(row))]
+def in_own_process(work: Work, timeout: float) -> list[dict[str, Any]]:
+    """The rows that the process printed; none where a peer can't do it, which is said."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(asdict(work))]
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
-    name = f"bench_decode.py: {row.impl} at {row.context}"
+    name = f"bench_decode.py: {work.impl} at {work.contexts}"
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment, timeout=timeout
         )
     except subprocess.TimeoutExpired:
         print(f"{name} left out: takes more than {timeout:.0f} s", file=sys.stderr)
-        return None
+        return []
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     last_line = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-    if row.impl in PEERS:
+    if work.impl in PEERS:
         print(f"{name} left out: {last_line}", file=sys.stderr)
-        return None
+        return []
     print(f"{name} failed: {last_line}", file=sys.stderr)
-    return report(row, None)
+    return [report(work, context, None) for context in work.contexts]
 
 
-def report(row: Row, measured: dict[str, float | None] | None) -> dict[str, Any]:
+Measured = dict[str, float | None]
+
+
+def report(work: Work, context: int, measured: Measured | None) -> dict[str, Any]:
     """A row as it is printed; without measures it was not correct."""
-    return {**asdict(row), **(measured or dict.fromkeys(MEASURES)), "correct": measured is not None}
+    sizes = {name: value for name, value in asdict(work).items() if name != "contexts"}
+    return {**sizes, "context": context, **(measured or dict.fromkeys(MEASURES)), "correct": measured is not None}
 
 
-def run_row(row: Row) -> int:
-    torch.set_num_threads(row.threads)
+def run_work(work: Work) -> int:
+    torch.set_num_threads(work.threads)
     torch.manual_seed(0)  # of the peers' weights and hashes
+    measure = {"ours": ours, "reformer_pytorch": reformer_pytorch, "transformers": transformers}[work.impl]
     try:
-        measured = {"ours": ours, "reformer_pytorch": reformer_pytorch, "transformers": transformers}[row.impl](
-            row
-        )
+        found = measure(work)
     except ImportError as error:
         print(error, file=sys.stderr)
         return IMPORT_FAILED
-    print(json.dumps(report(row, measured)))
+    for context, measured in zip(work.contexts, found, strict=True):
+        print(json.dumps(report(work, context, measured)))
     return 0
 
 
@@ -169,38 +172,49 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def ours(row: Row) -> dict[str, float | None] | None:
-    sides = [row.longest // (2 * row.window), 2 * row.window]
-    config = ModelConfig(
-        dim=row.dim,
-        n_layers=row.layers,
-        n_heads=row.heads,
-        layers=[AttentionKind.local, AttentionKind.lsh],
-        n_hashes=row.n_hashes,
-        n_buckets=row.n_buckets,
-        window=row.window,
-        local_window=row.window,
-        axial_shape=sides,
-    )
-    model = ReformerLM(config, row.vocab).eval()
-    # a token that rounding puts into another bucket is attended otherwise: not in each of three texts
-    differences = [difference_of(model, row.text(CHECK_PROMPT + CHECK_TOKENS, seed)) for seed in range(1, 4)]
-    if min(differences) > TOLERANCE:
-        return None
-    text = row.text(row.context)
-    forward = min(timed(lambda: model(text, logits_to_keep=1)) for _ in range(2))
-    state = DecodingState(config)
-    decoder = CachedDecoder(lambda *given, **named: model(*given, **{**named, "sequence": state}), config)
-    prefill = timed(lambda: decoder.start(text))
-    newest = text[0, -1:]
-    seconds = []
-    for _ in range(row.tokens + 2):  # the first two warm up
+class Text:
+    """One text of ours, read to its context's length."""
+
+    def __init__(self, model: ReformerLM, tokens: Tensor) -> None:
+        self.forward = timed(lambda: model(tokens, logits_to_keep=1))
+        self._state = DecodingState(model.config)
+        self._model, self._newest = model, tokens[:, -1:]
+        self.prefill = timed(lambda: model(tokens, sequence=self._state, logits_to_keep=1))
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
         start = time.perf_counter()
-        newest = decoder.step(newest).argmax(dim=-1)
-        seconds.append(time.perf_counter() - start)
-    cache = state.n_bytes() / MIB
-    return measures(statistics.median(seconds[2:]), prefill, forward, cache, min(differences))
+        self._newest = self._model(self._newest, sequence=self._state).argmax(dim=-1)
+        self.seconds.append(time.perf_counter() - start)
+
+    def measured(self, difference: float) -> Measured:
+        seconds = statistics.median(self.seconds[2:])  # the first two warm up
+        return measures(seconds, self.prefill, self.forward, self._state.n_bytes() / MIB, difference)
+
+
+@torch.no_grad()
+def ours(work: Work) -> list[Measured | None]:
+    config = ModelConfig(
+        dim=work.dim,
+        n_layers=work.layers,
+        n_heads=work.heads,
+        layers=[AttentionKind.local, AttentionKind.lsh],
+        n_hashes=work.n_hashes,
+        n_buckets=work.n_buckets,
+        window=work.window,
+        local_window=work.window,
+        axial_shape=[work.longest // (2 * work.window), 2 * work.window],
+    )
+    model = ReformerLM(config, work.vocab).eval()
+    # a token that rounding puts into another bucket is attended otherwise: not in each of three texts
+    differences = [difference_of(model, work.text(CHECK_PROMPT + CHECK_TOKENS, seed)) for seed in range(1, 4)]
+    if min(differences) > TOLERANCE:
+        return [None] * len(work.contexts)
+    texts = [Text(model, work.text(context)) for context in work.contexts]
+    for _ in range(work.tokens + 2):
+        for text in texts:
+            text.step()
+    return [text.measured(min(differences)) for text in texts]
 
 
 def difference_of(model: ReformerLM, text: Tensor) -> float:
@@ -214,69 +228,69 @@ def difference_of(model: ReformerLM, text: Tensor) -> float:
 
 def measures(
     seconds: float, prefill: float, forward: float | None, cache: float | None, difference: float | None
-) -> dict[str, float | None]:
+) -> Measured:
     values = (seconds, prefill, forward, cache, difference)
     return dict(zip(MEASURES, (None if v is None else float(f"{v:.5g}") for v in values), strict=True))
 
 
-def reformer_pytorch(row: Row) -> dict[str, float | None] | None:
+def reformer_pytorch(work: Work) -> list[Measured | None]:
     from reformer_pytorch import ReformerLM as Peer
     from reformer_pytorch.generative_tools import TrainingWrapper
 
     model = Peer(
-        num_tokens=row.vocab,
-        dim=row.dim,
-        depth=row.layers,
-        heads=row.heads,
-        max_seq_len=row.longest,
-        bucket_size=row.window,
-        n_hashes=row.n_hashes,
+        num_tokens=work.vocab,
+        dim=work.dim,
+        depth=work.layers,
+        heads=work.heads,
+        max_seq_len=work.longest,
+        bucket_size=work.window,
+        n_hashes=work.n_hashes,
         causal=True,
     )
     writer = TrainingWrapper(model)
-    text = row.text(row.context)
+    text = work.text(work.contexts[0])
     prefill = timed(lambda: writer.generate(text, 1))
-    n_tokens = min(row.tokens, 2)
+    n_tokens = min(work.tokens, 2)
     seconds = timed(lambda: writer.generate(text, n_tokens)) / n_tokens
     with torch.no_grad():
-        is_finite = bool(model(row.text(2 * row.window)).isfinite().all())
-    return measures(seconds, prefill, None, None, None) if is_finite else None
+        is_finite = bool(model(work.text(2 * work.window)).isfinite().all())
+    return [measures(seconds, prefill, None, None, None) if is_finite else None]
 
 
 @torch.no_grad()
-def transformers(row: Row) -> dict[str, float | None] | None:
+def transformers(work: Work) -> list[Measured | None]:
     from transformers import ReformerConfig, ReformerModelWithLMHead
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     config = ReformerConfig(
-        attn_layers=["local", "lsh"] * (row.layers // 2) + ["local"] * (row.layers % 2),
-        hidden_size=row.dim,
-        feed_forward_size=4 * row.dim,
-        num_attention_heads=row.heads,
-        attention_head_size=row.dim // row.heads,
-        lsh_attn_chunk_length=row.window,
-        local_attn_chunk_length=row.window,
-        num_hashes=row.n_hashes,
-        vocab_size=row.vocab,
-        axial_pos_shape=[row.longest // (2 * row.window), 2 * row.window],
-        axial_pos_embds_dim=[row.dim // 2, row.dim - row.dim // 2],
-        max_position_embeddings=row.longest,
+        attn_layers=["local", "lsh"] * (work.layers // 2) + ["local"] * (work.layers % 2),
+        hidden_size=work.dim,
+        feed_forward_size=4 * work.dim,
+        num_attention_heads=work.heads,
+        attention_head_size=work.dim // work.heads,
+        lsh_attn_chunk_length=work.window,
+        local_attn_chunk_length=work.window,
+        num_hashes=work.n_hashes,
+        vocab_size=work.vocab,
+        axial_pos_shape=[work.longest // (2 * work.window), 2 * work.window],
+        axial_pos_embds_dim=[work.dim // 2, work.dim - work.dim // 2],
+        max_position_embeddings=work.longest,
         is_decoder=True,
         hash_seed=0,
         eos_token_id=None,
         pad_token_id=0,
     )
     model = ReformerModelWithLMHead(config).eval()
-    found = difference_of_peer(model, row.text(CHECK_PROMPT))
+    found = difference_of_peer(model, work.text(CHECK_PROMPT))
     model.config.num_buckets = None  # chosen anew, from the context's length
     for layer in model.reformer.encoder.layers:
         layer.attention.self_attention.num_buckets = None
-    text = row.text(row.context)
+    text = work.text(work.contexts[0])
     prefill = timed(lambda: generate_by_peer(model, text, 1))
-    n_tokens = min(row.tokens, 4)
+    n_tokens = min(work.tokens, 4)
     seconds = (timed(lambda: generate_by_peer(model, text, 1 + n_tokens)) - prefill) / n_tokens
-    return measures(seconds, prefill, None, None, found) if found == found else None
+    return [measures(seconds, prefill, None, None, found) if math.isfinite(found) else None]
 
 
 def generate_by_peer(model: Any, text: Tensor, n_tokens: int) -> Any:

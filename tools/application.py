@@ -51,24 +51,30 @@ APPLICATIONS = {
 
 
 def main() -> None:
-    arguments = _parser().parse_intermixed_args()
+    # --train and --heldout take all words up to the next option: those with a sign are not files
+    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    arguments = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
     name, application = arguments.name, APPLICATIONS[arguments.name]
     data, output = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():
         _write_shards(arguments, application, data)
     train = [command("reformer-train"), f"experiment={name}", f"data.path={data}", f"output_dir={output}"]
     say("Training (the same command resumes)")
-    execute([*train, *arguments.overrides])
+    execute([*train, *overrides])
     say("Measuring")
     execute([command("reformer-evaluate"), str(output), "--batch", "32", *application.evaluate])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s NAME [--train FILE ...] [--heldout FILE ...] [key=value ...]",
+        description=__doc__,
+        epilog="key=value, such as trainer.max_steps=100, is given on to reformer-train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", choices=sorted(APPLICATIONS))
     parser.add_argument("--train", nargs="+", type=Path, default=[], metavar="FILE", help="raw files to train on")
     parser.add_argument("--heldout", nargs="+", type=Path, default=[], metavar="FILE", help="and to measure with")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="given on to reformer-train")
     return parser
 
 

@@ -32,6 +32,7 @@ NOT_RUN = {
     "python tools/chaos.py": "takes half an hour; tests/slow/test_chaos.py runs fewer rounds",
     "reformer-train experiment=translation data.path=data/en-de": "needs parallel text of the reader's own",
     "reformer-evaluate outputs/translation": "needs that run",
+    'reformer-generate outputs/translation --prompt "A dog runs." --temperature 0': "needs that run",
     "reformer-evaluate outputs/duplication --rounds 1,2,4,8": "needs the run of an application below",
     "python tools/application.py duplication": FULL,
     "python tools/application.py classification": FULL,

@@ -31,12 +31,15 @@ class Application:
     tokenizer: tuple[str, ...] = ()
     heldout: str = "0.05"
     """Share that is held out where it is not given."""
-    evaluate: tuple[str, ...] = ()
+    evaluate: tuple[tuple[str, ...], ...] = ((),)
+    """Arguments of reformer-evaluate, once for each time that it is asked."""
 
 
 APPLICATIONS = {
     "translation": Application([], None, ("--tokenizer", "bpe", "--vocab-size", "4000")),
-    "question_answering": Application(["--squad"], None, ("--tokenizer", "bpe", "--vocab-size", "4000")),
+    "question_answering": Application(
+        ["--squad"], None, ("--tokenizer", "bpe", "--vocab-size", "4000"), evaluate=(("--split", "train"), ())
+    ),
     "summarisation": Application(
         ["--fields", "document", "summary"], ["summaries"], ("--tokenizer", "bpe", "--vocab-size", "4000")
     ),
@@ -45,7 +48,7 @@ APPLICATIONS = {
         ["--fields", "prompt", "completion"],
         ["duplication", "--samples", "40000"],
         heldout="0.01",
-        evaluate=("--rounds", "1,2,4,8"),
+        evaluate=(("--rounds", "1,2,4,8"),),
     ),
 }
 
@@ -62,7 +65,8 @@ def main() -> None:
     say("Training (the same command resumes)")
     execute([*train, *overrides])
     say("Measuring")
-    execute([command("reformer-evaluate"), str(output), "--batch", "32", *application.evaluate])
+    for options in application.evaluate:
+        execute([command("reformer-evaluate"), str(output), "--batch", "32", *options])
 
 
 def _parser() -> argparse.ArgumentParser:

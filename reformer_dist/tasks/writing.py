@@ -43,9 +43,6 @@ class SequenceToSequence(SampleTask):
     def blank(self) -> Sample:
         return Sample("", (np.zeros(0, np.int64),) * 2)
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(-1)
-
     @torch.no_grad()
     def measure(self, model: nn.Module, corpus: Corpus, rows: Rows, gather: Gather) -> list[str]:
         written: list[tuple[str, str, str]] = []

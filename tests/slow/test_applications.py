@@ -55,7 +55,7 @@ def write_lines(folder: Path, *fields: str) -> list[str]:
     [
         ("translation", ["sacreBLEU: ", "signature: nrefs:1|case:mixed", "written:"]),
         ("summarisation", ["ROUGE-1: ", "ROUGE-2: ", "ROUGE-L: "]),
-        ("question_answering", ["exact match: ", "F1: ", "questions: 4"]),
+        ("question_answering", ["exact match: ", "F1: ", "questions: 36", "questions: 4"]),
         ("classification", ["held-out accuracy: "]),
         ("duplication", ["rounds", "accuracy"]),
     ],

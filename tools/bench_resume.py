@@ -75,7 +75,7 @@ def state_after(folder: Path, n_samples: int) -> dict[str, Any]:
     order = open_order(folder)
     with open_loader(order, None) as loader:
         state = next(loader).state
-    tokens_per_sample = order.lanes[0].n_tokens / order.corpus.total("samples", "train")
+    tokens_per_sample = order.lanes[0].n_units / order.corpus.total("samples", "train")
     steps = max(1, round(n_samples * tokens_per_sample / (BATCH_SIZE * SEQ_LEN)))
     streams = {key: [steps * SEQ_LEN, digest] for key, (_, digest) in state["streams"].items()}
     return {**state, "step": steps, "streams": streams}

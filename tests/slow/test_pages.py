@@ -28,6 +28,8 @@ NOT_RUN = {
     "python tools/bench_memory.py": SMALL + "tests/models/test_bench_tools.py",
     "python tools/bench_exchange.py": SMALL + "tests/parallel/test_exchange_bench.py",
     "python tools/bench_sequence_memory.py": SMALL + "tests/parallel/test_exchange_bench.py",
+    "python tools/bench_resume.py": "fails by times, which need an idle machine; run small by "
+    + "tests/slow/test_bench_resume.py",
     "python tools/gpu_report.py": SMALL + "tests/kernels/test_gpu_report.py",
     "python tools/chaos.py": "takes half an hour; tests/slow/test_chaos.py runs fewer rounds",
     "reformer-train experiment=translation data.path=data/en-de": "needs parallel text of the reader's own",
@@ -54,7 +56,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = run("python tools/quickstart.py trainer.max_steps=10", folder)
     for words in ("held-out bits per byte", "order-0 entropy", "gzip", "go on", "TensorBoard", "def "):
         assert words in said
-    assert "nothing to train" in run("python tools/quickstart.py trainer.max_steps=10", folder)
     return folder
 
 

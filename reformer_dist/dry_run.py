@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from dataclasses import replace
@@ -75,4 +74,4 @@ def _memory_here(device: str, ranks_per_node: int) -> float | None:
     if not MEMINFO.is_file():
         return None
     available = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
-    return float(available[1]) * 1024 / min(ranks_per_node, os.cpu_count() or 1) if available else None
+    return float(available[1]) * 1024 / ranks_per_node if available else None

@@ -20,6 +20,7 @@ from reformer_dist.overrides import without
 lacks = slurm.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lacks), reason=lacks)]
 STEPS = 200
+BOUND = 600  # seconds, of a busy machine
 CHANGED = ("deepspeed=zero2", f"trainer.max_steps={STEPS}", "trainer.save_every=0")
 LAUNCHER = (
     "launcher=slurm",
@@ -56,13 +57,13 @@ def submit(queue: Slurm, folder: Path, *arguments: str) -> str:
 
 def test_a_preempted_job_ends_as_if_nothing_had_been(queue: Slurm, data: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    run_ranks("reformer_dist.train", 2, tiny_overrides(data, whole, *CHANGED))
+    run_ranks("reformer_dist.train", 2, tiny_overrides(data, whole, *CHANGED), timeout=BOUND)
     job = submit(queue, tmp_path, "launcher.nproc_per_node=2", *tiny_overrides(data, run, *CHANGED))
     output = tmp_path / f"reformer-{job}.out"
     wait_for(f" 20/{STEPS} ", output)
     # runs as soon as the other has made room, and then makes room for it
     queue.run("srun", "--partition=high", "--ntasks=2", "true")
-    queue.wait_for(job, "COMPLETED")
+    queue.wait_for(job, "COMPLETED", BOUND)
     assert "Restarts=1" in queue.run("scontrol", "--oneliner", "show", "job", job)
     said = output.read_text()
     assert "resuming from" in said and "exit code 75" in said, said
@@ -74,7 +75,7 @@ def test_the_tasks_of_an_array_share_a_sweep(queue: Slurm, data: Path, tmp_path:
     overrides = without(tiny_overrides(data, tmp_path / "sweep"), "model.n_hashes")
     job = submit(queue, tmp_path, *array, "--multirun", "model.n_hashes=1,2", *overrides)
     for task in range(2):
-        queue.wait_for(f"{job}_{task}", "COMPLETED")
+        queue.wait_for(f"{job}_{task}", "COMPLETED", BOUND)
         said = (tmp_path / f"reformer-{job}_{task}.out").read_text()
         assert "1 trial" in said, said
     for n_hashes in (1, 2):
@@ -82,7 +83,7 @@ def test_the_tasks_of_an_array_share_a_sweep(queue: Slurm, data: Path, tmp_path:
 
 
 def wait_for(words: str, path: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + BOUND
     while not path.is_file() or words not in path.read_text():
         assert time.monotonic() < deadline, path.read_text() if path.is_file() else "no output"
         time.sleep(0.1)

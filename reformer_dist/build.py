@@ -24,6 +24,7 @@ from reformer_dist.probes import Probes
 from reformer_dist.run_folder import changed_keys, make_run_folder, require_same_config, write_config
 from reformer_dist.runnable import require_attention
 from reformer_dist.share import share_sequences
+from reformer_dist.start import start_from
 from reformer_dist.tasks import Task, make_task
 from reformer_dist.training.checkpoints import Checkpoints, find_start
 from reformer_dist.training.intake import Intake
@@ -54,6 +55,9 @@ def build_trainer(
     config = feed.with_last_step(config)
     model = task.build_model().to(runtime.device)
     description, tokenizer_files = _describe(config, corpus, model)
+    if config.init_from is not None and start is None:
+        path, tokenizer = config.init_from, description["tokenizer"]
+        runtime.together(lambda: start_from(path, model, tokenizer))
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
     checkpoints = Checkpoints(config, runtime, engine, description=description, extra_files=tokenizer_files)

@@ -74,14 +74,14 @@ def hydra_entry(task: Callable[[RunConfig], None], sweep: Callable[[SweepRequest
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     if composed:  # --help, --cfg and the like describe no run
-        task(to_run_config(composed[0]))
+        task(to_run_config(_with_start(composed[0], words_of(sys.argv[1:]))))
 
 
 def compose_run(overrides: list[str]) -> RunConfig:
     """What a command line of these overrides would run. Raises ConfigError."""
     register_schema()
     with _hydra():
-        return to_run_config(_compose(overrides))
+        return to_run_config(_with_start(_compose(overrides), overrides))
 
 
 def _sweep_request(words: list[str]) -> SweepRequest:
@@ -114,6 +114,23 @@ def _compose(overrides: list[str]) -> DictConfig:
         return hydra.compose(CONFIG_NAME, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+
+
+def _with_start(composed: DictConfig, words: list[str]) -> DictConfig:
+    """With init_from, model.* are those of the weights to start from, but for those that `words` set."""
+    if composed.init_from is None:
+        return composed
+    from reformer_dist.start import saved_model  # loads torch, which other command lines need not wait for
+
+    given = [word.lstrip("+") for word in words if word.lstrip("+").startswith("model.")]
+    try:
+        merged = OmegaConf.merge(
+            composed, {"model": saved_model(composed.init_from)}, OmegaConf.from_dotlist(given)
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"init_from={composed.init_from}: {explain(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def to_run_config(composed: Any) -> RunConfig:

@@ -56,7 +56,7 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     overrides: key=value, such as model.n_hashes=8, for what the weights leave free. Raises CheckpointError
     where there is no good checkpoint or the overrides make another model of it, and ConfigError.
     """
-    reader = _open(path)
+    reader = open_weights(path)
     # how many ranks shared a sequence in training, and on what, is of no matter here
     saved = {key: value for key, value in reader.run["config"].items() if key != "parallel"}
     saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_implementation"}
@@ -77,6 +77,7 @@ def _require_vocabulary(reader: CheckpointReader | Export, tokenizer: Tokenizer)
         raise CheckpointError(f"{reader.folder}: its tokenizer has {tokenizer.vocab_size} tokens; {right}")
 
 
-def _open(path: Path) -> CheckpointReader | Export:
+def open_weights(path: Path) -> CheckpointReader | Export:
+    """Of a run directory (its newest good checkpoint), a checkpoint, or an export. Raises CheckpointError."""
     is_export = (path / EXPORTED).is_file()
     return Export(path) if is_export else CheckpointReader(resolve_checkpoint(path))

@@ -20,13 +20,14 @@ from reformer_dist.data import (
     Tokenizer,
     WriteSummary,
     iterate_documents,
+    load_tokenizer,
     read_jsonl,
     read_parallel,
     read_squad,
     split_records,
     write_records,
 )
-from reformer_dist.errors import DataError
+from reformer_dist.errors import UserError
 
 EPILOG = """\
 inputs:
@@ -66,7 +67,7 @@ def main() -> int:
             fields=form.fields,
             labels=sorted({record.facts["label"] for record in form.records()}) if arguments.label else (),
         )
-    except DataError as error:
+    except UserError as error:
         print(f"make_shards.py: error: {error}", file=sys.stderr)
         return 1
     show(summary, tokenizer, arguments.output)
@@ -138,6 +139,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="F",
         help="bpe: use this tokenizer.json instead of learning one",
     )
+    add("--tokenizer-of", type=Path, metavar="M", help="that of a model: a run, a checkpoint or an export")
     add("--vocab-size", type=int, metavar="N", help="bpe: tokens to learn (default: 8192)")
     add(
         "--suffix",
@@ -170,6 +172,8 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
         "--label needs --fields": not arguments.label or bool(arguments.fields),
         "--heldout-from needs two files, source and target, with --source": not is_parallel
         or len(arguments.heldout_from) in (0, 2),
+        "--tokenizer-of names the tokenizer; leave --tokenizer and --tokenizer-file out": not arguments.tokenizer_of
+        or (arguments.tokenizer == "bytes" and not arguments.tokenizer_file),
         "--tokenizer-file and --vocab-size need --tokenizer bpe": arguments.tokenizer == "bpe"
         or not (arguments.tokenizer_file or arguments.vocab_size),
         "--vocab-size is for learning a tokenizer; --tokenizer-file has one": not (
@@ -180,6 +184,11 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
 
 
 def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
+    if arguments.tokenizer_of:
+        from reformer_dist.load import open_weights  # loads torch
+
+        weights = open_weights(arguments.tokenizer_of)
+        return load_tokenizer(weights.run["tokenizer"], weights.folder)
     if arguments.tokenizer == "bytes":
         return ByteTokenizer()
     if arguments.tokenizer_file:

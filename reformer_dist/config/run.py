@@ -33,6 +33,9 @@ class RunConfig:
     """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
     resume: str = "auto"
     """auto: from the newest good checkpoint in output_dir, if any; never: from nothing; else a checkpoint."""
+    init_from: str | None = None
+    """Fine-tuning: a run, checkpoint, export or converted model whose weights a run begins with that resumes
+    none; model.* are then its own but for those given."""
 
     def __post_init__(self) -> None:
         longest = self.model.max_positions

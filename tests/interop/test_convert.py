@@ -1,0 +1,208 @@
+"""reformer-convert: from a folder of another system to what the commands of this package use, and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hugging_face_models import ENWIK8, SMALL, build, logits
+from safetensors.torch import load_file
+
+from reformer_dist import generate
+from reformer_dist.build import build_trainer
+from reformer_dist.compose import compose_run
+from reformer_dist.convert import build_parser, run_conversion
+from reformer_dist.data import write_dataset
+from reformer_dist.data.tokenizer import ByteTokenizer
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.errors import UserError
+from reformer_dist.load import LoadedModel, load_model
+
+transformers = pytest.importorskip("transformers")
+
+
+SENTENCES = [
+    f"The {a} {b}s in the {c}." for a in ["old", "new"] for b in ["look", "walk"] for c in ["sun", "rain"]
+]
+
+
+def convert(*arguments: str | Path) -> None:
+    run_conversion(build_parser().parse_args([str(each) for each in arguments]))
+
+
+def loaded(path: Path, *overrides: str) -> LoadedModel:
+    return load_model(path, list(overrides), torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_bytes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = build(ENWIK8)
+    there.save_pretrained(tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "here")
+    assert "a language_model of Hugging Face" in capsys.readouterr().out
+    here = loaded(tmp_path / "here")
+    text = "Wörter & <tags>".encode()
+    tokens = torch.from_numpy(here.tokenizer.encode(text).astype("int64"))[None]
+    assert tokens[0].tolist() == [byte + 2 for byte in text]  # as google/reformer-enwik8 says of itself
+    assert here.tokenizer.decode(tokens[0].tolist()).encode() == text
+    assert (here.model(tokens) - logits(there, tokens)).abs().max() < 1e-4
+    convert(tmp_path / "here", tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert (logits(back, tokens) - logits(there, tokens)).abs().max() < 1e-6
+    more = loaded(tmp_path / "here", "model.n_hashes=8")
+    assert more.config.model.n_hashes == 8
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece vocabulary of 60 pieces."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("spiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=60,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "spiece.model"
+
+
+def test_pieces_there_and_back(tmp_path: Path, spiece: Path) -> None:
+    reference = transformers.ReformerTokenizer(str(spiece))
+    there = build(SMALL | {"vocab_size": 64})  # more rows than pieces
+    there.save_pretrained(tmp_path / "there")
+    (tmp_path / "there" / "spiece.model").write_bytes(spiece.read_bytes())
+    convert(tmp_path / "there", tmp_path / "here")
+    tokenizer = loaded(tmp_path / "here").tokenizer
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (64, reference.eos_token_id)
+    texts = [*SENTENCES, "", "  two  spaces\tand\na line ", "ﬁn ½ été 中 \U0001f600", "THE OLD"]
+    for text in texts:
+        ids = tokenizer.encode(text.encode()).tolist()
+        assert ids == reference.encode(text)
+        assert tokenizer.decode(ids) == tokenizer.readable(text.encode()).decode()
+        if ids:  # a text begins with a space that it is given
+            assert tokenizer.token_bytes[ids].sum() == len(tokenizer.readable(text.encode())) + 1
+    convert(tmp_path / "here", tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back", use_fast=False)
+    assert type(back).__name__ == "ReformerTokenizer"
+    assert all(back.encode(text) == reference.encode(text) for text in texts)
+
+
+def test_the_vocabulary_must_fit(tmp_path: Path, spiece: Path) -> None:
+    def complains(*words: str, arguments: tuple[str, ...] = ()) -> None:
+        with pytest.raises(UserError) as caught:
+            convert(tmp_path / "there", tmp_path / "here", *arguments)
+        assert not (tmp_path / "here").exists()
+        for word in words:
+            assert word in str(caught.value)
+
+    build(SMALL).save_pretrained(tmp_path / "there")
+    complains("holds no vocabulary", "50 tokens", "--tokenizer")
+    complains("bytes", "257 tokens", "the model has 50", arguments=("--tokenizer", "bytes"))
+    complains("--tokenizer nowhere", "bytes+2", arguments=("--tokenizer", "nowhere"))
+    complains("60 pieces", "50 tokens", arguments=("--tokenizer", str(spiece)))
+    (tmp_path / "there" / "tokenizer.json").write_text("{}")
+    complains("tokenizer.json")
+    (tmp_path / "there" / "spiece.model").write_bytes(b"nothing")
+    complains("spiece.model", "is not a model of SentencePiece")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    def complains(source: Path, target: Path, *words: str) -> None:
+        with pytest.raises(UserError) as caught:
+            convert(source, target)
+        for word in words:
+            assert word in str(caught.value)
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    complains(source, target, str(source), "is no folder")
+    source.mkdir()
+    complains(source, target, str(source), "neither a checkpoint")
+    complains(source, source, "exists")
+    (source / "config.json").write_text('{"dim": 3}')
+    complains(source, target, "is of no known system", "model_type", "num_tokens", "model.pkl.gz")
+    (source / "config.json").write_text('{"model_type": "bert"}')
+    complains(source, target, "only models of type reformer")
+
+
+def test_models_of_reformer_pytorch_and_trax(tmp_path: Path) -> None:
+    from test_reformer_pytorch import build as build_lucid
+    from test_reformer_pytorch import save
+    from test_trax import SMALL as TRAX
+    from test_trax import flat_weights, write, write_pickle
+
+    save(build_lucid(num_tokens=257), tmp_path / "lucid", num_tokens=257)
+    convert(tmp_path / "lucid", tmp_path / "from_lucid", "--tokenizer", "bytes")
+    write(tmp_path / "trax", vocab_size=258)
+    write_pickle(tmp_path / "trax", {"flat_weights": flat_weights(TRAX | {"vocab_size": 258})})
+    convert(tmp_path / "trax", tmp_path / "from_trax")
+    for name, vocab_size in (("from_lucid", 257), ("from_trax", 258)):
+        tokens = torch.randint(0, vocab_size, (1, 40))
+        assert loaded(tmp_path / name).model(tokens).isfinite().all()
+
+
+def write_like(tokenizer: Any, folder: Path) -> Path:
+    documents = [(f"doc{number}", (text * 9).encode()) for number, text in enumerate(SENTENCES * 6)]
+    write_dataset(documents, folder, tokenizer, shard_bytes=20_000, heldout_fraction=0.1)
+    return folder
+
+
+def test_a_converted_model_is_trained_on_and_writes(
+    tmp_path: Path, job: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(SMALL | {"vocab_size": 258}).save_pretrained(tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "here")
+    data = write_like(ByteTokenizer(2, 1), tmp_path / "data")
+    words = [
+        f"init_from={tmp_path / 'here'}", f"data.path={data}", f"output_dir={tmp_path / 'run'}", "data.seq_len=64",
+        "data.batch_size=2", "trainer.max_steps=2", "trainer.eval_every=0", "trainer.sample_every=0",
+        "optim.lr=0", "optim.weight_decay=0", "model.dropout=0.1", "trainer.micro_batch_size=1",
+    ]  # fmt: skip
+    config = compose_run(words)
+    assert (config.model.chunk_len, config.model.is_concat, config.model.dropout) == (8, True, 0.1)
+    with ExitStack() as resources:
+        build_trainer(config, job, resources).fit()
+    before = load_file(tmp_path / "here" / "model.safetensors")
+    after = loaded(tmp_path / "run").model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # the learning rate was 0
+
+    other = write_like(ByteTokenizer(), tmp_path / "other")
+    with pytest.raises(UserError) as caught, ExitStack() as resources:
+        wrong = compose_run([*words, f"data.path={other}", f"output_dir={tmp_path / 'wrong'}"])
+        build_trainer(wrong, job, resources)
+    assert "another tokenizer" in str(caught.value) and "--tokenizer-of" in str(caught.value)
+
+    arguments = [str(tmp_path / "run"), "--prompt", "The ", "--max-new-tokens", "3", "--temperature", "0"]
+    generate.run_generation(generate.build_parser().parse_intermixed_args(arguments))
+    assert capsys.readouterr().out.count("The ") == 1
+
+
+def test_a_run_starts_from_its_own_kind_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        compose_run([f"init_from={tmp_path}"])
+    assert str(tmp_path) in str(caught.value)
+    build(SMALL | {"vocab_size": 258}).save_pretrained(tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "here")
+    path = tmp_path / "here" / "config.json"
+    described = json.loads(path.read_text())
+    described["config"]["model"]["unheard_of"] = 1
+    path.write_text(json.dumps(described))
+    with pytest.raises(UserError) as caught:
+        compose_run([f"init_from={tmp_path / 'here'}"])
+    assert "unheard_of" in str(caught.value)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from reformer_dist.convert import main
+
+    monkeypatch.setattr(sys, "argv", ["reformer-convert", str(tmp_path / "nothing"), str(tmp_path / "target")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1 and capsys.readouterr().err.startswith("error: ")

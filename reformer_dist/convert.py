@@ -17,11 +17,10 @@ from torch import Tensor
 from reformer_dist.checkpoint import write_export
 from reformer_dist.cli import run_command
 from reformer_dist.compose import plain
-from reformer_dist.config import DataConfig, RunConfig
-from reformer_dist.data import Tokenizer
+from reformer_dist.config import DataConfig, RunConfig, TaskConfig, TaskKind, TrainerConfig
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_face, trax
-from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, Options
+from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, Head, Options
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.load import load_model
 
@@ -37,6 +36,15 @@ examples:
   reformer-generate outputs/enwik8 --prompt "In 1965, Brooks left IBM"
   reformer-convert outputs/mine for_transformers
 """
+
+HEADS = {
+    TaskKind.language_model: Head.language_model,
+    TaskKind.completion: Head.language_model,
+    TaskKind.masked_language_model: Head.language_model,
+    TaskKind.sequence_classification: Head.sequence_classification,
+    TaskKind.question_answering: Head.question_answering,
+}
+NEVER = -1e4  # a logit that no softmax gives weight to
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,38 +114,66 @@ class _Loose:
 
 
 def _from_foreign(model: ForeignModel, source: Path, target: Path, named: str | None) -> None:
-    tokenizer = find_tokenizer(source, model.vocab_size, named)
+    n_words = model.vocab_size - model.has_mask_token
+    tokenizer = find_tokenizer(source, n_words, named)
+    weights = with_mask_token(model) if model.is_masked and not model.has_mask_token else model.weights
     with tempfile.TemporaryDirectory() as scratch:
         specification = tokenizer.save(Path(scratch))
         run = {
             "config": plain(run_config(model)),
             "tokenizer": specification,
-            "vocab_size": model.vocab_size,
-            "shapes": {name: list(tensor.shape) for name, tensor in model.weights.items()},
+            "vocab_size": n_words,
+            "labels": model.classes,
+            "shapes": {name: list(tensor.shape) for name, tensor in weights.items()},
         }
         files = sorted(path.name for path in Path(scratch).iterdir())
-        write_export(_Loose(Path(scratch), run, model.weights, files), target)
-    n_parameters = sum(tensor.numel() for tensor in model.weights.values())
-    print(f"converted a {model.head.name} of {model.system}, {n_parameters:,} parameters, to {target}")
+        write_export(_Loose(Path(scratch), run, weights, files), target)
+    n_parameters = sum(tensor.numel() for tensor in weights.values())
+    kind = _task_kind(model).name
+    print(f"converted a {kind} of {model.system}, {n_parameters:,} parameters, to {target}")
     for note in model.notes:
         print(f"note: {note}")
 
 
+def with_mask_token(model: ForeignModel) -> dict[str, Tensor]:
+    """Weights with one more token, which our masked language models hide others behind.
+
+    It is the mean of all, and is never predicted.
+    """
+    weights = dict(model.weights)
+    table, head, bias = (weights[name] for name in ("embedding.tokens.weight", "head.weight", "head.bias"))
+    weights["embedding.tokens.weight"] = torch.cat([table, table.mean(dim=0, keepdim=True)])
+    weights["head.weight"] = torch.cat([head, torch.zeros_like(head[:1])])
+    weights["head.bias"] = torch.cat([bias, torch.full_like(bias[:1], NEVER)])
+    return weights
+
+
+def _task_kind(model: ForeignModel) -> TaskKind:
+    return TaskKind.masked_language_model if model.is_masked else TaskKind[model.head.name]
+
+
 def run_config(model: ForeignModel) -> RunConfig:
-    """A run with that model; all that is not the model's is at its default."""
-    data = DataConfig()
+    """A run with that model and its task; all that is not the model's is at its default."""
+    kind, data, trainer = _task_kind(model), DataConfig(), TrainerConfig()
     longest = model.config.max_positions
     if longest is not None:
         data = replace(data, seq_len=min(data.seq_len, longest))
-    return RunConfig(model=model.config, data=data)
+    if kind is not TaskKind.language_model:
+        trainer = replace(trainer, sample_every=0)
+    return RunConfig(task=TaskConfig(kind=kind), model=model.config, data=data, trainer=trainer)
 
 
 def _to_hugging_face(source: Path, target: Path) -> None:
     loaded = load_model(source, [], torch.device("cpu"))
-    tokenizer: Tokenizer = loaded.tokenizer
+    kind, tokenizer, weights = loaded.config.task.kind, loaded.tokenizer, loaded.model.state_dict()
+    if kind not in HEADS:
+        raise CheckpointError(f"{source}: task.kind={kind.name}: transformers has no Reformer with such a head")
+    n_rows = weights["embedding.tokens.weight"].shape[0]
     options, tensors = to_hugging_face.model_files(
-        loaded.config.model, loaded.model.state_dict(), tokenizer.vocab_size, eos_id=tokenizer.eos_id
+        loaded.config.model, weights, n_rows, HEADS[kind], classes=loaded.task.labels, eos_id=tokenizer.eos_id
     )
+    if kind is TaskKind.masked_language_model:
+        options["mask_token_id"] = n_rows - 1
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

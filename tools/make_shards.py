@@ -172,7 +172,7 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
         "--label needs --fields": not arguments.label or bool(arguments.fields),
         "--heldout-from needs two files, source and target, with --source": not is_parallel
         or len(arguments.heldout_from) in (0, 2),
-        "--tokenizer-of names the tokenizer; leave --tokenizer and --tokenizer-file out": not arguments.tokenizer_of
+        "--tokenizer-of takes no --tokenizer and --tokenizer-file beside it": not arguments.tokenizer_of
         or (arguments.tokenizer == "bytes" and not arguments.tokenizer_file),
         "--tokenizer-file and --vocab-size need --tokenizer bpe": arguments.tokenizer == "bpe"
         or not (arguments.tokenizer_file or arguments.vocab_size),

@@ -39,7 +39,15 @@ class ForeignModel:
     """By our names, float32."""
     notes: list[str] = field(default_factory=list)
     """What a user should know of what is not, or not quite, as it was."""
-    n_classes: int = 0
+    classes: list[str] = field(default_factory=list)
+    """Of a sequence_classification."""
+    has_mask_token: bool = False
+    """Of a two-sided language model: its last token stands for hidden ones."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it tells hidden tokens instead of the next one."""
+        return self.head is Head.language_model and not self.config.causal
 
 
 class Options:

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position, StreamMerge
+from reformer_dist.config import (
+    Activation,
+    AttentionKind,
+    ModelConfig,
+    NeighbourRule,
+    Pooling,
+    Position,
+    StreamMerge,
+)
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, Tensors, fitted, shapes_of
-from reformer_dist.models import ReformerLM
+from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 
 WAY_OUT = (
     "with transformers that you trust it with, load it and call save_pretrained(FOLDER), which writes safetensors"
@@ -46,9 +55,20 @@ def read(folder: Path) -> ForeignModel:
     notes: list[str] = []
     config = model_config(options, notes)
     vocab_size: int = options.take("vocab_size", 320, kind=int)
-    n_classes = tensors.get("classifier.out_proj.weight").shape[0] if head is Head.sequence_classification else 0
-    weights = _weights(tensors, head, config, vocab_size, n_classes)
-    return ForeignModel("Hugging Face", head, config, vocab_size, weights, notes, n_classes)
+    classes = _classes(options, tensors) if head is Head.sequence_classification else []
+    if classes:
+        config = replace(config, pooling=Pooling.first)
+    weights = _weights(tensors, head, config, vocab_size, len(classes))
+    has_mask = options.take("mask_token_id") == vocab_size - 1
+    return ForeignModel("Hugging Face", head, config, vocab_size, weights, notes, classes, has_mask)
+
+
+def _classes(options: Options, tensors: Tensors) -> list[str]:
+    n_classes = tensors.get("classifier.out_proj.bias").numel()
+    names = options.take("id2label", None)
+    if not isinstance(names, dict) or len(names) != n_classes:
+        return [str(label) for label in range(n_classes)]
+    return [str(names.get(str(label), label)) for label in range(n_classes)]
 
 
 def _head_of(tensors: Tensors) -> Head:
@@ -179,6 +199,10 @@ def _weights(
 
 def builder(head: Head, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
     """Makes our model with that head."""
+    if head is Head.sequence_classification:
+        return lambda: ReformerForSequenceClassification(config, vocab_size, n_classes)
+    if head is Head.question_answering:
+        return lambda: ReformerForQuestionAnswering(config, vocab_size)
     return lambda: ReformerLM(config, vocab_size)
 
 

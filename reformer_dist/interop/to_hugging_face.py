@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from reformer_dist.config import Activation, AttentionKind, HashScheme, ModelConfig, NeighbourRule, Position
+from reformer_dist.config import (
+    Activation,
+    AttentionKind,
+    HashScheme,
+    ModelConfig,
+    NeighbourRule,
+    Pooling,
+    Position,
+)
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop.foreign import Head
 from reformer_dist.interop.hugging_face import tensor_names
@@ -21,7 +29,7 @@ CLASSES = {
 ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_new"}
 
 
-def obstacles(config: ModelConfig) -> list[str]:
+def obstacles(config: ModelConfig, head: Head) -> list[str]:
     """Keys by which a model differs from all of theirs, each with the reason."""
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
@@ -47,7 +55,10 @@ def obstacles(config: ModelConfig) -> list[str]:
         "model.local_round": not config.local_round or "they have none: false",
         "model.n_buckets": not has_lsh or config.n_buckets > 1 or "theirs are at least 2",
     }
-    return [f"{key}: {found}" for key, found in findings.items() if isinstance(found, str)]
+    reasons = [f"{key}: {found}" for key, found in findings.items() if isinstance(found, str)]
+    if head is Head.sequence_classification and config.pooling is not Pooling.first:
+        reasons.append("model.pooling: their class is decided by the first token: first")
+    return reasons
 
 
 def model_files(
@@ -56,18 +67,18 @@ def model_files(
     vocab_size: int,
     head: Head = Head.language_model,
     *,
-    n_classes: int = 0,
+    classes: Sequence[str] = (),
     eos_id: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, tensors by their names) of our model. Raises CheckpointError where theirs can't express it."""
-    found = obstacles(config)
+    found = obstacles(config, head)
     if found:
         lines = "".join(f"\n  {line}" for line in found)
         raise CheckpointError(f"transformers has no Reformer that computes what this model does:{lines}")
     named = {theirs: _tensor(config, ours, weights) for ours, theirs in tensor_names(config, head)}
     if head is Head.language_model:
         named["lm_head.decoder.bias"] = named["lm_head.bias"].clone()
-    return {**_options(config, head, vocab_size, n_classes), "eos_token_id": eos_id}, named
+    return {**_options(config, head, vocab_size, classes), "eos_token_id": eos_id}, named
 
 
 def _tensor(config: ModelConfig, ours: str, weights: Mapping[str, Tensor]) -> Tensor:
@@ -92,7 +103,7 @@ def _shared(config: ModelConfig, name: str) -> str:
     return ".".join(words)
 
 
-def _options(config: ModelConfig, head: Head, vocab_size: int, n_classes: int) -> dict[str, Any]:
+def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
     lm_class = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
     is_axial = config.position is Position.axial
     factors = list(config.bucket_factors or bucket_factors(config.n_buckets, LARGEST_FACTOR["rotation"]))
@@ -130,6 +141,6 @@ def _options(config: ModelConfig, head: Head, vocab_size: int, n_classes: int) -
         "vocab_size": vocab_size,
     }
     if head is Head.sequence_classification:
-        options["id2label"] = {str(label): f"LABEL_{label}" for label in range(n_classes)}
-        options["label2id"] = {f"LABEL_{label}": label for label in range(n_classes)}
+        options["id2label"] = {str(label): name for label, name in enumerate(classes)}
+        options["label2id"] = {name: label for label, name in enumerate(classes)}
     return options

@@ -148,9 +148,45 @@ def test_models_of_reformer_pytorch_and_trax(tmp_path: Path) -> None:
         assert loaded(tmp_path / name).model(tokens).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["MaskedLM", "SequenceClassification", "QuestionAnswering"])
+@torch.no_grad()
+def test_the_other_heads_there_and_back(kind: str, tmp_path: Path) -> None:
+    options = SMALL | {"vocab_size": 258, "is_decoder": False, "local_num_chunks_after": 1}
+    if kind == "SequenceClassification":
+        options |= {"id2label": {0: "bad", 1: "good", 2: "odd"}, "label2id": {"bad": 0, "good": 1, "odd": 2}}
+    there = build(options, f"ReformerFor{kind}")
+    there.save_pretrained(tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "here")
+    here = loaded(tmp_path / "here")
+    convert(tmp_path / "here", tmp_path / "back")
+    back = getattr(transformers, f"ReformerFor{kind}").from_pretrained(tmp_path / "back").eval()
+    tokens = torch.randint(0, 258, (2, 45), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(45) < torch.tensor([[45], [30]])
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        found = model(tokens, attention_mask=mask)
+        if kind == "QuestionAnswering":
+            return [found.start_logits[mask], found.end_logits[mask]]
+        return [found.logits if kind == "SequenceClassification" else found.logits[mask][:, :258]]
+
+    found = here.model(tokens, key_padding_mask=mask)
+    if kind == "QuestionAnswering":
+        mine = [found[0][mask], found[1][mask]]
+    else:
+        mine = [found if kind == "SequenceClassification" else found[mask][:, :258]]
+    for right, of_back, ours in zip(outputs(there), outputs(back), mine, strict=True):
+        assert (ours - right).abs().max() < 1e-4
+        assert (of_back - right).abs().max() < 1e-4
+    convert(tmp_path / "back", tmp_path / "again")  # neither a second mask token nor other names
+    again = loaded(tmp_path / "again")
+    assert all(torch.equal(again.model.state_dict()[name], x) for name, x in here.model.state_dict().items())
+    assert list(again.task.labels) == list(here.task.labels) and again.config.task == here.config.task
+    assert kind != "SequenceClassification" or list(again.task.labels) == ["bad", "good", "odd"]
+
+
 def write_like(tokenizer: Any, folder: Path) -> Path:
-    documents = [(f"doc{number}", (text * 9).encode()) for number, text in enumerate(SENTENCES * 6)]
-    write_dataset(documents, folder, tokenizer, shard_bytes=20_000, heldout_fraction=0.1)
+    documents = [(f"doc{number}", f"{number} {text * 9}".encode()) for number, text in enumerate(SENTENCES * 6)]
+    write_dataset(documents, folder, tokenizer, shard_bytes=20_000, heldout_fraction=0.2)
     return folder
 
 

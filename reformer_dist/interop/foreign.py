@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -161,8 +162,6 @@ class Tensors:
 
 def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of a model that is built without memory."""
-    import torch
-
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build().named_parameters()}
 

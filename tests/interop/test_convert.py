@@ -18,7 +18,7 @@ from reformer_dist.build import build_trainer
 from reformer_dist.compose import compose_run
 from reformer_dist.convert import build_parser, run_conversion
 from reformer_dist.data import write_dataset
-from reformer_dist.data.tokenizer import ByteTokenizer
+from reformer_dist.data.tokenizer import BpeTokenizer, ByteTokenizer
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.load import LoadedModel, load_model
@@ -93,6 +93,20 @@ def test_pieces_there_and_back(tmp_path: Path, spiece: Path) -> None:
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back", use_fast=False)
     assert type(back).__name__ == "ReformerTokenizer"
     assert all(back.encode(text) == reference.encode(text) for text in texts)
+
+
+def test_merges_there_and_back(tmp_path: Path) -> None:
+    tokenizer = BpeTokenizer.train([text.encode() for text in SENTENCES * 9], 300)
+    build(SMALL | {"vocab_size": tokenizer.vocab_size}).save_pretrained(tmp_path / "there")
+    tokenizer.save(tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "here")
+    convert(tmp_path / "here", tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.eos_token_id == tokenizer.eos_id
+    for text in (*SENTENCES, "ﬁn ½ été\n 中 \U0001f600"):
+        ids = loaded(tmp_path / "here").tokenizer.encode(text.encode()).tolist()
+        assert ids == tokenizer.encode(text.encode()).tolist() == back.encode(text)
+        assert back.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_the_vocabulary_must_fit(tmp_path: Path, spiece: Path) -> None:

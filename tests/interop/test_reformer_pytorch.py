@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop import reformer_pytorch
-from reformer_dist.models import ReformerLM, attention
+from reformer_dist.models import ReformerLM, hashing
 
 theirs = pytest.importorskip("reformer_pytorch")
 
@@ -84,7 +84,7 @@ def same_rotations(monkeypatch: pytest.MonkeyPatch, *, is_rotary: bool) -> None:
         return drawn(randn.calls, *shape[1:]).to(dtype).expand(shape)
 
     ours.calls = randn.calls = 0
-    monkeypatch.setattr(attention, "draw_rotations", ours)
+    monkeypatch.setattr(hashing, "draw_rotations", ours)
     monkeypatch.setattr(theirs.reformer_pytorch.torch, "randn", randn)
 
 

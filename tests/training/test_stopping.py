@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from reformer_dist.training.stopping import StopSignal
 
 # the window of a report is cut by the stop, and evaluation is due
 LONG = ("trainer.max_steps=12", "trainer.log_every=4", "trainer.eval_every=4", "trainer.save_every=100")
+LONG += ("optim.schedule=constant",)
+ENDLESS = "trainer.max_steps=1000000"
 
 
 @pytest.fixture(scope="module")
@@ -155,31 +158,32 @@ def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, modu
             if line.startswith("import time:") and line.split("|")[-1].strip() == module:
                 process.send_signal(signal.Signals[name])
                 break
-        said, complaints = process.communicate(timeout=120)
+        _, complaints = process.communicate(timeout=300)
     assert process.returncode == PREEMPTED
     assert "Traceback" not in complaints
-    assert "loss" not in said
 
 
 def test_a_rank_that_is_told_stops_all(uncut: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
-    """By the command line; the signal comes to one of two ranks between steps 4 and 12. One rank then goes on."""
+    """By the command line; the signal comes to one of two ranks, some time after step 4. One rank then goes on."""
     ranks = ("launcher=local", "launcher.nproc_per_node=2")
-    overrides = tiny_overrides(tiny_data, tmp_path, *LONG, *ranks)
+    overrides = tiny_overrides(tiny_data, tmp_path, *LONG, ENDLESS, *ranks)
     command = [sys.executable, "-u", "-m", "reformer_dist.train", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step  4/12 | loss"):
+            if " 4/1000000 | loss" in line:
                 children = psutil.Process(process.pid).children()
                 [second] = [child for child in children if child.environ().get("RANK") == "1"]
                 second.send_signal(signal.SIGINT)
                 break
         said = process.stdout.read()
         assert process.wait(60) == PREEMPTED, said
-    assert "told to stop: saved step " in said
-    train(job, tiny_data, tmp_path, *LONG)
+    stopped = re.search(r"told to stop: saved step (\d+)", said)
+    assert stopped is not None, said
+    last = 4 * (int(stopped[1]) // 4 + 1)
+    train(job, tiny_data, tmp_path, *LONG, f"trainer.max_steps={last}")
     found, right = losses(tmp_path), losses(uncut)
-    assert list(found) == list(right)
-    for step in right:
+    assert list(found) == list(range(4, last + 1, 4))
+    for step in found.keys() & right.keys():
         assert found[step][LOSS] == pytest.approx(right[step][LOSS], rel=1e-5)

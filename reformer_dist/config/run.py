@@ -82,6 +82,11 @@ class RunConfig:
                 f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since exact layers "
                 "are shared among ranks by heads alone; take fewer ranks, or local and lsh layers"
             )
+        if self.task.kind is TaskKind.sequence_to_sequence and n_heads % parallel.sequence:
+            raise ConfigError(
+                f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since cross "
+                "attention, exact or lsh, is shared among ranks by heads alone; take fewer ranks, or as many heads"
+            )
         if not any(n_heads % heads == 0 for heads, _ in parallel.grids()):
             right = f"must leave a number of ranks for heads that divides model.n_heads={n_heads}"
             raise ConfigError(f"parallel.heads={parallel.heads}, parallel.buckets={parallel.buckets}: {right}")

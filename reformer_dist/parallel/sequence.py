@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.grid import SequenceGrid
-from reformer_dist.errors import ConfigError
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
 from reformer_dist.ops.lsh.health import LSHHealth, measure_health
@@ -117,11 +116,6 @@ class SlicedSequence:
         if not isinstance(sequence_of_keys, SlicedSequence):
             raise ValueError("source_sequence: must be a slice of the sources, as `sequence` is of the targets")
         wire, n_heads, other = self.grid.sequence_wire, q.shape[1], sequence_of_keys
-        if n_heads % wire.size:
-            raise ConfigError(
-                f"parallel.sequence={wire.size}: must divide model.n_heads={n_heads}, since cross attention is "
-                "shared among ranks by heads alone; take fewer ranks, or a model with another number of heads"
-            )
         part = keys()
         whole = CrossKeys(
             other._whole_heads(part.k),

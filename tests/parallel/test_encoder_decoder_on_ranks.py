@@ -1,0 +1,77 @@
+"""The encoder-decoder at every ZeRO stage, on whole texts and on slices of both, against plain AdamW."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from support.launch import run_ranks
+from torch import Tensor
+
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.checkpoint.files import step_folder
+from reformer_dist.engine.optim import build_optimizer
+from reformer_dist.errors import ConfigError
+
+ALL = [pytest.param(world, case, id=f"{world}-{case.name}") for world in CASES for case in CASES[world]]
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of the results of a number of processes, which run once, when they are first asked for."""
+
+    @cache
+    def run(world: int) -> Path:
+        folder = tmp_path_factory.mktemp("seq2seq")
+        run_ranks(Path(__file__).with_name("seq2seq_cases.py"), world, [folder], timeout=400)
+        return folder
+
+    return run
+
+
+@cache
+def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, norms and final weights of plain AdamW that stores activations, in other micro-batches."""
+    model, config = case.model(), case.config().optim
+    optimizer = build_optimizer(model, config)
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = rows(step)
+        valid, total = float((batch["labels"] != IGNORED).sum()), 0.0
+        for first in range(0, len(batch["labels"]), 2 * MICRO):
+            micro = {name: tensor[first : first + 2 * MICRO] for name, tensor in batch.items()}
+            loss = model(**micro, step=step, dropout_seed=step, first_row=first)
+            (loss / valid).backward()
+            total += loss.item()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATES[step]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / valid)
+    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("world", "case"), ALL)
+def test_training_is_that_of_plain_adamw(run_of: Callable[[int], Path], world: int, case: Case) -> None:
+    found = json.loads((run_of(world) / "results.json").read_text())[case.name]
+    losses, norms, weights = one_process(replace(case, stage=0, heads=1, buckets=1, recompute="none"))
+    assert found["losses"] == pytest.approx(losses, rel=1e-6)
+    assert found["norms"] == pytest.approx(norms, rel=1e-5)
+    assert max(norms) > case.config().optim.grad_clip
+    model = case.model()
+    CheckpointReader(step_folder(run_of(world) / case.name, STEPS)).load_weights(model)
+    for key, parameter in model.named_parameters():
+        error = (parameter.detach() - weights[key]).abs().max().item()
+        assert error <= 2e-6 * max(1.0, weights[key].abs().max().item()), f"{key} is off by {error}"
+
+
+def test_more_ranks_than_heads_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=8: must divide model\.n_heads=4, since cross"):
+        Case(buckets=8).config()

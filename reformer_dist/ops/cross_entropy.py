@@ -18,6 +18,10 @@ def chunked_cross_entropy(
     hidden [N, dim], weight [V, dim], bias [V], labels [N] int64. At most `chunk` rows of logits [chunk, V]
     exist at a time; the gradient is found on the way forward, so that no logits are computed twice.
     """
+    is_valid = labels != IGNORED
+    if not hidden.is_cuda and not is_valid.all():
+        # so padding costs nothing; a GPU would have to wait for the host to learn how much of it there is
+        hidden, labels = hidden[is_valid], labels[is_valid]
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk)
     return loss
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         HashScheme,
         ModelConfig,
         NeighbourRule,
+        Norm,
         Pooling,
         Position,
         Recompute,
         StreamMerge,
     )
     from reformer_dist.models import (
+        AttentionView,
         ExactSelfAttention,
         LocalSelfAttention,
         LSHSelfAttention,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         ReformerLM,
         ReformerStack,
         initialise,
+        inspect_attention,
     )
     from reformer_dist.ops.lsh import lsh_attention
 
@@ -42,6 +45,7 @@ __all__ = [
     "Activation",
     "AttentionImplementation",
     "AttentionKind",
+    "AttentionView",
     "CrossAttentionKind",
     "ExactSelfAttention",
     "HashScheme",
@@ -49,6 +53,7 @@ __all__ = [
     "LocalSelfAttention",
     "ModelConfig",
     "NeighbourRule",
+    "Norm",
     "Pooling",
     "Position",
     "Recompute",
@@ -60,6 +65,7 @@ __all__ = [
     "StreamMerge",
     "__version__",
     "initialise",
+    "inspect_attention",
     "lsh_attention",
 ]
 _HOMES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")

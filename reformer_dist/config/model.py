@@ -56,6 +56,12 @@ class StreamMerge(Enum):
     concat = "concat"
 
 
+class Norm(Enum):
+    layer = "layer"
+    scale = "scale"
+    rezero = "rezero"
+
+
 class Pooling(Enum):
     mean = "mean"
     first = "first"
@@ -90,6 +96,15 @@ class ModelConfig:
     """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder's."""
     cross_attention: CrossAttentionKind = CrossAttentionKind.exact
     """Encoder-decoder: how the decoder reads the source: exact, or lsh (the keys of a query's bucket)."""
+    embedding_dim: int | None = None
+    """Width of token and position vectors, and of the head's table; null means dim. Linear layers lie between."""
+    norm: Norm = Norm.layer
+    """Of a sublayer's input: layer norm; scale: x / |x| times a learned number; rezero: none, and its output is
+    multiplied by a learned number that starts at 0."""
+    layer_drop: float = 0.0
+    """Share of layers that a training step leaves out, drawn anew for each step and alike on every rank."""
+    one_value_head: bool = False
+    """All heads of a layer share their values."""
 
     n_hashes: int = 4
     """Hash rounds of LSH attention."""
@@ -147,9 +162,9 @@ class ModelConfig:
     axial_shape: list[int] = field(default_factory=lambda: [32, 64])
     """axial: sides of the grid that positions fill; their product bounds the length."""
     axial_dims: list[int] | None = None
-    """axial: width of each side's embedding, summing to dim; null splits dim evenly."""
+    """axial: width of each side's embedding, summing to embedding_dim; null splits that evenly."""
     axial_sum: bool = False
-    """axial: embeddings of the sides are dim wide and added up, instead of standing side by side."""
+    """axial: embeddings of the sides are embedding_dim wide and added up, instead of standing side by side."""
     max_seq_len: int = 2048
     """learned: rows of the table. Other kinds ignore it."""
 
@@ -175,9 +190,9 @@ class ModelConfig:
         at_least(0, model__local_chunk_len=self.local_chunk_len, model__local_chunks_after=self.local_chunks_after)
         at_least(0, model__local_chunks_before=self.local_chunks_before)
         at_least(1, model__ff_mult=self.ff_mult, model__ff_dim=self.ff_dim, model__loss_chunk=self.loss_chunk)
-        at_least(1, model__max_seq_len=self.max_seq_len)
+        at_least(1, model__max_seq_len=self.max_seq_len, model__embedding_dim=self.embedding_dim)
         is_share(model__dropout=self.dropout, model__attention_dropout=self.attention_dropout)
-        is_share(model__ff_dropout=self.ff_dropout)
+        is_share(model__ff_dropout=self.ff_dropout, model__layer_drop=self.layer_drop)
         require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
         right = "must name at least one of lsh, local, exact, or be null"
         require(self.encoder_layers != [], "model.encoder_layers", self.encoder_layers, right)
@@ -186,8 +201,9 @@ class ModelConfig:
         self._check_heads()
         self._check_lsh()
         self._check_chunks()
-        right = "excludes model.merge_streams=concat, whose head is 2 * dim wide"
-        require(not (self.tie_embeddings and self.is_concat), "model.tie_embeddings", True, right)
+        if self.embedding_dim is None:
+            right = "excludes model.merge_streams=concat, whose head is 2 * dim wide"
+            require(not (self.tie_embeddings and self.is_concat), "model.tie_embeddings", True, right)
         if self.position is Position.axial:
             self._check_axial()
 
@@ -235,16 +251,21 @@ class ModelConfig:
         require(min(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must hold positive numbers")
         dims = self.resolved_axial_dims
         if self.axial_sum:
-            right = "must be null with model.axial_sum=true: each side is model.dim wide"
+            right = "must be null with model.axial_sum=true: each side is as wide as the embedding"
             require(self.axial_dims is None, "model.axial_dims", self.axial_dims, right)
             return
-        fits = len(dims) == len(self.axial_shape) and min(dims) > 0 and sum(dims) == self.dim
-        right = f"must hold a positive width for each of {len(self.axial_shape)} sides, summing to {self.dim}"
+        fits = len(dims) == len(self.axial_shape) and min(dims) > 0 and sum(dims) == self.embedding_width
+        sides = f"{len(self.axial_shape)} sides"
+        right = f"must hold a positive width for each of {sides}, summing to {self.embedding_width}"
         require(fits, "model.axial_dims", dims, right)
 
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim if self.head_dim is not None else self.dim // self.n_heads
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_dim if self.embedding_dim is not None else self.dim
 
     @property
     def resolved_ff_dim(self) -> int:
@@ -260,6 +281,11 @@ class ModelConfig:
         return 2 * self.dim if self.is_concat else self.dim
 
     @property
+    def table_width(self) -> int:
+        """Width of the language model head's table."""
+        return self.embedding_dim if self.embedding_dim is not None else self.output_dim
+
+    @property
     def chunk_multiple(self) -> int:
         """chunk_wrap: other systems pad a text to a multiple of all chunks in use, and wrap around that."""
         kinds = set(self.layer_kinds())
@@ -272,9 +298,9 @@ class ModelConfig:
         if self.axial_dims is not None:
             return self.axial_dims
         if self.axial_sum:
-            return [self.dim] * len(self.axial_shape)
+            return [self.embedding_width] * len(self.axial_shape)
         n_sides = len(self.axial_shape)
-        share, rest = divmod(self.dim, n_sides)
+        share, rest = divmod(self.embedding_width, n_sides)
         return [share + (side < rest) for side in range(n_sides)]
 
     @property

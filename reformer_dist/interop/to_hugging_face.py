@@ -14,6 +14,7 @@ from reformer_dist.config import (
     HashScheme,
     ModelConfig,
     NeighbourRule,
+    Norm,
     Pooling,
     Position,
 )
@@ -49,6 +50,9 @@ def obstacles(config: ModelConfig, head: Head) -> list[str]:
         or "their model evaluates two sides only",
         "model.activation": config.activation in ACTIVATIONS or "they know relu, gelu and gelu_tanh",
         "model.tie_embeddings": not config.tie_embeddings or "their head has a table of its own: false",
+        "model.embedding_dim": config.embedding_dim is None or "their embedding is as wide as the model: null",
+        "model.norm": config.norm is Norm.layer or "they know layer norm alone",
+        "model.one_value_head": not config.one_value_head or "their heads have values of their own: false",
         "model.attention_bias": not config.attention_bias or "their output projection has no bias: false",
         "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "they know rotation alone",
         "model.count_pairs_once": not config.count_pairs_once or "they count every meeting: false",

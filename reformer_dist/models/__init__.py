@@ -4,11 +4,13 @@ from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttentio
 from reformer_dist.models.classification import ReformerForSequenceClassification
 from reformer_dist.models.encoder_decoder import ReformerEncoderDecoder
 from reformer_dist.models.initial import initialise
+from reformer_dist.models.inspection import AttentionView, inspect_attention
 from reformer_dist.models.question_answering import ReformerForQuestionAnswering
 from reformer_dist.models.reformer import ReformerLM
 from reformer_dist.models.stack import ReformerStack
 
 __all__ = [
+    "AttentionView",
     "ExactSelfAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",
@@ -18,4 +20,5 @@ __all__ = [
     "ReformerLM",
     "ReformerStack",
     "initialise",
+    "inspect_attention",
 ]

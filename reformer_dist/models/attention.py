@@ -47,7 +47,8 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(config.dim, inner, bias=False)
         if self.has_own_keys:
             self.to_k = nn.Linear(config.dim, inner, bias=False)
-        self.to_v = nn.Linear(config.dim, inner, bias=False)
+        self.n_value_heads = 1 if config.one_value_head else self.n_heads
+        self.to_v = nn.Linear(config.dim, self.n_value_heads * self.head_dim, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
 
     def forward(
@@ -69,13 +70,13 @@ class SelfAttention(nn.Module):
             context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         q = self._heads(self.to_q(x))
         k = self._heads(self.to_k(x)) if self.has_own_keys else q
-        v = self._heads(self.to_v(x))
+        v = self._heads(self.to_v(x)).expand(-1, self.n_heads, -1, -1)
         out = self._attend(q, k, v, context, layer, memo)
         return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * D] -> [B, H, S, D]."""
-        return x.view(x.shape[0], x.shape[1], self.n_heads, self.head_dim).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None

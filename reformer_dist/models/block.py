@@ -10,7 +10,6 @@ autocast's.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reformer_dist.config import AttentionKind, ModelConfig
@@ -18,24 +17,12 @@ from reformer_dist.models.attention import build_attention
 from reformer_dist.models.context import ForwardContext, Memo
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
+from reformer_dist.models.layer_drop import left_out
+from reformer_dist.models.norms import build_norm
 from reformer_dist.models.reversible import Sublayer, Tape, TokenwiseSublayer, reversible_steps
 from reformer_dist.ops.dropout import token_dropout
 
 Streams = tuple[Tensor, Tensor]
-
-
-class StreamNorm(nn.Module):
-    """Layer norm of a float32 stream, given on in the dtype of the sublayer's weights."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(Tensor(dim).fill_(1.0))
-        self.bias = nn.Parameter(Tensor(dim).fill_(0.0))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(self.weight.dtype)
 
 
 class Block(nn.Module):
@@ -43,13 +30,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: AttentionKind, *, reads_source: bool = False) -> None:
         super().__init__()
-        self.dropout, self.reads_source = config.dropout, reads_source
-        self.attention_norm = StreamNorm(config.dim, config.norm_eps)
+        self.dropout, self.layer_drop = config.dropout, config.layer_drop
+        self.reads_source = reads_source
+        self.attention_norm = build_norm(config)
         self.attention = build_attention(config, kind)
         if reads_source:
-            self.cross_attention_norm = StreamNorm(config.dim, config.norm_eps)
+            self.cross_attention_norm = build_norm(config)
             self.cross_attention = CrossAttention(config)
-        self.feed_forward_norm = StreamNorm(config.dim, config.norm_eps)
+        self.feed_forward_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -68,6 +56,8 @@ class Block(nn.Module):
         With a tape, backward rebuilds the inputs from the outputs instead of storing them. The streams are
         arguments of their own, since module hooks (ZeRO's) do not look into tuples.
         """
+        if context.leaves_out(layer, self.layer_drop):
+            return self._go_around(x1, x2, context)
         sublayers = self._sublayers(context, layer, memo or Memo())
         if is_inverse:
             for sublayer in reversed(sublayers):
@@ -79,20 +69,30 @@ class Block(nn.Module):
             x1, x2 = x2, x1 + sublayer(x2)
         return x1, x2
 
+    def _go_around(self, x1: Tensor, x2: Tensor, context: ForwardContext) -> Streams:
+        """The streams as they came, so that the layer below finds on the tape what it has left there."""
+        untouched: list[Tensor] = list(self.parameters())
+        if self.reads_source:
+            assert context.source is not None
+            untouched.append(context.source.hidden)
+        return left_out(x1, x2, untouched)
+
     def _sublayers(self, context: ForwardContext, layer: int, memo: Memo) -> list[Sublayer]:
         dropout = context.dropout(self.dropout)
 
         def attend(x: Tensor) -> Tensor:
-            out = self.attention(self.attention_norm(x), context, layer, memo)
+            out = self.attention_norm.after(self.attention(self.attention_norm(x), context, layer, memo))
             return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.places)
 
         def read_source(x: Tensor) -> Tensor:
-            out = self.cross_attention(self.cross_attention_norm(x), context, layer, memo)
+            norm = self.cross_attention_norm
+            out = norm.after(self.cross_attention(norm(x), context, layer, memo))
             return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.places)
 
         def feed(start: int, x: Tensor) -> Tensor:
             places = context.places.chunk(start, start + x.shape[1])
-            out = self.feed_forward(self.feed_forward_norm(x), context, layer, places)
+            norm = self.feed_forward_norm
+            out = norm.after(self.feed_forward(norm(x), context, layer, places))
             return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), places)
 
         attention = Sublayer(attend, [*self.attention_norm.parameters(), *self.attention.parameters()])

@@ -76,6 +76,11 @@ class ForwardContext:
     def dropout(self, p: float) -> float:
         return 0.0 if self.dropout_seed is None else p
 
+    def leaves_out(self, layer: int, share: float) -> bool:
+        """Whether this training step goes around a layer; alike on every rank, whose seeds are the same."""
+        share = self.dropout(share)
+        return share > 0.0 and self.seed_for("layer_drop", layer) < share * 2**63
+
 
 def open_context(
     config: ModelConfig,

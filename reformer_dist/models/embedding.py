@@ -12,29 +12,39 @@ from reformer_dist.ops.rotary import BASE
 
 
 class TokenEmbedding(nn.Module):
-    """Token vectors plus position vectors: [B, S] -> [B, S, dim] float32."""
+    """Token vectors plus position vectors: [B, S] -> [B, S, dim] float32.
+
+    With config.embedding_dim both are as narrow as that, and one linear layer widens their sum.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         # a table that is also the output head starts small; its vectors are brought back to size here
-        self.scale = math.sqrt(config.dim) if config.tie_embeddings else 1.0
-        self.tokens = nn.Embedding(vocab_size, config.dim)
+        self.scale = math.sqrt(config.embedding_width) if config.tie_embeddings else 1.0
+        self.tokens = nn.Embedding(vocab_size, config.embedding_width)
         self.positions = build_positions(config)
+        is_factorised = config.embedding_dim is not None
+        self.to_dim = nn.Linear(config.embedding_width, config.dim) if is_factorised else None
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, S] and positions [S] or [B, S], all int64."""
         x = self.tokens(tokens).float() * self.scale
-        return x if self.positions is None else x + self.positions(positions)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        return x if self.to_dim is None else self.to_dim(x.to(self.to_dim.weight.dtype)).float()
 
 
 def build_positions(config: ModelConfig) -> nn.Module | None:
-    """What maps positions [..., S] to [..., S, dim]; None for rotary ones, which act on queries and keys."""
+    """What maps positions [..., S] to [..., S, embedding_width].
+
+    None for rotary ones, which act on queries and keys.
+    """
     if config.position is Position.axial:
         return AxialPositions(config.axial_shape, config.resolved_axial_dims, is_sum=config.axial_sum)
     if config.position is Position.learned:
-        return LearnedPositions(config.max_seq_len, config.dim)
+        return LearnedPositions(config.max_seq_len, config.embedding_width)
     if config.position is Position.sinusoidal:
-        return SinusoidalPositions(config.dim)
+        return SinusoidalPositions(config.embedding_width)
     return None
 
 

@@ -34,9 +34,7 @@ class ReformerEncoderDecoder(TokenModel):
         self.encoder = ReformerStack(config.encoder())
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
-        self.head = LanguageModelHead(
-            config.output_dim, vocab_size, config.loss_chunk, table if config.tie_embeddings else None
-        )
+        self.head = LanguageModelHead(config, vocab_size, table)
         initialise(self, config, seed)
 
     def forward(

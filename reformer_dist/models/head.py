@@ -6,20 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reformer_dist.config import ModelConfig
 from reformer_dist.ops.cross_entropy import chunked_cross_entropy
 
 
 class LanguageModelHead(nn.Module):
-    """Logits over the vocabulary; `weight` may be the token embedding's table."""
+    """Logits over the vocabulary; with config.tie_embeddings, `table` is the token embedding's.
 
-    def __init__(self, dim: int, vocab_size: int, loss_chunk: int, weight: nn.Parameter | None) -> None:
+    With config.embedding_dim, one linear layer narrows hidden vectors to the width of the table.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, table: nn.Parameter) -> None:
         super().__init__()
-        self.loss_chunk = loss_chunk
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim)) if weight is None else weight
+        self.loss_chunk = config.loss_chunk
+        self.to_table = None
+        if config.embedding_dim is not None:
+            self.to_table = nn.Linear(config.output_dim, config.embedding_dim)
+        fresh = nn.Parameter(torch.empty(vocab_size, config.table_width))
+        self.weight = table if config.tie_embeddings else fresh
         self.bias = nn.Parameter(torch.empty(vocab_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """hidden [B, S, dim] -> logits [B, S, V] float32, or, given labels [B, S], the summed loss in nats."""
+        """hidden [B, S, output_dim] -> logits [B, S, V] float32, or, given labels [B, S], summed loss in nats."""
+        if self.to_table is not None:
+            hidden = self.to_table(hidden)
         if labels is None:
             return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         flat = hidden.reshape(-1, hidden.shape[-1])

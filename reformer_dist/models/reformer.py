@@ -23,9 +23,7 @@ class ReformerLM(TokenModel):
         super().__init__(config, vocab_size, seed)
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
-        self.head = LanguageModelHead(
-            config.output_dim, vocab_size, config.loss_chunk, table if config.tie_embeddings else None
-        )
+        self.head = LanguageModelHead(config, vocab_size, table)
         initialise(self, config, seed)
 
     def forward(

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Recompute
-from reformer_dist.models.block import Block, StreamNorm, Streams
+from reformer_dist.models.block import Block, Streams
 from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
+from reformer_dist.models.norms import StreamNorm
 from reformer_dist.models.reversible import Tape
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reformer_dist.config import Activation, AttentionKind
+from reformer_dist.config import Activation, AttentionKind, Norm
 from reformer_dist.planning.sizes import Job, Sizes, n_projections
 
 # int32 numbers and their shifted copies that exist while a dropout mask is drawn
@@ -21,7 +21,7 @@ class Sublayers:
     def attention_saved(self, kind: AttentionKind) -> int:
         """What autograd holds of an attention sublayer between its forward and its backward."""
         s, n_read = self.sizes, n_projections(kind)
-        inputs = s.hidden * (n_read if self.job.autocasts else 1) + s.statistics
+        inputs = s.hidden * (n_read if self.job.autocasts else 1) + self._norm_saved()
         heads = s.heads * (n_read + 1)  # q, k, v and the output
         if kind is not AttentionKind.exact and self.job.config.model.n_heads > 1:
             heads += s.heads  # the output once more, heads side by side
@@ -43,7 +43,7 @@ class Sublayers:
         inner = s.inner * {Activation.relu: 1, Activation.glu: 4}.get(model.activation, 2)
         if model.ff_dropout:
             inner += s.inner * (2 if model.activation is Activation.relu else 1)
-        return s.hidden + s.statistics + inner + self._mask(s.hidden, model.dropout)
+        return s.hidden + self._norm_saved() + inner + self._mask(s.hidden, model.dropout)
 
     def feed_forward_backward(self) -> int:
         """What comes on top of the saved at its highest, less what has been freed by then."""
@@ -59,6 +59,14 @@ class Sublayers:
         """What is held of the tokens whose recompute goes back, and the input's gradients of those before them."""
         share = self._share_at_a_time()
         return int(self.feed_forward_saved() * share) + (self.sizes.stream if share < 1 else 0)
+
+    def _norm_saved(self) -> int:
+        """What a sublayer's norm keeps beside its result."""
+        s, norm = self.sizes, self.job.config.model.norm
+        if norm is Norm.rezero:
+            # the sublayer's output, which its factor multiplies; but in float32 its input is the stream itself
+            return 0 if s.hidden == s.stream and not self.job.autocasts else s.hidden
+        return s.statistics if norm is Norm.layer else s.statistics * 3 // 2
 
     @property
     def result(self) -> int:

@@ -13,15 +13,18 @@ def step_flops(job: Job) -> float:
     tokens = data.batch_size * data.seq_len
     layers = sum(layer_flops(model, kind, data.seq_len) for kind in model.layer_kinds())
     passes = 3 if model.recompute is Recompute.none else 4
-    head = 2 * model.output_dim * job.vocab_size
-    return tokens * (layers * passes + head * 3)
+    head = 2 * model.table_width * job.vocab_size
+    if model.embedding_dim is not None:
+        head += 2 * model.embedding_dim * (model.dim + model.output_dim)
+    return tokens * (layers * passes * (1 - model.layer_drop) + head * 3)
 
 
 def layer_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:
     """Of one token's forward through a layer."""
     inner, heads = model.resolved_ff_dim, model.n_heads * model.resolved_head_dim
     wide = 3 if model.activation is Activation.glu else 2
-    products = 2 * model.dim * (heads * (n_projections(kind) + 1) + inner * wide)
+    values = model.resolved_head_dim if model.one_value_head else heads
+    products = 2 * model.dim * (heads * n_projections(kind) + values + inner * wide)
     return products + attention_flops(model, kind, seq_len)
 
 

@@ -79,7 +79,7 @@ class MemoryPlan:
         """While the last logits are at hand: the last layers' outputs, their mean, and both gradients."""
         sizes, model = self.sizes, self.job.config.model
         chunk = min(model.loss_chunk, sizes.tokens) * self.job.vocab_size * 4
-        d_weight = self.job.vocab_size * model.output_dim * 4
+        d_weight = self.job.vocab_size * model.table_width * 4
         stored = self._stored(model.n_layers)
         return {
             STREAMS: 3.0 * sizes.stream,

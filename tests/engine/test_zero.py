@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Job]:
 @cache
 def without_deepspeed(case: Case, world: int) -> tuple[Outcome, dict[str, Tensor]]:
     """Losses, norms and final weights of one process that stores all activations and knows no ZeRO."""
-    case = Case(shared=case.shared, frozen=case.frozen, recompute="none")
+    case = replace(case, stage=0, offload=False, precision="fp32", recompute="none")
     model, outcome = case.model(), Outcome()
     config = case.config().optim
     optimizer = build_optimizer(model, config)

@@ -38,10 +38,11 @@ class Case:
     shared: bool = False
     frozen: bool = False
     """The embedding is not trained (and then not tied)."""
+    layer_drop: bool = False
 
     @property
     def name(self) -> str:
-        flags = [word for word in ("offload", "shared", "frozen") if getattr(self, word)]
+        flags = [word for word in ("offload", "shared", "frozen", "layer_drop") if getattr(self, word)]
         return "-".join([f"zero{self.stage}", self.precision, self.recompute, *flags])
 
     def config(self) -> RunConfig:
@@ -54,6 +55,7 @@ class Case:
             local_window=16,
             axial_shape=[16, 16],
             dropout=0.1,
+            layer_drop=0.4 if self.layer_drop else 0.0,
             tie_embeddings=not self.frozen,
             share_layers=self.shared,
             recompute=Recompute[self.recompute],
@@ -91,6 +93,7 @@ TRAINED = {
         *(Case(stage, offload=True) for stage in (1, 2, 3)),
         *(Case(stage, frozen=True) for stage in (0, 2, 3)),
         *(Case(stage, shared=True) for stage in (0, 2)),
+        *(Case(stage, layer_drop=True) for stage in (0, 2, 3)),
         *(Case(stage, recompute="checkpoint") for stage in (2, 3)),
         Case(3, recompute="none"),
     ],

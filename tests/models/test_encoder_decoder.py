@@ -10,7 +10,7 @@ import torch
 from model_helpers import EXACT, LOCAL, LSH, SMALL, VOCAB, grads_of, random_tokens, shifted
 from torch import Tensor
 
-from reformer_dist.config import CrossAttentionKind, ModelConfig, Position, Recompute
+from reformer_dist.config import CrossAttentionKind, ModelConfig, Norm, Position, Recompute
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerEncoderDecoder
 from reformer_dist.models.block import Block
@@ -24,6 +24,7 @@ CHANGES: list[dict[str, Any]] = [
     {"cross_attention": CrossAttentionKind.lsh, "count_pairs_once": True, **DROPOUTS},
     {"layers": [EXACT], "encoder_layers": [LSH, LOCAL], **DROPOUTS},
     {"share_layers": True, "tie_embeddings": True, "n_encoder_layers": 4, "position": Position.rotary},
+    {"layer_drop": 0.5, "norm": Norm.scale, "embedding_dim": 10, "n_layers": 4},
     {"position": Position.sinusoidal, "ff_chunk": 7, "n_layers": 1, "n_encoder_layers": 1},
 ]
 

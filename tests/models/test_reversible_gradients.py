@@ -21,7 +21,7 @@ from model_helpers import (
 )
 from torch import Tensor
 
-from reformer_dist.config import Activation, HashScheme, NeighbourRule, Position, Recompute, StreamMerge
+from reformer_dist.config import Activation, HashScheme, NeighbourRule, Norm, Position, Recompute, StreamMerge
 from reformer_dist.models import ReformerLM, hashing
 from reformer_dist.models.context import ForwardContext, Memo
 from reformer_dist.models.sequence import WholeSequence
@@ -60,6 +60,10 @@ CHANGES: list[dict[str, Any]] = [
     {"hash_scheme": HashScheme.floor},
     {"causal": False, **DROPOUTS},
     {"n_layers": 1},
+    {"norm": Norm.scale, **DROPOUTS},
+    {"embedding_dim": 10, "tie_embeddings": True, **DROPOUTS},
+    {"layers": [LSH, EXACT, LOCAL], "n_layers": 3, "one_value_head": True, **DROPOUTS},
+    {"layer_drop": 0.5, **DROPOUTS},
     {"head_dim": 5, "qk_scale": 0.4},
 ]
 

@@ -37,6 +37,8 @@ QUIET = ("trainer.save_every=0", "trainer.max_steps=2", "resume=never")
         {"share_layers": True, "n_layers": 4},
         {"tie_embeddings": True, "activation": "glu", "head_dim": 24},
         {"position": "learned", "layers": ["exact"], "ff_mult": 2},
+        {"norm": "scale", "embedding_dim": 12, "one_value_head": True},
+        {"norm": "rezero", "embedding_dim": 12, "tie_embeddings": True, "layer_drop": 0.2},
     ],
     ids=str,
 )
@@ -50,7 +52,17 @@ def test_parameters_are_those_of_the_real_model(changed, tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("recompute", list(Recompute), ids=lambda recompute: recompute.value)
-@pytest.mark.parametrize("changed", [{}, {"layers": ["exact"]}, {"dropout": 0.1, "ff_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"layers": ["exact"]},
+        {"dropout": 0.1, "ff_dropout": 0.1},
+        {"norm": "scale", "one_value_head": True},
+        {"norm": "rezero"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("activation", ["gelu", "relu", "glu"])
 def test_what_autograd_holds_of_a_layer(recompute, changed, activation, tiny_data, tmp_path):
     """Held between forward and backward, of three layers more."""

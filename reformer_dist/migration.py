@@ -1,0 +1,291 @@
+"""reformer_pytorch's call style: its names and options, for models that are made and trained here.
+
+Of every option the table says what it becomes here, or why it has no counterpart and what to do instead; nothing
+is passed over in silence. Texts may have any length, so there is no Autopadder. Weights that were trained there
+come by `reformer-convert`, which keeps that system's arithmetic; what is made here has this library's: a window
+of each bucket instead of chunks across buckets, strictly causal, and logits q.k / |k| as in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from reformer_dist import models
+from reformer_dist.config import Activation, AttentionKind, ModelConfig, Norm, Position
+from reformer_dist.errors import ConfigError
+from reformer_dist.models.context import ForwardOptions
+
+Keys = dict[str, Any]
+Given = Mapping[str, Any]
+"""All options of a call, by their names there."""
+Mapped = Callable[[Any, Given], Keys]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one option."""
+
+    becomes: Mapped
+    """From its value and those of all options to keys of ModelConfig."""
+    note: str
+    """For the table of the documentation; or, of a refused option, why, and what to do instead."""
+    accepts: Callable[[Any], bool] = lambda _value: True
+    """False of a value that has no counterpart."""
+
+
+def _key(name: str) -> Mapped:
+    return lambda value, _given: {name: value}
+
+
+def _nothing(_value: Any, _given: Given) -> Keys:
+    return {}
+
+
+def _becomes(name: str) -> Row:
+    return Row(_key(name), f"`{name}`")
+
+
+def _refused(note: str) -> Row:
+    return Row(_nothing, note, accepts=lambda value: not value)
+
+
+def _needless(note: str) -> Row:
+    return Row(_nothing, note)
+
+
+def _buckets(bucket_size: int, given: Given) -> Keys:
+    n_buckets = max(1, math.ceil(given["max_seq_len"] / bucket_size))
+    # as many keys as a chunk and the chunk before it hold; a two-sided window looks both ways
+    window = 2 * bucket_size if given["causal"] else bucket_size
+    return {"n_buckets": n_buckets + n_buckets % 2 if n_buckets > 1 else 1, "window": window}
+
+
+def _axial(_is_axial: bool, given: Given) -> Keys:
+    if not given["axial_position_emb"]:
+        return {}
+    size = given["bucket_size"]
+    shape = given["axial_position_shape"] or (math.ceil(given["max_seq_len"] / size), size)
+    return {"position": Position.axial, "axial_shape": list(shape), "axial_sum": True}
+
+
+def _activation(layer: Any, given: Given) -> Keys:
+    name = "gelu" if layer in (None, nn.GELU) else "relu"
+    return {"activation": Activation.glu if given.get("ff_glu") else Activation[name]}
+
+
+def _only_if(keys: Keys) -> Mapped:
+    return lambda value, _given: keys if value else {}
+
+
+TABLE: dict[str, Row] = {
+    "num_tokens": Row(_nothing, "`vocab_size` of the model"),
+    "dim": _becomes("dim"),
+    "depth": _becomes("n_layers"),
+    "heads": _becomes("n_heads"),
+    "dim_head": _becomes("head_dim"),
+    "max_seq_len": Row(_key("max_seq_len"), "`n_buckets`, and the rows of a learned position table"),
+    "bucket_size": Row(_buckets, "`window`, and with the length `n_buckets`"),
+    "n_hashes": _becomes("n_hashes"),
+    "causal": _becomes("causal"),
+    "ff_chunks": Row(
+        lambda chunks, given: {"ff_chunk": math.ceil(given["max_seq_len"] / chunks) if chunks > 1 else 0},
+        "`ff_chunk`: tokens of a chunk instead of the number of chunks",
+        accepts=lambda chunks: chunks >= 1,
+    ),
+    "attn_chunks": _needless("nothing to do: attention always runs over a few heads and rows at a time"),
+    "weight_tie": _becomes("share_layers"),
+    "lsh_dropout": _becomes("attention_dropout"),
+    "dropout": _becomes("attention_dropout"),
+    "ff_dropout": _becomes("ff_dropout"),
+    "post_attn_dropout": Row(
+        _key("dropout"), "`dropout`, which falls on the embedding and on what each sublayer gives"
+    ),
+    "layer_dropout": _becomes("layer_drop"),
+    "ff_activation": Row(
+        _activation,
+        "`activation`: None and nn.GELU are gelu, nn.ReLU is relu; there are no others, pass one of these",
+        accepts=lambda layer: layer in (None, nn.GELU, nn.ReLU),
+    ),
+    "ff_mult": _becomes("ff_mult"),
+    "ff_glu": Row(_nothing, "`activation=glu`, gated by a GELU"),
+    "lsh_attend_across_buckets": _needless("a token sees its own bucket only, whatever is asked for"),
+    "attend_across_buckets": _needless("a token sees its own bucket only, whatever is asked for"),
+    "lsh_allow_duplicate_attention": Row(
+        lambda allowed, _given: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
+    ),
+    "allow_duplicate_attention": Row(
+        lambda allowed, _given: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
+    ),
+    "random_rotations_per_head": _needless("each head has rotations of its own, whatever is asked for"),
+    "use_scale_norm": Row(_only_if({"norm": Norm.scale}), "`norm=scale`"),
+    "use_rezero": Row(_only_if({"norm": Norm.rezero}), "`norm=rezero`"),
+    "use_full_attn": Row(_only_if({"layers": [AttentionKind.exact]}), "`layers=[exact]`"),
+    "full_attn_thres": _refused(
+        "what a model computes does not change with the length here; leave it out, or use_full_attn=True"
+    ),
+    "reverse_thres": _needless("nothing to do: gradients are those of plain autograd at any length"),
+    "num_mem_kv": _refused("no key stands outside all buckets here; leave it out"),
+    "one_value_head": _becomes("one_value_head"),
+    "n_local_attn_heads": _refused(
+        "a layer's heads are of one kind here; leave it out, and make a ModelConfig(layers=[local, lsh])"
+    ),
+    "pkm_layers": _refused("there are no product-key memories here; leave it out, or take a wider ff_mult"),
+    "pkm_num_keys": _needless("has no meaning without pkm_layers"),
+    "emb_dim": _becomes("embedding_dim"),
+    "return_embeddings": _refused("leave it out, and call model.net.encode(tokens)"),
+    "weight_tie_embedding": _becomes("tie_embeddings"),
+    "fixed_position_emb": Row(_only_if({"position": Position.sinusoidal}), "`position=sinusoidal`"),
+    "absolute_position_emb": Row(_only_if({"position": Position.learned}), "`position=learned`"),
+    "axial_position_emb": Row(_axial, "`position=axial` with `axial_sum`; without any of the three, `rotary`"),
+    "axial_position_shape": Row(_nothing, "`axial_shape`"),
+    "return_attn": _refused("leave it out, and call reformer_dist.inspect_attention"),
+    "rehash_each_round": Row(
+        _nothing,
+        "each round has a hash of its own here; leave it out",
+        accepts=bool,
+    ),
+    "drop_for_hash_rate": _refused("hashes of training and evaluation agree here; leave it out"),
+}
+SHARED: Keys = {
+    "heads": 8,
+    "dim_head": None,
+    "bucket_size": 64,
+    "n_hashes": 8,
+    "causal": False,
+    "attn_chunks": 1,
+    "random_rotations_per_head": False,
+    "num_mem_kv": 0,
+    "one_value_head": False,
+    "use_full_attn": False,
+    "full_attn_thres": 0,
+    "post_attn_dropout": 0.0,
+    "n_local_attn_heads": 0,
+}
+OF_STACK: Keys = SHARED | {
+    "ff_chunks": 100,
+    "weight_tie": False,
+    "lsh_dropout": 0.0,
+    "ff_dropout": 0.0,
+    "ff_activation": None,
+    "ff_mult": 4,
+    "ff_glu": False,
+    "layer_dropout": 0.0,
+    "use_scale_norm": False,
+    "use_rezero": False,
+    "reverse_thres": 0,
+    "pkm_layers": (),
+    "pkm_num_keys": 128,
+}
+DEFAULTS: dict[str, Keys] = {
+    "Reformer": OF_STACK
+    | {"attn_chunks": None, "lsh_attend_across_buckets": True, "lsh_allow_duplicate_attention": True},
+    "ReformerLM": OF_STACK
+    | {
+        "n_hashes": 4,
+        "dim_head": 64,
+        "emb_dim": None,
+        "return_embeddings": False,
+        "weight_tie_embedding": False,
+        "fixed_position_emb": False,
+        "absolute_position_emb": False,
+        "axial_position_emb": False,
+        "axial_position_shape": None,
+    },
+    "LSHSelfAttention": SHARED
+    | {
+        "attend_across_buckets": True,
+        "allow_duplicate_attention": True,
+        "full_attn_thres": None,
+        "return_attn": False,
+        "dropout": 0.0,
+        "rehash_each_round": True,
+        "drop_for_hash_rate": 0.0,
+    },
+}
+"""Options of each class there, beside its sizes, with their defaults there."""
+
+
+def to_config(name: str, sizes: Keys, options: Keys) -> ModelConfig:
+    """The configuration for a call of reformer_pytorch's class `name`.
+
+    Raises ConfigError that names every option without counterpart, why, and what to do instead.
+    """
+    unknown = sorted(options.keys() - DEFAULTS[name].keys())
+    if unknown:
+        raise ConfigError(f"{name}: reformer_pytorch has no option {', '.join(unknown)}")
+    given = DEFAULTS[name] | options | sizes
+    refused = {option: TABLE[option] for option, value in given.items() if not TABLE[option].accepts(value)}
+    if refused:
+        lines = [f"{option}={given[option]!r}: {row.note}" for option, row in refused.items()]
+        raise ConfigError("\n".join([f"{name}: no counterpart here for", *lines]))
+    # a bare stack has no positions there: the caller adds them to its input
+    position = Position.rotary if name == "ReformerLM" else Position.sinusoidal
+    keys: Keys = {"position": position, "layers": [AttentionKind.lsh]}
+    for option, value in given.items():
+        keys |= TABLE[option].becomes(value, given)
+    return ModelConfig(**keys)
+
+
+class Reformer(nn.Module):
+    """reformer_pytorch's Reformer: `net` is a `ReformerStack`, [B, S, dim] -> [B, S, dim] at any length S.
+
+    max_seq_len: the length that the number of buckets is chosen for.
+    """
+
+    def __init__(self, dim: int, depth: int, *, max_seq_len: int = 8192, **options: Any) -> None:
+        super().__init__()
+        config = to_config("Reformer", {"dim": dim, "depth": depth, "max_seq_len": max_seq_len}, options)
+        self.net, self._rotations = models.ReformerStack(config), _Rotations()
+        models.initialise(self.net, config, seed=0)
+
+    def forward(self, x: Tensor, input_mask: Tensor | None = None) -> Tensor:
+        """input_mask [B, S]: True for real tokens."""
+        out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
+        return out
+
+
+class ReformerLM(nn.Module):
+    """reformer_pytorch's ReformerLM: `net` is one of ours, [B, S] -> logits [B, S, num_tokens] at any length."""
+
+    def __init__(self, num_tokens: int, dim: int, depth: int, max_seq_len: int, **options: Any) -> None:
+        super().__init__()
+        sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "max_seq_len": max_seq_len}
+        config = to_config("ReformerLM", sizes, options)
+        self.net, self._rotations = models.ReformerLM(config, num_tokens), _Rotations()
+
+    def forward(self, x: Tensor, input_mask: Tensor | None = None) -> Tensor:
+        """input_mask [B, S]: True for real tokens."""
+        out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
+        return out
+
+
+class LSHSelfAttention(nn.Module):
+    """reformer_pytorch's LSHSelfAttention: `net` is one, [B, S, dim] -> [B, S, dim] at any length S."""
+
+    def __init__(self, dim: int, *, max_seq_len: int = 8192, **options: Any) -> None:
+        super().__init__()
+        config = to_config("LSHSelfAttention", {"dim": dim, "max_seq_len": max_seq_len}, options)
+        kind = models.ExactSelfAttention if options.get("use_full_attn") else models.LSHSelfAttention
+        self.net, self._rotations = kind(config), _Rotations()
+
+    def forward(self, x: Tensor, input_mask: Tensor | None = None) -> Tensor:
+        """input_mask [B, S]: True for real tokens."""
+        out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
+        return out
+
+
+class _Rotations:
+    """Numbers the forward calls of training, each of which hashes by rotations of its own."""
+
+    def __init__(self) -> None:
+        self._step = -1
+
+    def next(self, model: nn.Module, input_mask: Tensor | None) -> ForwardOptions:
+        if model.training:
+            self._step += 1
+        return {"key_padding_mask": input_mask, "step": self._step if model.training else None}

@@ -1,0 +1,45 @@
+"""docs/library.md: its examples run as they stand, its shapes are true, and its table is that of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reformer_dist.migration import TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "library.md").read_text()
+
+
+def shape_of(value: Any) -> list[int]:
+    return list((value[0] if isinstance(value, tuple) else value).shape)
+
+
+def test_its_examples_run_and_give_the_shapes_that_it_says() -> None:
+    names: dict[str, Any] = {}
+    checked = 0
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(block, names)
+        for line in block.splitlines():
+            said = re.match(r"(?:(?P<names>[\w, ]+) = )?(?P<value>.*?)  # (?P<shape>\[\d.*?\])", line)
+            if said is None:
+                continue
+            with torch.no_grad():
+                found = eval(said["names"].split(",")[0] if said["names"] else said["value"], names)
+            assert shape_of(found) == eval(said["shape"]), line
+            checked += 1
+    assert checked == 7
+
+
+def test_its_table_is_that_of_the_code() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.partition("| there | here |")[2], flags=re.MULTILINE))
+    assert rows == {name: row.note for name, row in TABLE.items()}
+
+
+def test_the_readme_leads_to_it_and_its_example_runs() -> None:
+    part = (ROOT / "README.md").read_text().partition("## As a library")[2].partition("\n## ")[0]
+    assert "(docs/library.md)" in part
+    exec(re.search(r"```python\n(.*?)```", part, flags=re.DOTALL)[1], {})

@@ -1,0 +1,160 @@
+"""Calls in reformer_pytorch's style: those of its README, and every option of its classes."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from reformer_dist import AttentionKind, ModelConfig, migration
+from reformer_dist.config import Norm, Position
+from reformer_dist.errors import ConfigError
+from reformer_dist.migration import DEFAULTS, TABLE, LSHSelfAttention, Reformer, ReformerLM
+
+SMALL = {"dim": 32, "depth": 2, "heads": 2, "bucket_size": 16}
+
+
+def config(name: str = "ReformerLM", **options: object) -> ModelConfig:
+    sizes = {"num_tokens": 100, "max_seq_len": 256, "dim": 32, "depth": 2}
+    wanted = {
+        "ReformerLM": sizes.keys(),
+        "Reformer": {"dim", "depth", "max_seq_len"},
+        "LSHSelfAttention": {"dim", "max_seq_len"},
+    }
+    sizes = {key: sizes[key] for key in wanted[name]}
+    return migration.to_config(name, sizes, {"heads": 2, "bucket_size": 16, **options})
+
+
+def test_the_readme_s_language_model() -> None:
+    """Its first example, with small sizes, and without the options that have no counterpart."""
+    options = {
+        "num_tokens": 200,
+        "max_seq_len": 128,
+        **SMALL,
+        "lsh_dropout": 0.1,
+        "ff_dropout": 0.1,
+        "post_attn_dropout": 0.1,
+        "layer_dropout": 0.1,
+        "causal": True,
+        "n_hashes": 4,
+        "emb_dim": 16,
+        "dim_head": 16,
+        "ff_chunks": 4,
+        "attn_chunks": 8,
+        "reverse_thres": 1024,
+        "use_scale_norm": False,
+        "use_rezero": False,
+        "one_value_head": False,
+        "weight_tie": False,
+        "weight_tie_embedding": False,
+        "pkm_num_keys": 128,
+        "use_full_attn": False,
+    }
+    model = ReformerLM(**options)
+    tokens = torch.randint(0, 200, (1, 121))  # no multiple of anything
+    logits = model(tokens)
+    assert logits.shape == (1, 121, 200)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    refused = {"num_mem_kv": 128, "full_attn_thres": 1024, "n_local_attn_heads": 2, "pkm_layers": (4, 7)}
+    with pytest.raises(ConfigError) as raised:
+        ReformerLM(**options, **refused)
+    said = str(raised.value)
+    assert said.startswith("ReformerLM: no counterpart here for\n")
+    assert all(f"\n{name}={value!r}: " in said for name, value in refused.items()) and said.count("\n") == 4
+
+
+def test_the_readme_s_stack_and_layer() -> None:
+    stack = Reformer(dim=64, depth=2, heads=8, lsh_dropout=0.1, causal=True)
+    x = torch.randn(1, 301, 64)
+    assert stack(x).shape == x.shape
+    assert not torch.equal(stack(x), stack(x))  # each call of training hashes anew
+    stack.eval()
+    assert torch.equal(stack(x), stack(x))
+    layer = LSHSelfAttention(dim=128, heads=8, bucket_size=64, n_hashes=8, causal=False)
+    x = torch.randn(2, 200, 128)
+    mask = torch.arange(200) < torch.tensor([[200], [120]])
+    assert layer.eval()(x, input_mask=mask).shape == x.shape
+    edited = x.clone()
+    edited[1, 150] = 0
+    assert torch.equal(layer(edited, input_mask=mask)[1, :120], layer(x, input_mask=mask)[1, :120])
+
+
+def test_every_option_of_theirs_has_a_row() -> None:
+    theirs = pytest.importorskip("reformer_pytorch")
+    sizes = {"self", "kwargs", "num_tokens", "dim", "depth", "max_seq_len"}
+    for name, defaults in DEFAULTS.items():
+        parameters = inspect.signature(getattr(theirs, name).__init__).parameters
+        expected = {key: p.default for key, p in parameters.items() if key not in sizes}
+        if name == "LSHSelfAttention":
+            hidden = inspect.signature(theirs.LSHAttention.__init__).parameters
+            expected |= {key: hidden[key].default for key in ("rehash_each_round", "drop_for_hash_rate")}
+        assert defaults == expected, name
+
+
+def test_every_row_is_used_and_defaults_are_accepted() -> None:
+    assert TABLE.keys() == {"num_tokens", "dim", "depth", "max_seq_len"}.union(*DEFAULTS.values())
+    for name in DEFAULTS:
+        assert config(name).layers == [AttentionKind.lsh]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("heads", 4, {"n_heads": 4}),
+        ("dim_head", 10, {"head_dim": 10}),
+        ("bucket_size", 32, {"n_buckets": 8, "window": 32}),
+        ("bucket_size", 256, {"n_buckets": 1, "window": 256}),
+        ("n_hashes", 3, {"n_hashes": 3}),
+        ("causal", True, {"causal": True, "window": 32}),
+        ("ff_chunks", 10, {"ff_chunk": 26}),
+        ("weight_tie", True, {"share_layers": True, "layers": [AttentionKind.lsh]}),
+        ("lsh_dropout", 0.2, {"attention_dropout": 0.2}),
+        ("ff_dropout", 0.2, {"ff_dropout": 0.2}),
+        ("post_attn_dropout", 0.2, {"dropout": 0.2}),
+        ("layer_dropout", 0.2, {"layer_drop": 0.2}),
+        ("ff_activation", torch.nn.ReLU, {"activation": migration.Activation.relu}),
+        ("ff_glu", True, {"activation": migration.Activation.glu}),
+        ("ff_mult", 2, {"ff_mult": 2}),
+        ("use_scale_norm", True, {"norm": Norm.scale}),
+        ("use_rezero", True, {"norm": Norm.rezero}),
+        ("use_full_attn", True, {"layers": [AttentionKind.exact]}),
+        ("one_value_head", True, {"one_value_head": True}),
+        ("emb_dim", 8, {"embedding_dim": 8}),
+        ("weight_tie_embedding", True, {"tie_embeddings": True}),
+        ("fixed_position_emb", True, {"position": Position.sinusoidal}),
+        ("absolute_position_emb", True, {"position": Position.learned, "max_seq_len": 256}),
+        ("axial_position_emb", True, {"position": Position.axial, "axial_shape": [16, 16], "axial_sum": True}),
+        ("attn_chunks", 8, {"position": Position.rotary}),
+        ("reverse_thres", 1024, {}),
+        ("random_rotations_per_head", True, {}),
+    ],
+)
+def test_what_an_option_becomes(option: str, value: object, expected: dict[str, object]) -> None:
+    found = config(**{option: value})
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_options_of_the_stack_alone() -> None:
+    assert config("Reformer", lsh_allow_duplicate_attention=False).count_pairs_once
+    assert not config("Reformer", lsh_attend_across_buckets=False).count_pairs_once
+    shape = config(axial_position_emb=True, axial_position_shape=(8, 32)).axial_shape
+    assert shape == [8, 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Reformer", {"num_mem_kv": 3}, "num_mem_kv=3: no key stands outside all buckets"),
+        ("ReformerLM", {"return_embeddings": True}, "call model.net.encode"),
+        ("ReformerLM", {"ff_activation": torch.nn.SiLU}, "None and nn.GELU are gelu"),
+        ("LSHSelfAttention", {"return_attn": True}, "reformer_dist.inspect_attention"),
+        ("LSHSelfAttention", {"rehash_each_round": False}, "each round has a hash of its own"),
+        ("ReformerLM", {"bucketsize": 3}, "ReformerLM: reformer_pytorch has no option bucketsize"),
+        ("Reformer", {"emb_dim": 3}, "Reformer: reformer_pytorch has no option emb_dim"),
+    ],
+)
+def test_what_is_refused(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(name, **options)

@@ -1,0 +1,152 @@
+"""Norms, narrow embeddings, layer drop, shared values: what each means, and that attention can be looked into."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_helpers import EXACT, LOCAL, LSH, VOCAB, grads_of, random_tokens, shifted, small_model
+
+from reformer_dist import ReformerForSequenceClassification, inspect_attention
+from reformer_dist.config import NeighbourRule, Norm, Position, Recompute
+from reformer_dist.models.norms import ReZero, ScaleNorm
+from reformer_dist.seeds import derive_seed
+
+DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
+
+
+def test_scale_norm() -> None:
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(ScaleNorm(24, 1e-5)(x), 24**0.5 * x / x.norm(dim=-1, keepdim=True))
+    assert ScaleNorm(24, 1e-5).bfloat16()(x).dtype == torch.bfloat16
+
+
+def test_rezero_starts_as_the_identity() -> None:
+    model = small_model(norm=Norm.rezero).eval()
+    with torch.no_grad():
+        embedded = model.embedding(random_tokens(), torch.arange(37))
+        torch.testing.assert_close(model.encode(random_tokens()), model.stack.norm(embedded))
+
+
+@pytest.mark.parametrize("recompute", [Recompute.reversible, Recompute.checkpoint])
+def test_rezero_has_the_gradients_of_plain_autograd(recompute: Recompute) -> None:
+    found = []
+    for each in (Recompute.none, recompute):
+        model = small_model(norm=Norm.rezero, recompute=each, **DROPOUTS)
+        for module in model.modules():
+            if isinstance(module, ReZero):
+                module.weight.data.fill_(0.4)  # at 0, sublayers would have no gradient to compare
+        model(random_tokens(), shifted(random_tokens()), step=0, dropout_seed=1).backward()
+        found.append(grads_of(model))
+    assert len(found[0]) == len(found[1]) == len(list(model.parameters()))
+    largest = max(grad.norm() for grad in found[0].values())
+    for name, expected in found[0].items():
+        error = (found[1][name] - expected).norm()
+        assert expected.norm() > 0 and error <= 1e-5 * (expected.norm() + 0.01 * largest), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("position", list(Position))
+def test_a_narrow_embedding(tie: bool, position: Position) -> None:
+    model = small_model(embedding_dim=10, tie_embeddings=tie, position=position, max_seq_len=40).eval()
+    assert model.embedding.tokens.weight.shape == model.head.weight.shape == (VOCAB, 10)
+    logits, labels = model(random_tokens()), shifted(random_tokens())
+    assert logits.shape == (2, 37, VOCAB)
+    expected = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+    torch.testing.assert_close(model(random_tokens(), labels), expected)
+    assert model.embedding(random_tokens(), torch.arange(37)).std() == pytest.approx(1.4, abs=0.4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [LSH, LOCAL, EXACT], ids=lambda kind: kind.name)
+def test_one_value_head_is_the_same_values_for_all(kind: object) -> None:
+    shared = small_model(layers=[kind], one_value_head=True).eval()
+    own = small_model(layers=[kind]).eval()
+    weights = shared.state_dict()
+    for name, weight in weights.items():
+        if name.endswith("to_v.weight"):
+            assert weight.shape == (8, 24)
+            weights[name] = weight.repeat(3, 1)
+    own.load_state_dict(weights)
+    torch.testing.assert_close(shared(random_tokens()), own(random_tokens()))
+
+
+def test_layer_drop_is_a_function_of_seed_and_layer() -> None:
+    model = small_model(layers=[LOCAL], n_layers=6, layer_drop=0.4)
+    counts: Counter[str] = Counter()
+    for seed in range(40):
+        torch.manual_seed(seed % 3)  # which must not matter
+        model.zero_grad()
+        model(random_tokens(), shifted(random_tokens()), step=seed, dropout_seed=seed).backward()
+        # a layer that was left out has gradients all the same: zeros
+        left_out = [i for i, block in enumerate(model.stack.blocks) if not block.attention.to_v.weight.grad.any()]
+        assert len(grads_of(model)) == len(list(model.parameters()))
+        counts.update(left_out)
+        assert left_out == [i for i in range(6) if _would_leave_out(seed, i, 0.4)]
+    assert len(counts) == 6 and sum(counts.values()) == pytest.approx(0.4 * 240, abs=25)
+
+
+def _would_leave_out(seed: int, layer: int, share: float) -> bool:
+    return derive_seed("dropout", seed, "layer_drop", layer) / 2**63 < share
+
+
+@torch.no_grad()
+def test_layer_drop_is_for_training_alone_and_leaves_streams_alone() -> None:
+    model = small_model(layer_drop=0.5)
+    without = small_model()
+    assert torch.equal(model.eval()(random_tokens()), without.eval()(random_tokens()))
+    for block in model.stack.blocks:
+        block.layer_drop = 1.0
+    embedded = model.embedding(random_tokens(), torch.arange(37))
+    out = model.train().encode(random_tokens(), dropout_seed=1)
+    assert torch.equal(out, model.stack.norm(embedded))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_shown(causal: bool) -> None:
+    model = small_model(layers=[LSH, LOCAL, EXACT], n_layers=3, causal=causal, local_round=True).eval()
+    tokens = random_tokens(2, 50)
+    mask = torch.arange(50) < torch.tensor([[50], [40]])
+    expected = model(tokens, key_padding_mask=mask)
+    views = inspect_attention(model.train(), tokens, key_padding_mask=mask)
+    assert model.training and torch.equal(model.eval()(tokens, key_padding_mask=mask), expected)
+    assert [view.bucket_ids is None for view in views] == [False, True, True]
+    assert views[0].bucket_ids.shape == (2, 3, 3, 50)
+    for view in views:
+        assert view.weights.shape == (2, 3, 50, 50)
+        torch.testing.assert_close(view.weights.sum(dim=-1), torch.ones(2, 3, 50))
+        assert not view.weights[1, :, :40, 40:].any()  # nobody looks at padding
+        if causal:
+            assert not view.weights.triu(1).any()
+    # without a local round, whoever is looked at shares a bucket in some round
+    model = small_model(layers=[LSH], n_layers=1, causal=causal).eval()
+    (view,) = inspect_attention(model, tokens)
+    ids = view.bucket_ids.long()
+    meets = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).any(dim=2)
+    assert not view.weights[~meets].any() and view.weights[meets].any()
+
+
+@torch.no_grad()
+def test_weights_shown_are_those_that_values_are_summed_by() -> None:
+    config = small_model(layers=[LSH], n_layers=1, neighbours=NeighbourRule.chunk).config
+    model = ReformerForSequenceClassification(config, VOCAB, 3).eval()
+    tokens = random_tokens(2, 45)
+    outs = []
+    hook = model.stack.blocks[0].attention.to_out.register_forward_pre_hook(
+        lambda _m, inputs: outs.append(inputs[0])
+    )
+    values = []
+    model.stack.blocks[0].attention.to_v.register_forward_hook(lambda _m, _i, output: values.append(output))
+    (view,) = inspect_attention(model, tokens)
+    hook.remove()
+    v = values[0].view(2, 45, 3, 8).transpose(1, 2)
+    torch.testing.assert_close((view.weights @ v).transpose(1, 2).flatten(2), outs[0])
+
+
+def test_long_texts_are_not_shown() -> None:
+    with pytest.raises(ValueError, match="5000 tokens: attention is shown for up to 4096"):
+        inspect_attention(small_model(position=Position.rotary), torch.zeros(1, 5000, dtype=torch.int64))

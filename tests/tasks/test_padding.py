@@ -1,0 +1,40 @@
+"""A row's loss and answer are its own: neither other rows of its batch nor what fills it up change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from task_data import WORDS, make, write_for, write_pairs
+
+from reformer_dist.data import Corpus
+from reformer_dist.tasks import Rows
+
+CASES = {
+    "completion": ["data.seq_len=128"],
+    "sequence_classification": ["model.causal=false"],
+    "question_answering": ["model.causal=false", "task.stride=8"],
+    "sequence_to_sequence": ["task.max_source_len=64", "model.layers=[lsh,exact]"],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", sorted(CASES))
+def test_losses_of_rows_add_up(kind: str, tmp_path: Path) -> None:
+    write = write_pairs if kind in ("completion", "sequence_to_sequence") else lambda path: write_for(kind, path)
+    corpus = Corpus.open([write(tmp_path / "data")])
+    task = make(kind, tmp_path / "data", *CASES[kind], labels=tuple(WORDS))
+    model = task.build_model().eval()
+    together = list(task.heldout(corpus, Rows(6, 6)))
+    alone = list(task.heldout(corpus, Rows(6, 1)))
+    assert (len(together), len(alone)) == (1, 6)
+    lengths = {batch.tensors["tokens"].shape[1] for batch in alone}
+    assert max(lengths) <= together[0].tensors["tokens"].shape[1]
+    assert len(lengths) > 1 or kind == "question_answering"
+    losses = torch.stack([model(**batch.tensors) for batch in alone])
+    assert torch.allclose(model(**together[0].tensors), losses.sum(), rtol=1e-5)
+    # more rows than there are: what is missing asks for nothing
+    [more] = task.heldout(corpus, Rows(6, 9))
+    assert (more.tensors["labels"][6:] == -100).all()
+    assert torch.allclose(model(**more.tensors), losses.sum(), rtol=1e-5)

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_attention import IMPORT_FAILED, MIB, PEERS
+from bench_attention import IMPORT_FAILED, MIB
 from torch import Tensor
 
 from reformer_dist.commands import SPIN_COUNT
@@ -44,6 +44,7 @@ from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.decoding import DecodingState
 
+PEERS = ("reformer_pytorch", "transformers")
 IMPLEMENTATIONS = ("ours", *PEERS)
 MEASURES = ("seconds", "prefill", "forward", "cache_mib", "difference")
 TOLERANCE = 1e-4

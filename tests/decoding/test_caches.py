@@ -100,6 +100,16 @@ def test_buckets(text: Text, counts_once: bool, scale: float) -> None:
     torch.testing.assert_close(found, expected[:, :, text.n_prompt :], atol=2e-6, rtol=1e-5)
 
 
+def test_places_of_a_ring_that_hold_nobody_are_no_meetings() -> None:
+    """They read as the pool's first place, whose token is in other rings indeed."""
+    text = Text(2, 1, 2, 2, window=50, n_prompt=10, n_more=5, head_dim=4, is_padded=False, seed=0)
+    q, _, v, ids, _ = text.draw()
+    options = AttentionOptions(WindowRule(text.window, causal=True), 2, 1.0, count_pairs_once=True)
+    found = through_buckets(text, options, q, v, ids, None)
+    expected = reference_attention(q, shared_keys(q), v, ids, options.rule, scale=1.0, count_pairs_once=True)
+    torch.testing.assert_close(found, expected[:, :, text.n_prompt :], atol=2e-6, rtol=1e-5)
+
+
 @given(text=TEXTS)
 def test_a_window(text: Text) -> None:
     q, k, v, _, mask = text.draw()

@@ -31,8 +31,8 @@ WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
     "n_local_attn_heads": (0, "heads of one layer are alike here; local attention has layers of its own"),
     "num_mem_kv": (0, "no layer here has keys that stand for no token"),
     "pkm_layers": ([], "no layer here looks up a product-key memory"),
-    "use_scale_norm": (False, "layers here have a layer norm"),
-    "use_rezero": (False, "layers here have a layer norm, and no gate"),
+    "use_scale_norm": (False, "a converted layer has a layer norm; a new model has model.norm=scale"),
+    "use_rezero": (False, "a converted layer has a layer norm; a new model has model.norm=rezero"),
     "ff_activation": (None, "a class can't be named in JSON; leave it out, for GELU"),
     "return_embeddings": (False, "a model without a head can't be used here"),
 }

@@ -82,7 +82,8 @@ def run_block(block: Block, folder: Path) -> None:
         if name_of(command) in NOT_RUN:
             continue
         if block.language == "python":
-            (folder / "example.py").write_text(command)
+            with (folder / "example.py").open("a") as program:  # it goes on from those above it on the page
+                program.write(command)
             run("python example.py", folder)
             continue
         said = run(command, folder)

@@ -25,6 +25,7 @@ NOT_RUN = {
     "tensorboard --logdir outputs": "serves until it is stopped",
     "python tools/bench_attention.py": SMALL + "tests/models/test_bench_tools.py",
     "python tools/bench_step.py --impl ours reformer_pytorch": SMALL + "tests/models/test_bench_tools.py",
+    "python tools/bench_decode.py": SMALL + "tests/models/test_bench_tools.py",
     "python tools/bench_memory.py": SMALL + "tests/models/test_bench_tools.py",
     "python tools/bench_exchange.py": SMALL + "tests/parallel/test_exchange_bench.py",
     "python tools/bench_sequence_memory.py": SMALL + "tests/parallel/test_exchange_bench.py",

@@ -27,6 +27,11 @@ MOST_SAMPLE_BYTES = 1 << 30
 """No sample is larger: whoever records one would have every rank allocate it."""
 
 
+def learned_dtype(vocab_size: int) -> str:
+    """Type that stores the ids of a vocabulary that was learned."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One tar file as dataset.json records it."""

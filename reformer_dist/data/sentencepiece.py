@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.layout import file_sha256
+from reformer_dist.data.layout import file_sha256, learned_dtype
 from reformer_dist.errors import DataError
 
 FILE = "spiece.model"
@@ -38,7 +38,7 @@ class SentencePieceTokenizer:
 
     @property
     def dtype(self) -> str:
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        return learned_dtype(self.vocab_size)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:

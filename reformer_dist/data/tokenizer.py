@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.layout import TOKENIZER_FILE, file_sha256, require_count, require_plain_name
+from reformer_dist.data.layout import TOKENIZER_FILE, file_sha256, learned_dtype, require_count, require_plain_name
 from reformer_dist.data.sentencepiece import SentencePieceTokenizer
 from reformer_dist.errors import DataError
 
@@ -140,7 +140,7 @@ class BpeTokenizer:
 
     @property
     def dtype(self) -> str:
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        return learned_dtype(self.vocab_size)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:

@@ -5,7 +5,6 @@ Each maps [B, S, dim] to [B, S, dim] and knows heads and projections; the mathem
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -20,6 +19,7 @@ from reformer_dist.ops.lsh import (
     Rule,
     WindowRule,
 )
+from reformer_dist.ops.lsh.hashing import one_bucket
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -163,8 +163,7 @@ class LocalSelfAttention(SelfAttention):
             first_row=context.places.first_row,
             implementation=self.config.attention_implementation.name,
         )
-        one_bucket = torch.zeros(1, dtype=torch.uint8, device=q.device).expand(*q.shape[:2], 1, q.shape[2])
-        return self._over_sequence(q, k, v, one_bucket, options, context, layer, memo)
+        return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, memo)
 
     def _rule(self) -> Rule:
         config = self.config

@@ -62,8 +62,8 @@ class QuestionAnswering(SampleTask):
         labels = [first + shift, last + shift] if window in with_answer else [none, none]
         return {**_tensors(window), "labels": np.array(labels)}
 
-    def blank(self) -> Sample:
-        return Sample("", (np.zeros(0, np.int64),) * 2, {"answers": [[0, ""]]})
+    def blank_facts(self) -> dict[str, Any]:
+        return {"answers": [[0, ""]]}
 
     def predict(self, outputs: Any) -> Tensor:
         first, last = outputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import nn
 
@@ -41,5 +43,5 @@ class SequenceClassification(SampleTask):
         mask = np.ones(len(tokens), dtype=bool)
         return {"tokens": tokens, "key_padding_mask": mask, "labels": np.array(label)}
 
-    def blank(self) -> Sample:
-        return Sample("", (np.zeros(0, np.int64),), {"label": self.labels[0]})
+    def blank_facts(self) -> dict[str, Any]:
+        return {"label": self.labels[0]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +27,6 @@ class Completion(SampleTask):
         given = row_of(eos, prompt, eos)[-(seq_len - len(asked) + 1) :]
         labels = row_of([IGNORED_LABEL] * (len(given) - 1), asked)
         return {"tokens": row_of(given, asked[:-1]), "labels": labels}
-
-    def blank(self) -> Sample:
-        return Sample("", (np.zeros(0, np.int64),) * 2)
 
     @property
     def token_bytes(self) -> Tensor | None:

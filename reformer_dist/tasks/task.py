@@ -123,9 +123,13 @@ class SampleTask(Task):
     @abstractmethod
     def example(self, sample: Sample, visit: Visit) -> Example: ...
 
-    @abstractmethod
     def blank(self) -> Sample:
         """A sample of which nothing is asked, where there are no more rows."""
+        return Sample("", (np.zeros(0, np.int64),) * len(self.needs), self.blank_facts())
+
+    def blank_facts(self) -> dict[str, Any]:
+        """What such a sample says beside its fields."""
+        return {}
 
     def check(self, corpus: Corpus) -> None:
         for dataset in corpus.datasets:

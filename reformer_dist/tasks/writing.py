@@ -40,9 +40,6 @@ class SequenceToSequence(SampleTask):
             "labels": target[1:],
         }
 
-    def blank(self) -> Sample:
-        return Sample("", (np.zeros(0, np.int64),) * 2)
-
     @torch.no_grad()
     def measure(self, model: nn.Module, corpus: Corpus, rows: Rows, gather: Gather) -> list[str]:
         written: list[tuple[str, str, str]] = []

@@ -56,7 +56,9 @@ def test_expectation_of_attention_dropout_is_attention() -> None:
     ids = torch.zeros(1, 2, 1, 40, dtype=torch.uint8)
 
     def attend(dropout: float, seed: int) -> Tensor:
-        return bucket_attention(q, k, v, ids, AttentionOptions(WindowRule(8, True), 1, 1.0, False, dropout, seed))
+        return bucket_attention(
+            q, k, v, ids, AttentionOptions(WindowRule(8, True), 1, 1.0, dropout=dropout, dropout_seed=seed)
+        )
 
     mean = torch.stack([attend(0.3, seed) for seed in range(600)]).mean(0)
     torch.testing.assert_close(mean, attend(0.0, 0), atol=0.2, rtol=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reformer_dist.ops.counter_dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.cross_tiles import tiled_cross_attention
+from reformer_dist.ops.lsh.hashing import one_bucket
 from reformer_dist.ops.lsh.reference import reference_cross_attention
 from reformer_dist.ops.lsh.rules import CrossOptions
 
@@ -55,7 +56,7 @@ def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, option
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
     if query_ids is None or key_ids is None:
-        query_ids, key_ids = _one_bucket(q), _one_bucket(k)
+        query_ids, key_ids = one_bucket(q), one_bucket(k)
     if options.is_reference:
         return reference_cross_attention(
             q,
@@ -72,11 +73,6 @@ def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, option
         )
     attend = _dense if q.shape[2] * k.shape[2] <= DENSE_PAIRS else tiled_cross_attention
     return attend(q, k, v, query_ids, key_ids, options, key_padding_mask)
-
-
-def _one_bucket(x: Tensor) -> Tensor:
-    """Ids [B, H, 1, S] of x [B, H, S, D]: one round, one bucket."""
-    return torch.zeros(1, dtype=torch.uint8, device=x.device).expand(*x.shape[:2], 1, x.shape[2])
 
 
 def _dense(

@@ -52,55 +52,45 @@ class ChunkRule:
 Rule = WindowRule | ChunkRule
 
 
+@dataclass(frozen=True, kw_only=True)
+class DropoutOptions:
+    """Dropout of attention's weights: its masks are functions of row, head, round and positions."""
+
+    dropout: float = 0.0
+    dropout_seed: int = 0
+    first_row: int = 0
+    """Number of the first batch row in its step."""
+    first_head: int = 0
+    """Number of the first head at hand among the layer's n_heads."""
+    n_heads: int | None = None
+    """Of the layer; None where all of them are at hand."""
+
+    def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
+        """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
+        row = torch.arange(batch, device=device).unsqueeze(1) + self.first_row
+        head = torch.arange(n_heads, device=device) + self.first_head
+        return (row * (self.n_heads or n_heads) + head).flatten()
+
+
 @dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(DropoutOptions):
     """What stays fixed over the heads and rounds of one call."""
 
     rule: Rule
     n_buckets: int
     scale: float
     count_pairs_once: bool = False
-    dropout: float = 0.0
-    dropout_seed: int = 0
-    first_row: int = 0
-    """Number of the first batch row in its step: dropout masks are functions of row, head and positions."""
-    first_head: int = 0
-    """Number of the first head at hand among the layer's n_heads."""
-    n_heads: int | None = None
-    """Of the layer; None where all of them are at hand."""
     implementation: str = "auto"
     """auto, reference, torch or triton: see `ops.lsh.implementation`."""
 
-    def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
-        """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
-        return number_units(self, batch, n_heads, device)
-
 
 @dataclass(frozen=True)
-class CrossOptions:
+class CrossOptions(DropoutOptions):
     """The same for attention to another sequence, whose rule is that a query sees every key of its bucket."""
 
     n_buckets: int
     """1 and one round: exact attention."""
     scale: float
     count_pairs_once: bool = False
-    dropout: float = 0.0
-    dropout_seed: int = 0
-    first_row: int = 0
-    first_head: int = 0
-    n_heads: int | None = None
     is_reference: bool = False
     """Run the oracle."""
-
-    def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
-        """As those of `AttentionOptions`."""
-        return number_units(self, batch, n_heads, device)
-
-
-def number_units(
-    options: AttentionOptions | CrossOptions, batch: int, n_heads: int, device: torch.device
-) -> Tensor:
-    """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
-    row = torch.arange(batch, device=device).unsqueeze(1) + options.first_row
-    head = torch.arange(n_heads, device=device) + options.first_head
-    return (row * (options.n_heads or n_heads) + head).flatten()

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from support.launch import run_ranks
+from support.plain_adamw import train_plainly
 from support.weights import assert_same, read_all
 from torch import Tensor
 from zero_setup import (
@@ -32,7 +32,6 @@ from zero_setup import (
 )
 
 from reformer_dist.checkpoint.files import step_folder
-from reformer_dist.engine.optim import build_optimizer
 
 WORLDS = (1, 2)
 ALL = [(world, case) for world in WORLDS for case in (*PROVED[world], *TRAINED[world])]
@@ -75,24 +74,16 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Job]:
 def without_deepspeed(case: Case, world: int) -> tuple[Outcome, dict[str, Tensor]]:
     """Losses, norms and final weights of one process that stores all activations and knows no ZeRO."""
     case = replace(case, stage=0, offload=False, precision="fp32", recompute="none")
-    model, outcome = case.model(), Outcome()
-    config = case.config().optim
-    optimizer = build_optimizer(model, config)
-    for step in range(STEPS):
-        total = 0.0
-        for inputs, labels, seeds in _all_micro_batches(step, world):
-            loss = model(inputs, labels, **seeds)
-            (loss / VALID).backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step]
-        optimizer.step()
-        optimizer.zero_grad()
-        outcome.losses.append(total / VALID)
-        outcome.norms.append(norm.item())
+    model = case.model()
+
+    def sums(step: int) -> Iterator[Tensor]:
+        return (model(inputs, labels, **seeds) for inputs, labels, seeds in _all_micro_batches(step, world))
+
+    losses, norms = train_plainly(
+        model, case.config().optim, LEARNING_RATES[:STEPS], lambda step: (VALID, sums(step))
+    )
     weights = {name: p.detach().flatten() for name, p in model.named_parameters() if p.requires_grad}
-    return outcome, weights
+    return Outcome(losses, norms), weights
 
 
 def _all_micro_batches(step: int, world: int) -> Iterator[tuple[Tensor, Tensor, dict[str, int]]]:

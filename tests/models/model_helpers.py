@@ -59,6 +59,16 @@ def grads_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_grads_agree(model: torch.nn.Module, plain: torch.nn.Module, tolerance: float) -> None:
+    found, expected = grads_of(model), grads_of(plain)
+    assert found.keys() == expected.keys() and found
+    # what is zero but for rounding has no relative error of its own
+    largest = max(grad.norm().item() for grad in expected.values())
+    for name in expected:
+        error = (found[name] - expected[name]).norm().item()
+        assert error <= tolerance * (expected[name].norm().item() + 0.01 * largest), f"{name} is off by {error}"
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 

@@ -11,6 +11,7 @@ from model_helpers import (
     EXACT,
     LOCAL,
     LSH,
+    assert_grads_agree,
     grads_of,
     random_tokens,
     relative_error,
@@ -72,16 +73,6 @@ def run(model: ReformerLM, tokens: Tensor, **options: Any) -> Tensor:
     loss = model(tokens, shifted(tokens), step=3, dropout_seed=5, **options)
     loss.backward()
     return loss.detach()
-
-
-def assert_grads_agree(model: ReformerLM, plain: ReformerLM, tolerance: float) -> None:
-    found, expected = grads_of(model), grads_of(plain)
-    assert found.keys() == expected.keys() and found
-    # what is zero but for rounding has no relative error of its own
-    largest = max(grad.norm().item() for grad in expected.values())
-    for name in expected:
-        error = (found[name] - expected[name]).norm().item()
-        assert error <= tolerance * (expected[name].norm().item() + 0.01 * largest), f"{name} is off by {error}"
 
 
 @pytest.mark.parametrize("changed", CHANGES, ids=str)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
 from support.launch import run_ranks
+from support.plain_adamw import train_plainly
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.config import ParallelConfig
-from reformer_dist.engine.optim import build_optimizer
 from reformer_dist.errors import ConfigError
 
 ALL = [pytest.param(world, case, id=f"{world}-{case.name}") for world in CASES for case in CASES[world]]
@@ -39,23 +38,17 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @cache
 def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, norms and final weights of plain AdamW that stores activations, in other micro-batches."""
-    model, config = case.model(), case.config().optim
-    optimizer = build_optimizer(model, config)
-    losses, norms = [], []
-    for step in range(STEPS):
+    model = case.model()
+
+    def micro_batches(step: int) -> tuple[float, Iterator[Tensor]]:
         batch = rows(step)
-        valid, total = float((batch["labels"] != IGNORED).sum()), 0.0
-        for first in range(0, len(batch["labels"]), 2 * MICRO):
-            micro = {name: tensor[first : first + 2 * MICRO] for name, tensor in batch.items()}
-            loss = model(**micro, step=step, dropout_seed=step, first_row=first)
-            (loss / valid).backward()
-            total += loss.item()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total / valid)
+        starts = range(0, len(batch["labels"]), 2 * MICRO)
+        pieces = ((first, {name: x[first : first + 2 * MICRO] for name, x in batch.items()}) for first in starts)
+        given = {"step": step, "dropout_seed": step}
+        sums = (model(**micro, first_row=first, **given) for first, micro in pieces)
+        return float((batch["labels"] != IGNORED).sum()), sums
+
+    losses, norms = train_plainly(model, case.config().optim, LEARNING_RATES, micro_batches)
     return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

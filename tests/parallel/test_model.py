@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, SLOW, STEPS, Case, rows
 from support.launch import run_ranks
+from support.plain_adamw import train_plainly
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
-from reformer_dist.engine.optim import build_optimizer
 
 ALL = [
     pytest.param(name, case, marks=[pytest.mark.slow] if name in SLOW else [], id=f"{name}-{case.name}")
@@ -42,24 +41,16 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, norms and final weights of plain AdamW on whole sequences, in micro-batches of another size."""
     model = case.model()
-    config = case.config().optim
-    optimizer = build_optimizer(model, config)
-    losses, norms = [], []
-    for step in range(STEPS):
+
+    def micro_batches(step: int) -> tuple[float, Iterator[Tensor]]:
         inputs, labels = rows(step, case.seq_len)
-        valid = float((labels != IGNORED).sum())
-        total = 0.0
-        for first in range(0, len(inputs), 2 * MICRO):
-            micro = slice(first, first + 2 * MICRO)
-            loss = model(inputs[micro], labels[micro], step=step, dropout_seed=step, first_row=first)
-            (loss / valid).backward()
-            total += loss.item()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total / valid)
+        starts = range(0, len(inputs), 2 * MICRO)
+        pieces = ((first, slice(first, first + 2 * MICRO)) for first in starts)
+        given = {"step": step, "dropout_seed": step}
+        sums = (model(inputs[its], labels[its], first_row=first, **given) for first, its in pieces)
+        return float((labels != IGNORED).sum()), sums
+
+    losses, norms = train_plainly(model, case.config().optim, LEARNING_RATES, micro_batches)
     return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

@@ -224,10 +224,16 @@ class _Thread:
     def next_rows(self) -> dict[int, _StreamRow]:
         if self._thread.ident is None:
             self._thread.start()
-        found = self._ready.get()
+        found = self._next()
         if isinstance(found, BaseException):
             raise found
         return found
+
+    def _next(self) -> dict[int, _StreamRow] | BaseException:
+        while not self._is_stopped.is_set():  # or else nobody puts any more
+            with suppress(queue.Empty):
+                return self._ready.get(timeout=WAIT)
+        return RuntimeError("the loader is closed")
 
     def stop(self) -> None:
         self._is_stopped.set()

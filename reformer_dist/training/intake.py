@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,8 +126,6 @@ class Intake:
         """report: told on rank 0 of the samples that any rank found damaged."""
         self._runtime, self._sequence, self._batches, self._report = runtime, sequence, batches, report
         self._stop = stop or StopSignal()
-        # a thread may wait for a data source that never answers, while the main one can be told to stop
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="intake")
 
     @property
     def n_damaged(self) -> int:
@@ -140,7 +139,7 @@ class Intake:
         """
         batch, micro_batches, error = None, [], None
         try:
-            batch = self._wait_for(self._reader.submit(next, self._batches))
+            batch = self._wait_for(_in_background(lambda: next(self._batches)))
             if batch is not None:
                 micro_batches = [MicroBatch.of(rows, self._sequence) for rows in batch.micro_batches]
         except (DataError, OSError) as caught:
@@ -178,3 +177,17 @@ class Intake:
             if wait([coming], timeout=LOOK_UP).done:
                 return coming.result()
         return None
+
+
+def _in_background(read: Callable[[], StepBatch]) -> Future[StepBatch]:
+    """By a thread that may wait for a source which never answers, and then does not keep the process from ending."""
+    coming: Future[StepBatch] = Future()
+
+    def run() -> None:
+        try:
+            coming.set_result(read())
+        except BaseException as error:
+            coming.set_exception(error)
+
+    threading.Thread(target=run, name="intake", daemon=True).start()
+    return coming

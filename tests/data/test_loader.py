@@ -185,6 +185,28 @@ def test_close_stops_the_threads(dataset: Dataset, workers: int) -> None:
     loader.close()
 
 
+def test_close_wakes_who_waits(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may be waited for by another thread than the one that closes, which must not be left behind."""
+    answer = threading.Event()
+    monkeypatch.setattr(loader_module._Reader, "next_rows", lambda self: answer.wait(30))
+    loader = open_loader(dataset, workers=1)
+    errors: list[BaseException] = []
+
+    def wait_for_a_step() -> None:
+        try:
+            next(loader)
+        except RuntimeError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait_for_a_step, daemon=True)
+    waiting.start()
+    time.sleep(0.2)
+    threading.Timer(0.5, answer.set).start()
+    loader.close()
+    waiting.join(10)
+    assert [str(error) for error in errors] == ["the loader is closed"]
+
+
 def test_an_interrupt_closes_the_loader(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     before = threading.active_count()
     loader = open_loader(dataset, workers=2)

@@ -75,6 +75,8 @@ def test_a_source_that_never_answers_is_not_waited_for(job: Runtime) -> None:
         stop.wait_for_steps()
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         Intake(job, None, Silent(), stop=stop).next_rows()  # type: ignore[arg-type]
+    waiting = [thread for thread in threading.enumerate() if thread.name == "intake"]
+    assert waiting and all(thread.daemon for thread in waiting)  # so that the process can end
     stopped.set()
 
 

@@ -14,9 +14,9 @@ from reformer_dist.ops.lsh.kernels.forward import attend_round
 from reformer_dist.ops.lsh.kernels.hashing import _hash
 from reformer_dist.ops.lsh.kernels.tiles import Constants
 
-INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "numbers_ptr"}
-SINGLE = {"lse_ptr", "delta_ptr", "o_ptr", "top_ptr", "weight_ptr", "sum_q_ptr", "sum_k_ptr", "sum_v_ptr"}
-TUPLES = {"draw": ("i32", "i32", "fp32"), "factors": ("i32", "i32")}
+INTEGERS = {"order_ptr", "table_ptr", "codes_ptr"}
+SINGLE = {"lse_ptr", "delta_ptr"}
+TUPLES = {"draw": ("i32", "i32", "fp32", "i32", "i32", "i32"), "factors": ("i32", "i32")}
 
 
 def argument_type(name: str, dtype: str):
@@ -27,7 +27,9 @@ def argument_type(name: str, dtype: str):
     if name.endswith("_ptr"):
         if name in INTEGERS:
             return "*i32"
-        return {"rotations_ptr": "*fp32", "ids_ptr": "*u8"}.get(name, "*fp32" if name in SINGLE else f"*{dtype}")
+        return {"rotations_ptr": f"*{dtype}", "ids_ptr": "*u8"}.get(
+            name, "*fp32" if name in SINGLE else f"*{dtype}"
+        )
     return "fp32" if name.endswith("scale") else "i32"
 
 
@@ -45,10 +47,11 @@ def main() -> None:
     for dtype, block, head_dim, options in (("bf16", 64, 64, window), ("fp32", 16, 80, wrapped)):
         constants = Constants.of(options, block, head_dim, 4, shared=dtype == "bf16")
         for kernel in (attend_round, attend_round_backward):
-            compile_one(kernel, dtype, {"FIRST": False, "LAST": True, "C": constants}, 4 if dtype == "bf16" else 8)
+            compile_one(kernel, dtype, {"C": constants}, 4 if dtype == "bf16" else 8)
     sizes = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
-    for rotates in (True, False):
-        compile_one(_hash, "bf16", {**sizes, "ROTATES": rotates}, 4)
+    for rotates, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
+        parts = 3 if dtype == "bf16" else 1
+        compile_one(_hash, dtype, {**sizes, "N_PARTS": parts, "ROTATES": rotates}, 4)
 
 
 if __name__ == "__main__":

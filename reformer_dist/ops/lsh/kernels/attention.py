@@ -1,27 +1,27 @@
 """LSH and local attention of whole sequences by the kernels, forward and backward. The host never waits.
 
-Rounds go one after another, each a launch over all tiles of a group of units. Between forward and backward the
-same is kept as in plain PyTorch: inputs, output, lse and bucket ids; the order is sorted again.
+All rounds of a group of units are one launch, and another puts them together. Between forward and backward inputs,
+output and lse are kept, and the order: 4 bytes for each token, head and round, and its tiles. Reversible layers
+keep none of it, since they run their forward again before each backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.ops.lsh.kernels.launch import Gradients, Softmax, Units
-from reformer_dist.ops.lsh.kernels.rowwise import normalised, row_products
+from reformer_dist.ops.lsh.kernels.launch import Units
+from reformer_dist.ops.lsh.kernels.rowwise import row_products
 from reformer_dist.ops.lsh.kernels.tiles import largest_block, tile_units
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
 
-# Tokens whose float32 sums exist at a time.
-GROUP_TOKENS = 2**20
-# Units lie along the second dimension of a grid, which is shorter than the first.
+# Tokens, counted in each round, whose parts exist at a time.
+GROUP_TOKENS = 2**22
+# Units lie along the third dimension of a grid, which is shorter than the first.
 MOST_UNITS = 2**15
 
 
@@ -51,36 +51,25 @@ class _KernelAttention(torch.autograd.Function):
     ) -> Tensor:
         q, v = _with_whole_rows(q), _with_whole_rows(v)
         k = None if k is None else _with_whole_rows(k)
-        keys = normalised(q) if k is None else k
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-        for units in _groups(v, bucket_ids, options, key_padding_mask):
-            softmax = Softmax.empty(units.size if units.n_rounds > 1 else 0, v)
-            for round_ in range(units.n_rounds):
-                result = (out, lse) if round_ == units.n_rounds - 1 else None
-                units.attend(round_, q, keys, v, softmax, is_first=round_ == 0, result=result)
-        ctx.save_for_backward(q, k, v, bucket_ids, out, lse, key_padding_mask)
-        ctx.options = options
+        groups = _groups(v, bucket_ids, options, key_padding_mask)
+        for units in groups:
+            units.attend(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.groups = groups
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bucket_ids, out, lse, key_padding_mask = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         d_out = _with_whole_rows(grads[0])
         delta = row_products(d_out, out)
-        keys = normalised(q) if k is None else k
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         dk = None if k is None else torch.empty_like(k)
-        for units in _groups(v, bucket_ids, ctx.options, key_padding_mask):
-            shape = (units.size if units.n_rounds > 1 else 0, *v.shape[2:])
-            sums = [torch.empty(shape, dtype=torch.float32, device=v.device) for _ in range(2 if k is None else 3)]
-            gradients = Gradients(sums[0], None if k is None else sums[2], sums[1])
-            for round_ in range(units.n_rounds):
-                result = (dq, dk, dv) if round_ == units.n_rounds - 1 else None
-                units.attend_backward(
-                    round_, (q, keys, v, d_out), lse, delta, gradients, is_first=round_ == 0, result=result
-                )
+        for units in ctx.groups:
+            units.attend_backward((q, k, v, d_out), lse, delta, (dq, dk, dv))
         return dq, dk, dv, None, None, None
 
 
@@ -91,16 +80,13 @@ def _with_whole_rows(x: Tensor) -> Tensor:
 
 def _groups(
     v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
-) -> Iterator[Units]:
-    batch, n_heads, _, seq_len = bucket_ids.shape
-    numbers = options.unit_numbers(batch, n_heads, bucket_ids.device).to(torch.int32)
+) -> list[Units]:
+    n_rounds, seq_len = bucket_ids.shape[2:]
+    has_padding = key_padding_mask is not None
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
-    size = min(MOST_UNITS, max(1, GROUP_TOKENS // seq_len))
-    for first in range(0, buckets.shape[0], size):
-        tiles = tile_units(
-            buckets[first : first + size],
-            options,
-            largest=largest_block(v.shape[3], v.dtype),
-            has_padding=key_padding_mask is not None,
-        )
-        yield Units(options, tiles, first, numbers[first : first + size])
+    size = min(MOST_UNITS, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
+    largest = largest_block(v.shape[3], v.dtype)
+    return [
+        Units(options, tile_units(part, options, largest=largest, has_padding=has_padding), number * size)
+        for number, part in enumerate(buckets.split(size))
+    ]

@@ -1,9 +1,12 @@
 """Backward: one round's gradients of the rows of a tile, as keys and as queries.
 
 With the output and the logsumexp of the whole softmax, probabilities are exp(s - lse) and no state of rounds is
-needed. A program takes the C.block rows of one tile twice: as keys with the queries that see them (dk, dv), then
-as queries with the keys that they see (dq). So every gradient is the sum of one program, in one order: nothing
-is added atomically, and two runs agree to the last bit.
+needed. A program takes the C.block rows of one tile with each other, as keys with the other queries that see them,
+and as queries with the other keys that they see. So every gradient is the sum of one program, in one order:
+nothing is added atomically, and two runs agree to the last bit.
+
+With `ds` the gradient of scores, a pair's weight in both sums, that of its key and that of its query, is ds times
+the key's factor (`pairs.score_factors`).
 """
 
 from __future__ import annotations
@@ -12,158 +15,141 @@ import triton
 import triton.language as tl
 
 from reformer_dist.ops.lsh.kernels.pairs import (
+    LN_2,
+    LOG2_E,
+    blocks_of_keys,
+    blocks_of_queries,
     dropout_factors,
     gather,
-    keys_in_sight,
-    masked,
+    key_places,
+    meetings,
+    meets,
+    number_in_step,
     of_unit,
+    other_rows,
     product,
-    queries_in_sight,
-    rows_at,
-    scatter,
+    query_places,
+    score_factors,
+    tile_at,
     unwrapped,
+    write,
 )
 
 
-@triton.jit(do_not_specialize=["first_unit", "round_", "n_tiles"])
+@triton.jit(do_not_specialize=["first_unit", "n_tiles"])
 def attend_round_backward(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
-    dq_ptr, dk_ptr, dv_ptr, sum_q_ptr, sum_k_ptr, sum_v_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
-    order_ptr, table_ptr, codes_ptr, numbers_ptr,
-    first_unit, n_heads, seq_len, n_tiles, round_, scale, score_scale, draw,
-    FIRST: tl.constexpr, LAST: tl.constexpr, C: tl.constexpr,
+    order_ptr, table_ptr, codes_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dq, dk, dv [U, S, D] float32 get what this round adds; the LAST time the result goes to dq, dk, dv.
+    """Of one round it makes dq, dk, dv [B, H, S, D]; of several, those [U, R, S, D] of each round.
 
     With shared keys (C.shared) dk is led on to q = |q| k at once, and dq is the gradient of q as a whole.
     """
     BLOCK: tl.constexpr = C.block
-    unit = tl.program_id(1)
-    table_ptr += ((unit * C.n_rounds + round_) * n_tiles + tl.program_id(0)) * 5
-    query_begin, query_end = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
-    first, begin, end = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
-    if (query_begin == query_end) & (begin == end):
+    BLOCK_D: tl.constexpr = C.block_d
+    round_, unit = tl.program_id(1), tl.program_id(2)
+    first, begin, key_end, end = tile_at(table_ptr, unit, round_, n_tiles, C)
+    if begin == end:
         return
-    start_row = unit.to(tl.int64) * seq_len
-    order_ptr += start_row * C.n_rounds
-    codes_ptr += start_row * C.n_rounds
-    lse_ptr += first_unit.to(tl.int64) * seq_len + start_row
-    delta_ptr += first_unit.to(tl.int64) * seq_len + start_row
+    start_row = unit.to(tl.int64) * C.n_rounds * seq_len
+    order_ptr += start_row
+    codes_ptr += start_row
+    lse_ptr += (first_unit + unit).to(tl.int64) * seq_len
+    delta_ptr += (first_unit + unit).to(tl.int64) * seq_len
     q_ptr = of_unit(q_ptr, q_strides, first_unit + unit, n_heads)
     k_ptr = of_unit(k_ptr, k_strides, first_unit + unit, n_heads)
     v_ptr = of_unit(v_ptr, v_strides, first_unit + unit, n_heads)
     d_out_ptr = of_unit(d_out_ptr, d_out_strides, first_unit + unit, n_heads)
-    rows = (q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr)
-    row_strides = (q_strides[2], k_strides[2], v_strides[2], d_out_strides[2])
+    number = number_in_step(first_unit + unit, n_heads, draw)
 
     place = first + tl.arange(0, BLOCK)
-    is_key = (place >= begin) & (place < end)
-    is_query = (place >= query_begin) & (place < query_end)
-    row = tl.load(order_ptr + round_ * seq_len + place, mask=is_key | is_query, other=0)
-    first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
-    of_order = (order_ptr, codes_ptr, seq_len, begin, end, query_begin, query_end, round_, unit)
-    dk, dv = of_keys(rows, row_strides, of_order, first, place, row, is_key, score_scale, numbers_ptr, draw, C)
-    dq = of_queries(rows, row_strides, of_order, first, place, row, is_query, score_scale, numbers_ptr, draw, C)
-    dk, dq = dk * scale, dq * scale
+    is_query, is_key = place < end, place < key_end
+    row = tl.load(order_ptr + round_ * seq_len + place, mask=is_query, other=0)
+    own_round = place * 0 + round_
+    q = gather(q_ptr, row, q_strides[2], is_query, C)
+    k = q if C.shared else gather(k_ptr, row, k_strides[2], is_key, C)
+    v = gather(v_ptr, row, v_strides[2], is_key, C)
+    d_out = gather(d_out_ptr, row, d_out_strides[2], is_query, C)
+    lse, delta = of_queries(lse_ptr, delta_ptr, row, is_query)
 
-    is_row = is_key | is_query
-    if LAST:  # who met nobody has o = v
+    first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
+    keys = (k, v, key_places(place, is_key), row)
+    queries = (q, d_out, lse, delta, query_places(place, is_query), row, own_round)
+    pairs = (begin, codes_ptr, seq_len, number, scale, draw)
+    p, ds = of_pairs(keys, queries, pairs, C)
+    dv = product(p, d_out, C)
+    dk = product(ds, q, C)
+    before, others = blocks_of_queries(first, begin, key_end, C)
+    for i in range(others):
+        place, other_row, is_other, of_round = other_rows(
+            i, before, first, order_ptr, begin, end, round_, seq_len, C
+        )
+        other_q = gather(q_ptr, other_row, q_strides[2], is_other, C)
+        other_d_out = gather(d_out_ptr, other_row, d_out_strides[2], is_other, C)
+        lse, delta = of_queries(lse_ptr, delta_ptr, other_row, is_other)
+        other_queries = (other_q, other_d_out, lse, delta, query_places(place, is_other), other_row, of_round)
+        p, other_ds = of_pairs(keys, other_queries, pairs, C)
+        dv += product(p, other_d_out, C)
+        dk += product(other_ds, other_q, C)
+
+    if C.n_rounds == 1:  # who met nobody has o = v
         alone = is_query & (tl.load(lse_ptr + row, mask=is_query, other=0.0) == float("inf"))
         dv += gather(d_out_ptr, row, d_out_strides[2], alone, C).to(tl.float32)
+    write(dv, dv_ptr, dv_strides, first_unit, row, is_query, n_heads, seq_len, C)
     if C.shared:
-        q = gather(q_ptr, row, q_strides[2], is_row, C).to(tl.float32)
-        norm = tl.maximum(tl.sqrt(tl.sum(q * q, 1)), 1e-12)[:, None]
-        key = q / norm
-        dq += (dk - key * tl.sum(key * dk, 1)[:, None]) / norm
+        dq = across(dk, q)
     else:
-        dk_ptr = of_unit(dk_ptr, dk_strides, first_unit + unit, n_heads)
-        add(dk, sum_k_ptr + start_row * C.head_dim, dk_ptr, dk_strides[2], row, is_row, FIRST, LAST, C)
-    dq_ptr = of_unit(dq_ptr, dq_strides, first_unit + unit, n_heads)
-    add(dq, sum_q_ptr + start_row * C.head_dim, dq_ptr, dq_strides[2], row, is_row, FIRST, LAST, C)
-    dv_ptr = of_unit(dv_ptr, dv_strides, first_unit + unit, n_heads)
-    add(dv, sum_v_ptr + start_row * C.head_dim, dv_ptr, dv_strides[2], row, is_row, FIRST, LAST, C)
+        write(dk * LN_2, dk_ptr, dk_strides, first_unit, row, is_query, n_heads, seq_len, C)
+        dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+
+    dq += product(tl.trans(ds), k, C)
+    before, others = blocks_of_keys(first, begin, key_end, C)
+    for i in range(others):
+        place, other_row, is_other, _ = other_rows(i, before, first, order_ptr, begin, key_end, round_, seq_len, C)
+        other_k = gather(k_ptr, other_row, k_strides[2], is_other, C)
+        other_v = gather(v_ptr, other_row, v_strides[2], is_other, C)
+        other_keys = (other_k, other_v, key_places(place, is_other), other_row)
+        _, other_ds = of_pairs(other_keys, queries, pairs, C)
+        dq += product(tl.trans(other_ds), other_k, C)
+    write(dq * LN_2, dq_ptr, dq_strides, first_unit, row, is_query, n_heads, seq_len, C)
 
 
 @triton.jit
-def of_keys(
-    rows, row_strides, of_order, first, place, row, is_key, score_scale, numbers_ptr, draw, C: tl.constexpr
-):
-    """dk / scale and dv of a tile's rows, from the queries that see them. Blocks are [keys, queries]."""
-    BLOCK: tl.constexpr = C.block
-    BLOCK_D: tl.constexpr = C.block_d
-    order_ptr, codes_ptr, seq_len, begin = of_order[0], of_order[1], of_order[2], of_order[3]
-    query_begin, query_end, round_, unit = of_order[5], of_order[6], of_order[7], of_order[8]
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr = rows
-    k = gather(k_ptr, row, row_strides[1], is_key, C)
-    v = gather(v_ptr, row, row_strides[2], is_key, C)
-    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    start, stop = queries_in_sight(first, begin, query_begin, query_end, C)
-    for block in range(start, stop, BLOCK):
-        query_place = block + tl.arange(0, BLOCK)
-        query_row, is_query, of_round = rows_at(order_ptr, query_place, query_begin, query_end, round_, seq_len, C)
-        q = gather(q_ptr, query_row, row_strides[0], is_query, C)
-        d_out = gather(d_out_ptr, query_row, row_strides[3], is_query, C)
-        lse = tl.load(lse_ptr + query_row, mask=is_query, other=float("inf")) * 1.4426950408889634
-        delta = tl.load(delta_ptr + query_row, mask=is_query, other=0.0)
-        scores = masked(
-            product(k, tl.trans(q), C) * score_scale, query_place[None, :], place[:, None], query_row[None, :],
-            row[:, None], is_query[None, :], is_key[:, None], begin, codes_ptr, seq_len, C,
-        )  # fmt: skip
-        p = tl.exp2(scores - lse[None, :])
-        dp = product(v, tl.trans(d_out), C)
-        weights = p
-        if C.drops:  # in the round of the query, which differs under a wrapping rule
-            factors = dropout_factors(query_row[None, :], row[:, None], of_round[None, :], unit, numbers_ptr, draw)
-            weights = p * factors
-            dp *= factors
-        dv += product(weights.to(d_out.dtype), d_out, C)
-        dk += product((p * (dp - delta[None, :])).to(q.dtype), q, C)
-    return dk, dv
+def of_queries(lse_ptr, delta_ptr, row, is_query):
+    """Logsumexp in base 2, and rowsum(dO * o); inf silences rows that are no queries."""
+    lse = tl.load(lse_ptr + row, mask=is_query, other=float("inf")) * LOG2_E
+    return lse, tl.load(delta_ptr + row, mask=is_query, other=0.0)
 
 
 @triton.jit
-def of_queries(
-    rows, row_strides, of_order, first, place, row, is_query, score_scale, numbers_ptr, draw, C: tl.constexpr
-):
-    """dq / scale of a tile's rows, from the keys that they see. Blocks are [queries, keys]."""
-    BLOCK: tl.constexpr = C.block
-    BLOCK_D: tl.constexpr = C.block_d
-    order_ptr, codes_ptr, seq_len, begin, end = of_order[0], of_order[1], of_order[2], of_order[3], of_order[4]
-    round_, unit = of_order[7], of_order[8]
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr = rows
-    q = gather(q_ptr, row, row_strides[0], is_query, C)
-    d_out = gather(d_out_ptr, row, row_strides[3], is_query, C)
-    lse = tl.load(lse_ptr + row, mask=is_query, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_ptr + row, mask=is_query, other=0.0)
-    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    start, stop = keys_in_sight(first, begin, end, C)
-    for block in range(start, stop, BLOCK):
-        key_place = block + tl.arange(0, BLOCK)
-        key_row, is_key, _ = rows_at(order_ptr, key_place, begin, end, round_, seq_len, C)
-        k = gather(k_ptr, key_row, row_strides[1], is_key, C)
-        v = gather(v_ptr, key_row, row_strides[2], is_key, C)
-        scores = masked(
-            product(q, tl.trans(k), C) * score_scale, place[:, None], key_place[None, :], row[:, None],
-            key_row[None, :], is_query[:, None], is_key[None, :], begin, codes_ptr, seq_len, C,
-        )  # fmt: skip
-        p = tl.exp2(scores - lse[:, None])
-        dp = product(d_out, tl.trans(v), C)
-        if C.drops:
-            dp *= dropout_factors(row[:, None], key_row[None, :], round_, unit, numbers_ptr, draw)
-        dq += product((p * (dp - delta[:, None])).to(k.dtype), k, C)
-    return dq
+def of_pairs(keys, queries, pairs, C: tl.constexpr):
+    """[keys, queries]: probabilities after dropout, and weights of the gradients, in the type of rows.
+
+    keys: (k, v, places, rows); queries: (q, dO, lse, delta, places, rows, round of each).
+    """
+    k, v, key_place, key_row = keys
+    q, d_out, lse, delta, query_place, query_row, of_round = queries
+    begin, codes_ptr, seq_len, number, scale, draw = pairs
+    factors = score_factors(k, scale, C)[:, None]
+    scores = product(k, tl.trans(q), C) * factors
+    if C.counts_once:
+        scores -= tl.log2(meetings(codes_ptr, query_row[None, :], key_row[:, None], seq_len, C))
+    sees = meets(query_place[None, :], key_place[:, None], query_row[None, :], key_row[:, None], begin, C)
+    p = tl.where(sees, tl.exp2(scores - lse[None, :]), 0.0)
+    dp = product(v, tl.trans(d_out), C)
+    dropped = p
+    if C.drops:  # in the round of the query, which differs under a wrapping rule
+        kept = dropout_factors(query_row[None, :], key_row[:, None], of_round[None, :], number, draw)
+        dropped = p * kept
+        dp *= kept
+    ds = p * (dp - delta[None, :]) * factors
+    return dropped.to(d_out.dtype), ds.to(q.dtype)
 
 
 @triton.jit
-def add(
-    value, sum_ptr, out_ptr, out_stride, row, is_row, FIRST: tl.constexpr, LAST: tl.constexpr, C: tl.constexpr
-):
-    """Adds to the float32 sums of rows; the LAST time the result goes out instead."""
-    if not FIRST:
-        value += gather(sum_ptr, row, C.head_dim, is_row, C)
-    if LAST:
-        scatter(out_ptr, row, out_stride, is_row, value, C)
-    else:
-        scatter(sum_ptr, row, C.head_dim, is_row, value, C)
+def across(dk, q):
+    """The part of dk across q: what the gradient of q / |q| is to q, but for the factor 1 / |q|."""
+    wide = q.to(tl.float32)
+    along = tl.sum(dk * wide, 1) / tl.maximum(tl.sum(wide * wide, 1), 1e-24)
+    return dk - wide * along[:, None]

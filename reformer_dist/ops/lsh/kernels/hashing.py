@@ -7,12 +7,15 @@ rounding, the kernel may name the other one.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_dtype, bucket_factors
+from reformer_dist.ops.lsh.kernels.pairs import WIDENS
 
 ROWS = 64
 FLOOR = tl.constexpr(FLOOR_SPAN)
@@ -22,9 +25,9 @@ FLOOR = tl.constexpr(FLOOR_SPAN)
 def _hash(
     x_ptr, x_strides, rotations_ptr, ids_ptr, factors, n_heads, seq_len, n_rounds, n_columns,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
-    N_FACTORS: tl.constexpr, ROTATES: tl.constexpr,
+    N_FACTORS: tl.constexpr, N_PARTS: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
-    """x [B, H, S, D], rotations [H, R, D, columns] float32, ids [B, H, R, S]; WIDTH: half of any factor."""
+    """x [B, H, S, D], rotations [H, R, N_PARTS, D, columns], ids [B, H, R, S]; WIDTH: half of any factor."""
     unit = tl.program_id(1)
     batch, head = (unit // n_heads).to(tl.int64), (unit % n_heads).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -32,10 +35,11 @@ def _hash(
     x_ptr += batch * x_strides[0] + head * x_strides[1]
     mask = (row < seq_len)[:, None] & (wide < HEAD_DIM)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_strides[2] + wide[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    if WIDENS or not ROTATES:
+        x = x.to(tl.float32)
     if not ROTATES:
         x = x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
-    rotations_ptr += head * n_rounds * HEAD_DIM * n_columns
+    rotations_ptr += head * n_rounds * N_PARTS * HEAD_DIM * n_columns
     ids_ptr += unit.to(tl.int64) * n_rounds * seq_len
     for round_ in range(n_rounds):
         bucket = tl.zeros([ROWS], tl.int32)
@@ -44,9 +48,14 @@ def _hash(
             half = factors[f] // 2
             if ROTATES:
                 among = (wide < HEAD_DIM)[:, None] & (column < half)[None, :]
-                places = (round_ * HEAD_DIM + wide)[:, None] * n_columns + start + column[None, :]
-                columns = tl.load(rotations_ptr + places, mask=among, other=0.0)
-                projected = tl.dot(x, columns, input_precision="ieee")
+                projected = tl.zeros([ROWS, WIDTH], tl.float32)
+                for part in tl.static_range(N_PARTS):
+                    line = (round_ * N_PARTS + part) * HEAD_DIM + wide
+                    places = line[:, None] * n_columns + start + column[None, :]
+                    columns = tl.load(rotations_ptr + places, mask=among, other=0.0)
+                    if WIDENS:
+                        columns = columns.to(tl.float32)
+                    projected = tl.dot(x, columns, projected, input_precision="tf32x3")
                 size = tl.where((column < half)[None, :], tl.abs(projected), -1.0)
                 largest = tl.argmax(size, 1, tie_break_left=True)
                 chosen = tl.sum(tl.where(column[None, :] == largest[:, None], projected, 0.0), 1)
@@ -61,6 +70,21 @@ def _hash(
             radix *= factors[f]
         target = ids_ptr + round_ * seq_len + row
         tl.store(target, bucket.to(ids_ptr.dtype.element_ty), mask=row < seq_len)
+
+
+@functools.lru_cache(maxsize=32)  # as those of `hashing.draw_rotations`, so that micro-batches send them once
+def _parts(rotations: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rotations [H, R, parts, D, columns] on a device, in numbers of the type of vectors that add up to them.
+
+    So the products of half-precision vectors are exact, at the speed of that precision: 3 parts hold all 24 bits.
+    """
+    rest = rotations.pin_memory() if device.type == "cuda" and not rotations.is_cuda else rotations
+    rest = rest.to(device, torch.float32, non_blocking=True)
+    parts = []
+    for _ in range(1 if dtype == torch.float32 else 3):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].float()
+    return torch.stack(parts, dim=2)
 
 
 def hash_vectors(
@@ -80,17 +104,17 @@ def hash_vectors(
     if n_buckets == 1:
         return torch.zeros(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
     ids = torch.empty(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
-    if x.is_cuda and not rotations.is_cuda:
-        rotations = rotations.pin_memory()
-    rotations = rotations.to(x.device, non_blocking=True).contiguous()
+    rotates = scheme == "rotation"
+    parts = _parts(rotations, x.device, x.dtype if rotates else torch.float32)
     factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
     _hash[(triton.cdiv(seq_len, ROWS), batch * n_heads)](
-        x, x.stride()[:3], rotations, ids, factors, n_heads, seq_len, n_rounds, n_columns,
+        x, x.stride()[:3], parts, ids, factors, n_heads, seq_len, n_rounds, n_columns,
         ROWS=ROWS,
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         WIDTH=max(16, triton.next_power_of_2(max(factors) // 2)),
         N_FACTORS=len(factors),
-        ROTATES=scheme == "rotation",
+        N_PARTS=parts.shape[2],
+        ROTATES=rotates,
     )  # fmt: skip
     return ids

@@ -11,6 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+import os
+EVICT = tl.constexpr(os.environ.get("X_EVICT", ""))
+FAR = tl.constexpr(2**29)  # farther than any two places
 # The interpreter multiplies bfloat16 as if it were integers.
 WIDENS = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -37,13 +42,31 @@ def scatter(x_ptr, row, row_stride, is_row, value, C: tl.constexpr):
     column = tl.arange(0, C.block_d)
     mask = is_row[:, None] & (column < C.head_dim)[None, :]
     target = x_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    tl.store(target, value.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(target, value.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit
 def of_unit(x_ptr, strides, unit, n_heads):
     """Where a unit's rows of [B, H, S, D] begin."""
     return x_ptr + (unit // n_heads).to(tl.int64) * strides[0] + (unit % n_heads).to(tl.int64) * strides[1]
+
+
+@triton.jit
+def write(value, x_ptr, strides, first_unit, row, is_row, n_heads, seq_len, C: tl.constexpr):
+    """To rows of [B, H, S, D] if there is one round, else to those [U, R, S, D] of this program's round."""
+    round_, unit = tl.program_id(1), tl.program_id(2)
+    if C.n_rounds == 1:
+        scatter(of_unit(x_ptr, strides, first_unit + unit, n_heads), row, strides[2], is_row, value, C)
+    else:
+        of_round = (unit.to(tl.int64) * C.n_rounds + round_) * seq_len
+        scatter(x_ptr + of_round * C.head_dim, row, C.head_dim, is_row, value, C)
+
+
+@triton.jit
+def tile_at(table_ptr, unit, round_, n_tiles, C: tl.constexpr):
+    """Of this program: first place, and rows of its bucket from .. to before .. as keys, to before .. at all."""
+    table_ptr += ((unit * C.n_rounds + round_).to(tl.int64) * n_tiles + tl.program_id(0)) * 4
+    return tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
 
 
 @triton.jit
@@ -70,28 +93,34 @@ def unwrapped(place, round_, seq_len, C: tl.constexpr):
 
 
 @triton.jit
-def keys_in_sight(first, begin, end, C: tl.constexpr):
-    """First place and the one behind the last that any of the C.block queries from `first` may see."""
-    if C.chunked:
-        start = ((first - begin) // C.span - C.before) * C.span + begin
-        stop = ((first + C.block - 1 - begin) // C.span + C.after + 1) * C.span + begin
-        if not C.wraps:
-            start = tl.maximum(start, begin)
-    else:
-        # whole blocks back: the column of a key depends on ranks in the bucket alone
-        reach = tl.minimum(C.span - 1, tl.maximum(first - begin, 0))
-        start = first - tl.cdiv(reach, C.block) * C.block
-        stop = first + C.block
-        if not C.causal:
-            stop += C.span - 1
-    if not C.wraps:
-        stop = tl.minimum(stop, end)
-    return start, stop
+def query_places(place, is_query):
+    """Places of queries, and for others one that is far from every key."""
+    return tl.where(is_query, place, -FAR)
 
 
 @triton.jit
-def queries_in_sight(first, begin, query_begin, query_end, C: tl.constexpr):
-    """Likewise, the queries that may see any of the C.block keys from `first`."""
+def key_places(place, is_key):
+    """Places of keys, and for others one that is far from every query."""
+    return tl.where(is_key, place, FAR)
+
+
+@triton.jit
+def blocks_of_keys(first, begin, key_end, C: tl.constexpr):
+    """Of blocks that hold keys which the C.block queries from `first` may see: those before it, all but itself."""
+    if C.chunked:
+        start = ((first - begin) // C.span - C.before) * C.span + begin
+        stop = ((first + C.block - 1 - begin) // C.span + C.after + 1) * C.span + begin
+    else:
+        start = first - (C.span - 1)
+        stop = first + C.block
+        if not C.causal:
+            stop += C.span - 1
+    return _blocks(start, stop, first, begin, key_end, C)
+
+
+@triton.jit
+def blocks_of_queries(first, begin, key_end, C: tl.constexpr):
+    """Likewise, of those that hold queries which may see the C.block keys from `first`."""
     if C.chunked:
         start = ((first - begin) // C.span - C.after) * C.span + begin
         stop = ((first + C.block - 1 - begin) // C.span + C.before + 1) * C.span + begin
@@ -100,10 +129,49 @@ def queries_in_sight(first, begin, query_begin, query_end, C: tl.constexpr):
         if not C.causal:
             start -= C.span - 1
         stop = first + C.block + C.span - 1
+    return _blocks(start, stop, first, begin, key_end, C)
+
+
+@triton.jit
+def _blocks(start, stop, first, begin, end, C: tl.constexpr):
+    """Whole blocks from `first` on, so that which rows share a block depends on ranks in the bucket alone."""
     if not C.wraps:
-        start = tl.maximum(start, query_begin)
-        stop = tl.minimum(stop, query_end)
-    return start, stop
+        start = tl.maximum(start, begin)
+        stop = tl.minimum(stop, end)
+    before = tl.cdiv(tl.maximum(first - start, 0), C.block)
+    after = tl.cdiv(tl.maximum(stop - first, C.block), C.block) - 1
+    has_keys = (begin < end).to(tl.int32)
+    return before * has_keys, (before + after + C.wraps) * has_keys
+
+
+@triton.jit
+def other_rows(i, before, first, order_ptr, begin, end, round_, seq_len, C: tl.constexpr):
+    """(place, row, whether there is one, its round) in the i-th of the blocks around the one from `first`.
+
+    The own block is left out, but where rounds wrap: there, what lies behind the round's end in it are others.
+    """
+    block = i - before
+    if not C.wraps:
+        block += (i >= before).to(tl.int32)
+    place = first + block * C.block + tl.arange(0, C.block)
+    row, is_row, of_round = rows_at(order_ptr, place, begin, end, round_, seq_len, C)
+    if C.wraps:
+        is_row = is_row & ((block != 0) | (place >= unwrapped(end, round_, seq_len, C)))
+    return place, row, is_row, of_round
+
+
+@triton.jit
+def score_factors(k, scale, C: tl.constexpr):
+    """[keys] by which products with keys k [keys, D] become scores in base 2. Shared keys are k / |k|."""
+    BLOCK: tl.constexpr = C.block
+    # of a fp16 number, so that weights of pairs stay in its range
+    SHORTEST: tl.constexpr = 2.0**-10 if k.dtype == tl.float16 else 1e-12
+    if C.shared:
+        wide = k.to(tl.float32)
+        factors = scale * LOG2_E / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), SHORTEST)
+    else:
+        factors = tl.full([BLOCK], LOG2_E, tl.float32) * scale
+    return factors
 
 
 @triton.jit
@@ -120,7 +188,7 @@ def near(distance, C: tl.constexpr):
 
 @triton.jit
 def meets(query_place, key_place, query_row, key_row, begin, C: tl.constexpr):
-    """Whether a query meets a key by the rule, were there rows at both places; broadcasts."""
+    """Whether a query meets a key by the rule; broadcasts."""
     if C.chunked:
         is_near = near((query_place - begin) // C.span - (key_place - begin) // C.span, C)
         # rows of a unit are in order of position
@@ -147,27 +215,6 @@ def meetings(codes_ptr, query_row, key_row, seq_len, C: tl.constexpr):
 
 
 @triton.jit
-def masked(
-    scores,
-    query_place,
-    key_place,
-    query_row,
-    key_row,
-    is_query,
-    is_key,
-    begin,
-    codes_ptr,
-    seq_len,
-    C: tl.constexpr,
-):
-    """Scores in base 2 of the pairs that meet, -inf of others. The rest broadcasts to the shape of the scores."""
-    if C.counts_once:
-        scores -= tl.log2(meetings(codes_ptr, query_row, key_row, seq_len, C))
-    sees = meets(query_place, key_place, query_row, key_row, begin, C)
-    return tl.where(sees & is_query & is_key, scores, float("-inf"))
-
-
-@triton.jit
 def mix(x):
     """`ops.counter_dropout`'s bijection of 32-bit integers."""
     x ^= x >> 16
@@ -179,19 +226,25 @@ def mix(x):
 
 
 @triton.jit
-def token_keys(row, round_, unit, numbers_ptr, seed, IS_QUERY: tl.constexpr):
+def token_keys(row, round_, unit_number, seed, IS_QUERY: tl.constexpr):
     """`ops.counter_dropout.token_keys` of rows: uint32."""
     salt = (round_.to(tl.uint32) * 0x9E3779B9) ^ seed
     if IS_QUERY:
         salt ^= 0x5BD1E995
     key = mix(row.to(tl.uint32) + salt)
-    return mix(key ^ (tl.load(numbers_ptr + unit).to(tl.uint32) * 0x85EBCA6B))
+    return mix(key ^ (unit_number.to(tl.uint32) * 0x85EBCA6B))
 
 
 @triton.jit
-def dropout_factors(query_row, key_row, round_, unit, numbers_ptr, draw):
-    """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor)."""
-    query_keys = token_keys(query_row, round_, unit, numbers_ptr, draw[0], True)
-    key_keys = token_keys(key_row, round_, unit, numbers_ptr, draw[0], False)
+def dropout_factors(query_row, key_row, round_, unit_number, draw):
+    """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor, ..)."""
+    query_keys = token_keys(query_row, round_, unit_number, draw[0], True)
+    key_keys = token_keys(key_row, round_, unit_number, draw[0], False)
     is_kept = (mix(query_keys ^ key_keys) & 0x7FFFFFFF) >= draw[1]
     return tl.where(is_kept, draw[2], 0.0)
+
+
+@triton.jit
+def number_in_step(unit, n_heads, draw):
+    """Of a unit at hand: `DropoutOptions.unit_numbers`; draw = (.., first row, first head, heads of the layer)."""
+    return (unit // n_heads + draw[3]) * draw[5] + unit % n_heads + draw[4]

@@ -1,4 +1,4 @@
-"""One pass over rows, before the tiles: keys of shared query-key attention, and rowsum(dO * o)."""
+"""Passes over rows, before and behind the tiles: rowsum(dO * o), and what the rounds make together."""
 
 from __future__ import annotations
 
@@ -11,62 +11,124 @@ ROWS = 64
 
 
 @triton.jit
-def _places(strides, unit, n_heads, row, is_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    column = tl.arange(0, BLOCK_D)
-    start = (unit // n_heads).to(tl.int64) * strides[0] + (unit % n_heads).to(tl.int64) * strides[1]
-    places = start + row.to(tl.int64)[:, None] * strides[2] + column[None, :]
-    return places, is_row[:, None] & (column < HEAD_DIM)[None, :]
-
-
-@triton.jit
-def _load(x_ptr, strides, unit, n_heads, row, is_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    at, mask = _places(strides, unit, n_heads, row, is_row, HEAD_DIM, BLOCK_D)
-    return tl.load(x_ptr + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _normalise(
-    q_ptr, k_ptr, q_strides, k_strides, n_heads, seq_len,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    unit = tl.program_id(1)
+def _rows(seq_len, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, whether they are there, columns [1, D], whether row and column are there) of this program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    q = _load(q_ptr, q_strides, unit, n_heads, row, row < seq_len, HEAD_DIM, BLOCK_D)
-    wide = q.to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
-    at, mask = _places(k_strides, unit, n_heads, row, row < seq_len, HEAD_DIM, BLOCK_D)
-    tl.store(k_ptr + at, (wide / norm[:, None]).to(q.dtype), mask=mask)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    return row, row < seq_len, column, (row < seq_len)[:, None] & (column < HEAD_DIM)
 
 
 @triton.jit
-def _row_sums(
+def _places(x_ptr, strides, unit, n_heads, row, column):
+    """Of rows in x [B, H, S, D]."""
+    x_ptr += (unit // n_heads).to(tl.int64) * strides[0] + (unit % n_heads).to(tl.int64) * strides[1]
+    return x_ptr + row.to(tl.int64)[:, None] * strides[2] + column
+
+
+@triton.jit
+def _row_products(
     a_ptr, b_ptr, out_ptr, a_strides, b_strides, n_heads, seq_len,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    a = _load(a_ptr, a_strides, unit, n_heads, row, row < seq_len, HEAD_DIM, BLOCK_D)
-    b = _load(b_ptr, b_strides, unit, n_heads, row, row < seq_len, HEAD_DIM, BLOCK_D)
+    row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    a = tl.load(_places(a_ptr, a_strides, unit, n_heads, row, column), mask=mask, other=0.0)
+    b = tl.load(_places(b_ptr, b_strides, unit, n_heads, row, column), mask=mask, other=0.0)
     sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
-    tl.store(out_ptr + unit.to(tl.int64) * seq_len + row, sums, mask=row < seq_len)
+    tl.store(out_ptr + unit.to(tl.int64) * seq_len + row, sums, mask=is_row)
 
 
-def normalised(q: Tensor) -> Tensor:
-    """q / |q| of [B, H, S, D], in its type; the norm is float32 (as `ops.lsh.shared_keys`)."""
-    k = torch.empty_like(q)
-    _normalise[_grid(q)](q, k, q.stride()[:3], k.stride()[:3], q.shape[1], q.shape[2], **_sizes(q))
-    return k
+@triton.jit(do_not_specialize=["first_unit"])
+def _merge_rounds(
+    o_ptr, part_lse_ptr, v_ptr, out_ptr, lse_ptr, v_strides, out_strides, first_unit, n_heads, seq_len,
+    N_ROUNDS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """o [U, R, S, D], part_lse [U, R, S] in base 2 -> out [B, H, S, D], lse [B, H, S]."""
+    unit = tl.program_id(1)
+    row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    start = unit.to(tl.int64) * N_ROUNDS * seq_len
+    top = tl.full([ROWS], -1e30, tl.float32)
+    for r in tl.static_range(N_ROUNDS):
+        part = tl.load(part_lse_ptr + start + r * seq_len + row, mask=is_row, other=float("-inf"))
+        top = tl.maximum(top, part)
+    weight = tl.zeros([ROWS], tl.float32)
+    o = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for r in tl.static_range(N_ROUNDS):
+        of_round = start + r * seq_len + row
+        share = tl.exp2(tl.load(part_lse_ptr + of_round, mask=is_row, other=float("-inf")) - top)
+        weight += share
+        part = tl.load(o_ptr + of_round[:, None] * HEAD_DIM + column, mask=mask, other=0.0)
+        o += part.to(tl.float32) * share[:, None]
+    alone = weight == 0.0
+    whole = tl.where(alone, 1.0, weight)
+    of_v = _places(v_ptr, v_strides, first_unit + unit, n_heads, row, column)
+    o = o / whole[:, None] + tl.load(of_v, mask=mask & alone[:, None], other=0.0).to(tl.float32)
+    target = _places(out_ptr, out_strides, first_unit + unit, n_heads, row, column)
+    tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
+    lse = tl.where(alone, float("inf"), (top + tl.log2(whole)) * 0.6931471805599453)
+    tl.store(lse_ptr + (first_unit + unit).to(tl.int64) * seq_len + row, lse, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["first_unit"])
+def _sum_rounds(
+    parts_ptr, d_out_ptr, lse_ptr, out_ptr, d_out_strides, out_strides, first_unit, n_heads, seq_len,
+    LEADS_BACK: tl.constexpr, N_ROUNDS: tl.constexpr,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """parts [U, R, S, D] -> out [B, H, S, D]. LEADS_BACK: who met nobody has o = v, and so dv = dO."""
+    unit = tl.program_id(1)
+    row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    start = unit.to(tl.int64) * N_ROUNDS * seq_len
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for r in tl.static_range(N_ROUNDS):
+        of_round = start + r * seq_len + row
+        total += tl.load(parts_ptr + of_round[:, None] * HEAD_DIM + column, mask=mask, other=0.0).to(tl.float32)
+    if LEADS_BACK:
+        lse = tl.load(lse_ptr + (first_unit + unit).to(tl.int64) * seq_len + row, mask=is_row, other=0.0)
+        of_d_out = _places(d_out_ptr, d_out_strides, first_unit + unit, n_heads, row, column)
+        total += tl.load(of_d_out, mask=mask & (lse == float("inf"))[:, None], other=0.0).to(tl.float32)
+    target = _places(out_ptr, out_strides, first_unit + unit, n_heads, row, column)
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """sum over D of a * b, [B, H, S, D] -> float32 [B, H, S]."""
     out = torch.empty(a.shape[:3], dtype=torch.float32, device=a.device)
-    _row_sums[_grid(a)](a, b, out, a.stride()[:3], b.stride()[:3], a.shape[1], a.shape[2], **_sizes(a))
+    grid = _grid(a.shape[2], a.shape[0] * a.shape[1])
+    _row_products[grid](a, b, out, a.stride()[:3], b.stride()[:3], a.shape[1], a.shape[2], **_sizes(a))
     return out
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.shape[2], ROWS), x.shape[0] * x.shape[1]
+def merge_rounds(o: Tensor, part_lse: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_unit: int) -> None:
+    """One softmax of those of R rounds: into out [B, H, S, D] (v for who met nobody) and lse [B, H, S] (inf).
+
+    o [U, R, S, D], part_lse [U, R, S] in base 2: of U units from the first one on.
+    """
+    n_units, n_rounds, seq_len, _ = o.shape
+    _merge_rounds[_grid(seq_len, n_units)](
+        o, part_lse, v, out, lse, v.stride()[:3], out.stride()[:3], first_unit, v.shape[1], seq_len,
+        N_ROUNDS=n_rounds,
+        **_sizes(v),
+    )  # fmt: skip
+
+
+def sum_rounds(parts: Tensor, out: Tensor, first_unit: int, led_back: tuple[Tensor, Tensor] | None = None) -> None:
+    """Sums of R rounds' gradients [U, R, S, D] into out [B, H, S, D], for U units from the first one on.
+
+    led_back = (dO [B, H, S, D], lse [B, H, S]): dO is added for rows that met nobody.
+    """
+    n_units, n_rounds, seq_len, _ = parts.shape
+    d_out, lse = (out, parts) if led_back is None else led_back
+    _sum_rounds[_grid(seq_len, n_units)](
+        parts, d_out, lse, out, d_out.stride()[:3], out.stride()[:3], first_unit, out.shape[1], seq_len,
+        LEADS_BACK=led_back is not None,
+        N_ROUNDS=n_rounds,
+        **_sizes(out),
+    )  # fmt: skip
+
+
+def _grid(seq_len: int, n_units: int) -> tuple[int, int]:
+    return triton.cdiv(seq_len, ROWS), n_units
 
 
 def _sizes(x: Tensor) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The order of every round, cut into tiles, in tensors whose sizes are known beforehand: the host never waits.
 
 A tile is up to `block` consecutive rows of one bucket's order (window rule), counted from its first member, or of
-a unit's order (chunk rule). There are at most so many as the shape allows; those that the data leaves over are
-empty, and their programs end at once.
+a unit's order (chunk rule). The table has as many as the shape allows; those that the data leaves over are empty,
+and their programs end at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.hashing import bucket_dtype
+from reformer_dist.ops.lsh.kernels.cut import cut
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule
 
 
@@ -40,7 +41,7 @@ class Constants:
     counts_once: bool
     drops: bool
     shared: bool
-    """Backward: keys are q / |q|."""
+    """Keys are q / |q|."""
 
     @staticmethod
     def of(options: AttentionOptions, block: int, head_dim: int, n_rounds: int, *, shared: bool) -> Constants:
@@ -74,7 +75,7 @@ class Tiles:
     order: Tensor
     """int32 [U, R, S] row at each place."""
     table: Tensor
-    """int32 [U, R, tiles, 5]: first place; keys from .. to before ..; queries from .. to before .."""
+    """int32 [U, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends."""
     codes: Tensor | None
     """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
 
@@ -100,47 +101,22 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
 
 def tile_units(buckets: Tensor, options: AttentionOptions, *, largest: int, has_padding: bool) -> Tiles:
     """Tiles of bucket ids [U, R, S], in which n_buckets marks padding: tiles of queries that meet nobody."""
-    seq_len, rule, n_buckets = buckets.shape[2], options.rule, options.n_buckets
+    n_units, n_rounds, seq_len = buckets.shape
+    rule, n_buckets = options.rule, options.n_buckets
     block = block_of(rule, seq_len, n_buckets, largest)
     buckets = buckets.to(bucket_dtype(n_buckets))
-    in_order, places = _sorted(buckets, options, has_padding)
-    # where each bucket stops, and the padding behind them; under the chunk rule a unit is one bucket
-    first_edge = n_buckets if isinstance(rule, ChunkRule) else 1
-    edges = torch.arange(first_edge, n_buckets + 1, device=buckets.device).to(buckets.dtype)
-    edges = edges.expand(*buckets.shape[:2], -1).contiguous()
-    stops = torch.searchsorted(in_order.contiguous(), edges, out_int32=True)
-    stops = torch.nn.functional.pad(stops, (0, 1), value=seq_len)
-    starts = torch.nn.functional.pad(stops[..., :-1], (1, 0))
-    is_padding = torch.arange(stops.shape[2], device=buckets.device) == stops.shape[2] - 1
-    key_stops = torch.where(is_padding, starts, stops)
-    table = _cut(starts, starts, key_stops, starts, stops, block, seq_len)
-    order = places.to(torch.int32).contiguous()
+    in_order, places = buckets, None
+    if n_buckets > 1 or has_padding:
+        # a radix sort of as few passes as the small type has bytes
+        in_order, places = torch.sort(buckets, dim=2, stable=True)
+    # under the chunk rule a unit is one bucket
+    n_segments = (1 if isinstance(rule, ChunkRule) else n_buckets) + has_padding
+    order = torch.empty(buckets.shape, dtype=torch.int32, device=buckets.device)
+    table = torch.zeros(
+        n_units, n_rounds, seq_len // block + n_segments, 4, dtype=torch.int32, device=buckets.device
+    )
+    cut(in_order, places, order, table, n_buckets, block, chunked=isinstance(rule, ChunkRule))
     return Tiles(block, order, table, _codes(order, in_order, options))
-
-
-def _sorted(buckets: Tensor, options: AttentionOptions, has_padding: bool) -> tuple[Tensor, Tensor]:
-    """Bucket ids in order, and the row at each place."""
-    if options.n_buckets == 1 and not has_padding:
-        return buckets, torch.arange(buckets.shape[2], device=buckets.device).expand_as(buckets)
-    # a radix sort of as few passes as the small type has bytes
-    return torch.sort(buckets, dim=2, stable=True)
-
-
-def _cut(
-    first: Tensor, key_start: Tensor, key_stop: Tensor, start: Tensor, stop: Tensor, block: int, n_rows: int
-) -> Tensor:
-    """The table of tiles of segments [U, R, segments], each from a first place to its last query or key."""
-    n_segments = first.shape[2]
-    n_tiles = (torch.maximum(stop, key_stop) - first + block - 1) // block
-    until = n_tiles.cumsum(dim=2, dtype=torch.int32)
-    bound = (n_rows + min(n_segments, n_rows) * (block - 1)) // block
-    tile = torch.arange(bound, dtype=torch.int32, device=first.device).expand(*first.shape[:2], -1).contiguous()
-    segment = torch.searchsorted(until, tile, right=True)
-    is_tile = segment < n_segments
-    segment = segment.clamp_max_(n_segments - 1)
-    place = (first + (n_tiles - until) * block).gather(2, segment) + tile * block
-    columns = [place, *(edge.gather(2, segment) for edge in (key_start, key_stop, start, stop))]
-    return torch.stack(columns, dim=3).to(torch.int32).mul_(is_tile.unsqueeze(3))
 
 
 def _codes(order: Tensor, in_order: Tensor, options: AttentionOptions) -> Tensor | None:

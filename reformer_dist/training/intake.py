@@ -180,7 +180,7 @@ class Intake:
 
 
 def _in_background(read: Callable[[], StepBatch]) -> Future[StepBatch]:
-    """By a thread that may wait for a source which never answers, and then does not keep the process from ending."""
+    """By a thread that may wait for a source which never answers, and yet lets the process end."""
     coming: Future[StepBatch] = Future()
 
     def run() -> None:

@@ -45,10 +45,10 @@ def main() -> None:
     window = AttentionOptions(WindowRule(64, True), 64, 1.0, count_pairs_once=True, dropout=0.1)
     wrapped = AttentionOptions(ChunkRule(64, True, 1, 0, True), 64, 1.0, dropout=0.1)
     for dtype, block, head_dim, options in (("bf16", 64, 64, window), ("fp32", 16, 80, wrapped)):
-        constants = Constants.of(options, block, head_dim, 4, shared=dtype == "bf16")
+        constants = Constants.of(options, block, max(16, block // 2), head_dim, 4, shared=dtype == "bf16")
         for kernel in (attend_round, attend_round_backward):
             compile_one(kernel, dtype, {"C": constants}, 4 if dtype == "bf16" else 8)
-    sizes = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
+    sizes = {"ROWS": 128, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
     for rotates, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
         parts = 3 if dtype == "bf16" else 1
         compile_one(_hash, dtype, {**sizes, "N_PARTS": parts, "ROTATES": rotates}, 4)

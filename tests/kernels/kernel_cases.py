@@ -65,6 +65,12 @@ CASES = {
     "48 wide": KernelCase(WindowRule(9, True), head_dim=48),
     "128 wide": KernelCase(WindowRule(9, False), head_dim=128, n_hashes=1),
     "bf16": KernelCase(WindowRule(9, True), dtype=torch.bfloat16, tolerance=0.06, dropout=0.2),
+    "long tiles": KernelCase(
+        WindowRule(70, True), n_buckets=2, seq_len=300, shared=True, dtype=torch.bfloat16, tolerance=0.06
+    ),
+    "long tiles of both sides": KernelCase(
+        WindowRule(70, False), n_buckets=2, seq_len=300, padding=True, dtype=torch.bfloat16, tolerance=0.06
+    ),
     "fp16": KernelCase(WindowRule(9, True), dtype=torch.float16, tolerance=0.01),
     "chunks": KernelCase(ChunkRule(16, True), padding=True),
     "short chunks of both sides": KernelCase(ChunkRule(5, False, 2, 1), padding=True, dropout=0.2),

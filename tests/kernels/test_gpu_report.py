@@ -23,7 +23,7 @@ def test_every_section_at_toy_sizes(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tests"]["rows"] == [{"passed": True}]
     assert all(not report[name]["notes"] for name in gpu_report.BUDGETS)
-    assert [row["impl"] for row in report["attention"]["rows"]] == ["ours", "sdpa"]
+    assert [row["impl"] for row in report["attention"]["rows"]] == ["ours", "ours", "sdpa"]
     assert 0 < report["attention"]["rows"][0]["roofline_share"] < 1
     (step,) = report["training"]["rows"]
     assert step["tokens_per_s"] > 0 and step["planned_mib"] > 0 and "optimizer" in step["split"]

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.lsh.kernels.launch import Units
 from reformer_dist.ops.lsh.kernels.rowwise import row_products
-from reformer_dist.ops.lsh.kernels.tiles import largest_block, tile_units
+from reformer_dist.ops.lsh.kernels.tiles import tile_units
+from reformer_dist.ops.lsh.kernels.tuning import tuning_of
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
 
@@ -85,7 +86,7 @@ def _groups(
     has_padding = key_padding_mask is not None
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = min(MOST_UNITS, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
-    largest = largest_block(v.shape[3], v.dtype)
+    largest = tuning_of(v.shape[3], v.dtype).block
     return [
         Units(options, tile_units(part, options, largest=largest, has_padding=has_padding), number * size)
         for number, part in enumerate(buckets.split(size))

@@ -77,20 +77,21 @@ def attend_round_backward(
     keys = (k, v, key_places(place, is_key), row)
     queries = (q, d_out, lse, delta, query_places(place, is_query), row, own_round)
     pairs = (begin, codes_ptr, seq_len, number, scale, draw)
-    p, ds = of_pairs(keys, queries, pairs, C)
+    p, ds = of_pairs(keys, queries, pairs, True, C)
     dv = product(p, d_out, C)
     dk = product(ds, q, C)
     before, others = blocks_of_queries(first, begin, key_end, C)
     for i in range(others):
-        place, other_row, is_other, of_round = other_rows(
+        other_place, other_row, is_other, of_round = other_rows(
             i, before, first, order_ptr, begin, end, round_, seq_len, C
         )
         other_q = gather(q_ptr, other_row, q_strides[2], is_other, C)
         other_d_out = gather(d_out_ptr, other_row, d_out_strides[2], is_other, C)
-        lse, delta = of_queries(lse_ptr, delta_ptr, other_row, is_other)
-        other_queries = (other_q, other_d_out, lse, delta, query_places(place, is_other), other_row, of_round)
-        p, other_ds = of_pairs(keys, other_queries, pairs, C)
-        dv += product(p, other_d_out, C)
+        other_lse, other_delta = of_queries(lse_ptr, delta_ptr, other_row, is_other)
+        other_place = query_places(other_place, is_other)
+        other_queries = (other_q, other_d_out, other_lse, other_delta, other_place, other_row, of_round)
+        other_p, other_ds = of_pairs(keys, other_queries, pairs, True, C)
+        dv += product(other_p, other_d_out, C)
         dk += product(other_ds, other_q, C)
 
     if C.n_rounds == 1:  # who met nobody has o = v
@@ -106,12 +107,14 @@ def attend_round_backward(
     dq += product(tl.trans(ds), k, C)
     before, others = blocks_of_keys(first, begin, key_end, C)
     for i in range(others):
-        place, other_row, is_other, _ = other_rows(i, before, first, order_ptr, begin, key_end, round_, seq_len, C)
+        other_place, other_row, is_other, _ = other_rows(
+            i, before, first, order_ptr, begin, key_end, round_, seq_len, C
+        )
         other_k = gather(k_ptr, other_row, k_strides[2], is_other, C)
         other_v = gather(v_ptr, other_row, v_strides[2], is_other, C)
-        other_keys = (other_k, other_v, key_places(place, is_other), other_row)
-        _, other_ds = of_pairs(other_keys, queries, pairs, C)
-        dq += product(tl.trans(other_ds), other_k, C)
+        other_keys = (other_k, other_v, key_places(other_place, is_other), other_row)
+        _, other_ds = of_pairs(other_keys, queries, pairs, False, C)
+        dq += product(other_ds, other_k, C)
     write(dq * LN_2, dq_ptr, dq_strides, first_unit, row, is_query, n_heads, seq_len, C)
 
 
@@ -123,28 +126,37 @@ def of_queries(lse_ptr, delta_ptr, row, is_query):
 
 
 @triton.jit
-def of_pairs(keys, queries, pairs, C: tl.constexpr):
-    """[keys, queries]: probabilities after dropout, and weights of the gradients, in the type of rows.
+def of_pairs(keys, queries, pairs, KEYS_FIRST: tl.constexpr, C: tl.constexpr):
+    """Probabilities after dropout, and weights of the gradients, in the type of rows.
 
-    keys: (k, v, places, rows); queries: (q, dO, lse, delta, places, rows, round of each).
+    keys: (k, v, places, rows); queries: (q, dO, lse, delta, places, rows, round of each). The results are
+    [keys, queries] if KEYS_FIRST, else [queries, keys].
     """
     k, v, key_place, key_row = keys
     q, d_out, lse, delta, query_place, query_row, of_round = queries
     begin, codes_ptr, seq_len, number, scale, draw = pairs
-    factors = score_factors(k, scale, C)[:, None]
-    scores = product(k, tl.trans(q), C) * factors
+    factors = score_factors(k, scale, C)
+    if KEYS_FIRST:
+        factors, key_place, key_row = factors[:, None], key_place[:, None], key_row[:, None]
+        lse, delta, of_round = lse[None, :], delta[None, :], of_round[None, :]
+        query_place, query_row = query_place[None, :], query_row[None, :]
+        scores, dp = product(k, tl.trans(q), C), product(v, tl.trans(d_out), C)
+    else:
+        factors, key_place, key_row = factors[None, :], key_place[None, :], key_row[None, :]
+        lse, delta, of_round = lse[:, None], delta[:, None], of_round[:, None]
+        query_place, query_row = query_place[:, None], query_row[:, None]
+        scores, dp = product(q, tl.trans(k), C), product(d_out, tl.trans(v), C)
+    scores *= factors
     if C.counts_once:
-        scores -= tl.log2(meetings(codes_ptr, query_row[None, :], key_row[:, None], seq_len, C))
-    sees = meets(query_place[None, :], key_place[:, None], query_row[None, :], key_row[:, None], begin, C)
-    p = tl.where(sees, tl.exp2(scores - lse[None, :]), 0.0)
-    dp = product(v, tl.trans(d_out), C)
+        scores -= tl.log2(meetings(codes_ptr, query_row, key_row, seq_len, C))
+    sees = meets(query_place, key_place, query_row, key_row, begin, C)
+    p = tl.where(sees, tl.exp2(scores - lse), 0.0)
     dropped = p
     if C.drops:  # in the round of the query, which differs under a wrapping rule
-        kept = dropout_factors(query_row[None, :], key_row[:, None], of_round[None, :], number, draw)
+        kept = dropout_factors(query_row, key_row, of_round, number, draw)
         dropped = p * kept
         dp *= kept
-    ds = p * (dp - delta[None, :]) * factors
-    return dropped.to(d_out.dtype), ds.to(q.dtype)
+    return dropped.to(d_out.dtype), (p * (dp - delta) * factors).to(q.dtype)
 
 
 @triton.jit

@@ -68,10 +68,14 @@ def attend_round(
     softmax = absorb((o, top, weight), queries, k, v, key_places(place, is_key), row, pairs, C)
     before, others = blocks_of_keys(first, begin, key_end, C)
     for i in range(others):
-        place, key_row, is_key, _ = other_rows(i, before, first, order_ptr, begin, key_end, round_, seq_len, C)
-        k = gather(k_ptr, key_row, k_strides[2], is_key, C)
-        v = gather(v_ptr, key_row, v_strides[2], is_key, C)
-        softmax = absorb(softmax, queries, k, v, key_places(place, is_key), key_row, pairs, C)
+        other_place, other_row, is_other, _ = other_rows(
+            i, before, first, order_ptr, begin, key_end, round_, seq_len, C
+        )
+        other_k = gather(k_ptr, other_row, k_strides[2], is_other, C)
+        other_v = gather(v_ptr, other_row, v_strides[2], is_other, C)
+        softmax = absorb(
+            softmax, queries, other_k, other_v, key_places(other_place, is_other), other_row, pairs, C
+        )
 
     o, top, weight = softmax
     alone = weight == 0.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_dtype, bucket_factors
 from reformer_dist.ops.lsh.kernels.pairs import WIDENS
 
-ROWS = 64
+ROWS = 128
 FLOOR = tl.constexpr(FLOOR_SPAN)
 
 

@@ -13,6 +13,7 @@ from reformer_dist.ops.lsh.kernels.backward import attend_round_backward
 from reformer_dist.ops.lsh.kernels.forward import attend_round
 from reformer_dist.ops.lsh.kernels.rowwise import merge_rounds, sum_rounds
 from reformer_dist.ops.lsh.kernels.tiles import Constants, Tiles
+from reformer_dist.ops.lsh.kernels.tuning import tuning_of
 from reformer_dist.ops.lsh.rules import AttentionOptions
 
 
@@ -29,7 +30,14 @@ class Units:
         o, part_lse = self._parts(out), self._parts(lse)
         keys = q if k is None else k
         attend_round[self._grid()](
-            q, keys, v, o, part_lse, *_strides(q, keys, v, out), *self._arguments(q), **self._flags(q, k)
+            q,
+            keys,
+            v,
+            o,
+            part_lse,
+            *_strides(q, keys, v, out),
+            *self._arguments(q),
+            **self._flags(q, k, is_backward=False),
         )
         if o is not out:
             merge_rounds(o, part_lse, v, out, lse, self.first)
@@ -56,7 +64,7 @@ class Units:
             *targets,
             *_strides(*given, *whole_targets),
             *self._arguments(q),
-            **self._flags(q, k),
+            **self._flags(q, k, is_backward=True),
         )
         for part, whole in zip(parts, wholes, strict=True):
             if part is not whole:
@@ -85,11 +93,17 @@ class Units:
         chance = (signed32(seed ^ (seed >> 32)), int(options.dropout * 2**31), 1 / (1 - options.dropout))
         return *chance, options.first_row, options.first_head, options.n_heads or n_heads
 
-    def _flags(self, q: Tensor, k: Tensor | None) -> dict[str, Any]:
-        n_rounds = self.tiles.order.shape[1]
-        constants = Constants.of(self.options, self.tiles.block, q.shape[3], n_rounds, shared=k is None)
-        n_warps = 4 if constants.block_d <= 64 and q.dtype != torch.float32 else 8
-        return {"C": constants, "num_warps": n_warps, "num_stages": 2}
+    def _flags(self, q: Tensor, k: Tensor | None, *, is_backward: bool) -> dict[str, Any]:
+        block, n_rounds, head_dim = self.tiles.block, self.tiles.order.shape[1], q.shape[3]
+        tuning = tuning_of(head_dim, q.dtype)
+        other_block = min(tuning.other_block, max(16, block // 2))
+        launch = tuning.backward if is_backward else tuning.forward
+        return {
+            "C": Constants.of(self.options, block, other_block, head_dim, n_rounds, shared=k is None),
+            "num_warps": max(1, launch.n_warps * block // tuning.block),
+            "num_stages": 1,
+            "maxnreg": launch.max_registers,
+        }
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -13,8 +13,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-import os
-EVICT = tl.constexpr(os.environ.get("X_EVICT", ""))
 FAR = tl.constexpr(2**29)  # farther than any two places
 # The interpreter multiplies bfloat16 as if it were integers.
 WIDENS = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -42,7 +40,7 @@ def scatter(x_ptr, row, row_stride, is_row, value, C: tl.constexpr):
     column = tl.arange(0, C.block_d)
     mask = is_row[:, None] & (column < C.head_dim)[None, :]
     target = x_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    tl.store(target, value.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+    tl.store(target, value.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def key_places(place, is_key):
 
 @triton.jit
 def blocks_of_keys(first, begin, key_end, C: tl.constexpr):
-    """Of blocks that hold keys which the C.block queries from `first` may see: those before it, all but itself."""
+    """How many blocks of other keys the C.block queries from `first` may see: of those before, and in all."""
     if C.chunked:
         start = ((first - begin) // C.span - C.before) * C.span + begin
         stop = ((first + C.block - 1 - begin) // C.span + C.after + 1) * C.span + begin
@@ -120,7 +118,7 @@ def blocks_of_keys(first, begin, key_end, C: tl.constexpr):
 
 @triton.jit
 def blocks_of_queries(first, begin, key_end, C: tl.constexpr):
-    """Likewise, of those that hold queries which may see the C.block keys from `first`."""
+    """Likewise, of other queries that may see the C.block keys from `first`."""
     if C.chunked:
         start = ((first - begin) // C.span - C.after) * C.span + begin
         stop = ((first + C.block - 1 - begin) // C.span + C.before + 1) * C.span + begin
@@ -134,43 +132,47 @@ def blocks_of_queries(first, begin, key_end, C: tl.constexpr):
 
 @triton.jit
 def _blocks(start, stop, first, begin, end, C: tl.constexpr):
-    """Whole blocks from `first` on, so that which rows share a block depends on ranks in the bucket alone."""
+    """(blocks before `first`, all but those of the tile), of C.other_block rows each.
+
+    They are whole from `first` on, so that which rows share a block depends on ranks in the bucket alone.
+    """
     if not C.wraps:
         start = tl.maximum(start, begin)
         stop = tl.minimum(stop, end)
-    before = tl.cdiv(tl.maximum(first - start, 0), C.block)
-    after = tl.cdiv(tl.maximum(stop - first, C.block), C.block) - 1
+    before = tl.cdiv(tl.maximum(first - start, 0), C.other_block)
+    behind = tl.cdiv(tl.maximum(stop - first - C.block, 0), C.other_block)
+    if C.wraps:
+        behind += C.block // C.other_block
     has_keys = (begin < end).to(tl.int32)
-    return before * has_keys, (before + after + C.wraps) * has_keys
+    return before * has_keys, (before + behind) * has_keys
 
 
 @triton.jit
 def other_rows(i, before, first, order_ptr, begin, end, round_, seq_len, C: tl.constexpr):
-    """(place, row, whether there is one, its round) in the i-th of the blocks around the one from `first`.
+    """(place, row, whether there is one, its round) in the i-th of the blocks around the tile from `first`.
 
-    The own block is left out, but where rounds wrap: there, what lies behind the round's end in it are others.
+    The tile is left out, but where rounds wrap: there, what lies behind the round's end in it are others.
     """
-    block = i - before
+    place = first + (i - before) * C.other_block + tl.arange(0, C.other_block)
     if not C.wraps:
-        block += (i >= before).to(tl.int32)
-    place = first + block * C.block + tl.arange(0, C.block)
+        place += (i >= before).to(tl.int32) * C.block
     row, is_row, of_round = rows_at(order_ptr, place, begin, end, round_, seq_len, C)
     if C.wraps:
-        is_row = is_row & ((block != 0) | (place >= unwrapped(end, round_, seq_len, C)))
+        is_inside = (place >= first) & (place < first + C.block)
+        is_row = is_row & (~is_inside | (place >= unwrapped(end, round_, seq_len, C)))
     return place, row, is_row, of_round
 
 
 @triton.jit
 def score_factors(k, scale, C: tl.constexpr):
     """[keys] by which products with keys k [keys, D] become scores in base 2. Shared keys are k / |k|."""
-    BLOCK: tl.constexpr = C.block
     # of a fp16 number, so that weights of pairs stay in its range
     SHORTEST: tl.constexpr = 2.0**-10 if k.dtype == tl.float16 else 1e-12
     if C.shared:
         wide = k.to(tl.float32)
         factors = scale * LOG2_E / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), SHORTEST)
     else:
-        factors = tl.full([BLOCK], LOG2_E, tl.float32) * scale
+        factors = tl.full([k.shape[0]], LOG2_E, tl.float32) * scale
     return factors
 
 

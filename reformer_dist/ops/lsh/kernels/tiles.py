@@ -22,7 +22,9 @@ class Constants:
     """What a kernel is compiled for."""
 
     block: int
-    """Queries, and keys, that a program handles at a time."""
+    """Rows of a tile."""
+    other_block: int
+    """Rows that a tile's are compared with at a time, beside each other: fewer, which saves registers."""
     head_dim: int
     block_d: int
     """head_dim, rounded up to a power of 2."""
@@ -44,11 +46,14 @@ class Constants:
     """Keys are q / |q|."""
 
     @staticmethod
-    def of(options: AttentionOptions, block: int, head_dim: int, n_rounds: int, *, shared: bool) -> Constants:
+    def of(
+        options: AttentionOptions, block: int, other_block: int, head_dim: int, n_rounds: int, *, shared: bool
+    ) -> Constants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
         return Constants(
             block=block,
+            other_block=other_block,
             head_dim=head_dim,
             block_d=max(16, 1 << (head_dim - 1).bit_length()),
             precision="ieee",
@@ -78,13 +83,6 @@ class Tiles:
     """int32 [U, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends."""
     codes: Tensor | None
     """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
-
-
-def largest_block(head_dim: int, dtype: torch.dtype) -> int:
-    """The most rows of a tile whose products fit the registers of a program (docs/kernels.md)."""
-    if dtype != torch.float32:
-        return 64
-    return 32 if head_dim <= 64 else 16
 
 
 def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:

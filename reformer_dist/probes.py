@@ -56,10 +56,9 @@ class Probes:
         result = evaluate(
             self._engine.forward,
             batches,
-            self._task.token_bytes,
+            self._task,
             self._runtime,
             self._sequence,
-            self._task.predict if self._task.tells_accuracy else None,
         )
         logger.info(f"step {step} | {result}")
         values = {f"eval/{name}": value for name, value in result.values().items()}
@@ -92,7 +91,7 @@ class Probes:
     @torch.no_grad()
     def _health(self) -> dict[str, float]:
         model = self._engine.module
-        rows = MicroBatch.of(self._first_rows(), self._sequence)
+        rows = MicroBatch.of(self._first_rows(), self._sequence, labels_of_rows=self._task.labels_of_rows)
         given = rows.to(self._runtime.device)
         health: list[LSHHealth] = []
         values = {}

@@ -96,10 +96,6 @@ def test_a_completion_that_is_too_long_keeps_its_own_beginning(pairs: Path) -> N
         (["task.kind=completion", "trainer.sample_every=1"], "trainer.sample_every=1: must be 0: task.kind=comp"),
         (["task.mask_share=1"], "task.mask_share=1.0: must be above 0 and below 1"),
         (
-            ["task.kind=question_answering", "model.causal=false", "parallel.sequence=2"],
-            "parallel.sequence=2: must be 1 with task.kind=question_answering",
-        ),
-        (
             ["task.kind=sequence_to_sequence"],
             "task.max_source_len=1024: must be at most 128, what model.pos",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from reformer_dist.training.journal import Journal
 from reformer_dist.training.stopping import StopSignal
 
 PROMPT_TOKENS = 64
+READ = {"source", "source_mask", "tokens", "key_padding_mask"}
+"""What the stacks of a model read, by the names of its forward."""
 
 
 class Probes:
@@ -97,9 +100,10 @@ class Probes:
         values = {}
         with self._engine.autocast():
             model(**given, **rows.sequences, health=health)
-            if isinstance(model, TokenModel) and "source" not in given:
-                mask, sequence = given.get("key_padding_mask"), rows.sequences["sequence"]
-                drift = model.reversible_drift(given["tokens"], key_padding_mask=mask, sequence=sequence).item()
+            if isinstance(model, TokenModel):
+                read: dict[str, Any] = {name: given[name] for name in READ & given.keys()}
+                read |= rows.sequences
+                drift = model.reversible_drift(**read).item()
                 values["reversible/drift"] = max(self._runtime.gather(drift))
         if health:
             values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in health)

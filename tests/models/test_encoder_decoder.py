@@ -190,6 +190,19 @@ def test_bf16_is_close_to_float32() -> None:
             assert (grad.float() - right).norm() <= 0.1 * right.norm() + 0.02, name
 
 
+def test_reversible_drift_is_that_of_the_worse_stack() -> None:
+    """A layer that were rebuilt with anything else than it ran with would not come back."""
+    model = small(cross_attention=CrossAttentionKind.lsh)
+    source, tokens = random_tokens(3, 21), random_tokens(3, 17)
+    given = masks(3, 21, 17)
+    drift = model.reversible_drift(source, tokens, **given)
+    assert 0 < drift < 1e-5
+    for stack in (model.encoder, model.stack):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stack, "reversible_drift", lambda x, context: x.new_tensor(7.0))
+            assert model.reversible_drift(source, tokens, **given) == 7
+
+
 def test_an_empty_source_gives_nothing() -> None:
     model = small().eval()
     source, tokens = random_tokens(2, 9), random_tokens(2, 7)

@@ -54,6 +54,7 @@ def test_a_run_goes_on_exactly_and_loads(
     whole = train(job, kind, data, tmp_path / "whole")
     assert whole[-1]["train/loss"] != whole[0]["train/loss"]
     assert 0 <= whole[-1]["eval/accuracy"] <= 1
+    assert 0 < whole[-1]["reversible/drift"] < 1e-4
     assert ("train/bits_per_byte" in whole[-1]) is False
     cut = tmp_path / "whole/checkpoints/step-00000003"
     resumed = train(job, kind, data, tmp_path / "resumed", f"resume={cut}")

@@ -74,7 +74,8 @@ def build_trainer(
     bytes_per_token = None
     if config.task.kind is TaskKind.language_model:
         bytes_per_token = corpus.total("text_bytes", "train") / corpus.total("tokens", "train")
-    intake = Intake(runtime, sequence, loader, QuarantineFile(folder).add, stop)
+    report, of_rows = QuarantineFile(folder).add, task.labels_of_rows
+    intake = Intake(runtime, sequence, loader, report, stop, labels_of_rows=of_rows)
     return Trainer(
         config, runtime, engine, sequence, intake, checkpoints, probes, journal, progress, bytes_per_token
     )

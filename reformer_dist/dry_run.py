@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from reformer_dist.compose import to_yaml
-from reformer_dist.config import LauncherKind, RunConfig, TaskKind
+from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine.setup import deepspeed_dict
 from reformer_dist.errors import ConfigError
 from reformer_dist.feed import open_training_corpus
 from reformer_dist.planning import Job, describe, make_plan
+from reformer_dist.tasks import make_task
 
 FLAG = "--dry-run"
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
@@ -24,7 +25,6 @@ MEMINFO = Path("/proc/meminfo")
 
 def dry_run(config: RunConfig, flag: str) -> None:
     """Prints the plan on rank 0. Raises the UserError that a run would raise of its configuration or data."""
-    _require_language_model(config)
     memory = read_memory(flag)
     device = "cuda" if memory is not None or torch.cuda.is_available() else "cpu"
     ranks_per_node, world_size = count_ranks(config)
@@ -32,18 +32,12 @@ def dry_run(config: RunConfig, flag: str) -> None:
     if device == "cpu":
         deepspeed_dict(config.deepspeed, config.optim, config.trainer.precision, micro, n_micro)
     corpus = open_training_corpus(config)
-    job = Job(config, world_size, ranks_per_node, corpus.tokenizer.vocab_size, device)
-    plan = make_plan(job)
+    task = make_task(config, corpus.tokenizer, corpus.labels)
+    task.check(corpus)
+    plan = make_plan(Job(config, world_size, ranks_per_node, task.vocab_size, device), task.build_model)
     plan = replace(plan, memory_limit=memory or _memory_here(device, ranks_per_node))
     if runtime.env_rank() == 0:
         sys.stdout.write(to_yaml(config) + "\n" + describe(plan) + "\n")
-
-
-def _require_language_model(config: RunConfig) -> None:
-    known = (TaskKind.language_model, TaskKind.masked_language_model, TaskKind.completion)
-    if config.task.kind not in known:
-        right = f"plans are of {', '.join(kind.name for kind in known)}"
-        raise ConfigError(f"{FLAG}: knows no task.kind={config.task.kind.name}; {right}")
 
 
 def read_memory(flag: str) -> float | None:

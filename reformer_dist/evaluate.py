@@ -111,8 +111,7 @@ def _held_out(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus
     sequence = share_sequences(loaded.config, job, arguments.batch)
     task, grid = loaded.task, sequence.grid
     batches = task.heldout(corpus, _rows(arguments, loaded, grid.dp_rank, grid.dp_size))
-    predict = task.predict if task.tells_accuracy else None
-    return evaluate(loaded.model, batches, task.token_bytes, job, sequence, predict)
+    return evaluate(loaded.model, batches, task, job, sequence)
 
 
 def _joined(job: Runtime, mine: list[Any]) -> list[Any]:

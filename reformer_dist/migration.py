@@ -209,6 +209,16 @@ DEFAULTS: dict[str, Keys] = {
 }
 """Options of each class there, beside its sizes, with their defaults there."""
 
+KEYWORDS: dict[str, str] = {
+    "keys": "a layer sees its own text alone; make a ReformerEncoderDecoder, whose decoder attends to a source",
+    "context_mask": "has no meaning without keys; that of a ReformerEncoderDecoder is source_mask",
+    "input_attn_mask": "buckets, causal and input_mask say which tokens meet; "
+    "a mask of every pair costs what LSH attention saves, so leave it out",
+    "pos_emb": "a model makes its own positions; leave it out, or make a layer of a ModelConfig(position=rotary)",
+    "arg_route": "nothing is routed: a sublayer takes what it needs; leave it out",
+}
+"""Keywords of a call there, beside input_mask, why none has a counterpart, and what to do instead."""
+
 
 def to_config(name: str, sizes: Keys, options: Keys) -> ModelConfig:
     """The configuration for a call of reformer_pytorch's class `name`.
@@ -231,6 +241,16 @@ def to_config(name: str, sizes: Keys, options: Keys) -> ModelConfig:
     return ModelConfig(**keys)
 
 
+def _refuse_keywords(keywords: Given) -> None:
+    given = {name: value for name, value in keywords.items() if value is not None}
+    unknown = sorted(given.keys() - KEYWORDS.keys())
+    if unknown:
+        raise ConfigError(f"forward: reformer_pytorch has no keyword {', '.join(unknown)}")
+    if given:
+        lines = [f"{name}: {KEYWORDS[name]}" for name in given]
+        raise ConfigError("\n".join(["forward: no counterpart here for", *lines]))
+
+
 class Reformer(nn.Module):
     """reformer_pytorch's Reformer: `net` is a `ReformerStack`, [B, S, dim] -> [B, S, dim] at any length S.
 
@@ -243,8 +263,9 @@ class Reformer(nn.Module):
         self.net, self._rotations = models.ReformerStack(config), _Rotations()
         models.initialise(self.net, config, seed=0)
 
-    def forward(self, x: Tensor, input_mask: Tensor | None = None) -> Tensor:
-        """input_mask [B, S]: True for real tokens."""
+    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""
+        _refuse_keywords(keywords)
         out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
         return out
 
@@ -258,8 +279,9 @@ class ReformerLM(nn.Module):
         config = to_config("ReformerLM", sizes, options)
         self.net, self._rotations = models.ReformerLM(config, num_tokens), _Rotations()
 
-    def forward(self, x: Tensor, input_mask: Tensor | None = None) -> Tensor:
-        """input_mask [B, S]: True for real tokens."""
+    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""
+        _refuse_keywords(keywords)
         out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
         return out
 
@@ -273,8 +295,9 @@ class LSHSelfAttention(nn.Module):
         kind = models.ExactSelfAttention if options.get("use_full_attn") else models.LSHSelfAttention
         self.net, self._rotations = kind(config), _Rotations()
 
-    def forward(self, x: Tensor, input_mask: Tensor | None = None) -> Tensor:
-        """input_mask [B, S]: True for real tokens."""
+    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""
+        _refuse_keywords(keywords)
         out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from reformer_dist.training.journal import Journal
 from reformer_dist.training.stopping import StopSignal
 
 PROMPT_TOKENS = 64
+READ = {"source", "source_mask", "tokens", "key_padding_mask"}
+"""What the stacks of a model read, by the names of its forward."""
 
 
 class Probes:
@@ -56,10 +59,9 @@ class Probes:
         result = evaluate(
             self._engine.forward,
             batches,
-            self._task.token_bytes,
+            self._task,
             self._runtime,
             self._sequence,
-            self._task.predict if self._task.tells_accuracy else None,
         )
         logger.info(f"step {step} | {result}")
         values = {f"eval/{name}": value for name, value in result.values().items()}
@@ -92,15 +94,16 @@ class Probes:
     @torch.no_grad()
     def _health(self) -> dict[str, float]:
         model = self._engine.module
-        rows = MicroBatch.of(self._first_rows(), self._sequence)
+        rows = MicroBatch.of(self._first_rows(), self._sequence, labels_of_rows=self._task.labels_of_rows)
         given = rows.to(self._runtime.device)
         health: list[LSHHealth] = []
         values = {}
         with self._engine.autocast():
             model(**given, **rows.sequences, health=health)
-            if isinstance(model, TokenModel) and "source" not in given:
-                mask, sequence = given.get("key_padding_mask"), rows.sequences["sequence"]
-                drift = model.reversible_drift(given["tokens"], key_padding_mask=mask, sequence=sequence).item()
+            if isinstance(model, TokenModel):
+                read: dict[str, Any] = {name: given[name] for name in READ & given.keys()}
+                read |= rows.sequences
+                drift = model.reversible_drift(**read).item()
                 values["reversible/drift"] = max(self._runtime.gather(drift))
         if health:
             values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in health)

@@ -153,7 +153,7 @@ class Ours:
     def planned_mib(self) -> float | None:
         """What planning says of the peak: weights, their states, and activations."""
         job = Job(self._config, world_size=1, ranks_per_node=1, vocab_size=VOCAB_SIZE, device=self._device.type)
-        return round(make_plan(job).peak.total / MIB, 1)
+        return round(make_plan(job, lambda: ReformerLM(self._config.model, VOCAB_SIZE)).peak.total / MIB, 1)
 
     def step(self, tokens: Tensor) -> None:
         micro = self._config.micro_batching(1)[0]

@@ -30,9 +30,10 @@ import torch
 from reformer_dist.build import build_trainer
 from reformer_dist.compose import compose_run
 from reformer_dist.config import RunConfig
-from reformer_dist.data import ByteTokenizer, write_dataset
+from reformer_dist.data import ByteTokenizer, Corpus, Record, write_dataset, write_records
 from reformer_dist.distributed import runtime
 from reformer_dist.planning import Job, make_plan
+from reformer_dist.tasks import Task, make_task
 from reformer_dist.training.metrics import peak_memory_gib
 
 LARGEST_ERROR = 0.10
@@ -45,6 +46,7 @@ BASE = [
 ]
 DEEP = ["model.dim=512", "model.n_heads=8", "model.n_layers=8", "model.n_buckets=32", "data.seq_len=1024"]
 LONG = ["data.seq_len=32768", "model.n_buckets=512"]
+PAIRS = ["task.kind=sequence_to_sequence", "data.seq_len=8192", "task.max_source_len=8192"]
 ROWS: dict[str, tuple[int, list[str]]] = {
     "2 layers": (1, []),
     "6 layers": (1, ["model.n_layers=6"]),
@@ -53,6 +55,8 @@ ROWS: dict[str, tuple[int, list[str]]] = {
     "checkpointed": (1, ["model.recompute=checkpoint", "model.n_layers=3"]),
     "bf16": (1, ["trainer.precision=bf16"]),
     "exact": (1, ["model.layers=[exact]", "data.seq_len=2048", "data.batch_size=8"]),
+    "encoder-decoder": (1, PAIRS),
+    "encoder-decoder, LSH": (1, [*PAIRS, "model.cross_attention=lsh"]),
     "saved at each step": (1, [*DEEP, "trainer.save_every=1"]),
     "ZeRO 1": (2, [*DEEP, "deepspeed=zero1", "data.batch_size=2"]),
     "ZeRO 2, bf16": (2, [*DEEP, "deepspeed=zero2", "data.batch_size=4", "trainer.precision=bf16"]),
@@ -101,10 +105,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_text(folder: Path) -> None:
-    """Two megabytes of any text."""
+    """Two megabytes of any text, and as much in pairs, each longer than a row."""
     text = b"".join(b"%d is a number, and the next one is %d.\n" % (n, n + 1) for n in range(1000))
     documents = [(f"document{i}", text) for i in range(50)]
     write_dataset(documents, folder / "data", ByteTokenizer(), shard_bytes=10**6, heldout_fraction=0.0)
+    pairs = [Record(name, (text, text)) for name, text in documents]
+    write_records(pairs, folder / "pairs", ByteTokenizer(), heldout_fraction=0.0, fields=("source", "target"))
 
 
 def compare(name: str, folder: str) -> float:
@@ -117,7 +123,8 @@ def compare(name: str, folder: str) -> float:
         raise SystemExit(f"the job of row {name} ended with status {done.returncode}")
     found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     config = configure(name, Path(folder))
-    plan = make_plan(Job(config, n_ranks, n_ranks, found["vocab_size"], found["device"]))
+    task = task_of(config)
+    plan = make_plan(Job(config, n_ranks, n_ranks, task.vocab_size, found["device"]), task.build_model)
     measured, planned = max(found["peaks"]), plan.total
     of_tensors = plan.peak.total / (measured - plan.libraries)
     sizes = [f"{amount / 2**20:.0f}" for amount in (planned, measured, plan.libraries)]
@@ -127,8 +134,13 @@ def compare(name: str, folder: str) -> float:
 
 
 def configure(name: str, folder: Path) -> RunConfig:
-    places = [f"data.path={folder / 'data'}", f"output_dir={folder / name.replace(' ', '-').replace(',', '')}"]
+    data = folder / ("pairs" if "task.kind=sequence_to_sequence" in ROWS[name][1] else "data")
+    places = [f"data.path={data}", f"output_dir={folder / name.replace(' ', '-').replace(',', '')}"]
     return compose_run([*BASE, *ROWS[name][1], *places])
+
+
+def task_of(config: RunConfig) -> Task:
+    return make_task(config, Corpus.open(config.data.paths()).tokenizer)
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     runtime.stop()
     if not job.is_main:
         sys.exit(0)
-    return {"peaks": peaks, "device": job.device.type, "vocab_size": 257}
+    return {"peaks": peaks, "device": job.device.type}
 
 
 if __name__ == "__main__":

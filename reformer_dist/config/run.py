@@ -60,10 +60,6 @@ class RunConfig:
         if self.trainer.sample_every > 0 and task.kind is not TaskKind.language_model:
             right = f"must be 0: task.kind={task.kind.name} writes no text that goes on from another"
             raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {right}")
-        by_row = (TaskKind.sequence_classification, TaskKind.question_answering)
-        if self.parallel.sequence > 1 and task.kind in by_row:
-            right = f"must be 1 with task.kind={task.kind.name}, whose rows have one answer each"
-            raise ConfigError(f"parallel.sequence={self.parallel.sequence}: {right}")
         longest = self.model.max_positions
         if task.kind is TaskKind.sequence_to_sequence and longest is not None:
             right = f"must be at most {longest}, what model.position={self.model.position.name} can tell apart"

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from reformer_dist.config import ModelConfig
 from reformer_dist.config.checks import require
 from reformer_dist.models.body import TokenModel
-from reformer_dist.models.context import WHOLE, ForwardOptions, Source
+from reformer_dist.models.context import WHOLE, ForwardContext, ForwardOptions, Source
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initial import initialise
 from reformer_dist.models.sequence import SequenceAccess
@@ -67,15 +67,40 @@ class ReformerEncoderDecoder(TokenModel):
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
         """Tokens of a source [B, T] -> the encoder's hidden vectors [B, T, dim] in the dtype of the weights."""
+        context = self._open_source(tokens, options)
+        hidden: Tensor = self.encoder(self._embed(tokens, context), context)
+        return hidden
+
+    @torch.no_grad()
+    def reversible_drift(  # type: ignore[override]  # what it is asked of are the inputs of its own forward
+        self,
+        source: Tensor,
+        tokens: Tensor,
+        *,
+        source_mask: Tensor | None = None,
+        source_sequence: SequenceAccess = WHOLE,
+        key_padding_mask: Tensor | None = None,
+        sequence: SequenceAccess = WHOLE,
+    ) -> Tensor:
+        """The larger drift of the two stacks, on source [B, T] and tokens [B, S] at hand."""
+        of_source: ForwardOptions = {"key_padding_mask": source_mask, "sequence": source_sequence}
+        context = self._open_source(source, of_source)
+        encoder_drift = self.encoder.reversible_drift(self._embed(source, context), context)
+        own: ForwardOptions = {"key_padding_mask": key_padding_mask, "sequence": sequence}
+        read = self.read(source, source_mask, source_sequence)
+        context = replace(self._open(tokens, own), source=read)
+        drift = self.stack.reversible_drift(self._embed(tokens, context), context)
+        return torch.maximum(encoder_drift, drift)
+
+    def _open_source(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
+        """The encoder's context, whose masks and rotations are others than the decoder's."""
         context = self._open(tokens, options)
         seed = context.dropout_seed
-        context = replace(
+        return replace(
             context,
             dropout_seed=None if seed is None else derive_seed("encoder", seed),
             rotation_seed=derive_seed("encoder", context.rotation_seed),
         )
-        hidden: Tensor = self.encoder(self._embed(tokens, context), context)
-        return hidden
 
     def read(
         self,

@@ -21,12 +21,13 @@ class Sublayers:
     def attention_saved(self, kind: AttentionKind) -> int:
         """What autograd holds of an attention sublayer between its forward and its backward."""
         s, n_read = self.sizes, n_projections(kind)
-        inputs = s.hidden * (n_read if self.job.autocasts else 1) + self._norm_saved()
+        inputs = s.hidden * (n_read if self.job.autocasts else 1) + self.norm_saved()
         heads = s.heads * (n_read + 1)  # q, k, v and the output
         if kind is not AttentionKind.exact and self.job.config.model.n_heads > 1:
             heads += s.heads  # the output once more, heads side by side
         ids = s.ids if kind is AttentionKind.lsh else 0
-        return inputs + heads + s.per_head + ids + self._mask(s.hidden, self.job.config.model.dropout)
+        pairs = self._pair_mask() if kind is AttentionKind.exact else 0
+        return inputs + heads + s.per_head + ids + pairs + self._mask(s.hidden, self.job.config.model.dropout)
 
     def attention_backward(self, kind: AttentionKind) -> int:
         """What comes on top while the attention itself goes back, less what has been freed by then."""
@@ -35,7 +36,7 @@ class Sublayers:
         if kind is not AttentionKind.exact and model.n_heads > 1:
             freed += s.heads
         d_output = s.heads * (2 if model.n_heads > 1 else 1)  # as it comes, and with heads apart
-        return self._d_result() + d_output + s.heads * n_projections(kind) - freed
+        return self.d_result() + d_output + s.heads * n_projections(kind) - freed
 
     def feed_forward_saved(self) -> int:
         """What autograd holds of a feed-forward sublayer between its forward and its backward, of all tokens."""
@@ -43,7 +44,7 @@ class Sublayers:
         inner = s.inner * {Activation.relu: 1, Activation.glu: 4}.get(model.activation, 2)
         if model.ff_dropout:
             inner += s.inner * (2 if model.activation is Activation.relu else 1)
-        return s.hidden + self._norm_saved() + inner + self._mask(s.hidden, model.dropout)
+        return s.hidden + self.norm_saved() + inner + self._mask(s.hidden, model.dropout)
 
     def feed_forward_backward(self) -> int:
         """What comes on top of the saved at its highest, less what has been freed by then."""
@@ -52,15 +53,20 @@ class Sublayers:
         at_a_time = self._share_at_a_time()
         if model.ff_dropout:
             draw = s.tokens * model.resolved_ff_dim * MASK_DRAW - s.inner
-            return max(self._d_result() + int(s.inner * grads * at_a_time), int(draw * at_a_time))
-        return self._d_result() + int(s.inner * grads * at_a_time) - self._mask(s.hidden, model.dropout)
+            return max(self.d_result() + int(s.inner * grads * at_a_time), int(draw * at_a_time))
+        return self.d_result() + int(s.inner * grads * at_a_time) - self._mask(s.hidden, model.dropout)
 
     def feed_forward_rerun(self) -> int:
         """What is held of the tokens whose recompute goes back, and the input's gradients of those before them."""
         share = self._share_at_a_time()
         return int(self.feed_forward_saved() * share) + (self.sizes.stream if share < 1 else 0)
 
-    def _norm_saved(self) -> int:
+    def _pair_mask(self) -> int:
+        """Exact attention's mask over pairs, as numbers, where rows are filled up."""
+        shape, seq_len = self.job.layer_shape, self.job.config.data.seq_len
+        return shape.rows * seq_len**2 * shape.element_size if self.job.is_masked else 0
+
+    def norm_saved(self) -> int:
         """What a sublayer's norm keeps beside its result."""
         s, norm = self.sizes, self.job.config.model.norm
         if norm is Norm.rezero:
@@ -73,7 +79,7 @@ class Sublayers:
         """The output of a sublayer."""
         return self.sizes.hidden
 
-    def _d_result(self) -> int:
+    def d_result(self) -> int:
         """The gradient of a sublayer's output where it is not that of the stream itself."""
         s, model = self.sizes, self.job.config.model
         masked = s.hidden if model.dropout > 0 else 0

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Recompute
+from reformer_dist.config import (
+    Activation,
+    AttentionKind,
+    CrossAttentionKind,
+    ModelConfig,
+    NeighbourRule,
+    Recompute,
+    TaskKind,
+)
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_factors
 from reformer_dist.planning.sizes import Job, n_projections
 
 
 def step_flops(job: Job) -> float:
     """Of forward, backward (twice as much) and recompute."""
-    model, data = job.config.model, job.config.data
-    tokens = data.batch_size * data.seq_len
-    layers = sum(layer_flops(model, kind, data.seq_len) for kind in model.layer_kinds())
+    model, rows = job.config.model, job.config.data.batch_size
+    layers = _stack_flops(job)
+    if job.encoder:
+        layers += _stack_flops(job.encoder) + model.n_layers * cross_flops(job, job.encoder)
     passes = 3 if model.recompute is Recompute.none else 4
+    return rows * (layers * passes * (1 - model.layer_drop) + _ends_flops(job) * 3)
+
+
+def _stack_flops(job: Job) -> float:
+    """Of one row's forward through the layers of a stack, what they read of a source left out."""
+    model, seq_len = job.config.model, job.config.data.seq_len
+    return seq_len * sum(layer_flops(model, kind, seq_len) for kind in model.layer_kinds())
+
+
+def cross_flops(job: Job, encoder: Job) -> float:
+    """Of one row's forward through the attention of a decoder's layer to the source."""
+    model, target, source = job.config.model, job.config.data.seq_len, encoder.config.data.seq_len
+    heads = model.n_heads * model.resolved_head_dim
+    products = 2 * model.dim * heads * 2 * (target + source)  # q and the output; k and v
+    if model.cross_attention is CrossAttentionKind.exact:
+        return products + 4 * heads * target * source
+    met = target * source * model.n_hashes / model.n_buckets
+    return products + 4 * heads * met + hash_flops(model) * (target + source)
+
+
+def _ends_flops(job: Job) -> float:
+    """Of one row's embedding and head."""
+    model, seq_len, kind = job.config.model, job.config.data.seq_len, job.config.task.kind
+    widened = 2 * model.embedding_dim * model.dim if model.embedding_dim is not None else 0
+    n_embedded = seq_len + (job.encoder.config.data.seq_len if job.encoder else 0)
+    if kind is TaskKind.sequence_classification:
+        return widened * n_embedded + 2 * model.output_dim * model.dim
     head = 2 * model.table_width * job.vocab_size
-    if model.embedding_dim is not None:
-        head += 2 * model.embedding_dim * (model.dim + model.output_dim)
-    return tokens * (layers * passes * (1 - model.layer_drop) + head * 3)
+    if kind is TaskKind.question_answering:
+        head = 2 * model.output_dim * 2
+    elif model.embedding_dim is not None:
+        head += 2 * model.embedding_dim * model.output_dim
+    return widened * n_embedded + head * seq_len
 
 
 def layer_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:
@@ -40,7 +78,12 @@ def attention_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> fl
     seen = model.window
     if model.neighbours is NeighbourRule.chunk:
         seen = model.chunk_len * (1 + model.n_chunks_before + model.n_chunks_after)
+    return heads * 4 * seen * rounds + hash_flops(model)
+
+
+def hash_flops(model: ModelConfig) -> float:
+    """Of one token's bucket ids."""
     scheme = model.hash_scheme.name
     factors = model.bucket_factors or bucket_factors(model.n_buckets, LARGEST_FACTOR[scheme])
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
-    return heads * (4 * seen * rounds + 2 * columns * model.n_hashes)
+    return model.n_heads * model.resolved_head_dim * 2 * columns * model.n_hashes

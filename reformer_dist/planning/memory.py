@@ -6,16 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from reformer_dist.config import AttentionKind, Recompute
-from reformer_dist.planning.activations import Sublayers
-from reformer_dist.planning.attention import workspace
-from reformer_dist.planning.parameters import BlockCount, ParameterCount
+from reformer_dist.config import Recompute, TaskKind
+from reformer_dist.planning.parameters import ParameterCount
 from reformer_dist.planning.sizes import Job, Sizes
+from reformer_dist.planning.stack import ATTENTION, FEED_FORWARD, LAYER, STORED, STREAMS, WORKSPACE, StackPlan
 from reformer_dist.planning.states import BUFFERS, GRADIENTS, OPTIMIZER, SAVED, WEIGHTS, Parts, States
 
-STREAMS, STORED, LAYER = "residual streams", "stored activations", "one layer's backward"
-WORKSPACE, LOSS = "attention workspace", "loss"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, SAVED, STREAMS, STORED, LAYER, WORKSPACE, LOSS)
+LOSS, SOURCE = "loss", "the source as read"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, SAVED, STREAMS, STORED, LAYER, WORKSPACE, SOURCE, LOSS)
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,23 @@ class MemoryPlan:
 
         if states.stage == 3:
             yield moment("weights are gathered", states.gathering(), {STREAMS: 2.0 * self.sizes.stream})
-        yield moment("loss", self._loss(), states.during_backward(0, 0))
+        yield moment("loss", self._loss(), self._source(), states.during_backward(0, 0))
         done = self.count.above
-        for layer in reversed(range(self.job.config.model.n_layers)):
-            block = self._block(layer)
-            for sublayer, fresh in (("feed-forward", 0), ("attention", block.feed_forward)):
+        for layer in reversed(range(self.decoder.n_layers)):
+            for sublayer, fresh in self.decoder.going_back(layer):
+                parts = self.decoder.backward(layer, sublayer), self._source(layer, sublayer)
                 name = f"backward of layer {layer}, {sublayer}"
-                yield moment(name, self._backward(layer, sublayer), states.during_backward(done, fresh))
-            done += block.total if layer < len(self.count.blocks) else 0
+                yield moment(name, *parts, states.during_backward(done, fresh))
+            done += self.decoder.new_weights(layer)
+        if self.encoder:
+            done += self.count.above_encoder
+            for layer in reversed(range(self.encoder.n_layers)):
+                for sublayer, fresh in self.encoder.going_back(layer):
+                    # the gradient of the table waits for that of the source's tokens
+                    of_states = states.during_backward(done, self.count.embedding + fresh)
+                    name = f"backward of encoder layer {layer}, {sublayer}"
+                    yield moment(name, self.encoder.backward(layer, sublayer), of_states)
+                done += self.encoder.new_weights(layer)
         yield moment("gradients are reduced", states.during_reduction())
         yield moment("weights move", states.during_step())
 
@@ -69,59 +76,48 @@ class MemoryPlan:
         return Sizes.of(self.job)
 
     @property
-    def _sublayers(self) -> Sublayers:
-        return Sublayers(self.job, self.sizes)
+    def decoder(self) -> StackPlan:
+        """The stack under the head, in models that have no other too."""
+        return StackPlan(self.job, self.count.blocks)
 
-    def _block(self, layer: int) -> BlockCount:
-        return self.count.blocks[layer % len(self.count.blocks)]
+    @property
+    def encoder(self) -> StackPlan | None:
+        return StackPlan(self.job.encoder, self.count.encoder_blocks) if self.job.encoder else None
+
+    def _source(self, layer: int | None = None, sublayer: str = FEED_FORWARD) -> Parts:
+        """While the decoder is at work: what the encoder left for its backward, its result, and gradients of that.
+
+        layer: the decoder's that goes back; those above it have added up what they want of the source.
+        """
+        if self.encoder is None:
+            return {}
+        stream, top = self.encoder.sizes.stream, self.decoder.n_layers - 1
+        grads = 0 if layer is None else (layer < top) + (sublayer == ATTENTION)
+        # the mean of the top layer's streams, the norm of that, and where they are the tape, the streams
+        kept = 4.0 if self.job.config.model.recompute is Recompute.reversible else 2.0
+        return {SOURCE: (kept + grads) * stream, STORED: float(self.encoder.stored(self.encoder.n_layers))}
 
     def _loss(self) -> Parts:
-        """While the last logits are at hand: the last layers' outputs, their mean, and both gradients."""
-        sizes, model = self.sizes, self.job.config.model
-        chunk = min(model.loss_chunk, sizes.tokens) * self.job.vocab_size * 4
-        d_weight = self.job.vocab_size * model.table_width * 4
-        stored = self._stored(model.n_layers)
+        """At the head: the last layers' outputs, their mean, and gradients."""
+        sizes = self.sizes
+        own = self._loss_of_rows() if self._labels_rows else self._loss_of_tokens()
         return {
             STREAMS: 3.0 * sizes.stream,
-            LOSS: float(sizes.hidden + sizes.stream + d_weight + 3 * chunk),
-            STORED: float(stored),
+            LOSS: float(sizes.hidden + sizes.stream + own),
+            STORED: float(self.decoder.stored(self.decoder.n_layers)),
         }
 
-    def _stored(self, n_layers: int) -> int:
-        """What the lowest n layers keep for backward."""
-        recompute, sizes = self.job.config.model.recompute, self.sizes
-        if recompute is Recompute.reversible:
-            return sum(self._remembered(layer) for layer in range(n_layers))
-        if recompute is Recompute.checkpoint:
-            return sum(2 * sizes.stream + self._remembered(layer) for layer in range(n_layers))
-        return sum(2 * sizes.stream + self._saved(layer) for layer in range(n_layers))
+    @property
+    def _labels_rows(self) -> bool:
+        return self.job.config.task.kind in (TaskKind.sequence_classification, TaskKind.question_answering)
 
-    def _remembered(self, layer: int) -> int:
-        """Bucket ids, which a recompute must find again."""
-        return self.sizes.ids if self._kind(layer) is AttentionKind.lsh else 0
+    def _loss_of_tokens(self) -> int:
+        """While the last logits are at hand."""
+        model = self.job.config.model
+        chunk = min(model.loss_chunk, self.sizes.tokens) * self.job.vocab_size * 4
+        return self.job.vocab_size * model.table_width * 4 + 3 * chunk
 
-    def _kind(self, layer: int) -> AttentionKind:
-        return self.job.config.model.layer_kinds()[layer]
-
-    def _saved(self, layer: int) -> int:
-        return self._sublayers.attention_saved(self._kind(layer)) + self._sublayers.feed_forward_saved()
-
-    def _backward(self, layer: int, sublayer: str) -> Parts:
-        """While a sublayer of a layer goes back."""
-        sizes, lower, kind = self.sizes, self._sublayers, self._kind(layer)
-        is_attention = sublayer == "attention"
-        on_top = lower.attention_backward(kind) if is_attention else lower.feed_forward_backward()
-        parts: Parts = {WORKSPACE: workspace(self.job, kind)} if is_attention else {}
-        recompute = self.job.config.model.recompute
-        if recompute is Recompute.reversible:
-            saved = lower.attention_saved(kind) if is_attention else lower.feed_forward_rerun()
-            # gradients of both outputs, the outputs, and then the rebuilt input and what the other half gave
-            streams = 7.0 * sizes.stream + sizes.hidden if is_attention else 4.0 * sizes.stream
-            stored = self._stored(layer)
-            layer_bytes = saved + on_top + lower.result
-        else:
-            saved = lower.attention_saved(kind) + (0 if is_attention else lower.feed_forward_saved())
-            streams = 3.0 * sizes.stream
-            stored = self._stored(layer) + 2 * sizes.stream
-            layer_bytes = saved + on_top
-        return parts | {STREAMS: streams, STORED: float(stored), LAYER: float(layer_bytes)}
+    def _loss_of_rows(self) -> int:
+        """Of an answer's first and last token: logits, without what is masked, exponentials and gradients."""
+        is_answer = self.job.config.task.kind is TaskKind.question_answering
+        return 5 * self.sizes.tokens * 2 * 4 if is_answer else 0

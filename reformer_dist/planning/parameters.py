@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from reformer_dist.config import ModelConfig
 from reformer_dist.engine.optim import parameter_groups
-from reformer_dist.models import ReformerLM
+from reformer_dist.models import ReformerEncoderDecoder
 from reformer_dist.models.block import Block
+from reformer_dist.models.body import TokenModel
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,11 @@ class BlockCount:
 
     attention: int
     feed_forward: int
+    cross_attention: int = 0
 
     @property
     def total(self) -> int:
-        return self.attention + self.feed_forward
+        return self.attention + self.cross_attention + self.feed_forward
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class ParameterCount:
     """Of the last norm and the head, without a table that is the embedding's too."""
     groups: list[list[int]]
     """Elements of each tensor of the optimizer's groups."""
+    encoder_blocks: list[BlockCount]
+    """Of an encoder-decoder's other stack; its last norm is `above_encoder`."""
+    above_encoder: int
 
     @property
     def largest(self) -> int:
@@ -42,21 +47,26 @@ class ParameterCount:
         return max(max(group) for group in self.groups)
 
 
-def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
-    """The counts of `ReformerLM(config, vocab_size)`."""
+def count_parameters(build_model: Callable[[], nn.Module]) -> ParameterCount:
+    """The counts of a model of ours, which is built without memory."""
     with torch.device("meta"):
-        model = ReformerLM(config, vocab_size)
+        model = build_model()
+    assert isinstance(model, TokenModel)
+    encoder = model.encoder if isinstance(model, ReformerEncoderDecoder) else None
     blocks = [_count_block(block) for block in model.stack.blocks]
+    encoder_blocks = [_count_block(block) for block in encoder.blocks] if encoder else []
+    above_encoder = _count(encoder.norm) if encoder else 0
     total, embedding = _count(model), _count(model.embedding)
     groups = [[p.numel() for p in group["params"]] for group in parameter_groups(model, weight_decay=0.0)]
-    above = total - embedding - sum(block.total for block in blocks)
-    return ParameterCount(total, embedding, blocks, above, groups)
+    above = total - embedding - above_encoder - sum(block.total for block in blocks + encoder_blocks)
+    return ParameterCount(total, embedding, blocks, above, groups, encoder_blocks, above_encoder)
 
 
 def _count_block(block: nn.Module) -> BlockCount:
     assert isinstance(block, Block)
     attention = _count(block.attention_norm) + _count(block.attention)
-    return BlockCount(attention, _count(block) - attention)
+    cross = _count(block.cross_attention_norm) + _count(block.cross_attention) if block.reads_source else 0
+    return BlockCount(attention, _count(block) - attention - cross, cross)
 
 
 def _count(module: nn.Module) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import nn
 
 from reformer_dist.planning.flops import step_flops
 from reformer_dist.planning.libraries import measure_libraries
@@ -41,10 +44,10 @@ class Plan:
         return max(self.peak.parts, key=lambda part: self.peak.parts[part])
 
 
-def make_plan(job: Job, memory_limit: float | None = None) -> Plan:
-    """Computes the plan. Raises ConfigError where the job's ranks or batch do not divide."""
+def make_plan(job: Job, build_model: Callable[[], nn.Module], memory_limit: float | None = None) -> Plan:
+    """Computes the plan; build_model: of the task. Raises ConfigError where ranks or batch do not divide."""
     job.config.micro_batching(job.world_size)
-    count = count_parameters(job.config.model, job.vocab_size)
+    count = count_parameters(build_model)
     return Plan(
         job=job,
         n_parameters=count.total,

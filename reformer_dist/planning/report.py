@@ -22,13 +22,14 @@ def _job_lines(plan: Plan) -> list[str]:
     micro, n_micro = config.micro_batching(job.world_size)
     heads, buckets = job.grid
     tokens = config.data.batch_size * config.data.seq_len
+    of_sources = f" and {config.data.batch_size * config.task.max_source_len:,} of sources" if job.encoder else ""
     ranks = f"{job.world_size} rank{'s' if job.world_size > 1 else ''} on {job.device}"
     shared = f"{heads} x {buckets} (heads x buckets) ranks share each sequence"
     return [
         f"ranks         {ranks}, {job.ranks_per_node} on a machine; "
         f"{config.dp_size(job.world_size)} data-parallel"
         + (f", {shared}" if config.parallel.sequence > 1 else ""),
-        f"step          {tokens:,} tokens: {config.data.batch_size} rows of {config.data.seq_len:,}, "
+        f"step          {tokens:,} tokens{of_sources}: {config.data.batch_size} rows of {config.data.seq_len:,}, "
         f"{n_micro} micro-batch{'es' if n_micro > 1 else ''} of {micro} on each rank",
         f"parameters    {plan.n_parameters:,}; ZeRO stage {config.deepspeed.stage}, "
         f"{config.trainer.precision.name}",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from reformer_dist.config import Activation, AttentionKind, Precision, RunConfig
+from reformer_dist.config import Activation, AttentionKind, Precision, RunConfig, TaskConfig, TaskKind
 from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.parallel.traffic import LayerShape, choose_grid
 
@@ -52,6 +52,27 @@ class Job:
     def grid(self) -> tuple[int, int]:
         """(heads, buckets) of the ranks that share a sequence, as `share.py` chooses them."""
         return choose_grid(self.config.parallel.grids(), self.layer_shape, self.ranks_per_node)
+
+    @property
+    def encoder(self) -> Job | None:
+        """What an encoder-decoder does with its sources, as the job of a two-sided model of its own."""
+        config = self.config
+        if config.task.kind is not TaskKind.sequence_to_sequence:
+            return None
+        heads, buckets = self.grid
+        of_sources = replace(
+            config,
+            task=TaskConfig(kind=TaskKind.sequence_classification),
+            model=config.model.encoder(),
+            data=replace(config.data, seq_len=config.task.max_source_len),
+            parallel=replace(config.parallel, heads=heads, buckets=buckets),
+        )
+        return replace(self, config=of_sources)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether rows are filled up behind a mask, of which exact attention makes a matrix."""
+        return not self.config.task.packs_text and self.config.task.kind is not TaskKind.completion
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ An all-reduce of n bytes over w ranks sends 2 n (w - 1) / w from each, a reduce-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from reformer_dist.config import AttentionKind, Recompute
+from reformer_dist.config import AttentionKind, CrossAttentionKind, Recompute
 from reformer_dist.parallel.traffic import bucket_bytes, head_bytes, mean_other_ranks
 from reformer_dist.planning.parameters import ParameterCount
 from reformer_dist.planning.sizes import Job, n_projections
@@ -35,11 +35,33 @@ def zero_traffic(job: Job, count: ParameterCount) -> Traffic:
 def exchange_traffic(job: Job) -> Traffic:
     """What the ranks of a sequence send one another; empty where sequences are not shared."""
     parts = {HEADS: 0.0, BUCKETS: 0.0}
-    for kind in job.config.model.layer_kinds():
-        layer = LayerTraffic(job, kind)
-        parts[HEADS] += layer.heads() * job.n_micro
-        parts[BUCKETS] += layer.buckets() * job.n_micro
+    for stack in [job, job.encoder] if job.encoder else [job]:
+        for kind in stack.config.model.layer_kinds():
+            layer = LayerTraffic(stack, kind)
+            parts[HEADS] += layer.heads() * job.n_micro
+            parts[BUCKETS] += layer.buckets() * job.n_micro
+    if job.encoder:
+        parts[HEADS] += cross_attention_bytes(job, job.encoder) * job.config.model.n_layers * job.n_micro
     return {name: amount for name, amount in parts.items() if amount}
+
+
+def forwards(job: Job) -> int:
+    """Runs of a layer in a step: a recompute sends q, k, v and o again, but no ids, bits or counts."""
+    return 1 if job.config.model.recompute is Recompute.none else 2
+
+
+def cross_attention_bytes(job: Job, encoder: Job) -> float:
+    """Of one layer and micro-batch: q and o of the targets, k and v of the sources, and their gradients.
+
+    A recompute sends bucket ids, which each rank remembers for its own slice, once more.
+    """
+    n_ranks, targets, sources = job.config.parallel.sequence, job.layer_shape, encoder.layer_shape
+    vectors = 2 * (targets.tokens + sources.tokens) * targets.vector
+    ids = 0
+    if job.config.model.cross_attention is CrossAttentionKind.lsh:
+        # not those of a local round, which only self-attention has
+        ids = (targets.tokens + sources.tokens) * replace(targets, n_hashes=job.config.model.n_hashes).ids
+    return (vectors * (forwards(job) + 1) + ids * forwards(job)) * (n_ranks - 1) / n_ranks
 
 
 @dataclass(frozen=True)
@@ -51,8 +73,7 @@ class LayerTraffic:
 
     @property
     def _forwards(self) -> int:
-        """Runs of a layer in a step: a recompute sends q, k, v and o again, but no ids, bits or counts."""
-        return 1 if self.job.config.model.recompute is Recompute.none else 2
+        return forwards(self.job)
 
     def heads(self) -> float:
         shape = self.job.layer_shape

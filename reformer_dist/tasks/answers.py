@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reformer_dist.data import Batch, Corpus, Example, Sample, Visit, collate, seeded_bits
 from reformer_dist.models import ReformerForQuestionAnswering
+from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.tasks.metrics import answer_f1, best_over, exact_match
 from reformer_dist.tasks.task import Gather, Rows, SampleTask, device_of, row_of
 
@@ -45,6 +46,7 @@ class QuestionAnswering(SampleTask):
     """In training a sample is seen through one window, mostly one with the answer; in evaluation through all."""
 
     needs = ("question", "context")
+    labels_of_rows = True
     made_by = "--squad FILE.json"
 
     def build_model(self) -> nn.Module:
@@ -65,9 +67,9 @@ class QuestionAnswering(SampleTask):
     def blank_facts(self) -> dict[str, Any]:
         return {"answers": [[0, ""]]}
 
-    def predict(self, outputs: Any) -> Tensor:
-        first, last = outputs
-        return torch.stack([first.argmax(-1), last.argmax(-1)], dim=-1)
+    def predict(self, outputs: Any, sequence: SequenceAccess) -> Tensor:
+        ends = torch.stack(outputs, dim=1)  # [B, 2, tokens at hand]
+        return torch.cat(sequence.gather(ends).unbind(), dim=-1).argmax(-1)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, corpus: Corpus, rows: Rows, gather: Gather) -> list[str]:

@@ -16,6 +16,7 @@ from reformer_dist.tasks.task import SampleTask, row_of
 class SequenceClassification(SampleTask):
     """A row is a text and its end; a text that is too long is cut."""
 
+    labels_of_rows = True
     made_by = "FILE.jsonl --fields text --label label"
 
     def build_model(self) -> nn.Module:

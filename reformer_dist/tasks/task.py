@@ -30,6 +30,7 @@ from reformer_dist.data import (
 )
 from reformer_dist.errors import DataError
 from reformer_dist.log import logger
+from reformer_dist.models.sequence import SequenceAccess
 
 HELDOUT = -1  # no stream of training has this number
 
@@ -78,6 +79,8 @@ class Task(ABC):
     """Ids behind those of the tokenizer."""
     tells_accuracy: ClassVar[bool] = True
     """Whether an evaluation tells the share of labels that the model says, too."""
+    labels_of_rows: ClassVar[bool] = False
+    """Whether labels are of whole rows rather than of tokens."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> None:
         self.config, self.tokenizer, self.labels = config, tokenizer, list(labels)
@@ -98,8 +101,8 @@ class Task(ABC):
     def heldout(self, corpus: Corpus, rows: Rows) -> Iterator[HeldoutBatch]:
         """Held-out batches of a rank; every rank gets as many. Raises DataError where there is nothing."""
 
-    def predict(self, outputs: Any) -> Tensor:
-        """What the model takes for the labels, from what it returns without them."""
+    def predict(self, outputs: Any, sequence: SequenceAccess) -> Tensor:
+        """What the model takes for the labels, from what it returns without them of the part of rows at hand."""
         return outputs.argmax(-1)
 
     @property

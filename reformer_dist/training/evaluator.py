@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.training.intake import IGNORED, MicroBatch
+from reformer_dist.training.intake import MicroBatch
 from reformer_dist.training.metrics import bits_per_byte
 
 
@@ -20,6 +20,22 @@ class Batch(Protocol):
 
     @property
     def tensors(self) -> dict[str, Tensor]: ...
+
+
+class Asked(Protocol):
+    """What a task says of its labels."""
+
+    tells_accuracy: ClassVar[bool]
+    labels_of_rows: ClassVar[bool]
+
+    @property
+    def token_bytes(self) -> Tensor | None:
+        """[V]: bytes of text of each token id, where labels are tokens of text."""
+        ...
+
+    def predict(self, outputs: Any, sequence: SlicedSequence) -> Tensor:
+        """What a model means that returned this without labels, of rows that are at hand as `sequence` says."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,33 +62,33 @@ class EvalResult:
 def evaluate(
     forward: Callable[..., Tensor],
     batches: Iterable[Batch],
-    token_bytes: Tensor | None,
+    task: Asked,
     runtime: Runtime,
     sequence: SlicedSequence,
-    predict: Callable[[Any], Tensor] | None = None,
 ) -> EvalResult:
-    """forward: a model's, the summed loss in nats; token_bytes [V]: bytes of text of each token id, where labels
-    are tokens of text; predict: what a model means that returned this without labels, where accuracy is asked for.
+    """forward: a model's, the summed loss in nats.
 
     The batches are of whole rows, alike on the ranks that share them by `sequence`.
     """
+    token_bytes = task.token_bytes
     nats, n_labels, text_bytes, n_right = 0.0, 0, 0, 0
     for batch in batches:
-        rows = MicroBatch.of(batch.tensors, sequence)
-        given, labels = rows.to(runtime.device), rows.tensors["labels"]
+        rows = MicroBatch.of(batch.tensors, sequence, labels_of_rows=task.labels_of_rows)
+        given = rows.to(runtime.device)
         nats += forward(**given, **rows.sequences).item()
-        counted = labels[labels != IGNORED]
+        counted = rows.tensors["labels"][rows.asked]
         n_labels += counted.numel()
         if token_bytes is not None:
             text_bytes += int(token_bytes[counted].sum())
-        if predict is not None:
-            asked = given.pop("labels")
-            n_right += int((predict(forward(**given, **rows.sequences)) == asked).sum())
+        if task.tells_accuracy:
+            labels = given.pop("labels")
+            said = task.predict(forward(**given, **rows.sequences), rows.sequences["sequence"])
+            n_right += int(((said == labels) & rows.asked.to(runtime.device)).sum())
     nats, n_all, n_bytes, n_right_of_all = runtime.sum([nats, n_labels, text_bytes, n_right])
     return EvalResult(
         loss=nats / max(1, n_all),
         bits_per_byte=None if token_bytes is None else bits_per_byte(nats, n_bytes),
-        accuracy=None if predict is None else n_right_of_all / max(1, n_all),
+        accuracy=n_right_of_all / max(1, n_all) if task.tells_accuracy else None,
         labels=int(n_all),
         text_bytes=int(n_bytes),
     )

@@ -68,9 +68,13 @@ class MicroBatch:
     """[rows, tokens at hand] each, or without tokens where there is one answer to a row."""
     sequences: dict[str, SlicedSequence]
     """By the names that the model takes: which part of the rows is at hand, and of their sources."""
+    labels_of_rows: bool = False
+    """Whether labels are of whole rows, and the same on all ranks that share them; else they are of tokens."""
 
     @classmethod
-    def of(cls, rows: Mapping[str, Tensor], sequence: SlicedSequence) -> MicroBatch:
+    def of(
+        cls, rows: Mapping[str, Tensor], sequence: SlicedSequence, *, labels_of_rows: bool = False
+    ) -> MicroBatch:
         """rows: whole ones, alike on the ranks that share them by `sequence`."""
         tensors, tokens = dict(rows), rows["tokens"]
         sequences = {"sequence": sequence.of_length(tokens.shape[1])}
@@ -78,20 +82,29 @@ class MicroBatch:
             sequences["source_sequence"] = sequence.of_length(rows["source"].shape[1])
         if sequence.grid.size > 1:
             for name, tensor in rows.items():
+                if name == "labels" and labels_of_rows:
+                    continue
                 shared = sequences["source_sequence" if name in OF_SOURCE else "sequence"]
                 tensors[name] = shared.take(tensor, FILLS.get(name, 0))
         mask = sequences["sequence"].key_padding_mask(len(tokens), tokens.device)
         if mask is not None:
             tensors.setdefault("key_padding_mask", mask)
-        return cls(tensors, sequences)
+        return cls(tensors, sequences, labels_of_rows)
 
     @property
     def n_rows(self) -> int:
         return len(self.tensors["labels"])
 
     @property
+    def asked(self) -> Tensor:
+        """Which labels count on this rank: of those that several ranks have, the first rank's."""
+        asked = self.tensors["labels"] != IGNORED
+        is_first = self.sequences["sequence"].grid.slice_index == 0
+        return asked if is_first or not self.labels_of_rows else torch.zeros_like(asked)
+
+    @property
     def valid_labels(self) -> int:
-        return int((self.tensors["labels"] != IGNORED).sum())
+        return int(self.asked.sum())
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in self.tensors.items()}
@@ -122,10 +135,12 @@ class Intake:
         batches: Batches,
         report: Callable[[list[Any]], None] = lambda damaged: None,
         stop: StopSignal | None = None,
+        *,
+        labels_of_rows: bool = False,
     ) -> None:
-        """report: told on rank 0 of the samples that any rank found damaged."""
+        """report: told on rank 0 of the samples that any rank found damaged; labels_of_rows: see `MicroBatch`."""
         self._runtime, self._sequence, self._batches, self._report = runtime, sequence, batches, report
-        self._stop = stop or StopSignal()
+        self._stop, self._labels_of_rows = stop or StopSignal(), labels_of_rows
 
     @property
     def n_damaged(self) -> int:
@@ -141,7 +156,7 @@ class Intake:
         try:
             batch = self._wait_for(_in_background(lambda: next(self._batches)))
             if batch is not None:
-                micro_batches = [MicroBatch.of(rows, self._sequence) for rows in batch.micro_batches]
+                micro_batches = [self._take(rows) for rows in batch.micro_batches]
         except (DataError, OSError) as caught:
             error = caught
         valid = sum(each.valid_labels for each in micro_batches)
@@ -158,6 +173,9 @@ class Intake:
         if n_damaged_of_all:
             self._share_damage(batch.damaged)
         return Rows(micro_batches, max(1.0, valid_labels), batch)
+
+    def _take(self, rows: Mapping[str, Tensor]) -> MicroBatch:
+        return MicroBatch.of(rows, self._sequence, labels_of_rows=self._labels_of_rows)
 
     def _odds(self, checksum: int) -> int:
         """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""

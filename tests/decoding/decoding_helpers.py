@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,14 @@ def left_padding(lengths: list[int], seq_len: int) -> Tensor:
 @torch.no_grad()
 def decoded_logits(model: ReformerLM, tokens: Tensor, n_prompt: int, mask: Tensor | None = None) -> Tensor:
     """Logits [B, S, V] of tokens [B, S], of which n_prompt are read at once and the others one by one."""
-    state = DecodingState(model.config)
+    return logits_of_steps(model, DecodingState(model.config), tokens, n_prompt, mask)
+
+
+@torch.no_grad()
+def logits_of_steps(
+    model: Callable[..., Tensor], state: DecodingState, tokens: Tensor, n_prompt: int, mask: Tensor | None
+) -> Tensor:
+    """The same of anything that is called as a language model is."""
     prompt_mask = None if mask is None else mask[:, :n_prompt]
     logits = [model(tokens[:, :n_prompt], key_padding_mask=prompt_mask, sequence=state)]
     logits += [model(token, sequence=state) for token in tokens[:, n_prompt:].split(1, dim=1)]
@@ -31,18 +39,22 @@ def decoded_logits(model: ReformerLM, tokens: Tensor, n_prompt: int, mask: Tenso
 
 
 @torch.no_grad()
-def logits_and_margin(model: ReformerLM, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, float]:
+def logits_and_margin(
+    model: Callable[..., Tensor], tokens: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Logits of the whole forward, and how far the nearest real token is from the border of two buckets.
 
     A token nearer than rounding may fall on either side, and is then attended otherwise. Units: of a projection
-    of its query on a random direction (rotation), or of a cell's width (floor).
+    of its query on a random direction (rotation), or of a cell's width (floor). Keys of a source, which are made
+    once and have another length, are not looked at.
     """
     margins = [INFINITY]
     hash_vectors = hashing.hash_vectors
 
     def look(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, **given: Any) -> Tensor:
         real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
-        for round_ in range(rotations.shape[1]):
+        of_tokens = vectors.shape[2] == tokens.shape[1]
+        for round_ in range(rotations.shape[1] if of_tokens else 0):
             gaps = _gaps(vectors, rotations[:, round_], n_buckets, scheme)
             margins.append(gaps.masked_fill(~real[:, None, :, None], INFINITY).min().item())
         return hash_vectors(vectors, rotations, n_buckets, scheme, **given)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from decoding_helpers import decoded_logits, left_padding, logits_and_margin
+from decoding_helpers import decoded_logits, left_padding, logits_and_margin, logits_of_steps
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from reformer_dist.config import AttentionKind, HashScheme, ModelConfig, NeighbourRule, Position
-from reformer_dist.models import ReformerLM
+from reformer_dist.config import (
+    AttentionKind,
+    CrossAttentionKind,
+    HashScheme,
+    ModelConfig,
+    NeighbourRule,
+    Position,
+)
+from reformer_dist.models import ReformerEncoderDecoder, ReformerLM
+from reformer_dist.models.body import TokenModel
 from reformer_dist.models.decoding import DecodingState
 
 LSH, LOCAL, EXACT = AttentionKind.lsh, AttentionKind.local, AttentionKind.exact
+Model = TypeVar("Model", bound=TokenModel)
 VOCAB = 40
 ROUNDING = 1e-5
 SIZES: dict[str, Any] = {
@@ -33,12 +42,15 @@ SIZES: dict[str, Any] = {
 
 
 def make_model(seed: int = 0, **changed: Any) -> ReformerLM:
+    return strong(ReformerLM(ModelConfig(**{**SIZES, **changed}), VOCAB, seed).eval())
+
+
+@torch.no_grad()
+def strong(model: Model) -> Model:
     """Weights of a size at which attention matters: fresh ones hardly show what it sees."""
-    model = ReformerLM(ModelConfig(**{**SIZES, **changed}), VOCAB, seed).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("to_out.weight", "head.weight")):
-                weight.mul_(3)
+    for name, weight in model.named_parameters():
+        if name.endswith(("to_out.weight", "head.weight")):
+            weight.mul_(3)
     return model
 
 
@@ -111,6 +123,30 @@ def test_a_thousand_tokens(n_hashes: int, position: Position) -> None:
     torch.testing.assert_close(found[mask], whole[mask], atol=ROUNDING, rtol=0)
     alone = decoded_logits(model, tokens[:1], 1)
     torch.testing.assert_close(alone[0], whole[0], atol=ROUNDING, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [CrossAttentionKind.lsh, pytest.param(CrossAttentionKind.exact, marks=pytest.mark.slow)]
+)
+def test_a_thousand_tokens_of_an_encoder_decoder(kind: CrossAttentionKind) -> None:
+    """Three targets of different lengths, for sources that are padded behind, before and not at all."""
+    sizes = {"layers": [LSH, LOCAL, EXACT], "encoder_layers": [LSH, LOCAL, EXACT], "cross_attention": kind}
+    spans = {"n_hashes": 4, "n_buckets": 16, "window": 32, "local_window": 48, "axial_shape": [25, 40]}
+    model = strong(ReformerEncoderDecoder(ModelConfig(**{**SIZES, **sizes, **spans}), VOCAB).eval())
+    source_mask = left_padding([150, 110, 150], 150)
+    source_mask[0, 97:] = False
+    reader = model.reading(draw_tokens(3, 150, 100), source_mask)
+    mask = left_padding([1000, 941, 703], 1000)
+    for seed in range(20):
+        tokens = draw_tokens(3, 1000, seed)
+        whole, margin = logits_and_margin(reader, tokens, mask)
+        if margin > ROUNDING / 2:
+            break
+    else:
+        pytest.fail("no text without a token at the border of two buckets")
+    found = logits_of_steps(reader, DecodingState(model.config), tokens, 298, mask)
+    torch.testing.assert_close(found[mask], whole[mask], atol=ROUNDING, rtol=0)
 
 
 def test_bfloat16_weights() -> None:

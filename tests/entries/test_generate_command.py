@@ -9,8 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from reformer_dist import generate
+from reformer_dist.data import ByteTokenizer
 from reformer_dist.errors import ConfigError
 from reformer_dist.generate import build_parser, run_generation
+from reformer_dist.generation import beam_search
 
 
 @pytest.fixture
@@ -63,6 +66,21 @@ def test_a_stop_string_ends_the_text_before_it(write):
     assert searched == whole + "\n"
     # a search that meets one goes on with the next best beginning
     assert stop not in write("--prompt", "time", "--max-new-tokens", "40", "--beams", "2", "--stop", stop)
+
+
+def test_a_search_ends_texts_at_stop_strings_across_tokens(write, monkeypatch):
+    """What is printed is cut there in any case; here the search itself is told, or it would score what follows."""
+    ends = []
+
+    def look(*arguments):
+        ends.append(arguments[-1])
+        return beam_search(*arguments)
+
+    monkeypatch.setattr(generate, "beam_search", look)
+    write("--prompt", "time", "--max-new-tokens", "4", "--beams", "2", "--stop", "é!", "--stop", "at")
+    [is_end] = ends
+    assert [is_end(list(text.encode())) for text in ("né!", "cat", "né", "n!", "a t")] == [True] * 2 + [False] * 3
+    assert is_end([ByteTokenizer().eos_id])
 
 
 def test_the_best_beams_are_printed(write):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from reformer_dist.migration import TABLE
+from reformer_dist.migration import KEYWORDS, TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
@@ -34,9 +34,14 @@ def test_its_examples_run_and_give_the_shapes_that_it_says() -> None:
     assert checked == 7
 
 
-def test_its_table_is_that_of_the_code() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.partition("| there | here |")[2], flags=re.MULTILINE))
-    assert rows == {name: row.note for name, row in TABLE.items()}
+def table_below(head: str) -> dict[str, str]:
+    table = PAGE.partition(head)[2].partition("\n\n")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
+
+
+def test_its_tables_are_those_of_the_code() -> None:
+    assert table_below("| there | here |") == {name: row.note for name, row in TABLE.items()}
+    assert table_below("| keyword of a call | why it is refused |") == KEYWORDS
 
 
 def test_the_readme_leads_to_it_and_its_example_runs() -> None:

@@ -7,10 +7,11 @@ import inspect
 import pytest
 import torch
 
-from reformer_dist import AttentionKind, ModelConfig, migration
+from reformer_dist import AttentionKind, ModelConfig, initialise, migration
+from reformer_dist import LSHSelfAttention as OurLSHSelfAttention
 from reformer_dist.config import Norm, Position
 from reformer_dist.errors import ConfigError
-from reformer_dist.migration import DEFAULTS, TABLE, LSHSelfAttention, Reformer, ReformerLM
+from reformer_dist.migration import DEFAULTS, KEYWORDS, TABLE, LSHSelfAttention, Reformer, ReformerLM
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "bucket_size": 16}
 
@@ -158,3 +159,44 @@ def test_options_of_the_stack_alone() -> None:
 def test_what_is_refused(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(name, **options)
+
+
+MODELS = {
+    "Reformer": lambda: Reformer(**SMALL),
+    "ReformerLM": lambda: ReformerLM(num_tokens=20, max_seq_len=64, **SMALL),
+    "LSHSelfAttention": lambda: LSHSelfAttention(dim=32, heads=2, bucket_size=16),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_keywords_of_a_call(name: str) -> None:
+    """None is none, as there; what is given is refused with the reason, all of it at once."""
+    model = MODELS[name]().eval()
+    x = torch.randint(0, 20, (1, 30)) if name == "ReformerLM" else torch.randn(1, 30, 32)
+    assert torch.equal(model(x, **dict.fromkeys(KEYWORDS)), model(x))
+    with pytest.raises(ConfigError) as raised:
+        model(x, input_mask=None, keys=torch.zeros(1, 5, 32), input_attn_mask=torch.ones(1, 30, 30, dtype=bool))
+    said = str(raised.value)
+    assert said.startswith(
+        "forward: no counterpart here for\nkeys: a layer sees its own text alone; make a Reformer"
+    )
+    assert "\ninput_attn_mask: " in said and said.count("\n") == 2
+    with pytest.raises(ConfigError, match="forward: reformer_pytorch has no keyword mask"):
+        model(x, mask=torch.ones(1, 30, dtype=torch.bool))
+
+
+def test_every_keyword_of_theirs_is_known() -> None:
+    theirs = pytest.importorskip("reformer_pytorch")
+    layer = inspect.signature(theirs.LSHSelfAttention.forward).parameters
+    sequence = inspect.signature(theirs.reversible.ReversibleSequence.forward).parameters
+    assert KEYWORDS.keys() == {*layer, *sequence} - {"self", "x", "input_mask", "kwargs"}
+
+
+def test_a_layer_of_ours_makes_rotary_positions_by_itself() -> None:
+    x = torch.randn(1, 30, 32)
+    outputs = []
+    for position in (Position.sinusoidal, Position.rotary):
+        layer = OurLSHSelfAttention(ModelConfig(dim=32, n_heads=2, n_buckets=1, position=position)).eval()
+        initialise(layer, layer.config, seed=0)
+        outputs.append(layer(x))
+    assert not torch.allclose(*outputs)

@@ -176,6 +176,27 @@ def test_decoding_is_forward(kind: CrossAttentionKind, n_hashes: int) -> None:
         assert (step[:, -1] - alone[:, -1]).abs().max() <= 1e-5
 
 
+def test_rezero_starts_as_the_identity_in_every_sublayer() -> None:
+    model = small(norm=Norm.rezero).eval()
+    source, tokens = random_tokens(2, 21), random_tokens(2, 17)
+    with torch.no_grad():
+        embedded = model.embedding(tokens, torch.arange(17))
+        torch.testing.assert_close(model(source, tokens), model.head(model.stack.norm(embedded), None))
+        torch.testing.assert_close(
+            model.encode(source), model.encoder.norm(model.embedding(source, torch.arange(21)))
+        )
+
+
+def test_a_step_that_goes_around_the_whole_decoder_gives_every_weight_a_gradient() -> None:
+    model = small(layer_drop=0.5)
+    for block in model.stack.blocks:
+        assert isinstance(block, Block)
+        block.layer_drop = 1.0
+    run(model, random_tokens(2, 21), random_tokens(2, 17))
+    assert grads_of(model).keys() == {name for name, _ in model.named_parameters()}
+    assert not any(grad.any() for name, grad in grads_of(model).items() if name.startswith("encoder."))
+
+
 def test_bf16_is_close_to_float32() -> None:
     # without LSH, where the rounding of a vector turns its bucket
     plain = small(recompute=Recompute.none, layers=[LOCAL, EXACT], encoder_layers=[LOCAL, EXACT])
@@ -188,6 +209,19 @@ def test_bf16_is_close_to_float32() -> None:
             right = plain.get_parameter(name).grad
             assert right is not None
             assert (grad.float() - right).norm() <= 0.1 * right.norm() + 0.02, name
+
+
+def test_reversible_drift_is_that_of_the_worse_stack() -> None:
+    """A layer that were rebuilt with anything else than it ran with would not come back."""
+    model = small(cross_attention=CrossAttentionKind.lsh)
+    source, tokens = random_tokens(3, 21), random_tokens(3, 17)
+    given = masks(3, 21, 17)
+    drift = model.reversible_drift(source, tokens, **given)
+    assert 0 < drift < 1e-5
+    for stack in (model.encoder, model.stack):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stack, "reversible_drift", lambda x, context: x.new_tensor(7.0))
+            assert model.reversible_drift(source, tokens, **given) == 7
 
 
 def test_an_empty_source_gives_nothing() -> None:

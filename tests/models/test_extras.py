@@ -11,7 +11,7 @@ from model_helpers import EXACT, LOCAL, LSH, VOCAB, grads_of, random_tokens, shi
 
 from reformer_dist import ReformerForSequenceClassification, inspect_attention
 from reformer_dist.config import NeighbourRule, Norm, Position, Recompute
-from reformer_dist.models.norms import ReZero, ScaleNorm
+from reformer_dist.models.norms import ReZero, ScaleNorm, StreamNorm
 from reformer_dist.seeds import derive_seed
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
@@ -21,6 +21,18 @@ def test_scale_norm() -> None:
     x = torch.randn(2, 5, 24)
     torch.testing.assert_close(ScaleNorm(24, 1e-5)(x), 24**0.5 * x / x.norm(dim=-1, keepdim=True))
     assert ScaleNorm(24, 1e-5).bfloat16()(x).dtype == torch.bfloat16
+    assert torch.equal(ScaleNorm(24, 1e-5)(torch.zeros(1, 24)), torch.zeros(1, 24))
+    norm = ScaleNorm(24, 1e-5)
+    norm.weight.data.fill_(3.0)
+    torch.testing.assert_close(norm(x).norm(dim=-1), torch.full((2, 5), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"), [(Norm.layer, StreamNorm), (Norm.scale, ScaleNorm), (Norm.rezero, ReZero)]
+)
+def test_every_sublayer_has_the_norm_that_is_asked_for(norm: Norm, kind: type) -> None:
+    for block in small_model(norm=norm).stack.blocks:
+        assert type(block.attention_norm) is type(block.feed_forward_norm) is kind
 
 
 def test_rezero_starts_as_the_identity() -> None:
@@ -58,6 +70,21 @@ def test_a_narrow_embedding(tie: bool, position: Position) -> None:
     expected = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
     torch.testing.assert_close(model(random_tokens(), labels), expected)
     assert model.embedding(random_tokens(), torch.arange(37)).std() == pytest.approx(1.4, abs=0.4)
+
+
+@torch.no_grad()
+def test_a_narrow_embedding_is_widened_and_narrowed_by_whole_linear_layers() -> None:
+    """Their biases start at 0, so a model that left them out would begin alike."""
+    model = small_model(embedding_dim=10, position=Position.rotary).eval()
+    assert model.embedding.to_dim is not None and model.head.to_table is not None
+    for layer in (model.embedding.to_dim, model.head.to_table):
+        layer.bias.fill_(0.5)
+    vectors = model.embedding.tokens(random_tokens())
+    embedded = model.embedding(random_tokens(), torch.arange(37))
+    torch.testing.assert_close(embedded, model.embedding.to_dim(vectors))
+    hidden = model.encode(random_tokens())
+    expected = F.linear(model.head.to_table(hidden), model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(random_tokens()), expected)
 
 
 @torch.no_grad()

@@ -1,31 +1,55 @@
-"""Heads over slices of the sequence against the whole: loss and every gradient, checked on every rank of a job."""
+"""Heads over slices of the sequence against the whole, checked on every rank of a job.
+
+Loss, every gradient, and what an evaluation tells.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reformer_dist.config import AttentionKind, ModelConfig, Pooling
+from reformer_dist.config import AttentionKind, DataConfig, ModelConfig, Pooling, RunConfig, TaskConfig, TaskKind
+from reformer_dist.data import ByteTokenizer
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification
 from reformer_dist.models.body import TokenModel
 from reformer_dist.parallel import SlicedSequence
+from reformer_dist.tasks import Task
+from reformer_dist.tasks.answers import QuestionAnswering
+from reformer_dist.tasks.classification import SequenceClassification
+from reformer_dist.training.evaluator import evaluate
+from reformer_dist.training.intake import IGNORED, MicroBatch
 
 SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
+KINDS = [AttentionKind.local, AttentionKind.lsh]
 
 
-def check(model: TokenModel, labels: Tensor, sequence: SlicedSequence, **masks: Tensor) -> None:
-    tokens = torch.randint(0, VOCAB, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+@dataclass(frozen=True)
+class Batch:
+    tensors: dict[str, Tensor]
+
+
+def check(job: Runtime, model: TokenModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
+    batch = MicroBatch.of(rows, sequence, labels_of_rows=task.labels_of_rows)
+    assert job.sum([float(batch.valid_labels)]) == [float((rows["labels"] != IGNORED).sum())]
+    check_training(model, rows, batch)
+    check_evaluation(job, model.eval(), rows, task, sequence)
+    model.train()
+
+
+def check_training(model: TokenModel, rows: dict[str, Tensor], batch: MicroBatch) -> None:
     options = {"step": 0, "dropout_seed": 1}
-    expected = model(tokens, labels, **options, **masks)
+    expected = model(**rows, **options)
     expected.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    mine = {name: sequence.take(mask, False) for name, mask in masks.items()}
-    loss = model(sequence.take(tokens, 0), labels, **options, **mine, sequence=sequence)
+    loss = model(**batch.tensors, **options, **batch.sequences)
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)
@@ -34,25 +58,50 @@ def check(model: TokenModel, labels: Tensor, sequence: SlicedSequence, **masks: 
     for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
         dist.all_reduce(parameter.grad)
         assert (parameter.grad - grad).norm() <= 1e-5 * (grad.norm() + 0.1 * largest), name
+    model.zero_grad()
+
+
+def check_evaluation(
+    job: Runtime, model: TokenModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence
+) -> None:
+    """Of the rows, and of the same with what the model says for labels: then it is right everywhere."""
+    alone = SlicedSequence(make_grid(job, 1, 1), sequence.seq_len)
+    outputs = model(**{name: x for name, x in rows.items() if name != "labels"})
+    said = task.predict(outputs, alone).masked_fill(rows["labels"] == IGNORED, IGNORED)
+    for labels, least in ((rows["labels"], 0.0), (said, 1.0)):
+        batch = Batch(rows | {"labels": labels})
+        shared = evaluate(model, [batch], task, job, sequence)
+        whole = evaluate(model, [batch], task, job, alone)  # by each rank
+        assert shared.labels == whole.labels // job.world_size and shared.accuracy == whole.accuracy
+        assert abs(shared.loss - whole.loss) <= 1e-5 * whole.loss and shared.accuracy >= least
+
+
+def check_tasks(job: Runtime, config: ModelConfig, sequence: SlicedSequence) -> None:
+    seq_len = sequence.seq_len
+    tokens = torch.randint(0, VOCAB, (3, seq_len), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(seq_len) < torch.tensor([[seq_len], [2 * seq_len // 3], [2]])
+    rows = {"tokens": tokens, "key_padding_mask": real}
+    kind = TaskConfig(kind=TaskKind.question_answering)
+    run = RunConfig(task=kind, model=config, data=DataConfig(seq_len=SEQ_LEN))
+    for pooling in Pooling:
+        model = ReformerForSequenceClassification(replace(config, pooling=pooling), VOCAB, N_CLASSES)
+        classes = SequenceClassification(run, ByteTokenizer(), list("abcde"))
+        check(job, model, rows | {"labels": torch.tensor([3, IGNORED, 1])}, classes, sequence)
+    rows["answer_mask"] = real & (torch.arange(seq_len) >= min(4, seq_len - 2))
+    answers = torch.tensor([[seq_len - 2, seq_len - 1], [2 * seq_len // 3 - 1] * 2, [IGNORED, IGNORED]])
+    asked = ReformerForQuestionAnswering(config, VOCAB)
+    check(job, asked, rows | {"labels": answers}, QuestionAnswering(run, ByteTokenizer()), sequence)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     job = runtime.start()
-    kinds = [AttentionKind.local, AttentionKind.lsh]
-    real = torch.arange(SEQ_LEN) < torch.tensor([[SEQ_LEN], [30], [4]])
-    answers = torch.tensor([[4, 40], [29, 29], [-100, -100]])
     for heads in (1, 2):
-        sequence = SlicedSequence(make_grid(job, heads, job.world_size // heads), SEQ_LEN)
+        grid = make_grid(job, heads, job.world_size // heads)
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_buckets": 4, "window": 8, "local_window": 8}
-        config = ModelConfig(**sizes, layers=kinds, causal=False, dropout=0.1, axial_shape=[8, 8])
-        for pooling in Pooling:
-            config.pooling = pooling
-            model = ReformerForSequenceClassification(config, VOCAB, N_CLASSES)
-            check(model, torch.tensor([3, 0, 1]), sequence, key_padding_mask=real)
-        answerable = real & (torch.arange(SEQ_LEN) >= 4)
-        asked = ReformerForQuestionAnswering(config, VOCAB)
-        check(asked, answers, sequence, key_padding_mask=real, answer_mask=answerable)
+        config = ModelConfig(**sizes, layers=KINDS, causal=False, dropout=0.1, axial_shape=[8, 8])
+        for seq_len in (SEQ_LEN, 3):  # of the shorter rows some ranks have nothing
+            check_tasks(job, config, SlicedSequence(grid, seq_len))
     job.barrier()
     runtime.stop()
 

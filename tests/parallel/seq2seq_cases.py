@@ -46,7 +46,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     fragments = engine.fragments()
     Saving(job, out / case.name, STEPS, fragments, rank_state={}, run={"shapes": shapes}, extra_files={}).finish()
     engine.close()
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "sent": [grid.ledger.bytes_sent["heads"] / STEPS]}
 
 
 def main(out: Path) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, VOCAB, Case, rows
 from support.launch import run_ranks
 from support.plain_adamw import train_plainly
 from torch import Tensor
@@ -18,6 +18,8 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.config import ParallelConfig
 from reformer_dist.errors import ConfigError
+from reformer_dist.planning import Job
+from reformer_dist.planning.traffic import HEADS, exchange_traffic
 
 ALL = [pytest.param(world, case, id=f"{world}-{case.name}") for world in CASES for case in CASES[world]]
 
@@ -64,6 +66,14 @@ def test_training_is_that_of_plain_adamw(run_of: Callable[[int], Path], world: i
     for key, parameter in model.named_parameters():
         error = (parameter.detach() - weights[key]).abs().max().item()
         assert error <= 2e-6 * max(1.0, weights[key].abs().max().item()), f"{key} is off by {error}"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES[2] if case.heads == 2], ids=lambda case: case.name)
+def test_bytes_of_heads_are_those_of_the_plan(run_of: Callable[[int], Path], case: Case) -> None:
+    [sent] = json.loads((run_of(2) / "results.json").read_text())[case.name]["sent"]
+    planned = exchange_traffic(Job(case.config(), 2, 2, VOCAB, "cpu"))
+    assert planned.keys() == {HEADS}
+    assert sent == pytest.approx(planned[HEADS], rel=0.01)  # the plan leaves masks out
 
 
 def test_more_ranks_than_heads_are_refused() -> None:

@@ -10,6 +10,7 @@ from support.tiny import tiny_config, tiny_overrides
 
 from reformer_dist.dry_run import dry_run, read_memory
 from reformer_dist.errors import ConfigError, UserError
+from reformer_dist.models import ReformerLM
 from reformer_dist.parallel.traffic import head_bytes
 from reformer_dist.planning.libraries import measure_libraries
 from reformer_dist.planning.parameters import count_parameters
@@ -56,7 +57,7 @@ def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
         return Job(tiny_config(tiny_data, tmp_path, "parallel.sequence=2", *words), 4, 4, 257, "cpu")
 
     one = job("deepspeed.stage=1")
-    count = count_parameters(one.config.model, 257)
+    count = count_parameters(lambda: ReformerLM(one.config.model, 257))
     gradients, weights = zero_traffic(one, count).values()
     assert gradients == 2 * weights == 2 * 4 * count.total * 3 / 4
     two = zero_traffic(job("deepspeed.stage=2"), count)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from support.live_memory import LiveMemory
 from support.tiny import tiny_config
+from torch import nn
 
 from reformer_dist.build import build_trainer
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute
+from reformer_dist.data import ByteTokenizer
 from reformer_dist.models import ReformerLM
 from reformer_dist.planning.memory import STORED, MemoryPlan
-from reformer_dist.planning.parameters import count_parameters
+from reformer_dist.planning.parameters import ParameterCount, count_parameters
 from reformer_dist.planning.sizes import Job
 from reformer_dist.planning.states import OPTIMIZER, States
+from reformer_dist.tasks import Task, make_task
 
 VOCAB = 257  # of the bytes
 LONG = ("data.seq_len=2048", "data.batch_size=2", "trainer.micro_batch_size=null", "model.axial_shape=[32,64]")
@@ -27,7 +33,23 @@ WIDE = (
     "model.local_window=64",
     "model.dropout=0",
 )
+# kinds whose model is no ReformerLM, and what they need
+OF_OTHERS = {
+    "sequence_classification": ("model.causal=false",),
+    "question_answering": ("model.causal=false",),
+    "sequence_to_sequence": ("task.max_source_len=64", "model.n_encoder_layers=3"),
+}
+SHORT = "data.seq_len=32"
 QUIET = ("trainer.save_every=0", "trainer.max_steps=2", "resume=never")
+
+
+def count_of(model: ModelConfig) -> ParameterCount:
+    return count_parameters(partial(ReformerLM, model, VOCAB))
+
+
+def other_task(kind: str, data: Path, output: Path, *words: str) -> Task:
+    config = tiny_config(data, output, f"task.kind={kind}", *OF_OTHERS[kind], *words)
+    return make_task(config, ByteTokenizer(), ["red", "green", "blue"])
 
 
 @pytest.mark.parametrize(
@@ -45,10 +67,23 @@ QUIET = ("trainer.save_every=0", "trainer.max_steps=2", "resume=never")
 def test_parameters_are_those_of_the_real_model(changed, tiny_data, tmp_path):
     words = [f"model.{key}={str(value).replace(' ', '')}" for key, value in changed.items()]
     model = tiny_config(tiny_data, tmp_path, *words).model
-    count = count_parameters(model, VOCAB)
-    assert count.total == sum(p.numel() for p in ReformerLM(model, VOCAB).parameters())
+    check_count(lambda: ReformerLM(model, VOCAB))
+
+
+def check_count(build_model: Callable[[], nn.Module]) -> ParameterCount:
+    count = count_parameters(build_model)
+    assert count.total == sum(p.numel() for p in build_model().parameters())
     assert count.total == sum(map(sum, count.groups))
-    assert count.total == count.embedding + count.above + sum(block.total for block in count.blocks)
+    blocks = sum(block.total for block in [*count.blocks, *count.encoder_blocks])
+    assert count.total == count.embedding + count.above + count.above_encoder + blocks
+    return count
+
+
+@pytest.mark.parametrize("kind", OF_OTHERS)
+def test_parameters_of_other_models(kind, tiny_data, tmp_path):
+    count = check_count(other_task(kind, tiny_data, tmp_path).build_model)
+    assert len(count.encoder_blocks) == (3 if kind == "sequence_to_sequence" else 0)
+    assert all(bool(block.cross_attention) == bool(count.encoder_blocks) for block in count.blocks)
 
 
 @pytest.mark.parametrize("recompute", list(Recompute), ids=lambda recompute: recompute.value)
@@ -73,7 +108,7 @@ def test_what_autograd_holds_of_a_layer(recompute, changed, activation, tiny_dat
         config = tiny_config(
             tiny_data, tmp_path, *LONG, *words, f"model.n_layers={n_layers}", "model.n_buckets=16"
         )
-        plan = MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count_parameters(config.model, VOCAB))
+        plan = MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
         loss_moment = next(moment for moment in plan.moments() if moment.name == "loss")
         model, tokens = ReformerLM(config.model, VOCAB), torch.zeros(2, 2048, dtype=torch.int64)
         with LiveMemory() as live:
@@ -96,7 +131,7 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
         masters = {id(fragment.master): fragment for fragment in fragments}.values()
         moments = sum(f.state[name].nbytes for f in masters for name in ("exp_avg", "exp_avg_sq"))
         held = moments + (sum(f.master.nbytes for f in masters) if stage else 0)
-    states = States(Job(config, 1, 1, VOCAB, "cpu"), count_parameters(config.model, VOCAB))
+    states = States(Job(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
     assert states.held()[OPTIMIZER] == held
 
 
@@ -114,12 +149,83 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
 )
 def test_peak_of_a_step_is_foretold(words, tiny_data, tmp_path, job):
     config = tiny_config(tiny_data, tmp_path / "run", *QUIET, *WIDE, "model.dropout=0", *words)
-    count = count_parameters(config.model, VOCAB)
+    count = count_of(config.model)
     config.deepspeed.reduce_bucket_size = count.total + 4096  # which is counted whole here
     with ExitStack() as resources, LiveMemory() as live:
         build_trainer(config, job, resources).fit()
     planned = MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count).peak()
     assert planned.total == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("sequence_classification", ()),
+        ("sequence_classification", ("model.layers=[exact]",)),
+        ("question_answering", ()),
+        ("sequence_to_sequence", ()),
+        ("sequence_to_sequence", ("task.max_source_len=2048", "model.layers=[exact]")),
+        ("sequence_to_sequence", ("task.max_source_len=2048", "model.cross_attention=lsh")),
+        ("sequence_to_sequence", ("task.max_source_len=2048", "model.attention_dropout=0.1")),
+        ("sequence_to_sequence", ("model.recompute=none",)),
+        ("sequence_to_sequence", ("model.recompute=checkpoint",)),
+        ("sequence_to_sequence", ("task.max_source_len=2048", "data.seq_len=64")),
+    ],
+    ids=str,
+)
+def test_peak_of_other_models_is_foretold(kind, words, tiny_data, tmp_path):
+    """Weights, activations and gradients, of rows that are full but for a few tokens."""
+    task = other_task(kind, tiny_data, tmp_path, *WIDE, "task.max_source_len=512", *QUIET, *words)
+    with LiveMemory() as live:
+        model, rows = task.build_model(), full_rows(task)
+        model(**rows, step=0, dropout_seed=1).backward()
+    moments = MemoryPlan(Job(task.config, 1, 1, VOCAB, "cpu"), count_parameters(task.build_model)).moments()
+    planned = max(moment.total - moment.parts[OPTIMIZER] for moment in moments)
+    assert planned == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("model.cross_attention=lsh",), ("model.attention_dropout=0.1",), ("model.cross_attention=lsh", SHORT)],
+    ids=str,
+)
+def test_what_autograd_holds_of_a_decoder_s_layer(words, tiny_data, tmp_path):
+    """Held between forward and backward, of three layers more; on short texts, of pairs in dense matrices."""
+
+    def measure(n_layers: int) -> tuple[int, float]:
+        changed = ("model.recompute=none", "task.max_source_len=512", *words, f"model.n_layers={n_layers}")
+        task = other_task("sequence_to_sequence", tiny_data, tmp_path, *WIDE, *changed)
+        job = Job(task.config, 1, 1, VOCAB, "cpu")
+        moments = MemoryPlan(job, count_parameters(task.build_model)).moments()
+        planned = next(moment for moment in moments if moment.name == "loss").parts[STORED]
+        model, rows = task.build_model(), full_rows(task)
+        with LiveMemory() as live:
+            loss = model(**rows, step=0, dropout_seed=1)
+            held = live.now
+        del loss
+        return held, planned
+
+    (few, planned_few), (many, planned_many) = measure(1), measure(4)
+    assert many - few == pytest.approx(planned_many - planned_few, rel=0.02)
+
+
+def full_rows(task: Task) -> dict[str, torch.Tensor]:
+    """One micro-batch of a task, by the names that its model takes."""
+    draw = torch.Generator().manual_seed(0)
+    n_rows, kind = task.config.data.batch_size, task.config.task.kind.name
+
+    def text(seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = (torch.arange(seq_len) < seq_len - 3).expand(n_rows, -1)
+        return torch.randint(0, VOCAB, (n_rows, seq_len), generator=draw), mask
+
+    tokens, mask = text(task.config.data.seq_len)
+    rows = {"tokens": tokens, "key_padding_mask": mask}
+    if kind == "sequence_to_sequence":
+        source, source_mask = text(task.config.task.max_source_len)
+        return rows | {"source": source, "source_mask": source_mask, "labels": tokens}
+    if kind == "question_answering":
+        return rows | {"labels": tokens[:, :2], "answer_mask": mask}
+    return rows | {"labels": torch.zeros(n_rows, dtype=torch.int64)}
 
 
 def test_reversible_memory_does_not_grow_with_depth_and_a_stored_one_does():
@@ -128,7 +234,7 @@ def test_reversible_memory_does_not_grow_with_depth_and_a_stored_one_does():
 
         model = ModelConfig(n_layers=n_layers, layers=[AttentionKind.local], recompute=recompute)
         config = RunConfig(model=model, data=DataConfig(batch_size=1))
-        return MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count_parameters(model, VOCAB))._stored(n_layers)
+        return MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count_of(model)).decoder.stored(n_layers)
 
     assert stored(Recompute.reversible, 16) == stored(Recompute.reversible, 4) == 0
     assert stored(Recompute.none, 16) == 4 * stored(Recompute.none, 4)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import tiny_config
-from task_data import make, write_for, write_pairs
+from task_data import WORDS, make, write_for, write_pairs
 
 from reformer_dist import load
 from reformer_dist.build import build_trainer
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Sample
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.dry_run import dry_run
-from reformer_dist.errors import CheckpointError, ConfigError
+from reformer_dist.errors import CheckpointError, ConfigError, DataError
 from reformer_dist.generate import build_parser, run_generation
 from reformer_dist.load import load_model
 from reformer_dist.tasks import Rows
@@ -54,6 +54,7 @@ def test_a_run_goes_on_exactly_and_loads(
     whole = train(job, kind, data, tmp_path / "whole")
     assert whole[-1]["train/loss"] != whole[0]["train/loss"]
     assert 0 <= whole[-1]["eval/accuracy"] <= 1
+    assert 0 < whole[-1]["reversible/drift"] < 1e-4
     assert ("train/bits_per_byte" in whole[-1]) is False
     cut = tmp_path / "whole/checkpoints/step-00000003"
     resumed = train(job, kind, data, tmp_path / "resumed", f"resume={cut}")
@@ -96,10 +97,6 @@ def test_a_completion_that_is_too_long_keeps_its_own_beginning(pairs: Path) -> N
         (["task.kind=completion", "trainer.sample_every=1"], "trainer.sample_every=1: must be 0: task.kind=comp"),
         (["task.mask_share=1"], "task.mask_share=1.0: must be above 0 and below 1"),
         (
-            ["task.kind=question_answering", "model.causal=false", "parallel.sequence=2"],
-            "parallel.sequence=2: must be 1 with task.kind=question_answering",
-        ),
-        (
             ["task.kind=sequence_to_sequence"],
             "task.max_source_len=1024: must be at most 128, what model.pos",
         ),
@@ -129,12 +126,25 @@ def test_a_model_of_another_kind_or_vocabulary_is_refused(
         load_model(tmp_path / "run", [], torch.device("cpu"))
 
 
-def test_plans_are_of_language_models(tiny_data: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_data, tmp_path, "task.kind=question_answering", "model.causal=false")
-    with pytest.raises(
-        ConfigError, match=r"--dry-run: knows no task.kind=question_answering; plans are of language"
-    ):
-        dry_run(config, "--dry-run")
+@pytest.mark.parametrize("kind", sorted(OVERRIDES))
+def test_a_plan_has_the_parameters_of_the_task_s_model(
+    kind: str, pairs: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = {"completion": pairs, "sequence_to_sequence": pairs, "masked_language_model": tiny_data}
+    data = ready.get(kind) or write_for(kind, tmp_path / "data")
+    dry_run(tiny_config(data, tmp_path, f"task.kind={kind}", *OVERRIDES[kind]), "--dry-run=1GiB")
+    said = capsys.readouterr().out
+    model = make(kind, data, *OVERRIDES[kind], labels=tuple(WORDS)).build_model()
+    assert f"parameters    {sum(p.numel() for p in model.parameters()):,}; " in said
+    assert "it fits in 1.00 GiB" in said
+    assert ("tokens and 256 of sources" in said) == (kind == "sequence_to_sequence")
+
+
+def test_a_plan_of_a_task_on_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"task\.kind=question_answering needs question and context"):
+        dry_run(
+            tiny_config(tiny_data, tmp_path, "task.kind=question_answering", "model.causal=false"), "--dry-run"
+        )
 
 
 def test_a_target_is_generated_for_a_source(

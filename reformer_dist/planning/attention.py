@@ -1,11 +1,15 @@
-"""Working memory of attention beside its inputs and outputs: of the tiled path, and of exchange between ranks."""
+"""Working memory of attention beside its inputs and outputs: of tiles, of kernels, of exchange between ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
+import torch
+
+from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.ops.lsh.attention import GROUP_TOKENS
+from reformer_dist.ops.lsh.kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
+from reformer_dist.ops.lsh.kernels.tuning import tuning_of
 from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
 from reformer_dist.ops.lsh.runs import tiling_of
 from reformer_dist.ops.lsh.tiles import SPAN_SLOTS
@@ -52,10 +56,32 @@ def workspace(job: Job, kind: AttentionKind) -> float:
     seq_len = min(shape.slice_len * heads, job.config.data.seq_len)
     if buckets > 1:
         return exchange_buffers(job, layer, units, seq_len, buckets)
+    if runs_kernels(job):
+        return kernel_backward(job, layer, units, seq_len, shared=kind is AttentionKind.lsh)
     n_units = min(units, max(1, GROUP_TOKENS[job.device] // seq_len))
     rows = n_units * seq_len
     is_last = n_units == units
     return tiled_backward(job, layer, rows, n_units, seq_len) + (0 if is_last else 3 * rows * shape.head_dim * 4)
+
+
+def runs_kernels(job: Job) -> bool:
+    """Whether a GPU would attend by the Triton kernels: `ops.lsh.implementation.choose`, without the GPU."""
+    asked = job.config.model.attention_implementation
+    by_name = asked in (AttentionImplementation.auto, AttentionImplementation.triton)
+    head_dim = job.layer_shape.head_dim
+    return by_name and job.device == "cuda" and head_dim % 16 == 0 and head_dim <= 128
+
+
+def kernel_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:
+    """Backward by the kernels: order and tiles of all units, rowsum(dO o), and a group's gradients by round."""
+    shape, n_rounds = job.layer_shape, layer.n_rounds
+    block = tuning_of(shape.head_dim, torch.float32 if shape.element_size == 4 else torch.bfloat16).block
+    n_tiles = seq_len / block + layer.n_buckets
+    order = units * n_rounds * (4 * seq_len + 16 * n_tiles)
+    group = min(units, max(1, KERNEL_TOKENS // (n_rounds * seq_len)))
+    n_parts = 0 if n_rounds == 1 else 2 if shared else 3
+    parts = group * n_rounds * seq_len * shape.head_dim * shape.element_size * n_parts
+    return order + 4 * units * seq_len + parts
 
 
 def tiled_backward(job: Job, layer: LayerRule, rows: float, n_units: int, seq_len: int) -> float:

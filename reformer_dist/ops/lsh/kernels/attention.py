@@ -16,12 +16,10 @@ from torch.autograd.function import once_differentiable
 from reformer_dist.ops.lsh.kernels.launch import Units
 from reformer_dist.ops.lsh.kernels.rowwise import row_products
 from reformer_dist.ops.lsh.kernels.tiles import tile_units
-from reformer_dist.ops.lsh.kernels.tuning import tuning_of
+from reformer_dist.ops.lsh.kernels.tuning import GROUP_TOKENS, tuning_of
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
 
-# Tokens, counted in each round, whose parts exist at a time.
-GROUP_TOKENS = 2**22
 # Units lie along the third dimension of a grid, which is shorter than the first.
 MOST_UNITS = 2**15
 

@@ -1,10 +1,13 @@
-"""Sizes of tiles, and the warps and registers that programs get: what was fastest on an H200 (docs/kernels.md)."""
+"""Sizes of groups and tiles, warps and registers of programs: what was fastest on an H200 (docs/kernels.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+# Tokens, counted in each round, whose parts exist at a time.
+GROUP_TOKENS = 2**22
 
 
 @dataclass(frozen=True)

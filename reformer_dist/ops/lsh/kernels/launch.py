@@ -90,6 +90,8 @@ class Units:
     def _draw(self, n_heads: int) -> tuple[int, int, float, int, int, int]:
         """What `pairs.dropout_factors` and `pairs.number_in_step` need of the options."""
         options, seed = self.options, self.options.dropout_seed
+        if options.dropout == 0:  # of what changes from step to step nothing is compiled in
+            return 0, 0, 1.0, 0, 0, n_heads
         chance = (signed32(seed ^ (seed >> 32)), int(options.dropout * 2**31), 1 / (1 - options.dropout))
         return *chance, options.first_row, options.first_head, options.n_heads or n_heads
 

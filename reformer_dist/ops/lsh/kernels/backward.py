@@ -61,12 +61,10 @@ def attend_round_backward(
     k_ptr = of_unit(k_ptr, k_strides, first_unit + unit, n_heads)
     v_ptr = of_unit(v_ptr, v_strides, first_unit + unit, n_heads)
     d_out_ptr = of_unit(d_out_ptr, d_out_strides, first_unit + unit, n_heads)
-    number = number_in_step(first_unit + unit, n_heads, draw)
 
     place = first + tl.arange(0, BLOCK)
     is_query, is_key = place < end, place < key_end
     row = tl.load(order_ptr + round_ * seq_len + place, mask=is_query, other=0)
-    own_round = place * 0 + round_
     q = gather(q_ptr, row, q_strides[2], is_query, C)
     k = q if C.shared else gather(k_ptr, row, k_strides[2], is_key, C)
     v = gather(v_ptr, row, v_strides[2], is_key, C)
@@ -75,24 +73,15 @@ def attend_round_backward(
 
     first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
     keys = (k, v, key_places(place, is_key), row)
-    queries = (q, d_out, lse, delta, query_places(place, is_query), row, own_round)
-    pairs = (begin, codes_ptr, seq_len, number, scale, draw)
+    queries = (q, d_out, lse, delta, query_places(place, is_query), row, row * 0 + round_)
+    pairs = (begin, codes_ptr, seq_len, number_in_step(first_unit + unit, n_heads, draw), scale, draw)
     p, ds = of_pairs(keys, queries, pairs, True, C)
     dv = product(p, d_out, C)
     dk = product(ds, q, C)
-    before, others = blocks_of_queries(first, begin, key_end, C)
-    for i in range(others):
-        other_place, other_row, is_other, of_round = other_rows(
-            i, before, first, order_ptr, begin, end, round_, seq_len, C
-        )
-        other_q = gather(q_ptr, other_row, q_strides[2], is_other, C)
-        other_d_out = gather(d_out_ptr, other_row, d_out_strides[2], is_other, C)
-        other_lse, other_delta = of_queries(lse_ptr, delta_ptr, other_row, is_other)
-        other_place = query_places(other_place, is_other)
-        other_queries = (other_q, other_d_out, other_lse, other_delta, other_place, other_row, of_round)
-        other_p, other_ds = of_pairs(keys, other_queries, pairs, True, C)
-        dv += product(other_p, other_d_out, C)
-        dk += product(other_ds, other_q, C)
+    rows = (q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr)
+    row_strides = (q_strides[2], k_strides[2], v_strides[2], d_out_strides[2])
+    of_order = (order_ptr, first, key_end, end, round_)
+    dk, dv = add_other_queries(dk, dv, keys, rows, row_strides, of_order, pairs, C)
 
     if C.n_rounds == 1:  # who met nobody has o = v
         alone = is_query & (tl.load(lse_ptr + row, mask=is_query, other=0.0) == float("inf"))
@@ -105,17 +94,43 @@ def attend_round_backward(
         dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
 
     dq += product(tl.trans(ds), k, C)
+    dq = add_other_keys(dq, queries, rows, row_strides, of_order, pairs, C)
+    write(dq * LN_2, dq_ptr, dq_strides, first_unit, row, is_query, n_heads, seq_len, C)
+
+
+@triton.jit
+def add_other_queries(dk, dv, keys, rows, row_strides, of_order, pairs, C: tl.constexpr):
+    """dk and dv with what queries beside the tile give its keys (k, v, places, rows)."""
+    q_ptr, d_out_ptr, lse_ptr, delta_ptr = rows[0], rows[3], rows[4], rows[5]
+    order_ptr, first, key_end, end, round_ = of_order
+    begin, seq_len = pairs[0], pairs[2]
+    before, others = blocks_of_queries(first, begin, key_end, C)
+    for i in range(others):
+        place, row, is_row, of_round = other_rows(i, before, first, order_ptr, begin, end, round_, seq_len, C)
+        q = gather(q_ptr, row, row_strides[0], is_row, C)
+        d_out = gather(d_out_ptr, row, row_strides[3], is_row, C)
+        lse, delta = of_queries(lse_ptr, delta_ptr, row, is_row)
+        queries = (q, d_out, lse, delta, query_places(place, is_row), row, of_round)
+        p, ds = of_pairs(keys, queries, pairs, True, C)
+        dv += product(p, d_out, C)
+        dk += product(ds, q, C)
+    return dk, dv
+
+
+@triton.jit
+def add_other_keys(dq, queries, rows, row_strides, of_order, pairs, C: tl.constexpr):
+    """dq with what keys beside the tile give its queries (q, dO, lse, delta, places, rows, round of each)."""
+    k_ptr, v_ptr = rows[1], rows[2]
+    order_ptr, first, key_end, round_ = of_order[0], of_order[1], of_order[2], of_order[4]
+    begin, seq_len = pairs[0], pairs[2]
     before, others = blocks_of_keys(first, begin, key_end, C)
     for i in range(others):
-        other_place, other_row, is_other, _ = other_rows(
-            i, before, first, order_ptr, begin, key_end, round_, seq_len, C
-        )
-        other_k = gather(k_ptr, other_row, k_strides[2], is_other, C)
-        other_v = gather(v_ptr, other_row, v_strides[2], is_other, C)
-        other_keys = (other_k, other_v, key_places(other_place, is_other), other_row)
-        _, other_ds = of_pairs(other_keys, queries, pairs, False, C)
-        dq += product(other_ds, other_k, C)
-    write(dq * LN_2, dq_ptr, dq_strides, first_unit, row, is_query, n_heads, seq_len, C)
+        place, row, is_row, _round = other_rows(i, before, first, order_ptr, begin, key_end, round_, seq_len, C)
+        k = gather(k_ptr, row, row_strides[1], is_row, C)
+        v = gather(v_ptr, row, row_strides[2], is_row, C)
+        _p, ds = of_pairs((k, v, key_places(place, is_row), row), queries, pairs, False, C)
+        dq += product(ds, k, C)
+    return dq
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from typing import Any
 
 import bench_step
 import torch
-from bench_attention import Row, plot
+from bench_attention import EXACT, Row, plot
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {"tests": 150, "rates": 20, "attention": 220, "training": 120}  # seconds
@@ -40,7 +40,6 @@ BUDGETS = {"tests": 150, "rates": 20, "attention": 220, "training": 120}  # seco
 NOT_HERE = ("--ignore=tests/kernels/test_compile.py", "--ignore=tests/kernels/test_gpu_report.py")
 FLEX_LENGTHS = (2**14, 2**16)
 LONGEST_FLASH = 2**16
-EXACT = ("sdpa", "flash", "cudnn")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from decoding_helpers import decoded_logits, left_padding, logits_and_margin, logits_of_steps
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from reformer_dist.config import (
     AttentionKind,
@@ -112,17 +114,21 @@ def test_a_thousand_tokens(n_hashes: int, position: Position) -> None:
         position=position,
     )
     mask = left_padding([1000, 941, 703], 1000)
-    for seed in range(20):  # the first text of which no token stands at the border of two buckets
-        tokens = draw_tokens(3, 1000, seed)
-        whole, margin = logits_and_margin(model, tokens, mask)
-        if margin > ROUNDING / 2:
-            break
-    else:
-        pytest.fail("no text without a token at the border of two buckets")
+    tokens, whole = clear_text(model, mask)
     found = decoded_logits(model, tokens, 298, mask)
     torch.testing.assert_close(found[mask], whole[mask], atol=ROUNDING, rtol=0)
     alone = decoded_logits(model, tokens[:1], 1)
     torch.testing.assert_close(alone[0], whole[0], atol=ROUNDING, rtol=0)
+
+
+def clear_text(model: Callable[..., Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first text of which no token stands at the border of two buckets, and its logits."""
+    for seed in range(20):
+        tokens = draw_tokens(*mask.shape, seed)
+        whole, margin = logits_and_margin(model, tokens, mask)
+        if margin > ROUNDING / 2:
+            return tokens, whole
+    pytest.fail("no text without a token at the border of two buckets")
 
 
 @torch.no_grad()
@@ -138,13 +144,7 @@ def test_a_thousand_tokens_of_an_encoder_decoder(kind: CrossAttentionKind) -> No
     source_mask[0, 97:] = False
     reader = model.reading(draw_tokens(3, 150, 100), source_mask)
     mask = left_padding([1000, 941, 703], 1000)
-    for seed in range(20):
-        tokens = draw_tokens(3, 1000, seed)
-        whole, margin = logits_and_margin(reader, tokens, mask)
-        if margin > ROUNDING / 2:
-            break
-    else:
-        pytest.fail("no text without a token at the border of two buckets")
+    tokens, whole = clear_text(reader, mask)
     found = logits_of_steps(reader, DecodingState(model.config), tokens, 298, mask)
     torch.testing.assert_close(found[mask], whole[mask], atol=ROUNDING, rtol=0)
 

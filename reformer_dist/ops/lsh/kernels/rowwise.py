@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reformer_dist.ops.lsh.kernels.pairs import LN_2, of_unit
+
 ROWS = 64
 
 
@@ -21,8 +23,7 @@ def _rows(seq_len, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
 @triton.jit
 def _places(x_ptr, strides, unit, n_heads, row, column):
     """Of rows in x [B, H, S, D]."""
-    x_ptr += (unit // n_heads).to(tl.int64) * strides[0] + (unit % n_heads).to(tl.int64) * strides[1]
-    return x_ptr + row.to(tl.int64)[:, None] * strides[2] + column
+    return of_unit(x_ptr, strides, unit, n_heads) + row.to(tl.int64)[:, None] * strides[2] + column
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _merge_rounds(
     o = o / whole[:, None] + tl.load(of_v, mask=mask & alone[:, None], other=0.0).to(tl.float32)
     target = _places(out_ptr, out_strides, first_unit + unit, n_heads, row, column)
     tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = tl.where(alone, float("inf"), (top + tl.log2(whole)) * 0.6931471805599453)
+    lse = tl.where(alone, float("inf"), (top + tl.log2(whole)) * LN_2)
     tl.store(lse_ptr + (first_unit + unit).to(tl.int64) * seq_len + row, lse, mask=is_row)
 
 

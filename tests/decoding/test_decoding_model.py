@@ -177,6 +177,18 @@ def test_rows_share_a_prompt_and_part() -> None:
 
 
 @torch.no_grad()
+def test_the_longest_text_of_those_that_are_left_has_all_positions() -> None:
+    model, tokens = make_model(axial_shape=[4, 5]), draw_tokens(2, 23, 0)
+    state = DecodingState(model.config)
+    model(tokens[:, :20], key_padding_mask=left_padding([20, 17], 20), sequence=state)
+    state.select_rows(torch.tensor([1]))
+    for token in tokens[1:, 20:].split(1, dim=1):
+        model(token, sequence=state)
+    with pytest.raises(ValueError, match="positions end at 20"):
+        model(tokens[1:, :1], sequence=state)
+
+
+@torch.no_grad()
 def test_only_the_last_logits() -> None:
     model, tokens = make_model(), draw_tokens(2, 20, 0)
     torch.testing.assert_close(model(tokens, logits_to_keep=3), model(tokens)[:, -3:], atol=1e-6, rtol=0)

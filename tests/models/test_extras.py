@@ -69,6 +69,8 @@ def test_a_narrow_embedding(tie: bool, position: Position) -> None:
     assert logits.shape == (2, 37, VOCAB)
     expected = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
     torch.testing.assert_close(model(random_tokens(), labels), expected)
+    if tie:  # logits begin as large as what the head reads, whatever the model's width
+        assert model.head.weight.norm(dim=1).mean() == pytest.approx(1.0, abs=0.15)
     assert model.embedding(random_tokens(), torch.arange(37)).std() == pytest.approx(1.4, abs=0.4)
 
 

@@ -290,8 +290,9 @@ def transformers(work: Work) -> list[Measured | None]:
         layer.attention.self_attention.num_buckets = None
     clock = Clock()
     generate_by_peer(model, work.text(work.contexts[0]), 1 + min(work.tokens, 4), clock)
-    seconds = statistics.median(clock.between()[1:])
-    return [measures(seconds, clock.between()[0], None, None, found) if math.isfinite(found) else None]
+    prefill, *steps = clock.between()
+    seconds = statistics.median(steps)
+    return [measures(seconds, prefill, None, None, found) if math.isfinite(found) else None]
 
 
 class Clock:

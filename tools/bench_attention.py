@@ -5,6 +5,7 @@ Every row runs in a process of its own, so its peak memory is its own. Correctne
 length: a row that fails its check shows no speed, and the tool exits 1.
 
 ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
+ours_torch       the same in plain PyTorch, as it runs where there is no C compiler (CPU)
 reformer_pytorch 1.4.4's LSHAttention on the same q, v, chunks of --window, seq_len / window buckets
 transformers     4.57.6's LSHSelfAttention on the same q, v in place of its projections, chunks of --window, as
                  many buckets as ours
@@ -48,8 +49,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reformer_dist.commands import SPIN_COUNT
-from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
+from reformer_dist.ops.lsh import (
+    AttentionOptions,
+    WindowRule,
+    bucket_attention,
+    draw_rotations,
+    hash_vectors,
+    implementation,
+)
 from reformer_dist.ops.lsh.attention import lay_out
+from reformer_dist.ops.lsh.native.calls import order_rows
 from reformer_dist.ops.lsh.reference import reference_attention
 
 PEERS = {
@@ -58,8 +67,11 @@ PEERS = {
     "transformers_own": "transformers",
 }
 """Rows of other Reformers, and the packages that they need."""
+OURS = {"ours": "auto", "ours_torch": "torch"}
+"""Our rows, and the implementation that attends."""
+CPU_ONLY = ("ours_torch",)
 CUDA_ONLY = ("flash", "cudnn", "flex")
-IMPLEMENTATIONS = ("ours", *PEERS, "sdpa", *CUDA_ONLY)
+IMPLEMENTATIONS = (*OURS, *PEERS, "sdpa", *CUDA_ONLY)
 CHECK_SEQ_LEN = 512
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 MEASURES = ("seconds", "forward", "backward", "replayed", "hash", "sort", "peak_mib")
@@ -141,7 +153,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def wanted_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     is_cuda = arguments.device.startswith("cuda")
-    wanted = arguments.impl or [name for name in IMPLEMENTATIONS if is_cuda or name not in CUDA_ONLY]
+    others = CPU_ONLY if is_cuda else CUDA_ONLY
+    wanted = arguments.impl or [name for name in IMPLEMENTATIONS if name not in others]
     missing = [
         row for row, package in PEERS.items() if row in wanted and importlib.util.find_spec(package) is None
     ]
@@ -253,7 +266,7 @@ def replay(row: Row, work: Callable[[], Any]) -> float | None:
 
 def split(row: Row, q: Tensor) -> tuple[float | None, float | None]:
     """Seconds of hashing and of laying out the order, of ours on a CPU."""
-    if row.impl != "ours":
+    if row.impl not in OURS:
         return None, None
     hashed = [timed(row, lambda: our_buckets(row, q)) for _ in range(row.repeat)]
     hash_seconds = round(min(seconds for _, seconds in hashed), 5)
@@ -261,10 +274,10 @@ def split(row: Row, q: Tensor) -> tuple[float | None, float | None]:
         return hash_seconds, None  # there the order is made inside the kernels' launch
     units = hashed[0][0].flatten(0, 1)
     options = our_options(row)
-    sorts = [
-        timed(row, lambda: [lay_out(units[u : u + 1], options) for u in range(units.shape[0])])
-        for _ in range(row.repeat)
-    ]
+    dtype = getattr(torch, row.dtype)
+    name = implementation.choose(options.implementation, q.device, row.head_dim, dtype)
+    sort = order_rows if name == "native" else lay_out
+    sorts = [timed(row, lambda: [sort(unit, options) for unit in units.split(1)]) for _ in range(row.repeat)]
     return hash_seconds, round(min(seconds for _, seconds in sorts), 5)
 
 
@@ -291,7 +304,7 @@ def check(row: Row) -> bool:
     if row.impl in (*PEERS, "flex"):
         return all(x.numel() == q.numel() and x.isfinite().all() for x in found)
     q, v = (x.detach().float().requires_grad_() for x in (q, v))
-    exact = attend_by_oracle(row, q, v) if row.impl == "ours" else attend_densely(q, v)
+    exact = attend_by_oracle(row, q, v) if row.impl in OURS else attend_densely(q, v)
     grads = torch.autograd.grad(exact, (q, v), d_out.float())
     tolerance = TOLERANCE[row.dtype]
     pairs = zip(found, (exact, *grads), strict=True)
@@ -299,7 +312,8 @@ def check(row: Row) -> bool:
 
 
 def our_options(row: Row) -> AttentionOptions:
-    return AttentionOptions(WindowRule(row.window, causal=True), row.buckets, scale=row.head_dim**-0.5)
+    rule = WindowRule(row.window, causal=True)
+    return AttentionOptions(rule, row.buckets, scale=row.head_dim**-0.5, implementation=OURS[row.impl])
 
 
 def ours(row: Row, seq_len: int) -> Attend:
@@ -398,7 +412,7 @@ def attend_densely(q: Tensor, v: Tensor) -> Tensor:
 
 
 IMPLEMENTATION: dict[str, Callable[[Row, int], Attend]] = {
-    "ours": ours,
+    **dict.fromkeys(OURS, ours),
     "reformer_pytorch": reformer_pytorch,
     "transformers": transformers,
     "transformers_own": transformers_own,

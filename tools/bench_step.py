@@ -42,7 +42,8 @@ from reformer_dist.models import ReformerLM, hashing, head
 from reformer_dist.models.block import Block
 from reformer_dist.models.reversible import Sublayer, TokenwiseSublayer
 from reformer_dist.models.sequence import WholeSequence
-from reformer_dist.ops.lsh import attention as lsh_attention
+from reformer_dist.ops.lsh import attention as torch_attention
+from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.planning import Job, make_plan
 from reformer_dist.planning.flops import layer_flops
 
@@ -168,10 +169,12 @@ class Ours:
         with ExitStack() as patches:
             for name, owner, attribute in (
                 ("hash", hashing, "hash_vectors"),
-                ("sort", lsh_attention, "lay_out"),
+                ("sort", torch_attention, "lay_out"),
+                ("sort", native_attention, "order_rows"),
                 ("attend", WholeSequence, "bucket_attention"),
                 ("attend", WholeSequence, "exact_attention"),
-                ("attend", lsh_attention._BucketAttention, "backward"),
+                ("attend", torch_attention._BucketAttention, "backward"),
+                ("attend", native_attention._NativeAttention, "backward"),
                 (sublayer_of, Sublayer, "__call__"),
                 (sublayer_of, Sublayer, "grads"),
                 (sublayer_of, TokenwiseSublayer, "__call__"),

@@ -41,6 +41,7 @@ class AttentionImplementation(Enum):
     auto = "auto"
     reference = "reference"
     torch = "torch"
+    native = "native"
     triton = "triton"
 
 
@@ -141,8 +142,8 @@ class ModelConfig:
     attention_bias: bool = False
     """The output projection of attention has a bias."""
     attention_implementation: AttentionImplementation = AttentionImplementation.auto
-    """Of lsh and local layers: triton (GPU kernels), torch (any device), reference (slow, short texts only);
-    auto is triton where it can run on a GPU, else torch."""
+    """Of lsh and local layers: triton (GPU kernels), native (C for CPUs, window rule), torch (anything), reference
+    (slow, short texts only); auto is triton or native where they can run, else torch."""
 
     ff_mult: int = 4
     """Inner width of the feed-forward, in units of dim."""

@@ -39,6 +39,7 @@ def examine_all(arguments: argparse.Namespace) -> list[Finding]:
     for name, examination in (
         ("devices", machine.devices),
         ("C compiler", machine.compilers),
+        ("attention on the CPU", machine.native_attention),
         ("shared memory", machine.shared_memory),
         ("open files", machine.file_limits),
         ("disk", lambda: machine.disk(arguments.output)),

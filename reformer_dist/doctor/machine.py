@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from reformer_dist.doctor.findings import Finding, failed, ok, warning
+from reformer_dist.ops.lsh.native.library import why_unavailable
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +76,7 @@ def devices() -> Iterator[Finding]:
 
 
 def compilers() -> Iterator[Finding]:
-    """Nothing is compiled on a CPU; Triton calls a C compiler for its kernels' launchers."""
+    """Triton calls one for its kernels' launchers; on a CPU it makes attention's library."""
     name = next(
         (name for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name and shutil.which(name)), None
     )
@@ -84,7 +85,19 @@ def compilers() -> Iterator[Finding]:
     elif torch.cuda.is_available():
         yield failed("C compiler", "none", "install gcc, which Triton needs on a GPU")
     else:
-        yield ok("C compiler", "none; not needed on a CPU")
+        yield ok("C compiler", "none")
+
+
+def native_attention() -> Iterator[Finding]:
+    """Whether a CPU attends by the C library."""
+    reason = why_unavailable()
+    words = "by the C library" if reason is None else f"by plain PyTorch: the C library {reason}"
+    if reason is None or torch.cuda.is_available():
+        yield ok("attention on the CPU", words)
+    else:
+        yield warning(
+            "attention on the CPU", words, "install gcc: LSH attention takes several times as long without"
+        )
 
 
 def shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:

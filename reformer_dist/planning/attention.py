@@ -8,8 +8,10 @@ import torch
 
 from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.ops.lsh.attention import GROUP_TOKENS
+from reformer_dist.ops.lsh.implementation import why_not
 from reformer_dist.ops.lsh.kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
 from reformer_dist.ops.lsh.kernels.tuning import tuning_of
+from reformer_dist.ops.lsh.native.attention import GROUP_TOKENS as NATIVE_TOKENS
 from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
 from reformer_dist.ops.lsh.runs import tiling_of
 from reformer_dist.ops.lsh.tiles import SPAN_SLOTS
@@ -58,6 +60,8 @@ def workspace(job: Job, kind: AttentionKind) -> float:
         return exchange_buffers(job, layer, units, seq_len, buckets)
     if runs_kernels(job):
         return kernel_backward(job, layer, units, seq_len, shared=kind is AttentionKind.lsh)
+    if runs_native(job, layer):
+        return native_backward(job, layer, units, seq_len, shared=kind is AttentionKind.lsh)
     n_units = min(units, max(1, GROUP_TOKENS[job.device] // seq_len))
     rows = n_units * seq_len
     is_last = n_units == units
@@ -70,6 +74,28 @@ def runs_kernels(job: Job) -> bool:
     by_name = asked in (AttentionImplementation.auto, AttentionImplementation.triton)
     head_dim = job.layer_shape.head_dim
     return by_name and job.device == "cuda" and head_dim % 16 == 0 and head_dim <= 128
+
+
+def runs_native(job: Job, layer: LayerRule) -> bool:
+    """Whether this machine would attend by the C library."""
+    asked = job.config.model.attention_implementation
+    by_name = asked in (AttentionImplementation.auto, AttentionImplementation.native)
+    chunks = isinstance(layer.rule, ChunkRule)
+    head_dim, device = job.layer_shape.head_dim, torch.device("cpu")
+    return by_name and job.device == "cpu" and why_not("native", device, head_dim, chunks=chunks) is None
+
+
+def native_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:
+    """Backward of a group by the C library: its order, its keys and their gradients, and copies in float32."""
+    n_units = min(units, max(1, NATIVE_TOKENS // seq_len))
+    rows, vector = n_units * seq_len, job.layer_shape.head_dim * 4
+    is_counted = job.config.model.count_pairs_once and layer.n_rounds > 1
+    order = layer.n_rounds * (4 * rows * (2 if is_counted else 1) + 16 * n_units * (layer.n_buckets + 1))
+    sorting = layer.n_rounds * 4 * (rows + n_units * (layer.n_buckets + 2))
+    in_float32 = 0 if job.layer_shape.element_size == 4 else 6 if shared else 8
+    attending = vector * rows * ((2 if shared else 0) + in_float32) + 4 * rows
+    # the order of the group before is there until this one's is made
+    return order + max(sorting + (order if n_units < units else 0), attending)
 
 
 def kernel_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:

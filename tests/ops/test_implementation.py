@@ -13,8 +13,10 @@ from reformer_dist.runnable import require_attention
 CPU = torch.device("cpu")
 
 
-def test_a_cpu_takes_torch_unless_told():
-    assert implementation.choose("auto", CPU, 64, torch.float32) == "torch"
+def test_a_cpu_takes_the_library_where_it_can_unless_told():
+    assert implementation.choose("auto", CPU, 64, torch.float64) == "torch"
+    wanted = "native" if implementation.why_unavailable() is None else "torch"
+    assert implementation.choose("auto", CPU, 64, torch.float32) == wanted
     assert implementation.choose("reference", CPU, 7, torch.float64) == "reference"
 
 

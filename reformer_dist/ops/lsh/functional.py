@@ -32,8 +32,8 @@ def lsh_attention(
     a token meets the members of its bucket at a sorted distance below `window`: earlier ones if causal. A token
     that meets nobody attends to itself. seed: of the hash rotations; draw another for each layer and training
     step. key_padding_mask [B, S]: True for real tokens. dropout: of weights, its mask a function of
-    dropout_seed. n_buckets: 1 or even. implementation: auto, triton, torch or reference. Time and memory grow
-    with S * n_hashes * window.
+    dropout_seed. n_buckets: 1 or even. implementation: auto, triton, native, torch or reference. Time and
+    memory grow with S * n_hashes * window.
     """
     rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)
     bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, implementation=implementation)

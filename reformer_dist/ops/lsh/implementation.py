@@ -2,6 +2,7 @@
 
 reference   dense matrices, slow and plain: what attention means (`reference.py`)
 torch       tiles in plain PyTorch, on any device (`attention.py`)
+native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
 triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
 
 All have the signature of `bucket_attention` and give the same numbers to rounding.
@@ -16,21 +17,41 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import attention, hashing
+from reformer_dist.ops.lsh.native import attention as native_attention
+from reformer_dist.ops.lsh.native.library import why_unavailable
 from reformer_dist.ops.lsh.reference import reference_attention
-from reformer_dist.ops.lsh.rules import AttentionOptions
+from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 
-NAMES = ("reference", "torch", "triton")
+NAMES = ("reference", "torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
-def why_not(name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32) -> str | None:
-    """What is amiss where the implementation can't run; None where it can."""
+def why_not(
+    name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
+) -> str | None:
+    """What is amiss where the implementation can't run; None where it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
-    if name != "triton":
-        return None
+    if name == "native":
+        return _why_not_native(device, head_dim, dtype, chunks=chunks)
+    return _why_not_triton(device, head_dim, dtype) if name == "triton" else None
+
+
+def _why_not_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
+    if chunks:
+        return "knows the window rule only; torch takes chunks"
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}; torch takes any"
+    if dtype not in DTYPES:
+        return f"computes in float32, from bfloat16 and float16 too, not in {dtype}; torch takes it"
+    return why_unavailable()
+
+
+def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton (pip install triton); torch needs nothing more"
     if head_dim % 16 or not 16 <= head_dim <= 128:
@@ -46,12 +67,12 @@ def why_not(name: str, device: torch.device, head_dim: int, dtype: torch.dtype =
     return None
 
 
-def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
+def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
     """The implementation to run; raises ValueError where the one asked for can't."""
     if name == "auto":
-        is_fit = device.type == "cuda" and why_not("triton", device, head_dim, dtype) is None
-        return "triton" if is_fit else "torch"
-    reason = why_not(name, device, head_dim, dtype)
+        fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
+        return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
+    reason = why_not(name, device, head_dim, dtype, chunks=chunks)
     if reason is not None:
         raise ValueError(f"attention implementation {name}: {reason}")
     return name
@@ -71,13 +92,16 @@ def bucket_attention(
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
     tokens. A token that meets nobody attends to itself. Raises ValueError where options.implementation can't run.
     """
-    name = choose(options.implementation, v.device, v.shape[3], v.dtype)
+    chunks = isinstance(options.rule, ChunkRule)
+    name = choose(options.implementation, v.device, v.shape[3], v.dtype, chunks=chunks)
     if name == "reference":
         return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
     if name == "triton":
         from reformer_dist.ops.lsh.kernels.attention import bucket_attention as by_kernels
 
         return by_kernels(q, k, v, bucket_ids, options, key_padding_mask)
+    if name == "native":
+        return native_attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
     return attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
 
 

@@ -81,7 +81,7 @@ class AttentionOptions(DropoutOptions):
     scale: float
     count_pairs_once: bool = False
     implementation: str = "auto"
-    """auto, reference, torch or triton: see `ops.lsh.implementation`."""
+    """auto, reference, torch, native or triton: see `ops.lsh.implementation`."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""What the C functions are given: tensors as addresses, and sizes. Rows are those of a group of units."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.lsh.native.library import library
+from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+
+# Places of a bucket that one thread takes in turn: enough to outlast what it costs to ask for them.
+SPAN_LEN = 256
+LOG2_E = math.log2(math.e)
+
+
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+class OrderCall(ctypes.Structure):
+    """As in order.c, which says what each is."""
+
+    _fields_ = _fields(
+        (ctypes.c_int64, "seq_len n_units n_rounds n_buckets span_len n_spans window n_threads"),
+        (ctypes.c_void_p, "ids ends order spans span_counts codes"),
+    )
+
+
+class Call(ctypes.Structure):
+    """As in attention.c, which says what each is."""
+
+    _fields_ = _fields(
+        (ctypes.c_int64, "seq_len n_units n_rounds head_dim window causal sees_self shared n_spans n_threads"),
+        (ctypes.c_int64, "dropout_threshold dropout_seed"),
+        (ctypes.c_double, "scale dropout_factor"),
+        (ctypes.c_void_p, "order spans span_counts codes unit_numbers q k v d_out out lse sums dq dk dv"),
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """All rounds of U units of S rows, sorted by (unit, bucket, position)."""
+
+    order: Tensor
+    """int32 [R, U * S] row at each place."""
+    spans: Tensor
+    """int32 [R, n_spans, 4]: see attention.c."""
+    span_counts: Tensor
+    """int32 [R, 2] likewise."""
+    codes: Tensor | None
+    """int32 [R, U * S] of each row, with count_pairs_once."""
+
+
+def window_of(options: AttentionOptions, seq_len: int) -> int:
+    """The window, or the whole sequence where that is shorter."""
+    assert isinstance(options.rule, WindowRule)
+    return min(options.rule.window, seq_len)
+
+
+def order_rows(buckets: Tensor, options: AttentionOptions) -> Order:
+    """The order of bucket ids [U, R, S], in which n_buckets marks who is absent."""
+    n_units, n_rounds, seq_len = buckets.shape
+    n_buckets, window = options.n_buckets, window_of(options, seq_len)
+    span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has keys of its own
+    n_spans = n_units * (n_buckets + seq_len // span_len)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32)
+
+    codes = ints(n_rounds, n_units * seq_len) if options.count_pairs_once and n_rounds > 1 else None
+    found = Order(ints(n_rounds, n_units * seq_len), ints(n_rounds, n_spans, 4), ints(n_rounds, 2), codes)
+    ids, ends = buckets.int().contiguous(), ints(n_rounds, n_units, n_buckets + 2)
+    call = OrderCall(
+        seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
+        *_addresses(ids, ends, found.order, found.spans, found.span_counts, found.codes),
+    )  # fmt: skip
+    library().reformer_order(ctypes.byref(call))
+    return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are attended by one call."""
+
+    options: AttentionOptions
+    seq_len: int
+    unit_numbers: Tensor
+    """[U] numbers in their step: `DropoutOptions.unit_numbers`."""
+    order: Order
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as in everything here."""
+        library().reformer_attend(self._call(q, k, v, None, out, lse, None, None, None))
+
+    def attend_backward(
+        self, rows: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, grads: tuple[Tensor, ...],
+        *, shared: bool,
+    ) -> None:  # fmt: skip
+        """Fills grads, which are dq, dk and dv, from rows, which are q, k, v and d_out.
+
+        shared: k is q / |q|, and dq gets its part.
+        """
+        call = self._call(*rows, out, lse, *grads, shared=shared)
+        library().reformer_attend_backward(call)
+
+    def _call(self, *tensors: Tensor | None, shared: bool = False) -> object:
+        options, order, rule = self.options, self.order, self.options.rule
+        q, lse = tensors[0], tensors[5]
+        assert q is not None and lse is not None
+        sums, drops = torch.empty_like(lse), options.dropout > 0
+        numbers = self.unit_numbers.int() if drops else None
+        pointers = (order.order, order.spans, order.span_counts, order.codes, numbers)
+        call = Call(
+            self.seq_len, len(self.unit_numbers), order.order.shape[0], q.shape[1],
+            window_of(options, self.seq_len), rule.causal, rule.sees_self, shared,
+            order.spans.shape[1], torch.get_num_threads(),
+            int(options.dropout * 2**31), options.dropout_seed,
+            options.scale * LOG2_E, 1 / (1 - options.dropout),
+            *_addresses(*pointers, *tensors[:6], sums, *tensors[6:]),
+        )  # fmt: skip
+        call.kept = (numbers, sums)  # whose memory the call points to
+        return ctypes.byref(call)
+
+
+def _addresses(*tensors: Tensor | None) -> Iterable[int | None]:
+    for tensor in tensors:
+        assert tensor is None or tensor.is_contiguous()
+        yield None if tensor is None else tensor.data_ptr()

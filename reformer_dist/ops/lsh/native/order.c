@@ -1,0 +1,64 @@
+/* The order of every round by (unit, bucket, position), and the spans that threads take from it. */
+
+#include <stdint.h>
+#include <string.h>
+
+/* Mirrored by `calls.OrderCall`, field by field. */
+typedef struct {
+    int64_t seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, n_threads;
+    const int32_t *ids;   /* [n_units, n_rounds, seq_len] buckets; n_buckets for those that are absent */
+    int32_t *ends;        /* [n_rounds, n_units, n_buckets + 2] scratch */
+    int32_t *order;       /* as in attention.c */
+    int32_t *spans;       /* likewise */
+    int32_t *span_counts; /* likewise */
+    int32_t *codes;       /* likewise: places, with a window between buckets; or null */
+} OrderCall;
+
+/* A counting sort: leaves the end of each bucket in ends. */
+static void sort_unit(const OrderCall *call, int64_t unit, int64_t round) {
+    const int32_t *id = call->ids + (unit * call->n_rounds + round) * call->seq_len;
+    int64_t first = (round * call->n_units + unit) * call->seq_len;
+    int32_t *end = call->ends + (round * call->n_units + unit) * (call->n_buckets + 2);
+    memset(end, 0, (call->n_buckets + 2) * sizeof(int32_t));
+    for (int64_t i = 0; i < call->seq_len; i++) end[id[i] + 1]++;
+    for (int64_t b = 0; b <= call->n_buckets; b++) end[b + 1] += end[b];
+    for (int64_t i = 0; i < call->seq_len; i++) {
+        int32_t place = end[id[i]]++;
+        call->order[first + place] = (int32_t)(unit * call->seq_len + i);
+        if (call->codes) call->codes[first + i] = place + id[i] * (int32_t)call->window;
+    }
+}
+
+/* Every other span of each bucket, from the first or from the second on; returns how many there are so far. */
+static int32_t cut_unit(const OrderCall *call, int64_t unit, int64_t round, int is_second, int32_t n) {
+    const int32_t *end = call->ends + (round * call->n_units + unit) * (call->n_buckets + 2);
+    int64_t first = unit * call->seq_len, begin = first;
+    for (int64_t b = 0; b < call->n_buckets; begin = first + end[b++]) {
+        int64_t stop = first + end[b];
+        for (int64_t at = begin + is_second * call->span_len; at < stop; at += 2 * call->span_len) {
+            int32_t *span = call->spans + (round * call->n_spans + n++) * 4;
+            span[0] = (int32_t)begin;
+            span[1] = (int32_t)stop;
+            span[2] = (int32_t)at;
+            span[3] = (int32_t)(at + call->span_len < stop ? at + call->span_len : stop);
+        }
+    }
+    return n;
+}
+
+void reformer_order(const OrderCall *call) {
+#pragma omp parallel num_threads(call->n_threads)
+    {
+#pragma omp for collapse(2)
+        for (int64_t round = 0; round < call->n_rounds; round++)
+            for (int64_t unit = 0; unit < call->n_units; unit++) sort_unit(call, unit, round);
+#pragma omp for
+        for (int64_t round = 0; round < call->n_rounds; round++) {
+            int32_t *counts = call->span_counts + round * 2, n = 0;
+            for (int64_t unit = 0; unit < call->n_units; unit++) n = cut_unit(call, unit, round, 0, n);
+            counts[1] = n;
+            for (int64_t unit = 0; unit < call->n_units; unit++) n = cut_unit(call, unit, round, 1, n);
+            counts[0] = n;
+        }
+    }
+}

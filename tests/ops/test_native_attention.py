@@ -1,0 +1,182 @@
+"""The C library is the oracle: outputs and every gradient, whatever the options, widths, vectors and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_helpers import Case, assert_fast_is_oracle, cases, window_rules
+
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, implementation
+from reformer_dist.ops.lsh.native import attention, calls, library
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
+)
+
+
+def by_native(case: Case, head_dim: int) -> Case:
+    return replace(case, head_dim=head_dim, options=replace(case.options, implementation="native"))
+
+
+# a window of 1 leaves one key, whose true dq is 0: what is left is rounding of sums as wide as a head
+TOLERANCE = 5e-5
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases(window_rules()), st.sampled_from([16, 32, 48, 64, 112, 128, 256]))
+def test_every_option_and_width(case: Case, head_dim: int) -> None:
+    assert_fast_is_oracle(by_native(case, head_dim), tolerance=TOLERANCE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(window_rules(), longest=700, n_hashes=2), st.sampled_from([1, 300]))
+def test_long_buckets_and_many_groups(case: Case, group_tokens: int) -> None:
+    """Windows beyond the keys whose scores exist at a time, buckets of several spans, calls of several groups."""
+    rule = replace(case.options.rule, window=1 + case.seed % 400)
+    case = replace(case, options=replace(case.options, rule=rule, n_buckets=1 + case.seed % 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "GROUP_TOKENS", group_tokens)
+        patch.setattr(calls, "SPAN_LEN", 16)
+        assert_fast_is_oracle(by_native(case, 16), tolerance=TOLERANCE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(window_rules()), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    assert_fast_is_oracle(by_native(case, 32), dtype, tolerance=0.2)
+
+
+@pytest.fixture
+def another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library is compiled again, into a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.library.cache_clear()
+    library.why_unavailable.cache_clear()
+    yield
+    monkeypatch.undo()
+    library.library.cache_clear()
+    library.why_unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_every_vector_length(lanes: int, another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers take vectors that are longer than the machine's apart."""
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, f"-DLANES={lanes}"))
+    for seq_len, head_dim in ((1, 16), (77, 48), (301, 64)):
+        options = AttentionOptions(
+            WindowRule(70, True), 2, 0.5, count_pairs_once=True, dropout=0.2, implementation="native"
+        )
+        assert_fast_is_oracle(Case(1, 2, 2, seq_len, head_dim, options, "some", seed=seq_len), tolerance=TOLERANCE)
+
+
+def shared_query_key(n_threads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, v, d_out = (torch.randn(1, 2, 5000, 32, generator=generator) for _ in range(3))
+    ids = torch.randint(0, 3, (1, 2, 3, 5000), generator=generator)
+    options = AttentionOptions(WindowRule(100, causal=True), 3, scale=1.0, implementation="native")
+    leaves = [x.requires_grad_() for x in (q, v)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        out = bucket_attention(q, None, v, ids, options)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_change_no_bit() -> None:
+    alone = shared_query_key(1)
+    for n_threads in (2, 3, 2):
+        assert all(torch.equal(a, b) for a, b in zip(alone, shared_query_key(n_threads), strict=True))
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 70, 300])
+def test_causal_to_the_last_bit(window: int, once: bool) -> None:
+    generator = torch.Generator().manual_seed(window)
+    q, v = (torch.randn(1, 2, 700, 16, generator=generator) for _ in range(2))
+    ids = torch.randint(0, 3, (1, 2, 3, 700), generator=generator)
+    options = AttentionOptions(
+        WindowRule(window, True), 3, 1.0, count_pairs_once=once, dropout=0.1, implementation="native"
+    )
+    before = bucket_attention(q, None, v, ids, options)
+    for t in (1, 15, 16, 333, 699):
+        other_q, other_v, other_ids = q.clone(), v.clone(), ids.clone()
+        other_q[:, :, t:] *= -3
+        other_v[:, :, t:] += 100
+        other_ids[..., t:] = 1
+        after = bucket_attention(other_q, None, other_v, other_ids, options)
+        assert torch.equal(after[:, :, :t], before[:, :, :t]) and not torch.equal(after, before)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    q, v = (torch.randn(1, 1, 40, 16) for _ in range(2))
+    ids = torch.zeros(1, 1, 1, 40, dtype=torch.uint8)
+    options = AttentionOptions(WindowRule(40, causal=True), 1, scale=1.0, implementation="native")
+    q[0, 0, 7] = torch.nan
+    out = bucket_attention(q, q, v, ids, options)
+    assert out[0, 0, :7].isfinite().all() and out[0, 0, 7:].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_large_scores(scale: float) -> None:
+    q, k, v = (torch.randn(1, 1, 300, 16, requires_grad=True) for _ in range(3))
+    ids = torch.zeros(1, 1, 2, 300, dtype=torch.uint8)
+    found = []
+    for name in ("native", "torch"):
+        options = AttentionOptions(WindowRule(50, causal=True), 1, scale, implementation=name)
+        out = bucket_attention(q, k, v, ids, options)
+        found.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+        assert all(x.isfinite().all() for x in found[-1])
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-3 * scale**0.5, rtol=1e-3)
+
+
+def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = implementation.why_not
+    assert why("native", CPU, 64) is None and implementation.choose("auto", CPU, 64, torch.float32) == "native"
+    assert "window rule" in why("native", CPU, 64, chunks=True)
+    assert "multiple of 16" in why("native", CPU, 24) and "multiple of 16" in why("native", CPU, 272)
+    assert "float64" in why("native", CPU, 64, torch.float64)
+    assert "not on meta" in why("native", torch.device("meta"), 64)
+    assert implementation.choose("auto", CPU, 64, torch.float32, chunks=True) == "torch"
+    assert implementation.choose("auto", CPU, 24, torch.float32) == "torch"
+    with pytest.raises(ValueError, match="attention implementation native: needs a head_dim"):
+        implementation.choose("native", CPU, 24, torch.float32)
+
+
+def test_without_a_compiler_nothing_is_lost(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert implementation.choose("auto", CPU, 64, torch.float32) == "torch"
+    with pytest.raises(ValueError, match="native: needs a C compiler"):
+        implementation.choose("native", CPU, 64, torch.float32)
+
+
+def test_a_compiler_that_fails_is_quoted(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DGROUP=nothing", "-Dvec=?"))
+    reason = library.why_unavailable()
+    assert reason is not None and "could not compile it" in reason and "error" in reason
+
+
+def test_what_was_compiled_is_kept_and_a_torn_file_made_again(another_build: None) -> None:
+    library.library()
+    (kept,) = library.cache_folder().iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()
+    kept.write_bytes(whole[:1000])
+    library.library.cache_clear()
+    library.library()
+    assert kept.stat().st_size == len(whole)
+
+
+def test_a_home_that_can_not_be_written_to(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert library.why_unavailable() is None

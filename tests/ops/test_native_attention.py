@@ -77,11 +77,11 @@ def test_every_vector_length(lanes: int, another_build: None, monkeypatch: pytes
         assert_fast_is_oracle(Case(1, 2, 2, seq_len, head_dim, options, "some", seed=seq_len), tolerance=TOLERANCE)
 
 
-def shared_query_key(n_threads: int) -> list[torch.Tensor]:
+def shared_query_key(n_threads: int, window: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, v, d_out = (torch.randn(1, 2, 5000, 32, generator=generator) for _ in range(3))
     ids = torch.randint(0, 3, (1, 2, 3, 5000), generator=generator)
-    options = AttentionOptions(WindowRule(100, causal=True), 3, scale=1.0, implementation="native")
+    options = AttentionOptions(WindowRule(window, causal=True), 3, scale=1.0, implementation="native")
     leaves = [x.requires_grad_() for x in (q, v)]
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -92,10 +92,40 @@ def shared_query_key(n_threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(before)
 
 
-def test_threads_change_no_bit() -> None:
-    alone = shared_query_key(1)
+@pytest.mark.parametrize("window", [100, 400])
+def test_threads_change_no_bit(window: int) -> None:
+    """Two that add to one key at a time would."""
+    alone = shared_query_key(1, window)
     for n_threads in (2, 3, 2):
-        assert all(torch.equal(a, b) for a, b in zip(alone, shared_query_key(n_threads), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(alone, shared_query_key(n_threads, window), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_keys_are_those_of_torch(dtype: torch.dtype) -> None:
+    """q alone: its gradient has a part as a key, of length 1 whatever its own, or none where it is 0."""
+    generator = torch.Generator().manual_seed(3)
+    q, v, d_out = (torch.randn(2, 2, 200, 32, generator=generator).to(dtype) for _ in range(3))
+    q *= torch.rand(200, 1, generator=generator).to(dtype) * 3
+    q[:, :, 5] = 0
+    ids = torch.randint(0, 4, (2, 2, 3, 200), generator=generator)
+    found = []
+    for name in ("native", "torch"):
+        leaves = [x.clone().requires_grad_() for x in (q, v)]
+        options = AttentionOptions(WindowRule(30, causal=False), 4, scale=1.0, implementation=name)
+        out = bucket_attention(leaves[0], None, leaves[1], ids, options)
+        found.append([out, *torch.autograd.grad(out, leaves, d_out)])
+    rows = torch.arange(200) != 5  # as a key, a query of length 0 would have a gradient of any size
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all() and one.dtype == dtype
+        error = (one - other)[:, :, rows].abs().max() / other[:, :, rows].abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_window_beyond_the_sequence() -> None:
+    options = AttentionOptions(
+        WindowRule(2**40, causal=True), 3, 1.0, count_pairs_once=True, implementation="native"
+    )
+    assert_fast_is_oracle(Case(1, 1, 3, 100, 16, options, "none", seed=0), tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("once", [False, True])

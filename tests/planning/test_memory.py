@@ -143,6 +143,8 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
         ("model.recompute=none",),
         ("model.recompute=checkpoint", "model.n_layers=4"),
         ("trainer.precision=bf16", "model.position=rotary"),
+        ("model.attention_implementation=torch", "model.recompute=none"),
+        ("model.attention_implementation=torch", "trainer.precision=bf16", "model.position=rotary"),
         ("deepspeed.stage=2", "model.n_layers=6", "data.batch_size=1", "trainer.save_every=1"),
     ],
     ids=str,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh import attention, hashing
 from reformer_dist.ops.lsh.native import attention as native_attention
+from reformer_dist.ops.lsh.native import hashing as native_hashing
 from reformer_dist.ops.lsh.native.library import why_unavailable
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
@@ -115,10 +116,13 @@ def hash_vectors(
     implementation: str = "auto",
 ) -> Tensor:
     """`hashing.hash_vectors` by the implementation that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
-    if choose(implementation, vectors.device, vectors.shape[3], vectors.dtype) == "triton":
+    name = choose(implementation, vectors.device, vectors.shape[3], vectors.dtype)
+    if name == "triton":
         from reformer_dist.ops.lsh.kernels.hashing import hash_vectors as by_kernel
 
         return by_kernel(vectors, rotations, n_buckets, scheme, factors=factors)
+    if name == "native" and scheme == "rotation":
+        return native_hashing.hash_vectors(vectors, rotations, n_buckets, factors=factors)
     return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
 

@@ -22,6 +22,15 @@ def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
     return [(name, kind) for kind, names in groups for name in names.split()]
 
 
+class HashCall(ctypes.Structure):
+    """As in hash.c, which says what each is."""
+
+    _fields_ = _fields(
+        (ctypes.c_int64, "seq_len n_units n_heads n_rounds head_dim n_columns n_factors id_bytes n_threads"),
+        (ctypes.c_void_p, "factors x rotations ids"),
+    )
+
+
 class OrderCall(ctypes.Structure):
     """As in order.c, which says what each is."""
 
@@ -40,6 +49,17 @@ class Call(ctypes.Structure):
         (ctypes.c_double, "scale dropout_factor"),
         (ctypes.c_void_p, "order spans span_counts codes unit_numbers q k v d_out out lse sums dq dk dv"),
     )
+
+
+def hash_rows(x: Tensor, rotations: Tensor, factors: tuple[int, ...], ids: Tensor) -> None:
+    """Fills ids [B, H, R, S] with buckets of x [B, H, S, D], float32, under rotations [H, R, columns, D]."""
+    batch, n_heads, n_rounds, seq_len = ids.shape
+    sizes = torch.tensor(factors, dtype=torch.int64)
+    call = HashCall(
+        seq_len, batch * n_heads, n_heads, n_rounds, x.shape[3], rotations.shape[2], len(factors),
+        ids.element_size(), torch.get_num_threads(), *_addresses(sizes, x, rotations, ids),
+    )  # fmt: skip
+    library().reformer_hash(ctypes.byref(call))
 
 
 @dataclass(frozen=True)

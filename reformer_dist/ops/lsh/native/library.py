@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.c", "order.c")
+SOURCES = ("attention.c", "hash.c", "order.c")
 HEADERS = ("vectors.h",)
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("gcc", "cc")

@@ -327,7 +327,7 @@ def ours(row: Row, seq_len: int) -> Attend:
 
 def our_buckets(row: Row, q: Tensor) -> Tensor:
     rotations = draw_rotations(row.heads, row.head_dim, row.n_hashes, row.buckets, "rotation", seed=0)
-    return hash_vectors(q, rotations, row.buckets, "rotation")
+    return hash_vectors(q, rotations, row.buckets, "rotation", implementation=OURS[row.impl])
 
 
 def attend_by_oracle(row: Row, q: Tensor, v: Tensor) -> Tensor:

@@ -169,6 +169,17 @@ def test_large_scores(scale: float) -> None:
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-3 * scale**0.5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("wrong", [-1, 9, 2**31 - 1])
+def test_ids_that_are_no_buckets_are_refused(wrong: int) -> None:
+    """In C they would be written to any address."""
+    v = torch.randn(1, 2, 50, 16)
+    ids = torch.zeros(1, 2, 2, 50, dtype=torch.int32)
+    ids[0, 1, 1, 7] = wrong
+    options = AttentionOptions(WindowRule(5, causal=True), 8, scale=1.0, implementation="native")
+    with pytest.raises(ValueError, match=f"bucket_ids: must be from 0 to 7, below n_buckets, not {wrong}"):
+        bucket_attention(v, None, v, ids, options)
+
+
 def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     why = implementation.why_not
     assert why("native", CPU, 64) is None and implementation.choose("auto", CPU, 64, torch.float32) == "native"

@@ -83,7 +83,7 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
 
 
 def order_rows(buckets: Tensor, options: AttentionOptions) -> Order:
-    """The order of bucket ids [U, R, S], in which n_buckets marks who is absent."""
+    """The order of bucket ids [U, R, S], in which n_buckets marks who is absent. Raises ValueError for other ids."""
     n_units, n_rounds, seq_len = buckets.shape
     n_buckets, window = options.n_buckets, window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has keys of its own
@@ -99,7 +99,9 @@ def order_rows(buckets: Tensor, options: AttentionOptions) -> Order:
         seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
         *_addresses(ids, ends, found.order, found.spans, found.span_counts, found.codes),
     )  # fmt: skip
-    library().reformer_order(ctypes.byref(call))
+    if not library().reformer_order(ctypes.byref(call)):
+        wrong = ids[(ids < 0) | (ids > n_buckets)]
+        raise ValueError(f"bucket_ids: must be from 0 to {n_buckets - 1}, below n_buckets, not {wrong[0].item()}")
     return found
 
 

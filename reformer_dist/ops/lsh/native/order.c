@@ -14,19 +14,23 @@ typedef struct {
     int32_t *codes;       /* likewise: places, with a window between buckets; or null */
 } OrderCall;
 
-/* A counting sort: leaves the end of each bucket in ends. */
-static void sort_unit(const OrderCall *call, int64_t unit, int64_t round) {
+/* A counting sort: leaves the end of each bucket in ends. False, and no order, where an id is none. */
+static int sort_unit(const OrderCall *call, int64_t unit, int64_t round) {
     const int32_t *id = call->ids + (unit * call->n_rounds + round) * call->seq_len;
     int64_t first = (round * call->n_units + unit) * call->seq_len;
     int32_t *end = call->ends + (round * call->n_units + unit) * (call->n_buckets + 2);
     memset(end, 0, (call->n_buckets + 2) * sizeof(int32_t));
-    for (int64_t i = 0; i < call->seq_len; i++) end[id[i] + 1]++;
+    for (int64_t i = 0; i < call->seq_len; i++) {
+        if (id[i] < 0 || id[i] > call->n_buckets) return 0;
+        end[id[i] + 1]++;
+    }
     for (int64_t b = 0; b <= call->n_buckets; b++) end[b + 1] += end[b];
     for (int64_t i = 0; i < call->seq_len; i++) {
         int32_t place = end[id[i]]++;
         call->order[first + place] = (int32_t)(unit * call->seq_len + i);
         if (call->codes) call->codes[first + i] = place + id[i] * (int32_t)call->window;
     }
+    return 1;
 }
 
 /* Every other span of each bucket, from the first or from the second on; returns how many there are so far. */
@@ -46,14 +50,16 @@ static int32_t cut_unit(const OrderCall *call, int64_t unit, int64_t round, int 
     return n;
 }
 
-void reformer_order(const OrderCall *call) {
+/* 1, or 0 where some id is no bucket: then nothing here may be used. */
+int32_t reformer_order(const OrderCall *call) {
+    int32_t is_right = 1;
 #pragma omp parallel num_threads(call->n_threads)
     {
-#pragma omp for collapse(2)
+#pragma omp for collapse(2) reduction(& : is_right)
         for (int64_t round = 0; round < call->n_rounds; round++)
-            for (int64_t unit = 0; unit < call->n_units; unit++) sort_unit(call, unit, round);
+            for (int64_t unit = 0; unit < call->n_units; unit++) is_right &= sort_unit(call, unit, round);
 #pragma omp for
-        for (int64_t round = 0; round < call->n_rounds; round++) {
+        for (int64_t round = 0; round < (is_right ? call->n_rounds : 0); round++) {
             int32_t *counts = call->span_counts + round * 2, n = 0;
             for (int64_t unit = 0; unit < call->n_units; unit++) n = cut_unit(call, unit, round, 0, n);
             counts[1] = n;
@@ -61,4 +67,5 @@ void reformer_order(const OrderCall *call) {
             counts[0] = n;
         }
     }
+    return is_right;
 }

@@ -83,7 +83,7 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
 
 
 def order_rows(buckets: Tensor, options: AttentionOptions) -> Order:
-    """The order of bucket ids [U, R, S], in which n_buckets marks who is absent. Raises ValueError for other ids."""
+    """The order of bucket ids [U, R, S], where n_buckets marks who is absent. Raises ValueError for others."""
     n_units, n_rounds, seq_len = buckets.shape
     n_buckets, window = options.n_buckets, window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has keys of its own

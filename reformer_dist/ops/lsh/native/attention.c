@@ -12,6 +12,7 @@
 #define PADDED (BLOCK + (AT_ONCE > ROWS ? AT_ONCE : ROWS))
 #define MOST_DIM 256
 #define LOWEST -1e30f
+#define SMALLEST_NORM 1e-12f
 #define LN_2 0.69314718055994531
 
 /* Mirrored by `calls.Call`, field by field. Rows are those of n_units units, one unit after another. */
@@ -25,7 +26,8 @@ typedef struct {
     const int32_t *span_counts;  /* [n_rounds, 2] spans in all, and the first of them, none of which share a key */
     const int32_t *codes;        /* [n_rounds, n_rows] to count pairs once: two rows are near where these are; or null */
     const int32_t *unit_numbers; /* [n_units] for dropout; or null */
-    const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
+    const float *q, *v, *d_out;  /* [n_rows, head_dim] */
+    float *k;                    /* likewise; if shared, scratch that gets q / |q| */
     float *out, *lse;            /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met nobody */
     float *sums;                 /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
     float *dq, *dk, *dv;         /* [n_rows, head_dim] */
@@ -278,6 +280,32 @@ static void attend_span(const Call *call, int round, int number, int is_backward
     }
 }
 
+static float product(const float *x, const float *y, int64_t dim) {
+    vec sum = all(0);
+    float total = 0;
+    for (int64_t d = 0; d < dim; d += LANES) sum += load(x + d) * load(y + d);
+    for (int i = 0; i < LANES; i++) total += sum[i];
+    return total;
+}
+
+static float norm(const float *x, int64_t dim) {
+    float found = sqrtf(product(x, x, dim));
+    return found < SMALLEST_NORM ? SMALLEST_NORM : found;
+}
+
+/* k = q / |q|: `ops.lsh.shared_keys.shared_keys` */
+static void share_key(const Call *call, int64_t at) {
+    float length = norm(call->q + at, call->head_dim);
+    for (int64_t d = 0; d < call->head_dim; d++) call->k[at + d] = call->q[at + d] / length;
+}
+
+/* dq gets what dk is worth across k: `ops.lsh.shared_keys.shared_keys_backward` */
+static void share_gradient(const Call *call, int64_t at) {
+    const float *k = call->k + at, *dk = call->dk + at;
+    float length = norm(call->q + at, call->head_dim), along = product(k, dk, call->head_dim);
+    for (int64_t d = 0; d < call->head_dim; d++) call->dq[at + d] += (dk[d] - k[d] * along) / length;
+}
+
 /* out and lse of q, k, v. */
 void reformer_attend(const Call *call) {
     int64_t n_rows = call->n_units * call->seq_len, dim = call->head_dim;
@@ -287,6 +315,7 @@ void reformer_attend(const Call *call) {
         for (int64_t row = 0; row < n_rows; row++) {
             call->lse[row] = LOWEST;
             call->sums[row] = 0;
+            if (call->shared) share_key(call, row * dim);
             memset(call->out + row * dim, 0, dim * sizeof(float));
         }
         for (int round = 0; round < call->n_rounds; round++) {
@@ -307,22 +336,6 @@ void reformer_attend(const Call *call) {
     }
 }
 
-static float product(const float *x, const float *y, int64_t dim) {
-    vec sum = all(0);
-    float total = 0;
-    for (int64_t d = 0; d < dim; d += LANES) sum += load(x + d) * load(y + d);
-    for (int i = 0; i < LANES; i++) total += sum[i];
-    return total;
-}
-
-/* Where the key is q / |q|, dq gets what dk is worth across it: `ops.lsh.shared_keys.shared_keys_backward`. */
-static void share_gradient(const Call *call, int64_t at) {
-    const float *q = call->q + at, *k = call->k + at, *dk = call->dk + at;
-    float norm = sqrtf(product(q, q, call->head_dim)), along = product(k, dk, call->head_dim);
-    if (norm < 1e-12f) norm = 1e-12f;
-    for (int64_t d = 0; d < call->head_dim; d++) call->dq[at + d] += (dk[d] - k[d] * along) / norm;
-}
-
 /* dq, dk, dv from d_out, and from what reformer_attend gave. */
 void reformer_attend_backward(const Call *call) {
     int64_t n_rows = call->n_units * call->seq_len, dim = call->head_dim;
@@ -332,6 +345,7 @@ void reformer_attend_backward(const Call *call) {
         for (int64_t row = 0; row < n_rows; row++) {
             int64_t at = row * dim;
             call->sums[row] = product(call->d_out + at, call->out + at, dim);
+            if (call->shared) share_key(call, at);
             memset(call->dq + at, 0, dim * sizeof(float));
             memset(call->dk + at, 0, dim * sizeof(float));
             memset(call->dv + at, 0, dim * sizeof(float));

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from reformer_dist.ops.lsh.native.calls import Group, order_rows
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.ops.workspace import Workspace
 
 # Rows whose keys, and in half precision copies, exist at a time.
 GROUP_TOKENS = 2**14
@@ -46,8 +46,9 @@ class _NativeAttention(torch.autograd.Function):
         k = None if k is None else k.contiguous()
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32)
+        scratch = Workspace(v.device)
         for tokens, group in _groups(bucket_ids, options, key_padding_mask):
-            _attend(tokens, group, q, k, v, out, lse)
+            _attend(tokens, group, q, k, v, out, lse, scratch)
         ctx.save_for_backward(q, k, v, bucket_ids, out, lse, key_padding_mask)
         ctx.options = options
         return out
@@ -59,15 +60,25 @@ class _NativeAttention(torch.autograd.Function):
         d_out = grads[0].contiguous()
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         dk = None if k is None else torch.empty_like(k)
+        scratch = Workspace(v.device)
         for tokens, group in _groups(bucket_ids, ctx.options, key_padding_mask):
-            _attend_backward(tokens, group, (q, k, v, d_out), out, lse, (dq, dk, dv))
+            _attend_backward(tokens, group, (q, k, v, d_out), out, lse, (dq, dk, dv), scratch)
         return dq, dk, dv, None, None, None
 
 
-def _attend(tokens: slice, group: Group, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
+def _attend(
+    tokens: slice,
+    group: Group,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scratch: Workspace,
+) -> None:
     q_rows, v_rows, o = _rows(q, tokens), _rows(v, tokens), _target(out, tokens)
-    k_rows = shared_keys(q_rows) if k is None else _rows(k, tokens)
-    group.attend(q_rows, k_rows, v_rows, o, lse.view(-1)[tokens])
+    k_rows = scratch.rows("keys", *q_rows.shape) if k is None else _rows(k, tokens)
+    group.attend(q_rows, v_rows, k_rows, o, lse.view(-1)[tokens], shared=k is None)
     _write(out, tokens, o)
 
 
@@ -78,13 +89,13 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
     grads: tuple[Tensor, Tensor | None, Tensor],
+    scratch: Workspace,
 ) -> None:
     q, k, v, d_out = inputs
     q_rows, v_rows, do_rows, o = (_rows(x, tokens) for x in (q, v, d_out, out))
-    k_rows = shared_keys(q_rows) if k is None else _rows(k, tokens)
-    found = tuple(torch.empty_like(q_rows) if x is None else _target(x, tokens) for x in grads)
-    rows = (q_rows, k_rows, v_rows, do_rows)
-    group.attend_backward(rows, o, lse.view(-1)[tokens], found, shared=k is None)
+    k_rows = scratch.rows("keys", *q_rows.shape) if k is None else _rows(k, tokens)
+    found = tuple(scratch.rows("dk", *q_rows.shape) if x is None else _target(x, tokens) for x in grads)
+    group.attend_backward((q_rows, v_rows, do_rows, k_rows), o, lse.view(-1)[tokens], found, shared=k is None)
     for whole, part in zip(grads, found, strict=True):
         if whole is not None:
             _write(whole, tokens, part)

@@ -47,7 +47,7 @@ class Call(ctypes.Structure):
         (ctypes.c_int64, "seq_len n_units n_rounds head_dim window causal sees_self shared n_spans n_threads"),
         (ctypes.c_int64, "dropout_threshold dropout_seed"),
         (ctypes.c_double, "scale dropout_factor"),
-        (ctypes.c_void_p, "order spans span_counts codes unit_numbers q k v d_out out lse sums dq dk dv"),
+        (ctypes.c_void_p, "order spans span_counts codes unit_numbers q v d_out k out lse sums dq dk dv"),
     )
 
 
@@ -115,35 +115,38 @@ class Group:
     """[U] numbers in their step: `DropoutOptions.unit_numbers`."""
     order: Order
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as in everything here."""
-        library().reformer_attend(self._call(q, k, v, None, out, lse, None, None, None))
+    def attend(self, q: Tensor, v: Tensor, k: Tensor, out: Tensor, lse: Tensor, *, shared: bool) -> None:
+        """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as in everything here.
+
+        shared: keys are q / |q|, and k is scratch.
+        """
+        library().reformer_attend(self._call((q, v, None, k, out, lse), (None, None, None), shared=shared))
 
     def attend_backward(
         self, rows: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, grads: tuple[Tensor, ...],
         *, shared: bool,
     ) -> None:  # fmt: skip
-        """Fills grads, which are dq, dk and dv, from rows, which are q, k, v and d_out.
+        """Fills grads, which are dq, dk and dv, from rows, which are q, v, d_out and k.
 
-        shared: k is q / |q|, and dq gets its part.
+        shared: likewise; dk is scratch too, and dq gets its part.
         """
-        call = self._call(*rows, out, lse, *grads, shared=shared)
-        library().reformer_attend_backward(call)
+        library().reformer_attend_backward(self._call((*rows, out, lse), grads, shared=shared))
 
-    def _call(self, *tensors: Tensor | None, shared: bool = False) -> object:
+    def _call(
+        self, rows: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], grads: tuple[Tensor | None, ...],
+        *, shared: bool,
+    ) -> object:  # fmt: skip
         options, order, rule = self.options, self.order, self.options.rule
-        q, lse = tensors[0], tensors[5]
-        assert q is not None and lse is not None
-        sums, drops = torch.empty_like(lse), options.dropout > 0
-        numbers = self.unit_numbers.int() if drops else None
+        sums = torch.empty_like(rows[-1])
+        numbers = self.unit_numbers.int() if options.dropout > 0 else None
         pointers = (order.order, order.spans, order.span_counts, order.codes, numbers)
         call = Call(
-            self.seq_len, len(self.unit_numbers), order.order.shape[0], q.shape[1],
+            self.seq_len, len(self.unit_numbers), order.order.shape[0], rows[0].shape[1],
             window_of(options, self.seq_len), rule.causal, rule.sees_self, shared,
             order.spans.shape[1], torch.get_num_threads(),
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),
-            *_addresses(*pointers, *tensors[:6], sums, *tensors[6:]),
+            *_addresses(*pointers, *rows, sums, *grads),
         )  # fmt: skip
         call.kept = (numbers, sums)  # whose memory the call points to
         return ctypes.byref(call)

@@ -10,7 +10,6 @@
 
 #define BLOCK 120 /* keys whose scores exist at a time: a multiple of every AT_ONCE */
 #define PADDED (BLOCK + (AT_ONCE > ROWS ? AT_ONCE : ROWS))
-#define MOST_DIM 256
 #define LOWEST -1e30f
 #define SMALLEST_NORM 1e-12f
 #define LN_2 0.69314718055994531
@@ -32,7 +31,6 @@ typedef struct {
     float *sums;                 /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
     float *dq, *dk, *dv;         /* [n_rows, head_dim] */
 } Call;
-
 
 /* Queries that run side by side, and the keys that any of them sees: places in the order of a round. */
 typedef struct {

@@ -4,8 +4,6 @@
 
 #include "vectors.h"
 
-#define MOST_DIM 256
-
 /* Mirrored by `calls.HashCall`, field by field. */
 typedef struct {
     int64_t seq_len, n_units, n_heads, n_rounds, head_dim, n_columns, n_factors, id_bytes, n_threads;

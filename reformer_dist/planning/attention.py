@@ -86,17 +86,16 @@ def runs_native(job: Job, layer: LayerRule) -> bool:
 
 
 def native_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:
-    """Backward of a group by the C library: its order, its keys and their gradients, and copies in float32."""
+    """Backward of a group by the C library: its order, numbers of its rows, and copies in float32."""
     n_units = min(units, max(1, NATIVE_TOKENS // seq_len))
     rows, vector = n_units * seq_len, job.layer_shape.head_dim * 4
     is_counted = job.config.model.count_pairs_once and layer.n_rounds > 1
     order = layer.n_rounds * (4 * rows * (2 if is_counted else 1) + 16 * n_units * (layer.n_buckets + 1))
     sorting = layer.n_rounds * 4 * (rows + n_units * (layer.n_buckets + 2))
-    keys = 2 * SCRATCH * vector * rows if shared else 0  # and their gradients
     in_float32 = 0 if job.layer_shape.element_size == 4 else 6 if shared else 8
-    attending = vector * rows * in_float32 + 4 * rows
+    attending = vector * rows * in_float32 + 4 * rows * (3 if shared else 1)
     # the order of the group before is there until this one's is made
-    return order + keys + max(sorting + (order if n_units < units else 0), attending)
+    return order + max(sorting + (order if n_units < units else 0), attending)
 
 
 def kernel_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:

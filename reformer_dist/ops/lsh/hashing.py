@@ -1,6 +1,8 @@
 """Locality-sensitive hashing: vectors -> bucket ids in [0, n_buckets).
 
-`rotation` is the angular hash of the paper (section 2, "Locality sensitive hashing"): argmax of [xR, -xR].
+`rotation` is the angular hash of the paper (section 2, "Locality sensitive hashing"): argmax of [xR, -xR]. R is
+part of a rotation, as where the paper has it from (Andoni et al. 2015, "Practical and Optimal LSH for Angular
+Distance").
 `floor` is the random-projection form floor(Rx / gamma) on the unit vector. Both are written in mixed radix
 over factors of n_buckets, since one argmax over all buckets would cost head_dim * n_buckets per token, which
 is quadratic in the length once buckets keep their size.
@@ -15,6 +17,8 @@ from torch import Tensor
 
 # The widest argmax that is still cheap, and the most cells that one projection tells apart usefully.
 LARGEST_FACTOR = {"rotation": 64, "floor": 8}
+# Added to squared lengths of columns, so that columns which are nearly dependent don't end the program either.
+SMALLEST_PIVOT = 1e-10
 # Projections of a unit vector are standard normal: the cells of one projection span this many deviations.
 FLOOR_SPAN = 4.0
 
@@ -84,12 +88,30 @@ def draw_rotations(
 ) -> Tensor:
     """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU: alike everywhere; only read.
 
+    Those of `rotation` are across one another, head_dim at a time, those of `floor` independent and normal.
     factors: of n_buckets, those of `bucket_factors` if None.
     """
     factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n_heads, n_hashes, head_dim, columns, generator=generator)
+    drawn = torch.randn(n_heads, n_hashes, head_dim, columns, generator=generator)
+    return _orthogonal(drawn) if scheme == "rotation" else drawn
+
+
+def _orthogonal(columns: Tensor) -> Tensor:
+    """Normal columns [..., D, n] made those of random rotations, D of them each, times sqrt(D): their mean length.
+
+    Of independent columns the longest win too often, and those of one factor go with those of another: some
+    buckets get ten times the mean, these what chance gives. Float64 lets all machines round to equal numbers.
+    """
+    head_dim = columns.shape[-2]
+    rotations = []
+    for drawn in columns.double().split(head_dim, dim=-1):
+        products = drawn.mT @ drawn
+        products.diagonal(dim1=-2, dim2=-1).add_(SMALLEST_PIVOT)
+        upper = torch.linalg.cholesky(products, upper=True)
+        rotations.append(torch.linalg.solve_triangular(upper, drawn, upper=True, left=False))
+    return (torch.cat(rotations, dim=-1) * head_dim**0.5).float()
 
 
 @functools.lru_cache(maxsize=32)

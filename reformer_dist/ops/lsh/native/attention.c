@@ -16,7 +16,7 @@
 
 /* Mirrored by `calls.Call`, field by field. Rows are those of n_units units, one unit after another. */
 typedef struct {
-    int64_t seq_len, n_units, n_rounds, head_dim, window, causal, sees_self, shared, n_spans, n_threads;
+    int64_t seq_len, n_units, n_rounds, head_dim, window, causal, sees_self, n_spans, n_threads;
     int64_t dropout_threshold, dropout_seed;
     double scale;          /* of q.k, in units of log 2 */
     double dropout_factor; /* 1 / (1 - dropout) */
@@ -25,11 +25,12 @@ typedef struct {
     const int32_t *span_counts;  /* [n_rounds, 2] spans in all, and the first of them, none of which share a key */
     const int32_t *codes;        /* [n_rounds, n_rows] to count pairs once: two rows are near where these are; or null */
     const int32_t *unit_numbers; /* [n_units] for dropout; or null */
-    const float *q, *v, *d_out;  /* [n_rows, head_dim] */
-    float *k;                    /* likewise; if shared, scratch that gets q / |q| */
-    float *out, *lse;            /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met nobody */
-    float *sums;                 /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
-    float *dq, *dk, *dv;         /* [n_rows, head_dim] */
+    const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
+    float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met nobody */
+    float *sums;         /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
+    float *key_factors;  /* [n_rows] if keys are q / |q|, which nobody writes: gets 1 / |q|; k is q, dk is dq; or null */
+    float *along;        /* [n_rows] likewise: gets the sum of what queries add to dk, times k; or null */
+    float *dq, *dk, *dv; /* [n_rows, head_dim] */
 } Call;
 
 /* Queries that run side by side, and the keys that any of them sees: places in the order of a round. */
@@ -72,6 +73,12 @@ static void key_rows(const Group *g, const float *x, int first, int n, const flo
 static void key_targets(const Group *g, float *x, int first, int n, float *spare, float **rows) {
     for (int j = 0; j < n; j++) rows[j] = x + (int64_t)g->order[first + j] * g->dim;
     for (int j = n; j < n + ROWS; j++) rows[j] = spare;
+}
+
+/* What dots with n keys from a place on are to be multiplied with. */
+static void factors_of_keys(const Group *g, int first, int n, float *factors) {
+    const float *known = g->call->key_factors;
+    for (int j = 0; j < n; j++) factors[j] = known ? known[g->order[first + j]] : 1.0f;
 }
 
 /* Which lanes see the key at a place. */
@@ -143,16 +150,17 @@ typedef struct {
     float top[GROUP] ALIGNED, weight[GROUP] ALIGNED, shrunk[GROUP] ALIGNED;
 } Softmax;
 
-/* Scores become 2^(score - top) of what the lanes see, which are then added up, shared and dropped. */
+/* Dots become 2^(score - top) of what the lanes see, which are then added up, shared and dropped. */
 static void exponentiate(const Group *g, int first, int n, float *p, Softmax *softmax) {
-    float shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED;
+    float shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED, factors[BLOCK];
     int shares_pairs = g->call->codes != NULL, drops = g->call->unit_numbers != NULL;
     if (shares_pairs) share_meetings(g, first, n, shares);
     if (drops) draw_dropout(g, first, n, kept);
+    factors_of_keys(g, first, n, factors);
     for (int h = 0; h < GROUP; h += LANES) {
         vec before = load(softmax->top + h), top = before, sum = all(0);
         for (int j = 0; j < n; j++) {
-            vec score = pick(sees(g, first + j, h), load(p + j * GROUP + h), all(-INFINITY));
+            vec score = pick(sees(g, first + j, h), load(p + j * GROUP + h) * factors[j], all(-INFINITY));
             store(p + j * GROUP + h, score);
             top = larger(score, top);
         }
@@ -199,27 +207,39 @@ static void attend(const Group *g) {
     }
 }
 
-/* Scores become p = 2^(score - lse), and d_p = d_out.v becomes dS = p (d_p - rowsum(d_out * out)). */
+INLINE float total(vec x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+/* Dots become p = 2^(score - lse), and d_p = d_out.v becomes dS = p (d_p - rowsum(d_out * out)) times the key's factor. */
 static void differentiate(const Group *g, int first, int n, float *p, float *d_p) {
-    float shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED;
+    const Call *call = g->call;
+    float shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED, factors[BLOCK];
     float lses[GROUP] ALIGNED, sums[GROUP] ALIGNED;
-    int shares_pairs = g->call->codes != NULL, drops = g->call->unit_numbers != NULL;
+    int shares_pairs = call->codes != NULL, drops = call->unit_numbers != NULL;
     if (shares_pairs) share_meetings(g, first, n, shares);
     if (drops) draw_dropout(g, first, n, kept);
+    factors_of_keys(g, first, n, factors);
     for (int i = 0; i < GROUP; i++) {
-        lses[i] = g->call->lse[g->row[i]];
-        sums[i] = g->call->sums[g->row[i]];
+        lses[i] = i < g->n_queries ? call->lse[g->row[i]] : INFINITY;
+        sums[i] = call->sums[g->row[i]];
     }
-    for (int h = 0; h < GROUP; h += LANES) {
-        vec lse = load(lses + h), sum = load(sums + h);
-        for (int j = 0; j < n; j++) {
+    for (int j = 0; j < n; j++) {
+        vec along = all(0);
+        for (int h = 0; h < GROUP; h += LANES) {
             float *at = p + j * GROUP + h, *d_at = d_p + j * GROUP + h;
-            vec x = power_of_2(pick(sees(g, first + j, h), load(at), all(-INFINITY)) - lse), d_x = load(d_at);
+            vec score = load(at) * factors[j], d_x = load(d_at);
+            vec x = power_of_2(pick(sees(g, first + j, h), score, all(-INFINITY)) - load(lses + h));
             if (shares_pairs) x *= load(shares + j * GROUP + h);
             if (drops) d_x *= load(kept + j * GROUP + h);
-            store(d_at, x * (d_x - sum));
+            vec d_score = x * (d_x - load(sums + h));
+            along += d_score * score;
+            store(d_at, d_score * factors[j]);
             store(at, drops ? x * load(kept + j * GROUP + h) : x);
         }
+        if (call->along) call->along[g->order[first + j]] += total(along);
     }
 }
 
@@ -260,10 +280,11 @@ INLINE void fetch_rows(const Group *g, const float *x, int n) {
 INLINE void fetch_next(const Group *g, int is_backward) {
     const Call *call = g->call;
     int64_t behind = call->n_units * call->seq_len - g->first - GROUP;
-    int n = behind > GROUP ? GROUP : behind > 0 ? (int)behind : 0;
-    const float *forward[] = {call->q, call->k, call->v, call->out};
-    const float *backward[] = {call->q, call->k, call->v, call->d_out, call->dq, call->dk, call->dv};
-    for (int x = 0; x < (is_backward ? 7 : 4); x++) fetch_rows(g, is_backward ? backward[x] : forward[x], n);
+    int n = behind > GROUP ? GROUP : behind > 0 ? (int)behind : 0, shared = call->key_factors != NULL;
+    const float *forward[] = {call->q, call->v, call->out, call->k};
+    const float *backward[] = {call->q, call->v, call->d_out, call->dq, call->dv, call->k, call->dk};
+    for (int x = 0; x < (is_backward ? 7 - 2 * shared : 4 - shared); x++)
+        fetch_rows(g, is_backward ? backward[x] : forward[x], n);
 }
 
 static void attend_span(const Call *call, int round, int number, int is_backward) {
@@ -280,28 +301,22 @@ static void attend_span(const Call *call, int round, int number, int is_backward
 
 static float product(const float *x, const float *y, int64_t dim) {
     vec sum = all(0);
-    float total = 0;
     for (int64_t d = 0; d < dim; d += LANES) sum += load(x + d) * load(y + d);
-    for (int i = 0; i < LANES; i++) total += sum[i];
-    return total;
+    return total(sum);
 }
 
-static float norm(const float *x, int64_t dim) {
-    float found = sqrtf(product(x, x, dim));
-    return found < SMALLEST_NORM ? SMALLEST_NORM : found;
+/* 1 / |q| of a row: `ops.lsh.shared_keys.shared_keys` */
+static float key_factor(const Call *call, int64_t row) {
+    const float *q = call->q + row * call->head_dim;
+    float length = sqrtf(product(q, q, call->head_dim));
+    return 1.0f / (length < SMALLEST_NORM ? SMALLEST_NORM : length);
 }
 
-/* k = q / |q|: `ops.lsh.shared_keys.shared_keys` */
-static void share_key(const Call *call, int64_t at) {
-    float length = norm(call->q + at, call->head_dim);
-    for (int64_t d = 0; d < call->head_dim; d++) call->k[at + d] = call->q[at + d] / length;
-}
-
-/* dq gets what dk is worth across k: `ops.lsh.shared_keys.shared_keys_backward` */
-static void share_gradient(const Call *call, int64_t at) {
-    const float *k = call->k + at, *dk = call->dk + at;
-    float length = norm(call->q + at, call->head_dim), along = product(k, dk, call->head_dim);
-    for (int64_t d = 0; d < call->head_dim; d++) call->dq[at + d] += (dk[d] - k[d] * along) / length;
+/* Takes from dq what dk had along k, whose length is always 1: `ops.lsh.shared_keys.shared_keys_backward` */
+static void stay_across_key(const Call *call, int64_t row) {
+    float factor = call->key_factors[row], along = (float)LN_2 * call->along[row] * factor * factor;
+    int64_t at = row * call->head_dim;
+    for (int64_t d = at; d < at + call->head_dim; d++) call->dq[d] -= along * call->q[d];
 }
 
 /* out and lse of q, k, v. */
@@ -313,7 +328,7 @@ void reformer_attend(const Call *call) {
         for (int64_t row = 0; row < n_rows; row++) {
             call->lse[row] = LOWEST;
             call->sums[row] = 0;
-            if (call->shared) share_key(call, row * dim);
+            if (call->key_factors) call->key_factors[row] = key_factor(call, row);
             memset(call->out + row * dim, 0, dim * sizeof(float));
         }
         for (int round = 0; round < call->n_rounds; round++) {
@@ -343,7 +358,10 @@ void reformer_attend_backward(const Call *call) {
         for (int64_t row = 0; row < n_rows; row++) {
             int64_t at = row * dim;
             call->sums[row] = product(call->d_out + at, call->out + at, dim);
-            if (call->shared) share_key(call, at);
+            if (call->key_factors) {
+                call->key_factors[row] = key_factor(call, row);
+                call->along[row] = 0;
+            }
             memset(call->dq + at, 0, dim * sizeof(float));
             memset(call->dk + at, 0, dim * sizeof(float));
             memset(call->dv + at, 0, dim * sizeof(float));
@@ -357,9 +375,9 @@ void reformer_attend_backward(const Call *call) {
 #pragma omp for schedule(dynamic, 4)
             for (int i = counts[1]; i < counts[0]; i++) attend_span(call, round, i, 1);
         }
-        if (call->shared) {
+        if (call->along) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < n_rows; row++) share_gradient(call, row * dim);
+            for (int64_t row = 0; row < n_rows; row++) stay_across_key(call, row);
         }
     }
 }

@@ -12,9 +12,8 @@ from torch.autograd.function import once_differentiable
 from reformer_dist.ops.lsh.native.calls import Group, order_rows
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.workspace import Workspace
 
-# Rows whose keys, and in half precision copies, exist at a time.
+# Rows whose order, and in half precision copies, exist at a time.
 GROUP_TOKENS = 2**14
 
 
@@ -46,9 +45,8 @@ class _NativeAttention(torch.autograd.Function):
         k = None if k is None else k.contiguous()
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32)
-        scratch = Workspace(v.device)
         for tokens, group in _groups(bucket_ids, options, key_padding_mask):
-            _attend(tokens, group, q, k, v, out, lse, scratch)
+            _attend(tokens, group, q, k, v, out, lse)
         ctx.save_for_backward(q, k, v, bucket_ids, out, lse, key_padding_mask)
         ctx.options = options
         return out
@@ -60,9 +58,8 @@ class _NativeAttention(torch.autograd.Function):
         d_out = grads[0].contiguous()
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         dk = None if k is None else torch.empty_like(k)
-        scratch = Workspace(v.device)
         for tokens, group in _groups(bucket_ids, ctx.options, key_padding_mask):
-            _attend_backward(tokens, group, (q, k, v, d_out), out, lse, (dq, dk, dv), scratch)
+            _attend_backward(tokens, group, (q, k, v, d_out), out, lse, (dq, dk, dv))
         return dq, dk, dv, None, None, None
 
 
@@ -74,11 +71,10 @@ def _attend(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scratch: Workspace,
 ) -> None:
-    q_rows, v_rows, o = _rows(q, tokens), _rows(v, tokens), _target(out, tokens)
-    k_rows = scratch.rows("keys", *q_rows.shape) if k is None else _rows(k, tokens)
-    group.attend(q_rows, v_rows, k_rows, o, lse.view(-1)[tokens], shared=k is None)
+    o = _target(out, tokens)
+    k_rows = None if k is None else _rows(k, tokens)
+    group.attend(_rows(q, tokens), k_rows, _rows(v, tokens), o, lse.view(-1)[tokens])
     _write(out, tokens, o)
 
 
@@ -89,15 +85,14 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
     grads: tuple[Tensor, Tensor | None, Tensor],
-    scratch: Workspace,
 ) -> None:
     q, k, v, d_out = inputs
-    q_rows, v_rows, do_rows, o = (_rows(x, tokens) for x in (q, v, d_out, out))
-    k_rows = scratch.rows("keys", *q_rows.shape) if k is None else _rows(k, tokens)
-    found = tuple(scratch.rows("dk", *q_rows.shape) if x is None else _target(x, tokens) for x in grads)
-    group.attend_backward((q_rows, v_rows, do_rows, k_rows), o, lse.view(-1)[tokens], found, shared=k is None)
+    k_rows = None if k is None else _rows(k, tokens)
+    rows = (_rows(q, tokens), k_rows, _rows(v, tokens), _rows(d_out, tokens))
+    found = [None if x is None else _target(x, tokens) for x in grads]
+    group.attend_backward(rows, _rows(out, tokens), lse.view(-1)[tokens], found)
     for whole, part in zip(grads, found, strict=True):
-        if whole is not None:
+        if whole is not None and part is not None:
             _write(whole, tokens, part)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,13 @@ class Call(ctypes.Structure):
     """As in attention.c, which says what each is."""
 
     _fields_ = _fields(
-        (ctypes.c_int64, "seq_len n_units n_rounds head_dim window causal sees_self shared n_spans n_threads"),
+        (ctypes.c_int64, "seq_len n_units n_rounds head_dim window causal sees_self n_spans n_threads"),
         (ctypes.c_int64, "dropout_threshold dropout_seed"),
         (ctypes.c_double, "scale dropout_factor"),
-        (ctypes.c_void_p, "order spans span_counts codes unit_numbers q v d_out k out lse sums dq dk dv"),
+        (
+            ctypes.c_void_p,
+            "order spans span_counts codes unit_numbers q k v d_out out lse sums key_factors along dq dk dv",
+        ),
     )
 
 
@@ -115,40 +118,43 @@ class Group:
     """[U] numbers in their step: `DropoutOptions.unit_numbers`."""
     order: Order
 
-    def attend(self, q: Tensor, v: Tensor, k: Tensor, out: Tensor, lse: Tensor, *, shared: bool) -> None:
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as in everything here.
 
-        shared: keys are q / |q|, and k is scratch.
+        k is None: keys are q / |q|.
         """
-        library().reformer_attend(self._call((q, v, None, k, out, lse), (None, None, None), shared=shared))
+        library().reformer_attend(self._call((q, k, v, None, out, lse), (None, None, None)))
 
     def attend_backward(
-        self, rows: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, grads: tuple[Tensor, ...],
-        *, shared: bool,
+        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor], out: Tensor, lse: Tensor,
+        grads: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
-        """Fills grads, which are dq, dk and dv, from rows, which are q, v, d_out and k.
+        """Fills grads, which are dq, dk and dv, from rows, which are q, k, v and d_out.
 
-        shared: likewise; dk is scratch too, and dq gets its part.
+        k and dk are None: likewise, and dq gets what keys get.
         """
-        library().reformer_attend_backward(self._call((*rows, out, lse), grads, shared=shared))
+        library().reformer_attend_backward(self._call((*rows, out, lse), grads))
 
     def _call(
-        self, rows: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], grads: tuple[Tensor | None, ...],
-        *, shared: bool,
+        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor],
+        grads: Sequence[Tensor | None],
     ) -> object:  # fmt: skip
         options, order, rule = self.options, self.order, self.options.rule
-        sums = torch.empty_like(rows[-1])
+        (q, k, *others), (dq, dk, dv) = rows, grads
+        shared, lse = k is None, rows[-1]
+        sums, factors, along = (torch.empty_like(lse) if wanted else None for wanted in (True, shared, shared))
         numbers = self.unit_numbers.int() if options.dropout > 0 else None
         pointers = (order.order, order.spans, order.span_counts, order.codes, numbers)
         call = Call(
-            self.seq_len, len(self.unit_numbers), order.order.shape[0], rows[0].shape[1],
-            window_of(options, self.seq_len), rule.causal, rule.sees_self, shared,
+            self.seq_len, len(self.unit_numbers), order.order.shape[0], q.shape[1],
+            window_of(options, self.seq_len), rule.causal, rule.sees_self,
             order.spans.shape[1], torch.get_num_threads(),
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),
-            *_addresses(*pointers, *rows, sums, *grads),
+            *_addresses(*pointers, q, q if shared else k, *others),
+            *_addresses(sums, factors, along, dq, dq if shared else dk, dv),
         )  # fmt: skip
-        call.kept = (numbers, sums)  # whose memory the call points to
+        call.kept = (numbers, sums, factors, along)  # whose memory the call points to
         return ctypes.byref(call)
 
 

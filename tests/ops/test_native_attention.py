@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,15 @@ def test_what_was_compiled_is_kept_and_a_torn_file_made_again(another_build: Non
     library.library.cache_clear()
     library.library()
     assert kept.stat().st_size == len(whole)
+
+
+def test_a_full_disk_keeps_no_part_of_it(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fill)
+    assert library.why_unavailable() is None
+    assert not list(library.cache_folder().iterdir())
 
 
 def test_a_home_that_can_not_be_written_to(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:

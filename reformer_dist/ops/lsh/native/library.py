@@ -5,6 +5,7 @@ Any failure is a reason to attend otherwise, never an error: nothing here is nee
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -109,13 +110,12 @@ def _compile(target: Path) -> None:
 def _keep(built: Path, kept: Path) -> None:
     """For the next process, with a digest at its end; several may do so at once, and some homes take no files."""
     code = built.read_bytes()
-    try:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as at_end:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            at_end.callback(Path(file.name).unlink, missing_ok=True)
             file.write(code + hashlib.sha256(code).digest())
         Path(file.name).replace(kept)
-    except OSError:
-        pass
 
 
 def _is_whole(kept: Path) -> bool:

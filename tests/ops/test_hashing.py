@@ -153,4 +153,5 @@ def test_columns_are_those_of_rotations(head_dim: int, n_buckets: int) -> None:
 def test_dependent_columns_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random ones come near to it once in some million draws."""
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.ones(shape))
-    assert draw_rotations(1, 16, 1, 32, "rotation", seed=12345).isfinite().all()
+    draw = draw_rotations.__wrapped__  # what it gives is not to be kept for others
+    assert draw(1, 16, 1, 32, "rotation", seed=0).isfinite().all()

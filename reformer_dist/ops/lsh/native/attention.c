@@ -75,12 +75,6 @@ static void key_targets(const Group *g, float *x, int first, int n, float *spare
     for (int j = n; j < n + ROWS; j++) rows[j] = spare;
 }
 
-/* What dots with n keys from a place on are to be multiplied with. */
-static void factors_of_keys(const Group *g, int first, int n, float *factors) {
-    const float *known = g->call->key_factors;
-    for (int j = 0; j < n; j++) factors[j] = known ? known[g->order[first + j]] : 1.0f;
-}
-
 /* Which lanes see the key at a place. */
 INLINE ints sees(const Group *g, int key_place, int first_lane) {
     const Call *call = g->call;
@@ -145,6 +139,21 @@ static void draw_dropout(const Group *g, int first, int n, float *factors) {
     }
 }
 
+/* What dots with keys, weights in the sum, and weights of values are multiplied with. */
+typedef struct {
+    int shares_pairs, drops;
+    float keys[BLOCK], shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED;
+} Factors;
+
+static void find_factors(const Group *g, int first, int n, Factors *factors) {
+    const float *known = g->call->key_factors;
+    factors->shares_pairs = g->call->codes != NULL;
+    factors->drops = g->call->unit_numbers != NULL;
+    for (int j = 0; j < n; j++) factors->keys[j] = known ? known[g->order[first + j]] : 1.0f;
+    if (factors->shares_pairs) share_meetings(g, first, n, factors->shares);
+    if (factors->drops) draw_dropout(g, first, n, factors->kept);
+}
+
 /* What a group has summed up so far over the keys and rounds before. */
 typedef struct {
     float top[GROUP] ALIGNED, weight[GROUP] ALIGNED, shrunk[GROUP] ALIGNED;
@@ -152,23 +161,20 @@ typedef struct {
 
 /* Dots become 2^(score - top) of what the lanes see, which are then added up, shared and dropped. */
 static void exponentiate(const Group *g, int first, int n, float *p, Softmax *softmax) {
-    float shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED, factors[BLOCK];
-    int shares_pairs = g->call->codes != NULL, drops = g->call->unit_numbers != NULL;
-    if (shares_pairs) share_meetings(g, first, n, shares);
-    if (drops) draw_dropout(g, first, n, kept);
-    factors_of_keys(g, first, n, factors);
+    Factors factors;
+    find_factors(g, first, n, &factors);
     for (int h = 0; h < GROUP; h += LANES) {
         vec before = load(softmax->top + h), top = before, sum = all(0);
         for (int j = 0; j < n; j++) {
-            vec score = pick(sees(g, first + j, h), load(p + j * GROUP + h) * factors[j], all(-INFINITY));
+            vec score = pick(sees(g, first + j, h), load(p + j * GROUP + h) * factors.keys[j], all(-INFINITY));
             store(p + j * GROUP + h, score);
             top = larger(score, top);
         }
         for (int j = 0; j < n; j++) {
             vec x = power_of_2(load(p + j * GROUP + h) - top);
-            if (shares_pairs) x *= load(shares + j * GROUP + h);
+            if (factors.shares_pairs) x *= load(factors.shares + j * GROUP + h);
             sum += x;
-            if (drops) x *= load(kept + j * GROUP + h);
+            if (factors.drops) x *= load(factors.kept + j * GROUP + h);
             store(p + j * GROUP + h, x);
         }
         vec shrunk = power_of_2(before - top);
@@ -213,15 +219,13 @@ INLINE float total(vec x) {
     return sum;
 }
 
-/* Dots become p = 2^(score - lse), and d_p = d_out.v becomes dS = p (d_p - rowsum(d_out * out)) times the key's factor. */
+/* Dots become p = 2^(score - lse), and d_p = d_out.v becomes dS = p (d_p - rowsum(d_out * out)), times the key's
+   factor. */
 static void differentiate(const Group *g, int first, int n, float *p, float *d_p) {
     const Call *call = g->call;
-    float shares[BLOCK * GROUP] ALIGNED, kept[BLOCK * GROUP] ALIGNED, factors[BLOCK];
     float lses[GROUP] ALIGNED, sums[GROUP] ALIGNED;
-    int shares_pairs = call->codes != NULL, drops = call->unit_numbers != NULL;
-    if (shares_pairs) share_meetings(g, first, n, shares);
-    if (drops) draw_dropout(g, first, n, kept);
-    factors_of_keys(g, first, n, factors);
+    Factors factors;
+    find_factors(g, first, n, &factors);
     for (int i = 0; i < GROUP; i++) {
         lses[i] = i < g->n_queries ? call->lse[g->row[i]] : INFINITY;
         sums[i] = call->sums[g->row[i]];
@@ -230,14 +234,14 @@ static void differentiate(const Group *g, int first, int n, float *p, float *d_p
         vec along = all(0);
         for (int h = 0; h < GROUP; h += LANES) {
             float *at = p + j * GROUP + h, *d_at = d_p + j * GROUP + h;
-            vec score = load(at) * factors[j], d_x = load(d_at);
+            vec score = load(at) * factors.keys[j], d_x = load(d_at);
             vec x = power_of_2(pick(sees(g, first + j, h), score, all(-INFINITY)) - load(lses + h));
-            if (shares_pairs) x *= load(shares + j * GROUP + h);
-            if (drops) d_x *= load(kept + j * GROUP + h);
+            if (factors.shares_pairs) x *= load(factors.shares + j * GROUP + h);
+            if (factors.drops) d_x *= load(factors.kept + j * GROUP + h);
             vec d_score = x * (d_x - load(sums + h));
             along += d_score * score;
-            store(d_at, d_score * factors[j]);
-            store(at, drops ? x * load(kept + j * GROUP + h) : x);
+            store(d_at, d_score * factors.keys[j]);
+            store(at, factors.drops ? x * load(factors.kept + j * GROUP + h) : x);
         }
         if (call->along) call->along[g->order[first + j]] += total(along);
     }

@@ -142,7 +142,8 @@ class Group:
         options, order, rule = self.options, self.order, self.options.rule
         (q, k, *others), (dq, dk, dv) = rows, grads
         shared, lse = k is None, rows[-1]
-        sums, factors, along = (torch.empty_like(lse) if wanted else None for wanted in (True, shared, shared))
+        sums = torch.empty_like(lse)
+        factors, along = (torch.empty_like(lse), torch.empty_like(lse)) if shared else (None, None)
         numbers = self.unit_numbers.int() if options.dropout > 0 else None
         pointers = (order.order, order.spans, order.span_counts, order.codes, numbers)
         call = Call(

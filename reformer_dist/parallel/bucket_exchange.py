@@ -18,9 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from reformer_dist.distributed.wire import Delivery, Parcel, Wire
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.rounds import attend_backward
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.lsh.shared_keys import shared_keys_backward
 from reformer_dist.parallel.outward import Outward
 from reformer_dist.parallel.plan import Plan, Route, Selection
 from reformer_dist.parallel.record import Record
@@ -154,14 +152,15 @@ class _Backward:
         here = self._outward.host(route, arrived[0], query_rows)
         rows = here.guests.query_rows
         d_out = torch.zeros_like(here.v)
-        # lse = inf: rows that are no queries here give nothing to anybody
+        # lse = inf and dO = 0: rows that are no queries here, or that met nobody anywhere, give nothing to anybody
         lse = torch.full((d_out.shape[0],), torch.inf, device=d_out.device)
         delta = torch.zeros_like(lse)
-        d_out[rows], lse[rows], delta[rows] = asked["d_out"], asked["lse"].squeeze(1), asked["delta"].squeeze(1)
-        dq, dk, dv = attend_backward(here.group, here.q, here.k, here.v, d_out, delta=delta, lse=lse)
-        if not self._has_keys:
-            dk = dq + shared_keys_backward(here.q, dk)
-        grads = Parcel(self._grads.pack(k=dk, v=dv), route.received.counts, route.sent.counts)
+        lse[rows], delta[rows] = asked["lse"].squeeze(1), asked["delta"].squeeze(1)
+        d_out[rows] = asked["d_out"].masked_fill(torch.isinf(asked["lse"]), 0.0)
+        attention = self._outward.attention(here)
+        dq, dk, dv = attention.attend_backward(here.q, here.k, here.v, d_out, lse=lse, delta=delta)
+        of_keys = self._grads.pack(k=dq if dk is None else dk, v=dv)
+        grads = Parcel(of_keys, route.received.counts, route.sent.counts)
         if not self._has_keys:
             return [grads]
         of_queries = self._outward.queries.pack(q=dq[rows])

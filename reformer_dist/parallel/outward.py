@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.wire import Parcel, Wire
-from reformer_dist.ops.lsh.rounds import RowGroup
+from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
+from reformer_dist.ops.lsh.implementation import attention_of_held
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.ops.lsh.tiled_rows import TiledRows
 from reformer_dist.ops.workspace import Workspace
-from reformer_dist.parallel.plan import Guests, Plan, Route, guests_of, layouts_of, rows_of
+from reformer_dist.parallel.plan import Guests, Plan, Route, guests_of, held_rows
 from reformer_dist.parallel.record import Record
 
 
 @dataclass(frozen=True)
 class Hosted:
-    """Guests with all that is known of them: q, k, v [rows, D]."""
+    """Guests with what has come of them: q, k, v [rows, D]."""
 
     guests: Guests
-    group: RowGroup
+    held: HeldRows
     q: Tensor
-    k: Tensor
+    k: Tensor | None
+    """None for shared query-key attention."""
     v: Tensor
 
 
@@ -70,11 +72,17 @@ class Outward:
         """Unpacks what has come; query_rows [asked rows, D] if queries travel apart from keys."""
         guests = guests_of(route, self.plan)
         k, v = (self.keys.field(key_rows, name) for name in ("k", "v"))
+        held = held_rows(route, guests, self.plan, self._numbers, self.wire)
         if query_rows is None:
-            q, k = k, shared_keys(k)
-        else:
-            q = torch.zeros_like(k)
-            q[guests.query_rows] = query_rows
-        layouts = layouts_of(route, guests, self.plan, self.options, self.wire)
-        group = RowGroup.of(rows_of(route, guests, self._numbers), layouts, self.options, self._scratch)
-        return Hosted(guests, group, q, k, v)
+            return Hosted(guests, held, k, None, v)
+        q = torch.zeros_like(k)
+        q[guests.query_rows] = query_rows
+        return Hosted(guests, held, q, k, v)
+
+    def attention(self, hosted: Hosted) -> HeldAttention:
+        """By the implementation that the options name or the device chooses."""
+        return attention_of_held(hosted.held, self.options, hosted.v.shape[1], hosted.v.dtype, self._scratch)
+
+    def tiled(self, hosted: Hosted) -> TiledRows:
+        """In plain PyTorch, which knows the sums of each round."""
+        return TiledRows.of(hosted.held, self.options, self._scratch)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from reformer_dist.distributed.wire import Parcel, Wire
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.layout import Layout, lay_out_rows, row_keys
+from reformer_dist.ops.lsh.held import HeldRows
+from reformer_dist.ops.lsh.layout import row_keys
 from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, place_codes
 from reformer_dist.ops.lsh.pair_mask import Rows
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
@@ -245,21 +246,18 @@ def guests_of(route: Route, plan: Plan) -> Guests:
     return Guests(unit, source * plan.n_local + token, is_query.nonzero().squeeze(1))
 
 
-def layouts_of(route: Route, guests: Guests, plan: Plan, options: AttentionOptions, wire: Wire) -> list[Layout]:
-    """The layouts of all rounds of the received rows."""
-    keys = list(_keys_by_round(route, guests.unit, options.n_buckets))
-    return lay_out_rows(keys, route.total, plan.seq_len, options, Part(wire.index, wire.size))
-
-
-def rows_of(route: Route, guests: Guests, numbers: Tensor) -> Rows:
-    """numbers [all units]: the unit numbers of this rank's call."""
+def held_rows(route: Route, guests: Guests, plan: Plan, numbers: Tensor, wire: Wire) -> HeldRows:
+    """The received rows. numbers [all units]: the unit numbers of this rank's call."""
     codes = route.codes if route.ids.shape[1] > 1 else None
-    return Rows(numbers[route.units][guests.unit], guests.position, codes)
+    rows = Rows(numbers[route.units][guests.unit], guests.position, codes)
+    keys = list(_keys_by_round(route, guests.unit))
+    return HeldRows(rows, keys, route.total, plan.seq_len, Part(wire.index, wire.size))
 
 
-def _keys_by_round(route: Route, unit: Tensor, n_buckets: int) -> Iterator[Tensor]:
+def _keys_by_round(route: Route, unit: Tensor) -> Iterator[Tensor]:
+    n_units, _, n_buckets = route.total.shape
     for r in range(route.ids.shape[1]):
-        yield row_keys(unit, route.ids[:, r], route.total.shape[0], n_buckets)
+        yield row_keys(unit, route.ids[:, r], n_units, n_buckets)
 
 
 def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local: int, wire: Wire) -> int:
@@ -267,7 +265,7 @@ def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local
     part, rule = Part(wire.index, wire.size), options.rule
     _, unit, _ = route.received.mask(n_local).nonzero(as_tuple=True)
     strays = 0
-    for r, keys in enumerate(_keys_by_round(route, unit, options.n_buckets)):
+    for r, keys in enumerate(_keys_by_round(route, unit)):
         total = route.total[:, r].long()
         found = torch.bincount(keys, minlength=total.numel() + 1)[:-1].view_as(total)
         if isinstance(rule, ChunkRule):

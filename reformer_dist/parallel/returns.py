@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.wire import Parcel
-from reformer_dist.ops.lsh.rounds import LOWEST, Sums, attend, attend_rounds
+from reformer_dist.ops.lsh.rounds import LOWEST, Sums
 from reformer_dist.parallel.outward import Hosted, Outward
 from reformer_dist.parallel.plan import Route
 from reformer_dist.parallel.record import Record
@@ -39,11 +39,9 @@ class MergedReturns:
 
     def attend(self, route: Route, hosted: Hosted) -> Parcel:
         rows = hosted.guests.query_rows
-        sums = attend(hosted.group, hosted.q, hosted.k, hosted.v)
-        weight = sums.weight[rows]
-        alone = weight == 0
-        o = (sums.o[rows] / weight.unsqueeze(1)).masked_fill_(alone.unsqueeze(1), 0.0)
-        lse = (sums.top[rows] + weight.log()).masked_fill_(alone, LOWEST)
+        o, lse = (x[rows] for x in self._out.attention(hosted).attend(hosted.q, hosted.k, hosted.v))
+        alone = torch.isinf(lse)
+        o, lse = o.masked_fill_(alone.unsqueeze(1), 0.0), lse.masked_fill_(alone, LOWEST)
         return Parcel(self._record.pack(o=o, lse=lse), route.attended.counts, route.asked.counts)
 
     def at_home(self, route: Route, rows: Tensor) -> Sums:
@@ -60,7 +58,10 @@ class MergedReturns:
 
 
 class RoundReturns:
-    """Every round's sums come back as they are and are merged in the order of the rounds, as on one rank."""
+    """Every round's sums come back as they are and are merged in the order of the rounds, as on one rank.
+
+    Attended in plain PyTorch, whatever is chosen: the others keep no sums of a round by itself.
+    """
 
     def __init__(self, out: Outward) -> None:
         self._out = out
@@ -69,9 +70,8 @@ class RoundReturns:
 
     def attend(self, route: Route, hosted: Hosted) -> Parcel:
         source = hosted.guests.position // self._out.plan.n_local
-        rounds = attend_rounds(hosted.group, hosted.q, hosted.k, hosted.v)
         packed, sources = [], []
-        for layout, sums in zip(hosted.group.layouts, rounds, strict=True):
+        for layout, sums in self._out.tiled(hosted).attend_rounds(hosted.q, hosted.k, hosted.v):
             rows = (layout.home < layout.query_slots.numel() - 1).nonzero().squeeze(1)
             packed.append(self._record.pack(o=sums.o[rows], top=sums.top[rows], weight=sums.weight[rows]))
             sources.append(source[rows])

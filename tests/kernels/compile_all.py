@@ -14,7 +14,7 @@ from reformer_dist.ops.lsh.kernels.forward import attend_round
 from reformer_dist.ops.lsh.kernels.hashing import _hash
 from reformer_dist.ops.lsh.kernels.tiles import Constants
 
-INTEGERS = {"order_ptr", "table_ptr", "codes_ptr"}
+INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "who_ptr"}
 SINGLE = {"lse_ptr", "delta_ptr"}
 TUPLES = {"draw": ("i32", "i32", "fp32", "i32", "i32", "i32"), "factors": ("i32", "i32")}
 

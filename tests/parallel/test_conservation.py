@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.threads import Meeting, on_ranks
+from support.threads import ThreadWire, on_ranks
 from torch import Tensor
 
-from reformer_dist.distributed.wire import Delivery, Ledger, Parcel, Wire
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.order import count_buckets, mark_padding
@@ -24,34 +23,6 @@ SIZE = 3
 LIAR = 1
 N_LOCAL = 64
 OPTIONS = AttentionOptions(WindowRule(4, causal=True), n_buckets=6, scale=0.5)
-
-
-class ThreadWire(Wire):
-    """Messages over a meeting of threads."""
-
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        super().__init__(None, meeting.size, rank, Ledger())
-        self._meeting = meeting
-
-    def send(self, parcel: Parcel, phase: str) -> Delivery:
-        parts = parcel.rows.clone().split(parcel.counts_out)
-        self._count(phase, parts)
-        arrived = [theirs[self.index] for theirs in self._meeting.gather(self.index, parts)]
-        assert [part.shape[0] for part in arrived] == parcel.counts_in
-        return Delivery(parcel.rows, torch.cat(arrived), None)
-
-    def swap(self, blocks: Tensor, phase: str) -> Tensor:
-        blocks = blocks.clone()
-        self._count(phase, blocks.unbind())
-        return torch.stack([theirs[self.index] for theirs in self._meeting.gather(self.index, blocks)])
-
-    def sum(self, numbers: Tensor, phase: str) -> Tensor:
-        """Not in the ledger: a number or two."""
-        return torch.stack(self._meeting.gather(self.index, numbers.clone())).sum(dim=0)
-
-    def _count(self, phase: str, parts: tuple[Tensor, ...]) -> None:
-        others = [part for rank, part in enumerate(parts) if rank != self.index]
-        self.ledger.bytes_sent[phase] += sum(part.numel() * part.element_size() for part in others)
 
 
 class MistakenWire(ThreadWire):
@@ -110,7 +81,7 @@ def slices(seed: int) -> list[Tensor]:
     return [mark_padding(slice_of(whole_ids(seed), rank, 3), OPTIONS.n_buckets, None) for rank in range(SIZE)]
 
 
-def plan_of(wire: Wire, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool) -> Plan:
+def plan_of(wire: ThreadWire, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool) -> Plan:
     return make_plan(buckets, options, SIZE * N_LOCAL, wire, **settings)
 
 

@@ -9,8 +9,10 @@ from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.distributed.wire import Delivery, Ledger, Parcel, Wire
 
 T = TypeVar("T")
 
@@ -64,3 +66,31 @@ def on_ranks(size: int, action: Callable[[Runtime], T]) -> list[T | Exception]:
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(run, range(size)))
+
+
+class ThreadWire(Wire):
+    """Messages over a meeting of threads."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__(None, meeting.size, rank, Ledger())
+        self._meeting = meeting
+
+    def send(self, parcel: Parcel, phase: str) -> Delivery:
+        parts = parcel.rows.clone().split(parcel.counts_out)
+        self._count(phase, parts)
+        arrived = [theirs[self.index] for theirs in self._meeting.gather(self.index, parts)]
+        assert [part.shape[0] for part in arrived] == parcel.counts_in
+        return Delivery(parcel.rows, torch.cat(arrived), None)
+
+    def swap(self, blocks: Tensor, phase: str) -> Tensor:
+        blocks = blocks.clone()
+        self._count(phase, blocks.unbind())
+        return torch.stack([theirs[self.index] for theirs in self._meeting.gather(self.index, blocks)])
+
+    def sum(self, numbers: Tensor, phase: str) -> Tensor:
+        """Not in the ledger: a number or two."""
+        return torch.stack(self._meeting.gather(self.index, numbers.clone())).sum(dim=0)
+
+    def _count(self, phase: str, parts: tuple[Tensor, ...]) -> None:
+        others = [part for rank, part in enumerate(parts) if rank != self.index]
+        self.ledger.bytes_sent[phase] += sum(part.numel() * part.element_size() for part in others)

@@ -13,10 +13,9 @@ from torch.autograd.function import once_differentiable
 from reformer_dist.ops.lsh.layout import Layout, lay_out_rows, row_keys
 from reformer_dist.ops.lsh.order import count_buckets, mark_padding, whole_codes
 from reformer_dist.ops.lsh.pair_mask import Rows
-from reformer_dist.ops.lsh.rounds import RowGroup, attend, attend_backward
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.runs import Part
-from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
+from reformer_dist.ops.lsh.tiled_rows import TiledRows
 from reformer_dist.ops.workspace import Workspace
 
 # Tokens whose sorted copies exist at a time: they fit the caches of a core.
@@ -59,9 +58,8 @@ class _BucketAttention(torch.autograd.Function):
         lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
         with torch.autocast(v.device.type, enabled=False):
             for part in _parts(bucket_ids, options, key_padding_mask):
-                q_rows, v_rows = part.of(q), part.of(v)
-                k_rows = shared_keys(q_rows) if k is None else part.of(k)
-                o, part_lse = attend(part.group, q_rows, k_rows, v_rows).output(v_rows)
+                k_rows = None if k is None else part.of(k)
+                o, part_lse = part.rows.attend(part.of(q), k_rows, part.of(v))
                 part.of(out).copy_(o)
                 lse.view(-1)[part.tokens] = part_lse
         ctx.save_for_backward(q, k, v, bucket_ids, out, lse, key_padding_mask)
@@ -77,17 +75,13 @@ class _BucketAttention(torch.autograd.Function):
         dk = None if k is None else torch.empty_like(k)
         with torch.autocast(v.device.type, enabled=False):
             for part in _parts(bucket_ids, ctx.options, key_padding_mask):
-                q_rows, v_rows, do_rows = part.of(q), part.of(v), part.of(d_out)
-                k_rows = shared_keys(q_rows) if k is None else part.of(k)
-                part_lse = lse.view(-1)[part.tokens]
+                do_rows, part_lse = part.of(d_out), lse.view(-1)[part.tokens]
                 delta = (do_rows.float() * part.of(out).float()).sum(dim=1)
-                rows = (q_rows, k_rows, v_rows, do_rows)
-                dq_rows, dk_rows, dv_rows = attend_backward(part.group, *rows, delta=delta, lse=part_lse)
-                if dk is None:
-                    dq_rows += shared_keys_backward(q_rows, dk_rows)
-                else:
-                    part.of(dk).copy_(dk_rows)
+                rows = (part.of(q), None if k is None else part.of(k), part.of(v), do_rows)
+                dq_rows, dk_rows, dv_rows = part.rows.attend_backward(*rows, lse=part_lse, delta=delta)
                 part.of(dq).copy_(dq_rows)
+                if dk is not None and dk_rows is not None:
+                    part.of(dk).copy_(dk_rows)
                 # who met nobody has o = v
                 part.of(dv).copy_(dv_rows.addcmul_(do_rows.float(), torch.isinf(part_lse).float().unsqueeze(1)))
         return dq, dk, dv, None, None, None
@@ -99,7 +93,7 @@ class _Part:
 
     tokens: slice
     """Of the flat tensors [B * H * S, D]."""
-    group: RowGroup
+    rows: TiledRows
 
     def of(self, x: Tensor) -> Tensor:
         """This part's rows of x [B, H, S, D]."""
@@ -116,8 +110,8 @@ def _parts(bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tens
         part = buckets[first : first + size]
         unit, position = _unit_and_position(part)
         rows = Rows(numbers[unit + first], position, _codes(part, options))
-        group = RowGroup.of(rows, lay_out(part, options), options, scratch)
-        yield _Part(slice(first * seq_len, (first + part.shape[0]) * seq_len), group)
+        tiled = TiledRows(rows, lay_out(part, options), options, scratch)
+        yield _Part(slice(first * seq_len, (first + part.shape[0]) * seq_len), tiled)
 
 
 def _unit_and_position(buckets: Tensor) -> tuple[Tensor, Tensor]:

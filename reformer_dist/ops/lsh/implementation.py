@@ -5,7 +5,8 @@ torch       tiles in plain PyTorch, on any device (`attention.py`)
 native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
 triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
 
-All have the signature of `bucket_attention` and give the same numbers to rounding.
+All have the signature of `bucket_attention` and give the same numbers to rounding. `attention_of_held` is the same
+choice for rows of which others are elsewhere.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import attention, hashing
+from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
 from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.native import hashing as native_hashing
+from reformer_dist.ops.lsh.native.held import NativeRows
 from reformer_dist.ops.lsh.native.library import why_unavailable
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.ops.lsh.tiled_rows import TiledRows
+from reformer_dist.ops.workspace import Workspace
 
 NAMES = ("reference", "torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,6 +109,22 @@ def bucket_attention(
     if name == "native":
         return native_attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
     return attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
+
+
+def attention_of_held(
+    held: HeldRows, options: AttentionOptions, head_dim: int, dtype: torch.dtype, scratch: Workspace
+) -> HeldAttention:
+    """Attention among held rows of this width and type: by `torch` if `reference` is asked for, or chunks are.
+
+    Raises ValueError where options.implementation can't run.
+    """
+    device, chunks = held.total.device, isinstance(options.rule, ChunkRule)
+    name = choose(options.implementation, device, head_dim, dtype, chunks=chunks)
+    if name == "triton" and not chunks:
+        from reformer_dist.ops.lsh.kernels.held import KernelRows
+
+        return KernelRows(held, options, head_dim, dtype)
+    return NativeRows(held, options) if name == "native" else TiledRows.of(held, options, scratch)
 
 
 def hash_vectors(

@@ -40,6 +40,13 @@ def stable_order(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return order
 
 
+def order_where_it_is(keys: Tensor) -> Tensor:
+    """`stable_order` of keys [n] below 2^31, int64: a GPU sorts for itself, and its host does not wait."""
+    if keys.is_cuda:
+        return keys.int().argsort(stable=True)
+    return torch.from_numpy(stable_order(keys.numpy()))
+
+
 def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     """Rank in its bucket of each token of one round, int64 [U, S], from ids [U, S].
 
@@ -49,7 +56,7 @@ def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     n_buckets = before.shape[1]
     unit = torch.arange(n_units, device=bucket.device).unsqueeze(1) * (n_buckets + 1)
     keys = (bucket.long() + unit).flatten()
-    order = torch.from_numpy(stable_order(keys.cpu().numpy())).to(keys.device)
+    order = order_where_it_is(keys)
     sorted_keys = keys[order]
     counts = torch.bincount(sorted_keys, minlength=n_units * (n_buckets + 1))
     shift = torch.nn.functional.pad(before.long(), (0, 1)).flatten() - (counts.cumsum(0) - counts)

@@ -15,10 +15,11 @@ PLACES = 256
 
 @triton.jit
 def _cut(
-    ids_ptr, places_ptr, order_ptr, table_ptr, seq_len, n_slots, padding, n_halvings,
-    SORTED: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    ids_ptr, places_ptr, bounds_ptr, order_ptr, table_ptr, seq_len, n_slots, padding, n_halvings,
+    SORTED: tl.constexpr, CHUNKED: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """ids, places, order [unit and round, S]; table [unit and round, n_slots, 4], zeros where no tile is."""
+    """ids, places, order [unit and round, S]; table [unit and round, n_slots, 4 or 6], zeros where no tile is."""
+    COLUMNS: tl.constexpr = 6 if HELD else 4
     line = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     is_place = place < seq_len
@@ -40,15 +41,23 @@ def _cut(
         row, bucket, begin = place, place * 0, place * 0
         end, key_end = begin + seq_len, begin + seq_len
         n_tiles = (is_place & (place % BLOCK == 0)).to(tl.int32)
+    if HELD:
+        bounds_ptr += (line * padding + own) * 2
+        is_bucket = is_first & (own != padding)
+        query_begin = place + tl.load(bounds_ptr, mask=is_bucket, other=0)
+        query_end = place + tl.load(bounds_ptr + 1, mask=is_bucket, other=0)
     tl.store(order_ptr + line * seq_len + place, row, mask=is_place)
     for tile in range(tl.max(n_tiles, 0)):
         first = place + tile * BLOCK
-        slot_ptr = table_ptr + (line * n_slots + first // BLOCK + bucket) * 4
+        slot_ptr = table_ptr + (line * n_slots + first // BLOCK + bucket) * COLUMNS
         is_tile = tile < n_tiles
         tl.store(slot_ptr, first, mask=is_tile)
         tl.store(slot_ptr + 1, begin, mask=is_tile)
         tl.store(slot_ptr + 2, key_end, mask=is_tile)
         tl.store(slot_ptr + 3, end, mask=is_tile)
+        if HELD:
+            tl.store(slot_ptr + 4, query_begin, mask=is_tile)
+            tl.store(slot_ptr + 5, query_end, mask=is_tile)
 
 
 @triton.jit
@@ -70,6 +79,7 @@ def _end(ids_ptr, place, own, is_first, seq_len, padding, n_halvings, CHUNKED: t
 def cut(
     in_order: Tensor,
     places: Tensor | None,
+    query_bounds: Tensor | None,
     order: Tensor,
     table: Tensor,
     n_buckets: int,
@@ -79,14 +89,16 @@ def cut(
 ) -> None:
     """Fills order [U, R, S] and table [U, R, slots, 4] from sorted ids and their places [U, R, S].
 
-    n_buckets marks padding. Without places there is one bucket, in the order that the rows have.
+    n_buckets marks padding. Without places there is one bucket, in the order that the rows have. With query_bounds
+    (`HeldRows.query_bounds`) the table is 6 wide.
     """
     n_units, n_rounds, seq_len = order.shape
     _cut[(triton.cdiv(seq_len, PLACES), n_units * n_rounds)](
-        in_order, in_order if places is None else places, order, table, seq_len, table.shape[2], n_buckets,
-        seq_len.bit_length(),
+        in_order, in_order if places is None else places, order if query_bounds is None else query_bounds,
+        order, table, seq_len, table.shape[2], n_buckets, seq_len.bit_length(),
         SORTED=places is not None,
         CHUNKED=chunked,
+        HELD=query_bounds is not None,
         BLOCK=block,
         PLACES=PLACES,
     )  # fmt: skip

@@ -18,14 +18,15 @@ from reformer_dist.ops.lsh.kernels.pairs import (
     key_places,
     meetings,
     meets,
-    number_in_step,
     of_unit,
     other_rows,
     product,
+    queries_among,
     query_places,
     score_factors,
     tile_at,
     unwrapped,
+    who_is_here,
     write,
 )
 
@@ -33,7 +34,7 @@ from reformer_dist.ops.lsh.kernels.pairs import (
 @triton.jit(do_not_specialize=["first_unit", "n_tiles"])
 def attend_round(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
-    order_ptr, table_ptr, codes_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
+    order_ptr, table_ptr, codes_ptr, who_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
 ):  # fmt: skip
     """q, k, v [B, H, S, D]; order [U, R, S] and the rest [U, R, ...] of the U units at hand.
 
@@ -43,7 +44,7 @@ def attend_round(
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
     round_, unit = tl.program_id(1), tl.program_id(2)
-    first, begin, key_end, end = tile_at(table_ptr, unit, round_, n_tiles, C)
+    first, begin, key_end, end, query_begin, query_end = tile_at(table_ptr, unit, round_, n_tiles, C)
     if begin == end:
         return
     start_row = unit.to(tl.int64) * C.n_rounds * seq_len
@@ -51,12 +52,13 @@ def attend_round(
     codes_ptr += start_row
     k_ptr = of_unit(k_ptr, k_strides, first_unit + unit, n_heads)
     v_ptr = of_unit(v_ptr, v_strides, first_unit + unit, n_heads)
-    number = number_in_step(first_unit + unit, n_heads, draw)
+    who = who_is_here(who_ptr, first_unit + unit, n_heads, draw, C)
 
     place = first + tl.arange(0, BLOCK)
-    is_query, is_key = place < end, place < key_end
-    row = tl.load(order_ptr + round_ * seq_len + place, mask=is_query, other=0)
-    q = gather(of_unit(q_ptr, q_strides, first_unit + unit, n_heads), row, q_strides[2], is_query, C)
+    is_row, is_key = place < end, place < key_end
+    is_query = queries_among(place, is_row, query_begin, query_end, C)
+    row = tl.load(order_ptr + round_ * seq_len + place, mask=is_row, other=0)
+    q = gather(of_unit(q_ptr, q_strides, first_unit + unit, n_heads), row, q_strides[2], is_row, C)
     k = q if C.shared else gather(k_ptr, row, k_strides[2], is_key, C)
     v = gather(v_ptr, row, v_strides[2], is_key, C)
     o, weight = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -64,7 +66,7 @@ def attend_round(
 
     first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
     queries = (q, query_places(place, is_query), row)
-    pairs = (begin, codes_ptr, seq_len, round_, number, scale, draw)
+    pairs = (begin, codes_ptr, seq_len, round_, who, scale, draw)
     softmax = absorb((o, top, weight), queries, k, v, key_places(place, is_key), row, pairs, C)
     before, others = blocks_of_keys(first, begin, key_end, C)
     for i in range(others):
@@ -83,12 +85,12 @@ def attend_round(
     o /= weight[:, None]
     lse = tl.where(alone, float("-inf"), top + tl.log2(weight))
     if C.n_rounds == 1:
-        o += gather(v_ptr, row, v_strides[2], is_query & alone, C).to(tl.float32)
+        o += gather(v_ptr, row, v_strides[2], is_row & alone, C).to(tl.float32)
         lse = tl.where(alone, float("inf"), lse * LN_2)
         lse_ptr += first_unit.to(tl.int64) * seq_len
     lse_ptr += (unit.to(tl.int64) * C.n_rounds + round_) * seq_len
-    tl.store(lse_ptr + row, lse, mask=is_query)
-    write(o, out_ptr, out_strides, first_unit, row, is_query, n_heads, seq_len, C)
+    tl.store(lse_ptr + row, lse, mask=is_row)
+    write(o, out_ptr, out_strides, first_unit, row, is_row, n_heads, seq_len, C)
 
 
 @triton.jit
@@ -96,7 +98,7 @@ def absorb(softmax, queries, k, v, key_place, key_row, pairs, C: tl.constexpr):
     """The softmax with a block of keys more. softmax: (o, top, weight); queries: (q, places, rows)."""
     o, top, weight = softmax
     q, query_place, query_row = queries
-    begin, codes_ptr, seq_len, round_, number, scale, draw = pairs
+    begin, codes_ptr, seq_len, round_, who, scale, draw = pairs
     scores = product(q, tl.trans(k), C) * score_factors(k, scale, C)[None, :]
     if C.counts_once:
         scores -= tl.log2(meetings(codes_ptr, query_row[:, None], key_row[None, :], seq_len, C))
@@ -107,6 +109,6 @@ def absorb(softmax, queries, k, v, key_place, key_row, pairs, C: tl.constexpr):
     fade = tl.exp2(top - new_top)
     weight = weight * fade + tl.sum(p, 1)
     if C.drops:
-        p *= dropout_factors(query_row[:, None], key_row[None, :], round_, number, draw)
+        p *= dropout_factors(query_row[:, None], key_row[None, :], round_, who, seq_len, draw, C)
     o = o * fade[:, None] + product(p.to(v.dtype), v, C)
     return o, new_top, weight

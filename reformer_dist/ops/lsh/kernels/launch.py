@@ -83,12 +83,12 @@ class Units:
 
     def _arguments(self, q: Tensor) -> tuple[Any, ...]:
         tiles, (_, n_heads, seq_len, _) = self.tiles, q.shape
-        codes = tiles.order if tiles.codes is None else tiles.codes
+        codes, who = (tiles.order if x is None else x for x in (tiles.codes, tiles.who))
         sizes = (self.first, n_heads, seq_len, tiles.table.shape[2])
-        return tiles.order, tiles.table, codes, *sizes, self.options.scale, self._draw(n_heads)
+        return tiles.order, tiles.table, codes, who, *sizes, self.options.scale, self._draw(n_heads)
 
     def _draw(self, n_heads: int) -> tuple[int, int, float, int, int, int]:
-        """What `pairs.dropout_factors` and `pairs.number_in_step` need of the options."""
+        """What `pairs.dropout_factors` and `pairs.who_is_here` need of the options."""
         options, seed = self.options, self.options.dropout_seed
         if options.dropout == 0:  # of what changes from step to step nothing is compiled in
             return 0, 0, 1.0, 0, 0, n_heads
@@ -99,9 +99,9 @@ class Units:
         block, n_rounds, head_dim = self.tiles.block, self.tiles.order.shape[1], q.shape[3]
         tuning = tuning_of(head_dim, q.dtype)
         other_block = min(tuning.other_block, max(16, block // 2))
-        launch = tuning.backward if is_backward else tuning.forward
+        launch, held = tuning.backward if is_backward else tuning.forward, self.tiles.who is not None
         return {
-            "C": Constants.of(self.options, block, other_block, head_dim, n_rounds, shared=k is None),
+            "C": Constants.of(self.options, block, other_block, head_dim, n_rounds, shared=k is None, held=held),
             "num_warps": max(1, launch.n_warps * block // tuning.block),
             "num_stages": 1,
             "maxnreg": launch.max_registers,

@@ -62,9 +62,24 @@ def write(value, x_ptr, strides, first_unit, row, is_row, n_heads, seq_len, C: t
 
 @triton.jit
 def tile_at(table_ptr, unit, round_, n_tiles, C: tl.constexpr):
-    """Of this program: first place, and rows of its bucket from .. to before .. as keys, to before .. at all."""
-    table_ptr += ((unit * C.n_rounds + round_).to(tl.int64) * n_tiles + tl.program_id(0)) * 4
-    return tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    """Of this program: first place, then as in `tiles.Tiles`: begin, key end, end, query begin, query end."""
+    COLUMNS: tl.constexpr = 6 if C.held else 4
+    table_ptr += ((unit * C.n_rounds + round_).to(tl.int64) * n_tiles + tl.program_id(0)) * COLUMNS
+    first, begin, key_end, end = (
+        tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    )  # fmt: skip
+    query_begin, query_end = begin, end
+    if C.held:
+        query_begin, query_end = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
+    return first, begin, key_end, end, query_begin, query_end
+
+
+@triton.jit
+def queries_among(place, is_row, query_begin, query_end, C: tl.constexpr):
+    """Which of the places that have rows are those of queries: all, but where rows are held."""
+    if C.held:
+        is_row = is_row & (place >= query_begin) & (place < query_end)
+    return is_row
 
 
 @triton.jit
@@ -228,25 +243,35 @@ def mix(x):
 
 
 @triton.jit
-def token_keys(row, round_, unit_number, seed, IS_QUERY: tl.constexpr):
+def token_keys(row, round_, who, seq_len, seed, IS_QUERY: tl.constexpr, C: tl.constexpr):
     """`ops.counter_dropout.token_keys` of rows: uint32."""
+    position, unit_number = row, who
+    if C.held:
+        position, unit_number = tl.load(who + row), tl.load(who + seq_len + row)
     salt = (round_.to(tl.uint32) * 0x9E3779B9) ^ seed
     if IS_QUERY:
         salt ^= 0x5BD1E995
-    key = mix(row.to(tl.uint32) + salt)
+    key = mix(position.to(tl.uint32) + salt)
     return mix(key ^ (unit_number.to(tl.uint32) * 0x85EBCA6B))
 
 
 @triton.jit
-def dropout_factors(query_row, key_row, round_, unit_number, draw):
+def dropout_factors(query_row, key_row, round_, who, seq_len, draw, C: tl.constexpr):
     """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor, ..)."""
-    query_keys = token_keys(query_row, round_, unit_number, draw[0], True)
-    key_keys = token_keys(key_row, round_, unit_number, draw[0], False)
+    query_keys = token_keys(query_row, round_, who, seq_len, draw[0], True, C)
+    key_keys = token_keys(key_row, round_, who, seq_len, draw[0], False, C)
     is_kept = (mix(query_keys ^ key_keys) & 0x7FFFFFFF) >= draw[1]
     return tl.where(is_kept, draw[2], 0.0)
 
 
 @triton.jit
-def number_in_step(unit, n_heads, draw):
-    """Of a unit at hand: `DropoutOptions.unit_numbers`; draw = (.., first row, first head, heads of the layer)."""
-    return (unit // n_heads + draw[3]) * draw[5] + unit % n_heads + draw[4]
+def who_is_here(who_ptr, unit, n_heads, draw, C: tl.constexpr):
+    """A unit's number in its step (`DropoutOptions.unit_numbers`), or where those of held rows are (`Tiles.who`).
+
+    draw = (.., first row, first head, heads of the layer).
+    """
+    if C.held:
+        who = who_ptr
+    else:
+        who = (unit // n_heads + draw[3]) * draw[5] + unit % n_heads + draw[4]
+    return who

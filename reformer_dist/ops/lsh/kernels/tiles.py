@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.hashing import bucket_dtype
+from reformer_dist.ops.lsh.held import HeldRows
 from reformer_dist.ops.lsh.kernels.cut import cut
-from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule
+from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, Rule, WindowRule
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,19 @@ class Constants:
     drops: bool
     shared: bool
     """Keys are q / |q|."""
+    held: bool
+    """Rows are those that a part holds (`HeldRows`), as one unit."""
 
     @staticmethod
     def of(
-        options: AttentionOptions, block: int, other_block: int, head_dim: int, n_rounds: int, *, shared: bool
+        options: AttentionOptions,
+        block: int,
+        other_block: int,
+        head_dim: int,
+        n_rounds: int,
+        *,
+        shared: bool,
+        held: bool = False,
     ) -> Constants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
@@ -69,6 +79,7 @@ class Constants:
             counts_once=options.count_pairs_once and n_rounds > 1,
             drops=options.dropout > 0,
             shared=shared,
+            held=held,
         )
 
 
@@ -80,9 +91,14 @@ class Tiles:
     order: Tensor
     """int32 [U, R, S] row at each place."""
     table: Tensor
-    """int32 [U, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends."""
+    """int32 [U, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends.
+
+    Of held rows [.., 6]: where its queries begin, and end.
+    """
     codes: Tensor | None
     """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
+    who: Tensor | None = None
+    """int32 [2, S] of held rows, which are one unit: position, and number of the unit in its step."""
 
 
 def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
@@ -99,9 +115,27 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
 
 def tile_units(buckets: Tensor, options: AttentionOptions, *, largest: int, has_padding: bool) -> Tiles:
     """Tiles of bucket ids [U, R, S], in which n_buckets marks padding: tiles of queries that meet nobody."""
+    n_buckets = options.n_buckets
+    block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
+    order, table, in_order = _cut_rounds(buckets, n_buckets, options.rule, block, has_padding=has_padding)
+    return Tiles(block, order, table, _codes(order, in_order, options))
+
+
+def tile_held(held: HeldRows, options: AttentionOptions, *, largest: int) -> Tiles:
+    """Tiles of held rows as one unit, whose buckets are those of every unit; each row has a tile in each round."""
+    assert isinstance(options.rule, WindowRule)
+    bounds, keys = held.query_bounds(options.rule), torch.stack(held.keys).unsqueeze(0)
+    block = block_of(options.rule, held.seq_len, options.n_buckets, largest)
+    order, table, _ = _cut_rounds(keys, bounds.shape[1], options.rule, block, has_padding=True, bounds=bounds)
+    who = torch.stack([held.rows.position, held.rows.unit]).int()
+    return Tiles(block, order, table, held.rows.codes, who)
+
+
+def _cut_rounds(
+    buckets: Tensor, n_buckets: int, rule: Rule, block: int, *, has_padding: bool, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Order, table and sorted ids of bucket ids [U, R, S]."""
     n_units, n_rounds, seq_len = buckets.shape
-    rule, n_buckets = options.rule, options.n_buckets
-    block = block_of(rule, seq_len, n_buckets, largest)
     buckets = buckets.to(bucket_dtype(n_buckets))
     in_order, places = buckets, None
     if n_buckets > 1 or has_padding:
@@ -110,11 +144,10 @@ def tile_units(buckets: Tensor, options: AttentionOptions, *, largest: int, has_
     # under the chunk rule a unit is one bucket
     n_segments = (1 if isinstance(rule, ChunkRule) else n_buckets) + has_padding
     order = torch.empty(buckets.shape, dtype=torch.int32, device=buckets.device)
-    table = torch.zeros(
-        n_units, n_rounds, seq_len // block + n_segments, 4, dtype=torch.int32, device=buckets.device
-    )
-    cut(in_order, places, order, table, n_buckets, block, chunked=isinstance(rule, ChunkRule))
-    return Tiles(block, order, table, _codes(order, in_order, options))
+    sizes = (n_units, n_rounds, seq_len // block + n_segments, 4 if bounds is None else 6)
+    table = torch.zeros(sizes, dtype=torch.int32, device=buckets.device)
+    cut(in_order, places, bounds, order, table, n_buckets, block, chunked=isinstance(rule, ChunkRule))
+    return order, table, in_order
 
 
 def _codes(order: Tensor, in_order: Tensor, options: AttentionOptions) -> Tensor | None:

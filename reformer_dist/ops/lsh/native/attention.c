@@ -24,10 +24,11 @@ typedef struct {
     const int32_t *spans;        /* [n_rounds, n_spans, 4] places: a bucket's begin and end, a span's begin and end */
     const int32_t *span_counts;  /* [n_rounds, 2] spans in all, and the first of them, none of which share a key */
     const int32_t *codes;        /* [n_rounds, n_rows] to count pairs once: two rows are near where these are; or null */
-    const int32_t *unit_numbers; /* [n_units] for dropout; or null */
+    const int32_t *unit_numbers; /* [n_units] for dropout; [n_rows] with positions; or null */
+    const int32_t *positions;    /* [n_rows] of rows that are not whole units; or null: then they count from 0 */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
     float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met nobody */
-    float *sums;         /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
+    float *sums;         /* [n_rows] forward: weights so far; backward: rowsum(d_out * out), given if out is null */
     float *key_factors;  /* [n_rows] if keys are q / |q|, which nobody writes: gets 1 / |q|; k is q, dk is dq; or null */
     float *along;        /* [n_rows] likewise: gets the sum of what queries add to dk, times k; or null */
     float *dq, *dk, *dv; /* [n_rows, head_dim] */
@@ -41,11 +42,11 @@ typedef struct {
     int32_t row[GROUP]; /* behind the last query, that one again: what its lanes find is thrown away */
 } Group;
 
-static Group group_at(const Call *call, int round, int begin, int end, int place) {
-    int window = (int)call->window;
+static Group group_at(const Call *call, int round, const int32_t *span, int place) {
+    int window = (int)call->window, begin = span[0], end = span[1], left = span[3] - place;
     Group g = {.call = call, .round = round, .dim = (int)call->head_dim, .first = place};
     g.order = call->order + round * call->n_units * call->seq_len;
-    g.n_queries = end - place < GROUP ? end - place : GROUP;
+    g.n_queries = left < GROUP ? left : GROUP;
     for (int i = 0; i < GROUP; i++) g.row[i] = g.order[place + (i < g.n_queries ? i : g.n_queries - 1)];
     int seen_from = place - (window - 1), seen_to = place + g.n_queries;
     if (!call->causal) seen_to += window - 1;
@@ -117,9 +118,10 @@ static uint32_t token_key(const Group *g, int32_t row, int is_query) {
     const Call *call = g->call;
     uint64_t seed = (uint64_t)call->dropout_seed;
     uint32_t salt = (uint32_t)(seed ^ (seed >> 32)) ^ (uint32_t)g->round * 0x9E3779B9u;
-    uint32_t key = (uint32_t)(row % call->seq_len) + (salt ^ (is_query ? 0x5BD1E995u : 0u));
+    int64_t position = call->positions ? call->positions[row] : row % call->seq_len;
+    uint32_t key = (uint32_t)position + (salt ^ (is_query ? 0x5BD1E995u : 0u));
     MIX_BITS(key);
-    key ^= (uint32_t)call->unit_numbers[row / call->seq_len] * 0x85EBCA6Bu;
+    key ^= (uint32_t)call->unit_numbers[call->positions ? row : row / call->seq_len] * 0x85EBCA6Bu;
     MIX_BITS(key);
     return key;
 }
@@ -294,7 +296,7 @@ INLINE void fetch_next(const Group *g, int is_backward) {
 static void attend_span(const Call *call, int round, int number, int is_backward) {
     const int32_t *span = call->spans + (round * call->n_spans + number) * 4;
     for (int place = span[2]; place < span[3]; place += GROUP) {
-        Group g = group_at(call, round, span[0], span[1], place);
+        Group g = group_at(call, round, span, place);
         fetch_next(&g, is_backward);
         if (is_backward)
             attend_backward(&g);
@@ -361,7 +363,7 @@ void reformer_attend_backward(const Call *call) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n_rows; row++) {
             int64_t at = row * dim;
-            call->sums[row] = product(call->d_out + at, call->out + at, dim);
+            if (call->out) call->sums[row] = product(call->d_out + at, call->out + at, dim);
             if (call->key_factors) {
                 call->key_factors[row] = key_factor(call, row);
                 call->along[row] = 0;

@@ -107,7 +107,10 @@ def _groups(
     for first in range(0, buckets.shape[0], size):
         part = buckets[first : first + size]
         tokens = slice(first * seq_len, (first + part.shape[0]) * seq_len)
-        yield tokens, Group(options, seq_len, numbers[first : first + size], order_rows(part, options))
+        yield (
+            tokens,
+            Group(options, seq_len, numbers[first : first + size], order_rows(part, options.n_buckets, options)),
+        )
 
 
 def _rows(x: Tensor, tokens: slice) -> Tensor:

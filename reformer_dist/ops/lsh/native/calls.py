@@ -36,7 +36,7 @@ class OrderCall(ctypes.Structure):
 
     _fields_ = _fields(
         (ctypes.c_int64, "seq_len n_units n_rounds n_buckets span_len n_spans window n_threads"),
-        (ctypes.c_void_p, "ids ends order spans span_counts codes"),
+        (ctypes.c_void_p, "ids queries ends order spans span_counts codes"),
     )
 
 
@@ -49,7 +49,8 @@ class Call(ctypes.Structure):
         (ctypes.c_double, "scale dropout_factor"),
         (
             ctypes.c_void_p,
-            "order spans span_counts codes unit_numbers q k v d_out out lse sums key_factors along dq dk dv",
+            "order spans span_counts codes unit_numbers positions "
+            "q k v d_out out lse sums key_factors along dq dk dv",
         ),
     )
 
@@ -85,22 +86,29 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
     return min(options.rule.window, seq_len)
 
 
-def order_rows(buckets: Tensor, options: AttentionOptions) -> Order:
-    """The order of bucket ids [U, R, S], where n_buckets marks who is absent. Raises ValueError for others."""
+def order_rows(
+    buckets: Tensor, n_buckets: int, options: AttentionOptions, query_bounds: Tensor | None = None
+) -> Order:
+    """The order of bucket ids [U, R, S], where n_buckets marks who is absent. Raises ValueError for others.
+
+    query_bounds: int32 [R, U * n_buckets, 2], see `HeldRows.query_bounds`; without, all rows are queries. With
+    it, codes are left to the caller, who knows the whole order.
+    """
     n_units, n_rounds, seq_len = buckets.shape
-    n_buckets, window = options.n_buckets, window_of(options, seq_len)
+    window = window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has keys of its own
     n_spans = n_units * (n_buckets + seq_len // span_len)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32)
 
-    codes = ints(n_rounds, n_units * seq_len) if options.count_pairs_once and n_rounds > 1 else None
+    counts_once = options.count_pairs_once and n_rounds > 1 and query_bounds is None
+    codes = ints(n_rounds, n_units * seq_len) if counts_once else None
     found = Order(ints(n_rounds, n_units * seq_len), ints(n_rounds, n_spans, 4), ints(n_rounds, 2), codes)
     ids, ends = buckets.int().contiguous(), ints(n_rounds, n_units, n_buckets + 2)
     call = OrderCall(
         seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
-        *_addresses(ids, ends, found.order, found.spans, found.span_counts, found.codes),
+        *_addresses(ids, query_bounds, ends, found.order, found.spans, found.span_counts, found.codes),
     )  # fmt: skip
     if not library().reformer_order(ctypes.byref(call)):
         wrong = ids[(ids < 0) | (ids > n_buckets)]
@@ -115,8 +123,10 @@ class Group:
     options: AttentionOptions
     seq_len: int
     unit_numbers: Tensor
-    """[U] numbers in their step: `DropoutOptions.unit_numbers`."""
+    """[U] numbers in their step: `DropoutOptions.unit_numbers`; with positions, [rows]."""
     order: Order
+    positions: Tensor | None = None
+    """[rows] of rows that are held; None where units are whole."""
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as in everything here.
@@ -126,28 +136,32 @@ class Group:
         library().reformer_attend(self._call((q, k, v, None, out, lse), (None, None, None)))
 
     def attend_backward(
-        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor], out: Tensor, lse: Tensor,
-        grads: Sequence[Tensor | None],
+        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor], out: Tensor | None, lse: Tensor,
+        grads: Sequence[Tensor | None], delta: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Fills grads, which are dq, dk and dv, from rows, which are q, k, v and d_out.
 
-        k and dk are None: likewise, and dq gets what keys get.
+        k and dk are None: likewise, and dq gets what keys get. delta [rows]: rowsum(d_out * out),
+        where there is no out.
         """
-        library().reformer_attend_backward(self._call((*rows, out, lse), grads))
+        library().reformer_attend_backward(self._call((*rows, out, lse), grads, delta))
 
     def _call(
-        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor],
-        grads: Sequence[Tensor | None],
+        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor],
+        grads: Sequence[Tensor | None], delta: Tensor | None = None,
     ) -> object:  # fmt: skip
         options, order, rule = self.options, self.order, self.options.rule
         (q, k, *others), (dq, dk, dv) = rows, grads
         shared, lse = k is None, rows[-1]
-        sums = torch.empty_like(lse)
+        sums = torch.empty_like(lse) if delta is None else delta
         factors, along = (torch.empty_like(lse), torch.empty_like(lse)) if shared else (None, None)
-        numbers = self.unit_numbers.int() if options.dropout > 0 else None
-        pointers = (order.order, order.spans, order.span_counts, order.codes, numbers)
+        numbers, positions = (
+            None if x is None or options.dropout == 0 else x.int() for x in (self.unit_numbers, self.positions)
+        )
+        pointers = (order.order, order.spans, order.span_counts, order.codes, numbers, positions)
+        n_rounds, n_rows = order.order.shape
         call = Call(
-            self.seq_len, len(self.unit_numbers), order.order.shape[0], q.shape[1],
+            self.seq_len, n_rows // max(1, self.seq_len), n_rounds, q.shape[1],
             window_of(options, self.seq_len), rule.causal, rule.sees_self,
             order.spans.shape[1], torch.get_num_threads(),
             int(options.dropout * 2**31), options.dropout_seed,
@@ -155,7 +169,7 @@ class Group:
             *_addresses(*pointers, q, q if shared else k, *others),
             *_addresses(sums, factors, along, dq, dq if shared else dk, dv),
         )  # fmt: skip
-        call.kept = (numbers, sums, factors, along)  # whose memory the call points to
+        call.kept = (numbers, positions, sums, factors, along)  # whose memory the call points to
         return ctypes.byref(call)
 
 

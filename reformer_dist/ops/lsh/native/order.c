@@ -7,6 +7,8 @@
 typedef struct {
     int64_t seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, n_threads;
     const int32_t *ids;   /* [n_units, n_rounds, seq_len] buckets; n_buckets for those that are absent */
+    const int32_t *queries; /* [n_rounds, n_units, n_buckets, 2] of a bucket's rows: how many stand before its queries,
+                               and before their end; or null: then all are queries */
     int32_t *ends;        /* [n_rounds, n_units, n_buckets + 2] scratch */
     int32_t *order;       /* as in attention.c */
     int32_t *spans;       /* likewise */
@@ -35,16 +37,21 @@ static int sort_unit(const OrderCall *call, int64_t unit, int64_t round) {
 
 /* Every other span of each bucket, from the first or from the second on; returns how many there are so far. */
 static int32_t cut_unit(const OrderCall *call, int64_t unit, int64_t round, int is_second, int32_t n) {
-    const int32_t *end = call->ends + (round * call->n_units + unit) * (call->n_buckets + 2);
-    int64_t first = unit * call->seq_len, begin = first;
+    int64_t line = round * call->n_units + unit, first = unit * call->seq_len, begin = first;
+    const int32_t *end = call->ends + line * (call->n_buckets + 2);
     for (int64_t b = 0; b < call->n_buckets; begin = first + end[b++]) {
-        int64_t stop = first + end[b];
-        for (int64_t at = begin + is_second * call->span_len; at < stop; at += 2 * call->span_len) {
+        int64_t stop = first + end[b], from = begin, to = stop;
+        if (call->queries) {
+            const int32_t *bounds = call->queries + (line * call->n_buckets + b) * 2;
+            from = begin + bounds[0];
+            to = begin + bounds[1];
+        }
+        for (int64_t at = from + is_second * call->span_len; at < to; at += 2 * call->span_len) {
             int32_t *span = call->spans + (round * call->n_spans + n++) * 4;
             span[0] = (int32_t)begin;
             span[1] = (int32_t)stop;
             span[2] = (int32_t)at;
-            span[3] = (int32_t)(at + call->span_len < stop ? at + call->span_len : stop);
+            span[3] = (int32_t)(at + call->span_len < to ? at + call->span_len : to);
         }
     }
     return n;

@@ -1,0 +1,62 @@
+"""Attention among the rows that one part holds of an order whose other rows are elsewhere.
+
+Every round's order is that of all rows, wherever they are; a part owns a run of it (`runs`). Its rows are those
+that any round needs here. In a round they may be queries, keys only, or absent, so their softmax is partial:
+output and logsumexp are those of what is met here, and gradients what is owed to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.lsh.pair_mask import Rows
+from reformer_dist.ops.lsh.rules import WindowRule
+from reformer_dist.ops.lsh.runs import Part, WindowRun, tiling_of, window_run
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Who the rows are, in any order that keeps those of a unit by position, and where they stand."""
+
+    rows: Rows
+    keys: list[Tensor]
+    """Of each round [n_rows]: see `layout.row_keys`."""
+    total: Tensor
+    """[U, R, K] members of each bucket over all parts."""
+    seq_len: int
+    """Of the whole order."""
+    part: Part
+
+    def runs(self, rule: WindowRule) -> list[WindowRun]:
+        """What is here of each bucket, round by round."""
+        tile_len = tiling_of(rule, self.seq_len, self.total.shape[2]).tile_len
+        return [window_run(self.total[:, r], rule, tile_len, self.part) for r in range(len(self.keys))]
+
+    def query_bounds(self, rule: WindowRule) -> Tensor:
+        """int32 [R, U * K, 2]: how many of a bucket's members here stand before its queries, before their end."""
+        bounds = [
+            torch.stack([run.query_start - run.start, run.query_stop - run.start], dim=-1)
+            for run in self.runs(rule)
+        ]
+        return torch.stack(bounds).flatten(1, 2).int()
+
+
+class HeldAttention(Protocol):
+    """Rows [n_rows, D]; k and dk are None for shared query-key attention, whose keys are q / |q|."""
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [n_rows, D] and logsumexp [n_rows] of all rounds; of who meets nobody here, any and inf."""
+        ...
+
+    def attend_backward(
+        self, q: Tensor, k: Tensor | None, v: Tensor, d_out: Tensor, *, lse: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """dq, dk, dv from dO, and lse and delta = rowsum(dO * o) of the whole softmax, float32 [n_rows].
+
+        lse = inf and dO = 0 silence a row as a query.
+        """
+        ...

@@ -1,0 +1,52 @@
+"""Bucket exchange on a GPU: three ranks, which are threads that share the card, attend by the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.threads import ThreadWire, on_ranks
+from torch import Tensor
+
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
+from reformer_dist.ops.lsh.order import mark_padding
+from reformer_dist.parallel.bucket_exchange import exchanged_attention
+from reformer_dist.parallel.plan import make_plan
+
+pytestmark = pytest.mark.cuda
+DEVICE = "cuda"
+SIZE, SEQ_LEN = 3, 3 * 700
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_ranks_attend_as_one(dtype: torch.dtype, tolerance: float, shared: bool, causal: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(2, 2, SEQ_LEN, 64, generator=draw).to(DEVICE, dtype) for _ in range(4)]
+    ids = torch.randint(0, 30, (2, 2, 4, SEQ_LEN), generator=draw).to(DEVICE)
+    mask = (torch.rand(2, SEQ_LEN, generator=draw) < 0.8).to(DEVICE)
+    options = AttentionOptions(WindowRule(64, causal), 30, 0.3, count_pairs_once=True, dropout=0.1)
+
+    def slice_of(x: Tensor, rank: int, dim: int) -> Tensor:
+        return x.tensor_split(SIZE, dim=dim)[rank].contiguous()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, action: object) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in ((q, v) if shared else (q, k, v))]
+        out = action(leaves[0], None if shared else leaves[1], leaves[-1])
+        # on the thread of its rank, since the others' backwards wait for it
+        with torch.autograd.set_multithreading_enabled(False):
+            return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+    def on_rank(runtime: object) -> list[Tensor]:
+        wire = ThreadWire(runtime.meeting, runtime.rank)
+        buckets = mark_padding(slice_of(ids, wire.index, 3), 30, slice_of(mask, wire.index, 1))
+        plan = make_plan(buckets, options, SEQ_LEN, wire)
+        own = (slice_of(x, wire.index, 2) for x in vectors)
+        return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, plan, options, wire))
+
+    right = attend(*vectors, lambda q, k, v: bucket_attention(q, k, v, ids, options, mask))
+    parts = on_ranks(SIZE, on_rank)
+    assert not [part for part in parts if isinstance(part, Exception)], parts
+    for index, whole in enumerate(right):
+        found = torch.cat([part[index] for part in parts], dim=2)
+        assert (found - whole).abs().max() <= tolerance * max(1.0, whole.abs().max())

@@ -1,0 +1,59 @@
+"""Parts of the order that the kernels attend each by itself are the whole: outputs and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import CASES, KernelCase
+from support.held import attend_in_parts
+
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.reference import reference_attention
+from reformer_dist.ops.lsh.shared_keys import shared_keys
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WINDOWS = {name: case for name, case in CASES.items() if isinstance(case.rule, WindowRule)}
+
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
+def test_parts_are_the_whole(case: KernelCase) -> None:
+    (q, k, v), ids, mask = case.tensors(DEVICE)
+    options = AttentionOptions(
+        case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
+        first_row=3, implementation="triton",
+    )  # fmt: skip
+    d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
+    found = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
+    leaves = [x.detach().float().clone().requires_grad_() for x in ((q, v) if case.shared else (q, k, v))]
+    right = reference_attention(
+        leaves[0],
+        shared_keys(leaves[0]) if case.shared else leaves[1],
+        leaves[-1],
+        ids,
+        case.rule,
+        scale=0.5,
+        key_padding_mask=mask,
+        count_pairs_once=case.once,
+        dropout=case.dropout,
+        dropout_seed=7,
+        unit_numbers=options.unit_numbers(2, 2, v.device),
+    )
+    right = [right.detach(), *torch.autograd.grad(right, leaves, d_out.float())]
+    if case.shared:  # of a query without direction
+        right[1][0, 0, 3] = found[1][0, 0, 3] = 0.0
+    for one, other in zip(found, right, strict=True):
+        assert (one - other).abs().max() <= case.tolerance * max(1.0, other.abs().max())
+
+
+def test_a_part_without_rows() -> None:
+    case = replace(CASES["window"], seq_len=3)
+    (q, _, v), ids, _ = case.tensors(DEVICE)
+    options = AttentionOptions(case.rule, case.n_buckets, 0.5, implementation="triton")
+    found = attend_in_parts(q, None, v, ids, options, None, v, 12)
+    assert all(x.isfinite().all() for x in found)

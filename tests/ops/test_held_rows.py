@@ -1,0 +1,68 @@
+"""Parts of the order, attended each by itself and put together, are the whole: outputs and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_helpers import Case, cases, window_rules
+from support.held import attend_in_parts
+
+from reformer_dist.ops.lsh import bucket_attention
+from reformer_dist.ops.lsh.native import calls, library
+
+needs_compiler = pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
+)
+
+
+def assert_parts_are_the_whole(
+    case: Case, name: str, size: int, *, shared: bool, dtype: torch.dtype = torch.float32, tolerance: float = 5e-5
+) -> None:
+    q, k, v, ids, mask = case.tensors()
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(case.seed)).to(dtype)
+    reference = replace(case.options, implementation="reference")
+    leaves = [x.float().clone().requires_grad_() for x in ((q, v) if shared else (q, k, v))]
+    right = bucket_attention(leaves[0], None if shared else leaves[1], leaves[-1], ids, reference, mask)
+    right = [right.detach(), *torch.autograd.grad(right, leaves, d_out.float())]
+    options = replace(case.options, implementation=name)
+    found = attend_in_parts(q, None if shared else k, v, ids, options, mask, d_out, size)
+    for one, other in zip(found, right, strict=True):
+        assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(window_rules()), st.integers(1, 5), st.booleans())
+def test_tiles(case: Case, size: int, shared: bool) -> None:
+    assert_parts_are_the_whole(case, "torch", size, shared=shared)
+
+
+@needs_compiler
+@settings(max_examples=100, deadline=None)
+@given(cases(window_rules()), st.integers(1, 5), st.booleans(), st.sampled_from([16, 48]))
+def test_native(case: Case, size: int, shared: bool, head_dim: int) -> None:
+    assert_parts_are_the_whole(replace(case, head_dim=head_dim), "native", size, shared=shared)
+
+
+@needs_compiler
+@settings(max_examples=30, deadline=None)
+@given(cases(window_rules(), longest=700, n_hashes=2), st.integers(2, 4))
+def test_native_spans_begin_inside_of_buckets(case: Case, size: int) -> None:
+    """Few long buckets, which several parts share and each in several spans."""
+    rule = replace(case.options.rule, window=1 + case.seed % 200)
+    case = replace(case, head_dim=16, options=replace(case.options, rule=rule, n_buckets=1 + case.seed % 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "SPAN_LEN", 16)
+        assert_parts_are_the_whole(case, "native", size, shared=True)
+
+
+@needs_compiler
+@settings(max_examples=20, deadline=None)
+@given(cases(window_rules()), st.integers(2, 3))
+def test_native_in_half_precision(case: Case, size: int) -> None:
+    case = replace(case, head_dim=32)
+    assert_parts_are_the_whole(case, "native", size, shared=True, dtype=torch.bfloat16, tolerance=0.2)

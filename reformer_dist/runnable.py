@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
+from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
+from reformer_dist.models.layer_rule import LayerRule
+from reformer_dist.ops.lsh import ChunkRule
 from reformer_dist.ops.lsh.implementation import why_not
 
 
@@ -15,8 +17,8 @@ def require_attention(config: ModelConfig, device: torch.device) -> None:
     if kinds == {AttentionKind.exact}:
         return
     name = config.attention_implementation.name
-    has_lsh_chunks = AttentionKind.lsh in kinds and config.neighbours is NeighbourRule.chunk
-    chunks = has_lsh_chunks or (AttentionKind.local in kinds and config.local_chunk_len > 0)
+    rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
+    chunks = any(isinstance(rule, ChunkRule) for rule in rules)
     reason = why_not(name, device, config.resolved_head_dim, chunks=chunks)
     if reason is not None:
         raise ConfigError(f"model.attention_implementation={name}: {reason}")

@@ -9,16 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
+from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
 from reformer_dist.models.hashing import hash_heads
+from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import (
-    AttentionOptions,
-    ChunkRule,
-    Rule,
-    WindowRule,
-)
+from reformer_dist.ops.lsh import AttentionOptions
 from reformer_dist.ops.lsh.hashing import one_bucket
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
@@ -115,7 +111,7 @@ class LSHSelfAttention(SelfAttention):
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
         options = AttentionOptions(
-            rule=self._rule(),
+            rule=LayerRule.of(config, AttentionKind.lsh).rule,
             n_buckets=config.n_buckets,
             scale=config.qk_scale,
             count_pairs_once=config.count_pairs_once,
@@ -125,14 +121,6 @@ class LSHSelfAttention(SelfAttention):
             implementation=config.attention_implementation.name,
         )
         return self._over_sequence(q, None, v, bucket_ids, options, context, layer, memo)
-
-    def _rule(self) -> Rule:
-        config = self.config
-        if config.neighbours is NeighbourRule.window:
-            return WindowRule(config.window, config.causal)
-        before, after = config.n_chunks_before, config.n_chunks_after
-        wrap, multiple = config.chunk_wrap, config.chunk_multiple
-        return ChunkRule(config.chunk_len, config.causal, before, after, wrap, round_to=multiple)
 
     def _hash(self, q: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
         if memo is not None and layer in memo.bucket_ids:
@@ -155,7 +143,7 @@ class LocalSelfAttention(SelfAttention):
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         options = AttentionOptions(
-            rule=self._rule(),
+            rule=LayerRule.of(self.config, AttentionKind.local).rule,
             n_buckets=1,
             scale=self.head_dim**-0.5,
             dropout=context.dropout(self.config.attention_dropout),
@@ -164,14 +152,6 @@ class LocalSelfAttention(SelfAttention):
             implementation=self.config.attention_implementation.name,
         )
         return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, memo)
-
-    def _rule(self) -> Rule:
-        config = self.config
-        if not config.local_chunk_len:
-            return WindowRule(config.local_window, config.causal, sees_self=True)
-        before, after = config.local_chunks_before, config.local_chunks_after
-        wrap, multiple = config.chunk_wrap, config.chunk_multiple
-        return ChunkRule(config.local_chunk_len, config.causal, before, after, wrap, True, multiple)
 
 
 class ExactSelfAttention(SelfAttention):

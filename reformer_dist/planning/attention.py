@@ -1,71 +1,37 @@
-"""Working memory of attention beside its inputs and outputs: of tiles, of kernels, of exchange between ranks."""
+"""Working memory of attention beside its inputs and outputs: of tiles, of the C library, of kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig, NeighbourRule
+from reformer_dist.config import AttentionImplementation
+from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.lsh.attention import GROUP_TOKENS
 from reformer_dist.ops.lsh.implementation import why_not
 from reformer_dist.ops.lsh.kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
 from reformer_dist.ops.lsh.kernels.tuning import tuning_of
 from reformer_dist.ops.lsh.native.attention import GROUP_TOKENS as NATIVE_TOKENS
-from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.rules import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.runs import tiling_of
 from reformer_dist.ops.lsh.tiles import SPAN_SLOTS
-from reformer_dist.parallel.plan import GROUP_TOKENS as ROUTE_TOKENS
-from reformer_dist.parallel.traffic import mean_other_ranks
-from reformer_dist.planning.sizes import Job, Sizes
+from reformer_dist.planning.sizes import Job
 
 INDEX = 8  # bytes of a slot or row number
 SCRATCH = 1.1  # buffers that are used again are a tenth larger than what asked for them
 
 
-@dataclass(frozen=True)
-class LayerRule:
-    """What decides an attention layer's layout."""
-
-    rule: Rule
-    n_rounds: int
-    n_buckets: int
-
-    @staticmethod
-    def of(model: ModelConfig, kind: AttentionKind) -> LayerRule:
-        if kind is AttentionKind.local and not model.local_chunk_len:
-            return LayerRule(WindowRule(model.local_window, model.causal, sees_self=True), 1, 1)
-        if kind is AttentionKind.local:
-            before, after = model.local_chunks_before, model.local_chunks_after
-            chunks = ChunkRule(
-                model.local_chunk_len, model.causal, before, after, model.chunk_wrap, sees_self=True
-            )
-            return LayerRule(chunks, 1, 1)
-        rule: Rule = WindowRule(model.window, model.causal)
-        if model.neighbours is NeighbourRule.chunk:
-            before, after = model.n_chunks_before, model.n_chunks_after
-            rule = ChunkRule(model.chunk_len, model.causal, before, after, model.chunk_wrap)
-        return LayerRule(rule, model.n_hashes + model.local_round, model.n_buckets)
-
-
-def workspace(job: Job, kind: AttentionKind) -> float:
-    """Highest working memory of an attention layer's backward on one rank, exchange included."""
-    if kind is AttentionKind.exact:
-        return 0.0
-    shape, (heads, buckets) = job.layer_shape, job.grid
-    layer = LayerRule.of(job.config.model, kind)
-    units = shape.rows * shape.n_heads // heads
-    seq_len = min(shape.slice_len * heads, job.config.data.seq_len)
-    if buckets > 1:
-        return exchange_buffers(job, layer, units, seq_len, buckets)
+def workspace(job: Job, layer: LayerRule, units: int, seq_len: int) -> float:
+    """Highest working memory of the backward of so many whole units of a layer."""
     if runs_kernels(job):
-        return kernel_backward(job, layer, units, seq_len, shared=kind is AttentionKind.lsh)
+        return kernel_backward(job, layer, units, seq_len)
     if runs_native(job, layer):
-        return native_backward(job, layer, units, seq_len, shared=kind is AttentionKind.lsh)
+        return native_backward(job, layer, units, seq_len)
     n_units = min(units, max(1, GROUP_TOKENS[job.device] // seq_len))
     rows = n_units * seq_len
     is_last = n_units == units
-    return tiled_backward(job, layer, rows, n_units, seq_len) + (0 if is_last else 3 * rows * shape.head_dim * 4)
+    return tiled_backward(job, layer, rows, n_units, seq_len) + (
+        0 if is_last else 3 * rows * job.layer_shape.head_dim * 4
+    )
 
 
 def runs_kernels(job: Job) -> bool:
@@ -85,29 +51,43 @@ def runs_native(job: Job, layer: LayerRule) -> bool:
     return by_name and job.device == "cpu" and why_not("native", device, head_dim, chunks=chunks) is None
 
 
-def native_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:
+def native_backward(job: Job, layer: LayerRule, units: int, seq_len: int) -> float:
     """Backward of a group by the C library: its order, numbers of its rows, and copies in float32."""
     n_units = min(units, max(1, NATIVE_TOKENS // seq_len))
-    rows, vector = n_units * seq_len, job.layer_shape.head_dim * 4
+    rows, vector, n_buckets = n_units * seq_len, job.layer_shape.head_dim * 4, n_units * layer.n_buckets
     is_counted = job.config.model.count_pairs_once and layer.n_rounds > 1
-    order = layer.n_rounds * (4 * rows * (2 if is_counted else 1) + 16 * n_units * (layer.n_buckets + 1))
-    sorting = layer.n_rounds * 4 * (rows + n_units * (layer.n_buckets + 2))
-    in_float32 = 0 if job.layer_shape.element_size == 4 else 6 if shared else 8
-    attending = vector * rows * in_float32 + 4 * rows * (3 if shared else 1)
+    order = native_order(layer, rows, n_buckets) + (4 * rows * layer.n_rounds if is_counted else 0)
+    sorting = layer.n_rounds * 4 * (rows + n_buckets)
+    in_float32 = 0 if job.layer_shape.element_size == 4 else 6 if layer.shares_keys else 8
+    attending = vector * rows * in_float32 + 4 * rows * (3 if layer.shares_keys else 1)
     # the order of the group before is there until this one's is made
     return order + max(sorting + (order if n_units < units else 0), attending)
 
 
-def kernel_backward(job: Job, layer: LayerRule, units: int, seq_len: int, *, shared: bool) -> float:
+def native_order(layer: LayerRule, rows: float, n_buckets: int) -> float:
+    """The places of rows in buckets of all units, and spans of them."""
+    return layer.n_rounds * (4 * rows + 16 * n_buckets)
+
+
+def kernel_backward(job: Job, layer: LayerRule, units: int, seq_len: int) -> float:
     """Backward by the kernels: order and tiles of all units, rowsum(dO o), and a group's gradients by round."""
-    shape, n_rounds = job.layer_shape, layer.n_rounds
+    rows = units * seq_len
+    group = min(units, max(1, KERNEL_TOKENS // (layer.n_rounds * seq_len)))
+    order = kernel_tiles(job, layer, rows, units * layer.n_buckets)
+    return order + 4 * rows + kernel_parts(job, layer, group * seq_len)
+
+
+def kernel_tiles(job: Job, layer: LayerRule, rows: float, n_buckets: int) -> float:
+    """The places of rows in buckets of all units, and their tiles."""
+    shape = job.layer_shape
     block = tuning_of(shape.head_dim, torch.float32 if shape.element_size == 4 else torch.bfloat16).block
-    n_tiles = seq_len / block + layer.n_buckets
-    order = units * n_rounds * (4 * seq_len + 16 * n_tiles)
-    group = min(units, max(1, KERNEL_TOKENS // (n_rounds * seq_len)))
-    n_parts = 0 if n_rounds == 1 else 2 if shared else 3
-    parts = group * n_rounds * seq_len * shape.head_dim * shape.element_size * n_parts
-    return order + 4 * units * seq_len + parts
+    return layer.n_rounds * (4 * rows + 16 * (rows / block + n_buckets))
+
+
+def kernel_parts(job: Job, layer: LayerRule, rows: float) -> float:
+    """Each round's gradients of the rows, which are then added up."""
+    n_parts = 0 if layer.n_rounds == 1 else 2 if layer.shares_keys else 3
+    return rows * layer.n_rounds * n_parts * job.layer_shape.head_dim * job.layer_shape.element_size
 
 
 def tiled_backward(job: Job, layer: LayerRule, rows: float, n_units: int, seq_len: int) -> float:
@@ -130,21 +110,3 @@ def tiled_backward(job: Job, layer: LayerRule, rows: float, n_units: int, seq_le
     keys = vector * rows if layer.n_buckets > 1 else 0  # made of the queries
     in_float32 = 0 if job.layer_shape.element_size == 4 else vector * 3 * rows  # k, v and dO
     return layouts + SCRATCH * kept + grads + sorted_copies + keys + in_float32
-
-
-def exchange_buffers(job: Job, layer: LayerRule, units: int, seq_len: int, buckets: int) -> float:
-    """Bucket exchange: the plan, a route that is attended, and its neighbours that travel."""
-    shape, sizes = job.layer_shape, Sizes.of(job)
-    n_local = -(-seq_len // buckets)
-    per_route = min(units, max(1, ROUTE_TOKENS[job.device] // n_local))
-    n_routes = -(-units // per_route)
-    own = per_route * n_local
-    copies = 1 + mean_other_ranks(buckets, layer.n_rounds)
-    rows = own * copies
-    key, asked = 2 * shape.vector, shape.vector + 8
-    in_flight = min(n_routes, 2) * 2 * rows * (key + asked)
-    at_home = rows * (key + shape.head_dim * 4 * 2)
-    plan = units * n_local * (copies * layer.n_rounds * 2 + buckets / 2)
-    attended = tiled_backward(job, layer, rows, per_route, seq_len)
-    guests = rows * shape.head_dim * 4 * 3
-    return plan + in_flight + at_home + attended + guests + sizes.per_head

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reformer_dist.config import AttentionKind, Recompute
+from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.planning.activations import Sublayers
 from reformer_dist.planning.attention import workspace
 from reformer_dist.planning.cross_attention import CrossAttentionPlan
+from reformer_dist.planning.exchange import Exchange
 from reformer_dist.planning.parameters import BlockCount
 from reformer_dist.planning.sizes import Job, Sizes
 from reformer_dist.planning.states import Parts
@@ -44,7 +46,7 @@ class StackPlan:
         after_cross = block.feed_forward + block.cross_attention
         return [(FEED_FORWARD, 0), (CROSS, block.feed_forward), (ATTENTION, after_cross)]
 
-    def stored(self, n_layers: int) -> int:
+    def stored(self, n_layers: int) -> float:
         """What the lowest n layers keep for backward."""
         recompute, stream = self._recompute, self.sizes.stream
         if recompute is Recompute.reversible:
@@ -72,7 +74,7 @@ class StackPlan:
             layer_bytes = sum(self._saved_of(layer, name) for name in still_there) + self._on_top(layer, sublayer)
             streams = 3.0 * sizes.stream
             stored = self.stored(layer) + 2 * sizes.stream
-        return parts | {STREAMS: streams, STORED: float(stored), LAYER: float(layer_bytes)}
+        return parts | {STREAMS: streams, STORED: stored, LAYER: float(layer_bytes)}
 
     @property
     def _recompute(self) -> Recompute:
@@ -89,10 +91,28 @@ class StackPlan:
     def _kind(self, layer: int) -> AttentionKind:
         return self.job.config.model.layer_kinds()[layer]
 
-    def _remembered(self, layer: int) -> int:
-        """Bucket ids, which a recompute must find again."""
-        own = self.sizes.ids if self._kind(layer) is AttentionKind.lsh else 0
+    def _remembered(self, layer: int) -> float:
+        """Bucket ids, and the plan of an exchange, which a recompute must find again."""
+        kind = self._kind(layer)
+        own: float = self.sizes.ids if kind is AttentionKind.lsh else 0
+        if kind is not AttentionKind.exact and self.job.grid[1] > 1:
+            own += self._exchange(kind).remembered()
         return own + (self._cross.ids if self._cross else 0)
+
+    def _attention_workspace(self, kind: AttentionKind) -> float:
+        if kind is AttentionKind.exact:
+            return 0.0
+        exchange = self._exchange(kind)
+        if self.job.grid[1] > 1:
+            return exchange.workspace()
+        return workspace(self.job, exchange.layer, exchange.units, exchange.seq_len)
+
+    def _exchange(self, kind: AttentionKind) -> Exchange:
+        """Of the whole units that a layer's attention sees here, once heads have been exchanged."""
+        shape, (heads, buckets) = self.job.layer_shape, self.job.grid
+        seq_len = min(shape.slice_len * heads * buckets, self.job.config.data.seq_len)
+        layer = LayerRule.of(self.job.config.model, kind)
+        return Exchange(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
 
     def _saved(self, layer: int) -> int:
         return sum(self._saved_of(layer, name) for name, _ in self.going_back(layer))
@@ -117,6 +137,6 @@ class StackPlan:
         if sublayer == FEED_FORWARD:
             return 0.0
         if sublayer == ATTENTION:
-            return workspace(self.job, self._kind(layer))
+            return self._attention_workspace(self._kind(layer))
         assert self._cross is not None
         return self._cross.workspace()

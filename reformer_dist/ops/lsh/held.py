@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.pair_mask import Rows
 from reformer_dist.ops.lsh.rules import WindowRule
-from reformer_dist.ops.lsh.runs import Part, WindowRun, tiling_of, window_run
+from reformer_dist.ops.lsh.runs import Part, tiling_of, window_run
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,13 @@ class HeldRows:
     """Of the whole order."""
     part: Part
 
-    def runs(self, rule: WindowRule) -> list[WindowRun]:
-        """What is here of each bucket, round by round."""
-        tile_len = tiling_of(rule, self.seq_len, self.total.shape[2]).tile_len
-        return [window_run(self.total[:, r], rule, tile_len, self.part) for r in range(len(self.keys))]
-
     def query_bounds(self, rule: WindowRule) -> Tensor:
         """int32 [R, U * K, 2]: how many of a bucket's members here stand before its queries, before their end."""
-        bounds = [
-            torch.stack([run.query_start - run.start, run.query_stop - run.start], dim=-1)
-            for run in self.runs(rule)
-        ]
+        tile_len = tiling_of(rule, self.seq_len, self.total.shape[2]).tile_len
+        bounds = []
+        for total in self.total.unbind(dim=1):
+            run = window_run(total, rule, tile_len, self.part)
+            bounds.append(torch.stack([run.query_start - run.start, run.query_stop - run.start], dim=-1))
         return torch.stack(bounds).flatten(1, 2).int()
 
 

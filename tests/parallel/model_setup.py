@@ -46,6 +46,7 @@ class Case:
             dim=32,
             n_layers=2,
             n_heads=4,
+            head_dim=16,
             layers=[AttentionKind[kind] for kind in self.layers],
             n_buckets=8,
             window=16,

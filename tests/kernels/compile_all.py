@@ -10,11 +10,12 @@ from triton.compiler import ASTSource
 
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule
 from reformer_dist.ops.lsh.kernels.backward import attend_round_backward
+from reformer_dist.ops.lsh.kernels.cut import _cut
 from reformer_dist.ops.lsh.kernels.forward import attend_round
 from reformer_dist.ops.lsh.kernels.hashing import _hash
 from reformer_dist.ops.lsh.kernels.tiles import Constants
 
-INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "who_ptr"}
+INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "who_ptr", "bounds_ptr"}
 SINGLE = {"lse_ptr", "delta_ptr"}
 TUPLES = {"draw": ("i32", "i32", "fp32", "i32", "i32", "i32"), "factors": ("i32", "i32")}
 
@@ -27,7 +28,7 @@ def argument_type(name: str, dtype: str):
     if name.endswith("_ptr"):
         if name in INTEGERS:
             return "*i32"
-        return {"rotations_ptr": f"*{dtype}", "ids_ptr": "*u8"}.get(
+        return {"rotations_ptr": f"*{dtype}", "ids_ptr": "*u8", "places_ptr": "*i64"}.get(
             name, "*fp32" if name in SINGLE else f"*{dtype}"
         )
     return "fp32" if name.endswith("scale") else "i32"
@@ -44,10 +45,14 @@ def compile_one(kernel, dtype: str, constants: dict, n_warps: int) -> None:
 def main() -> None:
     window = AttentionOptions(WindowRule(64, True), 64, 1.0, count_pairs_once=True, dropout=0.1)
     wrapped = AttentionOptions(ChunkRule(64, True, 1, 0, True), 64, 1.0, dropout=0.1)
-    for dtype, block, head_dim, options in (("bf16", 64, 64, window), ("fp32", 16, 80, wrapped)):
-        constants = Constants.of(options, block, max(16, block // 2), head_dim, 4, shared=dtype == "bf16")
+    cases = (("bf16", 64, 64, window, False), ("bf16", 64, 64, window, True), ("fp32", 16, 80, wrapped, False))
+    for dtype, block, head_dim, options, held in cases:
+        shared = dtype == "bf16"
+        constants = Constants.of(options, block, max(16, block // 2), head_dim, 4, shared=shared, held=held)
         for kernel in (attend_round, attend_round_backward):
             compile_one(kernel, dtype, {"C": constants}, 4 if dtype == "bf16" else 8)
+    for held in (False, True):
+        compile_one(_cut, "i16", {"SORTED": True, "CHUNKED": False, "HELD": held, "BLOCK": 64, "PLACES": 256}, 4)
     sizes = {"ROWS": 128, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
     for rotates, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
         parts = 3 if dtype == "bf16" else 1

@@ -58,9 +58,9 @@ from reformer_dist.ops.lsh import (
     hash_vectors,
     implementation,
 )
-from reformer_dist.ops.lsh.attention import lay_out
 from reformer_dist.ops.lsh.native.calls import order_rows
 from reformer_dist.ops.lsh.reference import reference_attention
+from reformer_dist.ops.lsh.tiled.attention import lay_out
 
 PEERS = {
     "reformer_pytorch": "reformer_pytorch",

@@ -42,8 +42,9 @@ from reformer_dist.models import ReformerLM, hashing, head
 from reformer_dist.models.block import Block
 from reformer_dist.models.reversible import Sublayer, TokenwiseSublayer
 from reformer_dist.models.sequence import WholeSequence
-from reformer_dist.ops.lsh import attention as torch_attention
+from reformer_dist.ops.lsh import whole
 from reformer_dist.ops.lsh.native import attention as native_attention
+from reformer_dist.ops.lsh.tiled import attention as torch_attention
 from reformer_dist.planning import Job, make_plan
 from reformer_dist.planning.flops import layer_flops
 
@@ -173,8 +174,7 @@ class Ours:
                 ("sort", native_attention, "order_rows"),
                 ("attend", WholeSequence, "bucket_attention"),
                 ("attend", WholeSequence, "exact_attention"),
-                ("attend", torch_attention._BucketAttention, "backward"),
-                ("attend", native_attention._NativeAttention, "backward"),
+                ("attend", whole._Attention, "backward"),
                 (sublayer_of, Sublayer, "__call__"),
                 (sublayer_of, Sublayer, "grads"),
                 (sublayer_of, TokenwiseSublayer, "__call__"),

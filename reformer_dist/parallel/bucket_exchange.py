@@ -1,7 +1,7 @@
 """LSH attention over a sequence whose tokens lie on several ranks: tokens travel to the ranks of their buckets.
 
 Group by group of (batch, head) units: what a token needs to be attended travels to each rank that attends or
-sees it, in one message; there the tokens are rows like any others (`ops.lsh.rounds`); and their partial
+sees it, in one message; there the tokens are rows like any others (`ops.lsh.held`); and their partial
 softmax travels back and is merged at home. While one group is attended, the next one travels.
 
 Backward sends the same tokens again with dO, the total logsumexp and rowsum(dO * o), and brings gradients home.

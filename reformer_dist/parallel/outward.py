@@ -11,7 +11,7 @@ from reformer_dist.distributed.wire import Parcel, Wire
 from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
 from reformer_dist.ops.lsh.implementation import attention_of_held
 from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.lsh.tiled_rows import TiledRows
+from reformer_dist.ops.lsh.tiled.held import TiledRows
 from reformer_dist.ops.workspace import Workspace
 from reformer_dist.parallel.plan import Guests, Plan, Route, guests_of, held_rows
 from reformer_dist.parallel.record import Record

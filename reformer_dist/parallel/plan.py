@@ -16,10 +16,8 @@ from torch import Tensor
 
 from reformer_dist.distributed.wire import Parcel, Wire
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.held import HeldRows
-from reformer_dist.ops.lsh.layout import row_keys
-from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, place_codes
-from reformer_dist.ops.lsh.pair_mask import Rows
+from reformer_dist.ops.lsh.held import HeldRows, Rows
+from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, place_codes, row_keys
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.runs import (
     Part,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.wire import Parcel
-from reformer_dist.ops.lsh.rounds import LOWEST, Sums
+from reformer_dist.ops.lsh.partial_softmax import LOWEST, Sums
 from reformer_dist.parallel.outward import Hosted, Outward
 from reformer_dist.parallel.plan import Route
 from reformer_dist.parallel.record import Record

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import Case, assert_fast_is_oracle, cases, chunk_rules, window_rules
 
-from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, attention, tiles
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
+from reformer_dist.ops.lsh.tiled import attention, tiles
 
 
 @settings(max_examples=120, deadline=None)
@@ -76,6 +77,6 @@ def test_transposed_inputs_and_grads() -> None:
     d_out = torch.randn(2, 33, 3, 8, generator=generator)
     grads = []
     for heads in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
-        out = attention.bucket_attention(heads, heads, heads, bucket_ids, options).transpose(1, 2)
+        out = bucket_attention(heads, heads, heads, bucket_ids, options).transpose(1, 2)
         grads.append(torch.autograd.grad(out, x, d_out)[0])
     assert torch.equal(*grads)

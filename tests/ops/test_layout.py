@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
-from reformer_dist.ops.lsh import ChunkRule, WindowRule, tiles
-from reformer_dist.ops.lsh.attention import lay_out
-from reformer_dist.ops.lsh.layout import Layout
+from reformer_dist.ops.lsh import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.runs import tiling_of
+from reformer_dist.ops.lsh.tiled import tiles
+from reformer_dist.ops.lsh.tiled.attention import lay_out
+from reformer_dist.ops.lsh.tiled.layout import Layout
 
 
 def build(case: Case) -> tuple[list[Layout], Tensor, Tensor]:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
-from reformer_dist.ops.lsh.held import HeldRows
+from reformer_dist.ops.lsh.held import HeldRows, Rows
 from reformer_dist.ops.lsh.implementation import attention_of_held
-from reformer_dist.ops.lsh.layout import row_keys
-from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, mark_padding, whole_codes
-from reformer_dist.ops.lsh.pair_mask import Rows
+from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, mark_padding, row_keys, whole_codes
 from reformer_dist.ops.lsh.runs import Part, tiling_of, window_run
 from reformer_dist.ops.workspace import Workspace
 

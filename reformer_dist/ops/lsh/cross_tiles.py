@@ -1,8 +1,8 @@
 """Attention to another sequence, bucket by bucket: tiles of queries against the tiles of keys of their bucket.
 
 In every round the queries and the keys of each (batch row, head) are sorted by bucket and cut into tiles, each of
-one bucket; the pairs of tiles of the same bucket are multiplied, many at a time. The softmax runs as in `rounds`:
-round after round into one running sum, and backward from the total logsumexp.
+one bucket; the pairs of tiles of the same bucket are multiplied, many at a time. The softmax runs as in
+`tiled.rounds`: round after round into one running sum, and backward from the total logsumexp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.counter_dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.order import mark_padding, stable_order
-from reformer_dist.ops.lsh.rounds import LOG2_E, LOG_2, LOWEST, Sums
+from reformer_dist.ops.lsh.partial_softmax import LOG2_E, LOG_2, LOWEST, Sums
 from reformer_dist.ops.lsh.rules import CrossOptions
 
 # Tokens of both sequences that are put in order together, and scores that exist at a time.

@@ -13,9 +13,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.pair_mask import Rows
 from reformer_dist.ops.lsh.rules import WindowRule
 from reformer_dist.ops.lsh.runs import Part, tiling_of, window_run
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Who the rows of a group are: tokens of some units."""
+
+    unit: Tensor
+    """[n_rows] number of the (batch row, head) in its step: row * n_heads + head."""
+    position: Tensor
+    """[n_rows] in the whole sequence."""
+    codes: Tensor | None = None
+    """With count_pairs_once: [R, n_rows] codes of the rows' places in every round, see `order.place_codes`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class HeldRows:
 
     rows: Rows
     keys: list[Tensor]
-    """Of each round [n_rows]: see `layout.row_keys`."""
+    """Of each round [n_rows]: see `order.row_keys`."""
     total: Tensor
     """[U, R, K] members of each bucket over all parts."""
     seq_len: int

@@ -1,12 +1,12 @@
 """Which implementation of LSH and local attention runs: chosen here, once a call, by device or by name.
 
 reference   dense matrices, slow and plain: what attention means (`reference.py`)
-torch       tiles in plain PyTorch, on any device (`attention.py`)
+torch       tiles in plain PyTorch, on any device (`tiled/`)
 native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
 triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
 
-All have the signature of `bucket_attention` and give the same numbers to rounding. `attention_of_held` is the same
-choice for rows of which others are elsewhere.
+All give the same numbers to rounding, for whole sequences (`whole.py`) and for rows of which others are elsewhere
+(`held.py`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import os
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh import attention, hashing
+from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
-from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.native import hashing as native_hashing
+from reformer_dist.ops.lsh.native.attention import NativeAttention
 from reformer_dist.ops.lsh.native.held import NativeRows
 from reformer_dist.ops.lsh.native.library import why_unavailable
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.shared_keys import shared_keys
-from reformer_dist.ops.lsh.tiled_rows import TiledRows
+from reformer_dist.ops.lsh.tiled.attention import TiledAttention
+from reformer_dist.ops.lsh.tiled.held import TiledRows
+from reformer_dist.ops.lsh.whole import WholeAttention, attend_whole
 from reformer_dist.ops.workspace import Workspace
 
 NAMES = ("reference", "torch", "native", "triton")
@@ -102,13 +104,16 @@ def bucket_attention(
     name = choose(options.implementation, v.device, v.shape[3], v.dtype, chunks=chunks)
     if name == "reference":
         return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
+    attention: WholeAttention
     if name == "triton":
-        from reformer_dist.ops.lsh.kernels.attention import bucket_attention as by_kernels
+        from reformer_dist.ops.lsh.kernels.attention import KernelAttention
 
-        return by_kernels(q, k, v, bucket_ids, options, key_padding_mask)
-    if name == "native":
-        return native_attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
-    return attention.bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
+        attention = KernelAttention(v, bucket_ids, options, key_padding_mask)
+    elif name == "native":
+        attention = NativeAttention(bucket_ids, options, key_padding_mask)
+    else:
+        attention = TiledAttention(bucket_ids, options, key_padding_mask)
+    return attend_whole(q, k, v, attention)
 
 
 def attention_of_held(

@@ -29,6 +29,12 @@ def count_buckets(buckets: Tensor, n_buckets: int) -> Tensor:
     return counts[..., :n_buckets].contiguous()
 
 
+def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tensor:
+    """What rows are sorted by, int64 [n_rows]: (unit, bucket); absent rows (bucket = n_buckets) come last."""
+    key = unit * n_buckets + bucket.long()
+    return key.masked_fill_(bucket == n_buckets, n_units * n_buckets)
+
+
 DIGIT = 16  # bits: NumPy sorts such integers by their digits, far faster than wider ones by comparing them
 
 

@@ -7,11 +7,7 @@ keep none of it, since they run their forward again before each backward.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.lsh.kernels.launch import Units
 from reformer_dist.ops.lsh.kernels.rowwise import row_products
@@ -24,57 +20,33 @@ from reformer_dist.ops.lsh.rules import AttentionOptions
 MOST_UNITS = 2**15
 
 
-def bucket_attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    bucket_ids: Tensor,
-    options: AttentionOptions,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """As `ops.lsh.attention.bucket_attention`; q, k and v have one type, D is a multiple of 16 up to 128."""
-    out: Tensor = _KernelAttention.apply(q, k, v, bucket_ids, options, key_padding_mask)
-    return out
+class KernelAttention:
+    """`ops.lsh.whole.WholeAttention`; q, k and v have one type, D is a multiple of 16 up to 128."""
 
+    def __init__(
+        self, v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+    ) -> None:
+        """Of v width and type; bucket_ids [B, H, R, S], key_padding_mask [B, S]."""
+        self._groups = _groups(v, bucket_ids, options, key_padding_mask)
 
-class _KernelAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        q, v = _with_whole_rows(q), _with_whole_rows(v)
-        k = None if k is None else _with_whole_rows(k)
-        out = torch.empty_like(v)
-        lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-        groups = _groups(v, bucket_ids, options, key_padding_mask)
-        for units in groups:
+    def readable(self, x: Tensor) -> Tensor:
+        """Itself where the numbers of a row lie side by side, wherever the rows lie."""
+        return x if x.stride(3) == 1 else x.contiguous()
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        for units in self._groups:
             units.attend(q, k, v, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.groups = groups
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        d_out = _with_whole_rows(grads[0])
-        delta = row_products(d_out, out)
-        dq, dv = torch.empty_like(q), torch.empty_like(v)
-        dk = None if k is None else torch.empty_like(k)
-        for units in ctx.groups:
-            units.attend_backward((q, k, v, d_out), lse, delta, (dq, dk, dv))
-        return dq, dk, dv, None, None, None
-
-
-def _with_whole_rows(x: Tensor) -> Tensor:
-    """The tensor itself where the numbers of a row lie side by side, wherever the rows lie."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    def attend_backward(
+        self,
+        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        grads: tuple[Tensor, Tensor | None, Tensor],
+    ) -> None:
+        delta = row_products(inputs[3], out)
+        for units in self._groups:
+            units.attend_backward(inputs, lse, delta, grads)
 
 
 def _groups(

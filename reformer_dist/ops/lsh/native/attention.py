@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.lsh.native.calls import Group, order_rows
 from reformer_dist.ops.lsh.order import mark_padding
@@ -17,83 +15,39 @@ from reformer_dist.ops.lsh.rules import AttentionOptions
 GROUP_TOKENS = 2**14
 
 
-def bucket_attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    bucket_ids: Tensor,
-    options: AttentionOptions,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """As `ops.lsh.attention.bucket_attention`; the rule is a WindowRule, D a multiple of 16 up to 256."""
-    out: Tensor = _NativeAttention.apply(q, k, v, bucket_ids, options, key_padding_mask)
-    return out
+class NativeAttention:
+    """`ops.lsh.whole.WholeAttention`; the rule is a WindowRule, D a multiple of 16 up to 256."""
 
+    def __init__(self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None) -> None:
+        """bucket_ids [B, H, R, S], key_padding_mask [B, S]."""
+        self._call = (bucket_ids, options, key_padding_mask)
 
-class _NativeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        q, v = q.contiguous(), v.contiguous()
-        k = None if k is None else k.contiguous()
-        out = torch.empty_like(v)
-        lse = torch.empty(v.shape[:3], dtype=torch.float32)
-        for tokens, group in _groups(bucket_ids, options, key_padding_mask):
-            _attend(tokens, group, q, k, v, out, lse)
-        ctx.save_for_backward(q, k, v, bucket_ids, out, lse, key_padding_mask)
-        ctx.options = options
-        return out
+    def readable(self, x: Tensor) -> Tensor:
+        return x.contiguous()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bucket_ids, out, lse, key_padding_mask = ctx.saved_tensors
-        d_out = grads[0].contiguous()
-        dq, dv = torch.empty_like(q), torch.empty_like(v)
-        dk = None if k is None else torch.empty_like(k)
-        for tokens, group in _groups(bucket_ids, ctx.options, key_padding_mask):
-            _attend_backward(tokens, group, (q, k, v, d_out), out, lse, (dq, dk, dv))
-        return dq, dk, dv, None, None, None
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        for tokens, group in _groups(*self._call):
+            o = _target(out, tokens)
+            k_rows = None if k is None else _rows(k, tokens)
+            group.attend(_rows(q, tokens), k_rows, _rows(v, tokens), o, lse.view(-1)[tokens])
+            _write(out, tokens, o)
 
-
-def _attend(
-    tokens: slice,
-    group: Group,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    o = _target(out, tokens)
-    k_rows = None if k is None else _rows(k, tokens)
-    group.attend(_rows(q, tokens), k_rows, _rows(v, tokens), o, lse.view(-1)[tokens])
-    _write(out, tokens, o)
-
-
-def _attend_backward(
-    tokens: slice,
-    group: Group,
-    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-    grads: tuple[Tensor, Tensor | None, Tensor],
-) -> None:
-    q, k, v, d_out = inputs
-    k_rows = None if k is None else _rows(k, tokens)
-    rows = (_rows(q, tokens), k_rows, _rows(v, tokens), _rows(d_out, tokens))
-    found = [None if x is None else _target(x, tokens) for x in grads]
-    group.attend_backward(rows, _rows(out, tokens), lse.view(-1)[tokens], found)
-    for whole, part in zip(grads, found, strict=True):
-        if whole is not None and part is not None:
-            _write(whole, tokens, part)
+    def attend_backward(
+        self,
+        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        grads: tuple[Tensor, Tensor | None, Tensor],
+    ) -> None:
+        q, k, v, d_out = inputs
+        for tokens, group in _groups(*self._call):
+            k_rows = None if k is None else _rows(k, tokens)
+            rows = (_rows(q, tokens), k_rows, _rows(v, tokens), _rows(d_out, tokens))
+            found = [None if x is None else _target(x, tokens) for x in grads]
+            group.attend_backward(rows, _rows(out, tokens), lse.view(-1)[tokens], found)
+            for whole, part in zip(grads, found, strict=True):
+                if whole is not None and part is not None:
+                    _write(whole, tokens, part)
 
 
 def _groups(
@@ -109,7 +63,7 @@ def _groups(
         tokens = slice(first * seq_len, (first + part.shape[0]) * seq_len)
         yield (
             tokens,
-            Group(options, seq_len, numbers[first : first + size], order_rows(part, options.n_buckets, options)),
+            Group(options, seq_len, numbers[first : first + size], order_rows(part, options)),
         )
 
 

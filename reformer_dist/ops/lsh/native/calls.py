@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.native.library import library
+from reformer_dist.ops.lsh.partial_softmax import LOG2_E
 from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
 
 # Places of a bucket that one thread takes in turn: enough to outlast what it costs to ask for them.
 SPAN_LEN = 256
-LOG2_E = math.log2(math.e)
 
 
 def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
@@ -86,15 +85,14 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
     return min(options.rule.window, seq_len)
 
 
-def order_rows(
-    buckets: Tensor, n_buckets: int, options: AttentionOptions, query_bounds: Tensor | None = None
-) -> Order:
+def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor | None = None) -> Order:
     """The order of bucket ids [U, R, S], where n_buckets marks who is absent. Raises ValueError for others.
 
-    query_bounds: int32 [R, U * n_buckets, 2], see `HeldRows.query_bounds`; without, all rows are queries. With
-    it, codes are left to the caller, who knows the whole order.
+    query_bounds, of held rows, which are one unit: [R, n_buckets, 2], see `HeldRows.query_bounds`. Their codes are
+    left to the caller, who knows the whole order.
     """
     n_units, n_rounds, seq_len = buckets.shape
+    n_buckets = options.n_buckets if query_bounds is None else query_bounds.shape[1]
     window = window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has keys of its own
     n_spans = n_units * (n_buckets + seq_len // span_len)

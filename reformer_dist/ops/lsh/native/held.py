@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.held import HeldRows
-from reformer_dist.ops.lsh.native.calls import LOG2_E, Group, order_rows
+from reformer_dist.ops.lsh.native.calls import Group, order_rows
+from reformer_dist.ops.lsh.partial_softmax import LOG2_E
 from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
 
 
@@ -18,8 +19,7 @@ class NativeRows:
     def __init__(self, held: HeldRows, options: AttentionOptions) -> None:
         assert isinstance(options.rule, WindowRule)
         keys = torch.stack(held.keys)
-        bounds = held.query_bounds(options.rule)
-        order = order_rows(keys.unsqueeze(0), bounds.shape[1], options, bounds)
+        order = order_rows(keys.unsqueeze(0), options, held.query_bounds(options.rule))
         order = replace(order, codes=held.rows.codes)
         self._group = Group(options, keys.shape[1], held.rows.unit, order, held.rows.position)
 

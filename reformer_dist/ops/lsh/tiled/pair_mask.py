@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.counter_dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.layout import Layout
+from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.order import are_near
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, WindowRule
-from reformer_dist.ops.lsh.tiles import Column
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Who the rows of a group are: tokens of some units."""
-
-    unit: Tensor
-    """[n_rows] number of the (batch row, head) in its step: row * n_heads + head."""
-    position: Tensor
-    """[n_rows] in the whole sequence."""
-    codes: Tensor | None = None
-    """With count_pairs_once: [R, n_rows] codes of the rows' places in every round, see `order.place_codes`."""
+from reformer_dist.ops.lsh.tiled.layout import Layout
+from reformer_dist.ops.lsh.tiled.tiles import Column
 
 
 class PairMask:

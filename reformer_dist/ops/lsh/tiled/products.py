@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.layout import Layout
-from reformer_dist.ops.lsh.tiles import Run, Span
+from reformer_dist.ops.lsh.tiled.layout import Layout
+from reformer_dist.ops.lsh.tiled.tiles import Run, Span
 from reformer_dist.ops.workspace import Workspace, gather_rows
 
 Views = Sequence[Tensor]

@@ -25,7 +25,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh.order import stable_order
 from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.runs import ChunkRun, Part, Tiling, WindowRun, chunk_run, tiling_of, window_run
-from reformer_dist.ops.lsh.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
+from reformer_dist.ops.lsh.tiled.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,12 @@ class Edges:
     """[n_tiles] tokens of each tile's bucket over all ranks; 0 where a tile is empty."""
 
 
-def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tensor:
-    """What rows are sorted by, int64 [n_rows]: (unit, bucket); absent rows (bucket = n_buckets) come last."""
-    key = unit * n_buckets + bucket.long()
-    return key.masked_fill_(bucket == n_buckets, n_units * n_buckets)
-
-
 def lay_out_rows(
     keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, part: Part
 ) -> list[Layout]:
     """The layouts of all rounds of the rows that a part holds of an order of seq_len tokens.
 
-    keys: of each round, see `row_keys`; total [U, R, K]: members of each bucket over all parts.
+    keys: of each round, see `order.row_keys`; total [U, R, K]: members of each bucket over all parts.
     """
     rule, n_buckets = options.rule, options.n_buckets
     tiling = tiling_of(rule, seq_len, n_buckets)
@@ -90,7 +84,7 @@ def lay_out_rows(
 
 
 def window_layout(keys: Tensor, run: WindowRun, tiling: Tiling) -> Layout:
-    """The layout of rows with sort keys [n_rows] (see `row_keys`), of which `run` says what they are.
+    """The layout of rows with sort keys [n_rows] (see `order.row_keys`), of which `run` says what they are.
 
     The order is made on the host, where small integers are sorted fast and the number of tiles must be known.
     """

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from reformer_dist.ops.lsh.held import HeldRows
-from reformer_dist.ops.lsh.layout import Layout, lay_out_rows
-from reformer_dist.ops.lsh.pair_mask import Rows
-from reformer_dist.ops.lsh.rounds import RowGroup, Sums, attend, attend_backward, attend_rounds
+from reformer_dist.ops.lsh.held import HeldRows, Rows
+from reformer_dist.ops.lsh.partial_softmax import Sums
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
+from reformer_dist.ops.lsh.tiled.layout import Layout, lay_out_rows
+from reformer_dist.ops.lsh.tiled.rounds import RowGroup, attend, attend_backward, attend_rounds
 from reformer_dist.ops.workspace import Workspace
 
 

@@ -1,0 +1,1 @@
+"""LSH and local attention in plain PyTorch, tile by tile, on any device: `ops.lsh.implementation` says when."""

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""q, k, v and dO."""
+Grads = tuple[Tensor, Tensor | None, Tensor]
+"""dq, dk and dv."""
+
 
 class WholeAttention(Protocol):
     """What an implementation does, once it knows bucket ids, options and mask. Tensors are [B, H, S, D].
@@ -23,14 +28,8 @@ class WholeAttention(Protocol):
         """Fills out, v for who meets nobody, and lse [B, H, S], float32, in units of its own."""
         ...
 
-    def attend_backward(
-        self,
-        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-        out: Tensor,
-        lse: Tensor,
-        grads: tuple[Tensor, Tensor | None, Tensor],
-    ) -> None:
-        """Fills grads, which are dq, dk and dv, from inputs, which are q, k, v and dO."""
+    def attend_backward(self, inputs: Inputs, out: Tensor, lse: Tensor, grads: Grads) -> None:
+        """Fills the gradients."""
         ...
 
 

@@ -15,6 +15,7 @@ from reformer_dist.ops.lsh.kernels.tiles import tile_units
 from reformer_dist.ops.lsh.kernels.tuning import GROUP_TOKENS, tuning_of
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
+from reformer_dist.ops.lsh.whole import Grads, Inputs
 
 # Units lie along the third dimension of a grid, which is shorter than the first.
 MOST_UNITS = 2**15
@@ -37,13 +38,7 @@ class KernelAttention:
         for units in self._groups:
             units.attend(q, k, v, out, lse)
 
-    def attend_backward(
-        self,
-        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-        out: Tensor,
-        lse: Tensor,
-        grads: tuple[Tensor, Tensor | None, Tensor],
-    ) -> None:
+    def attend_backward(self, inputs: Inputs, out: Tensor, lse: Tensor, grads: Grads) -> None:
         delta = row_products(inputs[3], out)
         for units in self._groups:
             units.attend_backward(inputs, lse, delta, grads)

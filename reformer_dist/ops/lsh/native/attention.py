@@ -10,6 +10,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh.native.calls import Group, order_rows
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
+from reformer_dist.ops.lsh.whole import Grads, Inputs
 
 # Rows whose order, and in half precision copies, exist at a time.
 GROUP_TOKENS = 2**14
@@ -32,13 +33,7 @@ class NativeAttention:
             group.attend(_rows(q, tokens), k_rows, _rows(v, tokens), o, lse.view(-1)[tokens])
             _write(out, tokens, o)
 
-    def attend_backward(
-        self,
-        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-        out: Tensor,
-        lse: Tensor,
-        grads: tuple[Tensor, Tensor | None, Tensor],
-    ) -> None:
+    def attend_backward(self, inputs: Inputs, out: Tensor, lse: Tensor, grads: Grads) -> None:
         q, k, v, d_out = inputs
         for tokens, group in _groups(*self._call):
             k_rows = None if k is None else _rows(k, tokens)

@@ -14,6 +14,7 @@ from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.runs import Part
 from reformer_dist.ops.lsh.tiled.held import TiledRows
 from reformer_dist.ops.lsh.tiled.layout import Layout, lay_out_rows
+from reformer_dist.ops.lsh.whole import Grads, Inputs
 from reformer_dist.ops.workspace import Workspace
 
 # Tokens whose sorted copies exist at a time: they fit the caches of a core.
@@ -36,13 +37,7 @@ class TiledAttention:
             part.of(out).copy_(o)
             lse.view(-1)[part.tokens] = part_lse
 
-    def attend_backward(
-        self,
-        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-        out: Tensor,
-        lse: Tensor,
-        grads: tuple[Tensor, Tensor | None, Tensor],
-    ) -> None:
+    def attend_backward(self, inputs: Inputs, out: Tensor, lse: Tensor, grads: Grads) -> None:
         for part in _parts(*self._call):
             q, k, v, d_out = (None if x is None else part.of(x) for x in inputs)
             assert q is not None and v is not None and d_out is not None

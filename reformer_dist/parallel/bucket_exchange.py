@@ -10,6 +10,7 @@ Backward sends the same tokens again with dO, the total logsumexp and rowsum(dO 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,8 +40,10 @@ def exchanged_attention(
 
     The plan was made of the bucket ids by the same ranks. merge_returns: partial results of a token whose
     rounds are attended on the same rank are merged there, which saves bytes; without it, rounds are merged at
-    home in their order, and in float32 the result is that of one rank to the last bit.
+    home in their order, by tiles in PyTorch, and in float32 the result is that of one rank to the last bit.
     """
+    if not merge_returns:
+        options = replace(options, implementation="torch")
     out: Tensor = _ExchangedAttention.apply(q, k, v, plan, options, wire, merge_returns)
     return out
 

@@ -60,7 +60,7 @@ class MergedReturns:
 class RoundReturns:
     """Every round's sums come back as they are and are merged in the order of the rounds, as on one rank.
 
-    Attended in plain PyTorch, whatever is chosen: the others keep no sums of a round by itself.
+    Attended by tiles in PyTorch: the other implementations keep no sums of a round by itself.
     """
 
     def __init__(self, out: Outward) -> None:

@@ -45,7 +45,10 @@ class Exchange:
         n_ranks, rule = self.job.grid[1], self.layer.rule
         if self.layer.n_buckets > 1:
             return 1 + mean_other_ranks(n_ranks, self.layer.n_rounds)
-        reach = rule.chunk_len * (rule.n_before + rule.n_after) if isinstance(rule, ChunkRule) else rule.window
+        if isinstance(rule, ChunkRule):
+            reach = rule.chunk_len * (rule.n_before + rule.n_after)
+        else:
+            reach = (rule.window - 1) * (1 if rule.causal else 2)
         return 1 + min(n_ranks - 1.0, reach / self.n_local)
 
     def remembered(self) -> float:
@@ -69,8 +72,8 @@ class Exchange:
         travelling = [0, max(going_out, going_home), going_out + going_home][min(n_groups, 3) - 1]
         arrived = keys + asked
         numbers = NUMBER * (4 + self.layer.n_rounds) + 8
-        silenced = shape.vector  # dO of the rows, 0 where they are no queries
-        return rows * (travelling + arrived + numbers + silenced) + self._attention(rows)
+        as_queries = (1 + n_own) * shape.vector  # dO, and q that came apart: 0 for rows that are no queries
+        return rows * (travelling + arrived + numbers + as_queries) + self._attention(rows)
 
     def _attention(self, rows: float) -> float:
         job, layer, shape = self.job, self.layer, self.job.layer_shape
@@ -80,7 +83,7 @@ class Exchange:
             return kernel_tiles(job, layer, rows, n_buckets) + grads + kernel_parts(job, layer, rows)
         if runs_native(job, layer):
             wide = shape.head_dim * 4
-            copies = n_grads + (0 if shape.element_size == 4 else 1)  # side by side, in float32; and dO
+            # what came apart from others already lies side by side, but not in float32
+            copies = 2 if shape.element_size == 4 else n_grads + 1
             return native_order(layer, rows, n_buckets) + rows * (wide * (copies + n_grads) + 12)
-        grads = rows * 3 * shape.head_dim * 4
-        return tiled_backward(job, layer, rows, self.units_at_a_time, self.seq_len) + grads
+        return tiled_backward(job, layer, rows, self.units_at_a_time, self.seq_len)

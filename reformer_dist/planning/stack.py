@@ -94,10 +94,12 @@ class StackPlan:
     def _remembered(self, layer: int) -> float:
         """Bucket ids, and the plan of an exchange, which a recompute must find again."""
         kind = self._kind(layer)
-        own: float = self.sizes.ids if kind is AttentionKind.lsh else 0
-        if kind is not AttentionKind.exact and self.job.grid[1] > 1:
-            own += self._exchange(kind).remembered()
-        return own + (self._cross.ids if self._cross else 0)
+        own = self.sizes.ids if kind is AttentionKind.lsh else 0
+        return own + self._exchange_plan(kind) + (self._cross.ids if self._cross else 0)
+
+    def _exchange_plan(self, kind: AttentionKind) -> float:
+        is_exchanged = kind is not AttentionKind.exact and self.job.grid[1] > 1
+        return self._exchange(kind).remembered() if is_exchanged else 0.0
 
     def _attention_workspace(self, kind: AttentionKind) -> float:
         if kind is AttentionKind.exact:
@@ -114,14 +116,15 @@ class StackPlan:
         layer = LayerRule.of(self.job.config.model, kind)
         return Exchange(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
 
-    def _saved(self, layer: int) -> int:
+    def _saved(self, layer: int) -> float:
         return sum(self._saved_of(layer, name) for name, _ in self.going_back(layer))
 
-    def _saved_of(self, layer: int, sublayer: str) -> int:
+    def _saved_of(self, layer: int, sublayer: str) -> float:
         if sublayer == FEED_FORWARD:
             return self._sublayers.feed_forward_saved()
         if sublayer == ATTENTION:
-            return self._sublayers.attention_saved(self._kind(layer))
+            kind = self._kind(layer)
+            return self._sublayers.attention_saved(kind) + self._exchange_plan(kind)
         assert self._cross is not None
         return self._cross.saved()
 

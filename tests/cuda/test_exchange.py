@@ -8,7 +8,9 @@ from support.threads import ThreadWire, on_ranks
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
+from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.order import mark_padding
+from reformer_dist.parallel import plan as plan_module
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
 from reformer_dist.parallel.plan import make_plan
 
@@ -17,15 +19,30 @@ DEVICE = "cuda"
 SIZE, SEQ_LEN = 3, 3 * 700
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.01)]
+)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_ranks_attend_as_one(dtype: torch.dtype, tolerance: float, shared: bool, causal: bool) -> None:
+@pytest.mark.parametrize(("n_rounds", "n_buckets"), [(4, 30), (1, 1), (3, 3000)])
+def test_ranks_attend_as_one(
+    dtype: torch.dtype,
+    tolerance: float,
+    shared: bool,
+    causal: bool,
+    n_rounds: int,
+    n_buckets: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In several messages."""
+    monkeypatch.setitem(plan_module.GROUP_TOKENS, DEVICE, 2 * SEQ_LEN // SIZE)
     draw = torch.Generator().manual_seed(0)
     vectors = [torch.randn(2, 2, SEQ_LEN, 64, generator=draw).to(DEVICE, dtype) for _ in range(4)]
-    ids = torch.randint(0, 30, (2, 2, 4, SEQ_LEN), generator=draw).to(DEVICE)
+    ids = torch.randint(0, n_buckets, (2, 2, n_rounds, SEQ_LEN), generator=draw).to(
+        DEVICE, bucket_dtype(n_buckets)
+    )
     mask = (torch.rand(2, SEQ_LEN, generator=draw) < 0.8).to(DEVICE)
-    options = AttentionOptions(WindowRule(64, causal), 30, 0.3, count_pairs_once=True, dropout=0.1)
+    options = AttentionOptions(WindowRule(64, causal), n_buckets, 0.3, count_pairs_once=True, dropout=0.1)
 
     def slice_of(x: Tensor, rank: int, dim: int) -> Tensor:
         return x.tensor_split(SIZE, dim=dim)[rank].contiguous()
@@ -39,7 +56,7 @@ def test_ranks_attend_as_one(dtype: torch.dtype, tolerance: float, shared: bool,
 
     def on_rank(runtime: object) -> list[Tensor]:
         wire = ThreadWire(runtime.meeting, runtime.rank)
-        buckets = mark_padding(slice_of(ids, wire.index, 3), 30, slice_of(mask, wire.index, 1))
+        buckets = mark_padding(slice_of(ids, wire.index, 3), n_buckets, slice_of(mask, wire.index, 1))
         plan = make_plan(buckets, options, SEQ_LEN, wire)
         own = (slice_of(x, wire.index, 2) for x in vectors)
         return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, plan, options, wire))

@@ -5,9 +5,12 @@ The small cases of `tests/kernels` run on the device too, where there is one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.held import parts_of
 from torch import Tensor
 
 from reformer_dist.ops.lsh import (
@@ -19,6 +22,8 @@ from reformer_dist.ops.lsh import (
     draw_rotations,
     hash_vectors,
 )
+from reformer_dist.ops.lsh.implementation import attention_of_held
+from reformer_dist.ops.workspace import Workspace
 
 pytestmark = pytest.mark.cuda
 
@@ -76,6 +81,24 @@ def test_the_host_never_waits():
 
     q, v = (torch.randn(2, 4, 3000, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     mask = torch.rand(2, 3000, device="cuda") > 0.1
+    assert_no_wait(step)
+
+
+def test_the_host_never_waits_for_held_rows():
+    ids = torch.randint(0, 64, (2, 4, 4, 3000), generator=torch.Generator().manual_seed(0)).cuda()
+    options = AttentionOptions(WindowRule(64, True), 64, 1.0, dropout=0.1, implementation="triton")
+    part = list(parts_of(ids, options, None, 3))[1]
+    q, v = (torch.randn(len(part.number), 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def step() -> None:
+        attention = attention_of_held(part.held, options, 64, q.dtype, Workspace(q.device))
+        out, lse = attention.attend(q, None, v)
+        attention.attend_backward(q, None, v, out, lse=lse, delta=lse)
+
+    assert_no_wait(step)
+
+
+def assert_no_wait(step: Callable[[], object]) -> None:
     step()  # kernels are compiled
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -13,10 +13,11 @@ from reformer_dist.ops.lsh.kernels.backward import attend_round_backward
 from reformer_dist.ops.lsh.kernels.cut import _cut
 from reformer_dist.ops.lsh.kernels.forward import attend_round
 from reformer_dist.ops.lsh.kernels.hashing import _hash
+from reformer_dist.ops.lsh.kernels.rowwise import _merge_rounds, _sum_rounds
 from reformer_dist.ops.lsh.kernels.tiles import Constants
 
 INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "who_ptr", "bounds_ptr"}
-SINGLE = {"lse_ptr", "delta_ptr"}
+SINGLE = {"lse_ptr", "delta_ptr", "part_lse_ptr"}
 TUPLES = {"draw": ("i32", "i32", "fp32", "i32", "i32", "i32"), "factors": ("i32", "i32")}
 
 
@@ -28,7 +29,7 @@ def argument_type(name: str, dtype: str):
     if name.endswith("_ptr"):
         if name in INTEGERS:
             return "*i32"
-        return {"rotations_ptr": f"*{dtype}", "ids_ptr": "*u8", "places_ptr": "*i64"}.get(
+        return {"rotations_ptr": f"*{dtype}", "ids_ptr": "*u8", "places_ptr": "*i64", "here_ptr": "*u8"}.get(
             name, "*fp32" if name in SINGLE else f"*{dtype}"
         )
     return "fp32" if name.endswith("scale") else "i32"
@@ -51,7 +52,10 @@ def main() -> None:
         constants = Constants.of(options, block, max(16, block // 2), head_dim, 4, shared=shared, held=held)
         for kernel in (attend_round, attend_round_backward):
             compile_one(kernel, dtype, {"C": constants}, 4 if dtype == "bf16" else 8)
+    rows = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "N_ROUNDS": 4}
     for held in (False, True):
+        compile_one(_merge_rounds, "bf16", {**rows, "HELD": held}, 4)
+        compile_one(_sum_rounds, "bf16", {**rows, "HELD": held, "LEADS_BACK": True}, 4)
         compile_one(_cut, "i16", {"SORTED": True, "CHUNKED": False, "HELD": held, "BLOCK": 64, "PLACES": 256}, 4)
     sizes = {"ROWS": 128, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
     for rotates, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):

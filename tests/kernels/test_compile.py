@@ -21,5 +21,5 @@ def test_all_compile(tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 11
+    assert len(rows) == 15
     assert all(row["shared_bytes"] <= SHARED_BYTES_OF_A_BLOCK for row in rows)

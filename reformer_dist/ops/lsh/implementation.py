@@ -5,8 +5,8 @@ torch       tiles in plain PyTorch, on any device (`tiled/`)
 native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
 triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
 
-All give the same numbers to rounding, for whole sequences (`whole.py`) and for rows of which others are elsewhere
-(`held.py`).
+All give the same numbers to rounding, for whole sequences (`whole.py`) and, the reference apart, for rows of which
+others are elsewhere (`held.py`).
 """
 
 from __future__ import annotations

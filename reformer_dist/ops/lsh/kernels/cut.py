@@ -42,8 +42,9 @@ def _cut(
         end, key_end = begin + seq_len, begin + seq_len
         n_tiles = (is_place & (place % BLOCK == 0)).to(tl.int32)
     if HELD:
-        bounds_ptr += (line * padding + own) * 2
         is_bucket = is_first & (own != padding)
+        n_tiles = tl.where(is_bucket, n_tiles, 0)
+        bounds_ptr += (line * padding + own) * 2
         query_begin = place + tl.load(bounds_ptr, mask=is_bucket, other=0)
         query_end = place + tl.load(bounds_ptr + 1, mask=is_bucket, other=0)
     tl.store(order_ptr + line * seq_len + place, row, mask=is_place)

@@ -40,7 +40,7 @@ class Units:
             **self._flags(q, k, is_backward=False),
         )
         if o is not out:
-            merge_rounds(o, part_lse, v, out, lse, self.first)
+            merge_rounds(o, part_lse, v, out, lse, self.first, self.tiles.here)
 
     def attend_backward(
         self,
@@ -68,7 +68,7 @@ class Units:
         )
         for part, whole in zip(parts, wholes, strict=True):
             if part is not whole:
-                sum_rounds(part, whole, self.first, (d_out, lse) if whole is dv else None)
+                sum_rounds(part, whole, self.first, self.tiles.here, (d_out, lse) if whole is dv else None)
 
     def _parts(self, whole: Tensor) -> Tensor:
         """Where rounds write parts [U, R, S, ...] of the whole [B, H, S, ...]: itself if there is but one."""

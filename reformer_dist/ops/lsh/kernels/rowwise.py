@@ -39,10 +39,19 @@ def _row_products(
     tl.store(out_ptr + unit.to(tl.int64) * seq_len + row, sums, mask=is_row)
 
 
+@triton.jit
+def _are_here(here_ptr, round_, row, is_row, seq_len, HELD: tl.constexpr):
+    """Which rows a round has: all, but of those that are held."""
+    if HELD:
+        is_row = is_row & (tl.load(here_ptr + round_ * seq_len + row, mask=is_row, other=0) != 0)
+    return is_row
+
+
 @triton.jit(do_not_specialize=["first_unit"])
 def _merge_rounds(
-    o_ptr, part_lse_ptr, v_ptr, out_ptr, lse_ptr, v_strides, out_strides, first_unit, n_heads, seq_len,
-    N_ROUNDS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    o_ptr, part_lse_ptr, v_ptr, out_ptr, lse_ptr, here_ptr, v_strides, out_strides, first_unit, n_heads, seq_len,
+    HELD: tl.constexpr, N_ROUNDS: tl.constexpr,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """o [U, R, S, D], part_lse [U, R, S] in base 2 -> out [B, H, S, D], lse [B, H, S]."""
     unit = tl.program_id(1)
@@ -50,15 +59,18 @@ def _merge_rounds(
     start = unit.to(tl.int64) * N_ROUNDS * seq_len
     top = tl.full([ROWS], -1e30, tl.float32)
     for r in tl.static_range(N_ROUNDS):
-        part = tl.load(part_lse_ptr + start + r * seq_len + row, mask=is_row, other=float("-inf"))
+        is_here = _are_here(here_ptr, r, row, is_row, seq_len, HELD)
+        part = tl.load(part_lse_ptr + start + r * seq_len + row, mask=is_here, other=float("-inf"))
         top = tl.maximum(top, part)
     weight = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
         of_round = start + r * seq_len + row
-        share = tl.exp2(tl.load(part_lse_ptr + of_round, mask=is_row, other=float("-inf")) - top)
+        is_here = _are_here(here_ptr, r, row, is_row, seq_len, HELD)
+        share = tl.exp2(tl.load(part_lse_ptr + of_round, mask=is_here, other=float("-inf")) - top)
         weight += share
-        part = tl.load(o_ptr + of_round[:, None] * HEAD_DIM + column, mask=mask, other=0.0)
+        here_mask = mask & is_here[:, None] if HELD else mask
+        part = tl.load(o_ptr + of_round[:, None] * HEAD_DIM + column, mask=here_mask, other=0.0)
         o += part.to(tl.float32) * share[:, None]
     alone = weight == 0.0
     whole = tl.where(alone, 1.0, weight)
@@ -72,8 +84,8 @@ def _merge_rounds(
 
 @triton.jit(do_not_specialize=["first_unit"])
 def _sum_rounds(
-    parts_ptr, d_out_ptr, lse_ptr, out_ptr, d_out_strides, out_strides, first_unit, n_heads, seq_len,
-    LEADS_BACK: tl.constexpr, N_ROUNDS: tl.constexpr,
+    parts_ptr, d_out_ptr, lse_ptr, out_ptr, here_ptr, d_out_strides, out_strides, first_unit, n_heads, seq_len,
+    HELD: tl.constexpr, LEADS_BACK: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """parts [U, R, S, D] -> out [B, H, S, D]. LEADS_BACK: who met nobody has o = v, and so dv = dO."""
@@ -83,7 +95,10 @@ def _sum_rounds(
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
         of_round = start + r * seq_len + row
-        total += tl.load(parts_ptr + of_round[:, None] * HEAD_DIM + column, mask=mask, other=0.0).to(tl.float32)
+        is_here = _are_here(here_ptr, r, row, is_row, seq_len, HELD)
+        here_mask = mask & is_here[:, None] if HELD else mask
+        part = tl.load(parts_ptr + of_round[:, None] * HEAD_DIM + column, mask=here_mask, other=0.0)
+        total += part.to(tl.float32)
     if LEADS_BACK:
         lse = tl.load(lse_ptr + (first_unit + unit).to(tl.int64) * seq_len + row, mask=is_row, other=0.0)
         of_d_out = _places(d_out_ptr, d_out_strides, first_unit + unit, n_heads, row, column)
@@ -100,28 +115,40 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def merge_rounds(o: Tensor, part_lse: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_unit: int) -> None:
+def merge_rounds(
+    o: Tensor, part_lse: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_unit: int, here: Tensor | None
+) -> None:
     """One softmax of those of R rounds: into out [B, H, S, D] (v for who met nobody) and lse [B, H, S] (inf).
 
-    o [U, R, S, D], part_lse [U, R, S] in base 2: of U units from the first one on.
+    o [U, R, S, D], part_lse [U, R, S] in base 2: of U units from the first one on. here: `Tiles.here`.
     """
     n_units, n_rounds, seq_len, _ = o.shape
     _merge_rounds[_grid(seq_len, n_units)](
-        o, part_lse, v, out, lse, v.stride()[:3], out.stride()[:3], first_unit, v.shape[1], seq_len,
+        o, part_lse, v, out, lse, part_lse if here is None else here,
+        v.stride()[:3], out.stride()[:3], first_unit, v.shape[1], seq_len,
+        HELD=here is not None,
         N_ROUNDS=n_rounds,
         **_sizes(v),
     )  # fmt: skip
 
 
-def sum_rounds(parts: Tensor, out: Tensor, first_unit: int, led_back: tuple[Tensor, Tensor] | None = None) -> None:
+def sum_rounds(
+    parts: Tensor,
+    out: Tensor,
+    first_unit: int,
+    here: Tensor | None,
+    led_back: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Sums of R rounds' gradients [U, R, S, D] into out [B, H, S, D], for U units from the first one on.
 
-    led_back = (dO [B, H, S, D], lse [B, H, S]): dO is added for rows that met nobody.
+    here: `Tiles.here`. led_back = (dO [B, H, S, D], lse [B, H, S]): dO is added for rows that met nobody.
     """
     n_units, n_rounds, seq_len, _ = parts.shape
     d_out, lse = (out, parts) if led_back is None else led_back
     _sum_rounds[_grid(seq_len, n_units)](
-        parts, d_out, lse, out, d_out.stride()[:3], out.stride()[:3], first_unit, out.shape[1], seq_len,
+        parts, d_out, lse, out, lse if here is None else here,
+        d_out.stride()[:3], out.stride()[:3], first_unit, out.shape[1], seq_len,
+        HELD=here is not None,
         LEADS_BACK=led_back is not None,
         N_ROUNDS=n_rounds,
         **_sizes(out),

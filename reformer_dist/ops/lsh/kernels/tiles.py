@@ -57,7 +57,7 @@ class Constants:
         n_rounds: int,
         *,
         shared: bool,
-        held: bool = False,
+        held: bool,
     ) -> Constants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
@@ -99,6 +99,8 @@ class Tiles:
     """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
     who: Tensor | None = None
     """int32 [2, S] of held rows, which are one unit: position, and number of the unit in its step."""
+    here: Tensor | None = None
+    """uint8 [R, S] of held rows: 0 in rounds from which they are absent. Then they are in no tile."""
 
 
 def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
@@ -122,13 +124,14 @@ def tile_units(buckets: Tensor, options: AttentionOptions, *, largest: int, has_
 
 
 def tile_held(held: HeldRows, options: AttentionOptions, *, largest: int) -> Tiles:
-    """Tiles of held rows as one unit, whose buckets are those of every unit; each row has a tile in each round."""
+    """Tiles of held rows as one unit, whose buckets are those of every unit."""
     assert isinstance(options.rule, WindowRule)
     bounds, keys = held.query_bounds(options.rule), torch.stack(held.keys).unsqueeze(0)
     block = block_of(options.rule, held.seq_len, options.n_buckets, largest)
-    order, table, _ = _cut_rounds(keys, bounds.shape[1], options.rule, block, has_padding=True, bounds=bounds)
+    n_buckets = bounds.shape[1]
+    order, table, _ = _cut_rounds(keys, n_buckets, options.rule, block, has_padding=False, bounds=bounds)
     who = torch.stack([held.rows.position, held.rows.unit]).int()
-    return Tiles(block, order, table, held.rows.codes, who)
+    return Tiles(block, order, table, held.rows.codes, who, (keys[0] < n_buckets).to(torch.uint8))
 
 
 def _cut_rounds(
@@ -138,7 +141,7 @@ def _cut_rounds(
     n_units, n_rounds, seq_len = buckets.shape
     buckets = buckets.to(bucket_dtype(n_buckets))
     in_order, places = buckets, None
-    if n_buckets > 1 or has_padding:
+    if n_buckets > 1 or has_padding or bounds is not None:
         # a radix sort of as few passes as the small type has bytes
         in_order, places = torch.sort(buckets, dim=2, stable=True)
     # under the chunk rule a unit is one bucket

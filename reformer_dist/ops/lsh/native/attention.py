@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.native.calls import Group, order_rows
+from reformer_dist.ops.lsh.native.calls import Group, order_rows, window_of
 from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.whole import Grads, Inputs
@@ -56,10 +56,8 @@ def _groups(
     for first in range(0, buckets.shape[0], size):
         part = buckets[first : first + size]
         tokens = slice(first * seq_len, (first + part.shape[0]) * seq_len)
-        yield (
-            tokens,
-            Group(options, seq_len, numbers[first : first + size], order_rows(part, options)),
-        )
+        order, window = order_rows(part, options), window_of(options, seq_len)
+        yield tokens, Group(options, seq_len, window, numbers[first : first + size], order)
 
 
 def _rows(x: Tensor, tokens: slice) -> Tensor:

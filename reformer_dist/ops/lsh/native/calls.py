@@ -80,7 +80,7 @@ class Order:
 
 
 def window_of(options: AttentionOptions, seq_len: int) -> int:
-    """The window, or the whole sequence where that is shorter."""
+    """The window, or the whole sequence (of which more rows than those here may be) where that is shorter."""
     assert isinstance(options.rule, WindowRule)
     return min(options.rule.window, seq_len)
 
@@ -120,6 +120,9 @@ class Group:
 
     options: AttentionOptions
     seq_len: int
+    """Rows of a unit."""
+    window: int
+    """See `window_of`."""
     unit_numbers: Tensor
     """[U] numbers in their step: `DropoutOptions.unit_numbers`; with positions, [rows]."""
     order: Order
@@ -160,7 +163,7 @@ class Group:
         n_rounds, n_rows = order.order.shape
         call = Call(
             self.seq_len, n_rows // max(1, self.seq_len), n_rounds, q.shape[1],
-            window_of(options, self.seq_len), rule.causal, rule.sees_self,
+            self.window, rule.causal, rule.sees_self,
             order.spans.shape[1], torch.get_num_threads(),
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),

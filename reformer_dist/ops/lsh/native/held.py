@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.held import HeldRows
-from reformer_dist.ops.lsh.native.calls import Group, order_rows
+from reformer_dist.ops.lsh.native.calls import Group, order_rows, window_of
 from reformer_dist.ops.lsh.partial_softmax import LOG2_E
 from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
 
@@ -21,7 +21,8 @@ class NativeRows:
         keys = torch.stack(held.keys)
         order = order_rows(keys.unsqueeze(0), options, held.query_bounds(options.rule))
         order = replace(order, codes=held.rows.codes)
-        self._group = Group(options, keys.shape[1], held.rows.unit, order, held.rows.position)
+        window = window_of(options, held.seq_len)
+        self._group = Group(options, keys.shape[1], window, held.rows.unit, order, held.rows.position)
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
         """In float32; the output of who meets nobody is v."""

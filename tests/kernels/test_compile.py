@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 SHARED_BYTES_OF_A_BLOCK = 227 * 1024  # compute capability 9.0
 
 
+@pytest.mark.slow
 def test_all_compile(tmp_path):
     script = Path(__file__).with_name("compile_all.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

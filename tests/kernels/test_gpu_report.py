@@ -16,6 +16,7 @@ sys.path.insert(0, str(TOOLS))
 import gpu_report  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_section_at_toy_sizes(tmp_path):
     command = [sys.executable, TOOLS / "gpu_report.py", "--small", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -41,6 +41,7 @@ def test_a_row_that_fails_shows_no_speed() -> None:
     assert (rows[0]["correct"], rows[0]["seconds"], rows[0]["peak_mib"]) == (False, None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="live memory on a CPU is read under Linux only")
 def test_memory_held_by_reversible_layers_does_not_grow() -> None:
     status, rows = run_tool("bench_memory.py", "--seq-len", "2048", "--dim", "128", "--batch", "1")

@@ -23,6 +23,7 @@ def run_tool(name: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_formula() -> None:
     sizes = ("--seq-len", "2048", "--n-heads", "2", "--n-hashes", "3", "--repeats", "1")
     status, rows = run_tool("bench_exchange.py", *sizes, "--grids", "1x2", "2x1", "1x3")

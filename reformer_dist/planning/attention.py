@@ -28,10 +28,8 @@ def workspace(job: Job, layer: LayerRule, units: int, seq_len: int) -> float:
         return native_backward(job, layer, units, seq_len)
     n_units = min(units, max(1, GROUP_TOKENS[job.device] // seq_len))
     rows = n_units * seq_len
-    is_last = n_units == units
-    return tiled_backward(job, layer, rows, n_units, seq_len) + (
-        0 if is_last else 3 * rows * job.layer_shape.head_dim * 4
-    )
+    of_group_before = 0 if n_units == units else 3 * rows * job.layer_shape.head_dim * 4
+    return tiled_backward(job, layer, rows, n_units, seq_len) + of_group_before
 
 
 def runs_kernels(job: Job) -> bool:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule, bucket_attention
+from reformer_dist.ops.lsh.native import library
 from reformer_dist.ops.lsh.reference import reference_attention
 
+needs_compiler = pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
+)
 N_BUCKETS = [1, 2, 4, 8, 64]
 
 

@@ -8,15 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_helpers import Case, cases, window_rules
+from ops_helpers import Case, cases, needs_compiler, window_rules
 from support.held import attend_in_parts
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
-from reformer_dist.ops.lsh.native import calls, library
-
-needs_compiler = pytest.mark.skipif(
-    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
-)
+from reformer_dist.ops.lsh.native import calls
 
 
 def assert_parts_are_the_whole(

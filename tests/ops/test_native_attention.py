@@ -11,16 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_helpers import Case, assert_fast_is_oracle, cases, window_rules
+from ops_helpers import Case, assert_fast_is_oracle, cases, needs_compiler, window_rules
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, implementation
 from reformer_dist.ops.lsh.native import attention, calls, library
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
-)
+pytestmark = needs_compiler
 
 
 def by_native(case: Case, head_dim: int) -> Case:

@@ -6,14 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ops_helpers import needs_compiler
 
 from reformer_dist.ops.lsh import draw_rotations, hash_vectors, hashing, seeded_rotations
 from reformer_dist.ops.lsh.native import hashing as native
-from reformer_dist.ops.lsh.native import library
 
-pytestmark = pytest.mark.skipif(
-    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
-)
+pytestmark = needs_compiler
 N_BUCKETS = [1, 2, 4, 6, 14, 62, 64, 128, 134, 256, 4096, 40000]
 
 

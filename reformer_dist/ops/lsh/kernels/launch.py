@@ -99,9 +99,12 @@ class Units:
         block, n_rounds, head_dim = self.tiles.block, self.tiles.order.shape[1], q.shape[3]
         tuning = tuning_of(head_dim, q.dtype)
         other_block = min(tuning.other_block, max(16, block // 2))
-        launch, held = tuning.backward if is_backward else tuning.forward, self.tiles.who is not None
+        launch = tuning.backward if is_backward else tuning.forward
+        constants = Constants.of(
+            self.options, block, other_block, head_dim, n_rounds, shared=k is None, held=self.tiles.are_held
+        )
         return {
-            "C": Constants.of(self.options, block, other_block, head_dim, n_rounds, shared=k is None, held=held),
+            "C": constants,
             "num_warps": max(1, launch.n_warps * block // tuning.block),
             "num_stages": 1,
             "maxnreg": launch.max_registers,

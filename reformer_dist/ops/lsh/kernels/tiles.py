@@ -102,6 +102,11 @@ class Tiles:
     here: Tensor | None = None
     """uint8 [R, S] of held rows: 0 in rounds from which they are absent. Then they are in no tile."""
 
+    @property
+    def are_held(self) -> bool:
+        """Of held rows, and not of whole units."""
+        return self.who is not None
+
 
 def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
     """Rows of a tile: a function of rule and shape only. Short buckets take short tiles."""

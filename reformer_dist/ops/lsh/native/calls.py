@@ -80,7 +80,7 @@ class Order:
 
 
 def window_of(options: AttentionOptions, seq_len: int) -> int:
-    """The window, or the whole sequence (of which more rows than those here may be) where that is shorter."""
+    """The window, or seq_len where that is shorter: of the whole order, of which the rows here may be a part."""
     assert isinstance(options.rule, WindowRule)
     return min(options.rule.window, seq_len)
 

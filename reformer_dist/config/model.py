@@ -8,6 +8,7 @@ from enum import Enum
 
 from reformer_dist.config.checks import at_least, is_share, require
 
+LARGEST_WINDOW = 2**28  # places of an order, and distances between them, have 32 bits
 
 class AttentionKind(Enum):
     lsh = "lsh"
@@ -233,6 +234,17 @@ class ModelConfig:
             self.qk_scale,
             "must be positive",
         )
+
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        right = f"must be at most {LARGEST_WINDOW}"
+        require(self.window <= LARGEST_WINDOW, "model.window", self.window, right)
+        require(self.local_window <= LARGEST_WINDOW, "model.local_window", self.local_window, right)
+        if self.count_pairs_once:  # counted as if buckets lay a window apart
+            most = LARGEST_WINDOW // self.n_buckets
+            right = f"must be at most {most} with model.n_buckets={self.n_buckets} and model.count_pairs_once=true"
+            require(self.window <= most, "model.window", self.window, right)
 
     def _check_chunks(self) -> None:
         if self.chunk_wrap:

@@ -126,6 +126,14 @@ def test_numbers_of_the_model() -> None:
     complains("model.head_dim", 5, "rotary", position=Position.rotary)
 
 
+def test_windows_whose_places_have_32_bits() -> None:
+    for key in ("model.window", "model.local_window"):
+        complains(key, 2**28 + 1, str(2**28))
+    assert ModelConfig(window=2**28, local_window=2**28).window == 2**28
+    complains("model.window", 2**20 + 1, "model.count_pairs_once", n_buckets=256, count_pairs_once=True)
+    assert ModelConfig(window=2**20, n_buckets=256, count_pairs_once=True).window == 2**20
+
+
 def test_chunk_rule() -> None:
     chunk = {"neighbours": NeighbourRule.chunk}
     complains("model.chunk_wrap", True, "model.neighbours=chunk")

@@ -71,14 +71,10 @@ def build_trainer(
     resources.callback(journal.close)
     probes = Probes(config, runtime, engine, sequence, corpus, task, journal, stop)
     _announce(config, runtime, corpus, description["shapes"], n_micro)
-    bytes_per_token = None
-    if config.task.kind is TaskKind.language_model:
-        bytes_per_token = corpus.total("text_bytes", "train") / corpus.total("tokens", "train")
+    bytes_per_token = corpus.bytes_per_token if config.task.kind is TaskKind.language_model else None
     report, of_rows = QuarantineFile(folder).add, task.labels_of_rows
     intake = Intake(runtime, sequence, loader, report, stop, labels_of_rows=of_rows)
-    return Trainer(
-        config, runtime, engine, sequence, intake, checkpoints, probes, journal, progress, bytes_per_token
-    )
+    return Trainer(config, runtime, engine, intake, checkpoints, probes, journal, progress, bytes_per_token)
 
 
 def _make_task(config: RunConfig, corpus: Corpus) -> Task:

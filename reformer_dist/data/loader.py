@@ -34,7 +34,7 @@ class StepBatch:
     """A rank's rows of one optimizer step."""
 
     micro_batches: list[Batch]
-    """Each of micro_batch_size rows; their labels are -100 where nothing is asked for."""
+    """Each of micro_batch_size rows; their labels are -100 where nothing is asked for. `rows`: their streams."""
     damaged: list[Damage]
     """Samples that were found damaged for the first time."""
     checksum: int
@@ -161,7 +161,11 @@ class TrainLoader:
         self.close()
 
     def _batch(self, rows: list[_StreamRow]) -> StepBatch:
-        examples, size = [each.example for each in rows], self._micro_batch_size
+        # known by its number, since where a row stands among others depends on the ranks
+        examples = [
+            {**each.example, "rows": np.asarray(stream)} for stream, each in zip(self._owned, rows, strict=True)
+        ]
+        size = self._micro_batch_size
         if self._order.by_sample:
             # rows of a like length go together: a step is the same sum whatever rows a micro-batch holds
             examples.sort(key=lambda example: sum(map(np.size, example.values())))

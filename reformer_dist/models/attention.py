@@ -117,7 +117,7 @@ class LSHSelfAttention(SelfAttention):
             count_pairs_once=config.count_pairs_once,
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
-            first_row=context.places.first_row,
+            rows=context.places.rows,
             implementation=config.attention_implementation.name,
         )
         return self._over_sequence(q, None, v, bucket_ids, options, context, layer, memo)
@@ -148,7 +148,7 @@ class LocalSelfAttention(SelfAttention):
             scale=self.head_dim**-0.5,
             dropout=context.dropout(self.config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
-            first_row=context.places.first_row,
+            rows=context.places.rows,
             implementation=self.config.attention_implementation.name,
         )
         return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, memo)
@@ -166,6 +166,6 @@ class ExactSelfAttention(SelfAttention):
             causal=self.config.causal,
             dropout=context.dropout(self.config.attention_dropout),
             seed=context.seed_for("attention", layer),
-            first_row=context.places.first_row,
+            rows=context.places.rows,
         )
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)

@@ -57,7 +57,7 @@ class ClassificationHead(nn.Module):
         return self.to_logits(self._drop(torch.tanh(dense), "dense", context)).float()
 
     def _drop(self, x: Tensor, place: str, context: ForwardContext) -> Tensor:
-        only_place = TokenPlaces(context.places.first_row, torch.zeros(1, dtype=torch.int64, device=x.device))
+        only_place = TokenPlaces(context.places.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
         seed = context.seed_for("head", place)
         return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, only_place).squeeze(1)
 

@@ -27,8 +27,8 @@ class ForwardOptions(TypedDict, total=False):
     """Training step, which draws that step's hash rotations; None: the fixed ones of evaluation."""
     dropout_seed: int | None
     """Of this step's dropout in training mode; None draws one from torch's generator."""
-    first_row: int
-    """Number of the first row among the rows of its step, which dropout masks depend on."""
+    rows: Tensor | None
+    """[B] numbers of the rows among those of their step, which dropout masks depend on; None: 0, 1, .."""
     health: list[LSHHealth] | None
     """LSH layers append their statistics."""
     sequence: SequenceAccess
@@ -93,7 +93,7 @@ def open_context(
 ) -> ForwardContext:
     """The context of one forward call on rows of n_tokens. seed: the model's; is_training switches dropout on."""
     sequence, step, mask = options.get("sequence", WHOLE), options.get("step"), options.get("key_padding_mask")
-    places = TokenPlaces(options.get("first_row", 0), sequence.positions(n_tokens, device, mask))
+    places = TokenPlaces(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:
         dropout_seed = None

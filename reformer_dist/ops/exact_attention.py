@@ -17,8 +17,8 @@ class ExactOptions:
     causal: bool
     dropout: float
     seed: int
-    first_row: int
-    """Number of the first batch row in its step."""
+    rows: Tensor | None
+    """[B] numbers of the batch rows in their step; None: 0, 1, .."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, *, first_head: int, n_heads: int
@@ -27,10 +27,12 @@ class ExactOptions:
         if self.dropout == 0.0:
             return exact_attention(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask)
 
+        rows = range(len(q)) if self.rows is None else self.rows.tolist()
+
         def seed_of(unit: int) -> int:
             row, head = divmod(unit, q.shape[1])
             # far apart, since neighbouring seeds of the kernels' generators may look alike
-            number = (row + self.first_row) * n_heads + head + first_head
+            number = rows[row] * n_heads + head + first_head
             return (self.seed + number * 0x9E3779B97F4A7C15) % 2**63
 
         return exact_attention_with_dropout(

@@ -28,7 +28,10 @@ class StepBatch(Protocol):
 
     @property
     def micro_batches(self) -> list[dict[str, Tensor]]:
-        """Whole rows by the names that the model takes; labels are -100 where nothing is asked for."""
+        """Whole rows by the names that the model takes; labels are -100 where nothing is asked for.
+
+        `rows` numbers them among those of their step.
+        """
         ...
 
     @property
@@ -82,7 +85,7 @@ class MicroBatch:
             sequences["source_sequence"] = sequence.of_length(rows["source"].shape[1])
         if sequence.grid.size > 1:
             for name, tensor in rows.items():
-                if name == "labels" and labels_of_rows:
+                if name == "rows" or (name == "labels" and labels_of_rows):
                     continue
                 shared = sequences["source_sequence" if name in OF_SOURCE else "sequence"]
                 tensors[name] = shared.take(tensor, FILLS.get(name, 0))
@@ -90,10 +93,6 @@ class MicroBatch:
         if mask is not None:
             tensors.setdefault("key_padding_mask", mask)
         return cls(tensors, sequences, labels_of_rows)
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.tensors["labels"])
 
     @property
     def asked(self) -> Tensor:

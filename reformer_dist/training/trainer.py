@@ -14,7 +14,6 @@ from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import TrainingError, UserError
 from reformer_dist.log import logger
-from reformer_dist.parallel import SlicedSequence
 from reformer_dist.seeds import derive_seed
 from reformer_dist.training.intake import Intake, Rows
 from reformer_dist.training.journal import Journal
@@ -69,7 +68,6 @@ class Trainer:
         config: RunConfig,
         runtime: Runtime,
         engine: TrainEngine,
-        sequence: SlicedSequence,
         intake: Intake,
         saver: Saver,
         observer: Observer,
@@ -82,8 +80,6 @@ class Trainer:
         self._runtime, self._engine, self._intake = runtime, engine, intake
         self._saver, self._observer, self._journal = saver, observer, journal
         self._bytes_per_token = bytes_per_token
-        # the first of this rank's rows among those of a step
-        self._first_row = sequence.grid.dp_rank * config.data.batch_size // config.dp_size(runtime.world_size)
         self._window = Window(runtime.device)
         self._watchdog = Watchdog(runtime, config.trainer.step_timeout)
         self._data_state: dict[str, Any] = {}
@@ -152,7 +148,8 @@ class Trainer:
         if step == self._saved_step:
             return f"nothing was done since the checkpoint of step {step}" if step else "before the first step"
         self._save(must=True)
-        return f"saved step {step}; the same command goes on from there"
+        how = "resume=auto" if self.config.resume == "never" else "the same command"
+        return f"saved step {step}; {how} goes on from there"
 
     def _is_due(self, interval: int) -> bool:
         """Every `interval` steps and at the end; never if it is 0."""
@@ -162,17 +159,14 @@ class Trainer:
     def _train_step(self, rows: Rows) -> tuple[float, float]:
         """(norm of the gradient, learning rate)."""
         step, device = self.progress.step, self._runtime.device
-        first_row = self._first_row
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in rows.micro_batches:
             loss = self._engine.forward(
                 **batch.to(device),
                 step=step,
                 dropout_seed=derive_seed("dropout", self.config.trainer.seed, step),
-                first_row=first_row,
                 **batch.sequences,
             )
-            first_row += batch.n_rows
             self._engine.backward(loss, rows.valid_labels)
             loss_sum += loss.detach()
         lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)

@@ -93,7 +93,8 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     """Of the output and of each gradient, relative to the largest right number; the right is in float64."""
     inputs, ids, mask = case.tensors(device)
     given = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
-    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **given, implementation="triton")
+    rows = torch.tensor([5, 2], device=device)
+    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **given, rows=rows, implementation="triton")
     d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
 
     q, k, v = (x.detach().requires_grad_() for x in inputs)
@@ -106,6 +107,7 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
     if case.shared:  # the same rounding of keys
         keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
+    given["unit_numbers"] = options.unit_numbers(2, 2, inputs[0].device)
     right = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **given)
     right_grads = torch.autograd.grad(right, (q, v) if case.shared else (q, k, v), d_out.double())
     if case.shared:

@@ -26,7 +26,7 @@ def test_parts_are_the_whole(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
-        first_row=3, implementation="triton",
+        rows=torch.tensor([3, 1], device=DEVICE), implementation="triton",
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     found = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)

@@ -156,7 +156,7 @@ def test_dropout_of_the_head_is_a_function_of_row_and_seed() -> None:
     model = MAKERS["classes"](small_config(**TWO_SIDED | DROPOUTS))
     tokens = random_tokens(3)
     whole = model(tokens, step=0, dropout_seed=1)
-    torch.testing.assert_close(model(tokens[1:], step=0, dropout_seed=1, first_row=1), whole[1:])
+    torch.testing.assert_close(model(tokens[1:], step=0, dropout_seed=1, rows=torch.tensor([1, 2])), whole[1:])
     assert not torch.equal(model(tokens, step=0, dropout_seed=2), whole)
     other = dataclasses.replace(model.config, dropout=0.0)
     plain = MAKERS["classes"](other)

@@ -193,7 +193,7 @@ def test_streams_are_rebuilt(is_autocast: bool) -> None:
     stack = ReformerStack(small_config(n_layers=6))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
-    places = TokenPlaces(0, torch.arange(37))
+    places = TokenPlaces(None, torch.arange(37))
     context = ForwardContext(dropout_seed=None, rotation_seed=1, places=places, sequence=WholeSequence())
     memos = [Memo() for _ in range(6)]
     streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]

@@ -49,13 +49,14 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, longest: int = 60) -> Case:
+    batch = draw(st.integers(1, 2))
     options = CrossOptions(
         n_buckets=draw(st.sampled_from([1, 2, 4, 64])),
         scale=draw(st.sampled_from([1.0, 0.3])),
         count_pairs_once=draw(st.booleans()),
         dropout=draw(st.sampled_from([0.0, 0.3])),
         dropout_seed=draw(st.integers(0, 2**63 - 1)),
-        first_row=draw(st.integers(0, 3)),
+        rows=draw(st.sampled_from([None, torch.tensor([3, 1])[:batch]])),
     )
     return Case(
         n_queries=draw(st.integers(1, longest)),
@@ -64,7 +65,7 @@ def cases(draw: st.DrawFn, longest: int = 60) -> Case:
         options=options,
         padding=draw(st.sampled_from(["none", "some", "row"])),
         seed=draw(st.integers(0, 2**31)),
-        batch=draw(st.integers(1, 2)),
+        batch=batch,
         n_heads=draw(st.integers(1, 3)),
         head_dim=draw(st.integers(1, 12)),
     )

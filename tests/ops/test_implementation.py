@@ -57,7 +57,7 @@ def test_reference_and_torch_agree():
     found = []
     for name in ("reference", "torch"):
         options = AttentionOptions(
-            WindowRule(5, True), 2, 0.5, dropout=0.2, dropout_seed=9, first_row=3, implementation=name
+            WindowRule(5, True), 2, 0.5, dropout=0.2, dropout_seed=9, rows=torch.tensor([3]), implementation=name
         )
         out = bucket_attention(q, None, v, ids, options)
         found.append([out, *torch.autograd.grad(out.square().sum(), (q, v))])

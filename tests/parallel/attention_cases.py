@@ -69,7 +69,7 @@ class Case:
             count_pairs_once=self.count_pairs_once,
             dropout=self.dropout,
             dropout_seed=77,
-            first_row=5,
+            rows=torch.tensor([5, 2])[: self.batch],
             implementation=self.implementation,
         )
 
@@ -215,7 +215,7 @@ def check_exact_attention(grid: SequenceGrid) -> None:
         (37, True, 0.4, "some"),
     ):
         case = Case("exact", CAUSAL, seq_len=seq_len, n_heads=8, head_dim=4, shared=False, padding=padding)
-        options = ExactOptions(causal=causal, dropout=dropout, seed=3, first_row=2)
+        options = ExactOptions(causal=causal, dropout=dropout, seed=3, rows=torch.tensor([2, 6]))
         sliced = SlicedSequence(grid, seq_len)
         tensors = case.tensors(grid.size)
         outcomes = []

@@ -43,7 +43,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
                 key_padding_mask=mask,
                 step=step,
                 dropout_seed=step,
-                first_row=grid.dp_rank * len(inputs) + first,
+                rows=torch.arange(MICRO) + grid.dp_rank * len(inputs) + first,
                 sequence=sequence,
             )
             total += loss.item()

@@ -34,11 +34,10 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
         whole = rows(step)
         own = {name: tensor.chunk(grid.dp_size)[grid.dp_rank] for name, tensor in whole.items()}
         valid = float((whole["labels"] != IGNORED).sum())
-        total, n_rows = 0.0, len(own["labels"])
-        for first in range(0, n_rows, MICRO):
+        total = 0.0
+        for first in range(0, len(own["labels"]), MICRO):
             batch = MicroBatch.of({name: x[first : first + MICRO] for name, x in own.items()}, sequence)
-            seeds = {"step": step, "dropout_seed": step, "first_row": grid.dp_rank * n_rows + first}
-            loss = engine.forward(**batch.tensors, **batch.sequences, **seeds)
+            loss = engine.forward(**batch.tensors, **batch.sequences, step=step, dropout_seed=step)
             total += loss.item()
             engine.backward(loss, valid)
         norms.append(engine.step(LEARNING_RATES[step]).grad_norm)

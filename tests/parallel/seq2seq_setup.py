@@ -93,6 +93,7 @@ def rows(step: int) -> dict[str, Tensor]:
         "tokens": target[:, :-1],
         "key_padding_mask": mask,
         "labels": target[:, 1:].masked_fill(~mask, IGNORED),
+        "rows": torch.arange(ROWS),
     }
 
 

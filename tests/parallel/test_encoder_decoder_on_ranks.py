@@ -45,9 +45,9 @@ def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]
     def micro_batches(step: int) -> tuple[float, Iterator[Tensor]]:
         batch = rows(step)
         starts = range(0, len(batch["labels"]), 2 * MICRO)
-        pieces = ((first, {name: x[first : first + 2 * MICRO] for name, x in batch.items()}) for first in starts)
+        pieces = ({name: x[first : first + 2 * MICRO] for name, x in batch.items()} for first in starts)
         given = {"step": step, "dropout_seed": step}
-        sums = (model(**micro, first_row=first, **given) for first, micro in pieces)
+        sums = (model(**micro, **given) for micro in pieces)
         return float((batch["labels"] != IGNORED).sum()), sums
 
     losses, norms = train_plainly(model, case.config().optim, LEARNING_RATES, micro_batches)

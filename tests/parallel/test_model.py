@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, SLOW, STEPS, Case, rows
 from support.launch import run_ranks
 from support.plain_adamw import train_plainly
@@ -45,9 +46,10 @@ def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]
     def micro_batches(step: int) -> tuple[float, Iterator[Tensor]]:
         inputs, labels = rows(step, case.seq_len)
         starts = range(0, len(inputs), 2 * MICRO)
-        pieces = ((first, slice(first, first + 2 * MICRO)) for first in starts)
+        pieces = (slice(first, first + 2 * MICRO) for first in starts)
+        numbers = torch.arange(len(inputs))
         given = {"step": step, "dropout_seed": step}
-        sums = (model(inputs[its], labels[its], first_row=first, **given) for first, its in pieces)
+        sums = (model(inputs[its], labels[its], rows=numbers[its], **given) for its in pieces)
         return float((labels != IGNORED).sum()), sums
 
     losses, norms = train_plainly(model, case.config().optim, LEARNING_RATES, micro_batches)

@@ -104,6 +104,8 @@ def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
     of_ranks = [rows([part for rank in by_rank for part in (rank[0][step],)]) for step in range(steps)]
     assert [sorted(step) for step in of_ranks] == [sorted(rows([step])) for step in whole]
     assert merge_states([rank_state for _, rank_state in by_rank]) == merge_states([state])
+    numbers = [torch.cat([batch["rows"] for batch in step]).tolist() for step in whole]
+    assert [sorted(step) for step in numbers] == [list(range(BATCH))] * steps
     replay = Replay(make_order(data), Start(), passes=1)
     for _ in range(steps):
         replay.next_step()
@@ -166,3 +168,17 @@ def test_an_unknown_label_is_named(tmp_path: Path) -> None:
     odd = [Record("other:7", (b"more",), {"label": "c"})]
     with pytest.raises(DataError, match=r"other:7: its label 'c' is unknown; it must be one of .*: a, b"):
         write_records(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
+
+
+def test_dropout_of_a_row_is_its_own_in_any_world(data: Path) -> None:
+    """Rows of a like length go together: which ones share a micro-batch, and their order, depend on the ranks."""
+    drops = ("model.dropout=0.3", "model.ff_dropout=0.2", "model.attention_dropout=0.3")
+    torch.manual_seed(0)
+    model = make("completion", data, "model.layers=[local,lsh]", *drops).build_model()
+    found = []
+    for worlds in ([(0, 1, 6)], [(0, 1, 2)], [(0, 2, 1), (1, 2, 3)]):
+        batches = [read(data, 1, rank=rank, size=size, micro_batch=micro)[0][0] for rank, size, micro in worlds]
+        with torch.no_grad():
+            losses = [model(**batch, step=1, dropout_seed=7) for of_rank in batches for batch in of_rank]
+        found.append(torch.stack(losses).sum())
+    torch.testing.assert_close(torch.stack(found), found[0].expand(3))

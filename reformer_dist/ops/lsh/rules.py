@@ -58,8 +58,8 @@ class DropoutOptions:
 
     dropout: float = 0.0
     dropout_seed: int = 0
-    first_row: int = 0
-    """Number of the first batch row in its step."""
+    rows: Tensor | None = None
+    """[B] numbers of the batch rows in their step; None: 0, 1, .."""
     first_head: int = 0
     """Number of the first head at hand among the layer's n_heads."""
     n_heads: int | None = None
@@ -67,9 +67,9 @@ class DropoutOptions:
 
     def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
         """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
-        row = torch.arange(batch, device=device).unsqueeze(1) + self.first_row
+        row = torch.arange(batch, device=device) if self.rows is None else self.rows
         head = torch.arange(n_heads, device=device) + self.first_head
-        return (row * (self.n_heads or n_heads) + head).flatten()
+        return (row.unsqueeze(1) * (self.n_heads or n_heads) + head).flatten()
 
 
 @dataclass(frozen=True)

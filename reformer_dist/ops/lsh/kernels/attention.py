@@ -47,12 +47,16 @@ class KernelAttention:
 def _groups(
     v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
 ) -> list[Units]:
-    n_rounds, seq_len = bucket_ids.shape[2:]
+    batch, n_heads, n_rounds, seq_len = bucket_ids.shape
     has_padding = key_padding_mask is not None
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = min(MOST_UNITS, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
     largest = tuning_of(v.shape[3], v.dtype).block
-    return [
-        Units(options, tile_units(part, options, largest=largest, has_padding=has_padding), number * size)
-        for number, part in enumerate(buckets.split(size))
-    ]
+    numbers = options.unit_numbers(batch, n_heads, v.device).int() if options.dropout > 0 else None
+    groups = []
+    for first in range(0, buckets.shape[0], size):
+        its = slice(first, first + size)
+        its_numbers = None if numbers is None else numbers[its]
+        tiles = tile_units(buckets[its], its_numbers, options, largest=largest, has_padding=has_padding)
+        groups.append(Units(options, tiles, first))
+    return groups

@@ -76,7 +76,7 @@ def attend_round_backward(
     first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
     keys = (k, v, key_places(place, is_key), row)
     queries = (q, d_out, lse, delta, query_places(place, is_query), row, row * 0 + round_)
-    pairs = (begin, codes_ptr, seq_len, who_is_here(who_ptr, first_unit + unit, n_heads, draw, C), scale, draw)
+    pairs = (begin, codes_ptr, seq_len, who_is_here(who_ptr, unit, C), scale, draw)
     p, ds = of_pairs(keys, queries, pairs, True, C)
     dv = product(p, d_out, C)
     dk = product(ds, q, C)

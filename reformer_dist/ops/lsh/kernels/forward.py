@@ -52,7 +52,7 @@ def attend_round(
     codes_ptr += start_row
     k_ptr = of_unit(k_ptr, k_strides, first_unit + unit, n_heads)
     v_ptr = of_unit(v_ptr, v_strides, first_unit + unit, n_heads)
-    who = who_is_here(who_ptr, first_unit + unit, n_heads, draw, C)
+    who = who_is_here(who_ptr, unit, C)
 
     place = first + tl.arange(0, BLOCK)
     is_row, is_key = place < end, place < key_end

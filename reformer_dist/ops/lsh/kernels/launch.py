@@ -85,15 +85,14 @@ class Units:
         tiles, (_, n_heads, seq_len, _) = self.tiles, q.shape
         codes, who = (tiles.order if x is None else x for x in (tiles.codes, tiles.who))
         sizes = (self.first, n_heads, seq_len, tiles.table.shape[2])
-        return tiles.order, tiles.table, codes, who, *sizes, self.options.scale, self._draw(n_heads)
+        return tiles.order, tiles.table, codes, who, *sizes, self.options.scale, self._draw()
 
-    def _draw(self, n_heads: int) -> tuple[int, int, float, int, int, int]:
-        """What `pairs.dropout_factors` and `pairs.who_is_here` need of the options."""
-        options, seed = self.options, self.options.dropout_seed
-        if options.dropout == 0:  # of what changes from step to step nothing is compiled in
-            return 0, 0, 1.0, 0, 0, n_heads
-        chance = (signed32(seed ^ (seed >> 32)), int(options.dropout * 2**31), 1 / (1 - options.dropout))
-        return *chance, options.first_row, options.first_head, options.n_heads or n_heads
+    def _draw(self) -> tuple[int, int, float]:
+        """What `pairs.dropout_factors` needs of the options."""
+        dropout, seed = self.options.dropout, self.options.dropout_seed
+        if dropout == 0:  # of what changes from step to step nothing is compiled in
+            return 0, 0, 1.0
+        return signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout)
 
     def _flags(self, q: Tensor, k: Tensor | None, *, is_backward: bool) -> dict[str, Any]:
         block, n_rounds, head_dim = self.tiles.block, self.tiles.order.shape[1], q.shape[3]

@@ -257,7 +257,7 @@ def token_keys(row, round_, who, seq_len, seed, IS_QUERY: tl.constexpr, C: tl.co
 
 @triton.jit
 def dropout_factors(query_row, key_row, round_, who, seq_len, draw, C: tl.constexpr):
-    """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor, ..)."""
+    """1 / (1 - dropout) where `ops.counter_dropout` keeps a pair, else 0; draw = (seed, threshold, factor)."""
     query_keys = token_keys(query_row, round_, who, seq_len, draw[0], True, C)
     key_keys = token_keys(key_row, round_, who, seq_len, draw[0], False, C)
     is_kept = (mix(query_keys ^ key_keys) & 0x7FFFFFFF) >= draw[1]
@@ -265,13 +265,9 @@ def dropout_factors(query_row, key_row, round_, who, seq_len, draw, C: tl.conste
 
 
 @triton.jit
-def who_is_here(who_ptr, unit, n_heads, draw, C: tl.constexpr):
-    """A unit's number in its step (`DropoutOptions.unit_numbers`), or where those of held rows are (`Tiles.who`).
-
-    draw = (.., first row, first head, heads of the layer).
-    """
-    if C.held:
-        who = who_ptr
-    else:
-        who = (unit // n_heads + draw[3]) * draw[5] + unit % n_heads + draw[4]
+def who_is_here(who_ptr, unit, C: tl.constexpr):
+    """A unit's number in its step, or where those of held rows are: see `Tiles.who`."""
+    who = who_ptr
+    if C.drops and not C.held:
+        who = tl.load(who_ptr + unit)
     return who

@@ -98,14 +98,17 @@ class Tiles:
     codes: Tensor | None
     """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
     who: Tensor | None = None
-    """int32 [2, S] of held rows, which are one unit: position, and number of the unit in its step."""
+    """With dropout, int32 [U] numbers of the units in their step.
+
+    Of held rows, which are one unit, [2, S]: position, and number of the unit in its step.
+    """
     here: Tensor | None = None
     """uint8 [R, S] of held rows: 0 in rounds from which they are absent. Then they are in no tile."""
 
     @property
     def are_held(self) -> bool:
         """Of held rows, and not of whole units."""
-        return self.who is not None
+        return self.here is not None
 
 
 def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
@@ -120,12 +123,17 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
     return block
 
 
-def tile_units(buckets: Tensor, options: AttentionOptions, *, largest: int, has_padding: bool) -> Tiles:
-    """Tiles of bucket ids [U, R, S], in which n_buckets marks padding: tiles of queries that meet nobody."""
+def tile_units(
+    buckets: Tensor, numbers: Tensor | None, options: AttentionOptions, *, largest: int, has_padding: bool
+) -> Tiles:
+    """Tiles of bucket ids [U, R, S], in which n_buckets marks padding: tiles of queries that meet nobody.
+
+    numbers: see `Tiles.who`.
+    """
     n_buckets = options.n_buckets
     block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
     order, table, in_order = _cut_rounds(buckets, n_buckets, options.rule, block, has_padding=has_padding)
-    return Tiles(block, order, table, _codes(order, in_order, options))
+    return Tiles(block, order, table, _codes(order, in_order, options), numbers)
 
 
 def tile_held(held: HeldRows, options: AttentionOptions, *, largest: int) -> Tiles:

@@ -30,11 +30,11 @@ def find_start(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
 
 def _choose(config: RunConfig) -> Path | None:
     root = Path(config.output_dir) / FOLDER
-    if config.resume not in ("auto", "never"):
-        return resolve_checkpoint(Path(config.resume))
     found, complaints = find_checkpoint(root)
     for words in complaints:
         logger.warning(f"passed over {words}")
+    if config.resume not in ("auto", "never"):
+        return _from_path(config.resume, found)
     if config.resume == "never" and (found is not None or complaints):
         fix = "choose another output_dir, or move them away"
         raise CheckpointError(f"resume=never: {root} holds checkpoints of an earlier run; {fix}")
@@ -42,6 +42,20 @@ def _choose(config: RunConfig) -> Path | None:
         fix = "move the damaged ones away to start anew, or name another by resume=<path>"
         raise CheckpointError(f"{root}: no checkpoint is whole; {fix}")
     return found
+
+
+def _from_path(given: str, found: Path | None) -> Path:
+    """Where a run that begins at a given checkpoint stands: there, or, once it has saved, at its own newest one.
+
+    So the same command goes on however often the run is cut.
+    """
+    if found is not None and CheckpointReader(found).run["config"]["resume"] == given:
+        return found
+    start = resolve_checkpoint(Path(given))
+    if found is not None and found.resolve() != start.resolve():
+        fix = "give another output_dir, or resume=auto to go on from it"
+        raise CheckpointError(f"resume={given}: {found} is of a run that did not begin there; {fix}")
+    return start
 
 
 class Checkpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,33 @@ def test_resume_from_a_path(whole: Path, tiny_data: Path, tmp_path: Path, job: R
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=f"{path}: is neither a checkpoint"):
             train(job, tiny_data, tmp_path / "other", f"resume={path}")
+
+
+def test_a_run_that_began_at_a_path_goes_on_from_its_own_checkpoints(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    """The command that a scheduler starts again names the path each time, even where nothing is there any more."""
+    source = Path(shutil.copytree(whole, tmp_path / "source"))
+    run, resume = tmp_path / "run", f"resume={checkpoint(source, 3)}"
+    train(job, tiny_data, run, resume, "trainer.max_steps=5")
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(source)
+            shutil.rmtree(checkpoint(run, 6))
+        said.clear()
+        train(job, tiny_data, run, resume)
+        assert f"resuming from {checkpoint(run, 5)} at step 5" in said.messages
+    with pytest.raises(UserError, match=r"resume=.*step-00000003: .*step-00000006 is of a run that did not begin"):
+        train(job, tiny_data, run, f"resume={checkpoint(whole, 3)}")
+
+
+def test_going_back_in_the_same_directory_is_refused(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    run = interrupted(whole, tmp_path / "run", 3, 6)
+    with pytest.raises(UserError, match="give another output_dir, or resume=auto"):
+        train(job, tiny_data, run, f"resume={checkpoint(run, 3)}")
+    train(job, tiny_data, run, f"resume={checkpoint(run, 6)}")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Probes:
 
     def _first_rows(self) -> dict[str, Tensor]:
         """The first held-out row, on every rank the same."""
-        return next(self._batches(1, 1, 0, 1)).tensors
+        return self._runtime.together(lambda: next(self._batches(1, 1, 0, 1)).tensors)
 
     @torch.no_grad()
     def _health(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from reformer_dist.distributed.runtime import Preempted, Runtime
+from reformer_dist.errors import UserError
 from reformer_dist.told_to_stop import SIGNALS
 
 T = TypeVar("T")
@@ -65,16 +66,28 @@ class StopSignal:
         timer.daemon = True
         timer.start()
 
-    def agree(self, runtime: Runtime) -> None:
-        """Every rank calls this. Raises Preempted alike on every rank if any was told to stop."""
-        if runtime.sum([float(self.is_set)])[0]:
-            raise Preempted("told to stop")
-
     def until_stopped(self, things: Iterable[T], runtime: Runtime) -> Iterator[T]:
-        """Passes on as many things on every rank; raises Preempted between two of them."""
-        for thing in things:
-            self.agree(runtime)
-            yield thing
+        """Passes on as many things on every rank.
+
+        Between two of them raises alike on every rank: Preempted if any was told to stop, or the error that any
+        had with its next thing.
+        """
+        source = iter(things)
+        while True:
+            following: list[T] = []
+            error = None
+            try:
+                following = [next(source)]
+            except StopIteration:
+                return
+            except (UserError, OSError) as caught:
+                error = caught
+            stopped, failed = runtime.sum([float(self.is_set), float(error is not None)])
+            if stopped:
+                raise Preempted("told to stop")
+            if failed:
+                runtime.raise_together(error)
+            yield from following
 
     def _hear(self, near: socket.socket) -> None:
         with near:

@@ -9,19 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from run_helpers import LOSS, checkpoint, losses, train, when_told
+from support.threads import on_ranks
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
 from reformer_dist.checkpoint import writer
 from reformer_dist.cli import INTERRUPTED, PREEMPTED
-from reformer_dist.distributed.runtime import Preempted, Runtime
+from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
+from reformer_dist.errors import DataError
 from reformer_dist.training.intake import Intake
 from reformer_dist.training.stopping import StopSignal
 
@@ -135,6 +137,24 @@ with stop.listen():
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 """
+
+
+def test_what_one_rank_cannot_read_ends_all_alike() -> None:
+    """Held-out text of a rank of its own is damaged: none may wait for it, and a save under way is settled."""
+
+    def things(rank: int) -> Iterator[int]:
+        yield 1
+        if rank == 1:
+            raise DataError("a sample is damaged")
+        yield 2
+
+    def of_rank(runtime: Runtime) -> list[int]:
+        return list(StopSignal().until_stopped(things(runtime.rank), runtime))
+
+    errors = on_ranks(3, of_rank)
+    assert [type(error) for error in errors] == [SharedError] * 3
+    assert {str(error) for error in errors} == {"rank 1: a sample is damaged"}
+    assert on_ranks(1, of_rank) == [[1, 2]]
 
 
 def test_a_second_sigint_leaves_at_once() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from reformer_dist.checkpoint import CheckpointReader, Export
@@ -12,7 +15,7 @@ from reformer_dist.errors import DataError
 from reformer_dist.load import open_weights
 from reformer_dist.log import logger
 
-HEAD = "head."
+HEAD, TABLE = "head.", "embedding.tokens"
 
 
 def saved_model(path: str) -> dict[str, Any]:
@@ -31,7 +34,9 @@ def start_from(path: str, model: nn.Module, tokenizer: dict[str, Any]) -> None:
     if reader.run["tokenizer"] != tokenizer:
         fix = f"write the data with tools/make_shards.py --tokenizer-of {path}"
         raise DataError(f"data.path: has another tokenizer than init_from={path}; {fix}")
-    reader.load_weights(_without_other_head(reader, model))
+    part = _without_other_head(reader, model)
+    with _table_as_saved(part, reader.run["shapes"]):
+        reader.load_weights(part)
     logger.info(f"weights are those of {reader.folder}")
 
 
@@ -45,3 +50,25 @@ def _without_other_head(reader: CheckpointReader | Export, model: nn.Module) -> 
     logger.info(f"the head of {reader.folder} is of another kind; this run's starts anew")
     reader.run["shapes"] = {name: shape for name, shape in shapes.items() if name not in theirs}
     return nn.ModuleDict({name: part for name, part in model.named_children() if not f"{name}.".startswith(HEAD)})
+
+
+@contextmanager
+def _table_as_saved(model: nn.Module, shapes: dict[str, list[int]]) -> Iterator[None]:
+    """Meanwhile the table of tokens has the row more, or less, that a masked language model has for its mask.
+
+    After that, all other rows are those saved; a mask that is new begins as their mean.
+    """
+    embedding = model.get_submodule(TABLE)
+    own = embedding.weight
+    assert isinstance(own, nn.Parameter)
+    n_saved = shapes.get(f"{TABLE}.weight", [len(own)])[0]
+    if abs(n_saved - len(own)) != 1:
+        yield
+        return
+    embedding.weight = saved = nn.Parameter(own.new_empty(n_saved, own.shape[1]))
+    yield
+    with torch.no_grad():
+        n_shared = min(n_saved, len(own))
+        own[:n_shared] = saved[:n_shared]
+        own[n_shared:] = saved.mean(dim=0)
+    embedding.weight = own

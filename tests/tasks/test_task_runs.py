@@ -66,6 +66,22 @@ def test_a_run_goes_on_exactly_and_loads(
     assert torch.isfinite(loaded.model(**batch))
 
 
+def test_a_masked_language_model_is_what_others_start_from(tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
+    """Its table has a row more, for the mask; all other weights below the head are kept, and back again."""
+    kinds = ["masked_language_model", "sequence_classification", "masked_language_model"]
+    data = [tiny_data, write_for("sequence_classification", tmp_path / "classes"), tiny_data]
+    frozen = ("optim.lr=0", "optim.weight_decay=0", "deepspeed.stage=1", "trainer.max_steps=1")
+    tables: list[torch.Tensor] = []
+    for number, (kind, its) in enumerate(zip(kinds, data, strict=True)):
+        begin = () if number == 0 else (f"init_from={tmp_path / f'run{number - 1}'}",)
+        train(job, kind, its, tmp_path / f"run{number}", *begin, *frozen)
+        weights = load_model(tmp_path / f"run{number}", [], torch.device("cpu")).model.state_dict()
+        tables.append(weights["embedding.tokens.weight"])
+    assert [len(table) for table in tables] == [258, 257, 258]
+    assert torch.equal(tables[1], tables[0][:257]) and torch.equal(tables[2][:257], tables[1])
+    torch.testing.assert_close(tables[2][257], tables[1].mean(dim=0))
+
+
 def test_which_tokens_are_hidden_is_a_function_of_the_place(tiny_data: Path) -> None:
     task = make(
         "masked_language_model", tiny_data, "model.causal=false", "data.seq_len=2000", "model.position=rotary"

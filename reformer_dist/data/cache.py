@@ -37,12 +37,14 @@ class FileCache:
 
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
         self._folder, self._limit = Path(folder).expanduser(), limit_bytes
+        self._agreed: set[Path] = set()  # copies of another content than wanted, as the source gave it twice
 
     def open(self, wanted: Wanted, where: str, download: Callable[[Path], None]) -> int:
         """A descriptor of the copy of a file, which `download` writes to a path if there is none yet.
 
         Where two downloads agree on a content that is not the wanted one, the source holds that, and so does the
-        copy. Raises DataError where the file is larger than the cache, or the cache can't be written.
+        copy, for this process: the next one asks again, since the source may have been mended. Raises DataError
+        where the file is larger than the cache, or the cache can't be written.
         """
         if wanted.size is not None and wanted.size > self._limit:
             right = f"holds {wanted.size} bytes; data.cache_gb must leave room for it"
@@ -62,7 +64,9 @@ class FileCache:
             raise DataError(f"{self._folder}: {words}; {right}") from error
 
     def _copies(self, wanted: Wanted) -> Iterator[Path]:
-        yield from self._folder.glob(f"{wanted.sha256}*.copy")
+        for path in self._folder.glob(f"{wanted.sha256}*.copy"):
+            if path.name == f"{wanted.sha256}.copy" or path in self._agreed:
+                yield path
 
     def _open_copy(self, wanted: Wanted) -> int | None:
         for path in self._copies(wanted):
@@ -84,7 +88,7 @@ class FileCache:
                     partial.rename(self._folder / f"{wanted.sha256}.copy")
                     return
                 if found in seen:
-                    partial.rename(self._folder / f"{wanted.sha256}-{found[:16]}.copy")
+                    self._agreed.add(partial.rename(self._folder / f"{wanted.sha256}-{found[:16]}.copy"))
                     return
                 seen.add(found)
             finally:

@@ -81,6 +81,16 @@ class Corpus:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
         return sum(dataset.total(count, split) for dataset in self.datasets)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of what training reads: each data set by its weight, where data sets are mixed by weight."""
+        if self.weights is None:
+            return self.total("text_bytes", "train") / self.total("tokens", "train")
+        each = [
+            dataset.total("text_bytes", "train") / dataset.total("tokens", "train") for dataset in self.datasets
+        ]
+        return sum(weight * number for weight, number in zip(self.weights, each, strict=True))
+
     def check(self, split: str, max_damaged_share: float) -> Iterator[str]:
         """Yields a warning for each shard of another size than was recorded: samples that it lacks are damaged.
 

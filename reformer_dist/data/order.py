@@ -75,8 +75,8 @@ class Lane:
         self, number: int, parts: list[Part], *, seed: int, n_streams: int, shuffle: bool, by_sample: bool
     ) -> None:
         """Raises DataError where the shards hold fewer units than there are streams."""
-        self.number, self.parts, self.by_sample = number, parts, by_sample
-        self._seed, self._n_streams, self._shuffle = seed, n_streams, shuffle
+        self.number, self.parts, self.by_sample, self.shuffle = number, parts, by_sample, shuffle
+        self._seed, self._n_streams = seed, n_streams
         sizes = [part.shard.samples if by_sample else part.shard.tokens for part in parts]
         self._shard_sizes = np.array(sizes, dtype=np.int64)
         self.n_units = int(self._shard_sizes.sum())
@@ -122,7 +122,7 @@ class Lane:
         return found
 
     def _permuted(self, length: int, purpose: str, number: int) -> NDArray[np.int64]:
-        if not self._shuffle:
+        if not self.shuffle:
             return np.arange(length)
         return permutation(length, seeded_bits(self._seed, purpose, number))
 

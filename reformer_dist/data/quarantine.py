@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
+
+from numpy.typing import NDArray
 
 from reformer_dist.data.samples import SampleDamaged, SampleReader, Source
 from reformer_dist.errors import DataError
@@ -63,6 +66,8 @@ class CheckedReader:
 
     def __init__(self, quarantine: Quarantine) -> None:
         self._quarantine, self._reader = quarantine, SampleReader()
+        # streams whose shares meet in one long document share its tokens
+        self._opened: WeakValueDictionary[SampleId, NDArray[Any]] = WeakValueDictionary()
         self.passed_over: list[SampleId] = []
         """Samples of which nothing was read, until somebody empties the list."""
 
@@ -70,8 +75,12 @@ class CheckedReader:
         """Tokens of a sample, [n_tokens]; None where it is in quarantine, or belongs there from now on."""
         name = (data_set, source.shard.name, source.entry.key)
         if name not in self._quarantine:
+            tokens = self._opened.get(name)
+            if tokens is not None:
+                return tokens
             try:
-                return self._reader.read(source)
+                self._opened[name] = tokens = self._reader.read(source)
+                return tokens
             except SampleDamaged as damaged:
                 self._quarantine.add([Damage(name, source.where, source.entry.document, str(damaged))])
         self.passed_over.append(name)

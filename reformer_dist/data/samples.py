@@ -52,8 +52,8 @@ class SampleReader:
     def __init__(self) -> None:
         self._files: OrderedDict[tuple[Dataset, str], int] = OrderedDict()
 
-    def read(self, source: Source) -> NDArray[np.int32]:
-        """Tokens of a sample, [n_tokens] with end-of-text as the last.
+    def read(self, source: Source) -> NDArray[np.unsignedinteger]:
+        """Tokens of a sample, [n_tokens] with end-of-text as the last, in as few bytes as the vocabulary takes.
 
         Raises SampleDamaged where it is not as it was written, and DataError where its shard is missing, or it
         is one of the things that are refused.
@@ -113,14 +113,15 @@ def _check_header(header: bytes, source: Source) -> None:
         raise SampleDamaged(f"is altered: {name!r} of {member.size} bytes is in its place")
 
 
-def _tokens(payload: bytes, source: Source) -> NDArray[np.int32]:
+def _tokens(payload: bytes, source: Source) -> NDArray[np.unsignedinteger]:
     tokenizer = source.dataset.tokenizer
     ids = np.frombuffer(payload, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"))
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
         right = f"ids must be below {tokenizer.vocab_size}"
         raise DataError(f"{source.where} holds token {int(ids.max())}; {right}: write the data set again")
     ends = np.cumsum(source.entry.lengths or [len(ids)])
-    return np.insert(ids.astype(np.int32), ends, tokenizer.eos_id)
+    narrow = np.promote_types(tokenizer.dtype, np.min_scalar_type(tokenizer.eos_id))
+    return np.insert(ids.astype(narrow), ends, tokenizer.eos_id)
 
 
 @dataclass(frozen=True)

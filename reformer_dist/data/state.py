@@ -130,7 +130,7 @@ def _changed_data(state: Mapping[str, Any], order: Order) -> Start:
         raise DataError(f"data state: lanes is {lanes!r}; it must hold the digest and the tokens of each lane")
     saved = [_stream(state, stream, len(lanes)) for stream in range(order.n_streams)]
     positions: list[list[int]] = [[] for _ in saved]
-    passes = 0
+    origin = _origin(state)
     for number, lane in enumerate(order.lanes):
         if number < len(lanes) and lanes[number] == [lane.digest, lane.n_units]:
             now = [places[number] for places, _ in saved]
@@ -138,11 +138,12 @@ def _changed_data(state: Mapping[str, Any], order: Order) -> Start:
             old = int(lanes[number][1]) if number < len(lanes) else 0
             passes = _passes_begun([places[number] for places, _ in saved], old) if old else 0
             now = [passes * lane.share(stream)[1] for stream in range(order.n_streams)]
+            origin = (_step(state), passes)
         for places, place in zip(positions, now, strict=True):
             places.append(place)
     streams = {stream: (places, saved[stream][1]) for stream, places in enumerate(positions)}
     # keys of other shards would name other samples
-    return Start(_step(state), (_step(state), passes), streams)
+    return Start(_step(state), origin, streams)
 
 
 def _passes_begun(places: list[int], n_tokens: int) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.order import Lane, Order, ShuffledShard
 from reformer_dist.data.samples import Source
+from reformer_dist.errors import DataError
 
 IGNORED_LABEL = -100
 HASH_BYTES = 16
@@ -77,14 +78,18 @@ class TokenStream:
     def next_pieces(self, lane: int, open_sample: Open) -> list[Piece]:
         """The pieces of the next row, seq_len tokens together or one sample; fewer where the stream ends.
 
-        Raises DataError where an index can't be read.
+        Raises DataError where an index can't be read, or whatever comes is damaged.
         """
         pieces, left, place = [], self._row_units, self.positions[lane]
         cursor = self._cursors[lane]
+        found = place
         while left > 0 and not cursor.is_at_end(place):
             piece, length = cursor.piece_at(place, left, open_sample)
             place += length
-            if piece is not None:
+            if piece is None:
+                cursor.require_more(place - found)
+            else:
+                found = place
                 pieces.append(piece)
                 left -= length
         self.positions[lane] = place
@@ -97,7 +102,7 @@ class _Cursor:
     """Finds what lies at a place of one stream in one lane; remembers the shard and the sample found last."""
 
     def __init__(self, lane: Lane, stream: int, passes: int | None) -> None:
-        self._lane, self._passes = lane, passes
+        self._lane, self._passes, self._stream = lane, passes, stream
         self._first, self._length = lane.share(stream)
         self._shard: ShuffledShard | None = None
         self._shard_pass = -1
@@ -105,6 +110,14 @@ class _Cursor:
 
     def is_at_end(self, place: int) -> bool:
         return self._passes is not None and place >= self._passes * self._length
+
+    def require_more(self, n_damaged: int) -> None:
+        """Raises DataError where so many damaged units in a row are all that will ever come."""
+        if not self._lane.shuffle and n_damaged >= self._length:
+            right = (
+                "copy the shards again, or set data.shuffle=true, by which rows read another share in each pass"
+            )
+            raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {right}")
 
     def piece_at(self, place: int, most: int, open_sample: Open) -> tuple[Piece | None, int]:
         """(what of a sample lies from a place on, units up to the next place); no piece if it is damaged."""

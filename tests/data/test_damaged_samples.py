@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from data_helpers import (
@@ -17,10 +20,21 @@ from data_helpers import (
     open_loader,
     read_steps,
     read_world,
+    replace_split,
     varied_documents,
 )
 
-from reformer_dist.data import ByteTokenizer, Corpus, Dataset, explain_changes, read_state, write_dataset
+from reformer_dist.data import (
+    ByteTokenizer,
+    Corpus,
+    Dataset,
+    Quarantine,
+    Source,
+    explain_changes,
+    read_state,
+    write_dataset,
+)
+from reformer_dist.data.quarantine import CheckedReader
 from reformer_dist.errors import DataError
 
 
@@ -113,6 +127,36 @@ def test_a_data_set_of_damage_ends(copy: Dataset) -> None:
         next(loader)
 
 
+@pytest.mark.parametrize("by_threads", [0, 1])
+def test_a_share_of_damage_without_shuffling_is_an_error(
+    make_dataset: Callable[..., Dataset], by_threads: int
+) -> None:
+    """One row would look for its next token in every pass, for ever."""
+    long = [*varied_documents(), ("long", b"z" * 20_000), *varied_documents()]
+    dataset = make_dataset(long, heldout_fraction=0, shard_bytes=100_000)
+    damage_sample(dataset, 60)
+    with (
+        pytest.raises(DataError, match=r"data\.shuffle=false: all that row [345] of a step reads is damaged"),
+        open_loader(dataset, shuffle=False, workers=by_threads) as loader,
+    ):
+        for _ in range(100):
+            next(loader)
+    with open_loader(dataset, workers=by_threads) as loader:
+        for _ in range(100):
+            next(loader)
+
+
+def test_streams_share_the_tokens_of_a_long_document(dataset: Dataset) -> None:
+    shard = dataset.shards("train")[0]
+    source = Source(dataset, shard, dataset.index(shard).entries[0])
+    with closing(CheckedReader(Quarantine(1, 0.0))) as reader:
+        first = reader.open(0, source)
+        assert first.dtype == np.uint16 and reader.open(0, source) is first
+        known = weakref.ref(first)
+        del first
+        assert known() is None  # nothing is kept that no stream reads
+
+
 def other_data(folder: Path, kind: str) -> Corpus:
     documents = varied_documents()
     if kind == "altered":
@@ -147,6 +191,17 @@ def test_changed_data_are_refused_unless_accepted(dataset: Dataset, tmp_path: Pa
     # and from then on it is the run's data
     going_on, _ = read_world(now, 2, state=after)
     assert torch.equal(going_on, read_world(now, 5)[0][3:])
+
+
+def test_other_heldout_text_changes_nothing_in_training(dataset: Dataset, copy: Dataset) -> None:
+    """Nor the step at which data.epochs ends the run."""
+    replace_split(folder_of(copy), "heldout", [b"another text"])
+    now = Corpus([Dataset.open(folder_of(copy))])
+    _, state = read_world(dataset, 5)
+    start = read_state(state, make_order(now), accept_changed=True)
+    assert (start.step, start.origin) == (5, (0, 0))
+    rows, _ = read_world(now, 3, state=state, accept_changed=True)
+    assert torch.equal(rows, read_world(dataset, 8)[0][5:])
 
 
 def test_data_sets_that_did_not_change_go_on(dataset: Dataset, tmp_path: Path) -> None:

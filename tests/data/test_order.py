@@ -197,6 +197,16 @@ def test_every_row_gets_every_data_set(dataset: Dataset) -> None:
     assert (np.abs(shares - 0.75) < 0.05).all()
 
 
+def test_bytes_of_a_token_are_those_of_the_mixture(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
+    """A text of n bytes has n + 1 tokens."""
+    short = make_dataset([(f"doc{n}", b"1234") for n in range(200)], heldout_fraction=0)
+    long = make_dataset([(f"doc{n}", b"123456789") for n in range(10)], heldout_fraction=0)
+    assert Corpus([short, long], [1.0, 3.0]).bytes_per_token == pytest.approx(0.25 * 0.8 + 0.75 * 0.9)
+    n_short, n_long = (each.total("tokens", "train") for each in (short, long))
+    pooled = (0.8 * n_short + 0.9 * n_long) / (n_short + n_long)
+    assert Corpus([short, long]).bytes_per_token == pytest.approx(pooled)
+
+
 def test_pooled_data_sets_are_read_whole(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
     other = make_dataset([(f"n{n}", b"number %d." % n) for n in range(50)])
     corpus = Corpus([dataset, other])

@@ -162,6 +162,22 @@ def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
     assert log == ["file b'A'", "file b'B'", "file b'C'", "file b'B'"]
 
 
+def test_a_source_that_was_wrong_is_asked_again_by_the_next_process(tmp_path: Path) -> None:
+    """Two downloads that agree are what the source holds, but the source may be mended."""
+    right, log = b"right" * 20, []
+    wanted = Wanted("file", len(right), hashlib.sha256(right).hexdigest())
+
+    def read(cache: FileCache, content: bytes) -> bytes:
+        with os.fdopen(cache.open(wanted, wanted.name, write_copy(content, log, "download")), "rb") as file:
+            return file.read()
+
+    before = FileCache(tmp_path, 1000)
+    assert [read(before, b"wrong" * 20) for _ in range(3)] == [b"wrong" * 20] * 3
+    assert len(log) == 2
+    assert read(FileCache(tmp_path, 1000), right) == right
+    assert len(log) == 3
+
+
 def test_threads_download_once(tmp_path: Path) -> None:
     cache, log = FileCache(tmp_path, 1000), []
     with ThreadPoolExecutor(8) as pool:

@@ -119,7 +119,7 @@ def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence
         "axial_pos_embds": is_axial,
         "axial_pos_shape": config.axial_shape,
         "axial_pos_embds_dim": config.resolved_axial_dims if is_axial else [1] * len(config.axial_shape),
-        "chunk_size_feed_forward": config.ff_chunk,
+        "chunk_size_feed_forward": 0,  # the same numbers, and there a length must be a multiple of it
         "chunk_size_lm_head": 0,
         "feed_forward_size": config.resolved_ff_dim,
         "hash_seed": config.hash_seed,

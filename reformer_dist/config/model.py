@@ -10,6 +10,7 @@ from reformer_dist.config.checks import at_least, is_share, require
 
 LARGEST_WINDOW = 2**28  # places of an order, and distances between them, have 32 bits
 
+
 class AttentionKind(Enum):
     lsh = "lsh"
     local = "local"

@@ -32,7 +32,8 @@ from typing import Any
 
 import bench_step
 import torch
-from bench_attention import EXACT, Row, plot
+from attention_rows import EXACT, Row
+from bench_attention import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {"tests": 150, "rates": 20, "attention": 220, "training": 120}  # seconds

@@ -58,11 +58,15 @@ class Row:
         return self.n_buckets or max(1, self.seq_len // self.window // 2 * 2)
 
     def inputs(self, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, v (leaves) and the gradient of the output, [1, H, S, D]."""
-        generator = torch.Generator().manual_seed(0)
+        """q, v (leaves) and the gradient of the output, [1, H, S, D].
+
+        Drawn where they are needed: a processor takes longer over those of a long row than a card over the row.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
         shape = (1, self.heads, seq_len, self.head_dim)
+        dtype = getattr(torch, self.dtype)
         q, v, d_out = (
-            torch.randn(shape, generator=generator).to(self.device, getattr(torch, self.dtype)) for _ in range(3)
+            torch.randn(shape, generator=generator, device=self.device, dtype=dtype) for _ in range(3)
         )
         return q.requires_grad_(), v.requires_grad_(), d_out
 

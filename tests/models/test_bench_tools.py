@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from reformer_dist.ops.caches import BucketCache
 
@@ -39,6 +41,23 @@ def test_a_row_that_fails_shows_no_speed() -> None:
     status, rows = run_tool("bench_attention.py", "--seq-len", "128", "--n-buckets", "3", "--impl", "ours")
     assert status == 1
     assert (rows[0]["correct"], rows[0]["seconds"], rows[0]["peak_mib"]) == (False, None, None)
+
+
+def attention_row(impl: str = "ours", seq_len: int = 65536, **changes: Any) -> Any:
+    """A row of bench_attention.py on a CPU."""
+    sizes = {"n_hashes": 4, "heads": 2, "head_dim": 16, "window": 64, "n_buckets": None, "dtype": "float32"}
+    given = {"impl": impl, "seq_len": seq_len, **sizes, "device": "cpu", "repeat": 1, "threads": 1, **changes}
+    return imported("attention_rows").Row(**given)
+
+
+def test_inputs_are_drawn_on_the_device_in_their_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = mock.Mock(wraps=torch.randn)
+    monkeypatch.setattr(torch, "randn", drawn)
+    attention_row(seq_len=64, dtype="bfloat16").inputs(64)
+    assert drawn.call_count == 3
+    for call in drawn.call_args_list:
+        assert call.kwargs["dtype"] == torch.bfloat16 and call.kwargs["device"] == "cpu"
+        assert call.kwargs["generator"].device == torch.device("cpu")
 
 
 @pytest.mark.slow

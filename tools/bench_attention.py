@@ -2,7 +2,7 @@
 """Time and memory of attention, forward and backward: ours beside other Reformers and exact attention.
 
 Every row runs in a process of its own, so its peak memory is its own. Correctness comes first, at a smaller
-length: a row that fails its check shows no speed, and the tool exits 1.
+length with buckets as full: a row that fails its check shows no speed, and the tool exits 1.
 
 ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
 ours_torch       the same in plain PyTorch, as it runs where there is no C compiler (CPU)
@@ -13,7 +13,8 @@ transformers_own the same with the buckets that it derives where num_buckets is 
                  two factors
 sdpa             PyTorch's exact causal attention as it chooses itself, with k = q, held against a dense softmax
 flash, cudnn     the same by one of its kernels (CUDA)
-flex             PyTorch's FlexAttention over the last rounds * window tokens: as many keys as ours may see (CUDA)
+flex             PyTorch's FlexAttention over the last rounds * window tokens: as many keys as ours may see, held
+                 against a dense softmax (CUDA)
 
 All rows are as in training: gradients, no dropout, no projections, and no recompute of a reversible layer around
 them. The peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says
@@ -152,7 +153,7 @@ def report(row: Row, measured: dict[str, float | None] | None) -> dict[str, Any]
 def run_row(row: Row) -> int:
     torch.set_num_threads(row.threads)
     try:
-        is_correct = check(row)
+        is_correct = check(row.shortened())
     except ImportError as error:
         print(error, file=sys.stderr)
         return IMPORT_FAILED
@@ -178,8 +179,8 @@ def run_rows(rows: list[Row]) -> int:
 
 def measure(row: Row) -> dict[str, float | None]:
     """Seconds and MiB by the names of MEASURES; hash and sort are None where there is none to time."""
-    q, v, d_out = row.inputs(row.seq_len)
-    attend = IMPLEMENTATION[row.impl](row, row.seq_len)
+    q, v, d_out = row.inputs()
+    attend = IMPLEMENTATION[row.impl](row)
     is_cuda = row.device.startswith("cuda")
     before = torch.cuda.memory_allocated() if is_cuda else resident_bytes()
     if is_cuda:

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from reformer_dist.ops.caches import BucketCache
+from reformer_dist.ops.lsh import WindowRule
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -53,11 +55,37 @@ def attention_row(impl: str = "ours", seq_len: int = 65536, **changes: Any) -> A
 def test_inputs_are_drawn_on_the_device_in_their_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = mock.Mock(wraps=torch.randn)
     monkeypatch.setattr(torch, "randn", drawn)
-    attention_row(seq_len=64, dtype="bfloat16").inputs(64)
+    attention_row(seq_len=64, dtype="bfloat16").inputs()
     assert drawn.call_count == 3
     for call in drawn.call_args_list:
         assert call.kwargs["dtype"] == torch.bfloat16 and call.kwargs["device"] == "cpu"
         assert call.kwargs["generator"].device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_checked_is_like_what_is_timed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = imported("attention_rows")
+    row = attention_row(dtype=dtype).shortened()
+    assert row.seq_len // row.buckets == 64
+    assert attention_row(n_buckets=4096).shortened().buckets == 32  # of 16 tokens both
+    assert rows.check(row)
+    for window in (32, 60):
+        wrong = replace(rows.our_options(row), rule=WindowRule(window, causal=True))
+        with monkeypatch.context() as patched:
+            patched.setattr(rows, "our_options", lambda row, wrong=wrong: wrong)
+            assert not rows.check(row)
+
+
+def test_a_wrong_hash_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = imported("attention_rows")
+    row, right = attention_row().shortened(), rows.hash_vectors
+
+    def hashed(*given: Any, implementation: str) -> torch.Tensor:
+        ids = right(*given, implementation=implementation)
+        return ids if implementation == "torch" else ids.flip(-1)
+
+    monkeypatch.setattr(rows, "hash_vectors", hashed)
+    assert not rows.check(row)
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 """Time and memory of attention, forward and backward: ours beside other Reformers and exact attention.
 
 Every row runs in a process of its own, so its peak memory is its own. Correctness comes first, at a smaller
-length with buckets as full: a row that fails its check shows no speed, and the tool exits 1.
+length with buckets as full: a row that fails its check shows no speed, and the tool exits 1. A row that could not
+run, out of memory for one, is neither right nor wrong: it says why, and the tool exits 2.
 
 ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
 ours_torch       the same in plain PyTorch, as it runs where there is no C compiler (CPU)
@@ -31,6 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import itertools
@@ -69,6 +71,7 @@ from reformer_dist.ops.lsh.native.calls import order_rows
 from reformer_dist.ops.lsh.tiled.attention import lay_out
 
 MEASURES = ("seconds", "forward", "backward", "replayed", "hash", "sort", "peak_mib")
+VERDICT = {True: "yes", False: "NO", None: "did not run"}
 LONGEST_REPLAY = 0.5  # seconds; behind them, what the host adds is lost in the rest
 IMPORT_FAILED = 3
 MIB = 2**20
@@ -88,7 +91,13 @@ def main() -> int:
         print_table(rows)
     if arguments.plot is not None:
         plot(rows, arguments.plot)
-    return 0 if all(row["correct"] for row in rows) else 1
+    return exit_status(rows)
+
+
+def exit_status(rows: list[dict[str, Any]]) -> int:
+    """1 where a result is wrong, 2 where none is but a row could not run."""
+    found = [row["correct"] for row in rows]
+    return 1 if False in found else 2 if None in found else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,18 +145,23 @@ def in_own_process(row: Row) -> dict[str, Any] | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    last_line = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    why = last_line(done.stderr) or f"exit status {done.returncode}"
     if done.returncode == IMPORT_FAILED:
-        print(f"bench_attention.py: {row.impl} left out: {last_line}", file=sys.stderr)
+        print(f"bench_attention.py: {row.impl} left out: {why}", file=sys.stderr)
         return None
-    print(f"bench_attention.py: {row.impl} failed: {last_line}", file=sys.stderr)
-    return report(row, None)
+    print(f"bench_attention.py: {row.impl} failed: {why}", file=sys.stderr)
+    return report(row, None, why)
 
 
-def report(row: Row, measured: dict[str, float | None] | None) -> dict[str, Any]:
-    """A row as it is printed; without measures it was not correct."""
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def report(row: Row, measured: dict[str, float | None] | None, error: str | None = None) -> dict[str, Any]:
+    """A row as it is printed: without measures it was wrong, or, with an error, it could not run."""
     sizes = {name: getattr(row, name) for name in ("impl", "seq_len", "n_hashes", "heads", "head_dim", "dtype")}
-    return {**sizes, **(measured or dict.fromkeys(MEASURES)), "correct": measured is not None}
+    verdict = {"correct": measured is not None} if error is None else {"correct": None, "error": error}
+    return {**sizes, **(measured or dict.fromkeys(MEASURES)), **verdict}
 
 
 def run_row(row: Row) -> int:
@@ -164,17 +178,36 @@ def run_row(row: Row) -> int:
 def run_rows(rows: list[Row]) -> int:
     """One after another in this process, each told of as soon as it is there: for gpu_report.py.
 
-    On CUDA a row's memory is counted by PyTorch, and a process of its own would cost it seconds.
+    On CUDA a row's memory is counted by PyTorch, and a process of its own would cost it seconds. Rows of other
+    lengths are alike once they are shortened: each kind is checked once.
     """
+    is_right = functools.cache(check)
     for row in rows:
+        torch.set_num_threads(row.threads)
         try:
-            run_row(row)
-        except (RuntimeError, ValueError) as error:
-            print(json.dumps({**report(row, None), "error": str(error).splitlines()[0]}))
-        sys.stdout.flush()
+            found = report(row, measure(row) if is_right(row.shortened()) else None)
+        except Exception as error:  # Triton's are of no class of their own that could be named here
+            found = report(row, None, words_of(error))
+        print(json.dumps(found), flush=True)
+        if found["correct"] is None and not is_usable(row.device):
+            break  # the rows behind it are for another process
         torch._dynamo.reset()
         torch.cuda.empty_cache()
     return 0
+
+
+def words_of(error: Exception) -> str:
+    """Its type, and the first line of what it says, if it says anything."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def is_usable(device: str) -> bool:
+    """False once a kernel wrote where it must not: from then on CUDA refuses all that the process asks for."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def measure(row: Row) -> dict[str, float | None]:
@@ -281,7 +314,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         cells = [*seconds, per_token, peak, ratio(row, own, "seconds"), ratio(row, own, "peak_mib")]
         n_hashes = "-" if row["impl"] in EXACT else row["n_hashes"]
         shown = ("-" if cell is None else cell for cell in cells)
-        print(line(row["impl"], row["seq_len"], n_hashes, *shown, "yes" if row["correct"] else "NO"))
+        print(line(row["impl"], row["seq_len"], n_hashes, *shown, VERDICT[row["correct"]]))
     print("time, memory: divided by those of ours at the same length and rounds")
 
 

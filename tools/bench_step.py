@@ -7,7 +7,8 @@ ours             the run that the overrides describe, on one process, through De
 reformer_pytorch 1.4.4's ReformerLM of the same sizes, rounds, window and chunks, with AdamW (optional, see README)
 
 Correctness comes first: at a short length, loss and every gradient of ours equal those of a stack that stores
-its activations; of the peer, they are finite. A row that fails shows no speed, and the tool exits 1.
+its activations; of the peer, they are finite. A row that fails shows no speed, and the tool exits 1. A row that
+could not run, out of memory for one, is neither right nor wrong: it says why, and the tool exits 2.
 
 mfu is the arithmetic that the model needs (planning/flops.py, no recompute) in the step's seconds, over the peak
 rate of the card at this precision, or on other devices over the rate of a large matrix product measured here.
@@ -30,7 +31,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_attention import IMPORT_FAILED, MIB, peak_resident_bytes, resident_bytes
+from bench_attention import (
+    IMPORT_FAILED,
+    MIB,
+    VERDICT,
+    exit_status,
+    last_line,
+    peak_resident_bytes,
+    resident_bytes,
+)
 from torch import Tensor
 
 from reformer_dist.commands import SPIN_COUNT
@@ -86,7 +95,7 @@ def main() -> int:
             print(json.dumps(row))
     else:
         print_table(rows)
-    return 0 if all(row["correct"] for row in rows) else 1
+    return exit_status(rows)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,11 +114,12 @@ def in_own_process(impl: str) -> dict[str, Any] | None:
     """What the row's process printed; None where the peer is not installed."""
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--row", impl]
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    sys.stderr.write(done.stderr)
     if done.returncode == IMPORT_FAILED:
         return None
     if done.returncode:
-        return {"impl": impl, "correct": False}
+        return {"impl": impl, "correct": None, "error": last_line(done.stderr) or f"exit status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -359,7 +369,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     own = next((row["seconds"] for row in rows if row["impl"] == "ours" and row["correct"]), None)
     for row in rows:
         if not row["correct"]:
-            print(line(row["impl"], *("-" * 6), "NO"))
+            print(line(row["impl"], *("-" * 6), VERDICT[row["correct"]]))
             continue
         times = f"{row['seconds'] / own:.2f}" if own else "-"
         cells = (

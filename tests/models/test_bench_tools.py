@@ -38,11 +38,54 @@ def test_attention_rows() -> None:
     assert ours["hash"] > 0 and ours["sort"] > 0 and sdpa["hash"] is None and sdpa["sort"] is None
 
 
-def test_a_row_that_fails_shows_no_speed() -> None:
+def test_a_row_that_could_not_run_is_not_called_wrong() -> None:
     # an odd number of buckets is refused
     status, rows = run_tool("bench_attention.py", "--seq-len", "128", "--n-buckets", "3", "--impl", "ours")
-    assert status == 1
-    assert (rows[0]["correct"], rows[0]["seconds"], rows[0]["peak_mib"]) == (False, None, None)
+    assert status == 2
+    assert (rows[0]["correct"], rows[0]["seconds"], rows[0]["peak_mib"]) == (None, None, None)
+    assert rows[0]["error"].startswith("ValueError: n_buckets=3")
+
+
+def test_a_wrong_row_shows_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = imported("bench_attention")
+    monkeypatch.setattr(bench, "check", lambda row: False)
+    bench.run_row(attention_row())
+    row = json.loads(capsys.readouterr().out)
+    assert (row["correct"], row["seconds"], row["peak_mib"]) == (False, None, None) and "error" not in row
+    assert [bench.exit_status([{"correct": x} for x in found]) for found in ([True], [True, None])] == [0, 2]
+    assert bench.exit_status([{"correct": None}, {"correct": False}]) == 1
+
+
+class SilentError(Exception):
+    """As Triton's are: of no class but this, and without words."""
+
+
+def test_rows_behind_one_that_could_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = imported("bench_attention")
+    checked = mock.Mock(side_effect=[SilentError(), MemoryError("too much\nby far"), True])
+    monkeypatch.setattr(bench, "check", checked)
+    monkeypatch.setattr(bench, "measure", lambda row: {"seconds": 1.0})
+    lengths = (2048, 1024, 4096, 8192)
+    bench.run_rows([attention_row(seq_len=seq_len) for seq_len in lengths])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["seq_len"] for row in rows] == list(lengths)
+    assert [row["correct"] for row in rows] == [None, None, True, True]
+    assert [row.get("error") for row in rows] == ["SilentError", "MemoryError: too much", None, None]
+    assert checked.call_count == 3  # the last two are alike, shortened
+
+
+def test_a_lost_device_ends_the_process_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = imported("bench_attention")
+    monkeypatch.setattr(
+        bench, "check", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access"))
+    )
+    monkeypatch.setattr(bench, "is_usable", lambda device: False)
+    assert bench.run_rows([attention_row(), attention_row()]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def attention_row(impl: str = "ours", seq_len: int = 65536, **changes: Any) -> Any:
@@ -119,6 +162,11 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(TOOLS))
+
+
+def test_a_step_that_could_not_run_is_not_called_wrong() -> None:
+    status, (row,) = run_tool("bench_step.py", *SMALL_STEP, "model.axial_shape=[2,2]")
+    assert status == 2 and row["correct"] is None and "must be at most 4" in row["error"]
 
 
 def test_peak_rates_are_found_by_name() -> None:

@@ -134,6 +134,14 @@ def our_buckets(row: Row, q: Tensor, implementation: str | None = None) -> Tenso
     return hash_vectors(vectors, rotations, row.buckets, "rotation", implementation=chosen)
 
 
+def keys_met(row: Row, ids: Tensor) -> float:
+    """Keys that a token meets in a round, on average: those before it in its bucket, window - 1 at most."""
+    sizes = torch.stack([torch.bincount(x.int(), minlength=row.buckets) for x in ids.flatten(0, 2)])
+    full = sizes.clamp_max(row.window)
+    met = full * (full - 1) // 2 + (sizes - full) * (row.window - 1)
+    return float(met.sum() / ids.numel())
+
+
 def attend_by_oracle(row: Row, q: Tensor, v: Tensor) -> Tensor:
     keys, rule = F.normalize(q, dim=-1), WindowRule(row.window, causal=True)
     return reference_attention(q, keys, v, our_buckets(row, q), rule, scale=row.head_dim**-0.5)
@@ -211,7 +219,9 @@ def flex(row: Row) -> Attend:
 
 
 def flex_reach(row: Row) -> int:
-    return row.n_hashes * row.window
+    """As many keys as a token of ours meets in its rounds, on average."""
+    q, _, _ = row.inputs()
+    return round(row.n_hashes * keys_met(row, our_buckets(row, q, implementation="auto")))
 
 
 def attend_densely(row: Row, q: Tensor, v: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ transformers_own the same with the buckets that it derives where num_buckets is 
                  two factors
 sdpa             PyTorch's exact causal attention as it chooses itself, with k = q, held against a dense softmax
 flash, cudnn     the same by one of its kernels (CUDA)
-flex             PyTorch's FlexAttention over the last rounds * window tokens: as many keys as ours may see, held
-                 against a dense softmax (CUDA)
+flex             PyTorch's FlexAttention over as many tokens back as ours meets keys in its rounds on average,
+                 held against a dense softmax (CUDA)
 
 All rows are as in training: gradients, no dropout, no projections, and no recompute of a reversible layer around
 them. The peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says
@@ -24,7 +24,8 @@ only that output and gradients are finite and have the right shape.
 Peak memory: on a CPU the process's highest resident size less its size once modules are loaded and inputs exist;
 on CUDA the most that PyTorch had allocated, less the inputs. Seconds: the best of --repeat runs, of which the
 first also warms up. hash and sort, part of ours, are timed by themselves too. replayed (CUDA): seconds of the
-same work from a CUDA graph, so without the host's part, which is most of the time of short texts.
+same work from a CUDA graph, so without the host's part, which is most of the time of short texts. keys
+(of ours, with --json): how many a token meets in a round, on average.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from attention_rows import (
     TOLERANCE,
     Row,
     check,
+    keys_met,
     our_buckets,
     our_options,
     run_once,
@@ -161,7 +163,7 @@ def report(row: Row, measured: dict[str, float | None] | None, error: str | None
     """A row as it is printed: without measures it was wrong, or, with an error, it could not run."""
     sizes = {name: getattr(row, name) for name in ("impl", "seq_len", "n_hashes", "heads", "head_dim", "dtype")}
     verdict = {"correct": measured is not None} if error is None else {"correct": None, "error": error}
-    return {**sizes, **(measured or dict.fromkeys(MEASURES)), **verdict}
+    return {**sizes, **(measured or dict.fromkeys((*MEASURES, "keys"))), **verdict}
 
 
 def run_row(row: Row) -> int:
@@ -211,7 +213,7 @@ def is_usable(device: str) -> bool:
 
 
 def measure(row: Row) -> dict[str, float | None]:
-    """Seconds and MiB by the names of MEASURES; hash and sort are None where there is none to time."""
+    """Seconds and MiB by the names of MEASURES, and keys; hash, sort and keys are None where there are none."""
     q, v, d_out = row.inputs()
     attend = IMPLEMENTATION[row.impl](row)
     is_cuda = row.device.startswith("cuda")
@@ -229,8 +231,14 @@ def measure(row: Row) -> dict[str, float | None]:
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_resident_bytes()
     best = min(runs)
     replayed = replay(row, lambda: run_once(attend, q, v, d_out)) if is_cuda and best[0] < LONGEST_REPLAY else None
-    values = [*(round(seconds, 5) for seconds in best), replayed, *split(row, q)]
-    return dict(zip(MEASURES, [*values, round(max(0, peak - before) / MIB, 1)], strict=True))
+    values = [
+        *(round(seconds, 5) for seconds in best),
+        replayed,
+        *split(row, q),
+        round(max(0, peak - before) / MIB, 1),
+    ]
+    keys = round(keys_met(row, our_buckets(row, q)), 2) if row.impl in OURS else None
+    return {**dict(zip(MEASURES, values, strict=True)), "keys": keys}
 
 
 def timed(row: Row, work: Callable[[], Any]) -> tuple[Any, float]:

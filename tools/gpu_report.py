@@ -211,7 +211,7 @@ def measure_rows(section: Section, wanted: list[Row], measured: list[dict[str, f
             if is_row(line):
                 row, found = next(rows), json.loads(line)
                 if row.impl == "ours" and found["correct"] and measured:
-                    found.update(roofline(row, measured[0], found["replayed"] or found["seconds"]))
+                    found.update(roofline(row, measured[0], found["replayed"] or found["seconds"], found["keys"]))
                 section.rows.append(found)
         failure = f"cut after {LONGEST_SILENCE} s" if child.was_cut else child.failure
     if section.seconds_left <= 0:
@@ -270,14 +270,13 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["times_faster_than_exact"] = round(min(exact) / seconds(row), 2)
 
 
-def roofline(row: Row, measured: dict[str, float], seconds: float) -> dict[str, float]:
+def roofline(row: Row, measured: dict[str, float], seconds: float, keys: float) -> dict[str, float]:
     """What the work needs, and the share of the time that this would take at the card's measured rates.
 
-    A token sees at most `window` keys a round. Forward has 2 products of head_dim for each pair, backward 5. Bytes
-    are those that must be read or written at least once: q, v, out; then q, v, out, dO, dq, dv; and the ids.
+    keys: how many a token meets in a round, on average. Forward has 2 products of head_dim for each pair, backward
+    5. Bytes are those that must be read or written at least once: q, v, out; then q, v, out, dO, dq, dv; and the ids.
     """
-    pairs = row.heads * row.seq_len * row.n_hashes * row.window
-    flops = 7 * 2 * pairs * row.head_dim
+    flops = 7 * 2 * row.heads * row.seq_len * row.n_hashes * keys * row.head_dim
     width = getattr(torch, row.dtype).itemsize * row.head_dim
     n_bytes = row.heads * row.seq_len * (9 * width + 2 * row.n_hashes * 2)
     least = max(flops / measured["flops_per_s"], n_bytes / measured["bytes_per_s"])

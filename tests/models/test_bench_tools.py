@@ -16,6 +16,7 @@ import torch
 
 from reformer_dist.ops.caches import BucketCache
 from reformer_dist.ops.lsh import WindowRule
+from reformer_dist.ops.lsh.reference import visible_pairs
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -36,6 +37,7 @@ def test_attention_rows() -> None:
         assert row["seconds"] == pytest.approx(row["forward"] + row["backward"], abs=1e-4) and row["seconds"] > 0
     ours, sdpa = rows
     assert ours["hash"] > 0 and ours["sort"] > 0 and sdpa["hash"] is None and sdpa["sort"] is None
+    assert 16 < ours["keys"] < 63 and sdpa["keys"] is None  # of 64 in a bucket on average
 
 
 def test_a_row_that_could_not_run_is_not_called_wrong() -> None:
@@ -117,6 +119,25 @@ def test_what_is_checked_is_like_what_is_timed(dtype: str, monkeypatch: pytest.M
         with monkeypatch.context() as patched:
             patched.setattr(rows, "our_options", lambda row, wrong=wrong: wrong)
             assert not rows.check(row)
+
+
+@pytest.mark.parametrize("window", [16, 64])
+def test_keys_that_are_met_are_counted(window: int) -> None:
+    rows = imported("attention_rows")
+    row = attention_row(seq_len=512, window=window, n_buckets=16)
+    ids = rows.our_buckets(row, row.inputs()[0])
+    met = visible_pairs(ids, WindowRule(window, causal=True)).sum() / ids.numel()
+    assert rows.keys_met(row, ids) == pytest.approx(float(met)) and 0 < met < window - 1
+
+
+def test_flex_attention_has_as_many_keys_as_ours() -> None:
+    rows = imported("attention_rows")
+    row = attention_row("flex", seq_len=512, window=64)
+    q, v, _ = (x.detach() for x in row.inputs())
+    n_keys = 4 * rows.keys_met(row, rows.our_buckets(replace(row, impl="ours"), q))
+    assert 64 < n_keys < 2 * 64 + 8 and rows.flex_reach(row) == round(n_keys)
+    seen = rows.attend_densely(row, torch.zeros_like(q), v)[0, 0, -1]  # alike: a mean
+    assert torch.allclose(seen, v[0, 0, -round(n_keys) :].mean(0), atol=1e-5)
 
 
 def test_a_wrong_hash_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,8 +273,9 @@ def compare(rows: list[dict[str, Any]]) -> None:
 def roofline(row: Row, measured: dict[str, float], seconds: float, keys: float) -> dict[str, float]:
     """What the work needs, and the share of the time that this would take at the card's measured rates.
 
-    keys: how many a token meets in a round, on average. Forward has 2 products of head_dim for each pair, backward
-    5. Bytes are those that must be read or written at least once: q, v, out; then q, v, out, dO, dq, dv; and the ids.
+    keys: how many a token meets in a round, on average. Forward has 2 products of head_dim for each pair,
+    backward 5. Bytes are those that must be read or written at least once: q, v, out; then q, v, out, dO, dq, dv;
+    and the ids.
     """
     flops = 7 * 2 * row.heads * row.seq_len * row.n_hashes * keys * row.head_dim
     width = getattr(torch, row.dtype).itemsize * row.head_dim

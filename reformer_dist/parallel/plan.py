@@ -121,7 +121,7 @@ def _make_plan(
         home = _HomePlaces(buckets[units], before[units], total[units], options, seq_len, wire.size)
         routes.append(_route(units, home, options, wire, keeps_owners=keeps_owners))
         strays += _count_strays(routes[-1], options, seq_len, n_local, wire)
-    balance = sum(route.balance for route in routes)
+    balance = _wrapped(sum(route.balance for route in routes))
     found = torch.tensor([strays, balance], device=buckets.device)
     strays, difference = wire.sum(found, PHASE).tolist()
     if strays or difference:
@@ -219,9 +219,11 @@ def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wir
     codes = record.field(arrived, "codes").t().contiguous() if home.codes is not None else None
     came = record.field(arrived, "ids").contiguous()
     owners = home.owners if keeps_owners else None
-    balance = _checksum(sent, asked, ids, wire, is_sent=True) - _checksum(
-        received, attended, came, wire, is_sent=False
+    out, back = (
+        _checksum(sent, asked, ids, wire, is_sent=True),
+        _checksum(received, attended, came, wire, is_sent=False),
     )
+    balance = _wrapped(out - back)
     return Route(units, sent, asked, received, attended, came, codes, owners, home.total, balance)
 
 
@@ -285,6 +287,11 @@ def _checksum(needed: Selection, queries: Selection, ids: Tensor, wire: Wire, *,
     of_ids = torch.stack([_weighed(part.flatten()) for part in ids.split(needed.counts)])
     of_bits = [_weighed(selection.bits.flatten(1)) for selection in (needed, queries)]
     return int(((of_ids + 3 * of_bits[0] + 5 * of_bits[1]) * (pair + 1)).sum())
+
+
+def _wrapped(number: int) -> int:
+    """Into 64 bits, in which sums over the ranks wrap around too: what should sum to 0 still does."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _weighed(numbers: Tensor) -> Tensor:

@@ -29,6 +29,25 @@ def test_ids(scheme, n_buckets, head_dim):
         assert (found != right).float().mean() < 5e-3
 
 
+@pytest.mark.parametrize(("room", "rows"), [(2**17, 128), (2**15, 32), (2**14, 0)])
+def test_whatever_room_there_is(monkeypatch, room, rows):
+    """Cards have less shared memory than others: fewer rows at a time, or, where nothing fits, no kernel."""
+    from reformer_dist.ops.lsh.kernels import hashing as kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED_ROOM", room)
+    monkeypatch.setattr(kernels, "_shared_memory", lambda device: room)
+    assert kernels._rows_that_fit(torch.empty(1, device=DEVICE), 64, 16) == rows
+    test_ids("rotation", 24, 48)
+
+
+def test_a_factor_too_wide_for_the_kernel():
+    rotations = draw_rotations(2, 16, 3, 262, "rotation", seed=5)  # 2 * 131 has no smaller even factors
+    x = torch.randn(1, 2, 70, 16, generator=torch.Generator().manual_seed(0))
+    right = hashing.hash_vectors(x, rotations, 262, "rotation")
+    found = hash_vectors(x.to(DEVICE), rotations, 262, "rotation", implementation="triton")
+    assert torch.equal(found.cpu(), right)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_near_ties_alone_may_differ(dtype):
     rotations = draw_rotations(2, 64, 2, 64, "rotation", seed=5)

@@ -227,6 +227,15 @@ def test_a_token_taken_for_another(rule: WindowRule | ChunkRule, wire: type[Thre
     all_raise(found, "0 tokens arrived where the counts foretell others (checksums differ by ")
 
 
+def test_checksums_of_more_than_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of many ranks and millions of tokens: they wrap around, and still tell right from wrong."""
+    weighed, own = plans._weighed, slices(0)
+    for factor in (2**61 + 1, 3**39, 5**27, 7**22):
+        monkeypatch.setattr(plans, "_weighed", lambda numbers, factor=factor: weighed(numbers) * factor)
+        assert all(isinstance(plan, Plan) for plan in on_wires(lambda wire: plan_of(wire, own[wire.index])))
+        all_raise(on_wires(lambda wire: plan_of(wire, own[wire.index]), MistakenWire), "checksums differ by ")
+
+
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
 def test_a_plan_of_another_call(rule: WindowRule | ChunkRule) -> None:
     """One rank is at another layer than the rest, in forward or in backward: all ranks raise before they send."""

@@ -75,7 +75,9 @@ def one_bucket(x: Tensor) -> Tensor:
 Factors = tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=32)  # micro-batches of a step and tokens of a text ask for the same ones
+@functools.lru_cache(
+    maxsize=64
+)  # of as many layers: micro-batches of a step and tokens of a text ask for the same
 def draw_rotations(
     n_heads: int,
     head_dim: int,
@@ -114,7 +116,7 @@ def _orthogonal(columns: Tensor) -> Tensor:
     return (torch.cat(rotations, dim=-1) * head_dim**0.5).float()
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def seeded_rotations(
     n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, seed: int, *, factors: Factors | None = None
 ) -> Tensor:

@@ -108,12 +108,14 @@ def bucket_attention(
     if name == "triton":
         from reformer_dist.ops.lsh.kernels.attention import KernelAttention
 
-        attention = KernelAttention(v, bucket_ids, options, key_padding_mask)
+        with torch.cuda.device_of(v):  # kernels are launched on the current device
+            attention = KernelAttention(v, bucket_ids, options, key_padding_mask)
     elif name == "native":
         attention = NativeAttention(bucket_ids, options, key_padding_mask)
     else:
         attention = TiledAttention(bucket_ids, options, key_padding_mask)
-    return attend_whole(q, k, v, attention)
+    with torch.cuda.device_of(v):
+        return attend_whole(q, k, v, attention)
 
 
 def attention_of_held(
@@ -146,7 +148,8 @@ def hash_vectors(
     if name == "triton":
         from reformer_dist.ops.lsh.kernels.hashing import hash_vectors as by_kernel
 
-        return by_kernel(vectors, rotations, n_buckets, scheme, factors=factors)
+        with torch.cuda.device_of(vectors):
+            return by_kernel(vectors, rotations, n_buckets, scheme, factors=factors)
     if name == "native" and scheme == "rotation":
         return native_hashing.hash_vectors(vectors, rotations, n_buckets, factors=factors)
     return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)

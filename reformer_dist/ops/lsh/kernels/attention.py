@@ -17,8 +17,8 @@ from reformer_dist.ops.lsh.order import mark_padding
 from reformer_dist.ops.lsh.rules import AttentionOptions
 from reformer_dist.ops.lsh.whole import Grads, Inputs
 
-# Units lie along the third dimension of a grid, which is shorter than the first.
-MOST_UNITS = 2**15
+# Units lie along dimensions of grids that are shorter than the first, alone or with their rounds.
+MOST_UNITS = 2**16 - 1
 
 
 class KernelAttention:
@@ -50,7 +50,7 @@ def _groups(
     batch, n_heads, n_rounds, seq_len = bucket_ids.shape
     has_padding = key_padding_mask is not None
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
-    size = min(MOST_UNITS, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
+    size = min(MOST_UNITS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
     largest = tuning_of(v.shape[3], v.dtype).block
     numbers = options.unit_numbers(batch, n_heads, v.device).int() if options.dropout > 0 else None
     groups = []

@@ -15,9 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_dtype, bucket_factors
+from reformer_dist.ops.lsh.hashing import hash_vectors as plain_hash_vectors
 from reformer_dist.ops.lsh.kernels.pairs import WIDENS
 
-ROWS = 128
+MOST_ROWS, FEWEST_ROWS = 128, 16
+WIDEST = 128  # half of the largest factor: those beyond would take minutes to compile
+INTERPRETED_ROOM = 2**17  # bytes, of the interpreter, which has no shared memory
 FLOOR = tl.constexpr(FLOOR_SPAN)
 
 
@@ -72,7 +75,7 @@ def _hash(
         tl.store(target, bucket.to(ids_ptr.dtype.element_ty), mask=row < seq_len)
 
 
-@functools.lru_cache(maxsize=32)  # as those of `hashing.draw_rotations`, so that micro-batches send them once
+@functools.lru_cache(maxsize=64)  # as those of `hashing.draw_rotations`, so that micro-batches send them once
 def _parts(rotations: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Rotations [H, R, parts, D, columns] on a device, in numbers of the type of vectors that add up to them.
 
@@ -87,6 +90,23 @@ def _parts(rotations: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
     return torch.stack(parts, dim=2)
 
 
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a program may have, as Triton sees it."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+
+
+def _rows_that_fit(x: Tensor, block_d: int, n_columns: int) -> int:
+    """Rows of a program, whose products' operands all lie in shared memory; 0 where not even a few do."""
+    room = _shared_memory(x.device.index) if x.is_cuda else INTERPRETED_ROOM
+    # float32 operands are taken apart into two numbers each
+    column = block_d * x.element_size() * (2 if x.dtype == torch.float32 else 1)
+    rows = MOST_ROWS
+    while rows >= FEWEST_ROWS and column * (rows + n_columns) + 1024 > room:
+        rows //= 2
+    return rows if rows >= FEWEST_ROWS else 0
+
+
 def hash_vectors(
     vectors: Tensor,
     rotations: Tensor,
@@ -95,7 +115,10 @@ def hash_vectors(
     *,
     factors: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """As `ops.lsh.hashing.hash_vectors`; the host does not wait for the rotations to arrive."""
+    """As `ops.lsh.hashing.hash_vectors`, which does it where the factors are too wide for the kernel.
+
+    The host does not wait for the rotations to arrive.
+    """
     x = vectors.detach()
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, n_heads, seq_len, head_dim = x.shape
@@ -103,16 +126,21 @@ def hash_vectors(
     dtype = bucket_dtype(n_buckets)
     if n_buckets == 1:
         return torch.zeros(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
-    ids = torch.empty(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
     rotates = scheme == "rotation"
-    parts = _parts(rotations, x.device, x.dtype if rotates else torch.float32)
     factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
-    _hash[(triton.cdiv(seq_len, ROWS), batch * n_heads)](
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    width = max(16, triton.next_power_of_2(max(factors) // 2))
+    rows = _rows_that_fit(x, block_d, width * len(factors)) if rotates else MOST_ROWS
+    if rows < FEWEST_ROWS or (rotates and width > WIDEST):
+        return plain_hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
+    ids = torch.empty(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
+    parts = _parts(rotations, x.device, x.dtype if rotates else torch.float32)
+    _hash[(triton.cdiv(seq_len, rows), batch * n_heads)](
         x, x.stride()[:3], parts, ids, factors, n_heads, seq_len, n_rounds, n_columns,
-        ROWS=ROWS,
+        ROWS=rows,
         HEAD_DIM=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        WIDTH=max(16, triton.next_power_of_2(max(factors) // 2)),
+        BLOCK_D=block_d,
+        WIDTH=width,
         N_FACTORS=len(factors),
         N_PARTS=parts.shape[2],
         ROTATES=rotates,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from reformer_dist.cli import run_command
 from reformer_dist.config import TaskKind
+from reformer_dist.data import Tokenizer
 from reformer_dist.errors import ConfigError
 from reformer_dist.generation import (
     BeamOptions,
@@ -20,6 +22,7 @@ from reformer_dist.generation import (
     beam_search,
     make_decoder,
 )
+from reformer_dist.generation.text import CONTEXT
 from reformer_dist.load import LoadedModel, load_model
 
 ROWS_AT_A_TIME = 16
@@ -148,7 +151,8 @@ def _sample(
         first_prompt=first,
         unpunished=tokenizer.eos_id,
     )
-    texts = {row: TextStream(tokenizer.decode, request.stops) for row in sampler.rows}
+    before = [prompt[-CONTEXT:].tolist() for prompt in prompts]
+    texts = {row: TextStream(tokenizer.decode, request.stops, before[row // n_samples]) for row in sampler.rows}
     limits = {row: _limit(loaded, prompts[row // n_samples], request.n_tokens) for row in sampler.rows}
     n_written = 0
     while sampler.rows:
@@ -169,28 +173,35 @@ def _sample(
 def _search(
     loaded: LoadedModel, prompts: list[torch.Tensor], request: Request, options: BeamOptions, writer: _Writer
 ) -> None:
-    tokenizer = loaded.tokenizer
-    # as many tokens as a stop string can lie across, each of a byte
-    tail = max((len(stop.encode()) for stop in request.stops), default=0) + 4
-
-    def is_end(tokens: list[int]) -> bool:
-        if tokens[-1] == tokenizer.eos_id or not request.stops:
-            return tokens[-1] == tokenizer.eos_id
-        newest = tokenizer.decode(tokens[-tail:])
-        return any(stop in newest for stop in request.stops)
-
     for number, prompt in enumerate(prompts):
         model, [prompt] = loaded.begin([prompt])
-        limit = _limit(loaded, prompt, request.n_tokens)
+        limit, before = _limit(loaded, prompt, request.n_tokens), prompt[-CONTEXT:].tolist()
+        is_end = _ending(loaded.tokenizer, before, request.stops)
         found = beam_search(make_decoder(model, loaded.config.model), prompt, limit, options, is_end)
         for sample in range(request.n_samples):
             row = number * request.n_samples + sample
             if sample < len(found):
-                text = TextStream(tokenizer.decode, request.stops)
+                text = TextStream(loaded.tokenizer.decode, request.stops, before)
                 tokens = found[sample].tokens
                 writer.write(row, "".join(map(text.add, tokens)) + text.close())
                 writer.is_out_of_room |= limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
             writer.end(row)
+
+
+def _ending(tokenizer: Tokenizer, before: list[int], stops: list[str]) -> Callable[[list[int]], bool]:
+    """Whether a text is over with its last token. before: tokens that it goes on from."""
+    # as many tokens as a stop string can lie across, each of a byte
+    tail = max((len(stop.encode()) for stop in stops), default=0) + 4
+
+    def is_end(tokens: list[int]) -> bool:
+        if tokens[-1] == tokenizer.eos_id or not stops:
+            return tokens[-1] == tokenizer.eos_id
+        text = TextStream(tokenizer.decode, stops, [*before, *tokens[:-tail]])
+        for token in tokens[-tail:]:
+            text.add(token)
+        return text.is_stopped
+
+    return is_end
 
 
 def _request(arguments: argparse.Namespace) -> Request:

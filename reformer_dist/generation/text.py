@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # how the bytes of a character that is not whole yet are decoded
+MOST_UNFINISHED = 3  # bytes of it; a tokenizer decodes each of them so, or all of them together
+CONTEXT = 8  # tokens that are decoded again with each new one
 
 
 class TextStream:
     """Takes tokens and gives what can be shown: whole characters, and nothing that may begin a stop string.
 
-    A stop string may lie across tokens, and ends the text before it.
+    A stop string may lie across tokens, and ends the text before it. A token is decoded behind some of those
+    before it, the prompt's to begin with: SentencePiece leaves out a space that nothing stands before.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         """decode: the text of token ids, U+FFFD for bytes that are no character. stops: not empty each."""
         self._decode, self._stops = decode, stops
-        self._pending: list[int] = []
-        """Tokens whose last character is not whole."""
+        self._newest = list(prompt[-CONTEXT:])
+        """The last tokens, less than twice CONTEXT of them: the cost of one does not grow with the text."""
+        self._n_taken = len(decode(self._newest))
+        """Characters of their text that are the prompt's, or went on to be looked through for stop strings."""
         self._held = ""
         """Text that may be the beginning of a stop string."""
         self.is_stopped = False
@@ -25,17 +32,22 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """What is to be shown with one more token."""
-        self._pending.append(token)
-        text = self._decode(self._pending)
-        if text.endswith(UNFINISHED):
-            return ""
-        self._pending = []
-        return self._show(text)
+        self._newest.append(token)
+        text = self._decode(self._newest)
+        n_unfinished = min(len(text) - len(text.rstrip(UNFINISHED)), MOST_UNFINISHED)
+        taken = text[self._n_taken : len(text) - n_unfinished]
+        self._n_taken = max(self._n_taken, len(text) - n_unfinished)
+        if len(self._newest) == 2 * CONTEXT:
+            n_left = len(text) - self._n_taken
+            self._newest = self._newest[CONTEXT:]
+            self._n_taken = max(0, len(self._decode(self._newest)) - n_left)
+        return self._show(taken)
 
     def close(self) -> str:
         """What is left to be shown behind the last token."""
-        shown = self._show(self._decode(self._pending)) + self._held
-        self._pending, self._held = [], ""
+        text = self._decode(self._newest)
+        shown = self._show(text[self._n_taken :]) + self._held
+        self._n_taken, self._held = len(text), ""
         return shown
 
     def _show(self, text: str) -> str:

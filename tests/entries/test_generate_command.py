@@ -13,7 +13,7 @@ from reformer_dist import generate
 from reformer_dist.data import ByteTokenizer
 from reformer_dist.errors import ConfigError
 from reformer_dist.generate import build_parser, run_generation
-from reformer_dist.generation import beam_search
+from reformer_dist.generation import TextStream, beam_search
 
 
 @pytest.fixture
@@ -81,6 +81,20 @@ def test_a_search_ends_texts_at_stop_strings_across_tokens(write, monkeypatch):
     [is_end] = ends
     assert [is_end(list(text.encode())) for text in ("né!", "cat", "né", "n!", "a t")] == [True] * 2 + [False] * 3
     assert is_end([ByteTokenizer().eos_id])
+
+
+@pytest.mark.parametrize("beams", [(), ("--beams", "2")], ids=["drawn", "searched"])
+def test_a_text_is_read_behind_its_own_prompt(write, monkeypatch, beams):
+    """Else a vocabulary of SentencePiece would lose the space between the two."""
+    given = set()
+
+    def look(decode, stops, before):
+        given.add(tuple(before))
+        return TextStream(decode, stops, before)
+
+    monkeypatch.setattr(generate, "TextStream", look)
+    write("--prompt", "time water", "--prompt", "no", "--samples", "2", "--max-new-tokens", "2", *beams)
+    assert given == {tuple(b"me water"), (ByteTokenizer().eos_id, *b"no")}
 
 
 def test_the_best_beams_are_printed(write):

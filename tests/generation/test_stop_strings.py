@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pieces import train_pieces
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer
+from reformer_dist.data.sentencepiece import SentencePieceTokenizer
+from reformer_dist.generate import _ending
 from reformer_dist.generation import TextStream
+from reformer_dist.generation.text import CONTEXT
 
 BYTES = ByteTokenizer()
 
 
-def shown(tokens: list[int], stops: list[str], decode=BYTES.decode) -> tuple[list[str], bool]:
+def shown(
+    tokens: list[int], stops: list[str], decode=BYTES.decode, prompt: Sequence[int] = ()
+) -> tuple[list[str], bool]:
     """What comes with each token and at the end, and whether a stop string came."""
-    stream = TextStream(decode, stops)
+    stream = TextStream(decode, stops, prompt)
     parts = []
     for token in tokens:
         parts.append(stream.add(token))
@@ -53,6 +62,61 @@ def test_tokens_of_bpe() -> None:
         parts, is_stopped = shown(ids, [stop], tokenizer.decode)
         assert is_stopped and "".join(parts) == text[: text.index(stop)]
     assert "".join(shown(ids, [], tokenizer.decode)[0]) == text
+
+
+SENTENCE = "Train any model, été \N{GRINNING FACE} or not, with every layer of the stack on a few ranks"
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    return train_pieces(tmp_path_factory.mktemp("pieces"), ["any model of a layer"] * 20)
+
+
+@pytest.mark.parametrize("n_prompt", [0, 1, 5, 20])
+def test_pieces_keep_their_spaces(pieces: SentencePieceTokenizer, n_prompt: int) -> None:
+    """A space before a word is the word's own, which SentencePiece leaves out where a text begins."""
+    ids = pieces.encode(SENTENCE.encode()).tolist()
+    assert len(ids) > n_prompt + 2 * CONTEXT and pieces.decode(ids) == SENTENCE
+    prompt, rest = ids[:n_prompt], ids[n_prompt:]
+    text = SENTENCE[len(pieces.decode(prompt)) :]
+    assert "".join(shown(rest, [], pieces.decode, prompt)[0]) == text
+    for stop in (" layer", "ry layer of", " a few"):
+        parts, is_stopped = shown(rest, [stop], pieces.decode, prompt)
+        assert is_stopped and "".join(parts) == text[: text.index(stop)]
+
+
+def test_a_search_knows_the_space_that_its_first_token_begins_with(pieces: SentencePieceTokenizer) -> None:
+    ids = pieces.encode(b"a model of any layer").tolist()
+    first = next(n for n in range(1, len(ids)) if pieces.decode(ids[:n]) == "a")
+    ends = [n for n in range(1, len(ids) - first) if _ending(pieces, ids[:first], [" model"])(ids[first:][:n])]
+    n_tokens = len(pieces.encode(b"model"))
+    assert ends[0] == n_tokens
+    # what the prompt holds ends nothing
+    assert not _ending(pieces, ids[:-1], [" model", "an"])(ids[-1:])
+
+
+def test_the_cost_of_a_token_does_not_grow() -> None:
+    """Nor with bytes that are no character, of which none follows that would make them one."""
+    lengths: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        lengths.append(len(ids))
+        return BYTES.decode(ids)
+
+    tokens = [*b"text", *[0xFF] * 200, *"é".encode()]
+    parts, _ = shown(tokens, [], decode)
+    assert "".join(parts) == BYTES.decode(tokens)
+    assert max(lengths) <= 2 * CONTEXT and len("".join(parts[:104])) >= 100
+
+
+@given(
+    st.lists(
+        st.sampled_from([0x61, 0x62, 0xC3, 0xA9, 0xE4, 0xB8, 0xAD, 0xF0, 0x9F, 0x98, 0x80, 0xFF]), max_size=60
+    )
+)
+def test_any_bytes(tokens: list[int]) -> None:
+    parts, _ = shown(tokens, [])
+    assert "".join(parts) == BYTES.decode(tokens)
 
 
 @given(

@@ -27,7 +27,7 @@ from reformer_dist.data import (
     split_records,
     write_records,
 )
-from reformer_dist.errors import UserError
+from reformer_dist.errors import DataError, UserError
 
 EPILOG = """\
 inputs:
@@ -188,7 +188,11 @@ def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
         from reformer_dist.load import open_weights  # loads torch
 
         weights = open_weights(arguments.tokenizer_of)
-        return load_tokenizer(weights.run["tokenizer"], weights.folder)
+        tokenizer = load_tokenizer(weights.run["tokenizer"], weights.folder)
+        if arguments.squad and not tokenizer.is_lossless:
+            right = "answers would no longer stand where --squad says; take --tokenizer bytes or bpe"
+            raise DataError(f"--tokenizer-of {arguments.tokenizer_of}: SentencePiece normalises texts: {right}")
+        return tokenizer
     if arguments.tokenizer == "bytes":
         return ByteTokenizer()
     if arguments.tokenizer_file:
@@ -212,7 +216,8 @@ def show(summary: WriteSummary, tokenizer: Tokenizer, folder: Path) -> None:
     if summary.empty:
         print(f"  left out: {summary.empty:,} documents that, or one of whose fields, are empty")
     if summary.replaced:
-        print(f"  replaced: bytes that are not UTF-8, in {summary.replaced:,} documents")
+        how = "replaced: bytes that are not UTF-8, in" if tokenizer.is_lossless else "normalised by SentencePiece:"
+        print(f"  {how} {summary.replaced:,} documents")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ SPACE = "\u2581"  # how a piece writes a space
 class SentencePieceTokenizer:
     """A `spiece.model` through the package sentencepiece; the end of text is the vocabulary's own (`</s>`)."""
 
+    is_lossless = False
+
     def __init__(self, path: Path, vocab_size: int | None = None) -> None:
         """vocab_size: of the model, if it has more ids than there are pieces. Raises DataError."""
         if not path.is_file():

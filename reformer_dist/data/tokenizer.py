@@ -39,8 +39,12 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> NDArray[np.int64]:
         """Bytes of text that each token stands for, [vocab_size]; 0 for the end of text."""
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether any UTF-8 text is kept byte for byte, so that a place in it is one in its tokens."""
+
     def readable(self, text: bytes) -> bytes:
-        """The text as `encode` keeps it: itself, or with what isn't UTF-8 replaced by U+FFFD."""
+        """The text as `encode` keeps it: itself, with what isn't UTF-8 replaced by U+FFFD, or normalised."""
 
     def encode(self, text: bytes) -> NDArray[Any]:
         """Token ids of a text, [n_tokens] of `dtype`, without an end-of-text token."""
@@ -54,6 +58,8 @@ class Tokenizer(Protocol):
 
 class ByteTokenizer:
     """A token is a byte: ids 0 .. 255, and 256 for the end of text; or 256 ids from another first one."""
+
+    is_lossless = True
 
     def __init__(self, first_id: int = 0, eos_id: int = 256) -> None:
         self._first_id, self.eos_id = first_id, eos_id
@@ -85,6 +91,8 @@ class ByteTokenizer:
 
 class BpeTokenizer:
     """Byte-level BPE; the vocabulary holds all 256 bytes, so any UTF-8 text survives."""
+
+    is_lossless = True
 
     def __init__(self, inner: Any, origin: str) -> None:
         """`inner` is a `tokenizers.Tokenizer`; `origin` names it in errors.

@@ -47,7 +47,7 @@ class WriteSummary:
     empty: int = 0
     """Documents left out since they, or one of their fields, held no text."""
     replaced: int = 0
-    """Documents in which bytes that are not UTF-8 were replaced by U+FFFD."""
+    """Documents that the tokenizer changed: it replaced bytes that are not UTF-8, or normalised the text."""
 
     def total(self, count: str, *splits: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over splits; none named means all."""

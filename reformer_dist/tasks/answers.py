@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reformer_dist.data import Batch, Corpus, Example, Sample, Visit, collate, seeded_bits
+from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.tasks.metrics import answer_f1, best_over, exact_match
@@ -51,6 +52,15 @@ class QuestionAnswering(SampleTask):
 
     def build_model(self) -> nn.Module:
         return ReformerForQuestionAnswering(self.config.model, self.vocab_size, self.config.trainer.seed)
+
+    def check(self, corpus: Corpus) -> None:
+        super().check(corpus)
+        if not self.tokenizer.is_lossless:
+            right = f"write it with make_shards.py {self.made_by} --tokenizer bytes or bpe"
+            raise DataError(
+                f"data.path={corpus.where}: its vocabulary is of SentencePiece, which normalises texts, so that "
+                f"answers do not stand where they are said to; {right}"
+            )
 
     def example(self, sample: Sample, visit: Visit) -> Example:
         first, last = self._answer_tokens(sample)

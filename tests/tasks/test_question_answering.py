@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.pieces import train_pieces
 from task_data import make
 from torch import nn
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
+from reformer_dist.errors import DataError
 from reformer_dist.tasks import Rows
 from reformer_dist.tasks.answers import QuestionAnswering
 
@@ -74,6 +76,20 @@ def test_labels_of_bpe_cover_the_answer() -> None:
     first, last = row["labels"]
     assert ANSWER in tokenizer.decode(row["tokens"][first : last + 1])
     assert last - first < 4
+
+
+def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None:
+    task, _ = task_and_sample()
+    pieces = train_pieces(tmp_path, [CONTEXT] * 9)
+    records = [Record("q", (b"Since when?", CONTEXT.encode()), {"answers": [[START, ANSWER]]})]
+    for tokenizer in (ByteTokenizer(), pieces):
+        write_records(records, tmp_path / "d", tokenizer, heldout_fraction=0, overwrite=True, fields=task.needs)
+        task.tokenizer, corpus = tokenizer, Corpus.open([tmp_path / "d"])
+        if tokenizer is pieces:
+            with pytest.raises(DataError, match=r"make_shards\.py --squad FILE\.json --tokenizer bytes or bpe"):
+                task.check(corpus)
+        else:
+            task.check(corpus)
 
 
 def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.pieces import train_pieces
 from task_data import write_lines
 
+from reformer_dist import load
 from reformer_dist.data import Corpus, Dataset, split_samples
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -90,6 +93,24 @@ def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> 
     ):
         assert make_shards(monkeypatch, *given, wrong, "--overwrite") == 1
         assert words in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """It moves answers, so questions are refused; of plain text it is said what it does."""
+    specification = train_pieces(tmp_path, ["two words of text"] * 9).save(tmp_path)
+    weights = SimpleNamespace(run={"tokenizer": specification}, folder=tmp_path)
+    monkeypatch.setattr(load, "open_weights", lambda path: weights)
+    given = ["--tokenizer-of", "MODEL", "--output", tmp_path / "data"]
+    assert make_shards(monkeypatch, "--squad", squad(tmp_path / "train.json"), *given) == 1
+    assert "MODEL: SentencePiece normalises texts: answers would no longer stand" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "two  words {n}"}}\n' for n in range(40)))
+    assert make_shards(monkeypatch, tmp_path / "a.jsonl", *given, "--heldout", 0.3) == 0
+    output = capsys.readouterr().out
+    assert "normalised by SentencePiece: 40 documents" in output and "UTF-8" not in output
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    bpe = ["--tokenizer", "bpe", "--output", tmp_path / "bpe", "--heldout", 0.3]
+    assert make_shards(monkeypatch, tmp_path / "a.jsonl", tmp_path / "latin.txt", *bpe) == 0
+    assert "replaced: bytes that are not UTF-8, in 1 documents" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,11 @@ class RecomputingDecoder:
 
     def select_rows(self, rows: Tensor) -> None:
         self._tokens = self._tokens[rows]
-        self._mask = None if self._mask is None else self._mask[rows]
+        if self._mask is not None:
+            mask = self._mask[rows]
+            # padding before a longer prompt that is gone would count towards the positions that the model has
+            n_padding = int(mask.any(dim=0).int().argmax())
+            self._tokens, self._mask = self._tokens[:, n_padding:], mask[:, n_padding:]
 
     def _logits(self) -> Tensor:
         return self._model(self._tokens, key_padding_mask=self._mask, logits_to_keep=1)[:, -1]

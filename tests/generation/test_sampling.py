@@ -10,7 +10,7 @@ from generation_helpers import TableDecoder, random_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
+from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule, Position
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.generation import (
     CachedDecoder,
@@ -151,6 +151,32 @@ def test_batches_of_a_model_are_its_single_texts(neighbours: NeighbourRule) -> N
             tokens = found[2 * number + sample]
             assert tokens == [text[sample] for text in texts][: len(tokens)]
     assert list(map(len, found.values())) == [5, 10, 10, 10, 10, 5]
+
+
+@pytest.mark.parametrize("neighbours", list(NeighbourRule))
+@pytest.mark.parametrize("lengths", [[25, 5, 9], [5, 25, 9]], ids=str)
+def test_a_shorter_prompt_goes_on_to_the_last_position(neighbours: NeighbourRule, lengths: list[int]) -> None:
+    """Rows end at their own limits, the longest first; what it leaves is not in the way of the others."""
+    config = ModelConfig(
+        dim=16, n_layers=2, n_heads=2, n_buckets=2, window=4, neighbours=neighbours, chunk_len=4,
+        position=Position.learned, max_seq_len=32,
+    )  # fmt: skip
+    model = ReformerLM(config, 15).eval()
+    prompts = [torch.arange(length) % 15 for length in lengths]
+    options = SamplingOptions(temperature=1.0)
+
+    def texts(prompts: list[torch.Tensor], first: int) -> list[list[int]]:
+        sampler = Sampler(make_decoder(model, config), prompts, options, first_prompt=first)
+        found: list[list[int]] = [[] for _ in prompts]
+        while sampler.rows:
+            for row, token in sampler.step().items():
+                found[row].append(token)
+            sampler.end({row for row in sampler.rows if len(found[row]) == 32 - len(prompts[row])})
+        return found
+
+    together = texts(prompts, 0)
+    assert [len(text) for text in together] == [32 - length for length in lengths]
+    assert together == [texts([prompt], number)[0] for number, prompt in enumerate(prompts)]
 
 
 def test_one_text_is_a_stream() -> None:

@@ -136,14 +136,16 @@ class QuestionAnswering(SampleTask):
         n = len(starts)
         if n == 0:
             return (0, -1), -float("inf")
-        scores = starts[:, None] + ends[None, :]
-        places = torch.arange(n)
-        length = places[None, :] - places[:, None]
-        allowed = (length >= 0) & (length < self.config.task.max_answer_tokens)
-        flat = scores.masked_fill(~allowed, -torch.inf).flatten()
-        at = int(flat.argmax())
-        shift = window.start
-        return (at // n + shift, at % n + shift), float(flat[at] - none)
+        # the best of each start, by length: what all pairs would take grows with the square of the window
+        scores, lengths = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
+        for length in range(min(n, self.config.task.max_answer_tokens)):
+            of_length = starts[: n - length] + ends[length:]
+            is_better = of_length > scores[: n - length]
+            scores[: n - length][is_better] = of_length[is_better]
+            lengths[: n - length][is_better] = length
+        at = int(scores.argmax())
+        first = window.start + at
+        return (first, first + int(lengths[at])), float(scores[at] - none)
 
 
 def _tensors(window: Window) -> Example:

@@ -14,7 +14,7 @@ from torch import nn
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
 from reformer_dist.errors import DataError
 from reformer_dist.tasks import Rows
-from reformer_dist.tasks.answers import QuestionAnswering
+from reformer_dist.tasks.answers import QuestionAnswering, Window
 
 CONTEXT = "Über den Rhein führen viele Brücken, und die älteste von ihnen steht seit 1850 in Waldshut. " * 3
 ANSWER = "1850"
@@ -90,6 +90,33 @@ def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None
                 task.check(corpus)
         else:
             task.check(corpus)
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 40])
+@pytest.mark.parametrize("n_context", [0, 1, 2, 17])
+def test_the_best_span_is_that_of_all_pairs(most: int, n_context: int) -> None:
+    """Of equal scores the first start, then the first end."""
+    task, _ = task_and_sample(f"task.max_answer_tokens={most}")
+    window = Window(np.zeros(3 + n_context + 1, np.int64), context_at=3, start=100)
+    draw = torch.Generator().manual_seed(most)
+    for _ in range(50):
+        starts, ends = torch.randint(-2, 3, (2, len(window.tokens)), generator=draw).float()
+        best = (-float("inf"), (0, -1))
+        for first in range(n_context):
+            for last in range(first, min(n_context, first + most)):
+                score = float(starts[3 + first] + ends[3 + last] - starts[-1] - ends[-1])
+                if score > best[0]:
+                    best = (score, (100 + first, 100 + last))
+        assert task._best_span(window, starts, ends) == (best[1], best[0])
+
+
+def test_a_long_window_takes_memory_for_its_tokens_alone() -> None:
+    task, _ = task_and_sample()
+    window = Window(np.zeros(2**20, np.int64), 10, 0)
+    starts = torch.zeros(2**20)
+    starts[70_000] = 1
+    # all pairs would take 4 TiB
+    assert task._best_span(window, starts, starts.roll(5))[0] == (69_990, 69_995)
 
 
 def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:

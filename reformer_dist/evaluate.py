@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from reformer_dist.baselines import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.cli import run_command
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus
+from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus, Tokenizer
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.errors import CheckpointError, ConfigError
+from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.feed import open_corpus
 from reformer_dist.load import LoadedModel, load_model
 from reformer_dist.share import share_sequences
@@ -91,13 +92,16 @@ def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> 
 
 def _open_corpus(loaded: LoadedModel, split: str) -> Corpus:
     corpus = open_corpus(loaded.config.data, [split])
-    if corpus.tokenizer.vocab_size != loaded.tokenizer.vocab_size:
-        raise CheckpointError(
-            f"data.path={corpus.where}: has a vocabulary of {corpus.tokenizer.vocab_size}, "
-            f"the model was trained with one of {loaded.tokenizer.vocab_size}"
-        )
+    if _specification(corpus.tokenizer) != _specification(loaded.tokenizer):
+        fix = f"write the data with tools/make_shards.py --tokenizer-of {loaded.checkpoint}"
+        raise DataError(f"data.path={corpus.where}: has another tokenizer than the model; {fix}")
     loaded.task.check(corpus)
     return corpus
+
+
+def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizer.save(Path(folder))
 
 
 def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> Rows:

@@ -127,7 +127,7 @@ def _text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) ->
     batches = loaded.task.heldout(corpus, _rows(arguments, loaded, 0, 1))
     labels = (batch.tensors["labels"] for batch in batches)
     ids = torch.cat([each[each != IGNORED_LABEL] for each in labels])
-    return loaded.tokenizer.decode(ids.tolist()).encode()
+    return loaded.tokenizer.decode_bytes(ids.numpy())
 
 
 def _of_text(result: EvalResult, text: bytes) -> list[str]:

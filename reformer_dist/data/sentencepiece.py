@@ -66,6 +66,9 @@ class SentencePieceTokenizer:
         known = [int(index) for index in ids if int(index) < len(self._inner)]
         return str(self._inner.decode(known))
 
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        return self.decode(ids).encode()
+
     def save(self, folder: Path) -> dict[str, Any]:
         path = folder / FILE
         path.write_bytes(self._path.read_bytes())

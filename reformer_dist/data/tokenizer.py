@@ -52,6 +52,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of token ids; end-of-text tokens are left out, broken UTF-8 becomes U+FFFD."""
 
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The same as bytes, where the tokenizer knows of what isn't UTF-8 as it is."""
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the tokenizer's files into a folder; returns what `load_tokenizer` asks for."""
 
@@ -80,8 +83,11 @@ class ByteTokenizer:
         return ids if self._first_id == 0 else ids.astype(self.dtype) + self._first_id
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
         array = np.asarray(ids, dtype=np.int64) - self._first_id
-        return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes()
 
     def save(self, folder: Path) -> dict[str, Any]:
         if self._first_id == 0:
@@ -170,6 +176,9 @@ class BpeTokenizer:
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         return self._inner.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        return self.decode(ids).encode()
 
     def save(self, folder: Path) -> dict[str, Any]:
         path = folder / TOKENIZER_FILE

@@ -22,6 +22,8 @@ def bpe() -> BpeTokenizer:
 
 @given(st.binary())
 def test_bytes_survive(text: bytes) -> None:
+    for tokenizer in (ByteTokenizer(), ByteTokenizer(2, 1)):
+        assert tokenizer.decode_bytes([*tokenizer.encode(text), tokenizer.eos_id]) == text
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     assert ids.astype(np.uint8).tobytes() == text

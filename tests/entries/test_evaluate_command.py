@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 from support.tiny import WORDS, write_tiny_dataset
 
-from reformer_dist.data import BpeTokenizer, Corpus, write_dataset
+from reformer_dist.baselines import order0_bits_per_byte
+from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, write_dataset, write_records
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.evaluate import _open, build_parser
+from reformer_dist.evaluate import _open, _text, build_parser
+from reformer_dist.load import LoadedModel
 
 
-def opened(trained: Path, data: Path, job: Runtime) -> Corpus:
+def opened(trained: Path, data: Path, job: Runtime) -> tuple[argparse.Namespace, LoadedModel, Corpus]:
     arguments = build_parser().parse_args([str(trained), f"data.path={data}"])
-    return _open(arguments, [], job)[1]
+    return arguments, *_open(arguments, [], job)
 
 
 def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, job: Runtime) -> None:
@@ -26,4 +29,19 @@ def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, jo
     right = r"other: has another tokenizer than the model; .*--tokenizer-of .*step-00000006"
     with pytest.raises(UserError, match=right):
         opened(trained, tmp_path / "other", job)
-    assert opened(trained, write_tiny_dataset(tmp_path / "same"), job).total("samples", "heldout") > 0
+    _, _, corpus = opened(trained, write_tiny_dataset(tmp_path / "same"), job)
+    assert corpus.total("samples", "heldout") > 0
+
+
+def test_a_text_that_is_not_utf8_is_held_against_its_own_bytes(
+    trained: Path, tmp_path: Path, job: Runtime
+) -> None:
+    """Each of which would be three as U+FFFD, all alike, which gzip makes little of."""
+    document = bytes(range(256)) * 2
+    records = [Record("latin", (document,))]
+    write_records(records, tmp_path / "d", ByteTokenizer(), heldout=records)
+    arguments, loaded, corpus = opened(trained, tmp_path / "d", job)
+    # rows are whole: what is left over at the end is asked of none
+    text = _text(arguments, loaded, corpus)
+    assert len(text) >= 256 and document.startswith(text)
+    assert order0_bits_per_byte(text) > 7.9

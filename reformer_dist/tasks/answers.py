@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
@@ -12,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from reformer_dist.data import Batch, Corpus, Example, Sample, Visit, collate, seeded_bits
+from reformer_dist.config import RunConfig
+from reformer_dist.config.checks import require
+from reformer_dist.data import Batch, Corpus, Example, Sample, Tokenizer, Visit, collate, seeded_bits
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
@@ -49,6 +52,13 @@ class QuestionAnswering(SampleTask):
     needs = ("question", "context")
     labels_of_rows = True
     made_by = "--squad FILE.json"
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> None:
+        """Raises ConfigError where windows would have to share more than they can hold."""
+        super().__init__(config, tokenizer, labels)
+        stride, seq_len = config.task.stride, config.data.seq_len
+        right = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
+        require(stride < seq_len - 2, "task.stride", stride, right)
 
     def build_model(self) -> nn.Module:
         return ReformerForQuestionAnswering(self.config.model, self.vocab_size, self.config.trainer.seed)
@@ -95,14 +105,18 @@ class QuestionAnswering(SampleTask):
         ]
 
     def _windows(self, sample: Sample) -> list[Window]:
-        """All windows of a sample: each begins so many tokens behind the last that they share task.stride."""
+        """All windows of a sample: each shares task.stride tokens with the last, at most half of what it holds.
+
+        A long question leaves little room: by more in common a context would be read through thousands of windows.
+        """
         seq_len, eos = self.config.data.seq_len, [self.tokenizer.eos_id]
         question = sample.fields[0][: max(0, seq_len // 2 - 2)]
         context = sample.fields[1]
         room = seq_len - len(question) - 2
+        step = room - min(self.config.task.stride, room // 2)
         starts = [0]
         while starts[-1] + room < len(context):
-            starts.append(starts[-1] + max(1, room - self.config.task.stride))
+            starts.append(starts[-1] + step)
         return [
             Window(row_of(question, eos, context[start : start + room], eos), len(question) + 1, start)
             for start in starts

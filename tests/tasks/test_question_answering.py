@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from task_data import make
 from torch import nn
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
-from reformer_dist.errors import DataError
+from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.tasks import Rows
 from reformer_dist.tasks.answers import QuestionAnswering, Window
 
@@ -36,13 +37,20 @@ class Pointer(nn.Module):
 
 
 def task_and_sample(*changed: str, seq_len: int = 64) -> tuple[QuestionAnswering, Sample]:
-    task = make("question_answering", Path("unused"), "model.causal=false", f"data.seq_len={seq_len}", *changed)
+    task = make(
+        "question_answering",
+        Path("unused"),
+        "model.causal=false",
+        f"data.seq_len={seq_len}",
+        "task.stride=16",
+        *changed,
+    )
     assert isinstance(task, QuestionAnswering)
     fields = tuple(task.tokenizer.encode(text.encode()) for text in ("Since when?", CONTEXT))
     return task, Sample("q", fields, {"answers": [[START, ANSWER]]})
 
 
-@pytest.mark.parametrize("stride", [0, 16, 200])
+@pytest.mark.parametrize("stride", [0, 16, 61])
 def test_windows_cover_the_context_and_labels_point_at_the_answer(stride: int) -> None:
     task, sample = task_and_sample(f"task.stride={stride}")
     windows = task._windows(sample)
@@ -66,6 +74,27 @@ def test_windows_cover_the_context_and_labels_point_at_the_answer(stride: int) -
             assert row["answer_mask"][first : last + 1].all()
         assert np.array_equal(row["tokens"], task.example(sample, (0, 0, place))["tokens"])
     assert 30 <= with_answer < 60
+
+
+def test_a_long_question_takes_no_thousand_windows() -> None:
+    """It leaves 32 tokens of a row, which is also the stride: windows then share half of that."""
+    task, _ = task_and_sample("task.stride=32")
+    sample = Sample("q", (np.zeros(99, np.int64), np.arange(5000)), {})
+    starts = [window.start for window in task._windows(sample)]
+    assert starts == list(range(0, 5000 - 16, 16))
+    # what the room allows is kept to
+    sample = Sample("q", (np.zeros(2, np.int64), np.arange(500)), {})
+    windows = task._windows(sample)
+    assert all(before.end - after.start == 60 // 2 for before, after in pairwise(windows))
+    task, _ = task_and_sample("task.stride=7")
+    assert all(before.end - after.start == 7 for before, after in pairwise(task._windows(sample)))
+
+
+@pytest.mark.parametrize(("stride", "seq_len"), [(62, 64), (128, 64), (0, 2)])
+def test_a_stride_that_no_window_holds_is_refused(stride: int, seq_len: int) -> None:
+    words = f"task.stride={stride}: must be below {seq_len - 2}, .* data.seq_len={seq_len} holds"
+    with pytest.raises(ConfigError, match=words):
+        task_and_sample(f"task.stride={stride}", seq_len=seq_len)
 
 
 def test_labels_of_bpe_cover_the_answer() -> None:

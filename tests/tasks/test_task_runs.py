@@ -159,7 +159,8 @@ def test_a_plan_has_the_parameters_of_the_task_s_model(
 def test_a_plan_of_a_task_on_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"task\.kind=question_answering needs question and context"):
         dry_run(
-            tiny_config(tiny_data, tmp_path, "task.kind=question_answering", "model.causal=false"), "--dry-run"
+            tiny_config(tiny_data, tmp_path, "task.kind=question_answering", *OVERRIDES["question_answering"]),
+            "--dry-run",
         )
 
 

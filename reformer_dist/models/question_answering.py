@@ -11,7 +11,6 @@ from reformer_dist.models.body import TokenModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
 from reformer_dist.models.initial import initialise
 
-IGNORED = -100
 EXCLUDED = torch.finfo(torch.float32).min
 
 
@@ -38,28 +37,37 @@ class ReformerForQuestionAnswering(TokenModel):
         """tokens [B, S] -> logits of the first and of the last token of the answer, [B, S] float32 each.
 
         With labels [B, 2], first and last position of the answer in its text, whose first real token is at 0:
-        the loss of both in nats, summed. Labels of -100 are ignored. answer_mask [B, S]: True where an answer
-        may lie; the question's tokens, as padding always, get the lowest number there is as a logit. The other
-        keywords are those of `ForwardOptions`.
+        the loss of both in nats, summed. Labels of -100 are ignored, and so is any other where no answer may lie.
+        answer_mask [B, S]: True where one may; the question's tokens, as padding always, get the lowest number
+        there is as a logit. The other keywords are those of `ForwardOptions`.
         """
         context = self._open(tokens, options)
         logits = self.head(self._hidden(tokens, context)).float()
-        for allowed in (context.key_padding_mask, answer_mask):
-            if allowed is not None:
-                logits = logits.masked_fill(~allowed.unsqueeze(-1), EXCLUDED)
+        masks = [mask.unsqueeze(-1) for mask in (context.key_padding_mask, answer_mask) if mask is not None]
+        for mask in masks:
+            logits = logits.masked_fill(~mask, EXCLUDED)
         if labels is None:
             first, last = logits.unbind(dim=-1)
             return first, last
-        return _cross_entropy_over_positions(logits, labels, context)
+        return _cross_entropy_over_positions(logits, labels, masks, context)
 
 
-def _cross_entropy_over_positions(logits: Tensor, labels: Tensor, context: ForwardContext) -> Tensor:
-    """This rank's share of the summed loss; logits [B, S, 2] of the positions at hand, labels [B, 2]."""
-    sequence, mask = context.sequence, context.key_padding_mask
+def _cross_entropy_over_positions(
+    logits: Tensor, labels: Tensor, masks: list[Tensor], context: ForwardContext
+) -> Tensor:
+    """This rank's share of the summed loss; logits [B, S, 2] of the positions at hand, labels [B, 2].
+
+    masks [B, S, 1] each: False where nothing is asked for.
+    """
+    sequence = context.sequence
     is_label = context.places.positions.unsqueeze(-1) == labels.unsqueeze(1)
-    if mask is not None:
-        is_label = is_label & mask.unsqueeze(-1)
+    for mask in masks:
+        is_label = is_label & mask
     # over slices too: each has its own sum of exponentials, and one of them holds the label
-    of_label = sequence.gather(torch.where(is_label, logits, 0.0).sum(dim=1)).sum(dim=0)
+    of_label = torch.where(is_label, logits, 0.0).sum(dim=1)
+    of_label, n_held = (
+        sequence.gather(torch.stack([of_label, is_label.sum(dim=1).float()], dim=-1)).sum(dim=0).unbind(-1)
+    )
     of_all = sequence.gather(logits.logsumexp(dim=1)).logsumexp(dim=0)
-    return torch.where(labels == IGNORED, 0.0, of_all - of_label).sum() / sequence.n_parts
+    # a label that no place holds has no logit that its loss could be bounded by
+    return torch.where(n_held > 0, of_all - of_label, 0.0).sum() / sequence.n_parts

@@ -121,6 +121,21 @@ def test_question_answering() -> None:
     torch.testing.assert_close(model(tokens, ANSWERS, **options), expected)
 
 
+def test_a_label_where_no_answer_may_lie_is_not_asked_for() -> None:
+    """Behind the text, in its padding, in the question: no training on it has an end, or even a finite loss."""
+    model = ReformerForQuestionAnswering(small_config(**TWO_SIDED), VOCAB).eval()
+    tokens, mask = random_tokens(3), padding()
+    answers = torch.arange(37).expand(3, -1) >= 10
+    options = {"key_padding_mask": mask, "answer_mask": answers}
+    # the first row has 20 tokens, the second begins behind nine, so that its first answer may lie at 1
+    of_last = model(tokens, torch.tensor([[-100, 15], [-100, 1], [-100, 36]]), **options)
+    assert of_last > 0
+    for wrong in ([20, 0, 37], [9, 28, 9], [-1, 10_000, 0]):
+        labels = torch.tensor([[first, last] for first, last in zip(wrong, [15, 1, 36], strict=True)])
+        assert torch.equal(model(tokens, labels, **options), of_last)
+    assert model(tokens, torch.full((3, 2), 37)) == 0  # without any mask
+
+
 def test_a_row_without_any_place_for_an_answer_does_no_harm() -> None:
     model = ReformerForQuestionAnswering(small_config(**TWO_SIDED), VOCAB)
     nowhere = torch.ones(3, 37, dtype=torch.bool)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation.decoder import Decoder
+from reformer_dist.generation.decoder import Decoder, require_finite
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,21 @@ def beam_search(
 ) -> list[Hypothesis]:
     """At most options.beams texts of at most n_tokens tokens behind prompt [S], the best first.
 
-    is_end: whether a text, given as its tokens behind the prompt, is over with its last token.
+    is_end: whether a text, given as its tokens behind the prompt, is over with its last token. Raises UserError
+    where logits are not finite.
     """
     search = _Search(options, n_tokens, is_end)
-    log_probabilities = decoder.start(prompt.unsqueeze(0)).float().log_softmax(dim=-1).cpu()
+    log_probabilities = _log_probabilities(decoder.start(prompt.unsqueeze(0)))
     while not search.grow(log_probabilities):
         if search.origins != list(range(log_probabilities.shape[0])):
             decoder.select_rows(torch.tensor(search.origins, device=prompt.device))
         newest = torch.tensor([tokens[-1] for tokens in search.alive], device=prompt.device)
-        log_probabilities = decoder.step(newest).float().log_softmax(dim=-1).cpu()
+        log_probabilities = _log_probabilities(decoder.step(newest))
     return search.best()
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return require_finite(logits.float()).log_softmax(dim=-1).cpu()
 
 
 class _Search:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.errors import ConfigError
+from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models.decoding import DecodingState, why_not_incremental
 
 Model = Callable[..., Tensor]
@@ -30,6 +30,13 @@ class Decoder(Protocol):
     def select_rows(self, rows: Tensor) -> None:
         """Makes text i what text rows[i] was: rows [N] int64 may repeat some and leave others out."""
         ...
+
+
+def require_finite(logits: Tensor) -> Tensor:
+    """The logits themselves. Raises UserError."""
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model's logits are not finite: its weights are those of a run that diverged")
+    return logits
 
 
 def make_decoder(model: Model, config: ModelConfig) -> Decoder:

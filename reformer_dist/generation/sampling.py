@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.generation.decoder import Decoder
+from reformer_dist.errors import ConfigError
+from reformer_dist.generation.decoder import Decoder, require_finite
 from reformer_dist.seeds import derive_seed
 
 
@@ -74,9 +74,7 @@ class Sampler:
     @torch.no_grad()
     def step(self) -> dict[int, int]:
         """The next token of each row that still grows."""
-        logits = self._next_logits()
-        if not bool(logits.isfinite().all()):
-            raise UserError("the model's logits are not finite: its weights are those of a run that diverged")
+        logits = require_finite(self._next_logits())
         probabilities = next_probabilities(logits, self._options, self._punished(logits.shape[1]))
         pairs = zip(probabilities, self._generators, strict=True)
         self._newest = [int(torch.multinomial(row, 1, generator=generator)) for row, generator in pairs]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reformer_dist.config import AttentionKind, ModelConfig
-from reformer_dist.errors import ConfigError
+from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.generation import BeamOptions, CachedDecoder, RecomputingDecoder, beam_search
 from reformer_dist.models import ReformerLM
 
@@ -114,6 +114,15 @@ def test_the_cache_follows_the_beams() -> None:
     assert [text.tokens for text in found] == [text.tokens for text in plain]
     assert [text.score for text in found] == pytest.approx([text.score for text in plain], abs=1e-4)
     assert any(sorted(rows) != rows or len(set(rows)) < 4 for rows in moves)
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [1, 0], ids=["at once", "later"])
+def test_a_model_that_diverged_writes_nothing(worst: float, place: int) -> None:
+    table = torch.tensor([[0.0, 1.0, 2.0], [9.0, 1.0, 2.0], [9.0, 1.0, 2.0]])
+    table[place, 2] = worst
+    with pytest.raises(UserError, match="not finite"):
+        beam_search(TableDecoder(table), torch.tensor([1]), 4, BeamOptions(2), lambda tokens: False)
 
 
 @pytest.mark.parametrize(("beams", "penalty", "key"), [(0, 1.0, "--beams 0"), (2, -0.5, "--length-penalty -0.5")])

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=words, description=words)
         command.set_defaults(action=action)
         for path in paths:
-            command.add_argument(path, type=Path)
+            command.add_argument(path, type=_resolved)
         return command
 
     add("ls", "lists the checkpoints of a run: step, ranks, ZeRO stage, bytes", list_all, "run")
@@ -45,6 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     exporting = add("export", "writes the weights alone, as plain safetensors", export, "checkpoint", "output")
     exporting.add_argument("--max-shard-size", metavar="SIZE", help="such as 2GB; without it, there is one file")
     return parser
+
+
+def _resolved(words: str) -> Path:
+    """With a name and a parent of its own, which `.` and a link have not."""
+    return Path(words).resolve()
 
 
 def list_all(arguments: argparse.Namespace) -> None:

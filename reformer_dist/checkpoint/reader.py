@@ -29,7 +29,8 @@ def is_good(folder: Path) -> str | None:
             return f"its format is {manifest['format']}, this version reads {FORMAT}"
         if not isinstance(manifest["step"], int) or not isinstance(manifest["world_size"], int):
             return f"{MANIFEST} has no step or world_size"
-        if folder.name.startswith(PREFIX) and f"{PREFIX}{manifest['step']:08d}" != folder.name:
+        is_of_run = folder.name.startswith(PREFIX) and folder.name[len(PREFIX) :].isdecimal()
+        if is_of_run and f"{PREFIX}{manifest['step']:08d}" != folder.name:
             return f"{MANIFEST} is of step {manifest['step']}"
         needed = {RUN_FILE, *(rank_file(rank, end) for rank in range(manifest["world_size"]) for end in ENDS)}
         if absent := sorted(needed - files.keys()):

@@ -13,6 +13,7 @@ from reformer_dist import checkpoints
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.load import load_model
+from reformer_dist.run_lock import RunLock
 
 
 def run(*words: object) -> None:
@@ -59,6 +60,30 @@ def test_prune_counts_good_ones(copy: Path) -> None:
     assert [path.name for path in sorted((copy / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
     with pytest.raises(ConfigError, match="--keep 0: must be at least 1"):
         run("prune", copy, "--keep", 0)
+
+
+def test_paths_from_within_a_run(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(step(copy, 3))
+    run("verify", ".")
+    assert capsys.readouterr().out == f"{step(copy, 3)}: good\n"
+    with pytest.raises(CheckpointError, match=r"step-00000003: exists; name a folder that does not"):
+        run("export", copy, ".")
+    (tmp_path / "link").symlink_to(copy / "checkpoints")
+    locked = []
+    monkeypatch.setattr(checkpoints, "RunLock", lambda folder: (locked.append(folder), RunLock(folder))[1])
+    for folder, path in ((copy / "checkpoints", "."), (step(copy, 6), "."), (tmp_path, "link")):
+        monkeypatch.chdir(folder)
+        run("prune", path, "--keep", 1)
+    assert locked == [copy] * 3
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_a_copy_under_a_name_of_its_own_is_good(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = Path(shutil.copytree(step(copy, 3), copy / "checkpoints" / "step-00000003-best"))
+    run("verify", best)
+    assert capsys.readouterr().out == f"{best}: good\n"
 
 
 @pytest.mark.parametrize("size", [[], ["--max-shard-size", "40KB"]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
@@ -13,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import require
-from reformer_dist.data import Batch, Corpus, Example, Sample, Tokenizer, Visit, collate, seeded_bits
+from reformer_dist.data import Batch, Corpus, Example, Sample, Visit, collate, seeded_bits
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
@@ -53,18 +51,15 @@ class QuestionAnswering(SampleTask):
     labels_of_rows = True
     made_by = "--squad FILE.json"
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> None:
-        """Raises ConfigError where windows would have to share more than they can hold."""
-        super().__init__(config, tokenizer, labels)
-        stride, seq_len = config.task.stride, config.data.seq_len
-        right = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
-        require(stride < seq_len - 2, "task.stride", stride, right)
-
     def build_model(self) -> nn.Module:
         return ReformerForQuestionAnswering(self.config.model, self.vocab_size, self.config.trainer.seed)
 
     def check(self, corpus: Corpus) -> None:
+        """Raises ConfigError, too, where windows would have to share more than they can hold."""
         super().check(corpus)
+        stride, seq_len = self.config.task.stride, self.config.data.seq_len
+        right = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
+        require(stride < seq_len - 2, "task.stride", stride, right)
         if not self.tokenizer.is_lossless:
             right = f"write it with make_shards.py {self.made_by} --tokenizer bytes or bpe"
             raise DataError(

@@ -81,7 +81,7 @@ def check_tasks(job: Runtime, config: ModelConfig, sequence: SlicedSequence) -> 
     tokens = torch.randint(0, VOCAB, (3, seq_len), generator=torch.Generator().manual_seed(0))
     real = torch.arange(seq_len) < torch.tensor([[seq_len], [2 * seq_len // 3], [2]])
     rows = {"tokens": tokens, "key_padding_mask": real}
-    kind = TaskConfig(kind=TaskKind.question_answering, stride=8)
+    kind = TaskConfig(kind=TaskKind.question_answering)
     run = RunConfig(task=kind, model=config, data=DataConfig(seq_len=SEQ_LEN))
     for pooling in Pooling:
         model = ReformerForSequenceClassification(replace(config, pooling=pooling), VOCAB, N_CLASSES)

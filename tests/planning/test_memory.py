@@ -36,7 +36,7 @@ WIDE = (
 # kinds whose model is no ReformerLM, and what they need
 OF_OTHERS = {
     "sequence_classification": ("model.causal=false",),
-    "question_answering": ("model.causal=false", "task.stride=8"),
+    "question_answering": ("model.causal=false",),
     "sequence_to_sequence": ("task.max_source_len=64", "model.n_encoder_layers=3"),
 }
 SHORT = "data.seq_len=32"

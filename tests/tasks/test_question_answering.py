@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.pieces import train_pieces
-from task_data import make
+from task_data import make, write_for
 from torch import nn
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
@@ -91,10 +91,12 @@ def test_a_long_question_takes_no_thousand_windows() -> None:
 
 
 @pytest.mark.parametrize(("stride", "seq_len"), [(62, 64), (128, 64), (0, 2)])
-def test_a_stride_that_no_window_holds_is_refused(stride: int, seq_len: int) -> None:
+def test_a_stride_that_no_window_holds_is_refused(stride: int, seq_len: int, tmp_path: Path) -> None:
+    task, _ = task_and_sample(f"task.stride={stride}", seq_len=seq_len)
+    corpus = Corpus.open([write_for("question_answering", tmp_path / "d")])
     words = f"task.stride={stride}: must be below {seq_len - 2}, .* data.seq_len={seq_len} holds"
     with pytest.raises(ConfigError, match=words):
-        task_and_sample(f"task.stride={stride}", seq_len=seq_len)
+        task.check(corpus)
 
 
 def test_labels_of_bpe_cover_the_answer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reformer_dist.config.checks import at_least, is_share, require
+from reformer_dist.config.checks import at_least, check_types, is_share, require
 
 
 @dataclass(kw_only=True)
@@ -40,6 +40,7 @@ class DataConfig:
     """Held-out rows of one evaluation during training; 0 means all of them."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data")
         self.paths()
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size)
         at_least(0, data__eval_rows=self.eval_rows, data__epochs=self.epochs, data__workers=self.workers)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from reformer_dist.config.checks import at_least, is_share, require
+from reformer_dist.config.checks import at_least, check_types, is_share, require
 
 LARGEST_WINDOW = 2**28  # places of an order, and distances between them, have 32 bits
 
@@ -184,6 +184,7 @@ class ModelConfig:
     """Where backward finds activations: reversible (rebuilt), checkpoint (recomputed), none (stored)."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model")
         at_least(1, model__dim=self.dim, model__n_layers=self.n_layers, model__n_heads=self.n_heads)
         at_least(1, model__head_dim=self.head_dim, model__n_hashes=self.n_hashes, model__window=self.window)
         at_least(1, model__n_encoder_layers=self.n_encoder_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from reformer_dist.config.checks import at_least, is_share, require
+from reformer_dist.config.checks import at_least, check_types, is_share, require
 
 
 class Schedule(Enum):
@@ -33,6 +33,7 @@ class OptimConfig:
     """cosine and linear end at this share of lr."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optim")
         at_least(0, optim__lr=self.lr, optim__eps=self.eps, optim__weight_decay=self.weight_decay)
         at_least(0, optim__grad_clip=self.grad_clip, optim__warmup_steps=self.warmup_steps)
         require(len(self.betas) == 2, "optim.betas", self.betas, "must hold two numbers")
@@ -55,6 +56,7 @@ class DeepSpeedConfig:
     """Stage 3: parameters with fewer elements stay whole on every rank."""
 
     def __post_init__(self) -> None:
+        check_types(self, "deepspeed")
         require(self.stage in (0, 1, 2, 3), "deepspeed.stage", self.stage, "must be 0, 1, 2 or 3")
         sharded = self.stage > 0 or not self.offload_optimizer
         require(sharded, "deepspeed.offload_optimizer", True, "needs deepspeed.stage of 1, 2 or 3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reformer_dist.config.checks import at_least, require
+from reformer_dist.config.checks import at_least, check_types, require
 from reformer_dist.errors import ConfigError
 
 LONGEST_TIMEOUT = 30 * 24 * 3600
@@ -28,6 +28,7 @@ class ParallelConfig:
     """Seconds that a rank waits for the others before it ends the job."""
 
     def __post_init__(self) -> None:
+        check_types(self, "parallel")
         at_least(1, parallel__sequence=self.sequence, parallel__heads=self.heads, parallel__buckets=self.buckets)
         require(self.timeout > 0, "parallel.timeout", self.timeout, "must be positive")
         right = f"must be at most {LONGEST_TIMEOUT} s, a month"

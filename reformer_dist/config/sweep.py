@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from reformer_dist.config.checks import at_least, require
+from reformer_dist.config.checks import at_least, check_types, require
 from reformer_dist.errors import ConfigError
 
 
@@ -41,6 +41,7 @@ class SweepConfig:
     """optuna: steps from which on a trial worse than the median of the others is stopped; null stops none."""
 
     def __post_init__(self) -> None:
+        check_types(self, "sweep")
         at_least(1, sweep__parallel=self.parallel, sweep__n_trials=self.n_trials)
         at_least(0, sweep__coverage_rows=self.coverage_rows, sweep__seed=self.seed)
         at_least(0, sweep__prune_after=self.prune_after)

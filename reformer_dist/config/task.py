@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from reformer_dist.config.checks import at_least, require
+from reformer_dist.config.checks import at_least, check_types, require
 
 
 class TaskKind(Enum):
@@ -51,6 +51,7 @@ class TaskConfig:
     """question_answering: the longest answer that is given."""
 
     def __post_init__(self) -> None:
+        check_types(self, "task")
         require(0 < self.mask_share < 1, "task.mask_share", self.mask_share, "must be above 0 and below 1")
         at_least(1, task__max_source_len=self.max_source_len, task__max_answer_tokens=self.max_answer_tokens)
         at_least(1, task__beams=self.beams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from reformer_dist.config.checks import at_least
+from reformer_dist.config.checks import at_least, check_types
 
 
 class Precision(Enum):
@@ -42,6 +42,7 @@ class TrainerConfig:
     """Seconds after which a rank says what it is at, if a part of a step takes longer; 0 means never."""
 
     def __post_init__(self) -> None:
+        check_types(self, "trainer")
         at_least(1, trainer__max_steps=self.max_steps, trainer__micro_batch_size=self.micro_batch_size)
         at_least(0, trainer__log_every=self.log_every, trainer__eval_every=self.eval_every)
         at_least(0, trainer__save_every=self.save_every, trainer__sample_every=self.sample_every)

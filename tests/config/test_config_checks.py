@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from enum import Enum
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -15,11 +17,15 @@ from reformer_dist.config import (
     HashScheme,
     ModelConfig,
     NeighbourRule,
+    Norm,
     OptimConfig,
+    ParallelConfig,
     Position,
     Precision,
     RunConfig,
     StreamMerge,
+    SweepConfig,
+    TaskConfig,
     TrainerConfig,
 )
 from reformer_dist.engine.setup import deepspeed_dict
@@ -31,6 +37,9 @@ GROUPS = {
     "optim": OptimConfig,
     "deepspeed": DeepSpeedConfig,
     "trainer": TrainerConfig,
+    "parallel": ParallelConfig,
+    "task": TaskConfig,
+    "sweep": SweepConfig,
 }
 TOO_SMALL = {
     "model.dim": 0,
@@ -79,9 +88,17 @@ TOO_SMALL = {
 SHARES = ("model.dropout", "model.attention_dropout", "model.ff_dropout")
 
 
+ENUM_FIELDS = [
+    (key, name, kind)
+    for key, cls in GROUPS.items()
+    for name, kind in get_type_hints(cls).items()
+    if isinstance(kind, type) and issubclass(kind, Enum)
+]
+
+
 def make(key: str, value: object, **beside: Any) -> object:
-    group, name = key.split(".")
-    return GROUPS[group](**{name: value}, **beside)
+    group, name = key.partition("[")[0].split(".")
+    return GROUPS[group](**({name: value} | beside))
 
 
 def complains(key: str, value: object, *words: str, **beside: Any) -> None:
@@ -112,6 +129,64 @@ def test_shares(key: str, value: float) -> None:
 @pytest.mark.parametrize("key", ["model.head_dim", "trainer.micro_batch_size", "model.axial_dims"])
 def test_null_is_fine_where_it_has_a_meaning(key: str) -> None:
     make(key, None)
+
+
+def test_there_are_choices() -> None:
+    found = {f"{group}.{name}" for group, name, _ in ENUM_FIELDS}
+    assert found >= {"model.norm", "trainer.precision", "task.kind"}
+
+
+@pytest.mark.parametrize(("group", "name", "kind"), ENUM_FIELDS, ids=[name for _, name, _ in ENUM_FIELDS])
+def test_a_choice_may_be_given_by_its_name(group: str, name: str, kind: type[Enum]) -> None:
+    beside = {"causal": False} if name == "pooling" else {}  # the first token decides
+    for member in kind:
+        config = make(f"{group}.{name}", member.name, **beside)
+        assert getattr(config, name) is member
+        assert replace(config) == config
+    for value in ("nope", 3, None, member.name.upper()):
+        complains(f"{group}.{name}", value, "must be ", f" or {member.name}", **beside)
+
+
+def test_choices_in_lists() -> None:
+    lsh, local = AttentionKind.lsh, AttentionKind.local
+    config = ModelConfig(layers=["lsh", local], encoder_layers=("local",))
+    assert (config.layers, config.encoder_layers) == ([lsh, local], [local])
+    complains("model.layers[1]", "far", "lsh, local or exact", layers=["lsh", "far"])
+    complains("model.layers", "'lsh'", "must be a list", layers="lsh")
+    complains("model.encoder_layers", lsh, "must be a list", encoder_layers=lsh)
+    with pytest.raises(ConfigError, match=r"^model\.norm=nope: must be layer, scale or rezero$"):
+        ModelConfig(norm="nope")
+    with pytest.raises(ConfigError, match=r"must be exact or lsh$"):
+        ModelConfig(cross_attention="local")
+
+
+def test_a_model_of_strings_is_that_of_the_choices() -> None:
+    given = {"position": "rotary", "norm": "rezero", "activation": "glu", "merge_streams": "concat"}
+    config = ModelConfig(**given)
+    assert (config.max_positions, config.output_dim, config.norm) == (None, 2 * config.dim, Norm.rezero)
+    complains("model.head_dim", 5, "rotary", position="rotary")
+
+
+def test_numbers_by_type() -> None:
+    complains("model.n_hashes", 4.9, "must be a whole number")
+    complains("model.dim", "'32'", "must be a whole number", dim="32")
+    complains("model.n_layers", True, "must be a whole number")
+    complains("model.dim", None, "must be a whole number")
+    complains("model.head_dim", 8.0, "must be a whole number")
+    complains("model.axial_shape[1]", 1.5, "must be a whole number", axial_shape=[32, 1.5])
+    complains("model.dropout", "'0.1'", "must be a number", dropout="0.1")
+    complains("optim.betas[0]", "'a'", "must be a number", betas=["a", 0.9])
+    complains("model.causal", "'false'", "must be true or false", causal="false")
+    complains("model.causal", 1, "must be true or false")
+    assert OptimConfig(lr=1, betas=(0, 0.9)).betas == [0, 0.9]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_number_is_looked_at(group: str) -> None:
+    numbers = [name for name, kind in get_type_hints(GROUPS[group]).items() if kind in (int, float, int | None)]
+    assert numbers
+    for name in numbers:
+        complains(f"{group}.{name}", "'many'", "number", **{name: "many"})
 
 
 def test_numbers_of_the_model() -> None:

@@ -70,11 +70,11 @@ def one_of(names: Sequence[str]) -> str:
 
 
 def at_least(minimum: float, **values: float | None) -> None:
-    """Each named value (None passes) is a number that is not below `minimum`; `__` in a name means a dot."""
+    """Each named value (None passes) is a finite number, not below `minimum`; `__` in a name means a dot."""
     for name, value in values.items():
         if value is not None:
-            fine = not math.isnan(value) and value >= minimum
-            require(fine, name.replace("__", "."), value, f"must be at least {minimum}")
+            right = f"must be at least {minimum}" + (" and finite" if value == math.inf else "")
+            require(minimum <= value < math.inf, name.replace("__", "."), value, right)
 
 
 def is_share(**values: float) -> None:

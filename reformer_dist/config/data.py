@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class DataConfig:
     weights: list[float] | None = None
     """Rows drawn from each data set of path, in any unit; null pools their shards as if of one data set."""
     seq_len: int = 1024
-    """Tokens of a row that the model sees; one more is read for the last label."""
+    """Tokens of a row that the model sees, 2 at least; one more is read for the last label."""
     batch_size: int = 8
     """Rows of one optimizer step, over all ranks."""
     epochs: int = 0
@@ -42,10 +43,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data")
         self.paths()
-        at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size)
+        at_least(2, data__seq_len=self.seq_len)  # a text sample goes on from a row without its first token
+        at_least(1, data__batch_size=self.batch_size)
         at_least(0, data__eval_rows=self.eval_rows, data__epochs=self.epochs, data__workers=self.workers)
         is_share(data__max_damaged_share=self.max_damaged_share)
-        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "must be above 0")
+        require(0 < self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "must be above 0 and finite")
         require(self.cache_dir != "", "data.cache_dir", "''", "must name a folder")
         if self.weights is not None:
             n_paths = len(self.paths())

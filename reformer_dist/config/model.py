@@ -9,6 +9,7 @@ from enum import Enum
 from reformer_dist.config.checks import at_least, check_types, is_share, require
 
 LARGEST_WINDOW = 2**28  # places of an order, and distances between them, have 32 bits
+LARGEST_CHUNK = 2**14  # short texts are filled up to a chunk, and plain PyTorch holds all its pairs at once
 
 
 class AttentionKind(Enum):
@@ -243,6 +244,9 @@ class ModelConfig:
         right = f"must be at most {LARGEST_WINDOW}"
         require(self.window <= LARGEST_WINDOW, "model.window", self.window, right)
         require(self.local_window <= LARGEST_WINDOW, "model.local_window", self.local_window, right)
+        right = f"must be at most {LARGEST_CHUNK}; attention among more tokens is that of model.layers=[exact]"
+        require(self.chunk_len <= LARGEST_CHUNK, "model.chunk_len", self.chunk_len, right)
+        require(self.local_chunk_len <= LARGEST_CHUNK, "model.local_chunk_len", self.local_chunk_len, right)
         if self.count_pairs_once:  # counted as if buckets lay a window apart
             most = LARGEST_WINDOW // self.n_buckets
             right = f"must be at most {most} with model.n_buckets={self.n_buckets} and model.count_pairs_once=true"

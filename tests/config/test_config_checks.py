@@ -62,7 +62,7 @@ TOO_SMALL = {
     "model.loss_chunk": 0,
     "model.max_seq_len": 0,
     "model.norm_eps": -1e-5,
-    "data.seq_len": 0,
+    "data.seq_len": 1,
     "data.batch_size": 0,
     "data.epochs": -1,
     "data.workers": -1,
@@ -85,6 +85,7 @@ TOO_SMALL = {
     "trainer.sample_tokens": 0,
     "trainer.max_skipped_steps": 0,
 }
+FLOATS = [key for key, value in TOO_SMALL.items() if isinstance(value, float)]
 SHARES = ("model.dropout", "model.attention_dropout", "model.ff_dropout")
 
 
@@ -115,9 +116,14 @@ def test_too_small(key: str) -> None:
     complains(key, TOO_SMALL[key], "at least")
 
 
-@pytest.mark.parametrize("key", [key for key, value in TOO_SMALL.items() if isinstance(value, float)])
+@pytest.mark.parametrize("key", FLOATS)
 def test_not_a_number(key: str) -> None:
     complains(key, math.nan, "at least")
+
+
+@pytest.mark.parametrize("key", [*FLOATS, "data.cache_gb"])
+def test_not_finite(key: str) -> None:
+    complains(key, math.inf, "finite")
 
 
 @pytest.mark.parametrize("key", SHARES)
@@ -207,6 +213,12 @@ def test_windows_whose_places_have_32_bits() -> None:
     assert ModelConfig(window=2**28, local_window=2**28).window == 2**28
     complains("model.window", 2**20 + 1, "model.count_pairs_once", n_buckets=256, count_pairs_once=True)
     assert ModelConfig(window=2**20, n_buckets=256, count_pairs_once=True).window == 2**20
+
+
+def test_chunks_of_which_all_pairs_are_held() -> None:
+    for key in ("model.chunk_len", "model.local_chunk_len"):
+        complains(key, 2**14 + 1, str(2**14), "exact")
+    assert ModelConfig(chunk_len=2**14, local_chunk_len=2**14).chunk_len == 2**14
 
 
 def test_chunk_rule() -> None:

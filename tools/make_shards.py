@@ -16,6 +16,7 @@ from reformer_dist.data import (
     TEXT_FIELDS,
     BpeTokenizer,
     ByteTokenizer,
+    LeftOut,
     Record,
     Tokenizer,
     WriteSummary,
@@ -31,11 +32,11 @@ from reformer_dist.errors import DataError, UserError
 
 EPILOG = """\
 inputs:
-  a folder       each file in it is a document; hidden and binary files are left out
+  a folder       each file in it is a document, or several, as below; hidden and binary files are left out
   a .jsonl file  each line is a document: a JSON object with the text in field `text` (or --jsonl-field)
   a .tar file    each .txt in it is a document, and field `text` of each .json: shards in WebDataset's layout
   a text file    is cut at blank lines into some 64 documents of 2 to 64 KiB
-  a .gz file     is read as what it holds
+  a .gz file     is read as what it holds; .tgz is .tar.gz
 
 samples of several texts, for tasks other than a language model:
   --source F --target F       parallel text, a sample in each line: translations
@@ -56,6 +57,7 @@ def main() -> int:
     try:
         form = Form.of(arguments)
         tokenizer = choose_tokenizer(arguments, form)
+        form.left_out.clear()  # what a tokenizer did not learn from is met again
         summary = write_records(
             form.records(),
             arguments.output,
@@ -70,7 +72,7 @@ def main() -> int:
     except UserError as error:
         print(f"make_shards.py: error: {error}", file=sys.stderr)
         return 1
-    show(summary, tokenizer, arguments.output)
+    show(summary, form.left_out, tokenizer, arguments.output)
     return 0
 
 
@@ -82,11 +84,14 @@ class Form:
     records: Callable[[], Iterator[Record]]
     heldout: Callable[[], Iterator[Record]] | None
     """What is held out, where that is given apart."""
+    left_out: LeftOut
+    """What the records so far had no place for."""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Form:
         """Raises DataError where a file is missing."""
         given: list[Path] = arguments.heldout_from
+        left_out = LeftOut()
         if arguments.source:
             read: Callable[..., Iterator[Record]] = read_parallel
             pairs: list[tuple[Any, ...]] = [(arguments.source, arguments.target), tuple(given)]
@@ -98,13 +103,15 @@ class Form:
             read = partial(read_jsonl, fields=fields, label=arguments.label)
             pairs = [(arguments.inputs,), (given,)]
         else:
-            read = partial(read_text, suffixes=arguments.suffix, jsonl_field=arguments.jsonl_field)
+            read = partial(
+                read_text, suffixes=arguments.suffix, jsonl_field=arguments.jsonl_field, left_out=left_out
+            )
             pairs, fields = [(arguments.inputs,), (given,)], TEXT_FIELDS
-        return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if given else None)
+        return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if given else None, left_out)
 
 
-def read_text(paths: list[Path], suffixes: list[str], jsonl_field: str) -> Iterator[Record]:
-    return (Record(name, (text,)) for name, text in iterate_documents(paths, suffixes, jsonl_field))
+def read_text(paths: list[Path], suffixes: list[str], jsonl_field: str, left_out: LeftOut) -> Iterator[Record]:
+    return (Record(name, (text,)) for name, text in iterate_documents(paths, suffixes, jsonl_field, left_out))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -203,7 +210,7 @@ def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
     return BpeTokenizer.train(texts, arguments.vocab_size or 8192)
 
 
-def show(summary: WriteSummary, tokenizer: Tokenizer, folder: Path) -> None:
+def show(summary: WriteSummary, left_out: LeftOut, tokenizer: Tokenizer, folder: Path) -> None:
     print(f"{folder}: vocabulary of {tokenizer.vocab_size} tokens")
     for split in SPLITS:
         numbers = {name: summary.total(name, split) for name in ("samples", "text_bytes", "tokens")}
@@ -215,6 +222,8 @@ def show(summary: WriteSummary, tokenizer: Tokenizer, folder: Path) -> None:
     print(f"  held out: {share:.1%} of the text")
     if summary.empty:
         print(f"  left out: {summary.empty:,} documents that, or one of whose fields, are empty")
+    for kind, (count, first) in left_out.items():
+        print(f"  left out: {count:,} {kind}, such as {first}")
     if summary.replaced:
         how = "replaced: bytes that are not UTF-8, in" if tokenizer.is_lossless else "normalised by SentencePiece:"
         print(f"  {how} {summary.replaced:,} documents")

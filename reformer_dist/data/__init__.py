@@ -12,7 +12,7 @@ from reformer_dist.data.quarantine import Damage, Quarantine
 from reformer_dist.data.records import Record, read_jsonl, read_parallel, read_squad
 from reformer_dist.data.replay import Replay
 from reformer_dist.data.samples import Sample, SampleReader, Source, sample_of
-from reformer_dist.data.sources import iterate_documents
+from reformer_dist.data.sources import LeftOut, iterate_documents
 from reformer_dist.data.state import Start, consumed_hash, merge_states, read_state
 from reformer_dist.data.streams import IGNORED_LABEL, Piece, TextRow, make_row
 from reformer_dist.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -32,6 +32,7 @@ __all__ = [
     "EvalBatch",
     "Example",
     "IndexEntry",
+    "LeftOut",
     "MakeExample",
     "Order",
     "Part",

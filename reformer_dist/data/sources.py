@@ -3,14 +3,17 @@
 What becomes a document:
 
 - each file of a folder, sorted by path; hidden, `__pycache__`, `site-packages` and `dist-packages` folders,
-  hidden files and binary files (those that contain NUL) are left out;
+  hidden files and binary files (those that contain NUL, as UTF-16 does) are left out, and links to folders are
+  not followed;
 - each line of a `.jsonl` file;
 - a text file named by itself is cut at blank lines into pieces, since a single document can not be split into
   training and held-out text: into some 64 pieces, each of about 2 KiB at least and 64 KiB at most. The pieces
   join to exactly the file;
-- each `.txt` member of a `.tar` file named by itself, such as a shard of WebDataset's, and each `.json` member, of
-  which the same field is taken as of a line of `.jsonl`; other members are left out, and links lead nowhere;
-- a `.gz` file is read as what it holds.
+- each `.txt` member of a `.tar` file, such as a shard of WebDataset's, and each `.json` member, of which the same
+  field is taken as of a line of `.jsonl`; other members are left out, and links lead nowhere;
+- a `.gz` file is read as what it holds; `.tgz` is `.tar.gz`.
+
+What is left out, but for what is hidden and for folders of programs, is counted in a `LeftOut`.
 """
 
 from __future__ import annotations
@@ -37,37 +40,77 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
+class LeftOut(dict[str, tuple[int, str]]):
+    """What was passed over: of each kind how many, and the name of the first."""
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self.get(kind, (0, name))
+        self[kind] = (count + 1, first)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{count:,} {kind}, such as {first}" for kind, (count, first) in self.items())
+
+
 def iterate_documents(
-    paths: Iterable[str | Path], suffixes: Sequence[str] = (), jsonl_field: str = "text"
+    paths: Iterable[str | Path],
+    suffixes: Sequence[str] = (),
+    jsonl_field: str = "text",
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[str, bytes]]:
     """(name, text) of each document; a name begins with that of the file or folder, not with where it lies.
 
     `suffixes` limits which files of a folder are taken (`.py` also takes `.py.gz`); a file named by itself is
     always taken. `jsonl_field` is the field of a line that holds its text. Raises DataError for a path that
-    is missing, a file that can't be read, or a line that has no text.
+    is missing, a file that can't be read, a line that has no text, or where no document is found at all.
     """
-    for path in map(Path, paths):
-        if path.is_dir():
-            root = path.resolve().name
-            for file in _files_below(path, tuple(suffixes)):
-                label = f"{root}/{file.relative_to(path).as_posix()}"
-                yield from _documents_of(file, label, jsonl_field, in_folder=True)
-        elif path.exists():
-            yield from _documents_of(path, path.name, jsonl_field, in_folder=False)
-        else:
-            raise DataError(
-                f"{path}: no such file or folder; inputs must be text, .jsonl, .tar, .gz or folders of text"
-            )
+    inputs, left_out = [Path(path) for path in paths], LeftOut() if left_out is None else left_out
+    n_files = n_documents = 0
+    for path in inputs:
+        for file, label in _files_of(path, tuple(suffixes), left_out):
+            n_files += 1
+            for document in _documents_of(file, label, jsonl_field, file != path, left_out):
+                n_documents += 1
+                yield document
+    if n_documents == 0:
+        where = ", ".join(map(str, inputs))
+        if suffixes and n_files == 0:
+            raise DataError(f"no text: no file below {where} ends in {' or '.join(suffixes)}")
+        raise DataError(f"no text in {where}" + (f"; left out: {left_out}" if left_out else ""))
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _files_of(path: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[tuple[Path, str]]:
+    """Each file of an input, and what it is called."""
+    if path.is_dir():
+        root = path.resolve().name
+        for file in _files_below(path, suffixes, left_out):
+            yield file, f"{root}/{file.relative_to(path).as_posix()}"
+    elif path.exists():
+        yield path, path.name
+    else:
+        right = "inputs must be text, .jsonl, .tar, .gz or folders of text"
+        raise DataError(f"{path}: no such file or folder; {right}")
+
+
+def _files_below(folder: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        for name in folders:
+            if Path(parent, name).is_symlink():  # which os.walk does not follow: it might lead round in a circle
+                left_out.add("links to folders", str(Path(parent, name)))
         for name in sorted(names):
             path = Path(parent, name)
-            wanted = not suffixes or name.removesuffix(".gz").endswith(suffixes)
-            if wanted and not name.startswith(".") and path.is_file():
+            wanted = not suffixes or name.endswith(suffixes) or _unzipped(name).endswith(suffixes)
+            if not wanted or name.startswith("."):
+                continue
+            if path.is_file():
                 yield path
+            else:
+                left_out.add("links that lead nowhere, or devices", str(path))
+
+
+def _unzipped(name: str) -> str:
+    """x.tar for x.tar.gz and x.tgz."""
+    return name.removesuffix(".tgz") + ".tar" if name.endswith(".tgz") else name.removesuffix(".gz")
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -79,16 +122,21 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def _documents_of(path: Path, label: str, jsonl_field: str, in_folder: bool) -> Iterator[tuple[str, bytes]]:
+def _documents_of(
+    path: Path, label: str, jsonl_field: str, in_folder: bool, left_out: LeftOut
+) -> Iterator[tuple[str, bytes]]:
+    name = _unzipped(path.name)
     try:
         with _open(path) as file:
-            if path.name.removesuffix(".gz").endswith(".jsonl"):
+            if name.endswith(".jsonl"):
                 yield from _lines(file, path, label, jsonl_field)
-            elif path.name.removesuffix(".gz").endswith(".tar") and not in_folder:
-                yield from _members(file, path, label, jsonl_field)
+            elif name.endswith(".tar"):
+                yield from _members(file, path, label, jsonl_field, left_out)
             elif in_folder:
                 text = file.read()
-                if b"\0" not in text:
+                if b"\0" in text:
+                    left_out.add("binary files, which contain NUL", label)
+                else:
                     yield label, text
             else:
                 aim = min(max(path.stat().st_size // USUAL_PIECES, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
@@ -104,8 +152,9 @@ def _lines(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tupl
         yield f"{label}:{number}", _field_of(line, field, f"{path}:{number}")
 
 
-def _members(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tuple[str, bytes]]:
-    n_texts = 0
+def _members(
+    file: IO[bytes], path: Path, label: str, field: str, left_out: LeftOut
+) -> Iterator[tuple[str, bytes]]:
     for member in tar_file_iterator(file):
         name = str(member["fname"])
         if name.startswith("/") or ".." in name.split("/"):
@@ -115,10 +164,7 @@ def _members(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tu
         elif name.endswith(".json"):
             yield f"{label}/{name}", _field_of(member["data"], field, f"{path}: {name}")
         else:
-            continue
-        n_texts += 1
-    if n_texts == 0:
-        raise DataError(f"{path}: holds no .txt and no .json member; a .tar must hold text")
+            left_out.add("members of .tar files that are neither .txt nor .json", f"{label}/{name}")
 
 
 def _field_of(content: bytes, field: str, where: str) -> bytes:

@@ -165,6 +165,8 @@ def _write_splits(
 
 def _require_splits(summary: WriteSummary, heldout_fraction: float) -> None:
     n_documents = summary.total("samples")
+    if n_documents == 0 and summary.empty == 0:
+        raise DataError("no text: no document was given; the inputs must hold some text")
     if n_documents == 0:
         raise DataError(f"no text: {summary.empty} documents, all empty; the inputs must hold some text")
     if heldout_fraction > 0 and not summary.splits["heldout"]:

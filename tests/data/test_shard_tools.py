@@ -85,6 +85,15 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
     assert Dataset.open(tmp_path / "b").fingerprint == dataset.fingerprint
 
 
+def test_what_is_left_out_is_said_once(texts: Path, tmp_path: Path) -> None:
+    """Though a tokenizer that is learned reads the text twice."""
+    (texts / "wide.txt").write_bytes("wide".encode("utf-16"))
+    learn = ("--tokenizer", "bpe", "--vocab-size", 300, "--heldout", 0.2)
+    made = run("make_shards.py", texts, *learn, "--output", tmp_path / "d")
+    assert made.returncode == 0, made.stderr
+    assert "  left out: 1 binary files, which contain NUL, such as texts/wide.txt\n" in made.stdout
+
+
 def test_verify_names_the_bad_shard(texts: Path, tmp_path: Path) -> None:
     assert run("make_shards.py", texts, "--output", tmp_path / "d", "--heldout", 0.2).returncode == 0
     path = tmp_path / "d" / "train-000000.tar"

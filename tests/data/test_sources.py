@@ -12,7 +12,7 @@ from data_helpers import write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reformer_dist.data import iterate_documents
+from reformer_dist.data import LeftOut, iterate_documents
 from reformer_dist.data.sources import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES
 from reformer_dist.errors import DataError
 
@@ -65,7 +65,50 @@ def test_webdataset_shards(tmp_path: Path, zipped: bool) -> None:
         shard.write({"__key__": "a/two", "json": {"text": "second"}, "cls": 3})
     found = list(iterate_documents([path]))
     assert found == [(f"{path.name}/a/one.txt", b"first"), (f"{path.name}/a/two.json", b"second")]
-    assert not list(iterate_documents([tmp_path]))  # in a folder it is one binary file among others
+    in_folder = [(f"{tmp_path.name}/{name}", text) for name, text in found]
+    assert list(iterate_documents([tmp_path])) == in_folder
+    assert list(iterate_documents([tmp_path], [".tar"])) == in_folder
+    if zipped:
+        path = path.rename(tmp_path / "shard.tgz")
+        assert [text for _, text in iterate_documents([path])] == [b"first", b"second"]
+        for suffix in (".tgz", ".tar"):
+            assert [text for _, text in iterate_documents([tmp_path], [suffix])] == [b"first", b"second"]
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "a.txt").write_text("text")
+    for name in ("b.txt", "sub/c.txt"):
+        (root / name).write_bytes("wide".encode("utf-16"))
+    write_tar(root / "d.tar", [("x.cls", b"1"), ("x.txt", b"member"), ("y.pkl", b"2"), ("z.pkl", b"3")])
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / ".hidden").symlink_to(tmp_path / "elsewhere")
+    (root / "lost.txt").symlink_to(tmp_path / "nowhere")
+    left_out = LeftOut()
+    assert [text for _, text in iterate_documents([root], left_out=left_out)] == [b"text", b"member"]
+    assert left_out == {
+        "binary files, which contain NUL": (2, "root/b.txt"),
+        "members of .tar files that are neither .txt nor .json": (3, "root/d.tar/x.cls"),
+        "links to folders": (1, str(root / "linked")),
+        "links that lead nowhere, or devices": (1, str(root / "lost.txt")),
+    }
+    left_out.clear()
+    list(iterate_documents([root], [".zip", ".tar"], left_out=left_out))
+    assert list(left_out) == ["links to folders", "members of .tar files that are neither .txt nor .json"]
+
+
+def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "d.tar", [("x.pkl", b"x")])
+    words = rf"^no text in {tmp_path}; left out: 1 members .* such as .*/d\.tar/x\.pkl$"
+    with pytest.raises(DataError, match=words):
+        list(iterate_documents([tmp_path]))
+    with pytest.raises(DataError, match=rf"^no text: no file below {tmp_path} ends in \.zzz or \.py$"):
+        list(iterate_documents([tmp_path], [".zzz", ".py"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=rf"^no text in {tmp_path}/empty$"):
+        list(iterate_documents([tmp_path / "empty"]))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +118,7 @@ def test_webdataset_shards(tmp_path: Path, zipped: bool) -> None:
         ("/x.txt", b"x", "named '/x.txt'"),
         ("x.json", b"{", "x.json: is not valid JSON"),
         ("x.json", b"{}", "x.json: field 'text' is None"),
-        ("x.pkl", b"x", "no .txt and no .json"),
+        ("x.pkl", b"x", r"no text in .*d\.tar; left out: 1 members .* such as d\.tar/x\.pkl"),
     ],
 )
 def test_bad_members_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -98,6 +141,7 @@ PARAGRAPHS = st.lists(
         st.integers(1, 40_000),
         st.sampled_from(["", "\n", "\n\n", "\r\n\r\n"]),
     ),
+    min_size=1,
     max_size=8,
 )
 

@@ -134,7 +134,7 @@ def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("documents", "fraction", "message"),
     [
-        ([], 0.05, "no text"),
+        ([], 0.05, "no text: no document was given"),
         ([("a", b""), ("b", b"")], 0.05, "no text: 2 documents, all empty"),
         ([("a", b"text")], 1e-9, "no document of 1 was held out"),
         ([("a", b"text")], 1 - 1e-9, "all 1 documents were held out"),

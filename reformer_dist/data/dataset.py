@@ -61,8 +61,7 @@ class Dataset:
         folder = open_folder(str(address), cache or FileCache(CACHE_FOLDER, int(CACHE_GB * 2**30)))
         where = folder.where(DATASET_FILE)
         if isinstance(folder, LocalFolder) and not (folder.path / DATASET_FILE).is_file():
-            how = f"make one with: python tools/make_shards.py INPUT --output {folder.path}"
-            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {how}")
+            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {_what_to_do(folder.path)}")
         record = parse_json(folder.read(DATASET_FILE), where)
         _check_record(record, where)
         tokenizer = _load_tokenizer(record["tokenizer"], folder)
@@ -104,6 +103,14 @@ class Dataset:
                 raise DataError(f"{path}: shard is missing; it must hold {shard.size} bytes")
             if (found := path.stat().st_size) != shard.size:
                 yield shard, found
+
+
+def _what_to_do(path: Path) -> str:
+    """A run that is opened in another directory than it was started in looks for its data in the wrong place."""
+    make = f"make one with: python tools/make_shards.py INPUT --output {path}"
+    if path.is_absolute():
+        return make
+    return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {make}"
 
 
 def _check_record(record: Mapping[str, Any], where: str) -> None:

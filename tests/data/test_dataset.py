@@ -38,6 +38,16 @@ def test_no_data_set_tells_how_to_make_one(tmp_path: Path) -> None:
         Dataset.open(tmp_path / "nothing")
 
 
+def test_a_relative_path_tells_from_where_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = rf"^nothing: .*read from the working directory, {tmp_path}; give data\.path="
+    with pytest.raises(DataError, match=words):
+        Dataset.open("nothing")
+    with pytest.raises(DataError) as absolute:
+        Dataset.open(tmp_path / "nothing")
+    assert "working directory" not in str(absolute.value)
+
+
 def test_broken_json(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text()[:100])

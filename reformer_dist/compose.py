@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,22 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import LauncherConfig, RunConfig, SweepConfig
+from reformer_dist.config.checks import one_of
 from reformer_dist.config.space import Space
 from reformer_dist.errors import ConfigError
 from reformer_dist.overrides import asks_for_sweep, read_overrides, read_params, words_of
 
 CONFIG_NAME = "train"
+
+# what the libraries say of a value, with the value in the first group, and what would be right
+WRONG_VALUES = (
+    (re.compile(r"Value '(.*)' of type '.*' could not be converted to Integer"), "must be a whole number"),
+    (re.compile(r"Value '(.*)' of type '.*' could not be converted to Float"), "must be a number"),
+    (re.compile(r"Value '(.*)' is not a valid bool"), "must be true or false"),
+    (re.compile(r"Invalid value '(.*)', expected one of \[(.*)\]"), "must be one of {1}"),
+)
+NO_LIST = re.compile(r"is not a ListConfig, list or tuple")
+NO_CHOICE = re.compile(r"Could not find '(.*)/(.*)'\s+Available options in '.*':\n((?:\t.*\n?)*)")
 
 
 def conf_folder() -> Path:
@@ -191,11 +203,35 @@ def explain(error: BaseException) -> str:
             found = cause
         cause = cause.__cause__
     if found is None:
-        return str(error)
+        return _explain_choice(str(error))
     first_line = (found.msg or str(found)).splitlines()[0]
     key = str(found.full_key or found.key or "")
+    if NO_LIST.search(first_line):
+        return f"{key}: must be a list, such as {key}={_example(key)}"
+    for wrong, right in WRONG_VALUES:
+        if matched := wrong.match(first_line):
+            return f"{key}={matched[1]}: {right.format(*matched.groups())}"
     named = first_line if not key or key in first_line else f"{key}: {first_line}"
     return named + _suggest(key, found.object_type)
+
+
+def _explain_choice(message: str) -> str:
+    """Hydra's message, but of a choice that a group does not have: not where Hydra looked for it."""
+    found = NO_CHOICE.search(message)
+    if found is None:
+        return message
+    group, choice, listed = found.groups()
+    known = listed.split()
+    near = difflib.get_close_matches(choice, known, n=1)
+    return f"{group}={choice}: must be {one_of(known)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _example(key: str) -> str:
+    """A list that would do: that of the defaults, if they have one."""
+    value: Any = RunConfig()
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return f"[{','.join(map(str, plain(value)))}]" if isinstance(value, list) and value else "[a,b]"
 
 
 def _suggest(key: str, owner: Any) -> str:

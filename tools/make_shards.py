@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the arguments together, if anything is."""
     is_parallel = arguments.source is not None or arguments.target is not None
     checks = {
+        f"--heldout {arguments.heldout}: must be at least 0 and below 1": 0 <= arguments.heldout < 1,
+        f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
         "--source, --fields and --squad exclude one another": is_parallel

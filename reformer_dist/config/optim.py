@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from reformer_dist.config.checks import at_least, check_types, is_share, require
+from reformer_dist.config.checks import at_least, check_types, require
 
 
 class Schedule(Enum):
@@ -37,8 +37,8 @@ class OptimConfig:
         at_least(0, optim__lr=self.lr, optim__eps=self.eps, optim__weight_decay=self.weight_decay)
         at_least(0, optim__grad_clip=self.grad_clip, optim__warmup_steps=self.warmup_steps)
         require(len(self.betas) == 2, "optim.betas", self.betas, "must hold two numbers")
-        for beta in self.betas:
-            is_share(optim__betas=beta)
+        fits = all(0 <= beta < 1 for beta in self.betas)
+        require(fits, "optim.betas", self.betas, "must be at least 0 and below 1, both")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must be from 0 to 1")
 
 

@@ -94,6 +94,9 @@ def _of_line(line: bytes, path: Path, number: int, fields: Sequence[str], label:
         raise DataError(f"{where}: is not valid JSON ({error}); it must be a JSON object") from error
     wanted = [*fields, *([label] if label else [])]
     for name in wanted:
+        if isinstance(record, dict) and name not in record:
+            others = f", but {', '.join(record)}" if record else ""
+            raise DataError(f"{where}: has no field {name!r}{others}")
         value = record.get(name) if isinstance(record, dict) else None
         if not isinstance(value, str):
             raise DataError(f"{where}: field {name!r} is {value!r}; it must be a string")

@@ -173,6 +173,9 @@ def _field_of(content: bytes, field: str, where: str) -> bytes:
         record = json.loads(content)
     except ValueError as error:
         raise DataError(f"{where}: is not valid JSON ({error}); it must be a JSON object") from error
+    if isinstance(record, dict) and field not in record:
+        others = f", but {', '.join(record)}; --jsonl-field names another" if record else ""
+        raise DataError(f"{where}: has no field {field!r}{others}")
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} is {text!r}; it must hold the text, as a string")

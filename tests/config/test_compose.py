@@ -75,13 +75,18 @@ BAD = [
     ("+_target_=os.system", ["_target_=os.system", "no such key"]),
     ("+model.layer_kinds=1", ["model.layer_kinds=1", "no such key"]),
     ("+model.max_positions=1", ["model.max_positions=1", "no such key"]),
-    ("model.dim=abc", ["model.dim", "abc"]),
-    ("model.dim=1.5", ["model.dim", "1.5"]),
+    ("model.dim=abc", ["model.dim=abc: must be a whole number"]),
+    ("model.dim=1.5", ["model.dim=1.5: must be a whole number"]),
     ("model.dim=null", ["model.dim"]),
-    ("model.causal=maybe", ["model.causal", "maybe"]),
-    ("model.position=polar", ["model.position", "polar", "axial"]),
-    ("model.layers=[lsh,far]", ["model.layers[1]", "far", "local"]),
-    ("model.layers=lsh", ["model.layers"]),
+    ("model.causal=maybe", ["model.causal=maybe: must be true or false"]),
+    ("model.position=polar", ["model.position=polar: must be one of axial, rotary, "]),
+    ("model.layers=[lsh,far]", ["model.layers[1]=far: must be one of lsh, local, exact"]),
+    ("model.layers=lsh", ["model.layers: must be a list, such as model.layers=[local,lsh]"]),
+    ("model.encoder_layers=lsh", ["must be a list, such as model.encoder_layers=[a,b]"]),
+    ("optim.lr=fast", ["optim.lr=fast: must be a number"]),
+    ("deepspeed=zero4", ["deepspeed=zero4: must be zero0, zero1, zero2 or zero3; did you mean zero"]),
+    ("experiment=quick", ["experiment=quick: must be ", " or translation; did you mean quickstart?"]),
+    ("launcher=slrm", ["launcher=slrm: must be ", "; did you mean slurm?"]),
     ("data.path=${nothing}", ["data.path", "nothing"]),
     ("data.path=${oc.env:NO_SUCH_VARIABLE}", ["data.path", "NO_SUCH_VARIABLE"]),
     ("model.n_buckets=7", ["model.n_buckets=7"]),
@@ -97,6 +102,7 @@ def test_bad_overrides(override: str, words: list[str], monkeypatch: pytest.Monk
         _enter()
     for word in words:
         assert word in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def _enter() -> None:
@@ -119,7 +125,8 @@ SAVED_BAD = [
     ("model.dimm=3", "did you mean dim?"),
     ("model._target_=os.system", "_target_"),
     ("model.layer_kinds=1", "layer_kinds"),
-    ("model.dim=abc", "abc"),
+    ("model.dim=abc", "model.dim=abc: must be a whole number"),
+    ("model.layers=lsh", "such as model.layers=[local,lsh]"),
     ("model.dim=[1", "not valid YAML"),
     ("model=3", "ModelConfig"),
     ("=3", "RunConfig"),

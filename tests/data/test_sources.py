@@ -44,7 +44,9 @@ def test_jsonl(tmp_path: Path, zipped: bool) -> None:
     ("line", "message"),
     [
         ("{", "d.jsonl:2: is not valid JSON"),
-        ('{"other": "x"}', "field 'text' is None"),
+        ('{"other": "x", "n": 1}', "has no field 'text', but other, n; --jsonl-field names another$"),
+        ('{"text": null}', "field 'text' is None"),
+        ("{}", "has no field 'text'$"),
         ('{"text": 3}', "is 3"),
         ("[1]", "None"),
     ],
@@ -117,7 +119,7 @@ def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
         ("../x.txt", b"x", "named '../x.txt'"),
         ("/x.txt", b"x", "named '/x.txt'"),
         ("x.json", b"{", "x.json: is not valid JSON"),
-        ("x.json", b"{}", "x.json: field 'text' is None"),
+        ("x.json", b"{}", "x.json: has no field 'text'$"),
         ("x.pkl", b"x", r"no text in .*d\.tar; left out: 1 members .* such as d\.tar/x\.pkl"),
     ],
 )

@@ -70,7 +70,7 @@ def test_json_lines_with_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert "odd.jsonl:1: its label 'c' is unknown; it must be one of" in capsys.readouterr().err
     short = write_lines(tmp_path / "short.jsonl", {"text": "x"})
     assert make_shards(monkeypatch, *given, "--heldout-from", short, "--overwrite") == 1
-    assert "short.jsonl:1: field 'kind' is None; it must be a string" in capsys.readouterr().err
+    assert "short.jsonl:1: has no field 'kind', but text" in capsys.readouterr().err
 
 
 def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -122,6 +122,10 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (["in", "--label", "a"], "--label needs --fields"),
         ([], "give either inputs or"),
         (["--source", "a", "--target", "b", "--heldout-from", "c"], "--heldout-from needs two files"),
+        (["in", "--heldout", "2"], "--heldout 2.0: must be at least 0 and below 1"),
+        (["in", "--heldout", "nan"], "--heldout nan: must be at least 0 and below 1"),
+        (["in", "--shard-mb", "0"], "--shard-mb 0.0: must be above 0 and finite"),
+        (["in", "--shard-mb", "inf"], "--shard-mb inf: must be above 0 and finite"),
     ],
 )
 def test_arguments_that_do_not_go_together(

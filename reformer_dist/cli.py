@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from reformer_dist import log
+from reformer_dist import log, unread
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
 
@@ -23,10 +23,15 @@ def run_command(command: Callable[[], None]) -> None:
     What every rank finds alike (a bad override, an error that the ranks agreed on) only rank 0 tells.
     """
     log.configure()
+    with unread.quietly():
+        _run(command)
+
+
+def _run(command: Callable[[], None]) -> None:
     try:
         command()
     except runtime.Preempted as stopped:
-        sys.stdout.write(f"{stopped}\n" if runtime.env_rank() == 0 else "")
+        unread.say(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
         _leave(PREEMPTED)
     except (ConfigError, runtime.SharedError) as error:
         runtime.stop()
@@ -52,8 +57,7 @@ def _leave(status: int) -> NoReturn:
     DeepSpeed keeps process groups alive; a thread of gloo that drops a tensor while the interpreter goes down
     aborts the process, and a group with a lost rank may never go down.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    unread.flush()
     if runtime.env_world_size() > 1:
         os._exit(status)
     sys.exit(status)
@@ -61,8 +65,8 @@ def _leave(status: int) -> NoReturn:
 
 def _exit(error: UserError, speaks: bool) -> NoReturn:
     if speaks:
-        sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
+        unread.say(sys.stdout, "")
+        unread.say(sys.stderr, f"error: {error}\n")
     else:
         # a launcher ends all ranks as soon as one has ended: let it be the one that speaks
         time.sleep(HEAR_OUT)

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "reformer_dist"
 ALLOWED = {
     "errors": set(),
     "seeds": set(),
-    "log": {"distributed"},
+    "unread": set(),
+    "log": {"distributed", "unread"},
     "config": {"errors"},
     "ops": set(),
     "models": {"config", "ops", "seeds"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "planning": {"config", "engine", "models", "ops", "parallel"},
     "doctor": {"cli", "config", "distributed", "errors", "feed", "ops"},
     "interop": {"config", "data", "errors", "models", "ops"},
-    "launch": {"config", "errors"},
+    "launch": {"config", "errors", "unread"},
     "sweep": {"compose", "config", "distributed", "errors", "log", "overrides", "seeds", "training"},
     "parallel": {"distributed", "errors", "ops"},
     "told_to_stop": set(),

@@ -26,6 +26,7 @@ from reformer_dist.data import (
 from reformer_dist.errors import ConfigError, DataError, UserError
 from reformer_dist.feed import QUARANTINE_FILE, Feed, open_corpus
 from reformer_dist.run_folder import CONFIG_FILE
+from reformer_dist.unread import quietly
 
 SHOWN_CHARACTERS = 300
 
@@ -159,4 +160,5 @@ def verify(dataset: Dataset) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quietly():
+        sys.exit(main())

@@ -250,11 +250,12 @@ class _Watch:
         """Ends the process from this thread: the main one waits for something that will not come."""
         with suppress(Exception):
             sys.stdout.flush()
-        if self._error is not None and not is_of_a_collective(self._error):
-            traceback.print_exception(self._error)
-        else:
-            sys.stderr.write(f"error: {self._verdict}\n")
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody may read it any more
+            if self._error is not None and not is_of_a_collective(self._error):
+                traceback.print_exception(self._error)
+            else:
+                sys.stderr.write(f"error: {self._verdict}\n")
+            sys.stderr.flush()
         os._exit(1)
 
 

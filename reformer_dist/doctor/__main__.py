@@ -94,7 +94,6 @@ def _run() -> None:
         sys.stdout.write(report(findings, as_json=arguments.json) + "\n")
     if any(finding.state is State.failed for finding in findings):
         runtime.stop()
-        sys.stdout.flush()
         sys.exit(1)
 
 

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, ProcessF
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from reformer_dist import unread
 from reformer_dist.config import LauncherConfig
 from reformer_dist.launch.tether import LAUNCHER
 
@@ -62,7 +63,8 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
         status = job.run()
         if not job.loss or job.was_signalled:
             break
-        sys.stderr.write(f"error: {job.loss}; {advice if restarts_left == 0 else 'all ranks start again'}\n")
+        what_now = advice if restarts_left == 0 else "all ranks start again"
+        unread.say(sys.stderr, f"error: {job.loss}; {what_now}\n")
     return status
 
 

@@ -1,0 +1,81 @@
+"""Output that nobody reads to its end, as behind `| head` and `| tee`: no traces, and the status of the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import tiny_overrides
+
+from reformer_dist.cli import PREEMPTED
+from reformer_dist.unread import UNREAD
+
+BIN = Path(sys.executable).parent
+INSPECT = Path(__file__).parents[2] / "tools/inspect_shards.py"
+TWO_RANKS = ("launcher=local", "launcher.nproc_per_node=2")
+
+
+def begin(*command: object, **options: Any) -> subprocess.Popen[str]:
+    words = [str(word) for word in command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def steps_done(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+
+
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("are_joined", [False, True], ids=["stdout", "both"])
+def test_a_run_without_a_reader_trains_on_and_saves(tiny_data, tmp_path, ranks, are_joined):
+    run, complaints = tmp_path / "run", tmp_path / "complaints"
+    endless = ("trainer.max_steps=1000000", "trainer.save_every=1000000", "optim.schedule=constant")
+    overrides = tiny_overrides(tiny_data, run, *endless, *ranks)
+    with complaints.open("w") as file:
+        errors = subprocess.STDOUT if are_joined else file
+        process = begin(BIN / "reformer-train", *overrides, stderr=errors)
+        try:
+            assert any("| loss" in line for line in process.stdout)
+            process.stdout.close()
+            wanted, deadline = steps_done(run) + 10, time.monotonic() + 60
+            while steps_done(run) < wanted:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == PREEMPTED
+        finally:
+            process.kill()
+            process.wait()
+    assert complaints.read_text() == ""
+    [saved] = (run / "checkpoints").iterdir()
+    assert int(saved.name[5:]) >= wanted
+
+
+def unread(*command: object) -> tuple[int, str]:
+    """Status and complaints of a command whose standard output has no reader from the first."""
+    with begin(*command, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        complaints = process.stderr.read()
+        return process.wait(120), complaints
+
+
+def test_a_command_that_was_done_all_the_same_says_nothing(tiny_data, tmp_path):
+    assert unread(BIN / "reformer-generate", "--help") == (0, "")
+    assert unread(sys.executable, INSPECT, tiny_data, "--samples", 2) == (0, "")
+
+
+def test_a_text_that_nobody_reads_is_not_written_to_its_end(trained):
+    assert unread(BIN / "reformer-train", "--help") == (UNREAD, "")  # it is long
+    assert unread(BIN / "reformer-generate", trained, "--max-new-tokens", 20) == (UNREAD, "")
+
+
+def test_errors_are_told_where_they_are_read(tmp_path):
+    status, complaints = unread(BIN / "reformer-generate", tmp_path)
+    assert status == 1 and complaints.startswith("error: ") and len(complaints.splitlines()) == 1

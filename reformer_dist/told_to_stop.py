@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT mean to a process that has not begun to work: it ends, and may be started again.
+"""What SIGTERM, SIGINT and SIGHUP mean to a process that has not begun to work: it ends, and may be started again.
 
 Imports nothing slow, since PyTorch and DeepSpeed take seconds to load, and a scheduler may not wait for them.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def end_when_told() -> None:
-    """From now on either signal ends the process with status 75; in the main thread only.
+    """From now on each of them ends the process with status 75; in the main thread only.
 
-    A signal that is ignored, as SIGINT is in the background of a shell, stays so.
+    A signal that is ignored, as SIGINT is in the background of a shell and SIGHUP under nohup, stays so.
     """
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:

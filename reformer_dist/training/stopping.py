@@ -1,8 +1,8 @@
-"""Being told to stop: SIGTERM and SIGINT are heard whatever the main thread does, and obeyed by all ranks alike.
+"""Being told to stop: SIGTERM, SIGINT and SIGHUP are heard whatever the main thread does; all ranks obey alike.
 
-Schedulers send SIGTERM some seconds before they kill. A thread hears it even while the main thread waits in a
-collective. Before the job has come together the process ends at once; after that, the ranks agree at the next
-step or held-out batch, save, and end. A second SIGINT ends the process at once.
+Schedulers send SIGTERM some seconds before they kill, a terminal that closes sends SIGHUP. A thread hears them
+even while the main thread waits in a collective. Before the job has come together the process ends at once; after
+that, the ranks agree at the next step or held-out batch, save, and end. A second SIGINT ends the process at once.
 """
 
 from __future__ import annotations
@@ -43,11 +43,14 @@ class StopSignal:
         """Hears signals from now on; in the main thread only. Until `wait_for_steps` they end the process."""
         near, far = socket.socketpair()
         far.setblocking(False)
-        before = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        # under nohup, SIGHUP stays ignored
+        is_deaf_to_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [signum for signum in SIGNALS if signum is not signal.SIGHUP or not is_deaf_to_hangup]
+        before = {signum: signal.signal(signum, lambda *_: None) for signum in heard}
         wakeup = signal.set_wakeup_fd(far.fileno())
         threading.Thread(target=self._hear, args=(near,), name="signals", daemon=True).start()
         owner = os.getpid()
-        os.register_at_fork(after_in_child=lambda: _be_deaf(owner))
+        os.register_at_fork(after_in_child=lambda: _be_deaf(owner, heard))
         try:
             yield
         finally:
@@ -105,9 +108,9 @@ class StopSignal:
             self._first, self._name = now, signum.name
 
 
-def _be_deaf(owner: int) -> None:
+def _be_deaf(owner: int, heard: list[signal.Signals]) -> None:
     """A forked child is ended by signals as any process, and does not tell its parent of them."""
     if os.getpid() != owner:
         signal.set_wakeup_fd(-1)
-        for signum in SIGNALS:
+        for signum in heard:
             signal.signal(signum, signal.SIG_DFL)

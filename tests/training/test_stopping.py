@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +186,43 @@ def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, modu
         _, complaints = process.communicate(timeout=300)
     assert process.returncode == PREEMPTED
     assert "Traceback" not in complaints
+
+
+def test_a_run_whose_terminal_closes_saves(tiny_data: Path, tmp_path: Path) -> None:
+    """It is told to by SIGHUP; and nobody hears its last words, which must not be an error."""
+    terminal, far = pty.openpty()
+
+    def own_the_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(far, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, "-m", "reformer_dist.train", *tiny_overrides(tiny_data, tmp_path, *LONG, ENDLESS)]
+    ends = {"stdin": far, "stdout": far, "stderr": far}
+    process = subprocess.Popen(command, **ends, preexec_fn=own_the_terminal)
+    try:
+        os.close(far)
+        said = b""
+        while b" 4/1000000 | loss" not in said:
+            said += os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait(60) == PREEMPTED
+    finally:
+        process.kill()
+        process.wait()
+    [saved] = (tmp_path / "checkpoints").iterdir()
+    assert int(saved.name[5:]) >= 4
+
+
+def test_under_nohup_a_run_outlives_its_terminal(tiny_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reformer_dist.train", *tiny_overrides(tiny_data, tmp_path, *LONG, ENDLESS)]
+    with subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for signum, step in ((signal.SIGHUP, 4), (signal.SIGTERM, 40)):
+            assert any(f" {step}/1000000 | loss" in line for line in process.stdout)
+            process.send_signal(signum)
+        stopped = re.search(r"told to stop: saved step (\d+)", process.stdout.read())
+        assert process.wait(60) == PREEMPTED
+    assert stopped is not None and int(stopped[1]) >= 40
 
 
 def test_a_rank_that_is_told_stops_all(uncut: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:

@@ -52,10 +52,14 @@ def read_memory(flag: str) -> float | None:
 
 
 def count_ranks(config: RunConfig) -> tuple[int, int]:
-    """(ranks of a machine, ranks of the job): as the launcher's keys or the surrounding launcher give them."""
+    """(ranks of a machine, ranks of the job): as the launcher's keys or the surrounding launcher give them.
+
+    Raises ConfigError.
+    """
     launcher = config.launcher
     if runtime.is_rank():
         return runtime.ranks_per_node(), runtime.env_world_size()
+    launcher.require_read()
     default = torch.cuda.device_count() if launcher.kind is not LauncherKind.none else 1
     per_node = launcher.nproc_per_node or max(1, default)
     return per_node, per_node * launcher.n_nodes

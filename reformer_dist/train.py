@@ -23,9 +23,11 @@ def train(config: RunConfig) -> None:
     """Trains as one rank of the job, or starts the ranks that do. Raises UserError, alike on every rank."""
     from reformer_dist.distributed import runtime
 
-    if config.launcher.kind is not LauncherKind.none and not runtime.is_rank():
-        _launch(config, sys.argv[1:])
-        return
+    if not runtime.is_rank():
+        config.launcher.require_read()
+        if config.launcher.kind is not LauncherKind.none:
+            _launch(config, sys.argv[1:])
+            return
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.build import build_trainer
     from reformer_dist.distributed import failures

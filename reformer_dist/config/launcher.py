@@ -80,6 +80,17 @@ class LauncherConfig:
             right = f"must be at most the {self.n_nodes} machines of the job"
             require(self.min_nodes <= self.n_nodes, "launcher.min_nodes", self.min_nodes, right)
 
+    def require_read(self) -> None:
+        """Raises ConfigError where a key is set that nothing reads, since no launcher is chosen.
+
+        For who is about to start a job: ranks, and readers of a saved configuration, look at no launcher's keys.
+        """
+        if self.kind is LauncherKind.none:
+            kinds = [kind.name for kind in LauncherKind if kind is not LauncherKind.none]
+            right = f"needs launcher={kinds[0]} (or {', '.join(kinds[1:])}); this process alone is the job"
+            for key, value in vars(LauncherConfig()).items():
+                require(getattr(self, key) == value, f"launcher.{key}", getattr(self, key), right)
+
     @property
     def n_nodes(self) -> int:
         return len(self.hosts) if self.kind in BY_HOSTS else self.nnodes

@@ -91,6 +91,8 @@ class RunConfig:
         """Data-parallel groups of ranks, each of which shares its sequences. Raises ConfigError."""
         degree = self.parallel.sequence
         right = f"must divide the {world_size} ranks of the job; {would_do(world_size, degree)} would do"
+        if world_size == 1:
+            right += f"; for as many ranks: launcher=local launcher.nproc_per_node={degree}"
         require(world_size % degree == 0, "parallel.sequence", degree, right)
         return world_size // degree
 

@@ -57,6 +57,7 @@ def _check(request: SweepRequest) -> None:
         n_ranks = runtime.ranks_per_node()
         ours = f"reformer-train {words} launcher=local launcher.nproc_per_node={n_ranks}"
         raise ConfigError(f"a sweep starts the ranks of its trials itself; without torchrun or deepspeed: {ours}")
+    request.launcher.require_read()
     if not request.space:
         example = "such as model.n_hashes=2,4 or optim.lr=1e-3,3e-4"
         raise ConfigError(f"--multirun: no key has several values to try; give some, {example}")

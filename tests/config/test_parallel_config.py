@@ -121,3 +121,9 @@ def test_the_same_command_on_the_ranks_that_are_left(sequence: int) -> None:
     right = r"^trainer\.micro_batch_size=2: must divide the 3 of .* rows that each rank takes; 1 or 3 would do$"
     with pytest.raises(ConfigError, match=right):
         config.micro_batching(4 * sequence)
+
+
+def test_one_rank_is_told_how_to_be_more() -> None:
+    right = r"1 ranks of the job; 1 would do; for as many ranks: launcher=local launcher\.nproc_per_node=4$"
+    with pytest.raises(ConfigError, match=right):
+        run(sequence=4).dp_size(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,23 @@ def test_no_data_set(tmp_path):
     overrides = tiny_overrides(tmp_path / "nothing", tmp_path / "run")
     words = complaint(run_ranks(TRAIN, 1, overrides, fails=True))
     assert "nothing" in words and "make_shards" in words
+
+
+@pytest.mark.parametrize("key", ["nproc_per_node=2", "nnodes=2", "hosts=['node1']", "max_restarts=1"])
+def test_keys_of_a_launcher_without_one(monkeypatch, key):
+    """The check comes before anything is loaded. Ranks that something started look at no such key."""
+    from reformer_dist.compose import run_config_from
+    from reformer_dist.dry_run import count_ranks
+    from reformer_dist.errors import ConfigError
+    from reformer_dist.train import train
+
+    monkeypatch.delenv("RANK", raising=False)
+    config = run_config_from({}, [f"launcher.{key}"])
+    with pytest.raises(ConfigError, match=rf"^launcher\.{re.escape(key)}: needs launcher=local \(or torchrun, "):
+        train(config)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert count_ranks(config) == (3, 3)
 
 
 def test_no_heldout_documents(tmp_path):

@@ -36,7 +36,11 @@ def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["launcher.nproc_per_node=3"], "data.batch_size=4: must be a multiple of the 3 data-parallel ranks"),
+        (
+            ["launcher.kind=local", "launcher.nproc_per_node=3"],
+            "data.batch_size=4: must be a multiple of the 3 data-parallel ranks",
+        ),
+        (["launcher.nproc_per_node=2"], "launcher.nproc_per_node=2: needs launcher=local"),
         (["trainer.precision=fp16"], "trainer.precision=fp16: needs a GPU"),
         (["data.path=nowhere"], "nowhere"),
     ],

@@ -38,6 +38,7 @@ def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch:
         (["-m", "optim.lr=1"], "no key has several values"),
         ([*GRID, "resume=never"], "resume=never"),
         ([*GRID, "launcher=local", "launcher.nproc_per_node=3"], "launcher.nproc_per_node=3"),
+        ([*GRID, "launcher.nproc_per_node=2"], "launcher.nproc_per_node=2: needs launcher=local"),
         (["-m", "model.dimm=1,2"], "model.dimm"),
         (["-m", "optim.lr=a,b"], "optim.lr"),
     ],

@@ -66,7 +66,8 @@ def build_trainer(
     progress = checkpoints.restore(start) if start is not None else Progress()
     loader = feed.loader(config, sequence.grid, micro_batch, task.make_example)
     resources.callback(loader.close)
-    write_config(config, runtime)
+    if progress.step < config.trainer.max_steps:  # else overrides would be recorded that trained nothing
+        write_config(config, runtime)
     journal = runtime.together(lambda: Journal(folder, is_active=runtime.is_main, first_step=progress.step))
     resources.callback(journal.close)
     probes = Probes(config, runtime, engine, sequence, corpus, task, journal, stop)

@@ -37,8 +37,10 @@ def test_training_leaves_config_checkpoints_and_tensorboard(trained):
 
 
 def test_the_same_command_again_has_nothing_to_do(trained, tiny_data):
-    output = run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, trained))
+    recorded = (trained / "config.yaml").read_text()
+    output = run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, trained, "optim.lr=0.5"))
     assert "resuming from" in output and "nothing to train" in output
+    assert (trained / "config.yaml").read_text() == recorded  # no step was trained by another lr
 
 
 def test_evaluate_prints_bits_per_byte_beside_the_baselines(trained):

@@ -11,8 +11,8 @@ from typing import NoReturn
 from reformer_dist import log, unread
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
+from reformer_dist.told_to_stop import INTERRUPTED
 
-INTERRUPTED = 130
 PREEMPTED = os.EX_TEMPFAIL  # 75: told to end by a signal, and saved; the same command goes on
 HEAR_OUT = 10.0  # seconds that silent ranks leave to rank 0, which speaks for all
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from reformer_dist.told_to_stop import ended_by_interrupt
+
 SPIN_COUNT = "1000"
 
 
@@ -25,32 +27,37 @@ def train() -> None:
 
 def evaluate() -> None:
     _wait_patiently()
-    from reformer_dist.evaluate import main
+    with ended_by_interrupt():
+        from reformer_dist.evaluate import main
 
     main()
 
 
 def generate() -> None:
     _wait_patiently()
-    from reformer_dist.generate import main
+    with ended_by_interrupt():
+        from reformer_dist.generate import main
 
     main()
 
 
 def convert() -> None:
-    from reformer_dist.convert import main
+    with ended_by_interrupt():
+        from reformer_dist.convert import main
 
     main()
 
 
 def doctor() -> None:
     _wait_patiently()
-    from reformer_dist.doctor.__main__ import main
+    with ended_by_interrupt():
+        from reformer_dist.doctor.__main__ import main
 
     main()
 
 
 def checkpoints() -> None:
-    from reformer_dist.checkpoints import main
+    with ended_by_interrupt():
+        from reformer_dist.checkpoints import main
 
     main()

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+INTERRUPTED = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -19,3 +22,15 @@ def end_when_told() -> None:
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, lambda *_: os._exit(os.EX_TEMPFAIL))
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Within, while a command loads what it needs, SIGINT ends the process with status 130, without a trace."""
+    found = signal.getsignal(signal.SIGINT)
+    if found is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, found)

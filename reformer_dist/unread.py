@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from reformer_dist.told_to_stop import INTERRUPTED
+
 # what a shell says of a program that SIGPIPE ended. Only a command that nobody read to its end has it: one that
 # was done all the same, or trains on without a reader, ends with the status of its own
 UNREAD = 141
@@ -19,9 +21,11 @@ UNREAD = 141
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Within, a command that nobody reads to its end is ended by that, without a trace."""
+    """Within, a command that nobody reads to its end, or that Ctrl-C interrupts, ends without a trace."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         if not any(map(is_unread, (sys.stdout, sys.stderr))):
             raise

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "reformer_dist"
 ALLOWED = {
     "errors": set(),
     "seeds": set(),
-    "unread": set(),
+    "unread": {"told_to_stop"},
     "log": {"distributed", "unread"},
     "config": {"errors"},
     "ops": set(),

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from reformer_dist.data import (
     write_records,
 )
 from reformer_dist.errors import DataError, UserError
+from reformer_dist.unread import quietly
 
 EPILOG = """\
 inputs:
@@ -59,22 +62,38 @@ def main() -> int:
         form = Form.of(arguments)
         tokenizer = choose_tokenizer(arguments, form)
         form.left_out.clear()  # what a tokenizer did not learn from is met again
-        summary = write_records(
-            form.records(),
-            arguments.output,
-            tokenizer,
-            shard_bytes=int(arguments.shard_mb * 2**20),
-            heldout_fraction=arguments.heldout,
-            overwrite=arguments.overwrite,
-            heldout=form.heldout() if form.heldout else None,
-            fields=form.fields,
-            labels=sorted({record.facts["label"] for record in form.records()}) if arguments.label else (),
-        )
+        with removed_unless_whole(arguments.output):
+            summary = write_records(
+                form.records(),
+                arguments.output,
+                tokenizer,
+                shard_bytes=int(arguments.shard_mb * 2**20),
+                heldout_fraction=arguments.heldout,
+                overwrite=arguments.overwrite,
+                heldout=form.heldout() if form.heldout else None,
+                fields=form.fields,
+                labels=sorted({record.facts["label"] for record in form.records()}) if arguments.label else (),
+            )
     except UserError as error:
         print(f"make_shards.py: error: {error}", file=sys.stderr)
         return 1
     show(summary, form.left_out, tokenizer, arguments.output)
     return 0
+
+
+@contextmanager
+def removed_unless_whole(folder: Path) -> Iterator[None]:
+    """Takes back the folders that were made within, where what is done there fails or is interrupted."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in made[1:]:
+            with suppress(OSError):  # something else may be in it by now
+                path.rmdir()
+        raise
 
 
 @dataclass(frozen=True)
@@ -233,4 +252,5 @@ def show(summary: WriteSummary, left_out: LeftOut, tokenizer: Tokenizer, folder:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quietly():
+        sys.exit(main())

@@ -18,10 +18,9 @@ from typing import TypeVar
 
 from reformer_dist.distributed.runtime import Preempted, Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.told_to_stop import SIGNALS
+from reformer_dist.told_to_stop import INTERRUPTED, SIGNALS
 
 T = TypeVar("T")
-INTERRUPTED = 128 + signal.SIGINT
 LINGER = 10.0  # seconds that the parts of a stopped run may take to close
 ECHO = 1.0  # seconds in which a second SIGINT is the first one, sent by the terminal and by a launcher
 

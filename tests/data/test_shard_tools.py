@@ -7,8 +7,10 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from data_helpers import damage_sample, make_order, open_loader, varied_document
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, Start, consumed_hash, write_dataset
 from reformer_dist.feed import QuarantineFile
+from reformer_dist.told_to_stop import INTERRUPTED
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -216,3 +219,27 @@ def test_a_step_far_away_is_found_at_once(dataset: Dataset) -> None:
         assert ids[0] == ids[1]
     skipped.skip(10**12)
     assert all(skipped.next_step())
+
+
+def test_what_fails_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    empty, there = tmp_path / "empty.txt", tmp_path / "there"
+    empty.touch()
+    there.mkdir()
+    for output in (tmp_path / "new/data", there):
+        failed = run("make_shards.py", empty, "--output", output)
+        assert (failed.returncode, "no text" in failed.stderr) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "there"]
+
+
+def test_what_is_interrupted_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    source, output = tmp_path / "d.jsonl", tmp_path / "new/data"
+    source.write_text("".join(f'{{"text": "line {number}"}}\n' for number in range(200_000)))
+    command = [sys.executable, TOOLS / "make_shards.py", source, "--output", output]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not output.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == INTERRUPTED
+    assert list(tmp_path.iterdir()) == [source]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_overrides
+
+from reformer_dist.told_to_stop import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -105,3 +108,14 @@ def test_wheel_carries_conf(tmp_path):
     command = [sys.executable, "-m", "reformer_dist.train", "--cfg", "job", "experiment=quickstart"]
     installed = run(*command, cwd=tmp_path, PYTHONPATH=str(site))
     assert installed == run(BIN / "reformer-train", "--cfg", "job", "experiment=quickstart")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "doctor", "checkpoints"])
+def test_an_interrupt_while_modules_are_loaded_leaves_no_trace(name):
+    command = [sys.executable, "-X", "importtime", "-c", f"from reformer_dist.commands import {name}; {name}()"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.split("|")[-1].strip() == "torch.version" for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        complaints = process.stderr.read()
+    assert process.returncode == INTERRUPTED
+    assert [line for line in complaints.splitlines() if not line.startswith("import time:")] == []

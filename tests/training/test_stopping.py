@@ -24,9 +24,10 @@ from support.tiny import tiny_overrides
 from support.weights import assert_same
 
 from reformer_dist.checkpoint import writer
-from reformer_dist.cli import INTERRUPTED, PREEMPTED
+from reformer_dist.cli import PREEMPTED
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
+from reformer_dist.told_to_stop import INTERRUPTED
 from reformer_dist.training.intake import Intake
 from reformer_dist.training.stopping import StopSignal
 

@@ -23,6 +23,7 @@ def run_command(command: Callable[[], None]) -> None:
     What every rank finds alike (a bad override, an error that the ranks agreed on) only rank 0 tells.
     """
     log.configure()
+    _drop_local_rank()
     with unread.quietly():
         _run(command)
 
@@ -49,6 +50,12 @@ def _run(command: Callable[[], None]) -> None:
     runtime.stop()
     if runtime.env_world_size() > 1:
         _leave(0)
+
+
+def _drop_local_rank() -> None:
+    """DeepSpeed's launcher gives each rank its number twice: LOCAL_RANK, and an argument that is no user's."""
+    if "LOCAL_RANK" in os.environ:
+        sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
 
 
 def _leave(status: int) -> NoReturn:

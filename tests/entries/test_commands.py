@@ -76,7 +76,7 @@ def test_generate_greedily_ignores_the_seed(trained):
 
 def test_deepspeed_launcher_trains_on_two_processes(tmp_path, tiny_data):
     overrides = tiny_overrides(tiny_data, tmp_path / "run", "deepspeed=zero2", "trainer.eval_every=3")
-    launcher = [BIN / "deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "29731"]
+    launcher = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29731"]
     output = run(*launcher, "--module", "reformer_dist.train", *overrides, PATH=f"{BIN}:{os.environ['PATH']}")
     assert "held-out bits per byte" in output
     assert (tmp_path / "run/checkpoints/step-00000006/rank-00001.safetensors").is_file()

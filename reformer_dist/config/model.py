@@ -12,7 +12,6 @@ LARGEST_WINDOW = 2**28  # places of an order, and distances between them, have 3
 LARGEST_CHUNK = 2**14  # short texts are filled up to a chunk, and plain PyTorch holds all its pairs at once
 
 
-
 class AttentionKind(Enum):
     lsh = "lsh"
     local = "local"

@@ -35,9 +35,12 @@ def quietly() -> Iterator[None]:
 
 
 def is_unread(stream: TextIO) -> bool:
-    """Whether the other end of its pipe or terminal is closed."""
+    """Whether the other end of its pipe or terminal is closed; False of a stream that has none."""
     poll = select.poll()
-    poll.register(stream, 0)  # no event asked for: what is told all the same is that the other end is gone
+    try:
+        poll.register(stream, 0)  # no event asked for: what is told all the same is that the other end is gone
+    except (OSError, ValueError):  # it is in memory, or closed on this side
+        return False
     return bool(poll.poll(0))
 
 

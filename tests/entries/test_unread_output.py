@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from support.tiny import tiny_overrides
 
 from reformer_dist.cli import PREEMPTED
-from reformer_dist.unread import UNREAD
+from reformer_dist.log import configure, logger
+from reformer_dist.unread import UNREAD, is_unread
 
 BIN = Path(sys.executable).parent
 INSPECT = Path(__file__).parents[2] / "tools/inspect_shards.py"
@@ -81,3 +83,19 @@ def test_a_command_that_nobody_reads_is_not_done_to_its_end(trained, tiny_data):
 def test_errors_are_told_where_they_are_read(tmp_path):
     status, complaints = unread(BIN / "reformer-generate", tmp_path)
     assert status == 1 and complaints.startswith("error: ") and len(complaints.splitlines()) == 1
+
+
+def test_a_stream_without_another_end_is_not_unread(tmp_path, monkeypatch, capsys):
+    """A notebook's, or one that was closed on this side: the log complains as ever, and the program goes on."""
+    with (tmp_path / "file").open("w") as file:
+        assert not is_unread(file) and not is_unread(io.StringIO())
+    assert not is_unread(file)
+    before = (list(logger.handlers), logger.propagate)
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
+    configure()
+    stream.close()
+    try:
+        logger.warning("words")
+    finally:
+        logger.handlers[:], logger.propagate = before
+    assert "I/O operation on closed file" in capsys.readouterr().err

@@ -34,8 +34,11 @@ def steps_done(run: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
 
 
-@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["alone", "two ranks"])
-@pytest.mark.parametrize("are_joined", [False, True], ids=["stdout", "both"])
+@pytest.mark.parametrize(
+    ("ranks", "are_joined"),
+    [((), False), ((), True), (TWO_RANKS, True)],
+    ids=["stdout", "both", "two ranks, both"],
+)
 def test_a_run_without_a_reader_trains_on_and_saves(tiny_data, tmp_path, ranks, are_joined):
     run, complaints = tmp_path / "run", tmp_path / "complaints"
     endless = ("trainer.max_steps=1000000", "trainer.save_every=1000000", "optim.schedule=constant")

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("attention_cases.py")
     ("world_size", "grids"),
     [
         (2, ["1x2", "2x1"]),
-        (3, ["1x3"]),
+        pytest.param(3, ["1x3"], marks=pytest.mark.slow),
         (4, ["1x4", "2x2"]),
         pytest.param(4, ["4x1"], marks=pytest.mark.slow),
         pytest.param(8, ["1x8", "2x4"], marks=pytest.mark.slow),

@@ -205,6 +205,7 @@ class ModelConfig:
         require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", right)
         self._check_heads()
         self._check_lsh()
+        self._check_windows()
         self._check_chunks()
         if self.embedding_dim is None:
             right = "excludes model.merge_streams=concat, whose head is 2 * dim wide"
@@ -238,21 +239,19 @@ class ModelConfig:
             "must be positive",
         )
 
-        self._check_windows()
-
     def _check_windows(self) -> None:
         right = f"must be at most {LARGEST_WINDOW}"
         require(self.window <= LARGEST_WINDOW, "model.window", self.window, right)
         require(self.local_window <= LARGEST_WINDOW, "model.local_window", self.local_window, right)
-        right = f"must be at most {LARGEST_CHUNK}; attention among more tokens is that of model.layers=[exact]"
-        require(self.chunk_len <= LARGEST_CHUNK, "model.chunk_len", self.chunk_len, right)
-        require(self.local_chunk_len <= LARGEST_CHUNK, "model.local_chunk_len", self.local_chunk_len, right)
         if self.count_pairs_once:  # counted as if buckets lay a window apart
             most = LARGEST_WINDOW // self.n_buckets
             right = f"must be at most {most} with model.n_buckets={self.n_buckets} and model.count_pairs_once=true"
             require(self.window <= most, "model.window", self.window, right)
 
     def _check_chunks(self) -> None:
+        right = f"must be at most {LARGEST_CHUNK}; attention among more tokens is that of model.layers=[exact]"
+        require(self.chunk_len <= LARGEST_CHUNK, "model.chunk_len", self.chunk_len, right)
+        require(self.local_chunk_len <= LARGEST_CHUNK, "model.local_chunk_len", self.local_chunk_len, right)
         if self.chunk_wrap:
             chunked = self.neighbours is NeighbourRule.chunk
             require(chunked, "model.chunk_wrap", True, "needs model.neighbours=chunk")

@@ -219,11 +219,8 @@ def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wir
     codes = record.field(arrived, "codes").t().contiguous() if home.codes is not None else None
     came = record.field(arrived, "ids").contiguous()
     owners = home.owners if keeps_owners else None
-    out, back = (
-        _checksum(sent, asked, ids, wire, is_sent=True),
-        _checksum(received, attended, came, wire, is_sent=False),
-    )
-    balance = _wrapped(out - back)
+    sum_sent = _checksum(sent, asked, ids, wire, is_sent=True)
+    balance = _wrapped(sum_sent - _checksum(received, attended, came, wire, is_sent=False))
     return Route(units, sent, asked, received, attended, came, codes, owners, home.total, balance)
 
 

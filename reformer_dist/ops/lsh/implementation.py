@@ -105,16 +105,15 @@ def bucket_attention(
     if name == "reference":
         return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
     attention: WholeAttention
-    if name == "triton":
-        from reformer_dist.ops.lsh.kernels.attention import KernelAttention
+    with torch.cuda.device_of(v):  # kernels are launched on the current device
+        if name == "triton":
+            from reformer_dist.ops.lsh.kernels.attention import KernelAttention
 
-        with torch.cuda.device_of(v):  # kernels are launched on the current device
             attention = KernelAttention(v, bucket_ids, options, key_padding_mask)
-    elif name == "native":
-        attention = NativeAttention(bucket_ids, options, key_padding_mask)
-    else:
-        attention = TiledAttention(bucket_ids, options, key_padding_mask)
-    with torch.cuda.device_of(v):
+        elif name == "native":
+            attention = NativeAttention(bucket_ids, options, key_padding_mask)
+        else:
+            attention = TiledAttention(bucket_ids, options, key_padding_mask)
         return attend_whole(q, k, v, attention)
 
 

@@ -131,7 +131,7 @@ def hash_vectors(
     block_d = max(16, triton.next_power_of_2(head_dim))
     width = max(16, triton.next_power_of_2(max(factors) // 2))
     rows = _rows_that_fit(x, block_d, width * len(factors)) if rotates else MOST_ROWS
-    if rows < FEWEST_ROWS or (rotates and width > WIDEST):
+    if rows == 0 or (rotates and width > WIDEST):
         return plain_hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
     ids = torch.empty(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
     parts = _parts(rotations, x.device, x.dtype if rotates else torch.float32)

@@ -11,10 +11,10 @@ import torch
 
 from reformer_dist.checkpoint import CheckpointReader, is_good, prune, resolve_checkpoint, write_export
 from reformer_dist.checkpoint.files import step_folders
-from reformer_dist.cli import run_command
 from reformer_dist.errors import CheckpointError, ConfigError
-from reformer_dist.run_folder import changed_values
-from reformer_dist.run_lock import RunLock
+from reformer_dist.fs.lock import RunLock
+from reformer_dist.process.command import run_command
+from reformer_dist.run.directory import changed_values
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

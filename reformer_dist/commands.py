@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from reformer_dist.told_to_stop import ended_by_interrupt
+from reformer_dist.process.signals import ended_by_interrupt
 
 SPIN_COUNT = "1000"
 

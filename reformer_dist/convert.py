@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reformer_dist.checkpoint import write_export
-from reformer_dist.cli import run_command
-from reformer_dist.compose import plain
 from reformer_dist.config import DataConfig, RunConfig, TaskConfig, TaskKind, TrainerConfig
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_face, trax
 from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, Head, Options
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
-from reformer_dist.load import load_model
+from reformer_dist.process.command import run_command
+from reformer_dist.run.compose import plain
+from reformer_dist.run.pretrained import load_model
 
 EPILOG = """\
 sources:

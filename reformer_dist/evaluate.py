@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from reformer_dist.baselines import gzip_bits_per_byte, order0_bits_per_byte
-from reformer_dist.cli import run_command
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus, Tokenizer
+from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus, Tokenizer, heldout_batches
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
-from reformer_dist.feed import open_corpus
-from reformer_dist.load import LoadedModel, load_model
-from reformer_dist.share import share_sequences
+from reformer_dist.models.sequence import WholeSequence
+from reformer_dist.ops.lsh import AttentionOptions
+from reformer_dist.ops.lsh.coverage import Coverage, measure_coverage
+from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.parallel.sequence import share_sequences
+from reformer_dist.process.command import run_command
+from reformer_dist.run.data import open_corpus
+from reformer_dist.run.pretrained import LoadedModel, load_model
 from reformer_dist.tasks import Rows
+from reformer_dist.tasks.metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluator import EvalResult, evaluate
 
 MICRO_BATCH = 8
@@ -39,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=MICRO_BATCH, help=f"rows at a time (default: {MICRO_BATCH})")
     parser.add_argument("--split", choices=SPLITS, default="heldout", help="heldout, or the samples of train")
     parser.add_argument("--rounds", metavar="N,N,...", help="a table over so many hash rounds, such as 1,2,4,8")
+    parser.add_argument(
+        "--coverage",
+        action="store_true",
+        help=("the share of exact attention's softmax mass that each LSH layer finds, not the loss"),
+    )
+    parser.add_argument("--output", type=Path, help="with --coverage: also write the result to this JSON file")
     return parser
 
 
@@ -46,7 +58,10 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
     """Evaluates as one rank of the job; rank 0 prints."""
     job = runtime.start()
     with failures.named(job):
-        lines = _table(arguments, job) if arguments.rounds else _evaluate(arguments, job)
+        if arguments.coverage:
+            lines = _coverage(arguments, job)
+        else:
+            lines = _table(arguments, job) if arguments.rounds else _evaluate(arguments, job)
         if job.is_main:
             print("\n".join(lines))
 
@@ -145,6 +160,74 @@ def _numbers(result: EvalResult, of: str) -> list[str]:
     if result.bits_per_byte is not None:
         lines.append(f"{of} bits per byte: {result.bits_per_byte:.4f}")
     return lines if result.accuracy is None else [*lines, f"{of} accuracy: {100 * result.accuracy:.2f} %"]
+
+
+class MeasuredSequence(WholeSequence):
+    """Attends as ever, and measures on the way what each LSH layer finds of exact attention."""
+
+    def __init__(self) -> None:
+        self.layers: list[Coverage] = []
+        """Of the last model call, in order."""
+
+    def bucket_attention(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+        kept: dict[str, Any],
+    ) -> Tensor:
+        if k is None:  # keys of their own are those of local attention, which does not hash
+            self.layers.append(measure_coverage(q, shared_keys(q), bucket_ids, options, key_padding_mask))
+        return super().bucket_attention(q, k, v, bucket_ids, options, key_padding_mask, kept)
+
+
+@torch.no_grad()
+def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
+    """Shares of each LSH layer over some held-out rows; every head counts alike. Raises UserError."""
+    corpus = open_corpus(loaded.config.data, ["heldout"])
+    device = next(loaded.model.parameters()).device
+    totals: list[Coverage] = []
+    batches = heldout_batches(
+        corpus,
+        seq_len=loaded.config.data.seq_len,
+        rows=n_rows,
+        micro_batch_size=1,
+        max_damaged_share=loaded.config.data.max_damaged_share,
+    )
+    for batch in batches:
+        sequence = MeasuredSequence()
+        inputs, labels = batch.inputs.to(device), batch.labels.to(device)
+        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORED_LABEL, sequence=sequence)
+        totals = totals or [Coverage() for _ in sequence.layers]
+        for total, layer in zip(totals, sequence.layers, strict=True):
+            total.add(layer)
+    return [total.shares() for total in totals]
+
+
+def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+    """The coverage of each LSH layer, one line each; rank 0 also writes it to `--output` as JSON.
+
+    Raises UserError.
+    """
+    loaded = load_model(arguments.run, arguments.overrides, job.device)
+    model = loaded.config.model
+    if model.chunk_wrap:
+        raise ConfigError("model.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
+    layers = coverage_of(loaded, arguments.rows)
+    if not layers:
+        raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")
+    mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
+    if arguments.output is not None and job.is_main:
+        arguments.output.write_text(json.dumps({**mean, "layers": layers}, indent=1) + "\n")
+    lines = [f"LSH layer {number}: {_shares(layer)}" for number, layer in enumerate(layers)]
+    return [*lines, f"mean: {_shares(mean)}"]
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return f"{shares['mass']:.4f} of the softmax mass on {shares['pairs']:.4f} of the pairs"
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from reformer_dist.cli import run_command
 from reformer_dist.config import TaskKind
 from reformer_dist.data import Tokenizer
 from reformer_dist.errors import ConfigError
@@ -23,7 +22,8 @@ from reformer_dist.generation import (
     make_decoder,
 )
 from reformer_dist.generation.text import CONTEXT
-from reformer_dist.load import LoadedModel, load_model
+from reformer_dist.process.command import run_command
+from reformer_dist.run.pretrained import LoadedModel, load_model
 
 ROWS_AT_A_TIME = 16
 SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.0}

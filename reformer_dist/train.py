@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.launch.tether import stop_with_launcher
-from reformer_dist.told_to_stop import end_when_told
+from reformer_dist.process.signals import end_when_told, stop_with_launcher
 
 if TYPE_CHECKING:
-    from reformer_dist.compose import SweepRequest
+    from reformer_dist.sweep.request import SweepRequest
 
 DRY_RUN = "--dry-run"
 ADVICE = "start the same command again to go on from the last checkpoint"
@@ -29,9 +28,9 @@ def train(config: RunConfig) -> None:
             _launch(config, sys.argv[1:])
             return
     # loads torch and DeepSpeed, which --help and a bad override need not wait for
-    from reformer_dist.build import build_trainer
     from reformer_dist.distributed import failures
-    from reformer_dist.training.stopping import StopSignal
+    from reformer_dist.run.build import build_trainer
+    from reformer_dist.training.preemption import StopSignal
 
     stop = StopSignal()
     with stop.listen():
@@ -74,30 +73,30 @@ def sweep(request: SweepRequest) -> None:
 
 
 def _run() -> None:
-    from reformer_dist.compose import hydra_entry
+    from reformer_dist.sweep.request import run_or_sweep
 
     flags = [word for word in sys.argv[1:] if word.split("=")[0] == DRY_RUN]
     if not flags:
-        hydra_entry(train, sweep)
+        run_or_sweep(train, sweep)
         return
     sys.argv = [word for word in sys.argv if word not in flags]  # Hydra does not know it
 
     def plan(config: RunConfig) -> None:
-        from reformer_dist.dry_run import dry_run
+        from reformer_dist.run.dry_run import dry_run
 
         dry_run(config, flags[-1])
 
     def refuse(request: SweepRequest) -> None:
         raise ConfigError(f"{DRY_RUN}: describes one run, and this command line asks for a sweep; take one value")
 
-    hydra_entry(plan, refuse)
+    run_or_sweep(plan, refuse)
 
 
 def main() -> None:
     # before anything is imported that takes long
     end_when_told()
     stop_with_launcher()
-    from reformer_dist.cli import run_command
+    from reformer_dist.process.command import run_command
 
     run_command(_run)
 

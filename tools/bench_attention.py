@@ -70,7 +70,7 @@ from torch import Tensor
 from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.ops.lsh import implementation
 from reformer_dist.ops.lsh.native.calls import order_rows
-from reformer_dist.ops.lsh.tiled.attention import lay_out
+from reformer_dist.ops.lsh.torch_tiles.attention import lay_out
 
 MEASURES = ("seconds", "forward", "backward", "replayed", "hash", "sort", "peak_mib")
 VERDICT = {True: "yes", False: "NO", None: "did not run"}

@@ -25,7 +25,7 @@ from grid_jobs import in_own_job
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.mesh import make_grid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
 from reformer_dist.parallel import SlicedSequence

@@ -25,7 +25,7 @@ from grid_jobs import in_own_job
 
 from reformer_dist.config import AttentionKind, ModelConfig, Position
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.mesh import make_grid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel import SlicedSequence

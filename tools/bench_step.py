@@ -43,7 +43,6 @@ from bench_attention import (
 from torch import Tensor
 
 from reformer_dist.commands import SPIN_COUNT
-from reformer_dist.compose import plain, run_config_from
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine import TrainEngine
@@ -53,9 +52,10 @@ from reformer_dist.models.reversible import Sublayer, TokenwiseSublayer
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh import whole
 from reformer_dist.ops.lsh.native import attention as native_attention
-from reformer_dist.ops.lsh.tiled import attention as torch_attention
+from reformer_dist.ops.lsh.torch_tiles import attention as torch_attention
 from reformer_dist.planning import Job, make_plan
 from reformer_dist.planning.flops import layer_flops
+from reformer_dist.run.compose import plain, run_config_from
 
 IMPLEMENTATIONS = ("ours", "reformer_pytorch")
 DEFAULTS = [

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from reformer_dist.build import build_trainer
-from reformer_dist.compose import compose_run
 from reformer_dist.config import RunConfig
 from reformer_dist.data import ByteTokenizer, Corpus, Record, write_dataset, write_records
 from reformer_dist.distributed import runtime
 from reformer_dist.planning import Job, make_plan
+from reformer_dist.run.build import build_trainer
+from reformer_dist.run.compose import compose_run
 from reformer_dist.tasks import Task, make_task
 from reformer_dist.training.metrics import peak_memory_gib
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import yaml
 
 from reformer_dist.checkpoint import CheckpointReader
-from reformer_dist.compose import run_config_from
 from reformer_dist.data import (
     SPLITS,
     Dataset,
@@ -24,9 +23,10 @@ from reformer_dist.data import (
     merge_states,
 )
 from reformer_dist.errors import ConfigError, DataError, UserError
-from reformer_dist.feed import QUARANTINE_FILE, Feed, open_corpus
-from reformer_dist.run_folder import CONFIG_FILE
-from reformer_dist.unread import quietly
+from reformer_dist.process.stdio import quietly
+from reformer_dist.run.compose import run_config_from
+from reformer_dist.run.data import QUARANTINE_FILE, Feed, open_corpus
+from reformer_dist.run.directory import CONFIG_FILE
 
 SHOWN_CHARACTERS = 300
 

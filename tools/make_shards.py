@@ -32,7 +32,7 @@ from reformer_dist.data import (
     write_records,
 )
 from reformer_dist.errors import DataError, UserError
-from reformer_dist.unread import quietly
+from reformer_dist.process.stdio import quietly
 
 EPILOG = """\
 inputs:
@@ -214,7 +214,7 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
 
 def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
     if arguments.tokenizer_of:
-        from reformer_dist.load import open_weights  # loads torch
+        from reformer_dist.checkpoint.weights import open_weights  # loads torch
 
         weights = open_weights(arguments.tokenizer_of)
         tokenizer = load_tokenizer(weights.run["tokenizer"], weights.folder)

@@ -1,23 +1,23 @@
 """From text to batches: data sets of tar shards, read in an order that no number of ranks changes."""
 
-from reformer_dist.data.batches import Batch, Example, MakeExample, TextRows, Visit, collate, next_tokens
-from reformer_dist.data.corpus import Corpus, Part, explain_changes
-from reformer_dist.data.dataset import Dataset
-from reformer_dist.data.heldout import EvalBatch, count_text_bytes, heldout_batches, split_samples
-from reformer_dist.data.index import IndexEntry
-from reformer_dist.data.layout import SPLITS, TEXT_FIELDS, Shard
-from reformer_dist.data.loader import StepBatch, TrainLoader
-from reformer_dist.data.order import Order, seeded_bits
-from reformer_dist.data.quarantine import Damage, Quarantine
-from reformer_dist.data.records import Record, read_jsonl, read_parallel, read_squad
-from reformer_dist.data.replay import Replay
-from reformer_dist.data.samples import Sample, SampleReader, Source, sample_of
-from reformer_dist.data.sources import LeftOut, iterate_documents
-from reformer_dist.data.state import Start, consumed_hash, merge_states, read_state
-from reformer_dist.data.streams import IGNORED_LABEL, Piece, TextRow, make_row
-from reformer_dist.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from reformer_dist.data.verify import find_damage
-from reformer_dist.data.writer import WriteSummary, is_heldout, split_records, write_dataset, write_records
+from reformer_dist.data.format.corpus import Corpus, Part, explain_changes
+from reformer_dist.data.format.dataset import Dataset
+from reformer_dist.data.format.index import IndexEntry
+from reformer_dist.data.format.layout import SPLITS, TEXT_FIELDS, Shard
+from reformer_dist.data.format.quarantine import Damage, Quarantine
+from reformer_dist.data.format.sample_reader import Sample, SampleReader, Source, sample_of
+from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from reformer_dist.data.format.verify import find_damage
+from reformer_dist.data.loading.collate import Batch, Example, MakeExample, TextRows, Visit, collate, next_tokens
+from reformer_dist.data.loading.heldout import EvalBatch, count_text_bytes, heldout_batches, split_samples
+from reformer_dist.data.loading.loader import StepBatch, TrainLoader
+from reformer_dist.data.loading.packing import IGNORED_LABEL, Piece, TextRow, make_row
+from reformer_dist.data.loading.replay import Replay
+from reformer_dist.data.loading.sampler import Order, seeded_bits
+from reformer_dist.data.loading.state import Start, consumed_hash, merge_states, read_state
+from reformer_dist.data.prepare.documents import LeftOut, iterate_documents
+from reformer_dist.data.prepare.records import Record, read_jsonl, read_parallel, read_squad
+from reformer_dist.data.prepare.writer import WriteSummary, is_heldout, split_records, write_dataset, write_records
 
 __all__ = [
     "IGNORED_LABEL",

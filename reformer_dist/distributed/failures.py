@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from reformer_dist.distributed.meeting import launcher_hosts_store
+from reformer_dist.distributed.rendezvous import launcher_hosts_store
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.errors import PeerLost
 

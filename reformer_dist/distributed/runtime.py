@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from reformer_dist.distributed.meeting import connect, launcher_hosts_store, meet
+from reformer_dist.distributed.rendezvous import connect, launcher_hosts_store, meet
 from reformer_dist.errors import PeerLost, UserError
 
 T = TypeVar("T")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from reformer_dist.cli import run_command
 from reformer_dist.config import DataConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.doctor import machine
@@ -18,7 +17,8 @@ from reformer_dist.doctor.attention import attention
 from reformer_dist.doctor.collectives import ADVICE, job_collectives, local_collectives
 from reformer_dist.doctor.findings import Finding, State, examine, failed, ok
 from reformer_dist.errors import UserError
-from reformer_dist.feed import open_corpus
+from reformer_dist.process.command import run_command
+from reformer_dist.run.data import open_corpus
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from reformer_dist.distributed import runtime
+from reformer_dist.distributed.comm import Ledger, Parcel, Wire
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.distributed.wire import Ledger, Parcel, Wire
 from reformer_dist.doctor.findings import Finding, failed, ok
 
 LONGEST = 60  # seconds that a local job may take

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Tokenizer
-from reformer_dist.data.sentencepiece import FILE as SPIECE
-from reformer_dist.data.sentencepiece import SentencePieceTokenizer
+from reformer_dist.data.format.sentencepiece import FILE as SPIECE
+from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 from reformer_dist.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -25,9 +25,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, ProcessF
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from reformer_dist import unread
 from reformer_dist.config import LauncherConfig
-from reformer_dist.launch.tether import LAUNCHER
+from reformer_dist.process import stdio as unread
+from reformer_dist.process.signals import LAUNCHER
 
 HERE = "127.0.0.1"
 # what comes here, and what the ranks get: one whose terminal is closed is told to stop, not to die

@@ -3,10 +3,10 @@
 from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_dist.models.classification import ReformerForSequenceClassification
 from reformer_dist.models.encoder_decoder import ReformerEncoderDecoder
-from reformer_dist.models.initial import initialise
+from reformer_dist.models.initialization import initialise
 from reformer_dist.models.inspection import AttentionView, inspect_attention
+from reformer_dist.models.language_model import ReformerLM
 from reformer_dist.models.question_answering import ReformerForQuestionAnswering
-from reformer_dist.models.reformer import ReformerLM
 from reformer_dist.models.stack import ReformerStack
 
 __all__ = [

@@ -5,16 +5,18 @@ Each maps [B, S, dim] to [B, S, dim] and knows heads and projections; the mathem
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import AttentionKind, ModelConfig
+from reformer_dist.errors import ConfigError
 from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
-from reformer_dist.models.hashing import hash_heads
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
+from reformer_dist.ops.lsh.backends import why_not
 from reformer_dist.ops.lsh.hashing import one_bucket
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
@@ -169,3 +171,30 @@ class ExactSelfAttention(SelfAttention):
             rows=context.places.rows,
         )
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
+
+
+def require_attention(config: ModelConfig, device: torch.device) -> None:
+    """Raises ConfigError where model.attention_implementation can't run on the device."""
+    kinds = set(config.layer_kinds())
+    if kinds == {AttentionKind.exact}:
+        return
+    name = config.attention_implementation.name
+    rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
+    chunks = any(isinstance(rule, ChunkRule) for rule in rules)
+    reason = why_not(name, device, config.resolved_head_dim, chunks=chunks)
+    if reason is not None:
+        raise ConfigError(f"model.attention_implementation={name}: {reason}")
+
+
+def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
+    """Bucket ids [B, H, R, S] of vectors [B, H, S, D], under rotations of a seed, or of config.hash_seed."""
+    scheme, implementation = config.hash_scheme.name, config.attention_implementation.name
+    factors = None if config.bucket_factors is None else tuple(config.bucket_factors)
+    sizes = (vectors.shape[1], vectors.shape[3], config.n_hashes, config.n_buckets)
+    if config.hash_seed is not None:
+        rotations = seeded_rotations(*sizes, config.hash_seed, factors=factors)
+    else:
+        rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
+    return hash_vectors(
+        vectors, rotations, config.n_buckets, scheme, factors=factors, implementation=implementation
+    )

@@ -10,6 +10,10 @@ autocast's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from reformer_dist.config import AttentionKind, ModelConfig
@@ -17,7 +21,6 @@ from reformer_dist.models.attention import build_attention
 from reformer_dist.models.context import ForwardContext, Memo
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
-from reformer_dist.models.layer_drop import left_out
 from reformer_dist.models.norms import build_norm
 from reformer_dist.models.reversible import Sublayer, Tape, TokenwiseSublayer, reversible_steps
 from reformer_dist.ops.dropout import token_dropout
@@ -103,3 +106,25 @@ class Block(nn.Module):
         assert context.source is not None
         weights = [*self.cross_attention_norm.parameters(), *self.cross_attention.parameters()]
         return [attention, Sublayer(read_source, [*weights, context.source.hidden]), feed_forward]
+
+
+def left_out(x1: Tensor, x2: Tensor, untouched: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The streams as they are. What the layer would have used gets gradients of zeros, not none.
+
+    So every rank and ZeRO stage sees the same step: ZeRO's hooks wait for each parameter, and an optimizer that
+    passes over parameters without gradients would move them otherwise at some stages than at others.
+    """
+    y1, y2 = _LeftOut.apply(x1, x2, *(p for p in untouched if p.requires_grad))
+    return y1, y2
+
+
+class _LeftOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.alike = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x1.view_as(x1), x2.view_as(x2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.alike)
+        return (*grads, *zeros)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Pooling
-from reformer_dist.models.body import TokenModel
+from reformer_dist.models.base import TokenModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
-from reformer_dist.models.initial import initialise
+from reformer_dist.models.initialization import initialise
 from reformer_dist.ops.dropout import TokenPlaces, token_dropout
 
 IGNORED = -100

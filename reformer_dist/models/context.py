@@ -11,7 +11,7 @@ from torch import Tensor
 from reformer_dist.config import ModelConfig, Position
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.dropout import TokenPlaces
-from reformer_dist.ops.lsh.health import LSHHealth
+from reformer_dist.ops.lsh.bucket_stats import LSHHealth
 from reformer_dist.ops.rotary import rotary_tables
 from reformer_dist.seeds import derive_seed
 

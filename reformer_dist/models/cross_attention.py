@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from reformer_dist.config import AttentionImplementation, CrossAttentionKind, ModelConfig
+from reformer_dist.models.attention import hash_heads
 from reformer_dist.models.context import ForwardContext, Memo, Source
-from reformer_dist.models.hashing import hash_heads
 from reformer_dist.ops.lsh import CrossKeys, CrossOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.seeds import derive_seed

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.models.sequence import LayerAccess, SequenceAccess, WholeSequence, first_real
-from reformer_dist.ops.caches import AttentionCache, BucketCache, ExactCache, WindowCache
 from reformer_dist.ops.exact_attention import ExactOptions
+from reformer_dist.ops.kv_cache import AttentionCache, BucketCache, ExactCache, WindowCache
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, WindowRule, cross_attention
 
 

@@ -12,10 +12,10 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
 from reformer_dist.config.checks import require
-from reformer_dist.models.body import TokenModel
+from reformer_dist.models.base import TokenModel
 from reformer_dist.models.context import WHOLE, ForwardContext, ForwardOptions, Source
 from reformer_dist.models.head import LanguageModelHead
-from reformer_dist.models.initial import initialise
+from reformer_dist.models.initialization import initialise
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.seeds import derive_seed

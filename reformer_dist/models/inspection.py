@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer_dist.models.body import TokenModel
+from reformer_dist.models.base import TokenModel
 from reformer_dist.models.sequence import LayerAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, bucket_attention

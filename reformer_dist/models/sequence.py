@@ -14,8 +14,8 @@ from torch import Tensor
 
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
-from reformer_dist.ops.lsh.health import LSHHealth, measure_health
-from reformer_dist.ops.lsh.order import count_buckets
+from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.sorting import count_buckets
 
 
 class LayerAccess(Protocol):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.distributed.wire import Delivery, Parcel, Wire
+from reformer_dist.distributed.comm import Delivery, Parcel, Wire
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.parallel.outward import Outward
+from reformer_dist.ops.lsh.options import AttentionOptions
+from reformer_dist.parallel.combine import MergedReturns, Returns, RoundReturns
+from reformer_dist.parallel.dispatch import Outward
+from reformer_dist.parallel.packing import Record
 from reformer_dist.parallel.plan import Plan, Route, Selection
-from reformer_dist.parallel.record import Record
-from reformer_dist.parallel.returns import MergedReturns, Returns, RoundReturns
 
 
 def exchanged_attention(

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.wire import Parcel, Wire
+from reformer_dist.distributed.comm import Parcel, Wire
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.held import HeldRows, Rows
-from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, place_codes, row_keys
-from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.runs import (
+from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.partition import (
     Part,
     Readers,
     chunk_readers,
@@ -28,8 +27,8 @@ from reformer_dist.ops.lsh.runs import (
     window_readers,
     window_run,
 )
-from reformer_dist.parallel.bits import pack_bits, unpack_bits
-from reformer_dist.parallel.record import Record
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, place_codes, row_keys
+from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits
 
 PHASE = "count"
 # Tokens of this rank that travel in one message: small enough for the next message to overlap with their

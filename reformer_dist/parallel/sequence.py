@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.grid import SequenceGrid
+from reformer_dist.config import Precision, RunConfig
+from reformer_dist.distributed.mesh import SequenceGrid, make_grid
+from reformer_dist.distributed.runtime import Runtime, ranks_per_node
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
-from reformer_dist.ops.lsh.health import LSHHealth, measure_health
-from reformer_dist.ops.lsh.order import count_buckets, mark_padding
+from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
-from reformer_dist.parallel.gather import gather_slices
-from reformer_dist.parallel.head_exchange import to_heads, to_slices
+from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
 from reformer_dist.parallel.plan import make_plan
+from reformer_dist.parallel.traffic import LayerShape, choose_grid, describe_grid
+from reformer_dist.process.log import logger
 
 
 class SlicedSequence:
@@ -198,3 +201,26 @@ class SlicedSequence:
 def _join(part: Tensor, blocks: Tensor, dim: int) -> Tensor:
     """The slices [P, ...] of all ranks one behind the other along a dimension of `part`."""
     return blocks.movedim(0, dim).reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])
+
+
+def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
+    """How the ranks share sequences, in the grid that was asked for or the one of least traffic.
+
+    Every rank calls this, since it makes process groups. Raises ConfigError where the job has not the ranks.
+    """
+    config.dp_size(runtime.world_size)
+    parallel, model = config.parallel, config.model
+    shape = LayerShape(
+        rows=micro_batch,
+        slice_len=-(-config.data.seq_len // parallel.sequence),
+        n_heads=model.n_heads,
+        head_dim=model.resolved_head_dim,
+        n_hashes=model.n_hashes + model.local_round,
+        n_buckets=model.n_buckets,
+        element_size=4 if config.trainer.precision is Precision.fp32 else 2,
+    )
+    heads, buckets = choose_grid(parallel.grids(), shape, ranks_per_node())
+    if parallel.sequence > 1:
+        logger.info(describe_grid(heads, buckets, shape))
+    grid = make_grid(runtime, heads, buckets, overlaps=parallel.overlap)
+    return SlicedSequence(grid, config.data.seq_len, merge_returns=parallel.merge_returns)

@@ -6,14 +6,14 @@ import torch
 
 from reformer_dist.config import AttentionImplementation
 from reformer_dist.models.layer_rule import LayerRule
-from reformer_dist.ops.lsh.implementation import why_not
-from reformer_dist.ops.lsh.kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
-from reformer_dist.ops.lsh.kernels.tuning import tuning_of
+from reformer_dist.ops.lsh.backends import why_not
 from reformer_dist.ops.lsh.native.attention import GROUP_TOKENS as NATIVE_TOKENS
-from reformer_dist.ops.lsh.rules import ChunkRule, WindowRule
-from reformer_dist.ops.lsh.runs import tiling_of
-from reformer_dist.ops.lsh.tiled.attention import GROUP_TOKENS
-from reformer_dist.ops.lsh.tiled.tiles import SPAN_SLOTS
+from reformer_dist.ops.lsh.options import ChunkRule, WindowRule
+from reformer_dist.ops.lsh.partition import tiling_of
+from reformer_dist.ops.lsh.torch_tiles.attention import GROUP_TOKENS
+from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS
+from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
+from reformer_dist.ops.lsh.triton_kernels.tuning import tuning_of
 from reformer_dist.planning.sizes import Job
 
 INDEX = 8  # bytes of a slot or row number

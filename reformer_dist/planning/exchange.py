@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reformer_dist.models.layer_rule import LayerRule
-from reformer_dist.ops.lsh.rules import ChunkRule
+from reformer_dist.ops.lsh.options import ChunkRule
 from reformer_dist.parallel.plan import GROUP_TOKENS
 from reformer_dist.parallel.traffic import mean_other_ranks
 from reformer_dist.planning.attention import (

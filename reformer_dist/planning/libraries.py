@@ -12,7 +12,7 @@ RANK = """
 import resource, sys
 from pathlib import Path
 import torch
-import reformer_dist.build
+import reformer_dist.run.build
 from reformer_dist.config import ModelConfig, Position, Precision, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine import TrainEngine

@@ -10,8 +10,8 @@ from torch import nn
 
 from reformer_dist.engine.optim import parameter_groups
 from reformer_dist.models import ReformerEncoderDecoder
+from reformer_dist.models.base import TokenModel
 from reformer_dist.models.block import Block
-from reformer_dist.models.body import TokenModel
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 from reformer_dist.sweep.metrics import Row, read_metrics
 from reformer_dist.sweep.places import Place
 from reformer_dist.sweep.process import KILLED, PREEMPTED, TrialProcess, open_lock

@@ -7,9 +7,9 @@ from collections import deque
 from hashlib import blake2b
 from itertools import product
 
-from reformer_dist.config.space import Interval, Space
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.metrics import Row
+from reformer_dist.sweep.space import Interval, Space
 from reformer_dist.sweep.state import DONE, Trial
 
 LONGEST_NAME = 120

@@ -56,7 +56,7 @@ def summarise(rows: list[Row], objective: str) -> dict[str, float]:
 
 
 def read_coverage(folder: Path) -> dict[str, float]:
-    """What reformer_dist.coverage found, if it was asked."""
+    """What reformer_dist.evaluate found, if it was asked."""
     try:
         found = json.loads((folder / COVERAGE).read_text())
     except (OSError, ValueError):

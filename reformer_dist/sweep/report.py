@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from reformer_dist.errors import UserError
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 from reformer_dist.sweep.state import State, Trial, write_whole
 
 HPARAMS_FOLDER = "hparams"

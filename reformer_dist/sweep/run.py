@@ -8,17 +8,17 @@ import shlex
 import signal
 import sys
 
-from reformer_dist.compose import SweepRequest, compose_run, plain
 from reformer_dist.config import LauncherKind, RunConfig, SweepKind
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError
-from reformer_dist.log import logger
-from reformer_dist.overrides import as_override, without
+from reformer_dist.process.log import logger
+from reformer_dist.run.compose import compose_run, plain
 from reformer_dist.sweep.driver import Command, Driver, Plan
 from reformer_dist.sweep.grid import GridPlan, combinations, trial_name
 from reformer_dist.sweep.metrics import COVERAGE, read_coverage, read_metrics, summarise
 from reformer_dist.sweep.places import make_places, usable_cores, visible_gpus
 from reformer_dist.sweep.report import best_first, write_report
+from reformer_dist.sweep.request import SweepRequest, as_override, without
 from reformer_dist.sweep.state import State, SweepFile, Trial, read_all
 
 INTERRUPTED, PREEMPTED = 130, 75
@@ -132,7 +132,16 @@ def _commands(request: SweepRequest) -> list[Command]:
 
     def measure(trial: Trial) -> list[str]:
         folder, rows = request.folder / trial.name, str(request.settings.coverage_rows)
-        return ["-m", "reformer_dist.coverage", str(folder), "--rows", rows, "--output", str(folder / COVERAGE)]
+        return [
+            "-m",
+            "reformer_dist.evaluate",
+            str(folder),
+            "--coverage",
+            "--rows",
+            rows,
+            "--output",
+            str(folder / COVERAGE),
+        ]
 
     return [train, measure] if request.settings.coverage_rows else [train]
 

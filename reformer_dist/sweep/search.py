@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from reformer_dist.compose import SweepRequest
-from reformer_dist.config.space import Choices, Interval
 from reformer_dist.errors import ConfigError
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
 from reformer_dist.sweep.metrics import Row, series
+from reformer_dist.sweep.request import SweepRequest
+from reformer_dist.sweep.space import Choices, Interval
 from reformer_dist.sweep.state import DONE, State, SweepFile, Trial, read_all
 
 JOURNAL = "study.journal"

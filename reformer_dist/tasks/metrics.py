@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from reformer_dist.errors import UserError
 
@@ -64,3 +67,15 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
     return {
         shown: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name, shown in names.items()
     }
+
+
+def order0_bits_per_byte(text: bytes) -> float:
+    """Entropy of the text's own byte frequencies."""
+    counts = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
+    shares = counts[counts > 0] / max(1, len(text))
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def gzip_bits_per_byte(text: bytes) -> float:
+    """Size under gzip's best compression."""
+    return 8 * len(gzip.compress(text, compresslevel=9)) / max(1, len(text))

@@ -29,8 +29,8 @@ from reformer_dist.data import (
     split_samples,
 )
 from reformer_dist.errors import DataError
-from reformer_dist.log import logger
 from reformer_dist.models.sequence import SequenceAccess
+from reformer_dist.process.log import logger
 
 HELDOUT = -1  # no stream of training has this number
 

@@ -12,7 +12,7 @@ from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.errors import CheckpointError
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 from reformer_dist.training.trainer import Progress
 
 FOLDER = "checkpoints"

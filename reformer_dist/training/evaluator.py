@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.training.intake import MicroBatch
+from reformer_dist.training.batches import MicroBatch
 from reformer_dist.training.metrics import bits_per_byte
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reformer_dist.training.patient_file import PatientFile
+from reformer_dist.fs.append import PatientFile
 
 VERSION = "brain.Event:2"  # what a file of events begins with
 

@@ -13,11 +13,11 @@ from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import TrainingError, UserError
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
-from reformer_dist.training.intake import Intake, Rows
-from reformer_dist.training.journal import Journal
+from reformer_dist.training.batches import Intake, Rows
 from reformer_dist.training.metrics import Window, bits_per_byte, peak_memory_gib, progress_line
+from reformer_dist.training.metrics_log import Journal
 from reformer_dist.training.watchdog import Watchdog
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 
 LOOKS = 4  # in each time limit
 

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support.launch import run_ranks
 
-from reformer_dist.compose import conf_folder, plain, register_schema, run_config_from, to_run_config, to_yaml
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute, RunConfig
 from reformer_dist.errors import ConfigError
+from reformer_dist.run.compose import conf_folder, plain, register_schema, run_config_from, to_run_config, to_yaml
 
 YAMLS = sorted(conf_folder().rglob("*.yaml"))
 
@@ -106,12 +106,12 @@ def test_bad_overrides(override: str, words: list[str], monkeypatch: pytest.Monk
 
 
 def _enter() -> None:
-    from reformer_dist.compose import hydra_entry
+    from reformer_dist.sweep.request import run_or_sweep
 
     def refuse(config: RunConfig) -> None:
         raise AssertionError(f"accepted: {config}")
 
-    hydra_entry(refuse, refuse)
+    run_or_sweep(refuse, refuse)
 
 
 def test_users_see_one_line(tmp_path: Path) -> None:

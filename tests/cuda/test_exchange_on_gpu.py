@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.ops.lsh.order import mark_padding
+from reformer_dist.ops.lsh.sorting import mark_padding
 from reformer_dist.parallel import plan as plan_module
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
 from reformer_dist.parallel.plan import make_plan

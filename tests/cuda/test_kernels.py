@@ -22,7 +22,7 @@ from reformer_dist.ops.lsh import (
     draw_rotations,
     hash_vectors,
 )
-from reformer_dist.ops.lsh.implementation import attention_of_held
+from reformer_dist.ops.lsh.backends import attention_of_held
 from reformer_dist.ops.workspace import Workspace
 
 pytestmark = pytest.mark.cuda

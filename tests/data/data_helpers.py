@@ -27,7 +27,7 @@ from reformer_dist.data import (
     merge_states,
     read_state,
 )
-from reformer_dist.data.layout import FORMAT, file_sha256, json_sha256
+from reformer_dist.data.format.layout import FORMAT, file_sha256, json_sha256
 
 ORDER = {"seed": 3, "batch_size": 8, "seq_len": 64, "shuffle": True}
 

@@ -34,7 +34,7 @@ from reformer_dist.data import (
     read_state,
     write_dataset,
 )
-from reformer_dist.data.quarantine import CheckedReader
+from reformer_dist.data.format.quarantine import CheckedReader
 from reformer_dist.errors import DataError
 
 

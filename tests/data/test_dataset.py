@@ -15,7 +15,7 @@ import pytest
 from data_helpers import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
 
 from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, Shard, Source, find_damage
-from reformer_dist.data.samples import SampleDamaged
+from reformer_dist.data.format.sample_reader import SampleDamaged
 from reformer_dist.errors import DataError
 
 

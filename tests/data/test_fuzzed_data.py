@@ -19,8 +19,8 @@ from data_helpers import documents_of, edit_index, edit_record, folder_of, make_
 from support.damage import BYTES, edit_json, edit_json_file
 
 from reformer_dist.data import Corpus, Dataset, Quarantine, SampleReader, Source
-from reformer_dist.data.quarantine import CheckedReader
-from reformer_dist.data.streams import TokenStream
+from reformer_dist.data.format.quarantine import CheckedReader
+from reformer_dist.data.loading.packing import TokenStream
 from reformer_dist.errors import DataError
 
 N_CASES = 240

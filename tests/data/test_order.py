@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from reformer_dist.data import Corpus, Dataset, Source, TextRows
 from reformer_dist.data import index as index_module
-from reformer_dist.data.order import permutation, seeded_bits
-from reformer_dist.data.samples import SampleReader
-from reformer_dist.data.streams import Piece, TokenStream, make_row
+from reformer_dist.data.format.sample_reader import SampleReader
+from reformer_dist.data.loading.packing import Piece, TokenStream, make_row
+from reformer_dist.data.loading.sampler import permutation, seeded_bits
 
 PROMISED_PERMUTATION = [6, 1, 3, 5, 7, 4, 2, 0]
 

@@ -18,7 +18,7 @@ from support.servers import Server, serve
 
 from reformer_dist.data import BpeTokenizer, Corpus, Dataset
 from reformer_dist.data import storage as storage_module
-from reformer_dist.data.cache import FileCache, Wanted
+from reformer_dist.data.format.cache import FileCache, Wanted
 from reformer_dist.errors import DataError
 
 pytest.importorskip("aiohttp")

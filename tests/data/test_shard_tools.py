@@ -18,8 +18,8 @@ import torch
 from data_helpers import damage_sample, make_order, open_loader, varied_documents
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, Start, consumed_hash, write_dataset
-from reformer_dist.feed import QuarantineFile
-from reformer_dist.told_to_stop import INTERRUPTED
+from reformer_dist.process.signals import INTERRUPTED
+from reformer_dist.run.data import QuarantineFile
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reformer_dist.data import LeftOut, iterate_documents
-from reformer_dist.data.sources import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES
+from reformer_dist.data.prepare.documents import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES
 from reformer_dist.errors import DataError
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reformer_dist.ops.caches import BucketCache, ExactCache, WindowCache
 from reformer_dist.ops.exact_attention import exact_attention
+from reformer_dist.ops.kv_cache import BucketCache, ExactCache, WindowCache
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys

@@ -21,7 +21,7 @@ from reformer_dist.config import (
     Position,
 )
 from reformer_dist.models import ReformerEncoderDecoder, ReformerLM
-from reformer_dist.models.body import TokenModel
+from reformer_dist.models.base import TokenModel
 from reformer_dist.models.decoding import DecodingState
 
 LSH, LOCAL, EXACT = AttentionKind.lsh, AttentionKind.local, AttentionKind.exact

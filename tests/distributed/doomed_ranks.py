@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from reformer_dist.cli import run_command
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.errors import DataError, UserError
+from reformer_dist.process.command import run_command
 
 ADVICE = "begin again"
 HEALTHY_STEPS = 20

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from reformer_dist.distributed.meeting import ROOT, meet
+from reformer_dist.distributed.rendezvous import ROOT, meet
 
 SOON = timedelta(seconds=20)
 

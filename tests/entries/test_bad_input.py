@@ -77,9 +77,9 @@ def test_no_data_set(tmp_path):
 @pytest.mark.parametrize("key", ["nproc_per_node=2", "nnodes=2", "hosts=['node1']", "max_restarts=1"])
 def test_keys_of_a_launcher_without_one(monkeypatch, key):
     """The check comes before anything is loaded. Ranks that something started look at no such key."""
-    from reformer_dist.compose import run_config_from
-    from reformer_dist.dry_run import count_ranks
     from reformer_dist.errors import ConfigError
+    from reformer_dist.run.compose import run_config_from
+    from reformer_dist.run.dry_run import count_ranks
     from reformer_dist.train import train
 
     monkeypatch.delenv("RANK", raising=False)

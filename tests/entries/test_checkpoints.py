@@ -12,8 +12,8 @@ import torch
 from reformer_dist import checkpoints
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.errors import CheckpointError, ConfigError
-from reformer_dist.load import load_model
-from reformer_dist.run_lock import RunLock
+from reformer_dist.fs.lock import RunLock
+from reformer_dist.run.pretrained import load_model
 
 
 def run(*words: object) -> None:

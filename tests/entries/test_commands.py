@@ -13,7 +13,7 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_overrides
 
-from reformer_dist.told_to_stop import INTERRUPTED
+from reformer_dist.process.signals import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from support.tiny import WORDS, write_tiny_dataset
 
-from reformer_dist.baselines import order0_bits_per_byte
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, write_dataset, write_records
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.evaluate import _open, _text, build_parser
-from reformer_dist.load import LoadedModel
+from reformer_dist.run.pretrained import LoadedModel
+from reformer_dist.tasks.metrics import order0_bits_per_byte
 
 
 def opened(trained: Path, data: Path, job: Runtime) -> tuple[argparse.Namespace, LoadedModel, Corpus]:

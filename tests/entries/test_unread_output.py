@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from support.tiny import tiny_overrides
 
-from reformer_dist.cli import PREEMPTED
-from reformer_dist.log import configure, logger
-from reformer_dist.unread import UNREAD, is_unread
+from reformer_dist.process.command import PREEMPTED
+from reformer_dist.process.log import configure, logger
+from reformer_dist.process.stdio import UNREAD, is_unread
 
 BIN = Path(sys.executable).parent
 INSPECT = Path(__file__).parents[2] / "tools/inspect_shards.py"

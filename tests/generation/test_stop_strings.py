@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.pieces import train_pieces
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer
-from reformer_dist.data.sentencepiece import SentencePieceTokenizer
+from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 from reformer_dist.generate import _ending
 from reformer_dist.generation import TextStream
 from reformer_dist.generation.text import CONTEXT

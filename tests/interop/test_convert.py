@@ -14,14 +14,14 @@ from hugging_face_models import ENWIK8, SMALL, build, logits
 from safetensors.torch import load_file
 
 from reformer_dist import generate
-from reformer_dist.build import build_trainer
-from reformer_dist.compose import compose_run
 from reformer_dist.convert import build_parser, run_conversion
 from reformer_dist.data import write_dataset
-from reformer_dist.data.tokenizer import BpeTokenizer, ByteTokenizer
+from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.load import LoadedModel, load_model
+from reformer_dist.run.build import build_trainer
+from reformer_dist.run.compose import compose_run
+from reformer_dist.run.pretrained import LoadedModel, load_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,12 +9,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule
-from reformer_dist.ops.lsh.kernels.backward import attend_round_backward
-from reformer_dist.ops.lsh.kernels.cut import _cut
-from reformer_dist.ops.lsh.kernels.forward import attend_round
-from reformer_dist.ops.lsh.kernels.hashing import _hash
-from reformer_dist.ops.lsh.kernels.rowwise import _merge_rounds, _sum_rounds
-from reformer_dist.ops.lsh.kernels.tiles import Constants
+from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
+from reformer_dist.ops.lsh.triton_kernels.cut import _cut
+from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
+from reformer_dist.ops.lsh.triton_kernels.hashing import _hash
+from reformer_dist.ops.lsh.triton_kernels.rowwise import _merge_rounds, _sum_rounds
+from reformer_dist.ops.lsh.triton_kernels.tiles import Constants
 
 INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "who_ptr", "bounds_ptr"}
 SINGLE = {"lse_ptr", "delta_ptr", "part_lse_ptr"}

@@ -22,7 +22,7 @@ def test_outputs_and_gradients(case: KernelCase):
 
 
 def test_groups_of_units(monkeypatch):
-    from reformer_dist.ops.lsh.kernels import attention
+    from reformer_dist.ops.lsh.triton_kernels import attention
 
     monkeypatch.setattr(attention, "GROUP_TOKENS", 200)  # groups of two units, of four at hand
     found = errors(CASES["shared keys"], DEVICE)

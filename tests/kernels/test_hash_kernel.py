@@ -32,7 +32,7 @@ def test_ids(scheme, n_buckets, head_dim):
 @pytest.mark.parametrize(("room", "rows"), [(2**17, 128), (2**15, 32), (2**14, 0)])
 def test_whatever_room_there_is(monkeypatch, room, rows):
     """Cards have less shared memory than others: fewer rows at a time, or, where nothing fits, no kernel."""
-    from reformer_dist.ops.lsh.kernels import hashing as kernels
+    from reformer_dist.ops.lsh.triton_kernels import hashing as kernels
 
     monkeypatch.setattr(kernels, "INTERPRETED_ROOM", room)
     monkeypatch.setattr(kernels, "_shared_memory", lambda device: room)

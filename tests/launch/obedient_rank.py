@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from reformer_dist.launch.tether import stop_with_launcher
+from reformer_dist.process.signals import stop_with_launcher
 
 
 def main() -> None:

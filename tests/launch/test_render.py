@@ -14,10 +14,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from kubeflow_trainer_api import models
 
-from reformer_dist.compose import conf_folder, register_schema, to_run_config
 from reformer_dist.config import RunConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.launch.render import render, render_sweep
+from reformer_dist.run.compose import conf_folder, register_schema, to_run_config
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 FILES = sorted(LAUNCH.iterdir())

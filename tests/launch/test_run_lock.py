@@ -17,14 +17,14 @@ import pytest
 from support.launch import run_command
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-from reformer_dist import run_lock
 from reformer_dist.errors import ConfigError
-from reformer_dist.run_lock import LOCK_FILE, RunLock
+from reformer_dist.fs import lock as run_lock
+from reformer_dist.fs.lock import LOCK_FILE, RunLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from reformer_dist import run_lock
+from reformer_dist.fs import lock as run_lock
 run_lock.BOOT_ID = Path(sys.argv[2])
 lock = run_lock.RunLock(Path(sys.argv[1]))
 print("held", flush=True)

@@ -20,8 +20,8 @@ from reformer_dist import (
     ReformerStack,
     lsh_attention,
 )
+from reformer_dist.ops.lsh.options import WindowRule
 from reformer_dist.ops.lsh.reference import reference_attention
-from reformer_dist.ops.lsh.rules import WindowRule
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 
 SIZES = {"dim": 24, "n_layers": 2, "n_heads": 3, "n_hashes": 2, "n_buckets": 4, "window": 8, "local_window": 7}

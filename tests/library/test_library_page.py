@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from reformer_dist.migration import KEYWORDS, TABLE
+from reformer_dist.interop.reformer_pytorch_api import KEYWORDS, TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()

@@ -11,7 +11,14 @@ from reformer_dist import AttentionKind, ModelConfig, initialise, migration
 from reformer_dist import LSHSelfAttention as OurLSHSelfAttention
 from reformer_dist.config import Norm, Position
 from reformer_dist.errors import ConfigError
-from reformer_dist.migration import DEFAULTS, KEYWORDS, TABLE, LSHSelfAttention, Reformer, ReformerLM
+from reformer_dist.interop.reformer_pytorch_api import (
+    DEFAULTS,
+    KEYWORDS,
+    TABLE,
+    LSHSelfAttention,
+    Reformer,
+    ReformerLM,
+)
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "bucket_size": 16}
 

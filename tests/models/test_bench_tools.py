@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from reformer_dist.ops.caches import BucketCache
+from reformer_dist.ops.kv_cache import BucketCache
 from reformer_dist.ops.lsh import WindowRule
 from reformer_dist.ops.lsh.reference import visible_pairs
 

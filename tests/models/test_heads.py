@@ -15,7 +15,7 @@ from torch import Tensor
 from reformer_dist.config import ModelConfig, Pooling, Recompute, StreamMerge
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
-from reformer_dist.models.body import TokenModel
+from reformer_dist.models.base import TokenModel
 from reformer_dist.models.question_answering import EXCLUDED
 
 TWO_SIDED: dict[str, Any] = {"causal": False, "layers": [LSH, LOCAL, EXACT], "n_layers": 3}

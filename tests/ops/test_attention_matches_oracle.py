@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ops_helpers import Case, assert_fast_is_oracle, cases, chunk_rules, window_rules
 
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
-from reformer_dist.ops.lsh.tiled import attention, tiles
+from reformer_dist.ops.lsh.torch_tiles import attention, tiles
 
 
 @settings(max_examples=120, deadline=None)

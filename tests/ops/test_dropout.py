@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.counter_dropout import keep_mask, token_keys
-from reformer_dist.ops.dropout import TokenPlaces, token_dropout
+from reformer_dist.ops.dropout import TokenPlaces, keep_mask, token_dropout, token_keys
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.seeds import derive_seed
 

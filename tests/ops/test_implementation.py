@@ -7,8 +7,8 @@ import torch
 
 from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
+from reformer_dist.models.attention import require_attention
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, implementation
-from reformer_dist.runnable import require_attention
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
-from reformer_dist.ops.lsh.order import mark_padding
-from reformer_dist.ops.lsh.runs import tiling_of
-from reformer_dist.ops.lsh.tiled import tiles
-from reformer_dist.ops.lsh.tiled.attention import lay_out
-from reformer_dist.ops.lsh.tiled.layout import Layout
+from reformer_dist.ops.lsh.partition import tiling_of
+from reformer_dist.ops.lsh.sorting import mark_padding
+from reformer_dist.ops.lsh.torch_tiles import tiles
+from reformer_dist.ops.lsh.torch_tiles.attention import lay_out
+from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 
 
 def build(case: Case) -> tuple[list[Layout], Tensor, Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ops_helpers import Case, cases, chunk_rules, run_oracle, window_rules
 from torch import Tensor
 
-from reformer_dist.ops.counter_dropout import keep_mask, token_keys
+from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.reference import visible_pairs
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.health import LSHHealth, measure_health
-from reformer_dist.ops.lsh.order import count_buckets
+from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.sorting import count_buckets
 from reformer_dist.ops.rotary import rotary_tables, rotate
 
 

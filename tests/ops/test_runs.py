@@ -12,9 +12,9 @@ from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
-from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, mark_padding
+from reformer_dist.ops.lsh.partition import Part, Readers, chunk_readers, chunk_run, window_readers, window_run
 from reformer_dist.ops.lsh.reference import visible_pairs
-from reformer_dist.ops.lsh.runs import Part, Readers, chunk_readers, chunk_run, window_readers, window_run
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
 
 
 @dataclass(frozen=True)

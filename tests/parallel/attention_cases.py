@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.grid import SequenceGrid, make_grid
+from reformer_dist.distributed.mesh import SequenceGrid, make_grid
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule

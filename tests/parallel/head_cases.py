@@ -14,16 +14,16 @@ from torch import Tensor
 from reformer_dist.config import AttentionKind, DataConfig, ModelConfig, Pooling, RunConfig, TaskConfig, TaskKind
 from reformer_dist.data import ByteTokenizer
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.mesh import make_grid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification
-from reformer_dist.models.body import TokenModel
+from reformer_dist.models.base import TokenModel
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.tasks import Task
-from reformer_dist.tasks.answers import QuestionAnswering
 from reformer_dist.tasks.classification import SequenceClassification
+from reformer_dist.tasks.question_answering import QuestionAnswering
+from reformer_dist.training.batches import IGNORED, MicroBatch
 from reformer_dist.training.evaluator import evaluate
-from reformer_dist.training.intake import IGNORED, MicroBatch
 
 SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
 KINDS = [AttentionKind.local, AttentionKind.lsh]

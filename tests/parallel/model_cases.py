@@ -14,7 +14,7 @@ from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
 from reformer_dist.checkpoint import Saving
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.mesh import make_grid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes

@@ -14,13 +14,13 @@ from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, ro
 
 from reformer_dist.checkpoint import Saving
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.grid import make_grid
+from reformer_dist.distributed.mesh import make_grid
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
 from reformer_dist.models.block import Block
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.training.intake import MicroBatch
+from reformer_dist.training.batches import MicroBatch
 
 
 def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
-from reformer_dist.ops.lsh.order import count_buckets, mark_padding
+from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel import plan as plans
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
 from reformer_dist.parallel.plan import Plan, make_plan

@@ -8,7 +8,6 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_config, tiny_overrides
 
-from reformer_dist.dry_run import dry_run, read_memory
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel.traffic import head_bytes
@@ -16,6 +15,7 @@ from reformer_dist.planning.libraries import measure_libraries
 from reformer_dist.planning.parameters import count_parameters
 from reformer_dist.planning.sizes import Job
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
+from reformer_dist.run.dry_run import dry_run, read_memory
 
 
 def test_it_prints_the_plan_and_leaves_nothing_behind(tiny_data, tmp_path):

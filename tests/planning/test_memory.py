@@ -13,7 +13,6 @@ from support.live_memory import LiveMemory
 from support.tiny import tiny_config
 from torch import nn
 
-from reformer_dist.build import build_trainer
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute
 from reformer_dist.data import ByteTokenizer
 from reformer_dist.models import ReformerLM
@@ -21,6 +20,7 @@ from reformer_dist.planning.memory import STORED, MemoryPlan
 from reformer_dist.planning.parameters import ParameterCount, count_parameters
 from reformer_dist.planning.sizes import Job
 from reformer_dist.planning.states import OPTIMIZER, States
+from reformer_dist.run.build import build_trainer
 from reformer_dist.tasks import Task, make_task
 
 VOCAB = 257  # of the bytes

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny import tiny_config
 from torch import Tensor
 
-from reformer_dist import build
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import MOMENTS, Fragment
+from reformer_dist.run import build
 
 SAVED, LAST = 3, 8
 KINDS = ("fp32", *MOMENTS)

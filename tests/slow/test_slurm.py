@@ -15,7 +15,7 @@ from support.launch import BIN, free_port, run_command, run_ranks
 from support.slurm import Slurm, cluster
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-from reformer_dist.overrides import without
+from reformer_dist.sweep.request import without
 
 lacks = slurm.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lacks), reason=lacks)]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.backends import attention_of_held
 from reformer_dist.ops.lsh.held import HeldRows, Rows
-from reformer_dist.ops.lsh.implementation import attention_of_held
-from reformer_dist.ops.lsh.order import bucket_ranks, count_buckets, mark_padding, row_keys, whole_codes
-from reformer_dist.ops.lsh.runs import Part, tiling_of, window_run
+from reformer_dist.ops.lsh.partition import Part, tiling_of, window_run
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_keys, whole_codes
 from reformer_dist.ops.workspace import Workspace
 
 

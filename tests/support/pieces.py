@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reformer_dist.data.sentencepiece import SentencePieceTokenizer
+from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 
 
 def train_pieces(folder: Path, sentences: list[str]) -> SentencePieceTokenizer:

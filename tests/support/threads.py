@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from reformer_dist.distributed.comm import Delivery, Ledger, Parcel, Wire
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.distributed.wire import Delivery, Ledger, Parcel, Wire
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from reformer_dist.compose import plain, run_config_from
 from reformer_dist.config import RunConfig
 from reformer_dist.data import ByteTokenizer, write_dataset
+from reformer_dist.run.compose import plain, run_config_from
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reformer_dist.compose import SweepRequest, hydra_entry
+from reformer_dist.sweep.request import SweepRequest, run_or_sweep
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         requests: list[SweepRequest] = []
         given = [f"output_dir={tmp_path / 'sweep'}", *words]
         monkeypatch.setattr("sys.argv", ["reformer-train", *given])
-        hydra_entry(lambda config: None, requests.append)
+        run_or_sweep(lambda config: None, requests.append)
         assert len(requests) == 1, "no sweep"
         return requests[0]
 

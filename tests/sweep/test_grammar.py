@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from reformer_dist.compose import SweepRequest, conf_folder, hydra_entry
 from reformer_dist.config import SweepConfig, SweepKind
-from reformer_dist.config.space import Choices, Interval
 from reformer_dist.errors import ConfigError
-from reformer_dist.overrides import as_override, asks_for_sweep
+from reformer_dist.run.compose import conf_folder
 from reformer_dist.sweep.grid import combinations, trial_name
+from reformer_dist.sweep.request import SweepRequest, as_override, asks_for_sweep, run_or_sweep
+from reformer_dist.sweep.space import Choices, Interval
 
 Ask = Callable[..., SweepRequest]
 
@@ -114,7 +114,7 @@ REFUSED = [
 def test_refusals(words: list[str], told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["reformer-train", *words])
     with pytest.raises(ConfigError) as caught:
-        hydra_entry(lambda config: None, lambda request: None)
+        run_or_sweep(lambda config: None, lambda request: None)
     for word in told:
         assert word in str(caught.value)
 
@@ -174,5 +174,5 @@ def test_the_commands_of_the_docs_are_sweeps(monkeypatch: pytest.MonkeyPatch) ->
     for command in sweeps:
         requests: list[SweepRequest] = []
         monkeypatch.setattr("sys.argv", shlex.split(command))
-        hydra_entry(lambda config: None, requests.append)
+        run_or_sweep(lambda config: None, requests.append)
         assert requests[0].space and requests[0].folder.parent.name == "outputs"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from reformer_dist.compose import SweepRequest
 from reformer_dist.errors import ConfigError
+from reformer_dist.sweep.request import SweepRequest
 from reformer_dist.sweep.run import describe_trial
 from reformer_dist.sweep.state import State, SweepFile, Trial
 

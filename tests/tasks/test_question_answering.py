@@ -15,7 +15,7 @@ from torch import nn
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
 from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.tasks import Rows
-from reformer_dist.tasks.answers import QuestionAnswering, Window
+from reformer_dist.tasks.question_answering import QuestionAnswering, Window
 
 CONTEXT = "Über den Rhein führen viele Brücken, und die älteste von ihnen steht seit 1850 in Waldshut. " * 3
 ANSWER = "1850"

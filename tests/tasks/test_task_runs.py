@@ -12,14 +12,14 @@ import torch
 from support.tiny import tiny_config
 from task_data import WORDS, make, write_for, write_pairs
 
-from reformer_dist import load
-from reformer_dist.build import build_trainer
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Sample
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.dry_run import dry_run
 from reformer_dist.errors import CheckpointError, ConfigError, DataError
 from reformer_dist.generate import build_parser, run_generation
-from reformer_dist.load import load_model
+from reformer_dist.run import pretrained as load
+from reformer_dist.run.build import build_trainer
+from reformer_dist.run.dry_run import dry_run
+from reformer_dist.run.pretrained import load_model
 from reformer_dist.tasks import Rows
 
 OVERRIDES = {

@@ -15,8 +15,8 @@ import pytest
 from support.pieces import train_pieces
 from task_data import write_lines
 
-from reformer_dist import load
 from reformer_dist.data import Corpus, Dataset, split_samples
+from reformer_dist.run import pretrained as load
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

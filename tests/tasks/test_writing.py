@@ -11,7 +11,7 @@ from task_data import make, write_pairs
 
 from reformer_dist.data import ByteTokenizer, Corpus, Sample, collate, split_samples
 from reformer_dist.tasks import Rows
-from reformer_dist.tasks.writing import SequenceToSequence
+from reformer_dist.tasks.sequence_to_sequence import SequenceToSequence
 
 SIZES = ("task.max_source_len=40", "data.seq_len=24", "model.dropout=0")
 

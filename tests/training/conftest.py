@@ -9,7 +9,7 @@ import pytest
 from run_helpers import train
 
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.log import logger
+from reformer_dist.process.log import logger
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,14 @@ import torch
 from support.tiny import tiny_config
 from torch import Tensor
 
-from reformer_dist.build import build_trainer
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.data import Corpus, Dataset, heldout_batches, merge_states
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.load import load_model
-from reformer_dist.log import logger
 from reformer_dist.models import ReformerLM
-from reformer_dist.training.stopping import StopSignal
+from reformer_dist.process.log import logger
+from reformer_dist.run.build import build_trainer
+from reformer_dist.run.pretrained import load_model
+from reformer_dist.training.preemption import StopSignal
 
 LOSS = "train/loss"
 

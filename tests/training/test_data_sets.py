@@ -14,7 +14,7 @@ from support.weights import assert_same
 from reformer_dist.data import ByteTokenizer, Damage, consumed_hash, write_dataset
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.feed import QuarantineFile
+from reformer_dist.run.data import QuarantineFile
 
 MIXED = ("data.weights=[1,3]", "data.mask_document_starts=true", "data.workers=3", "trainer.eval_every=6")
 

@@ -13,10 +13,10 @@ from support.events import scalars
 from support.threads import on_ranks
 
 from reformer_dist.data import Corpus, Order, Quarantine, TrainLoader
-from reformer_dist.distributed.grid import SequenceGrid, make_grid
+from reformer_dist.distributed.mesh import SequenceGrid, make_grid
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.training.intake import Intake
+from reformer_dist.training.batches import Intake
 
 SEQ_LEN, BATCH_SIZE = 64, 4
 

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from reformer_dist.training.journal import METRICS_FILE, MetricsFile
+from reformer_dist.training.metrics_log import METRICS_FILE, MetricsFile
 
 
 def rows(folder: Path) -> list[dict[str, float | None]]:

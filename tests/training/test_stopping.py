@@ -24,12 +24,12 @@ from support.tiny import tiny_overrides
 from support.weights import assert_same
 
 from reformer_dist.checkpoint import writer
-from reformer_dist.cli import PREEMPTED
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
-from reformer_dist.told_to_stop import INTERRUPTED
-from reformer_dist.training.intake import Intake
-from reformer_dist.training.stopping import StopSignal
+from reformer_dist.process.command import PREEMPTED
+from reformer_dist.process.signals import INTERRUPTED
+from reformer_dist.training.batches import Intake
+from reformer_dist.training.preemption import StopSignal
 
 # the window of a report is cut by the stop, and evaluation is due
 LONG = ("trainer.max_steps=12", "trainer.log_every=4", "trainer.eval_every=4", "trainer.save_every=100")

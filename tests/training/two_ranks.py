@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from reformer_dist.build import build_trainer
-from reformer_dist.compose import plain, run_config_from
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
+from reformer_dist.run.build import build_trainer
+from reformer_dist.run.compose import plain, run_config_from
 
 
 def train(job: Runtime, overrides: list[str]) -> None:

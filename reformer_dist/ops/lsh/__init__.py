@@ -1,10 +1,10 @@
 """LSH attention. `reference` says what it means, `implementation` chooses how it is done."""
 
+from reformer_dist.ops.lsh.backends import bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.cross import CrossKeys, cross_attention
 from reformer_dist.ops.lsh.functional import lsh_attention
 from reformer_dist.ops.lsh.hashing import draw_rotations, seeded_rotations
-from reformer_dist.ops.lsh.implementation import bucket_attention, hash_vectors
-from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule, CrossOptions, Rule, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, CrossOptions, Rule, WindowRule
 
 __all__ = [
     "AttentionOptions",

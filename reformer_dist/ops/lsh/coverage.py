@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.order import are_near, mark_padding, whole_codes
-from reformer_dist.ops.lsh.rules import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.sorting import are_near, mark_padding, whole_codes
 
 QUERIES_AT_A_TIME = 256
 

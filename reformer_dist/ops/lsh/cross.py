@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_dist.ops.counter_dropout import keep_mask, token_keys
+from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.cross_tiles import tiled_cross_attention
 from reformer_dist.ops.lsh.hashing import one_bucket
+from reformer_dist.ops.lsh.options import CrossOptions
 from reformer_dist.ops.lsh.reference import reference_cross_attention
-from reformer_dist.ops.lsh.rules import CrossOptions
 
 # Pairs of one head up to which dense matrices are the faster way.
 DENSE_PAIRS = 2**14

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.ops.counter_dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.order import mark_padding, stable_order
-from reformer_dist.ops.lsh.partial_softmax import LOG2_E, LOG_2, LOWEST, Sums
-from reformer_dist.ops.lsh.rules import CrossOptions
+from reformer_dist.ops.dropout import keep_mask, token_keys
+from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, Sums
+from reformer_dist.ops.lsh.options import CrossOptions
+from reformer_dist.ops.lsh.sorting import mark_padding, stable_order
 
 # Tokens of both sequences that are put in order together, and scores that exist at a time.
 GROUP_TOKENS = {"cpu": 2**15, "cuda": 2**20}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from reformer_dist.ops.lsh.backends import bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.hashing import draw_rotations
-from reformer_dist.ops.lsh.implementation import bucket_attention, hash_vectors
-from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
 
 def lsh_attention(

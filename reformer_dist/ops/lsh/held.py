@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.rules import WindowRule
-from reformer_dist.ops.lsh.runs import Part, tiling_of, window_run
+from reformer_dist.ops.lsh.options import WindowRule
+from reformer_dist.ops.lsh.partition import Part, tiling_of, window_run
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.counter_dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.rules import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.dropout import keep_mask, token_keys
+from reformer_dist.ops.lsh.options import ChunkRule, Rule, WindowRule
 
 
 def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.native.calls import Group, order_rows, window_of
-from reformer_dist.ops.lsh.order import mark_padding
-from reformer_dist.ops.lsh.rules import AttentionOptions
-from reformer_dist.ops.lsh.whole import Grads, Inputs
+from reformer_dist.ops.lsh.attention import Grads, Inputs
+from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
+from reformer_dist.ops.lsh.native.calls import Group, hash_rows, order_rows, window_of
+from reformer_dist.ops.lsh.options import AttentionOptions
+from reformer_dist.ops.lsh.sorting import mark_padding
 
 # Rows whose order, and in half precision copies, exist at a time.
 GROUP_TOKENS = 2**14
@@ -74,3 +75,20 @@ def _target(x: Tensor, tokens: slice) -> Tensor:
 def _write(x: Tensor, tokens: slice, rows: Tensor) -> None:
     if x.dtype != torch.float32:
         x.view(-1, x.shape[-1])[tokens] = rows
+
+
+def hash_vectors(
+    vectors: Tensor, rotations: Tensor, n_buckets: int, *, factors: tuple[int, ...] | None = None
+) -> Tensor:
+    """As `ops.lsh.hashing.hash_vectors`: D is a multiple of 16 up to 256.
+
+    A vector's id depends on itself alone, to the last bit: on no length, neighbour or thread.
+    """
+    batch, n_heads, seq_len, _ = vectors.shape
+    n_hashes = rotations.shape[1]
+    ids = torch.empty(batch, n_heads, n_hashes, seq_len, dtype=bucket_dtype(n_buckets))
+    if n_buckets == 1:
+        return ids.zero_()
+    factors = bucket_factors(n_buckets, LARGEST_FACTOR["rotation"]) if factors is None else factors
+    hash_rows(vectors.detach().float().contiguous(), rotations.transpose(2, 3).contiguous(), factors, ids)
+    return ids

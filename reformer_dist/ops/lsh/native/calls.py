@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.native.library import library
-from reformer_dist.ops.lsh.partial_softmax import LOG2_E
-from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.online_softmax import LOG2_E
+from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
 # Places of a bucket that one thread takes in turn: enough to outlast what it costs to ask for them.
 SPAN_LEN = 256

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.held import HeldRows
 from reformer_dist.ops.lsh.native.calls import Group, order_rows, window_of
-from reformer_dist.ops.lsh.partial_softmax import LOG2_E
-from reformer_dist.ops.lsh.rules import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.online_softmax import LOG2_E
+from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
 
 class NativeRows:

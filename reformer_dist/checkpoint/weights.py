@@ -1,0 +1,22 @@
+"""Weights to read, wherever they lie: in a run directory, a checkpoint or an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.checkpoint.export import CONFIG_FILE, Export
+from reformer_dist.checkpoint.reader import CheckpointReader, resolve_checkpoint
+
+
+def open_weights(path: Path) -> CheckpointReader | Export:
+    """Of a run directory (its newest good checkpoint), a checkpoint, or an export. Raises CheckpointError."""
+    is_export = (path / CONFIG_FILE).is_file()
+    return Export(path) if is_export else CheckpointReader(resolve_checkpoint(path))
+
+
+def saved_model_config(path: str) -> dict[str, Any]:
+    """model.* of the weights to start from. Raises CheckpointError."""
+    saved: dict[str, Any] = dict(open_weights(Path(path)).run["config"]["model"])
+    saved.pop("attention_implementation", None)  # what it ran on is of no matter here
+    return saved

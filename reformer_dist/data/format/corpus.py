@@ -1,0 +1,157 @@
+"""All data sets that a run reads, as one: their shards, their weights, and what a checkpoint remembers of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.data.format.cache import FileCache
+from reformer_dist.data.format.dataset import CACHE_FOLDER, CACHE_GB, Dataset
+from reformer_dist.data.format.index import ShardIndex
+from reformer_dist.data.format.layout import SPLITS, Shard
+from reformer_dist.errors import DataError
+
+SHOWN_CHANGES = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard among those of all data sets."""
+
+    number: int
+    """Which data set of the corpus it belongs to."""
+    dataset: Dataset
+    shard: Shard
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.dataset.index(self.shard)
+
+
+class Corpus:
+    """Data sets with one tokenizer, pooled or mixed by weight."""
+
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:
+        """`weights`: rows drawn from each data set, in any unit; None pools all shards as if of one data set.
+
+        Raises DataError where the tokenizers differ.
+        """
+        self.datasets = list(datasets)
+        self.weights = None if weights is None else [float(weight) / sum(weights) for weight in weights]
+        first = self.datasets[0]
+        for other in self.datasets[1:]:
+            if (len(other.fields), other.labels) != (len(first.fields), first.labels):
+                right = f"must be those of {first.folder.address}; its samples have others"
+                raise DataError(f"data.path: fields and labels of {other.folder.address} {right}")
+            if other.tokenizer_spec != first.tokenizer_spec:
+                right = f"must be that of {first.folder.address}; write both with one tokenizer"
+                raise DataError(f"data.path: the tokenizer of {other.folder.address} {right}")
+        self.tokenizer, self.labels = first.tokenizer, first.labels
+
+    @classmethod
+    def open(
+        cls,
+        addresses: Sequence[str | Path],
+        weights: Sequence[float] | None = None,
+        cache_folder: str | Path | None = None,
+        cache_gb: float = CACHE_GB,
+    ) -> Corpus:
+        """Open the data sets of these folders and URLs. Raises DataError where one is missing or broken."""
+        cache = FileCache(cache_folder or CACHE_FOLDER, int(cache_gb * 2**30))
+        return cls([Dataset.open(address, cache) for address in addresses], weights)
+
+    @property
+    def where(self) -> str:
+        """How errors call it."""
+        return ", ".join(dataset.folder.address for dataset in self.datasets)
+
+    def parts(self, split: str) -> list[Part]:
+        """Shards of "train" or "heldout", data set by data set, in the order in which they were written."""
+        return [
+            Part(number, dataset, shard)
+            for number, dataset in enumerate(self.datasets)
+            for shard in dataset.shards(split)
+        ]
+
+    def total(self, count: str, split: str) -> int:
+        """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
+        return sum(dataset.total(count, split) for dataset in self.datasets)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of what training reads: each data set by its weight, where data sets are mixed by weight."""
+        if self.weights is None:
+            return self.total("text_bytes", "train") / self.total("tokens", "train")
+        each = [
+            dataset.total("text_bytes", "train") / dataset.total("tokens", "train") for dataset in self.datasets
+        ]
+        return sum(weight * number for weight, number in zip(self.weights, each, strict=True))
+
+    def check(self, split: str, max_damaged_share: float) -> Iterator[str]:
+        """Yields a warning for each shard of another size than was recorded: samples that it lacks are damaged.
+
+        Raises DataError, naming the shard, where one is missing, or where more samples are lost than may be.
+        """
+        lost = 0
+        for dataset in self.datasets:
+            for shard, found in dataset.find_odd_sizes(split):
+                words = f"{dataset.folder.where(shard.name)}: shard holds {found} bytes, expected {shard.size}"
+                lost += sum(entry.offset + entry.size > found for entry in dataset.index(shard).entries)
+                if lost > max_damaged_share * self.total("samples", split):
+                    right = f"data.max_damaged_share={max_damaged_share:g} allows fewer; copy or write it again"
+                    raise DataError(f"{words}; {lost} samples of the {split} split are lost: {right}")
+                yield f"{words}; samples that it lacks are passed over"
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint remembers, as JSON values: enough to say later what has changed."""
+        return {
+            "tokenizer": self.datasets[0].tokenizer_spec,
+            "weights": self.weights,
+            "datasets": [
+                {"address": each.folder.address, **{split: _digests(each, split) for split in SPLITS}}
+                for each in self.datasets
+            ],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over weights, tokenizer, and samples, sizes and checksums of all shards, wherever they are."""
+        content = [self.weights, [dataset.fingerprint for dataset in self.datasets]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def explain_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two records of a corpus, a line for each shard or data set; the first few lines."""
+    lines = []
+    if before["tokenizer"] != now["tokenizer"]:
+        lines.append(f"the tokenizer was {before['tokenizer']} and is {now['tokenizer']}")
+    if before["weights"] != now["weights"]:
+        lines.append(f"data.weights were {before['weights']} and are {now['weights']}")
+    old, new = before["datasets"], now["datasets"]
+    lines += [f"data set {dataset['address']} was removed" for dataset in old[len(new) :]]
+    lines += [f"data set {dataset['address']} was added" for dataset in new[len(old) :]]
+    for earlier, later in zip(old, new, strict=False):
+        for split in SPLITS:
+            lines += [f"{later['address']}: {words}" for words in _changed_shards(earlier[split], later[split])]
+    more = len(lines) - SHOWN_CHANGES
+    return lines if more <= 0 else [*lines[:SHOWN_CHANGES], f"and {more} more"]
+
+
+def _digests(dataset: Dataset, split: str) -> dict[str, list[Any]]:
+    return {shard.name: [shard.samples, shard.sha256[:16]] for shard in dataset.shards(split)}
+
+
+def _changed_shards(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> Iterator[str]:
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            yield f"{name} was removed"
+        elif name not in before:
+            yield f"{name} was added"
+        elif before[name] != now[name]:
+            yield f"{name} was altered ({before[name][0]} samples, now {now[name][0]})"
+    if list(before) != list(now) and before.keys() == now.keys():
+        yield "the shards are in another order"

@@ -1,0 +1,176 @@
+"""A data set, opened and checked: its tokenizer, its splits and its shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.data.format.cache import FileCache
+from reformer_dist.data.format.index import IndexCache, ShardIndex
+from reformer_dist.data.format.layout import (
+    DATASET_FILE,
+    FORMAT,
+    SPLITS,
+    TEXT_FIELDS,
+    Shard,
+    json_sha256,
+    parse_json,
+    require_count,
+    require_plain_name,
+    require_sha256,
+)
+from reformer_dist.data.format.storage import Folder, LocalFolder, open_folder
+from reformer_dist.data.format.tokenizer import Tokenizer, load_tokenizer
+from reformer_dist.errors import DataError
+
+CACHE_FOLDER = "~/.cache/reformer_dist"
+CACHE_GB = 50.0
+
+
+class Dataset:
+    """What dataset.json says, checked; the shards themselves are not opened."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        tokenizer: Tokenizer,
+        splits: Mapping[str, list[Shard]],
+        spec: str,
+        fields: Sequence[str] = TEXT_FIELDS,
+        labels: Sequence[str] = (),
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.splits = dict(splits)
+        self.tokenizer_spec = spec
+        """What the tokenizer is, as one line of JSON."""
+        self.fields, self.labels = list(fields), list(labels)
+        """Names of the texts of a sample; labels that samples have, if they have any."""
+        self._indexes = IndexCache()
+
+    @classmethod
+    def open(cls, address: str | Path, cache: FileCache | None = None) -> Dataset:
+        """Read the dataset.json of a folder, here or remote.
+
+        Raises DataError where there is none, or it is broken, or it is of a format that isn't known.
+        """
+        folder = open_folder(str(address), cache or FileCache(CACHE_FOLDER, int(CACHE_GB * 2**30)))
+        where = folder.where(DATASET_FILE)
+        if isinstance(folder, LocalFolder) and not (folder.path / DATASET_FILE).is_file():
+            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {_what_to_do(folder.path)}")
+        record = parse_json(folder.read(DATASET_FILE), where)
+        _check_record(record, where)
+        tokenizer = _load_tokenizer(record["tokenizer"], folder)
+        _check_tokenizer(record, tokenizer, where)
+        splits = {split: _read_shards(record["splits"][split], split, where) for split in SPLITS}
+        fields, labels = _read_names(record, "fields", where) or TEXT_FIELDS, _read_names(record, "labels", where)
+        return cls(folder, tokenizer, splits, json.dumps(record["tokenizer"], sort_keys=True), fields, labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the tokenizer and all that is recorded of the shards, wherever they are."""
+        listed = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
+        named = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
+        content = json.dumps([self.tokenizer_spec, listed, *named], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def shards(self, split: str) -> list[Shard]:
+        """Shards of "train" or "heldout", in the order in which they were written."""
+        return self.splits[split]
+
+    def index(self, shard: Shard) -> ShardIndex:
+        """The samples of a shard. Raises DataError where its index is missing or not the one that was written."""
+        return self._indexes.read(self.folder, shard, self.tokenizer.dtype, len(self.fields))
+
+    def total(self, count: str, split: str) -> int:
+        """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
+        return sum(getattr(shard, count) for shard in self.splits[split])
+
+    def find_odd_sizes(self, split: str) -> Iterator[tuple[Shard, int]]:
+        """Shards whose size is not the recorded one, and what it is. Remote ones are looked at when fetched.
+
+        Raises DataError, naming the shard, where one is missing.
+        """
+        if not isinstance(self.folder, LocalFolder):
+            return
+        for shard in self.splits[split]:
+            path = self.folder.path / shard.name
+            if not path.is_file():
+                raise DataError(f"{path}: shard is missing; it must hold {shard.size} bytes")
+            if (found := path.stat().st_size) != shard.size:
+                yield shard, found
+
+
+def _what_to_do(path: Path) -> str:
+    """A run that is opened in another directory than it was started in looks for its data in the wrong place."""
+    make = f"make one with: python tools/make_shards.py INPUT --output {path}"
+    if path.is_absolute():
+        return make
+    return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {make}"
+
+
+def _check_record(record: Mapping[str, Any], where: str) -> None:
+    if record.get("format") != FORMAT:
+        fix = "write the data set again with tools/make_shards.py"
+        raise DataError(
+            f"{where}: format {record.get('format')!r} is not {FORMAT}, which this version reads; {fix}"
+        )
+    if record.get("sha256") != json_sha256(record):
+        raise DataError(f"{where}: is not as it was written (its own sha256 differs); copy or write it again")
+    spec, listed = record.get("tokenizer"), record.get("splits")
+    if not isinstance(spec, dict) or not isinstance(listed, dict) or set(listed) != set(SPLITS):
+        raise DataError(f"{where}: must hold a tokenizer and the splits {', '.join(SPLITS)}")
+
+
+def _read_names(record: Mapping[str, Any], key: str, where: str) -> list[str]:
+    names = record.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: {key} is {names!r}; it must be a list of names")
+    return names
+
+
+def _load_tokenizer(spec: Mapping[str, Any], folder: Folder) -> Tokenizer:
+    if isinstance(folder, LocalFolder):
+        return load_tokenizer(spec, folder.path)
+    with tempfile.TemporaryDirectory() as copy:
+        if "file" in spec:
+            name = require_plain_name(spec["file"], folder.where(DATASET_FILE))
+            Path(copy, name).write_bytes(folder.read(name))
+        return load_tokenizer(spec, Path(copy))
+
+
+def _check_tokenizer(record: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:
+    for key in ("vocab_size", "eos_id", "dtype"):
+        found, right = record.get(key), getattr(tokenizer, key)
+        if found != right:
+            raise DataError(f"{where}: {key} is {found!r}; it must be the tokenizer's, {right!r}")
+
+
+def _read_shards(listed: object, split: str, where: str) -> list[Shard]:
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise DataError(f"{where}: split {split} must be a list of shards")
+    shards = [_read_shard(entry, where) for entry in listed]
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        raise DataError(f"{where}: split {split} lists a shard twice; each must be listed once")
+    return shards
+
+
+def _read_shard(entry: Mapping[str, Any], where: str) -> Shard:
+    shard = Shard(
+        name=require_plain_name(entry.get("name"), where),
+        size=require_count(entry, "size", where),
+        sha256=require_sha256(entry, "sha256", where),
+        index_sha256=require_sha256(entry, "index_sha256", where),
+        samples=require_count(entry, "samples", where),
+        tokens=require_count(entry, "tokens", where),
+        text_bytes=require_count(entry, "text_bytes", where),
+    )
+    if shard.samples == 0 or shard.tokens < shard.samples:
+        counts = f"{shard.samples} samples and {shard.tokens} tokens"
+        raise DataError(f"{where}: shard {shard.name} has {counts}; each sample must end with a token of its own")
+    return shard

@@ -1,0 +1,157 @@
+"""The index beside each shard: where every sample lies, and the checksum of what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reformer_dist.data.format.cache import Wanted
+from reformer_dist.data.format.layout import (
+    FORMAT,
+    MEMBER_SUFFIX,
+    MOST_SAMPLE_BYTES,
+    Shard,
+    parse_json,
+    require_count,
+    require_plain_name,
+    require_sha256,
+)
+from reformer_dist.data.format.storage import Folder
+from reformer_dist.errors import DataError
+
+HEADER_BYTES = 512  # of a tar member, right before its content
+KEPT_INDEXES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexEntry:
+    """One sample of a shard."""
+
+    key: str
+    document: str
+    """Name of the file, or file and line, that it came from."""
+    offset: int
+    """Where its content begins in the tar file, in bytes."""
+    size: int
+    n_tokens: int
+    """Its tokens, the end-of-text token of each field included."""
+    n_bytes: int
+    """Its bytes of text."""
+    sha256: str
+    lengths: tuple[int, ...] = ()
+    """Stored tokens of each field, where there are several."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to it that is no text, such as its label."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of a shard in its order."""
+
+    entries: list[IndexEntry]
+    n_tokens: NDArray[np.int64]
+    """[samples]"""
+
+
+def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> ShardIndex:
+    """The index of a shard, checked against dataset.json and against itself; DataError where it doesn't fit.
+
+    dtype: of the stored token ids; n_fields: of each sample.
+    """
+    where = folder.where(shard.index_name)
+    with os.fdopen(folder.open(Wanted(shard.index_name, None, shard.index_sha256)), "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise DataError(f"{where}: is not the index that was written (sha256 differs); copy it again")
+    record = parse_json(content, where)
+    samples = record.get("samples")
+    if record.get("format") != FORMAT or record.get("shard") != shard.name or not isinstance(samples, list):
+        raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT}")
+    itemsize = np.dtype(dtype).itemsize
+    entries = [_entry(sample, where, itemsize, n_fields) for sample in samples]
+    _check_places(entries, shard, where)
+    found = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
+    if found != (shard.samples, shard.tokens, shard.text_bytes):
+        counts = "{} samples, {} tokens and {} bytes of text"
+        right = counts.format(shard.samples, shard.tokens, shard.text_bytes)
+        raise DataError(f"{where}: lists {counts.format(*found)}; dataset.json has {right}")
+    return ShardIndex(entries, np.array([entry.n_tokens for entry in entries], dtype=np.int64))
+
+
+def member_name(entry: IndexEntry, dtype: str) -> str:
+    """Name of a sample's file in the tar."""
+    return f"{entry.key}.{MEMBER_SUFFIX[dtype]}"
+
+
+class IndexCache:
+    """The indexes read last, since several streams may read one shard; for use by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
+
+    def read(self, folder: Folder, shard: Shard, dtype: str, n_fields: int) -> ShardIndex:
+        with self._lock:
+            name = folder.where(shard.index_name)
+            if name not in self._kept:
+                self._kept[name] = read_index(folder, shard, dtype, n_fields)
+            self._kept.move_to_end(name)
+            if len(self._kept) > KEPT_INDEXES:
+                self._kept.popitem(last=False)
+            return self._kept[name]
+
+
+def _entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEntry:
+    record: dict[str, Any] = sample if isinstance(sample, dict) else {}
+    if not isinstance(record.get("document"), str):
+        raise DataError(f"{where}: document of a sample is {record.get('document')!r}; it must be a string")
+    key = require_plain_name(record.get("key"), where)
+    entry = IndexEntry(
+        key=key,
+        document=record["document"],
+        sha256=require_sha256(record, "sha256", where),
+        offset=require_count(record, "offset", where),
+        size=require_count(record, "size", where),
+        n_tokens=require_count(record, "n_tokens", where),
+        n_bytes=require_count(record, "n_bytes", where),
+        lengths=_lengths(record, n_fields, f"{where}: sample {key}"),
+        facts=record["facts"] if isinstance(record.get("facts"), dict) else {},
+    )
+    if entry.size > MOST_SAMPLE_BYTES:
+        raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MOST_SAMPLE_BYTES}")
+    n_stored = entry.size // itemsize
+    fits = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
+    if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not fits:
+        right = f"must be whole ids of {itemsize} bytes, and one token more for each field"
+        raise DataError(f"{where}: sample {key} holds {entry.size} bytes and {entry.n_tokens} tokens; it {right}")
+    return entry
+
+
+def _lengths(record: Mapping[str, Any], n_fields: int, where: str) -> tuple[int, ...]:
+    lengths = record.get("lengths", [])
+    counts = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
+    if not counts or len(lengths) != (n_fields if n_fields > 1 else 0):
+        raise DataError(f"{where} has field lengths {lengths!r}; it must have one for each of {n_fields} fields")
+    return tuple(lengths)
+
+
+def _check_places(entries: list[IndexEntry], shard: Shard, where: str) -> None:
+    """Samples follow one another inside the shard, and no two have one key."""
+    end = 0
+    for entry in entries:
+        if entry.offset % HEADER_BYTES or entry.offset < end + HEADER_BYTES:
+            right = f"must be a multiple of {HEADER_BYTES} from {end + HEADER_BYTES} on"
+            raise DataError(f"{where}: sample {entry.key} begins at {entry.offset}; it {right}")
+        end = entry.offset + entry.size
+    if end > shard.size:
+        raise DataError(f"{where}: the last sample ends at {end}, behind the shard's {shard.size} bytes")
+    if len({entry.key for entry in entries}) < len(entries):
+        raise DataError(f"{where}: lists a key twice; each sample must have its own")

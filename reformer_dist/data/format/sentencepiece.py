@@ -1,0 +1,84 @@
+"""Vocabularies of SentencePiece, for models that come with one. It normalises text, so it is not lossless."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reformer_dist.data.format.layout import file_sha256, learned_dtype
+from reformer_dist.errors import DataError
+
+FILE = "spiece.model"
+SPACE = "\u2581"  # how a piece writes a space
+
+
+class SentencePieceTokenizer:
+    """A `spiece.model` through the package sentencepiece; the end of text is the vocabulary's own (`</s>`)."""
+
+    is_lossless = False
+
+    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
+        """vocab_size: of the model, if it has more ids than there are pieces. Raises DataError."""
+        if not path.is_file():
+            raise DataError(f"{path}: is missing; it must be a model of SentencePiece")
+        package = _package()
+        try:
+            self._inner = package.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path}: is not a model of SentencePiece ({error})") from error
+        self._path, n_pieces = path, len(self._inner)
+        self.vocab_size = n_pieces if vocab_size is None else vocab_size
+        if self.vocab_size < n_pieces:
+            raise DataError(f"{path}: has {n_pieces} pieces, and the model knows {self.vocab_size} tokens")
+        self.eos_id: int = self._inner.eos_id()
+        if self.eos_id < 0:
+            raise DataError(f"{path}: has no piece that ends a text; it must have one to end documents with")
+
+    @property
+    def dtype(self) -> str:
+        return learned_dtype(self.vocab_size)
+
+    @property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """The space that SentencePiece puts before a text counts as one of it."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for index in range(len(self._inner)):
+            if self._inner.is_byte(index):
+                lengths[index] = 1
+            elif self._inner.is_unknown(index):
+                lengths[index] = len(self._inner.decode([index]).encode())
+            elif not self._inner.is_control(index):
+                lengths[index] = len(self._inner.id_to_piece(index).replace(SPACE, " ").encode())
+        return lengths
+
+    def readable(self, text: bytes) -> bytes:
+        """The text as `encode` keeps it: normalised, with what has no piece as U+2047."""
+        return self.decode(self.encode(text)).encode()
+
+    def encode(self, text: bytes) -> NDArray[Any]:
+        return np.array(self._inner.encode(text.decode("utf-8", errors="replace")), dtype=self.dtype)
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        known = [int(index) for index in ids if int(index) < len(self._inner)]
+        return str(self._inner.decode(known))
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        return self.decode(ids).encode()
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        path = folder / FILE
+        path.write_bytes(self._path.read_bytes())
+        return {"kind": "sentencepiece", "file": FILE, "sha256": file_sha256(path), "vocab_size": self.vocab_size}
+
+
+def _package() -> Any:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        way_out = "pip install 'reformer_dist[sentencepiece]'"
+        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {way_out}") from error
+    return sentencepiece

@@ -1,0 +1,35 @@
+"""Exact attention for one more token: all keys and values are kept, and each is looked at."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reformer_dist.ops.kv_cache.growing import Growing
+
+
+class ExactCache:
+    """Keys and values [B, H, S, D] of all tokens. Its memory and the cost of a token grow with the text."""
+
+    def __init__(self, k: Tensor, v: Tensor, first: Tensor | None) -> None:
+        """first [B]: index of each row's first real token; None where rows have no padding."""
+        self._k, self._v, self._first = Growing(k, dim=2), Growing(v, dim=2), first
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Outputs [B, H, 1, D] of the next token, which is remembered."""
+        self._k.append(k)
+        self._v.append(v)
+        mask = None
+        if self._first is not None:
+            places = torch.arange(self._k.size, device=q.device)
+            mask = (places >= self._first.unsqueeze(1))[:, None, None, :]
+        return F.scaled_dot_product_attention(q, self._k.filled, self._v.filled, attn_mask=mask)
+
+    def select_rows(self, rows: Tensor) -> None:
+        self._k.select(0, rows)
+        self._v.select(0, rows)
+        self._first = None if self._first is None else self._first[rows]
+
+    def n_bytes(self) -> int:
+        return self._k.n_bytes() + self._v.n_bytes()

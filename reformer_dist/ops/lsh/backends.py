@@ -1,0 +1,177 @@
+"""Which implementation of LSH and local attention runs: chosen here, once a call, by device or by name.
+
+reference   dense matrices, slow and plain: what attention means (`reference.py`)
+torch       tiles in plain PyTorch, on any device (`tiled/`)
+native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
+triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
+
+All give the same numbers to rounding, for whole sequences (`whole.py`) and, the reference apart, for rows of which
+others are elsewhere (`held.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.lsh import hashing
+from reformer_dist.ops.lsh.attention import WholeAttention, attend_whole
+from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
+from reformer_dist.ops.lsh.native.attention import NativeAttention
+from reformer_dist.ops.lsh.native.attention import hash_vectors as native_hash
+from reformer_dist.ops.lsh.native.held import NativeRows
+from reformer_dist.ops.lsh.native.library import why_unavailable
+from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.reference import reference_attention
+from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.ops.lsh.torch_tiles.attention import TiledAttention
+from reformer_dist.ops.lsh.torch_tiles.held import TiledRows
+from reformer_dist.ops.workspace import Workspace
+
+NAMES = ("reference", "torch", "native", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+
+
+def why_not(
+    name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
+) -> str | None:
+    """What is amiss where the implementation can't run; None where it can. chunks: under the chunk rule."""
+    if name not in ("auto", *NAMES):
+        return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
+    if name == "native":
+        return _why_not_native(device, head_dim, dtype, chunks=chunks)
+    return _why_not_triton(device, head_dim, dtype) if name == "triton" else None
+
+
+def _why_not_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
+    if chunks:
+        return "knows the window rule only; torch takes chunks"
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}; torch takes any"
+    if dtype not in DTYPES:
+        return f"computes in float32, from bfloat16 and float16 too, not in {dtype}; torch takes it"
+    return why_unavailable()
+
+
+def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton (pip install triton); torch needs nothing more"
+    if head_dim % 16 or not 16 <= head_dim <= 128:
+        return f"needs a head_dim that is a multiple of 16 up to 128, not {head_dim}; torch takes any"
+    if dtype not in DTYPES:
+        return f"computes in float32, bfloat16 and float16, not in {dtype}; torch takes it"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "needs a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly); use auto or torch here"
+    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return f"needs a GPU of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}; use torch here"
+    return None
+
+
+def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
+    """The implementation to run; raises ValueError where the one asked for can't."""
+    if name == "auto":
+        fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
+        return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
+    reason = why_not(name, device, head_dim, dtype, chunks=chunks)
+    if reason is not None:
+        raise ValueError(f"attention implementation {name}: {reason}")
+    return name
+
+
+def bucket_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    bucket_ids: Tensor,
+    options: AttentionOptions,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the union of what each token meets in its rounds (paper, eq. 2 to 4).
+
+    q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
+    q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
+    tokens. A token that meets nobody attends to itself. Raises ValueError where options.implementation can't run.
+    """
+    chunks = isinstance(options.rule, ChunkRule)
+    name = choose(options.implementation, v.device, v.shape[3], v.dtype, chunks=chunks)
+    if name == "reference":
+        return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
+    attention: WholeAttention
+    with torch.cuda.device_of(v):  # kernels are launched on the current device
+        if name == "triton":
+            from reformer_dist.ops.lsh.triton_kernels.attention import KernelAttention
+
+            attention = KernelAttention(v, bucket_ids, options, key_padding_mask)
+        elif name == "native":
+            attention = NativeAttention(bucket_ids, options, key_padding_mask)
+        else:
+            attention = TiledAttention(bucket_ids, options, key_padding_mask)
+        return attend_whole(q, k, v, attention)
+
+
+def attention_of_held(
+    held: HeldRows, options: AttentionOptions, head_dim: int, dtype: torch.dtype, scratch: Workspace
+) -> HeldAttention:
+    """Attention among held rows of this width and type: by `torch` if `reference` is asked for, or chunks are.
+
+    Raises ValueError where options.implementation can't run.
+    """
+    device, chunks = held.total.device, isinstance(options.rule, ChunkRule)
+    name = choose(options.implementation, device, head_dim, dtype, chunks=chunks)
+    if name == "triton" and not chunks:
+        from reformer_dist.ops.lsh.triton_kernels.held import KernelRows
+
+        return KernelRows(held, options, head_dim, dtype)
+    return NativeRows(held, options) if name == "native" else TiledRows.of(held, options, scratch)
+
+
+def hash_vectors(
+    vectors: Tensor,
+    rotations: Tensor,
+    n_buckets: int,
+    scheme: str,
+    *,
+    factors: tuple[int, ...] | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """`hashing.hash_vectors` by the implementation that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
+    name = choose(implementation, vectors.device, vectors.shape[3], vectors.dtype)
+    if name == "triton":
+        from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors as by_kernel
+
+        with torch.cuda.device_of(vectors):
+            return by_kernel(vectors, rotations, n_buckets, scheme, factors=factors)
+    if name == "native" and scheme == "rotation":
+        return native_hash(vectors, rotations, n_buckets, factors=factors)
+    return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
+
+
+def _by_reference(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    bucket_ids: Tensor,
+    options: AttentionOptions,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    return reference_attention(
+        q,
+        shared_keys(q) if k is None else k,
+        v,
+        bucket_ids,
+        options.rule,
+        scale=options.scale,
+        key_padding_mask=key_padding_mask,
+        count_pairs_once=options.count_pairs_once,
+        dropout=options.dropout,
+        dropout_seed=options.dropout_seed,
+        unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+    )

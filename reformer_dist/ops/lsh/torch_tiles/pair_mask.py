@@ -1,0 +1,101 @@
+"""Which pairs of a column's queries and keys may meet, as what their scores start from: 0, -log N, or -inf."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from reformer_dist.ops.dropout import keep_mask, token_keys
+from reformer_dist.ops.lsh.held import Rows
+from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, WindowRule
+from reformer_dist.ops.lsh.sorting import are_near
+from reformer_dist.ops.lsh.torch_tiles.layout import Layout
+from reformer_dist.ops.lsh.torch_tiles.tiles import Column
+
+
+class PairMask:
+    """The mask of one round of a group of units, asked for column by column: [n_tiles, queries, keys] each."""
+
+    def __init__(self, layout: Layout, round_: int, rows: Rows, options: AttentionOptions) -> None:
+        self._layout, self._rows, self._options = layout, rows, options
+        if options.dropout > 0:
+            self._query_keys, self._key_keys = (
+                token_keys(rows.unit, rows.position, round_, options.dropout_seed, is_query)
+                for is_query in (True, False)
+            )
+
+    def scores(self, column: Column) -> Tensor:
+        """What scores are added to, by log 2: float32 [n_tiles or 1, tile_len, tile_len]; only read it."""
+        rule = self._options.rule
+        start = self._window(column, rule) if isinstance(rule, WindowRule) else self._in_sight(column, rule)
+        codes = self._rows.codes
+        if codes is not None and codes.shape[0] > 1:
+            start = start - self._meetings(codes, column).clamp_min_(1).log2_()
+        return start
+
+    def dropout_factors(self, column: Column) -> Tensor:
+        """0 or 1 / (1 - dropout), float32 [n_tiles, tile_len, tile_len]."""
+        queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
+        dropout = self._options.dropout
+        kept = keep_mask(self._query_keys[queries], self._key_keys[keys], dropout)
+        return kept.float().mul_(1 / (1 - dropout))
+
+    def _rows_of(self, column: Column) -> tuple[Tensor, Tensor]:
+        """Rows of the queries and of the keys, [n_tiles, tile_len] each; -1 where empty."""
+        queries, keys = (
+            slots.view(-1, self._layout.tiling.tile_len)
+            for slots in (self._layout.query_slots, self._layout.key_slots)
+        )
+        return queries[column.queries], torch.cat([keys[run.keys : run.keys + run.n_tiles] for run in column.runs])
+
+    def _window(self, column: Column, rule: WindowRule) -> Tensor:
+        edges, tiles = self._layout.edges, column.queries
+        assert edges is not None
+        band = _band(rule, self._layout.tiling.tile_len, column.offset, edges.rank.device)
+        if not edges.are_near[tiles].any():
+            return band
+        rank = edges.rank[tiles].unsqueeze(1) - _lag(
+            self._layout.tiling.tile_len, column.offset, edges.rank.device
+        )
+        is_member = (rank >= 0) & (rank < edges.count[tiles].unsqueeze(1))
+        outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
+        return band + outside.unsqueeze(1)
+
+    def _in_sight(self, column: Column, rule: ChunkRule) -> Tensor:
+        """Chunk rule: every key in sight but, if causal, later ones, and the query itself where it is not seen."""
+        queries, keys = self._rows_of(column)
+        query, key = queries.unsqueeze(2), keys.unsqueeze(1)
+        # rows of a unit are in order of position
+        meets = (key >= 0) & (query >= 0)
+        if rule.causal:
+            meets &= key <= query
+        if not rule.sees_self:
+            meets &= key != query
+        return torch.zeros(meets.shape, device=meets.device).masked_fill_(~meets, -torch.inf)
+
+    def _meetings(self, codes: Tensor, column: Column) -> Tensor:
+        """In how many rounds each pair meets, float32 [n_tiles, tile_len, tile_len]."""
+        queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
+        meetings = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
+        for round_codes in codes:
+            meetings += are_near(
+                round_codes[queries].unsqueeze(2), round_codes[keys].unsqueeze(1), self._options.rule
+            )
+        return meetings
+
+
+def _lag(tile_len: int, offset: int, device: torch.device) -> Tensor:
+    """How far each key of a tile stands before the first slot of the tile of queries, [tile_len]."""
+    return offset * tile_len - torch.arange(tile_len, device=device)
+
+
+@functools.cache
+def _band(rule: WindowRule, tile_len: int, offset: int, device: torch.device) -> Tensor:
+    """0 within the window of a query, else -inf; [1, tile_len, tile_len]."""
+    distance = torch.arange(tile_len, device=device).unsqueeze(1) + _lag(tile_len, offset, device)
+    near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
+    if not rule.sees_self:
+        near &= distance != 0
+    return torch.zeros(1, *near.shape, device=device).masked_fill_(~near, -torch.inf)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         ReformerForSequenceClassification,
         ReformerLM,
         ReformerStack,
-        initialise,
+        init_weights,
         inspect_attention,
     )
     from reformer_dist.ops.lsh import lsh_attention
@@ -64,7 +64,7 @@ __all__ = [
     "ReformerStack",
     "StreamMerge",
     "__version__",
-    "initialise",
+    "init_weights",
     "inspect_attention",
     "lsh_attention",
 ]

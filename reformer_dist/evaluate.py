@@ -128,8 +128,8 @@ def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: i
 
 def _held_out(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
     sequence = share_sequences(loaded.config, job, arguments.batch)
-    task, grid = loaded.task, sequence.grid
-    batches = task.heldout(corpus, _rows(arguments, loaded, grid.dp_rank, grid.dp_size))
+    task, mesh = loaded.task, sequence.mesh
+    batches = task.heldout(corpus, _rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
     return evaluate(loaded.model, batches, task, job, sequence)
 
 

@@ -15,13 +15,13 @@ from reformer_dist.data import Tokenizer
 from reformer_dist.errors import ConfigError
 from reformer_dist.generation import (
     BeamOptions,
-    Sampler,
     SamplingOptions,
+    TextSampler,
     TextStream,
     beam_search,
     make_decoder,
 )
-from reformer_dist.generation.text import CONTEXT
+from reformer_dist.generation.text_stream import CONTEXT
 from reformer_dist.process.command import run_command
 from reformer_dist.run.pretrained import LoadedModel, load_model
 
@@ -143,13 +143,13 @@ def _sample(
 ) -> None:
     tokenizer, n_samples = loaded.tokenizer, request.n_samples
     model, prompts = loaded.begin(prompts)
-    sampler = Sampler(
+    sampler = TextSampler(
         make_decoder(model, loaded.config.model),
         prompts,
         request.sampling,
         n_samples=n_samples,
         first_prompt=first,
-        unpunished=tokenizer.eos_id,
+        unpenalized=tokenizer.eos_id,
     )
     before = [prompt[-CONTEXT:].tolist() for prompt in prompts]
     texts = {row: TextStream(tokenizer.decode, request.stops, before[row // n_samples]) for row in sampler.rows}

@@ -4,7 +4,7 @@
 Every row is a job of its own. Counted is what a rank needs beyond its weights and their gradients: activations,
 the attention's working memory and the exchange's buffers. On CUDA it is PyTorch's own peak; on a CPU the highest
 resident size less the size before the step, after a step over a short sequence has warmed up thread pools and
-made the gradients. Exits 1 where a grid of 4 ranks or more needs above LARGEST_SHARE of what one rank needs.
+made the gradients. Exits 1 where a mesh of 4 ranks or more needs above LARGEST_SHARE of what one rank needs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from grid_jobs import in_own_job
 
 from reformer_dist.config import AttentionKind, ModelConfig, Position
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import make_grid
+from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel import SlicedSequence
@@ -45,7 +45,7 @@ def main() -> int:
             print(json.dumps(found))
         runtime.stop()
         return 0
-    rows = [in_own_job(__file__, grid) for grid in arguments.grids]
+    rows = [in_own_job(__file__, mesh) for mesh in arguments.meshes]
     alone = next((row["peak_mib"] for row in rows if row["ranks"] == 1), math.nan)
     for row in rows:
         row["share"] = row["peak_mib"] / alone
@@ -53,7 +53,7 @@ def main() -> int:
             print(json.dumps(row))
         else:
             print(
-                f"{row['grid']:>4}: {row['peak_mib']:>8.0f} MiB a rank, {row['share']:.3f} of one rank's, "
+                f"{row['mesh']:>4}: {row['peak_mib']:>8.0f} MiB a rank, {row['share']:.3f} of one rank's, "
                 f"{row['seconds']:.1f} s"
             )
     return 0 if all(row["share"] <= LARGEST_SHARE for row in rows if row["ranks"] >= 4) else 1
@@ -62,7 +62,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--grids", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
+    add("--meshes", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
     add("--seq-len", type=int, default=131072, help="of the whole sequence (default: 131072)")
     add("--dim", type=int, default=512)
     add("--n-heads", type=int, default=16)
@@ -75,17 +75,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, job: Runtime) -> dict[str, Any]:
     heads, buckets = map(int, arguments.row.split("x"))
-    grid = make_grid(job, heads, buckets)
+    mesh = make_mesh(job, heads, buckets)
     model = build_model(arguments).to(job.device)
-    step(model, SlicedSequence(grid, 1024), job)
+    step(model, SlicedSequence(mesh, 1024), job)
     before = live_memory(job)
     start = time.perf_counter()
-    step(model, SlicedSequence(grid, arguments.seq_len), job)
+    step(model, SlicedSequence(mesh, arguments.seq_len), job)
     seconds = time.perf_counter() - start
     peak = max(job.gather((peak_memory(job) - before) / MIB))
     return {
-        "grid": arguments.row,
-        "ranks": grid.size,
+        "mesh": arguments.row,
+        "ranks": mesh.size,
         "seq_len": arguments.seq_len,
         "peak_mib": peak,
         "seconds": seconds,
@@ -107,7 +107,7 @@ def build_model(arguments: argparse.Namespace) -> ReformerLM:
 
 
 def step(model: ReformerLM, sequence: SlicedSequence, job: Runtime) -> None:
-    draw = torch.Generator().manual_seed(sequence.grid.slice_index)
+    draw = torch.Generator().manual_seed(sequence.mesh.slice_index)
     tokens = torch.randint(0, VOCAB_SIZE, (1, sequence.n_local), generator=draw).to(job.device)
     mask = sequence.key_padding_mask(1, job.device)
     loss = model(tokens, tokens, key_padding_mask=mask, step=0, sequence=sequence)

@@ -45,7 +45,7 @@ LONGEST_SILENCE = 90  # seconds for a row of attention: what takes longer hangs,
 SPENT = "the section's time was spent"
 SOME_TESTS = ["tests/kernels/test_hash_kernel.py", "-k", "one_bucket"]
 # compiling for a card, where there is none, and this tool
-NOT_HERE = ("--ignore=tests/kernels/test_compile.py", "--ignore=tests/kernels/test_gpu_report.py")
+NOT_HERE = ("--ignore=tests/kernels/test_compile.py", "--ignore=tests/tools/test_gpu_report.py")
 # a line of pytest on one test, by itself or by one of several processes, or in the summary
 OF_A_TEST = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] )?(?:([A-Z]+) )?(tests/.+?::.+?)(?: ([A-Z]+))?(?: +\[ *\d+%\]| - .*)?"

@@ -40,7 +40,7 @@ class ParallelConfig:
             right = f"times parallel.heads={self.heads} must be parallel.sequence={self.sequence}"
             require(self.heads * self.buckets == self.sequence, "parallel.buckets", self.buckets, right)
 
-    def grids(self) -> list[tuple[int, int]]:
+    def meshes(self) -> list[tuple[int, int]]:
         """The (heads, buckets) that these values leave open, most heads first."""
         pairs = [(self.sequence // b, b) for b in range(1, self.sequence + 1) if self.sequence % b == 0]
         return [

@@ -83,7 +83,7 @@ class RunConfig:
                 f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since cross "
                 "attention, exact or lsh, is shared among ranks by heads alone; take fewer ranks, or as many heads"
             )
-        if not any(n_heads % heads == 0 for heads, _ in parallel.grids()):
+        if not any(n_heads % heads == 0 for heads, _ in parallel.meshes()):
             right = f"must leave a number of ranks for heads that divides model.n_heads={n_heads}"
             raise ConfigError(f"parallel.heads={parallel.heads}, parallel.buckets={parallel.buckets}: {right}")
 

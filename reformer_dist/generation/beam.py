@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation.decoder import Decoder, require_finite
+from reformer_dist.generation.decoder import Decoder, check_finite
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def beam_search(
     where logits are not finite.
     """
     search = _Search(options, n_tokens, is_end)
-    log_probabilities = _log_probabilities(decoder.start(prompt.unsqueeze(0)))
+    log_probabilities = _log_probabilities(decoder.prefill(prompt.unsqueeze(0)))
     while not search.grow(log_probabilities):
         if search.origins != list(range(log_probabilities.shape[0])):
             decoder.select_rows(torch.tensor(search.origins, device=prompt.device))
@@ -59,7 +59,7 @@ def beam_search(
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    return require_finite(logits.float()).log_softmax(dim=-1).cpu()
+    return check_finite(logits.float()).log_softmax(dim=-1).cpu()
 
 
 class _Search:

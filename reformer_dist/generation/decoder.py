@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reformer_dist.config import ModelConfig
 from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.models.decoding import DecodingState, why_not_incremental
+from reformer_dist.models.decoding import DecodingState, kv_cache_unsupported_reason
 
 Model = Callable[..., Tensor]
 """`ReformerLM.forward`, or what stands before it, such as a training engine's forward."""
@@ -19,7 +19,7 @@ Model = Callable[..., Tensor]
 class Decoder(Protocol):
     """Of B texts. Logits are [B, V] on the model's device, in float32."""
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Logits behind prompts [B, S], whose padding (mask False) stands before the text. Forgets other texts."""
         ...
 
@@ -32,7 +32,7 @@ class Decoder(Protocol):
         ...
 
 
-def require_finite(logits: Tensor) -> Tensor:
+def check_finite(logits: Tensor) -> Tensor:
     """The logits themselves. Raises UserError."""
     if not bool(logits.isfinite().all()):
         raise UserError("the model's logits are not finite: its weights are those of a run that diverged")
@@ -43,7 +43,7 @@ def make_decoder(model: Model, config: ModelConfig) -> Decoder:
     """With a cache; where the model has none, by the whole forward for each token. Raises ConfigError."""
     if not config.causal:
         raise ConfigError("model.causal=false: a two-sided model writes no text; use one with model.causal=true")
-    return CachedDecoder(model, config) if why_not_incremental(config) is None else RecomputingDecoder(model)
+    return CachedDecoder(model, config) if kv_cache_unsupported_reason(config) is None else UncachedDecoder(model)
 
 
 class CachedDecoder:
@@ -53,7 +53,7 @@ class CachedDecoder:
         self._model, self._config = model, config
         self._state = DecodingState(config)
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._state = DecodingState(self._config)
         return self._logits(tokens, key_padding_mask)
 
@@ -67,13 +67,13 @@ class CachedDecoder:
         return self._model(tokens, key_padding_mask=mask, sequence=self._state, logits_to_keep=1)[:, -1]
 
 
-class RecomputingDecoder:
+class UncachedDecoder:
     """Each token costs a forward pass over what stands before it."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._tokens, self._mask = tokens, key_padding_mask
         return self._logits()
 

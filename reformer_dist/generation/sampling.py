@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation.decoder import Decoder, require_finite
+from reformer_dist.generation.decoder import Decoder, check_finite
 from reformer_dist.seeds import derive_seed
 
 
@@ -39,7 +39,7 @@ class SamplingOptions:
                 raise ConfigError(f"--{name} {value}: {right}")
 
 
-class Sampler:
+class TextSampler:
     """Rows of text that grow by a token each at a time: row i * n_samples + j is sample j of prompt i.
 
     What a row draws depends on its prompt, its number and options.seed alone, but for the rounding of batches.
@@ -53,13 +53,13 @@ class Sampler:
         *,
         n_samples: int = 1,
         first_prompt: int = 0,
-        unpunished: int | None = None,
+        unpenalized: int | None = None,
     ) -> None:
         """prompts: [S] int64 each, at least one token, on the model's device.
 
-        first_prompt: number of prompts[0] among all. unpunished: a token without repetition penalty.
+        first_prompt: number of prompts[0] among all. unpenalized: a token without repetition penalty.
         """
-        self._decoder, self._options, self._unpunished = decoder, options, unpunished
+        self._decoder, self._options, self._unpunished = decoder, options, unpenalized
         self._prompts, self._n_samples = prompts, n_samples
         self.rows = list(range(len(prompts) * n_samples))
         """Rows that still grow."""
@@ -74,8 +74,8 @@ class Sampler:
     @torch.no_grad()
     def step(self) -> dict[int, int]:
         """The next token of each row that still grows."""
-        logits = require_finite(self._next_logits())
-        probabilities = next_probabilities(logits, self._options, self._punished(logits.shape[1]))
+        logits = check_finite(self._next_logits())
+        probabilities = next_probabilities(logits, self._options, self._penalized(logits.shape[1]))
         pairs = zip(probabilities, self._generators, strict=True)
         self._newest = [int(torch.multinomial(row, 1, generator=generator)) for row, generator in pairs]
         return dict(zip(self.rows, self._newest, strict=True))
@@ -97,14 +97,14 @@ class Sampler:
         if self._newest:
             tokens = torch.tensor(self._newest, device=self._prompts[0].device)
             return self._decoder.step(tokens).float().cpu()
-        logits = self._decoder.start(*pad_before(self._prompts)).float().cpu()
+        logits = self._decoder.prefill(*pad_left(self._prompts)).float().cpu()
         if self._n_samples == 1:
             return logits
         rows = torch.arange(len(self._prompts)).repeat_interleave(self._n_samples)
         self._decoder.select_rows(rows.to(self._prompts[0].device))
         return logits[rows]
 
-    def _punished(self, vocab_size: int) -> Tensor | None:
+    def _penalized(self, vocab_size: int) -> Tensor | None:
         """[rows, V] bool: tokens that a row holds already; None without a penalty."""
         if self._options.repetition_penalty == 1:
             return None
@@ -121,12 +121,12 @@ class Sampler:
 
 def generate(decoder: Decoder, prompt: Tensor, n_tokens: int, options: SamplingOptions) -> Iterator[int]:
     """Yields n_tokens token ids that go on from a prompt [S] int64 of at least one token."""
-    sampler = Sampler(decoder, [prompt], options)
+    sampler = TextSampler(decoder, [prompt], options)
     for _ in range(n_tokens):
         yield sampler.step()[0]
 
 
-def pad_before(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def pad_left(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Tokens [B, S] with padding before shorter prompts, and the mask that tells them apart if there is any."""
     tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_side="left")
     lengths = torch.tensor([prompt.numel() for prompt in prompts], device=tokens.device)
@@ -136,11 +136,11 @@ def pad_before(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return tokens, torch.arange(longest, device=tokens.device) >= longest - lengths.unsqueeze(1)
 
 
-def next_probabilities(logits: Tensor, options: SamplingOptions, punished: Tensor | None = None) -> Tensor:
-    """What the next token is drawn from, [B, V]. logits [B, V] float32; punished [B, V]: seen before."""
-    if punished is not None:
+def next_probabilities(logits: Tensor, options: SamplingOptions, penalized: Tensor | None = None) -> Tensor:
+    """What the next token is drawn from, [B, V]. logits [B, V] float32; penalized [B, V]: seen before."""
+    if penalized is not None:
         penalty = options.repetition_penalty
-        logits = torch.where(punished, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        logits = torch.where(penalized, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if options.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
     # the largest becomes 0 first: the smallest temperature then overflows towards no probability, not towards nan

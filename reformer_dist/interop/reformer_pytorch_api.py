@@ -261,7 +261,7 @@ class Reformer(nn.Module):
         super().__init__()
         config = to_config("Reformer", {"dim": dim, "depth": depth, "max_seq_len": max_seq_len}, options)
         self.net, self._rotations = models.ReformerStack(config), _Rotations()
-        models.initialise(self.net, config, seed=0)
+        models.init_weights(self.net, config, seed=0)
 
     def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
         """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""

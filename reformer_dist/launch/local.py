@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from reformer_dist.config import LauncherConfig
-from reformer_dist.process import stdio as unread
+from reformer_dist.process import stdio
 from reformer_dist.process.signals import LAUNCHER
 
 HERE = "127.0.0.1"
@@ -64,7 +64,7 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
         if not job.loss or job.was_signalled:
             break
         what_now = advice if restarts_left == 0 else "all ranks start again"
-        unread.say(sys.stderr, f"error: {job.loss}; {what_now}\n")
+        stdio.say(sys.stderr, f"error: {job.loss}; {what_now}\n")
     return status
 
 

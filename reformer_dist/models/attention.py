@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
+from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
@@ -54,22 +54,22 @@ class SelfAttention(nn.Module):
         x: Tensor,
         context: ForwardContext | None = None,
         layer: int = 0,
-        memo: Memo | None = None,
+        cache: RecomputeCache | None = None,
         **options: Unpack[ForwardOptions],
     ) -> Tensor:
         """[B, S, dim] -> [B, S, dim].
 
         layer: its number, which draws rotations and dropout masks of its own. In a stack, `context` is that of
-        the forward call, and `memo` is written on the first run and read by a recompute. A layer that is used
+        the forward call, and `cache` is written on the first run and read by a recompute. A layer that is used
         alone is called without them, as in `layer(x, key_padding_mask=mask, step=step)`.
         """
         if context is None:
             n_tokens, is_training = x.shape[1], self.training
-            context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
+            context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         q = self._heads(self.to_q(x))
         k = self._heads(self.to_k(x)) if self.has_own_keys else q
         v = self._heads(self.to_v(x)).expand(-1, self.n_heads, -1, -1)
-        out = self._attend(q, k, v, context, layer, memo)
+        out = self._attend(q, k, v, context, layer, cache)
         return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         """Heads' outputs [B, H, S, D]."""
         raise NotImplementedError
@@ -91,9 +91,9 @@ class SelfAttention(nn.Module):
         options: AttentionOptions,
         context: ForwardContext,
         layer: int,
-        memo: Memo | None,
+        cache: RecomputeCache | None,
     ) -> Tensor:
-        kept = {} if memo is None else memo.plans.setdefault(layer, {})
+        kept = {} if cache is None else cache.plans.setdefault(layer, {})
         mask = context.key_padding_mask
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, bucket_ids, options, mask, kept)
 
@@ -104,10 +104,10 @@ class LSHSelfAttention(SelfAttention):
     has_own_keys = False
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         config = self.config
-        bucket_ids = self._hash(q, context, layer, memo)
+        bucket_ids = self._hash(q, context, layer, cache)
         if config.local_round:
             bucket_ids = F.pad(bucket_ids, (0, 0, 0, 1))  # one more round, in which all share bucket 0
         if context.rotary is not None:
@@ -122,17 +122,17 @@ class LSHSelfAttention(SelfAttention):
             rows=context.places.rows,
             implementation=config.attention_implementation.name,
         )
-        return self._over_sequence(q, None, v, bucket_ids, options, context, layer, memo)
+        return self._over_sequence(q, None, v, bucket_ids, options, context, layer, cache)
 
-    def _hash(self, q: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
-        if memo is not None and layer in memo.bucket_ids:
-            return memo.bucket_ids[layer]
+    def _hash(self, q: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None) -> Tensor:
+        if cache is not None and layer in cache.bucket_ids:
+            return cache.bucket_ids[layer]
         config = self.config
         bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
-        if memo is not None:
-            memo.bucket_ids[layer] = bucket_ids
-        if context.health is not None:
-            context.health.append(context.sequence.health(bucket_ids, config.n_buckets, config.window))
+        if cache is not None:
+            cache.bucket_ids[layer] = bucket_ids
+        if context.bucket_stats is not None:
+            context.bucket_stats.append(context.sequence.bucket_stats(bucket_ids, config.n_buckets, config.window))
         return bucket_ids
 
 
@@ -140,7 +140,7 @@ class LocalSelfAttention(SelfAttention):
     """Attention to the nearest positions, own included: one bucket, one round, keys of its own."""
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
@@ -153,14 +153,14 @@ class LocalSelfAttention(SelfAttention):
             rows=context.places.rows,
             implementation=self.config.attention_implementation.name,
         )
-        return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, memo)
+        return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, cache)
 
 
 class ExactSelfAttention(SelfAttention):
     """Attention to every position (or every earlier one), through PyTorch's own kernels."""
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)

@@ -6,31 +6,31 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.context import WHOLE, ForwardContext, ForwardOptions, open_context
+from reformer_dist.models.context import WHOLE_SEQUENCE, ForwardContext, ForwardOptions, build_context
 from reformer_dist.models.embedding import TokenEmbedding
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.ops.dropout import token_dropout
 
 
-class TokenModel(nn.Module):
+class ReformerModel(nn.Module):
     """A Reformer from tokens to hidden vectors; the models above it add a head.
 
     `seed` decides initial weights and hash rotations, alike on every rank and device.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, reads_source: bool = False) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, has_cross_attention: bool = False) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)
-        self.stack = ReformerStack(config, reads_source=reads_source)
+        self.stack = ReformerStack(config, has_cross_attention=has_cross_attention)
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
         """tokens [B, S] -> hidden vectors [B, S, output_dim] in the dtype of the weights."""
         return self._hidden(tokens, self._open(tokens, options))
 
     def reversible_drift(
-        self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE
+        self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE_SEQUENCE
     ) -> Tensor:
         """Largest difference between the stack's input and its reconstruction, on tokens [B, S] at hand."""
         context = self._open(tokens, {"key_padding_mask": key_padding_mask, "sequence": sequence})
@@ -52,4 +52,4 @@ class TokenModel(nn.Module):
     def _open(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
         """The context of one forward call on tokens [B, S]."""
         n_tokens, device = tokens.shape[1], tokens.device
-        return open_context(self.config, self.seed, n_tokens, device, options, is_training=self.training)
+        return build_context(self.config, self.seed, n_tokens, device, options, is_training=self.training)

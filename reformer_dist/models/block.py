@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.models.attention import build_attention
-from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
 from reformer_dist.models.norms import build_norm
@@ -31,13 +31,13 @@ Streams = tuple[Tensor, Tensor]
 class Block(nn.Module):
     """A layer of the stack; under ZeRO stage 3 it is gathered as a whole."""
 
-    def __init__(self, config: ModelConfig, kind: AttentionKind, *, reads_source: bool = False) -> None:
+    def __init__(self, config: ModelConfig, kind: AttentionKind, *, has_cross_attention: bool = False) -> None:
         super().__init__()
         self.dropout, self.layer_drop = config.dropout, config.layer_drop
-        self.reads_source = reads_source
+        self.has_cross_attention = has_cross_attention
         self.attention_norm = build_norm(config)
         self.attention = build_attention(config, kind)
-        if reads_source:
+        if has_cross_attention:
             self.cross_attention_norm = build_norm(config)
             self.cross_attention = CrossAttention(config)
         self.feed_forward_norm = build_norm(config)
@@ -50,7 +50,7 @@ class Block(nn.Module):
         context: ForwardContext,
         layer: int,
         *,
-        memo: Memo | None = None,
+        cache: RecomputeCache | None = None,
         tape: Tape | None = None,
         is_inverse: bool = False,
     ) -> Streams:
@@ -59,9 +59,9 @@ class Block(nn.Module):
         With a tape, backward rebuilds the inputs from the outputs instead of storing them. The streams are
         arguments of their own, since module hooks (ZeRO's) do not look into tuples.
         """
-        if context.leaves_out(layer, self.layer_drop):
-            return self._go_around(x1, x2, context)
-        sublayers = self._sublayers(context, layer, memo or Memo())
+        if context.skips_layer(layer, self.layer_drop):
+            return self._skip(x1, x2, context)
+        sublayers = self._sublayers(context, layer, cache or RecomputeCache())
         if is_inverse:
             for sublayer in reversed(sublayers):
                 x1, x2 = x2 - sublayer(x1), x1
@@ -72,24 +72,24 @@ class Block(nn.Module):
             x1, x2 = x2, x1 + sublayer(x2)
         return x1, x2
 
-    def _go_around(self, x1: Tensor, x2: Tensor, context: ForwardContext) -> Streams:
+    def _skip(self, x1: Tensor, x2: Tensor, context: ForwardContext) -> Streams:
         """The streams as they came, so that the layer below finds on the tape what it has left there."""
         untouched: list[Tensor] = list(self.parameters())
-        if self.reads_source:
+        if self.has_cross_attention:
             assert context.source is not None
             untouched.append(context.source.hidden)
         return left_out(x1, x2, untouched)
 
-    def _sublayers(self, context: ForwardContext, layer: int, memo: Memo) -> list[Sublayer]:
+    def _sublayers(self, context: ForwardContext, layer: int, cache: RecomputeCache) -> list[Sublayer]:
         dropout = context.dropout(self.dropout)
 
         def attend(x: Tensor) -> Tensor:
-            out = self.attention_norm.after(self.attention(self.attention_norm(x), context, layer, memo))
+            out = self.attention_norm.after(self.attention(self.attention_norm(x), context, layer, cache))
             return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.places)
 
         def read_source(x: Tensor) -> Tensor:
             norm = self.cross_attention_norm
-            out = norm.after(self.cross_attention(norm(x), context, layer, memo))
+            out = norm.after(self.cross_attention(norm(x), context, layer, cache))
             return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.places)
 
         def feed(start: int, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Block(nn.Module):
         attention = Sublayer(attend, [*self.attention_norm.parameters(), *self.attention.parameters()])
         feed_weights = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]
         feed_forward = TokenwiseSublayer(feed, feed_weights, self.feed_forward.config.ff_chunk)
-        if not self.reads_source:
+        if not self.has_cross_attention:
             return [attention, feed_forward]
         assert context.source is not None
         weights = [*self.cross_attention_norm.parameters(), *self.cross_attention.parameters()]
@@ -114,11 +114,11 @@ def left_out(x1: Tensor, x2: Tensor, untouched: Iterable[Tensor]) -> tuple[Tenso
     So every rank and ZeRO stage sees the same step: ZeRO's hooks wait for each parameter, and an optimizer that
     passes over parameters without gradients would move them otherwise at some stages than at others.
     """
-    y1, y2 = _LeftOut.apply(x1, x2, *(p for p in untouched if p.requires_grad))
+    y1, y2 = _SkipLayer.apply(x1, x2, *(p for p in untouched if p.requires_grad))
     return y1, y2
 
 
-class _LeftOut(torch.autograd.Function):
+class _SkipLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x1: Tensor, x2: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.alike = [(p.shape, p.dtype, p.device) for p in parameters]

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Pooling
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
-from reformer_dist.models.initialization import initialise
-from reformer_dist.ops.dropout import TokenPlaces, token_dropout
+from reformer_dist.models.initialization import init_weights
+from reformer_dist.ops.dropout import TokenCoords, token_dropout
 
 IGNORED = -100
 
 
-class ReformerForSequenceClassification(TokenModel):
+class ReformerForSequenceClassification(ReformerModel):
     """One class for each text. config.pooling says which hidden vectors decide.
 
     Trained on whole sequences or on slices of them (`models.sequence`): every rank then has the labels of the
@@ -27,7 +27,7 @@ class ReformerForSequenceClassification(TokenModel):
         super().__init__(config, vocab_size, seed)
         self.n_classes = n_classes
         self.head = ClassificationHead(config, n_classes)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
         """tokens [B, S] -> logits [B, n_classes] float32, or with labels [B] the summed loss in nats.
@@ -57,7 +57,7 @@ class ClassificationHead(nn.Module):
         return self.to_logits(self._drop(torch.tanh(dense), "dense", context)).float()
 
     def _drop(self, x: Tensor, place: str, context: ForwardContext) -> Tensor:
-        only_place = TokenPlaces(context.places.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
+        only_place = TokenCoords(context.places.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
         seed = context.seed_for("head", place)
         return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, only_place).squeeze(1)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import AttentionImplementation, CrossAttentionKind, ModelConfig
 from reformer_dist.models.attention import hash_heads
-from reformer_dist.models.context import ForwardContext, Memo, Source
+from reformer_dist.models.context import ForwardContext, RecomputeCache, EncodedSource
 from reformer_dist.ops.lsh import CrossKeys, CrossOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.seeds import derive_seed
@@ -31,26 +31,26 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(config.dim, inner, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int, memo: Memo) -> Tensor:
-        """[B, S, dim] -> [B, S, dim], reading context.source. `memo` is as in `SelfAttention`."""
+    def forward(self, x: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache) -> Tensor:
+        """[B, S, dim] -> [B, S, dim], reading context.source. `cache` is as in `SelfAttention`."""
         source = context.source
         assert source is not None
         seed = derive_seed("cross rotations", context.rotation_seed, layer)
         q = self._heads(self.to_q(x))
-        query_ids = self._hash(q, seed, layer, memo.query_ids)
+        query_ids = self._hash(q, seed, layer, cache.query_ids)
 
         def keys() -> CrossKeys:
-            return self._keys(source, seed, layer, memo)
+            return self._keys(source, seed, layer, cache)
 
         access, options = context.sequence.of_layer(layer), self._options(context, layer)
         out = access.cross_attention(q, query_ids, keys, options, source.sequence)
         return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
-    def _keys(self, source: Source, seed: int, layer: int, memo: Memo) -> CrossKeys:
+    def _keys(self, source: EncodedSource, seed: int, layer: int, cache: RecomputeCache) -> CrossKeys:
         hidden = source.hidden.to(self.to_k.weight.dtype)
         k, v = self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))
         k = k if self.is_exact else shared_keys(k)
-        return CrossKeys(k, v, self._hash(k, seed, layer, memo.key_ids), source.key_padding_mask)
+        return CrossKeys(k, v, self._hash(k, seed, layer, cache.key_ids), source.key_padding_mask)
 
     def _hash(self, vectors: Tensor, seed: int, layer: int, known: dict[int, Tensor]) -> Tensor | None:
         if self.is_exact:

@@ -22,7 +22,7 @@ from reformer_dist.ops.kv_cache import AttentionCache, BucketCache, ExactCache, 
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, WindowRule, cross_attention
 
 
-def why_not_incremental(config: ModelConfig) -> str | None:
+def kv_cache_unsupported_reason(config: ModelConfig) -> str | None:
     """Why such a model can't be decoded token by token; None where it can."""
     if not config.causal:
         return "model.causal=false: what a token sees changes with each one that follows"
@@ -41,7 +41,7 @@ class DecodingState(WholeSequence):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        reason = why_not_incremental(config)
+        reason = kv_cache_unsupported_reason(config)
         if reason is not None:
             raise ValueError(reason)
         self._longest = config.max_positions

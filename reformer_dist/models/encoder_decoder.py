@@ -12,16 +12,16 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
 from reformer_dist.config.checks import require
-from reformer_dist.models.base import TokenModel
-from reformer_dist.models.context import WHOLE, ForwardContext, ForwardOptions, Source
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.models.context import WHOLE_SEQUENCE, ForwardContext, ForwardOptions, EncodedSource
 from reformer_dist.models.head import LanguageModelHead
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.seeds import derive_seed
 
 
-class ReformerEncoderDecoder(TokenModel):
+class ReformerEncoderDecoder(ReformerModel):
     """Two stacks of one config (see `ModelConfig.encoder`), which share the embedding of tokens and positions.
 
     `stack` is the decoder. `seed` decides initial weights and hash rotations, alike on every rank and device.
@@ -30,21 +30,21 @@ class ReformerEncoderDecoder(TokenModel):
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         require(config.causal, "model.causal", False, "must be true: the decoder writes from left to right")
-        super().__init__(config, vocab_size, seed, reads_source=True)
+        super().__init__(config, vocab_size, seed, has_cross_attention=True)
         self.encoder = ReformerStack(config.encoder())
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
         self.head = LanguageModelHead(config, vocab_size, table)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,
-        source: Tensor | Source,
+        source: Tensor | EncodedSource,
         tokens: Tensor,
         labels: Tensor | None = None,
         *,
         source_mask: Tensor | None = None,
-        source_sequence: SequenceAccess = WHOLE,
+        source_sequence: SequenceAccess = WHOLE_SEQUENCE,
         logits_to_keep: int | None = None,
         **options: Unpack[ForwardOptions],
     ) -> Tensor:
@@ -78,9 +78,9 @@ class ReformerEncoderDecoder(TokenModel):
         tokens: Tensor,
         *,
         source_mask: Tensor | None = None,
-        source_sequence: SequenceAccess = WHOLE,
+        source_sequence: SequenceAccess = WHOLE_SEQUENCE,
         key_padding_mask: Tensor | None = None,
-        sequence: SequenceAccess = WHOLE,
+        sequence: SequenceAccess = WHOLE_SEQUENCE,
     ) -> Tensor:
         """The larger drift of the two stacks, on source [B, T] and tokens [B, S] at hand."""
         of_source: ForwardOptions = {"key_padding_mask": source_mask, "sequence": source_sequence}
@@ -106,12 +106,12 @@ class ReformerEncoderDecoder(TokenModel):
         self,
         source: Tensor,
         source_mask: Tensor | None = None,
-        source_sequence: SequenceAccess = WHOLE,
+        source_sequence: SequenceAccess = WHOLE_SEQUENCE,
         options: ForwardOptions | None = None,
-    ) -> Source:
+    ) -> EncodedSource:
         """What the decoder reads of source [B, T]: the encoder runs here. The arguments are those of `forward`."""
         own: ForwardOptions = {**(options or {}), "key_padding_mask": source_mask, "sequence": source_sequence}
-        return Source(self.encode(source, **own).float(), source_mask, source_sequence)
+        return EncodedSource(self.encode(source, **own).float(), source_mask, source_sequence)
 
     def reading(self, source: Tensor, source_mask: Tensor | None = None) -> Callable[..., Tensor]:
         """The language model of the targets of source [B, T], as generation takes one: it is read here, once."""

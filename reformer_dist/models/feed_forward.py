@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import Activation, ModelConfig
 from reformer_dist.models.context import ForwardContext
-from reformer_dist.ops.dropout import TokenPlaces, token_dropout
+from reformer_dist.ops.dropout import TokenCoords, token_dropout
 
 
 class FeedForward(nn.Module):
@@ -21,7 +21,7 @@ class FeedForward(nn.Module):
         self.to_inner = nn.Linear(config.dim, 2 * inner if is_gated else inner)
         self.to_out = nn.Linear(inner, config.dim)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int, places: TokenPlaces) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext, layer: int, places: TokenCoords) -> Tensor:
         """[B, S, dim] -> [B, S, dim]; places: which tokens these are."""
         inner = self.to_inner(x)
         if self.config.activation is Activation.glu:

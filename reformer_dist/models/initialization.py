@@ -15,7 +15,7 @@ HEAD_STD = 0.02
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Initial weights of all modules of a model, from an explicit generator.
 
     Linear layers: normal with deviation fan_in**-0.5, those that write to a stream divided by the root of

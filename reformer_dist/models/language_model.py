@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 
 
-class ReformerLM(TokenModel):
+class ReformerLM(ReformerModel):
     """A language model: causal, or with config.causal=False two-sided, which is the masked language model.
 
     The masked one reads tokens some of which have been replaced, and has labels at those places alone: -100
@@ -24,7 +24,7 @@ class ReformerLM(TokenModel):
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
         self.head = LanguageModelHead(config, vocab_size, table)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 
 EXCLUDED = torch.finfo(torch.float32).min
 
 
-class ReformerForQuestionAnswering(TokenModel):
+class ReformerForQuestionAnswering(ReformerModel):
     """Two logits for each token: that the answer begins with it, and that it ends with it.
 
     A two-sided model (config.causal=False) is what the task wants. Trained on whole sequences or on slices of
@@ -24,7 +24,7 @@ class ReformerForQuestionAnswering(TokenModel):
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__(config, vocab_size, seed)
         self.head = nn.Linear(config.output_dim, 2)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
-from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_health
 from reformer_dist.ops.lsh.sorting import count_buckets
 
 
@@ -81,7 +81,7 @@ class SequenceAccess(Protocol):
         """What the attention of a layer calls."""
         ...
 
-    def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+    def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         """Health of the hashing of the whole sequence."""
         ...
 
@@ -130,7 +130,7 @@ class WholeSequence:
     ) -> Tensor:
         return cross_attention(q, query_ids, keys(), options)
 
-    def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+    def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
         return measure_health(bucket_ids, counts, window)
 

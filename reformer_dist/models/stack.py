@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Recompute
 from reformer_dist.models.block import Block, Streams
-from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
+from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
 from reformer_dist.models.norms import StreamNorm
 from reformer_dist.models.reversible import Tape
 
@@ -17,16 +17,16 @@ from reformer_dist.models.reversible import Tape
 class ReformerStack(nn.Module):
     """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; at the end, what they make is normed.
 
-    That is their mean or, with merge_streams=concat, both side by side. With reads_source, every layer
+    That is their mean or, with merge_streams=concat, both side by side. With has_cross_attention, every layer
     attends to the source of its context, too.
     """
 
-    def __init__(self, config: ModelConfig, *, reads_source: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, has_cross_attention: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()
         n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
-        self.blocks = nn.ModuleList(Block(config, kind, reads_source=reads_source) for kind in kinds[:n_blocks])
+        self.blocks = nn.ModuleList(Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds[:n_blocks])
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)
@@ -37,7 +37,7 @@ class ReformerStack(nn.Module):
         """In a model, `context` is that of the forward call; a stack that is used alone takes its keywords."""
         if context is None:
             n_tokens, is_training = x.shape[1], self.training
-            context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
+            context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         x = x.float()
         if torch.is_grad_enabled() and not x.requires_grad:
             # under a frozen embedding the layers must still learn, and ZeRO's hooks fire only on such inputs
@@ -56,10 +56,10 @@ class ReformerStack(nn.Module):
         for layer in range(self.n_layers):
             block = self._block(layer)
             if wants_grad and self.recompute is Recompute.checkpoint:
-                memo = Memo()
+                cache = RecomputeCache()
                 # all randomness comes from the context's seeds: there is no state to preserve
                 streams = checkpoint(
-                    block, *streams, context, layer, memo=memo, use_reentrant=False, preserve_rng_state=False
+                    block, *streams, context, layer, cache=cache, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 streams = block(*streams, context, layer, tape=tape)
@@ -72,9 +72,9 @@ class ReformerStack(nn.Module):
         It is what rounding costs the reversible backward at the lowest layer, where it is largest.
         """
         x = x.float()
-        streams, memos = (x, x), [Memo() for _ in range(self.n_layers)]
+        streams, caches = (x, x), [RecomputeCache() for _ in range(self.n_layers)]
         for layer in range(self.n_layers):
-            streams = self._block(layer)(*streams, context, layer, memo=memos[layer])
+            streams = self._block(layer)(*streams, context, layer, cache=caches[layer])
         for layer in reversed(range(self.n_layers)):
-            streams = self._block(layer)(*streams, context, layer, memo=memos[layer], is_inverse=True)
+            streams = self._block(layer)(*streams, context, layer, cache=caches[layer], is_inverse=True)
         return torch.stack([(stream - x).abs().max() for stream in streams]).max()

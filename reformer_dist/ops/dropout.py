@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenPlaces:
+class TokenCoords:
     """Which tokens of a step are at hand."""
 
     rows: Tensor | None
@@ -20,11 +20,11 @@ class TokenPlaces:
     positions: Tensor
     """[S] in the whole sequence, or [B, S] where rows differ."""
 
-    def chunk(self, start: int, stop: int) -> TokenPlaces:
-        return TokenPlaces(self.rows, self.positions[..., start:stop])
+    def chunk(self, start: int, stop: int) -> TokenCoords:
+        return TokenCoords(self.rows, self.positions[..., start:stop])
 
 
-def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenPlaces) -> Tensor:
+def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenCoords) -> Tensor:
     """Zeroes a share `dropout` of x [B, S, C] and scales the rest; no random state is read or moved."""
     if dropout == 0.0:
         return x

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.distributed.comm import Delivery, Parcel, Wire
+from reformer_dist.distributed.comm import CommGroup, SplitRows, Work
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.parallel.combine import MergedReturns, Returns, RoundReturns
@@ -32,7 +32,7 @@ def exchanged_attention(
     v: Tensor,
     plan: Plan,
     options: AttentionOptions,
-    wire: Wire,
+    comm: CommGroup,
     *,
     merge_returns: bool = True,
 ) -> Tensor:
@@ -44,7 +44,7 @@ def exchanged_attention(
     """
     if not merge_returns:
         options = replace(options, implementation="torch")
-    out: Tensor = _ExchangedAttention.apply(q, k, v, plan, options, wire, merge_returns)
+    out: Tensor = _ExchangedAttention.apply(q, k, v, plan, options, comm, merge_returns)
     return out
 
 
@@ -57,17 +57,17 @@ class _ExchangedAttention(torch.autograd.Function):
         v: Tensor,
         plan: Plan,
         options: AttentionOptions,
-        wire: Wire,
+        comm: CommGroup,
         merge_returns: bool,
     ) -> Tensor:
         q, v = q.contiguous(), v.contiguous()
         k = None if k is None else k.contiguous()
-        outward = Outward(plan, options, wire, q, k, v)
+        outward = Outward(plan, options, comm, q, k, v)
         back: Returns = (MergedReturns if merge_returns else RoundReturns)(outward)
         out = torch.empty_like(v)
         lse = torch.empty((*v.shape[:3], 1), dtype=torch.float32, device=v.device)
 
-        def attend(route: Route, arrived: list[Tensor]) -> list[Parcel]:
+        def attend(route: Route, arrived: list[Tensor]) -> list[SplitRows]:
             query_rows = outward.queries.field(arrived[1], "q") if k is not None else None
             return [back.attend(route, outward.host(route, arrived[0], query_rows))]
 
@@ -76,52 +76,52 @@ class _ExchangedAttention(torch.autograd.Function):
             outward.part(out, route).copy_(o)
             outward.part(lse, route).copy_(route_lse.unsqueeze(1))
 
-        _run(plan, wire, outward.pack, attend, at_home)
+        _run(plan, comm, outward.pack, attend, at_home)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.options, ctx.wire = plan, options, wire
+        ctx.plan, ctx.options, ctx.comm = plan, options, comm
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        outward = Outward(ctx.plan, ctx.options, ctx.wire, q, k, v)
+        outward = Outward(ctx.plan, ctx.options, ctx.comm, q, k, v)
         call = _Backward(outward, out, lse, grads[0].contiguous())
-        _run(ctx.plan, ctx.wire, call.pack, call.attend, call.at_home)
+        _run(ctx.plan, ctx.comm, call.pack, call.attend, call.at_home)
         return call.dq, call.dk, call.dv, None, None, None, None
 
 
 def _run(
     plan: Plan,
-    wire: Wire,
-    pack: Callable[[Route], list[Parcel]],
-    attend: Callable[[Route, list[Tensor]], list[Parcel]],
+    comm: CommGroup,
+    pack: Callable[[Route], list[SplitRows]],
+    attend: Callable[[Route, list[Tensor]], list[SplitRows]],
     bring_home: Callable[[Route, list[Tensor]], None],
 ) -> None:
     """Each route goes out, is attended and comes home; the next one travels while this one is attended."""
-    _check_same_plan(plan, wire)
-    routes, timed = plan.routes, wire.ledger.timed
-    going_out: list[Delivery] = []
-    going_home: list[Delivery] = []
+    _check_same_plan(plan, comm)
+    routes, timed = plan.routes, comm.stats.timed
+    going_out: list[Work] = []
+    going_home: list[Work] = []
     with torch.autocast(plan.routes[0].ids.device.type, enabled=False):
         # one more turn at each end: what goes out at a turn is attended at the next, and comes home after that
         for turn in range(len(routes) + 2):
             with timed("exchange"):
                 arrived = [delivery.wait() for delivery in going_out]
                 out = pack(routes[turn]) if turn < len(routes) else []
-                going_out = [wire.send(parcel, "exchange") for parcel in out]
+                going_out = [comm.all_to_all_v(parcel, "exchange") for parcel in out]
             with timed("attend"):
                 results = attend(routes[turn - 1], arrived) if arrived else []
             with timed("return"):
                 at_home = [delivery.wait() for delivery in going_home]
-                going_home = [wire.send(parcel, "return") for parcel in results]
+                going_home = [comm.all_to_all_v(parcel, "return") for parcel in results]
                 if at_home:
                     bring_home(routes[turn - 2], at_home)
 
 
-def _check_same_plan(plan: Plan, wire: Wire) -> None:
+def _check_same_plan(plan: Plan, comm: CommGroup) -> None:
     """All ranks are about to exchange by plans that fit one another, or all of them raise TrainingError."""
-    difference = int(wire.sum(torch.tensor([plan.balance], device=plan.routes[0].ids.device), "count"))
+    difference = int(comm.all_reduce(torch.tensor([plan.balance], device=plan.routes[0].ids.device), "count"))
     if difference:
         raise TrainingError(
             f"bucket exchange: the plans of the ranks do not fit one another (checksums differ by {difference}); "
@@ -143,13 +143,13 @@ class _Backward:
         self.dq, self.dv = torch.empty_like(outward.q), torch.empty_like(outward.v)
         self.dk = None if outward.k is None else torch.empty_like(outward.k)
 
-    def pack(self, route: Route) -> list[Parcel]:
+    def pack(self, route: Route) -> list[SplitRows]:
         values = {"d_out": self._d_out, "lse": self._lse, "delta": self._delta}
         if self._has_keys:
             values["q"] = self._outward.q
         return [self._outward.pack_keys(route), self._outward.pack_asked(route, self._asked, **values)]
 
-    def attend(self, route: Route, arrived: list[Tensor]) -> list[Parcel]:
+    def attend(self, route: Route, arrived: list[Tensor]) -> list[SplitRows]:
         asked = {name: self._asked.field(arrived[1], name) for name in ("d_out", "lse", "delta")}
         query_rows = self._asked.field(arrived[1], "q") if self._has_keys else None
         here = self._outward.host(route, arrived[0], query_rows)
@@ -163,11 +163,11 @@ class _Backward:
         attention = self._outward.attention(here)
         dq, dk, dv = attention.attend_backward(here.q, here.k, here.v, d_out, lse=lse, delta=delta)
         of_keys = self._grads.pack(k=dq if dk is None else dk, v=dv)
-        grads = Parcel(of_keys, route.received.counts, route.sent.counts)
+        grads = SplitRows(of_keys, route.received.counts, route.sent.counts)
         if not self._has_keys:
             return [grads]
         of_queries = self._outward.queries.pack(q=dq[rows])
-        return [grads, Parcel(of_queries, route.attended.counts, route.asked.counts)]
+        return [grads, SplitRows(of_queries, route.attended.counts, route.asked.counts)]
 
     def at_home(self, route: Route, results: list[Tensor]) -> None:
         part = self._outward.part

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import Parcel
+from reformer_dist.distributed.comm import SplitRows
 from reformer_dist.ops.lsh.online_softmax import LOWEST, Sums
 from reformer_dist.parallel.dispatch import Hosted, Outward
 from reformer_dist.parallel.packing import Record
@@ -15,7 +15,7 @@ from reformer_dist.parallel.plan import Route
 
 
 class Returns(Protocol):
-    def attend(self, route: Route, hosted: Hosted) -> Parcel:
+    def attend(self, route: Route, hosted: Hosted) -> SplitRows:
         """Attends; gives the results that are to go home."""
         ...
 
@@ -37,12 +37,12 @@ class MergedReturns:
         self._width = out.v.shape[3]
         self._record = Record(o=(out.v.dtype, self._width), lse=(torch.float32, 1))
 
-    def attend(self, route: Route, hosted: Hosted) -> Parcel:
+    def attend(self, route: Route, hosted: Hosted) -> SplitRows:
         rows = hosted.guests.query_rows
         o, lse = (x[rows] for x in self._out.attention(hosted).attend(hosted.q, hosted.k, hosted.v))
         alone = torch.isinf(lse)
         o, lse = o.masked_fill_(alone.unsqueeze(1), 0.0), lse.masked_fill_(alone, LOWEST)
-        return Parcel(self._record.pack(o=o, lse=lse), route.attended.counts, route.asked.counts)
+        return SplitRows(self._record.pack(o=o, lse=lse), route.attended.counts, route.asked.counts)
 
     def at_home(self, route: Route, rows: Tensor) -> Sums:
         tokens, counts = route.asked.tokens(self._out.plan.n_local), route.asked.counts
@@ -68,7 +68,7 @@ class RoundReturns:
         self._width = out.v.shape[3]
         self._record = Record(o=(torch.float32, self._width), top=(torch.float32, 1), weight=(torch.float32, 1))
 
-    def attend(self, route: Route, hosted: Hosted) -> Parcel:
+    def attend(self, route: Route, hosted: Hosted) -> SplitRows:
         source = hosted.guests.position // self._out.plan.n_local
         packed, sources = [], []
         for layout, sums in self._out.tiled(hosted).attend_rounds(hosted.q, hosted.k, hosted.v):
@@ -76,8 +76,8 @@ class RoundReturns:
             packed.append(self._record.pack(o=sums.o[rows], top=sums.top[rows], weight=sums.weight[rows]))
             sources.append(source[rows])
         to = torch.cat(sources)
-        counts = torch.bincount(to, minlength=self._out.wire.size).tolist()
-        return Parcel(torch.cat(packed)[to.argsort(stable=True)], counts, self._places(route)[1])
+        counts = torch.bincount(to, minlength=self._out.comm.size).tolist()
+        return SplitRows(torch.cat(packed)[to.argsort(stable=True)], counts, self._places(route)[1])
 
     def at_home(self, route: Route, rows: Tensor) -> Sums:
         assert route.owners is not None
@@ -101,4 +101,4 @@ class RoundReturns:
         owners = route.owners.flatten()
         real = (owners >= 0).nonzero().squeeze(1)
         order = owners[real].argsort(stable=True)
-        return real[order], torch.bincount(owners[real], minlength=self._out.wire.size).tolist()
+        return real[order], torch.bincount(owners[real], minlength=self._out.comm.size).tolist()

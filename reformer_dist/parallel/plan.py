@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import Parcel, Wire
+from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.held import HeldRows, Rows
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.partition import (
-    Part,
-    Readers,
-    chunk_readers,
-    chunk_run,
+    Partition,
+    Recipients,
+    chunk_recipients,
+    chunk_partition,
     tiling_of,
-    window_readers,
-    window_run,
+    window_recipients,
+    window_partition,
 )
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, place_codes, row_keys
 from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits
@@ -98,31 +98,31 @@ class Plan:
 
 
 def make_plan(
-    buckets: Tensor, options: AttentionOptions, seq_len: int, wire: Wire, *, merge_returns: bool = True
+    buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, merge_returns: bool = True
 ) -> Plan:
     """The plan for bucket ids [U, R, S] of this rank's tokens, where n_buckets marks padding.
 
     Raises TrainingError, alike on every rank, where what arrives is not what the counts foretell.
     """
-    with wire.ledger.timed(PHASE):
-        return _make_plan(buckets, options, seq_len, wire, keeps_owners=not merge_returns)
+    with comm.stats.timed(PHASE):
+        return _make_plan(buckets, options, seq_len, comm, keeps_owners=not merge_returns)
 
 
 def _make_plan(
-    buckets: Tensor, options: AttentionOptions, seq_len: int, wire: Wire, *, keeps_owners: bool
+    buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, keeps_owners: bool
 ) -> Plan:
     n_units, _, n_local = buckets.shape
-    before, total = _scan(count_buckets(buckets, options.n_buckets), wire)
+    before, total = _scan(count_buckets(buckets, options.n_buckets), comm)
     size = max(1, GROUP_TOKENS["cuda" if buckets.is_cuda else "cpu"] // n_local)
     routes, strays = [], 0
     for first in range(0, n_units, size):
         units = slice(first, min(first + size, n_units))
-        home = _HomePlaces(buckets[units], before[units], total[units], options, seq_len, wire.size)
-        routes.append(_route(units, home, options, wire, keeps_owners=keeps_owners))
-        strays += _count_strays(routes[-1], options, seq_len, n_local, wire)
+        home = _HomePlaces(buckets[units], before[units], total[units], options, seq_len, comm.size)
+        routes.append(_route(units, home, options, comm, keeps_owners=keeps_owners))
+        strays += _count_strays(routes[-1], options, seq_len, n_local, comm)
     balance = _wrapped(sum(route.balance for route in routes))
     found = torch.tensor([strays, balance], device=buckets.device)
-    strays, difference = wire.sum(found, PHASE).tolist()
+    strays, difference = comm.all_reduce(found, PHASE).tolist()
     if strays or difference:
         raise TrainingError(
             f"bucket exchange: {strays} tokens arrived where the counts foretell others (checksums differ by "
@@ -131,17 +131,17 @@ def _make_plan(
     return Plan(routes, seq_len, n_local, balance)
 
 
-def _scan(counts: Tensor, wire: Wire) -> tuple[Tensor, Tensor]:
+def _scan(counts: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
     """From [U, R, K] of this rank: the sums over the ranks before it, and over all ranks.
 
     Each rank sums a share of the columns, so that none holds the counts of all ranks.
     """
     n_units, n_rounds, n_buckets = counts.shape
-    padded = torch.nn.functional.pad(counts, (0, -n_buckets % wire.size))
-    columns = wire.swap(padded.unflatten(2, (wire.size, -1)).permute(2, 0, 1, 3), PHASE)
+    padded = torch.nn.functional.pad(counts, (0, -n_buckets % comm.size))
+    columns = comm.all_to_all(padded.unflatten(2, (comm.size, -1)).permute(2, 0, 1, 3), PHASE)
     until = columns.cumsum(dim=0, dtype=torch.int32)
     answer = torch.stack([until - columns, until[-1:].expand_as(until)], dim=1)
-    shares = wire.swap(answer, PHASE)  # [P, 2, U, R, K / P]
+    shares = comm.all_to_all(answer, PHASE)  # [P, 2, U, R, K / P]
     before, total = shares.permute(1, 2, 3, 0, 4).reshape(2, n_units, n_rounds, -1)[..., :n_buckets].unbind()
     return before.contiguous(), total.contiguous()
 
@@ -156,7 +156,7 @@ class _HomePlaces:
         n_units, n_rounds, n_local = buckets.shape
         self.needs = torch.zeros(size, n_units, n_local, dtype=torch.bool, device=buckets.device)
         self.asks = torch.zeros_like(self.needs)
-        self._readers: list[list[Readers]] = []
+        self._readers: list[list[Recipients]] = []
         codes, owners = [], []
         rule = options.rule
         tile_len = tiling_of(rule, seq_len, options.n_buckets).tile_len
@@ -164,9 +164,9 @@ class _HomePlaces:
             bucket = buckets[:, r]
             rank = bucket_ranks(bucket, before[:, r])
             if isinstance(rule, ChunkRule):
-                owner, readers = chunk_readers(bucket, rank, total[:, r], rule, seq_len, size)
+                owner, readers = chunk_recipients(bucket, rank, total[:, r], rule, seq_len, size)
             else:
-                owner, readers = window_readers(bucket, rank, total[:, r], rule, tile_len, size)
+                owner, readers = window_recipients(bucket, rank, total[:, r], rule, tile_len, size)
             self._mark(self.asks, owner, owner >= 0)
             for some in readers:
                 for taker, takes in some.pairs(size):
@@ -198,7 +198,7 @@ class _HomePlaces:
         return torch.stack(columns, dim=1)
 
 
-def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wire, *, keeps_owners: bool) -> Route:
+def _route(units: slice, home: _HomePlaces, options: AttentionOptions, comm: CommGroup, *, keeps_owners: bool) -> Route:
     """Tells every rank what it will get of these units, and hears the same."""
     bits = torch.stack([pack_bits(home.needs), pack_bits(home.asks)], dim=1)
     taker, unit, token = home.needs.nonzero(as_tuple=True)
@@ -210,16 +210,16 @@ def _route(units: slice, home: _HomePlaces, options: AttentionOptions, wire: Wir
         values["codes"] = home.codes[unit, :, token]
     record = Record(**fields)
     rows = record.pack(**values)
-    heard = wire.swap(bits, PHASE)
+    heard = comm.all_to_all(bits, PHASE)
     sent, asked, received, attended = (
         Selection.of(both[:, which].contiguous()) for both in (bits, heard) for which in (0, 1)
     )
-    arrived = wire.send(Parcel(rows, sent.counts, received.counts), PHASE).wait()
+    arrived = comm.all_to_all_v(SplitRows(rows, sent.counts, received.counts), PHASE).wait()
     codes = record.field(arrived, "codes").t().contiguous() if home.codes is not None else None
     came = record.field(arrived, "ids").contiguous()
     owners = home.owners if keeps_owners else None
-    sum_sent = _checksum(sent, asked, ids, wire, is_sent=True)
-    balance = _wrapped(sum_sent - _checksum(received, attended, came, wire, is_sent=False))
+    sum_sent = _checksum(sent, asked, ids, comm, is_sent=True)
+    balance = _wrapped(sum_sent - _checksum(received, attended, came, comm, is_sent=False))
     return Route(units, sent, asked, received, attended, came, codes, owners, home.total, balance)
 
 
@@ -242,12 +242,12 @@ def guests_of(route: Route, plan: Plan) -> Guests:
     return Guests(unit, source * plan.n_local + token, is_query.nonzero().squeeze(1))
 
 
-def held_rows(route: Route, guests: Guests, plan: Plan, numbers: Tensor, wire: Wire) -> HeldRows:
+def held_rows(route: Route, guests: Guests, plan: Plan, numbers: Tensor, comm: CommGroup) -> HeldRows:
     """The received rows. numbers [all units]: the unit numbers of this rank's call."""
     codes = route.codes if route.ids.shape[1] > 1 else None
     rows = Rows(numbers[route.units][guests.unit], guests.position, codes)
     keys = list(_keys_by_round(route, guests.unit))
-    return HeldRows(rows, keys, route.total, plan.seq_len, Part(wire.index, wire.size))
+    return HeldRows(rows, keys, route.total, plan.seq_len, Partition(comm.index, comm.size))
 
 
 def _keys_by_round(route: Route, unit: Tensor) -> Iterator[Tensor]:
@@ -256,9 +256,9 @@ def _keys_by_round(route: Route, unit: Tensor) -> Iterator[Tensor]:
         yield row_keys(unit, route.ids[:, r], n_units, n_buckets)
 
 
-def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local: int, wire: Wire) -> int:
+def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local: int, comm: CommGroup) -> int:
     """How many tokens have come, or stayed away, against what the counts of all ranks foretell."""
-    part, rule = Part(wire.index, wire.size), options.rule
+    part, rule = Partition(comm.index, comm.size), options.rule
     _, unit, _ = route.received.mask(n_local).nonzero(as_tuple=True)
     strays = 0
     for r, keys in enumerate(_keys_by_round(route, unit)):
@@ -266,20 +266,20 @@ def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local
         found = torch.bincount(keys, minlength=total.numel() + 1)[:-1].view_as(total)
         if isinstance(rule, ChunkRule):
             found = found.sum(dim=1)
-            run = chunk_run(seq_len, rule, part)
+            run = chunk_partition(seq_len, rule, part)
             first = torch.tensor(run.needed, dtype=torch.int64, device=keys.device) * rule.chunk_len
             foretold = (total.sum(dim=1, keepdim=True) - first).clamp(0, rule.chunk_len).sum(dim=1)
         else:
-            run_of = window_run(total, rule, tiling_of(rule, seq_len, options.n_buckets).tile_len, part)
+            run_of = window_partition(total, rule, tiling_of(rule, seq_len, options.n_buckets).tile_len, part)
             foretold = run_of.stop - run_of.start
         strays += int((found - foretold).abs().sum())
     return strays
 
 
-def _checksum(needed: Selection, queries: Selection, ids: Tensor, wire: Wire, *, is_sent: bool) -> int:
+def _checksum(needed: Selection, queries: Selection, ids: Tensor, comm: CommGroup, *, is_sent: bool) -> int:
     """A number of the tokens that this rank sends to each rank, or gets from each, and of their bucket ids."""
-    other = torch.arange(wire.size, device=ids.device)
-    pair = wire.index * wire.size + other if is_sent else other * wire.size + wire.index
+    other = torch.arange(comm.size, device=ids.device)
+    pair = comm.index * comm.size + other if is_sent else other * comm.size + comm.index
     of_ids = torch.stack([_weighed(part.flatten()) for part in ids.split(needed.counts)])
     of_bits = [_weighed(selection.bits.flatten(1)) for selection in (needed, queries)]
     return int(((of_ids + 3 * of_bits[0] + 5 * of_bits[1]) * (pair + 1)).sum())

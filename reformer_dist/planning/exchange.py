@@ -33,7 +33,7 @@ class Exchange:
 
     @property
     def n_local(self) -> int:
-        return -(-self.seq_len // self.job.grid[1])
+        return -(-self.seq_len // self.job.mesh_shape[1])
 
     @property
     def units_at_a_time(self) -> int:
@@ -42,7 +42,7 @@ class Exchange:
     @property
     def copies(self) -> float:
         """Ranks that hold a token, its own among them, if buckets are spread evenly."""
-        n_ranks, rule = self.job.grid[1], self.layer.rule
+        n_ranks, rule = self.job.mesh_shape[1], self.layer.rule
         if self.layer.n_buckets > 1:
             return 1 + mean_other_ranks(n_ranks, self.layer.n_rounds)
         if isinstance(rule, ChunkRule):
@@ -59,7 +59,7 @@ class Exchange:
         n_ids = self.copies * self.layer.n_rounds
         is_counted = self.job.config.model.count_pairs_once and self.layer.n_rounds > 1
         ids = n_ids * (shape.ids / shape.n_hashes + (4 if is_counted else 0))
-        return tokens * (ids + 4 * self.job.grid[1] / 8) + counts
+        return tokens * (ids + 4 * self.job.mesh_shape[1] / 8) + counts
 
     def workspace(self) -> float:
         """Highest at the attention of a group in the middle."""

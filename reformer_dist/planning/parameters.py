@@ -10,7 +10,7 @@ from torch import nn
 
 from reformer_dist.engine.optim import parameter_groups
 from reformer_dist.models import ReformerEncoderDecoder
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.block import Block
 
 
@@ -51,7 +51,7 @@ def count_parameters(build_model: Callable[[], nn.Module]) -> ParameterCount:
     """The counts of a model of ours, which is built without memory."""
     with torch.device("meta"):
         model = build_model()
-    assert isinstance(model, TokenModel)
+    assert isinstance(model, ReformerModel)
     encoder = model.encoder if isinstance(model, ReformerEncoderDecoder) else None
     blocks = [_count_block(block) for block in model.stack.blocks]
     encoder_blocks = [_count_block(block) for block in encoder.blocks] if encoder else []
@@ -65,7 +65,7 @@ def count_parameters(build_model: Callable[[], nn.Module]) -> ParameterCount:
 def _count_block(block: nn.Module) -> BlockCount:
     assert isinstance(block, Block)
     attention = _count(block.attention_norm) + _count(block.attention)
-    cross = _count(block.cross_attention_norm) + _count(block.cross_attention) if block.reads_source else 0
+    cross = _count(block.cross_attention_norm) + _count(block.cross_attention) if block.has_cross_attention else 0
     return BlockCount(attention, _count(block) - attention - cross, cross)
 
 

@@ -20,7 +20,7 @@ def size(n_bytes: float) -> str:
 def _job_lines(plan: Plan) -> list[str]:
     job, config = plan.job, plan.job.config
     micro, n_micro = config.micro_batching(job.world_size)
-    heads, buckets = job.grid
+    heads, buckets = job.mesh_shape
     tokens = config.data.batch_size * config.data.seq_len
     of_sources = f" and {config.data.batch_size * config.task.max_source_len:,} of sources" if job.encoder else ""
     ranks = f"{job.world_size} rank{'s' if job.world_size > 1 else ''} on {job.device}"

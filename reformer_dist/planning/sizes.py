@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from reformer_dist.config import Activation, AttentionKind, Precision, RunConfig, TaskConfig, TaskKind
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.parallel.traffic import LayerShape, choose_grid
+from reformer_dist.parallel.traffic import LayerShape, choose_mesh
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Job:
         )
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def mesh_shape(self) -> tuple[int, int]:
         """(heads, buckets) of the ranks that share a sequence, as `share.py` chooses them."""
-        return choose_grid(self.config.parallel.grids(), self.layer_shape, self.ranks_per_node)
+        return choose_mesh(self.config.parallel.meshes(), self.layer_shape, self.ranks_per_node)
 
     @property
     def encoder(self) -> Job | None:
@@ -59,7 +59,7 @@ class Job:
         config = self.config
         if config.task.kind is not TaskKind.sequence_to_sequence:
             return None
-        heads, buckets = self.grid
+        heads, buckets = self.mesh_shape
         of_sources = replace(
             config,
             task=TaskConfig(kind=TaskKind.sequence_classification),

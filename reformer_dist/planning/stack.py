@@ -98,20 +98,20 @@ class StackPlan:
         return own + self._exchange_plan(kind) + (self._cross.ids if self._cross else 0)
 
     def _exchange_plan(self, kind: AttentionKind) -> float:
-        is_exchanged = kind is not AttentionKind.exact and self.job.grid[1] > 1
+        is_exchanged = kind is not AttentionKind.exact and self.job.mesh_shape[1] > 1
         return self._exchange(kind).remembered() if is_exchanged else 0.0
 
     def _attention_workspace(self, kind: AttentionKind) -> float:
         if kind is AttentionKind.exact:
             return 0.0
         exchange = self._exchange(kind)
-        if self.job.grid[1] > 1:
+        if self.job.mesh_shape[1] > 1:
             return exchange.workspace()
         return workspace(self.job, exchange.layer, exchange.units, exchange.seq_len)
 
     def _exchange(self, kind: AttentionKind) -> Exchange:
         """Of the whole units that a layer's attention sees here, once heads have been exchanged."""
-        shape, (heads, buckets) = self.job.layer_shape, self.job.grid
+        shape, (heads, buckets) = self.job.layer_shape, self.job.mesh_shape
         seq_len = min(shape.slice_len * heads * buckets, self.job.config.data.seq_len)
         layer = LayerRule.of(self.job.config.model, kind)
         return Exchange(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)

@@ -77,14 +77,14 @@ class LayerTraffic:
 
     def heads(self) -> float:
         shape = self.job.layer_shape
-        heads = self.job.config.parallel.sequence if self.kind is AttentionKind.exact else self.job.grid[0]
+        heads = self.job.config.parallel.sequence if self.kind is AttentionKind.exact else self.job.mesh_shape[0]
         vectors = shape.tokens * shape.vector * (heads - 1) / heads
         ids = head_bytes(shape, heads) - 3 * vectors if self.kind is AttentionKind.lsh else 0.0
         each_way = n_projections(self.kind) + 1  # q, k, v and o; or their gradients
         return vectors * each_way * (self._forwards + 1) + ids
 
     def buckets(self) -> float:
-        shape, (heads, buckets) = self.job.layer_shape, self.job.grid
+        shape, (heads, buckets) = self.job.layer_shape, self.job.mesh_shape
         if buckets == 1 or self.kind is AttentionKind.exact:
             return 0.0
         if self.kind is AttentionKind.local:

@@ -10,8 +10,7 @@ from typing import NoReturn
 
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.process import log
-from reformer_dist.process import stdio as unread
+from reformer_dist.process import log, stdio
 from reformer_dist.process.signals import INTERRUPTED
 
 PREEMPTED = os.EX_TEMPFAIL  # 75: told to end by a signal, and saved; the same command goes on
@@ -25,7 +24,7 @@ def run_command(command: Callable[[], None]) -> None:
     """
     log.configure()
     _drop_local_rank()
-    with unread.quietly():
+    with stdio.quietly():
         _run(command)
 
 
@@ -33,7 +32,7 @@ def _run(command: Callable[[], None]) -> None:
     try:
         command()
     except runtime.Preempted as stopped:
-        unread.say(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
+        stdio.say(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
         _leave(PREEMPTED)
     except (ConfigError, runtime.SharedError) as error:
         runtime.stop()
@@ -65,7 +64,7 @@ def _leave(status: int) -> NoReturn:
     DeepSpeed keeps process groups alive; a thread of gloo that drops a tensor while the interpreter goes down
     aborts the process, and a group with a lost rank may never go down.
     """
-    unread.flush()
+    stdio.flush()
     if runtime.env_world_size() > 1:
         os._exit(status)
     sys.exit(status)
@@ -73,8 +72,8 @@ def _leave(status: int) -> NoReturn:
 
 def _exit(error: UserError, speaks: bool) -> NoReturn:
     if speaks:
-        unread.say(sys.stdout, "")
-        unread.say(sys.stderr, f"error: {error}\n")
+        stdio.say(sys.stdout, "")
+        stdio.say(sys.stderr, f"error: {error}\n")
     else:
         # a launcher ends all ranks as soon as one has ended: let it be the one that speaks
         time.sleep(HEAR_OUT)

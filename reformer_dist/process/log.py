@@ -7,7 +7,7 @@ import sys
 from typing import TextIO
 
 from reformer_dist.distributed.runtime import env_rank
-from reformer_dist.process import stdio as unread
+from reformer_dist.process import stdio
 
 logger = logging.getLogger("reformer_dist")
 
@@ -15,8 +15,8 @@ logger = logging.getLogger("reformer_dist")
 class _Handler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         """Falls silent for good where nobody reads any more; logging would print a page about each line."""
-        if unread.is_unread(self.stream):
-            unread.silence(self.stream)
+        if stdio.is_unread(self.stream):
+            stdio.silence(self.stream)
         else:
             super().handleError(record)
 

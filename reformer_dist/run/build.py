@@ -64,7 +64,7 @@ def build_trainer(
     if start is not None:
         _announce_resume(start, config, runtime)
     progress = checkpoints.restore(start) if start is not None else Progress()
-    loader = feed.loader(config, sequence.grid, micro_batch, task.make_example)
+    loader = feed.loader(config, sequence.mesh, micro_batch, task.make_example)
     resources.callback(loader.close)
     if progress.step < config.trainer.max_steps:  # else overrides would be recorded that trained nothing
         write_config(config, runtime)

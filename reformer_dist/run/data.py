@@ -22,7 +22,7 @@ from reformer_dist.data import (
     merge_states,
     read_state,
 )
-from reformer_dist.distributed.mesh import SequenceGrid
+from reformer_dist.distributed.mesh import SequenceMesh
 from reformer_dist.errors import DataError
 from reformer_dist.process.log import logger
 
@@ -90,7 +90,7 @@ class Feed:
         return replace(config, trainer=replace(config.trainer, max_steps=max(1, last)))
 
     def loader(
-        self, config: RunConfig, grid: SequenceGrid, micro_batch: int, make_example: MakeExample
+        self, config: RunConfig, mesh: SequenceMesh, micro_batch: int, make_example: MakeExample
     ) -> TrainLoader:
         """The batches of a data-parallel rank."""
         data = config.data
@@ -99,8 +99,8 @@ class Feed:
             self.order,
             Quarantine(n_samples, data.max_damaged_share, self.start.quarantine),
             micro_batch_size=micro_batch,
-            dp_rank=grid.dp_rank,
-            dp_size=grid.dp_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
             start=self.start,
             passes=data.epochs or None,
             make_example=make_example,

@@ -1,4 +1,4 @@
-"""Looks at a model in training: held-out loss, health of its hashing, reversible drift, a sample of its text."""
+"""Looks at a model in training: held-out loss, hash statistics, reversible drift, a sample of its text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.generation import SamplingOptions, generate, make_decoder
-from reformer_dist.models.base import TokenModel
-from reformer_dist.ops.lsh.bucket_stats import LSHHealth
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.process.log import logger
 from reformer_dist.tasks import HeldoutBatch, Rows, Task
@@ -48,13 +48,13 @@ class Probes:
         self._micro_batch, _ = config.micro_batching(runtime.world_size)
 
     def evaluate(self, step: int, seconds: float) -> None:
-        """Held-out loss over data.eval_rows rows, and the health of the model on the first of them.
+        """Held-out loss over data.eval_rows rows, and the bucket_stats of the model on the first of them.
 
         seconds: of training so far. Raises Preempted alike on every rank if any is told to stop meanwhile.
         """
         self._engine.train(False)
-        grid = self._sequence.grid
-        batches = self._batches(self._config.data.eval_rows, self._micro_batch, grid.dp_rank, grid.dp_size)
+        mesh = self._sequence.mesh
+        batches = self._batches(self._config.data.eval_rows, self._micro_batch, mesh.dp_rank, mesh.dp_size)
         batches = self._stop.until_stopped(batches, self._runtime)
         result = evaluate(
             self._engine.forward,
@@ -96,18 +96,18 @@ class Probes:
         model = self._engine.module
         rows = MicroBatch.of(self._first_rows(), self._sequence, labels_of_rows=self._task.labels_of_rows)
         given = rows.to(self._runtime.device)
-        health: list[LSHHealth] = []
+        bucket_stats: list[BucketStats] = []
         values = {}
         with self._engine.autocast():
-            model(**given, **rows.sequences, health=health)
-            if isinstance(model, TokenModel):
+            model(**given, **rows.sequences, bucket_stats=bucket_stats)
+            if isinstance(model, ReformerModel):
                 read: dict[str, Any] = {name: given[name] for name in READ & given.keys()}
                 read |= rows.sequences
                 drift = model.reversible_drift(**read).item()
                 values["reversible/drift"] = max(self._runtime.gather(drift))
-        if health:
-            values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in health)
-            values["lsh/full_windows"] = fmean(layer.full_windows for layer in health)
-            agreement = self._runtime.sum([fmean(layer.agreement for layer in health)])[0]
+        if bucket_stats:
+            values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in bucket_stats)
+            values["lsh/full_windows"] = fmean(layer.full_windows for layer in bucket_stats)
+            agreement = self._runtime.sum([fmean(layer.agreement for layer in bucket_stats)])[0]
             values["lsh/agreement_of_rounds"] = agreement / self._runtime.world_size
         return values

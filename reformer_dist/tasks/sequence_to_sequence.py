@@ -71,7 +71,7 @@ class SequenceToSequence(SampleTask):
         """The most probable token at each step, for all samples together."""
         eos, device = self.tokenizer.eos_id, device_of(model)
         decoder = make_decoder(self._reading(model, samples), self.config.model)
-        logits = decoder.start(torch.full((len(samples), 1), eos, device=device))
+        logits = decoder.prefill(torch.full((len(samples), 1), eos, device=device))
         tokens: list[Tensor] = []
         ended = torch.zeros(len(samples), dtype=torch.bool, device=device)
         while True:

@@ -83,7 +83,7 @@ class MicroBatch:
         sequences = {"sequence": sequence.of_length(tokens.shape[1])}
         if "source" in rows:
             sequences["source_sequence"] = sequence.of_length(rows["source"].shape[1])
-        if sequence.grid.size > 1:
+        if sequence.mesh.size > 1:
             for name, tensor in rows.items():
                 if name == "rows" or (name == "labels" and labels_of_rows):
                     continue
@@ -98,7 +98,7 @@ class MicroBatch:
     def asked(self) -> Tensor:
         """Which labels count on this rank: of those that several ranks have, the first rank's."""
         asked = self.tensors["labels"] != IGNORED
-        is_first = self.sequences["sequence"].grid.slice_index == 0
+        is_first = self.sequences["sequence"].mesh.slice_index == 0
         return asked if is_first or not self.labels_of_rows else torch.zeros_like(asked)
 
     @property
@@ -178,8 +178,8 @@ class Intake:
 
     def _odds(self, checksum: int) -> int:
         """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""
-        grid = self._sequence.grid
-        return checksum * (grid.size - 1 if grid.slice_index == 0 else -1) if grid.size > 1 else 0
+        mesh = self._sequence.mesh
+        return checksum * (mesh.size - 1 if mesh.slice_index == 0 else -1) if mesh.size > 1 else 0
 
     def _share_damage(self, mine: Sequence[Any]) -> None:
         """Every rank learns of what any rank found. Raises an error alike on all of them if that is too much."""

@@ -56,12 +56,12 @@ def test_a_product_that_is_not_the_whole(heads: int, buckets: int) -> None:
         ParallelConfig(sequence=8, heads=heads, buckets=buckets)
 
 
-def test_the_grids_that_are_left() -> None:
-    assert ParallelConfig().grids() == [(1, 1)]
-    assert ParallelConfig(sequence=6).grids() == [(6, 1), (3, 2), (2, 3), (1, 6)]
-    assert ParallelConfig(sequence=6, heads=2).grids() == [(2, 3)]
-    assert ParallelConfig(sequence=6, buckets=6).grids() == [(1, 6)]
-    assert ParallelConfig(sequence=6, heads=3, buckets=2).grids() == [(3, 2)]
+def test_the_meshes_that_are_left() -> None:
+    assert ParallelConfig().meshes() == [(1, 1)]
+    assert ParallelConfig(sequence=6).meshes() == [(6, 1), (3, 2), (2, 3), (1, 6)]
+    assert ParallelConfig(sequence=6, heads=2).meshes() == [(2, 3)]
+    assert ParallelConfig(sequence=6, buckets=6).meshes() == [(1, 6)]
+    assert ParallelConfig(sequence=6, heads=3, buckets=2).meshes() == [(3, 2)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import (
+from support.datasets import (
     damage_sample,
     documents_of,
     folder_of,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
+from support.datasets import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
 
 from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, Shard, Source, find_damage
 from reformer_dist.data.format.sample_reader import SampleDamaged

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import documents_of, edit_index, edit_record, folder_of, make_order
 from support.damage import BYTES, edit_json, edit_json_file
+from support.datasets import documents_of, edit_index, edit_record, folder_of, make_order
 
 from reformer_dist.data import Corpus, Dataset, Quarantine, SampleReader, Source
 from reformer_dist.data.format.quarantine import CheckedReader

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import damage_sample, documents_of, folder_of, numbered_text, replace_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.datasets import damage_sample, documents_of, folder_of, numbered_text, replace_split
 
 from reformer_dist.data import BpeTokenizer, Corpus, Damage, Dataset, EvalBatch, count_text_bytes, heldout_batches
 from reformer_dist.errors import DataError

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import damage_sample, folder_of, open_loader, read_steps, read_world, replace_split, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.datasets import damage_sample, folder_of, open_loader, read_steps, read_world, replace_split, rows_of
 
 from reformer_dist.data import Corpus, Dataset, consumed_hash, merge_states
 from reformer_dist.data import loader as loader_module

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import documents_of, folder_of, make_order, numbered_text, read_world, replace_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.datasets import documents_of, folder_of, make_order, numbered_text, read_world, replace_split
 
 from reformer_dist.data import Corpus, Dataset, Source, TextRows
 from reformer_dist.data import index as index_module

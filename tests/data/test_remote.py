@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import damage_sample, folder_of, read_world
+from support.datasets import damage_sample, folder_of, read_world
 from support.servers import Server, serve
 
 from reformer_dist.data import BpeTokenizer, Corpus, Dataset

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from data_helpers import write_tar
 from hypothesis import given
 from hypothesis import strategies as st
+from support.datasets import write_tar
 
 from reformer_dist.data import LeftOut, iterate_documents
 from reformer_dist.data.prepare.documents import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES

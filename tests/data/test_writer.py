@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import webdataset
-from data_helpers import folder_of, varied_documents
+from support.datasets import folder_of, varied_documents
 
 from reformer_dist.data import (
     BpeTokenizer,

@@ -21,11 +21,11 @@ from reformer_dist.config import (
     Position,
 )
 from reformer_dist.models import ReformerEncoderDecoder, ReformerLM
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.decoding import DecodingState
 
 LSH, LOCAL, EXACT = AttentionKind.lsh, AttentionKind.local, AttentionKind.exact
-Model = TypeVar("Model", bound=TokenModel)
+Model = TypeVar("Model", bound=ReformerModel)
 VOCAB = 40
 ROUNDING = 1e-5
 SIZES: dict[str, Any] = {

@@ -14,7 +14,7 @@ class TableDecoder:
         """[V, V] or, for the last two tokens, [V, V, V]."""
         self.rows_decoded: list[int] = []
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._tokens = tokens
         return self._logits()
 

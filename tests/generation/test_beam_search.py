@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.generation import BeamOptions, CachedDecoder, RecomputingDecoder, beam_search
+from reformer_dist.generation import BeamOptions, CachedDecoder, UncachedDecoder, beam_search
 from reformer_dist.models import ReformerLM
 
 EOS = 0
@@ -105,7 +105,7 @@ def test_the_cache_follows_the_beams() -> None:
         model.head.weight.mul_(20)  # sharp enough that scores differ by more than rounding
     prompt = torch.randint(0, 12, (9,), generator=torch.Generator().manual_seed(0))
     options = BeamOptions(4, 1.0)
-    plain = beam_search(RecomputingDecoder(model), prompt, 12, options, ends)
+    plain = beam_search(UncachedDecoder(model), prompt, 12, options, ends)
     moves = []
     cached = CachedDecoder(model, config)
     select = cached.select_rows

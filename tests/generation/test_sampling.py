@@ -14,9 +14,9 @@ from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule, Posi
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.generation import (
     CachedDecoder,
-    RecomputingDecoder,
-    Sampler,
     SamplingOptions,
+    TextSampler,
+    UncachedDecoder,
     generate,
     make_decoder,
 )
@@ -26,9 +26,9 @@ from reformer_dist.models import ReformerLM
 LOGITS = torch.tensor([[1.0, 3.0, 2.0, -1.0, 0.5]])
 
 
-def probabilities(punished: list[bool] | None = None, logits: torch.Tensor = LOGITS, **given: Any) -> list[float]:
+def probabilities(penalized: list[bool] | None = None, logits: torch.Tensor = LOGITS, **given: Any) -> list[float]:
     options = SamplingOptions(**{"temperature": 1.0, **given})
-    row = None if punished is None else torch.tensor([punished])
+    row = None if penalized is None else torch.tensor([penalized])
     return next_probabilities(logits, options, row)[0].tolist()
 
 
@@ -44,9 +44,9 @@ def test_by_hand() -> None:
     assert [p > 0 for p in probabilities(top_p=0.9)] == [True, True, True, False, False]
     # top-k first: its two hold everything that top-p then counts
     assert [p > 0 for p in probabilities(top_k=2, top_p=0.7)] == [False, True, False, False, False]
-    punished = [False, True, False, True, False]
+    penalized = [False, True, False, True, False]
     changed = torch.tensor([1.0, 1.5, 2.0, -2.0, 0.5]).softmax(0).tolist()
-    assert probabilities(punished, repetition_penalty=2.0) == pytest.approx(changed)
+    assert probabilities(penalized, repetition_penalty=2.0) == pytest.approx(changed)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def draw(
     """Tokens by row; ended: how many tokens a row has, where not all."""
     decoder = TableDecoder(random_table(20, 5))
     options = SamplingOptions(temperature=1.0, seed=seed)
-    sampler = Sampler(decoder, [torch.tensor(prompt) for prompt in prompts], options, **given)
+    sampler = TextSampler(decoder, [torch.tensor(prompt) for prompt in prompts], options, **given)
     found: dict[int, list[int]] = {row: [] for row in sampler.rows}
     for n in range(1, n_tokens + 1):
         for row, token in sampler.step().items():
@@ -111,7 +111,7 @@ def test_every_row_has_a_seed_of_its_own() -> None:
 
 def test_draws_follow_their_probabilities() -> None:
     table = torch.tensor([[0.0, 1.0, 2.0]]).repeat(3, 1)
-    sampler = Sampler(TableDecoder(table), [torch.tensor([0])], SamplingOptions(temperature=1.0), n_samples=1500)
+    sampler = TextSampler(TableDecoder(table), [torch.tensor([0])], SamplingOptions(temperature=1.0), n_samples=1500)
     counts = torch.bincount(torch.tensor(list(sampler.step().values())), minlength=3) / 1500
     torch.testing.assert_close(counts, table[0].softmax(0), atol=0.04, rtol=0)
 
@@ -120,9 +120,9 @@ def test_the_penalty_knows_prompt_and_text_but_not_the_end() -> None:
     """Greedily, with a penalty that nothing withstands, no token comes twice."""
     table = torch.arange(6.0).repeat(6, 1) + 1
     options = SamplingOptions(temperature=0, repetition_penalty=1e6)
-    sampler = Sampler(TableDecoder(table), [torch.tensor([5, 4])], options)
+    sampler = TextSampler(TableDecoder(table), [torch.tensor([5, 4])], options)
     assert [sampler.step()[0] for _ in range(4)] == [3, 2, 1, 0]
-    sampler = Sampler(TableDecoder(table), [torch.tensor([5, 4])], options, unpunished=5)
+    sampler = TextSampler(TableDecoder(table), [torch.tensor([5, 4])], options, unpenalized=5)
     assert [sampler.step()[0] for _ in range(2)] == [5, 5]
 
 
@@ -135,17 +135,17 @@ def test_batches_of_a_model_are_its_single_texts(neighbours: NeighbourRule) -> N
     )
     model = ReformerLM(config, 15).eval()
     decoder = make_decoder(model, config)
-    assert isinstance(decoder, CachedDecoder if neighbours is NeighbourRule.window else RecomputingDecoder)
+    assert isinstance(decoder, CachedDecoder if neighbours is NeighbourRule.window else UncachedDecoder)
     prompts = [torch.arange(3, 9), torch.tensor([2]), torch.arange(14, 4, -1)]
     options = SamplingOptions(temperature=1.0)
-    sampler = Sampler(decoder, prompts, options, n_samples=2)
+    sampler = TextSampler(decoder, prompts, options, n_samples=2)
     found: dict[int, list[int]] = {row: [] for row in sampler.rows}
     for n in range(10):
         for row, token in sampler.step().items():
             found[row].append(token)
         sampler.end({0, 5} if n == 4 else set())
     for number, prompt in enumerate(prompts):
-        alone = Sampler(make_decoder(model, config), [prompt], options, n_samples=2, first_prompt=number)
+        alone = TextSampler(make_decoder(model, config), [prompt], options, n_samples=2, first_prompt=number)
         texts = [alone.step() for _ in range(10)]
         for sample in range(2):
             tokens = found[2 * number + sample]
@@ -166,7 +166,7 @@ def test_a_shorter_prompt_goes_on_to_the_last_position(neighbours: NeighbourRule
     options = SamplingOptions(temperature=1.0)
 
     def texts(prompts: list[torch.Tensor], first: int) -> list[list[int]]:
-        sampler = Sampler(make_decoder(model, config), prompts, options, first_prompt=first)
+        sampler = TextSampler(make_decoder(model, config), prompts, options, first_prompt=first)
         found: list[list[int]] = [[] for _ in prompts]
         while sampler.rows:
             for row, token in sampler.step().items():
@@ -188,7 +188,7 @@ def test_one_text_is_a_stream() -> None:
 
 
 def test_what_can_not_be_drawn_is_said() -> None:
-    sampler = Sampler(TableDecoder(torch.full((3, 3), torch.nan)), [torch.tensor([1])], SamplingOptions())
+    sampler = TextSampler(TableDecoder(torch.full((3, 3), torch.nan)), [torch.tensor([1])], SamplingOptions())
     with pytest.raises(UserError, match="not finite"):
         sampler.step()
     with pytest.raises(ConfigError, match=r"model.causal=false"):

@@ -13,7 +13,7 @@ from reformer_dist.data import BpeTokenizer, ByteTokenizer
 from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 from reformer_dist.generate import _ending
 from reformer_dist.generation import TextStream
-from reformer_dist.generation.text import CONTEXT
+from reformer_dist.generation.text_stream import CONTEXT
 
 BYTES = ByteTokenizer()
 

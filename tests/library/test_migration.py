@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from reformer_dist import AttentionKind, ModelConfig, initialise, migration
+from reformer_dist import AttentionKind, ModelConfig, init_weights, migration
 from reformer_dist import LSHSelfAttention as OurLSHSelfAttention
 from reformer_dist.config import Norm, Position
 from reformer_dist.errors import ConfigError
@@ -204,6 +204,6 @@ def test_a_layer_of_ours_makes_rotary_positions_by_itself() -> None:
     outputs = []
     for position in (Position.sinusoidal, Position.rotary):
         layer = OurLSHSelfAttention(ModelConfig(dim=32, n_heads=2, n_buckets=1, position=position)).eval()
-        initialise(layer, layer.config, seed=0)
+        init_weights(layer, layer.config, seed=0)
         outputs.append(layer(x))
     assert not torch.allclose(*outputs)

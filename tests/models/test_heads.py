@@ -15,7 +15,7 @@ from torch import Tensor
 from reformer_dist.config import ModelConfig, Pooling, Recompute, StreamMerge
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.question_answering import EXCLUDED
 
 TWO_SIDED: dict[str, Any] = {"causal": False, "layers": [LSH, LOCAL, EXACT], "n_layers": 3}
@@ -24,7 +24,7 @@ DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
 N_CLASSES = 5
 CLASSES = torch.tensor([3, 0, -100])
 ANSWERS = torch.tensor([[4, 9], [0, 2], [-100, -100]])
-MAKERS: dict[str, Callable[[ModelConfig], TokenModel]] = {
+MAKERS: dict[str, Callable[[ModelConfig], ReformerModel]] = {
     "masked": lambda config: ReformerLM(config, VOCAB),
     "classes": lambda config: ReformerForSequenceClassification(config, VOCAB, N_CLASSES),
     "answers": lambda config: ReformerForQuestionAnswering(config, VOCAB),

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from reformer_dist.config import Activation, HashScheme, NeighbourRule, Norm, Position, Recompute, StreamMerge
 from reformer_dist.models import ReformerLM, hashing
-from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.models.stack import ReformerStack
-from reformer_dist.ops.dropout import TokenPlaces
+from reformer_dist.ops.dropout import TokenCoords
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
 CHANGES: list[dict[str, Any]] = [
@@ -193,16 +193,16 @@ def test_streams_are_rebuilt(is_autocast: bool) -> None:
     stack = ReformerStack(small_config(n_layers=6))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
-    places = TokenPlaces(None, torch.arange(37))
+    places = TokenCoords(None, torch.arange(37))
     context = ForwardContext(dropout_seed=None, rotation_seed=1, places=places, sequence=WholeSequence())
-    memos = [Memo() for _ in range(6)]
+    caches = [RecomputeCache() for _ in range(6)]
     streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
         for layer, block in enumerate(stack.blocks):
-            streams.append(block(*streams[-1], context, layer, memo=memos[layer]))
+            streams.append(block(*streams[-1], context, layer, cache=caches[layer]))
         rebuilt = streams[-1]
         for layer in reversed(range(6)):
-            rebuilt = stack.blocks[layer](*rebuilt, context, layer, memo=memos[layer], is_inverse=True)
+            rebuilt = stack.blocks[layer](*rebuilt, context, layer, cache=caches[layer], is_inverse=True)
             for found, expected in zip(rebuilt, streams[layer], strict=True):
                 assert found.dtype == torch.float32
                 # a rounding error of a stream may turn the last bit of a sublayer's bf16 input

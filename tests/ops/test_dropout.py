@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.dropout import TokenPlaces, keep_mask, token_dropout, token_keys
+from reformer_dist.ops.dropout import TokenCoords, keep_mask, token_dropout, token_keys
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.seeds import derive_seed
 
-PLACES = TokenPlaces(rows=torch.tensor([3, 9, 0, 7, 5, 4]), positions=torch.arange(100, 140))
+PLACES = TokenCoords(rows=torch.tensor([3, 9, 0, 7, 5, 4]), positions=torch.arange(100, 140))
 
 
 def mask(seed: int = 0, head: int = 0, round_: int = 0, n: int = 300, dropout: float = 0.5) -> Tensor:
@@ -83,7 +83,7 @@ def test_a_tokens_mask_is_its_own() -> None:
     whole = token_dropout(x, 0.5, 9, PLACES)
     for rows, positions in ((slice(2, 5), slice(0, 40)), (slice(5, 6), slice(7, 19))):
         assert PLACES.rows is not None
-        places = TokenPlaces(PLACES.rows[rows], PLACES.positions[positions])
+        places = TokenCoords(PLACES.rows[rows], PLACES.positions[positions])
         assert torch.equal(token_dropout(x[rows, positions], 0.5, 9, places), whole[rows, positions])
     for axis in range(3):
         first, second = whole.movedim(axis, 0)[:2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_health
 from reformer_dist.ops.lsh.sorting import count_buckets
 from reformer_dist.ops.rotary import rotary_tables, rotate
 
@@ -40,7 +40,7 @@ def ids_of(*rounds: Tensor) -> Tensor:
     return torch.stack(list(rounds)).to(torch.uint8).expand(2, 3, len(rounds), -1)
 
 
-def health_of(ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+def health_of(ids: Tensor, n_buckets: int, window: int) -> BucketStats:
     return measure_health(ids, count_buckets(ids.flatten(0, 1), n_buckets), window)
 
 

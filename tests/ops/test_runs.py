@@ -12,7 +12,7 @@ from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
-from reformer_dist.ops.lsh.partition import Part, Readers, chunk_readers, chunk_run, window_readers, window_run
+from reformer_dist.ops.lsh.partition import Partition, Recipients, chunk_recipients, chunk_partition, window_recipients, window_partition
 from reformer_dist.ops.lsh.reference import visible_pairs
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
 
@@ -55,9 +55,9 @@ class Round:
         owners, taken = [], []
         for part, rank in zip(slices, ranks, strict=True):
             if isinstance(rule, ChunkRule):
-                owner, readers = chunk_readers(part, rank, self.total, rule, bucket.shape[1], size)
+                owner, readers = chunk_recipients(part, rank, self.total, rule, bucket.shape[1], size)
             else:
-                owner, readers = window_readers(part, rank, self.total, rule, shared.tile_len, size)
+                owner, readers = window_recipients(part, rank, self.total, rule, shared.tile_len, size)
             owners.append(owner)
             taken.append(takers(readers, part.shape, size))
         self.owner = torch.cat(owners, dim=1)
@@ -66,8 +66,8 @@ class Round:
         """[P, U, S]: whether each rank takes the token."""
 
 
-def takers(readers: list[Readers], shape: torch.Size, size: int) -> Tensor:
-    """bool [P, U, S] of all that `Readers.pairs` names."""
+def takers(readers: list[Recipients], shape: torch.Size, size: int) -> Tensor:
+    """bool [P, U, S] of all that `Recipients.pairs` names."""
     found = torch.zeros(size, *shape, dtype=torch.bool)
     for some in readers:
         for taker, takes in some.pairs(size):
@@ -124,7 +124,7 @@ def test_ranks_on_slices_are_those_of_the_whole(case: Shared) -> None:
 def test_window_runs_part_the_order(case: Shared) -> None:
     """Each bucket's members are dealt out once, tile by tile, in the order of ranks, and evenly."""
     (found,) = case.rounds()
-    runs = [window_run(found.total, found.rule, case.tile_len, Part(p, case.size)) for p in range(case.size)]
+    runs = [window_partition(found.total, found.rule, case.tile_len, Partition(p, case.size)) for p in range(case.size)]
     total = found.total.long()
     edge, n_tiles = torch.zeros_like(total), []
     for run in runs:
@@ -152,7 +152,7 @@ def test_a_window_owner_is_who_runs_over_the_token(case: Shared) -> None:
     (found,) = case.rounds()
     bucket = found.bucket.long().clamp_max(found.total.shape[1] - 1)
     for index in range(case.size):
-        run = window_run(found.total, found.rule, case.tile_len, Part(index, case.size))
+        run = window_partition(found.total, found.rule, case.tile_len, Partition(index, case.size))
         start, stop = (edge.gather(1, bucket) for edge in (run.query_start, run.query_stop))
         attends = found.real & (start <= found.rank) & (found.rank < stop)
         assert torch.equal(attends, found.owner == index)
@@ -178,7 +178,7 @@ def test_window_runs_foretell_what_arrives(case: Shared) -> None:
     """Of each bucket, the ranks from `start` to before `stop` arrive: so many, and these."""
     (found,) = case.rounds()
     for index, taken in enumerate(found.taken):
-        run = window_run(found.total, found.rule, case.tile_len, Part(index, case.size))
+        run = window_partition(found.total, found.rule, case.tile_len, Partition(index, case.size))
         marked = found.bucket.masked_fill(~taken, case.case.options.n_buckets).unsqueeze(1)
         arrived = count_buckets(marked, case.case.options.n_buckets)[:, 0]
         assert torch.equal(arrived.long(), run.stop - run.start)
@@ -189,7 +189,7 @@ def test_window_runs_foretell_what_arrives(case: Shared) -> None:
 
 @given(chunk_rules(), st.integers(1, 300), st.integers(1, 8))
 def test_chunk_runs_part_the_order(rule: ChunkRule, seq_len: int, size: int) -> None:
-    runs = [chunk_run(seq_len, rule, Part(index, size)) for index in range(size)]
+    runs = [chunk_partition(seq_len, rule, Partition(index, size)) for index in range(size)]
     n_chunks = rule.n_chunks(seq_len)
     assert [chunk for run in runs for chunk in range(run.start, run.stop)] == list(range(n_chunks))
     lengths = [run.stop - run.start for run in runs]
@@ -210,7 +210,7 @@ def chunk_owners(case: Shared, bucket: Tensor, rule: ChunkRule) -> Tensor:
     chunk = chunk_numbers(bucket, rule.chunk_len)
     owner = torch.full_like(chunk, -1)
     for index in range(case.size):
-        run = chunk_run(bucket.shape[1], rule, Part(index, case.size))
+        run = chunk_partition(bucket.shape[1], rule, Partition(index, case.size))
         owner[(run.start <= chunk) & (chunk < run.stop)] = index
     return owner
 
@@ -254,7 +254,7 @@ def test_chunk_runs_foretell_what_arrives(case: Shared) -> None:
     rule, n_tokens = found.rule, found.total.sum(dim=1)
     chunk = chunk_numbers(found.bucket, rule.chunk_len)
     for index, taken in enumerate(found.taken):
-        run = chunk_run(found.bucket.shape[1], rule, Part(index, case.size))
+        run = chunk_partition(found.bucket.shape[1], rule, Partition(index, case.size))
         for unit in range(taken.shape[0]):
             arrived = chunk[unit][taken[unit]].bincount(minlength=run.n_chunks)
             foretold = torch.zeros_like(arrived)

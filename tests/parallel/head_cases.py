@@ -14,10 +14,10 @@ from torch import Tensor
 from reformer_dist.config import AttentionKind, DataConfig, ModelConfig, Pooling, RunConfig, TaskConfig, TaskKind
 from reformer_dist.data import ByteTokenizer
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import make_grid
+from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.tasks import Task
 from reformer_dist.tasks.classification import SequenceClassification
@@ -34,7 +34,7 @@ class Batch:
     tensors: dict[str, Tensor]
 
 
-def check(job: Runtime, model: TokenModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
+def check(job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
     batch = MicroBatch.of(rows, sequence, labels_of_rows=task.labels_of_rows)
     assert job.sum([float(batch.valid_labels)]) == [float((rows["labels"] != IGNORED).sum())]
     check_training(model, rows, batch)
@@ -42,7 +42,7 @@ def check(job: Runtime, model: TokenModel, rows: dict[str, Tensor], task: Task, 
     model.train()
 
 
-def check_training(model: TokenModel, rows: dict[str, Tensor], batch: MicroBatch) -> None:
+def check_training(model: ReformerModel, rows: dict[str, Tensor], batch: MicroBatch) -> None:
     options = {"step": 0, "dropout_seed": 1}
     expected = model(**rows, **options)
     expected.backward()
@@ -62,10 +62,10 @@ def check_training(model: TokenModel, rows: dict[str, Tensor], batch: MicroBatch
 
 
 def check_evaluation(
-    job: Runtime, model: TokenModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence
+    job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence
 ) -> None:
     """Of the rows, and of the same with what the model says for labels: then it is right everywhere."""
-    alone = SlicedSequence(make_grid(job, 1, 1), sequence.seq_len)
+    alone = SlicedSequence(make_mesh(job, 1, 1), sequence.seq_len)
     outputs = model(**{name: x for name, x in rows.items() if name != "labels"})
     said = task.predict(outputs, alone).masked_fill(rows["labels"] == IGNORED, IGNORED)
     for labels, least in ((rows["labels"], 0.0), (said, 1.0)):
@@ -100,11 +100,11 @@ def main() -> None:
     torch.set_num_threads(1)
     job = runtime.start()
     for heads in (1, 2):
-        grid = make_grid(job, heads, job.world_size // heads)
+        mesh = make_mesh(job, heads, job.world_size // heads)
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_buckets": 4, "window": 8, "local_window": 8}
         config = ModelConfig(**sizes, layers=KINDS, causal=False, dropout=0.1, axial_shape=[8, 8])
         for seq_len in (SEQ_LEN, 3):  # of the shorter rows some ranks have nothing
-            check_tasks(job, config, SlicedSequence(grid, seq_len))
+            check_tasks(job, config, SlicedSequence(mesh, seq_len))
     job.barrier()
     runtime.stop()
 

@@ -14,7 +14,7 @@ from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
 from reformer_dist.checkpoint import Saving
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import make_grid
+from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
@@ -26,12 +26,12 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     model = case.model()
     shapes = parameter_shapes(model)
     engine = TrainEngine(model, [Block], case.config(), job.world_size)
-    grid = make_grid(job, case.heads, case.buckets)
-    sequence = SlicedSequence(grid, case.seq_len)
+    mesh = make_mesh(job, case.heads, case.buckets)
+    sequence = SlicedSequence(mesh, case.seq_len)
     mask = sequence.key_padding_mask(MICRO, job.device)
     losses, norms = [], []
     for step in range(STEPS):
-        inputs, labels = (x.chunk(grid.dp_size)[grid.dp_rank] for x in rows(step, case.seq_len))
+        inputs, labels = (x.chunk(mesh.dp_size)[mesh.dp_rank] for x in rows(step, case.seq_len))
         inputs, labels = sequence.take(inputs, 0), sequence.take(labels, IGNORED)
         valid = job.sum([float((labels != IGNORED).sum())])[0]
         total = 0.0
@@ -43,7 +43,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
                 key_padding_mask=mask,
                 step=step,
                 dropout_seed=step,
-                rows=torch.arange(MICRO) + grid.dp_rank * len(inputs) + first,
+                rows=torch.arange(MICRO) + mesh.dp_rank * len(inputs) + first,
                 sequence=sequence,
             )
             total += loss.item()

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("attention_cases.py")
 
 
 @pytest.mark.parametrize(
-    ("world_size", "grids"),
+    ("world_size", "meshes"),
     [
         (2, ["1x2", "2x1"]),
         pytest.param(3, ["1x3"], marks=pytest.mark.slow),
@@ -21,5 +21,5 @@ SCRIPT = Path(__file__).with_name("attention_cases.py")
     ],
     ids=str,
 )
-def test_slices_are_the_whole(world_size: int, grids: list[str]) -> None:
-    assert "cases hold" in run_ranks(SCRIPT, world_size, grids, timeout=500)
+def test_slices_are_the_whole(world_size: int, meshes: list[str]) -> None:
+    assert "cases hold" in run_ranks(SCRIPT, world_size, meshes, timeout=500)

@@ -11,7 +11,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.backends import attention_of_held
 from reformer_dist.ops.lsh.held import HeldRows, Rows
-from reformer_dist.ops.lsh.partition import Part, tiling_of, window_run
+from reformer_dist.ops.lsh.partition import Partition, tiling_of, window_partition
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_keys, whole_codes
 from reformer_dist.ops.workspace import Workspace
 
@@ -28,7 +28,7 @@ class HeldPart:
 def parts_of(
     ids: Tensor, options: AttentionOptions, mask: Tensor | None, size: int, *, slice_len: int = 7
 ) -> Iterator[HeldPart]:
-    """Of each round, the members of a bucket that `window_run` names. Rows come slice by slice."""
+    """Of each round, the members of a bucket that `window_partition` names. Rows come slice by slice."""
     assert isinstance(options.rule, WindowRule)
     batch, n_heads, n_rounds, seq_len = ids.shape
     buckets = mark_padding(ids, options.n_buckets, mask)
@@ -44,7 +44,7 @@ def parts_of(
     for index in range(size):
         here, asks = torch.zeros_like(is_real), torch.zeros_like(is_real)
         for r in range(n_rounds):
-            run = window_run(total[:, r], options.rule, tile_len, Part(index, size))
+            run = window_partition(total[:, r], options.rule, tile_len, Partition(index, size))
             start, stop, first, last = (
                 x.gather(1, own[:, r]) for x in (run.start, run.stop, run.query_start, run.query_stop)
             )
@@ -67,7 +67,7 @@ def parts_of(
             token,
             codes[:, unit, token].contiguous() if codes is not None and n_rounds > 1 else None,
         )
-        held = HeldRows(rows, keys, total, seq_len, Part(index, size))
+        held = HeldRows(rows, keys, total, seq_len, Partition(index, size))
         yield HeldPart(held, unit * seq_len + token, asks[unit, :, token].any(dim=1))
 
 

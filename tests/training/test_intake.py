@@ -13,7 +13,7 @@ from support.events import scalars
 from support.threads import on_ranks
 
 from reformer_dist.data import Corpus, Order, Quarantine, TrainLoader
-from reformer_dist.distributed.mesh import SequenceGrid, make_grid
+from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.batches import Intake
@@ -21,14 +21,14 @@ from reformer_dist.training.batches import Intake
 SEQ_LEN, BATCH_SIZE = 64, 4
 
 
-def read(folders: list[Path], grid: SequenceGrid, n_steps: int) -> list[list[torch.Tensor] | Exception]:
+def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[torch.Tensor] | Exception]:
     """Labels of each step on ranks that share sequences, each with a disk of its own; or what each raised."""
 
     def of_rank(runtime: Runtime) -> list[torch.Tensor]:
         corpus = Corpus.open([folders[runtime.rank]])
         order = Order(corpus, seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
         quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
-        sequence = SlicedSequence(replace(grid, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
+        sequence = SlicedSequence(replace(mesh, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
         with TrainLoader(order, quarantine, micro_batch_size=2) as loader:
             intake = Intake(runtime, sequence, loader)
             rows = [intake.next_rows() for _ in range(n_steps)]
@@ -40,9 +40,9 @@ def read(folders: list[Path], grid: SequenceGrid, n_steps: int) -> list[list[tor
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_ranks_of_one_sequence_read_the_same(tiny_data: Path, tmp_path: Path, job: Runtime, n_ranks: int) -> None:
-    grid = make_grid(job, 1, 1)
-    slices = read([tiny_data] * n_ranks, grid, 5)
-    whole = read([tiny_data], grid, 5)[0]
+    mesh = make_mesh(job, 1, 1)
+    slices = read([tiny_data] * n_ranks, mesh, 5)
+    whole = read([tiny_data], mesh, 5)[0]
     assert not isinstance(whole, Exception)
     for step, expected in enumerate(whole):
         joined = torch.cat([labels[step] for labels in slices if not isinstance(labels, Exception)], dim=-1)
@@ -54,7 +54,7 @@ def test_disks_that_differ_are_noticed(tiny_data: Path, tmp_path: Path, job: Run
     """On one of the ranks samples are damaged: the others must not go on with other rows than it has."""
     folders = [tiny_data] * 3
     folders[odd] = damage_samples(tiny_data, tmp_path / "damaged")
-    for error in read(folders, make_grid(job, 1, 1), 40):
+    for error in read(folders, make_mesh(job, 1, 1), 40):
         assert isinstance(error, SharedError)
         assert "read different rows; compare their copies of the data" in str(error)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.kv_cache.growing import Growing
+from reformer_dist.ops.kv_cache.growable_tensor import GrowableTensor
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
@@ -34,7 +34,7 @@ class BucketCache:
         self._counts_once = options.count_pairs_once and bucket_ids.shape[2] > 1
         self._length = rule.window - 1  # of a ring
         # [places, H, 2 D]: key and value of a token lie together, since they are read together
-        self._pool = Growing(_entries(q, v), dim=0)
+        self._pool = GrowableTensor(_entries(q, v), dim=0)
         buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
         counts = count_buckets(buckets, options.n_buckets)
         rings = _fill_rings(buckets, counts, self._length, n_heads=q.shape[1])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_dist.ops.kv_cache.growing import Growing
+from reformer_dist.ops.kv_cache.growable_tensor import GrowableTensor
 
 
 class ExactCache:
@@ -14,7 +14,7 @@ class ExactCache:
 
     def __init__(self, k: Tensor, v: Tensor, first: Tensor | None) -> None:
         """first [B]: index of each row's first real token; None where rows have no padding."""
-        self._k, self._v, self._first = Growing(k, dim=2), Growing(v, dim=2), first
+        self._k, self._v, self._first = GrowableTensor(k, dim=2), GrowableTensor(v, dim=2), first
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs [B, H, 1, D] of the next token, which is remembered."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LSHHealth:
+class BucketStats:
     largest_over_mean: float
     """Tokens of the largest bucket over the mean bucket: 1 is perfect balance."""
     full_windows: float
@@ -17,7 +17,7 @@ class LSHHealth:
     """Of tokens that are neighbours in one round, the share that another round puts into one bucket too."""
 
 
-def measure_health(bucket_ids: Tensor, counts: Tensor, window: int) -> LSHHealth:
+def measure_health(bucket_ids: Tensor, counts: Tensor, window: int) -> BucketStats:
     """Health of bucket ids [B, H, R, S] whose buckets have `counts` [B * H, R, K] members.
 
     The counts may be those of longer sequences of which the ids are slices; agreement is that of the ids
@@ -38,4 +38,4 @@ def measure_health(bucket_ids: Tensor, counts: Tensor, window: int) -> LSHHealth
         neighbours += int(is_neighbour.sum().item()) * (n_hashes - 1)
         agreeing += (same & is_neighbour.unsqueeze(1)).sum().item() - is_neighbour.sum().item()
     agreement = agreeing / neighbours if neighbours else 1.0
-    return LSHHealth(largest, full, agreement)
+    return BucketStats(largest, full, agreement)

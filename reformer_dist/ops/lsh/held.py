@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.options import WindowRule
-from reformer_dist.ops.lsh.partition import Part, tiling_of, window_run
+from reformer_dist.ops.lsh.partition import Partition, tiling_of, window_partition
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class HeldRows:
     """[U, R, K] members of each bucket over all parts."""
     seq_len: int
     """Of the whole order."""
-    part: Part
+    part: Partition
 
     def query_bounds(self, rule: WindowRule) -> Tensor:
         """int32 [R, U * K, 2]: how many of a bucket's members here stand before its queries, before their end."""
         tile_len = tiling_of(rule, self.seq_len, self.total.shape[2]).tile_len
         bounds = []
         for total in self.total.unbind(dim=1):
-            run = window_run(total, rule, tile_len, self.part)
+            run = window_partition(total, rule, tile_len, self.part)
             bounds.append(torch.stack([run.query_start - run.start, run.query_stop - run.start], dim=-1))
         return torch.stack(bounds).flatten(1, 2).int()
 

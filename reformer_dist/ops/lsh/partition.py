@@ -42,7 +42,7 @@ def tiling_of(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """One of `size` ranks that share the order."""
 
     index: int = 0
@@ -54,7 +54,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class WindowRun:
+class WindowPartition:
     """What a rank holds of each bucket under the window rule: ranks in the bucket, each [U, K] int64.
 
     Queries are the members from `query_start` to before `query_stop`; what they may see lies from `start` to
@@ -69,12 +69,12 @@ class WindowRun:
     """Members of the bucket on all ranks."""
 
 
-def window_run(total: Tensor, rule: WindowRule, tile_len: int, part: Part) -> WindowRun:
+def window_partition(total: Tensor, rule: WindowRule, tile_len: int, part: Partition) -> WindowPartition:
     """The run of a rank, from the size [U, K] of each bucket over all ranks."""
     total = total.long()
     if part.size == 1:
         nothing = torch.zeros_like(total)
-        return WindowRun(nothing, total, nothing, total, total)
+        return WindowPartition(nothing, total, nothing, total, total)
     first_tile, tiles = _tiles(total, tile_len)
     run_start, run_stop = part.bounds(tiles.sum(dim=1, keepdim=True))
     first, last = (torch.minimum((edge - first_tile).clamp_min(0), tiles) for edge in (run_start, run_stop))
@@ -82,7 +82,7 @@ def window_run(total: Tensor, rule: WindowRule, tile_len: int, part: Part) -> Wi
     reach = rule.window - 1
     stop = query_stop if rule.causal else torch.minimum(query_stop + reach, total)
     is_owner = last > first
-    return WindowRun(
+    return WindowPartition(
         start=(query_start - reach).clamp_min(0) * is_owner,
         stop=stop * is_owner,
         query_start=query_start * is_owner,
@@ -98,7 +98,7 @@ def _tiles(total: Tensor, tile_len: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class ChunkRun:
+class ChunkPartition:
     """What a rank holds of every round and unit under the chunk rule: numbers of chunks."""
 
     start: int
@@ -110,7 +110,7 @@ class ChunkRun:
     """Of the whole order."""
 
 
-def chunk_run(seq_len: int, rule: ChunkRule, part: Part) -> ChunkRun:
+def chunk_partition(seq_len: int, rule: ChunkRule, part: Partition) -> ChunkPartition:
     """The run of a rank in an order of `seq_len` tokens; the same in every round and unit."""
     n_chunks = rule.n_chunks(seq_len)
     start, stop = part.index * n_chunks // part.size, (part.index + 1) * n_chunks // part.size
@@ -118,11 +118,11 @@ def chunk_run(seq_len: int, rule: ChunkRule, part: Part) -> ChunkRun:
     if stop > start:
         in_sight = range(start - rule.n_before, stop + rule.n_after)
         needed.update(c % n_chunks for c in in_sight if rule.wrap or 0 <= c < n_chunks)
-    return ChunkRun(start, stop, sorted(needed), n_chunks)
+    return ChunkPartition(start, stop, sorted(needed), n_chunks)
 
 
 @dataclass(frozen=True)
-class Readers:
+class Recipients:
     """Which ranks take a token: those from `first` to `last`, where they own anything; [U, S] int64 each."""
 
     first: Tensor
@@ -140,7 +140,7 @@ class Readers:
 
 
 def _owner(tile: Tensor, n_tiles: Tensor, size: int) -> Tensor:
-    """The rank whose run holds the tile: the inverse of Part.bounds.
+    """The rank whose run holds the tile: the inverse of Partition.bounds.
 
     Of a tile behind the last, which only counts that are not of these tokens can name, it is the last rank: the
     exchange finds out, on all ranks alike.
@@ -148,9 +148,9 @@ def _owner(tile: Tensor, n_tiles: Tensor, size: int) -> Tensor:
     return (((tile + 1) * size - 1) // n_tiles.clamp_min(1)).clamp_max(size - 1)
 
 
-def window_readers(
+def window_recipients(
     bucket: Tensor, rank: Tensor, total: Tensor, rule: WindowRule, tile_len: int, size: int
-) -> tuple[Tensor, list[Readers]]:
+) -> tuple[Tensor, list[Recipients]]:
     """The rank that attends each token as a query, [U, S], and those that need it at all.
 
     bucket [U, S] (K for padding, which nobody takes), rank in its bucket over all ranks [U, S], total [U, K].
@@ -169,13 +169,13 @@ def window_readers(
     )
     nobody = torch.full_like(owner, -1)
     first, last = torch.where(is_real, first, 0), torch.where(is_real, last, -1)
-    return torch.where(is_real, owner, nobody), [Readers(first, last, n_tiles)]
+    return torch.where(is_real, owner, nobody), [Recipients(first, last, n_tiles)]
 
 
-def chunk_readers(
+def chunk_recipients(
     bucket: Tensor, rank: Tensor, total: Tensor, rule: ChunkRule, seq_len: int, size: int
-) -> tuple[Tensor, list[Readers]]:
-    """As `window_readers`, for chunks of an order of seq_len tokens."""
+) -> tuple[Tensor, list[Recipients]]:
+    """As `window_recipients`, for chunks of an order of seq_len tokens."""
     total = total.long()
     is_real = bucket < total.shape[1]
     own = bucket.long().clamp_max(total.shape[1] - 1)
@@ -183,10 +183,10 @@ def chunk_readers(
     n_chunks = rule.n_chunks(seq_len)
     n_tiles = torch.full_like(total[:, :1], n_chunks)
 
-    def readers(first_chunk: Tensor, last_chunk: Tensor) -> Readers:
+    def readers(first_chunk: Tensor, last_chunk: Tensor) -> Recipients:
         is_some = is_real & (first_chunk <= last_chunk)
         first, last = (_owner(c, n_tiles, size) for c in (first_chunk, last_chunk))
-        return Readers(torch.where(is_some, first, 0), torch.where(is_some, last, -1), n_tiles)
+        return Recipients(torch.where(is_some, first, 0), torch.where(is_some, last, -1), n_tiles)
 
     end = torch.full_like(chunk, n_chunks - 1)
     first, last = chunk - rule.n_after, chunk + rule.n_before

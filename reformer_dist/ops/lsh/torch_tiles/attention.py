@@ -11,7 +11,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Grads, Inputs
 from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.ops.lsh.partition import Part
+from reformer_dist.ops.lsh.partition import Partition
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding, row_keys, whole_codes
 from reformer_dist.ops.lsh.torch_tiles.held import TiledRows
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout, lay_out_rows
@@ -91,7 +91,7 @@ def lay_out(buckets: Tensor, options: AttentionOptions) -> list[Layout]:
     unit, _ = _unit_and_position(buckets)
     n_buckets = options.n_buckets
     keys = [row_keys(unit, buckets[:, r].flatten(), n_units, n_buckets) for r in range(n_rounds)]
-    return lay_out_rows(keys, count_buckets(buckets, n_buckets), seq_len, options, Part())
+    return lay_out_rows(keys, count_buckets(buckets, n_buckets), seq_len, options, Partition())
 
 
 def _codes(buckets: Tensor, options: AttentionOptions) -> Tensor | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.partition import ChunkRun, Part, Tiling, WindowRun, chunk_run, tiling_of, window_run
+from reformer_dist.ops.lsh.partition import ChunkPartition, Partition, Tiling, WindowPartition, chunk_partition, tiling_of, window_partition
 from reformer_dist.ops.lsh.sorting import stable_order
 from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
 
@@ -68,7 +68,7 @@ class Edges:
 
 
 def lay_out_rows(
-    keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, part: Part
+    keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, part: Partition
 ) -> list[Layout]:
     """The layouts of all rounds of the rows that a part holds of an order of seq_len tokens.
 
@@ -77,13 +77,13 @@ def lay_out_rows(
     rule, n_buckets = options.rule, options.n_buckets
     tiling = tiling_of(rule, seq_len, n_buckets)
     if isinstance(rule, ChunkRule):
-        run = chunk_run(seq_len, rule, part)
+        run = chunk_partition(seq_len, rule, part)
         return chunk_layouts(torch.stack(keys), total.shape[0], n_buckets, rule, run, tiling)
-    runs = [window_run(total[:, r], rule, tiling.tile_len, part) for r in range(len(keys))]
+    runs = [window_partition(total[:, r], rule, tiling.tile_len, part) for r in range(len(keys))]
     return [window_layout(key, run, tiling) for key, run in zip(keys, runs, strict=True)]
 
 
-def window_layout(keys: Tensor, run: WindowRun, tiling: Tiling) -> Layout:
+def window_layout(keys: Tensor, run: WindowPartition, tiling: Tiling) -> Layout:
     """The layout of rows with sort keys [n_rows] (see `order.row_keys`), of which `run` says what they are.
 
     The order is made on the host, where small integers are sorted fast and the number of tiles must be known.
@@ -135,7 +135,7 @@ def _span_tiles(tiling: Tiling, on: Tensor) -> int:
 
 
 def chunk_layouts(
-    keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkRun, tiling: Tiling
+    keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkPartition, tiling: Tiling
 ) -> list[Layout]:
     """The layouts of all rounds of rows with sort keys [R, n_rows]."""
     n_rounds = keys.shape[0]
@@ -143,7 +143,7 @@ def chunk_layouts(
     return [_chunk_layout(chunks, r, keys.shape[1], rule, run, tiling) for r in range(n_rounds)]
 
 
-def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkRun) -> Tensor:
+def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkPartition) -> Tensor:
     """Rows of the chunks that this rank needs of one round, [U, n_needed, chunk_len], -1 where empty.
 
     The needed chunks of a unit are full but for the last that has any tokens: its rows fill them in order.
@@ -157,7 +157,7 @@ def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, 
 
 
 def _chunk_layout(
-    chunks: Tensor, round_: int, n_rows: int, rule: ChunkRule, run: ChunkRun, tiling: Tiling
+    chunks: Tensor, round_: int, n_rows: int, rule: ChunkRule, run: ChunkPartition, tiling: Tiling
 ) -> Layout:
     """chunks [U, R, n_needed, chunk_len]: rows, -1 where empty."""
     n_units, n_rounds, n_needed, _ = chunks.shape

@@ -12,7 +12,7 @@ def _room_for(size: int) -> int:
     return size + max(SMALLEST, size // 2)
 
 
-class Growing:
+class GrowableTensor:
     """Starts as a copy of x, with room for more."""
 
     def __init__(self, x: Tensor, dim: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import damage_sample, make_order, open_loader, varied_documents
+from support.datasets import damage_sample, make_order, open_loader, varied_documents
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, Start, consumed_hash, write_dataset
 from reformer_dist.process.signals import INTERRUPTED
@@ -207,8 +207,10 @@ def test_the_samples_of_a_step(
     assert capsys.readouterr().out.startswith("step 3, row 0:\n")
 
 
-def test_a_step_far_away_is_found_at_once(dataset: Dataset) -> None:
-    """Mixed or not, skipping steps comes to where going through them does."""
+def test_a_distant_step_is_found_at_once(tmp_path: Path) -> None:
+    """Skipping steps ends where iterating over them does, for one data set and for a mixture."""
+    write_dataset(varied_documents(), tmp_path / "data", ByteTokenizer(), 12_000, 0.2)
+    dataset = Dataset.open(tmp_path / "data")
     for corpus in (Corpus([dataset, dataset], [1.0, 2.0]), Corpus([dataset])):
         order = make_order(corpus)
         skipped, walked = Replay(order, Start()), Replay(order, Start())

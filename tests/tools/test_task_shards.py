@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from support.pieces import train_pieces
-from task_data import write_lines
 
 from reformer_dist.data import Corpus, Dataset, split_samples
 from reformer_dist.run import pretrained as load
@@ -27,6 +26,11 @@ def make_shards(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TOOLS / "make_shards.py"), run_name="__main__")
     return int(ended.value.code or 0)
+
+
+def write_lines(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def squad(path: Path, *, start: int = 10, answer: str = "Bern") -> Path:

@@ -26,7 +26,7 @@ def run_tool(name: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 @pytest.mark.slow
 def test_bytes_are_those_of_the_formula() -> None:
     sizes = ("--seq-len", "2048", "--n-heads", "2", "--n-hashes", "3", "--repeats", "1")
-    status, rows = run_tool("bench_exchange.py", *sizes, "--grids", "1x2", "2x1", "1x3")
+    status, rows = run_tool("bench_exchange.py", *sizes, "--meshes", "1x2", "2x1", "1x3")
     assert status == 0 and [(row["heads"], row["buckets"]) for row in rows] == [(1, 2), (2, 1), (1, 3)]
     for row in rows:
         assert {"ranks", "heads", "buckets", "seq_len", "n_hashes", "seconds"} < set(row) and row["correct"]
@@ -41,6 +41,6 @@ def test_bytes_are_those_of_the_formula() -> None:
 def test_memory_falls_with_ranks() -> None:
     # at this length the fixed sizes of attention's blocks still weigh: the bound is that of 131072 tokens
     sizes = ("--seq-len", "16384", "--dim", "256")
-    _, rows = run_tool("bench_sequence_memory.py", *sizes, "--grids", "1x1", "4x1", "1x4")
+    _, rows = run_tool("bench_sequence_memory.py", *sizes, "--meshes", "1x1", "4x1", "1x4")
     assert [row["ranks"] for row in rows] == [1, 4, 4]
     assert all(row["share"] < 0.6 for row in rows[1:])

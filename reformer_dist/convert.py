@@ -18,7 +18,7 @@ from reformer_dist.checkpoint import write_export
 from reformer_dist.config import DataConfig, RunConfig, TaskConfig, TaskKind, TrainerConfig
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_face, trax
-from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, Head, Options
+from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, HeadKind, ForeignOptions
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.process.command import run_command
 from reformer_dist.run.compose import plain
@@ -38,11 +38,11 @@ examples:
 """
 
 HEADS = {
-    TaskKind.language_model: Head.language_model,
-    TaskKind.completion: Head.language_model,
-    TaskKind.masked_language_model: Head.language_model,
-    TaskKind.sequence_classification: Head.sequence_classification,
-    TaskKind.question_answering: Head.question_answering,
+    TaskKind.language_model: HeadKind.language_model,
+    TaskKind.completion: HeadKind.language_model,
+    TaskKind.masked_language_model: HeadKind.language_model,
+    TaskKind.sequence_classification: HeadKind.sequence_classification,
+    TaskKind.question_answering: HeadKind.question_answering,
 }
 NEVER = -1e4  # a logit that no softmax gives weight to
 
@@ -81,14 +81,14 @@ def _is_ours(source: Path) -> bool:
     path = source / CONFIG_FILE
     if not path.is_file():
         return not trax.is_trax(source)  # a run or a checkpoint, or nothing: loading tells
-    options = Options.read(path)
+    options = ForeignOptions.read(path)
     return "shapes" in options and "config" in options
 
 
 def _read_foreign(source: Path) -> ForeignModel:
     if trax.is_trax(source):
         return trax.read(source)
-    options = Options.read(source / CONFIG_FILE)
+    options = ForeignOptions.read(source / CONFIG_FILE)
     if "model_type" in options:
         return hugging_face.read(source)
     if "num_tokens" in options:

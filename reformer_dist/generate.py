@@ -167,7 +167,7 @@ def _sample(
                 writer.end(shown)
                 ended.add(row)
                 writer.is_out_of_room |= not (is_eos or text.is_stopped) and n_written < request.n_tokens
-        sampler.end(ended)
+        sampler.finish(ended)
 
 
 def _search(

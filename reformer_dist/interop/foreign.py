@@ -20,7 +20,7 @@ CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "mod
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class Head(Enum):
+class HeadKind(Enum):
     """What a model predicts."""
 
     language_model = "language_model"
@@ -33,7 +33,7 @@ class ForeignModel:
     """A model of another system in our terms."""
 
     system: str
-    head: Head
+    head: HeadKind
     config: ModelConfig
     vocab_size: int
     weights: dict[str, Tensor]
@@ -48,10 +48,10 @@ class ForeignModel:
     @property
     def is_masked(self) -> bool:
         """Whether it tells hidden tokens instead of the next one."""
-        return self.head is Head.language_model and not self.config.causal
+        return self.head is HeadKind.language_model and not self.config.causal
 
 
-class Options:
+class ForeignOptions:
     """The options of a foreign model. Each is taken by name; one that nobody takes, or that has no counterpart,
     is refused by name with the reason."""
 
@@ -59,7 +59,7 @@ class Options:
         self.path, self._given, self._open = path, given, set(given)
 
     @staticmethod
-    def read(path: Path) -> Options:
+    def read(path: Path) -> ForeignOptions:
         """Of a JSON file. Raises CheckpointError."""
         try:
             given = json.loads(path.read_text())
@@ -69,7 +69,7 @@ class Options:
             raise CheckpointError(f"{path}: can't be read: {error}") from error
         if not isinstance(given, dict):
             raise CheckpointError(f"{path}: must be a JSON object")
-        return Options(path, given)
+        return ForeignOptions(path, given)
 
     def __contains__(self, name: str) -> bool:
         return name in self._given
@@ -115,15 +115,15 @@ class Options:
             raise CheckpointError(f"{self.path}: {system} has no such option: {unknown}")
 
 
-class Tensors:
+class ForeignTensors:
     """The tensors of a folder's safetensors files, by name. Raises CheckpointError, also for pickles."""
 
-    def __init__(self, folder: Path, way_out: str) -> None:
-        """way_out: how a pickle becomes safetensors, for whoever has only that."""
+    def __init__(self, folder: Path, pickle_hint: str) -> None:
+        """pickle_hint: how a pickle becomes safetensors, for whoever has only that."""
         self.folder = folder
-        self._files = self._find(way_out)
+        self._files = self._find(pickle_hint)
 
-    def _find(self, way_out: str) -> dict[str, Path]:
+    def _find(self, pickle_hint: str) -> dict[str, Path]:
         folder = self.folder
         if (folder / INDEX_FILE).is_file():
             try:
@@ -143,7 +143,7 @@ class Tensors:
                 raise CheckpointError(f"{path}: can't be read: {error}") from error
         pickles = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLES)
         if pickles:
-            raise CheckpointError(f"{folder / pickles[0]}: is a pickle, which can run any code; {way_out}")
+            raise CheckpointError(f"{folder / pickles[0]}: is a pickle, which can run any code; {pickle_hint}")
         raise CheckpointError(f"{folder}: has no {WEIGHTS_FILE}")
 
     def names(self) -> set[str]:
@@ -160,13 +160,13 @@ class Tensors:
             raise CheckpointError(f"{self._files[name]}: can't be read: {error}") from error
 
 
-def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of a model that is built without memory."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build().named_parameters()}
 
 
-def fitted(tensor: Tensor, shape: tuple[int, ...], theirs: str, where: Path) -> Tensor:
+def reshape_checked(tensor: Tensor, shape: tuple[int, ...], theirs: str, where: Path) -> Tensor:
     """The tensor in a shape that differs from its own by sides of 1 only. Raises CheckpointError."""
     if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:
         raise CheckpointError(

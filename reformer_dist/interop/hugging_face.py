@@ -23,10 +23,10 @@ from reformer_dist.config import (
     StreamMerge,
 )
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, Tensors, fitted, shapes_of
+from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, ForeignTensors, reshape_checked, parameter_shapes
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 
-WAY_OUT = (
+PICKLE_HINT = (
     "with transformers that you trust it with, load it and call save_pretrained(FOLDER), which writes safetensors"
 )
 ACTIVATIONS = {
@@ -36,9 +36,9 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.gelu_tanh,
 }
 HEAD_TENSORS = {
-    "lm_head.decoder.weight": Head.language_model,
-    "classifier.dense.weight": Head.sequence_classification,
-    "qa_outputs.weight": Head.question_answering,
+    "lm_head.decoder.weight": HeadKind.language_model,
+    "classifier.dense.weight": HeadKind.sequence_classification,
+    "qa_outputs.weight": HeadKind.question_answering,
 }
 LM_BIAS = ("lm_head.bias", "lm_head.decoder.bias")
 FLOAT = (int, float)
@@ -46,16 +46,16 @@ FLOAT = (int, float)
 
 def read(folder: Path) -> ForeignModel:
     """The model of a directory that `save_pretrained` has written. Raises CheckpointError."""
-    options = Options.read(folder / CONFIG_FILE)
+    options = ForeignOptions.read(folder / CONFIG_FILE)
     kind = options.take("model_type")
     if kind != "reformer":
         raise CheckpointError(f"{options.path}: model_type={kind!r}: only models of type reformer are converted")
-    tensors = Tensors(folder, WAY_OUT)
+    tensors = ForeignTensors(folder, PICKLE_HINT)
     head = _head_of(tensors)
     notes: list[str] = []
     config = model_config(options, notes)
     vocab_size: int = options.take("vocab_size", 320, kind=int)
-    classes = _classes(options, tensors) if head is Head.sequence_classification else []
+    classes = _classes(options, tensors) if head is HeadKind.sequence_classification else []
     if classes:
         config = replace(config, pooling=Pooling.first)
     weights = _weights(tensors, head, config, vocab_size, len(classes))
@@ -63,7 +63,7 @@ def read(folder: Path) -> ForeignModel:
     return ForeignModel("Hugging Face", head, config, vocab_size, weights, notes, classes, has_mask)
 
 
-def _classes(options: Options, tensors: Tensors) -> list[str]:
+def _classes(options: ForeignOptions, tensors: ForeignTensors) -> list[str]:
     n_classes = tensors.get("classifier.out_proj.bias").numel()
     names = options.take("id2label", None)
     if not isinstance(names, dict) or len(names) != n_classes:
@@ -71,7 +71,7 @@ def _classes(options: Options, tensors: Tensors) -> list[str]:
     return [str(names.get(str(label), label)) for label in range(n_classes)]
 
 
-def _head_of(tensors: Tensors) -> Head:
+def _head_of(tensors: ForeignTensors) -> HeadKind:
     for name, head in HEAD_TENSORS.items():
         if name in tensors.names():
             return head
@@ -79,7 +79,7 @@ def _head_of(tensors: Tensors) -> Head:
     raise CheckpointError(f"{tensors.folder}: has no head: none of {known} is there; save a model that has one")
 
 
-def model_config(options: Options, notes: list[str]) -> ModelConfig:
+def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
     """Ours for theirs. Raises CheckpointError; appends to notes."""
     layers = [AttentionKind[name] for name in _attn_layers(options)]
     dim: int = options.take("hidden_size", 256, kind=int)
@@ -109,7 +109,7 @@ def model_config(options: Options, notes: list[str]) -> ModelConfig:
         local_chunks_after=options.take("local_num_chunks_after", 0, kind=int),
         ff_dim=options.take("feed_forward_size", 512, kind=int),
         ff_chunk=options.take("chunk_size_feed_forward", 0, kind=int),
-        activation=options.one_of("hidden_act", ACTIVATIONS, "relu"),
+        activation=options.take_choice("hidden_act", ACTIVATIONS, "relu"),
         merge_streams=StreamMerge.concat,
         norm_eps=float(options.take("layer_norm_eps", 1e-12, kind=FLOAT)),
         dropout=hidden_dropout,
@@ -119,7 +119,7 @@ def model_config(options: Options, notes: list[str]) -> ModelConfig:
     )
 
 
-def _attn_layers(options: Options) -> list[str]:
+def _attn_layers(options: ForeignOptions) -> list[str]:
     names = options.take("attn_layers", ["local", "lsh"] * 3, kind=list)
     if not names or not set(names) <= {"local", "lsh"}:
         options.refuse("attn_layers", "must name local and lsh layers")
@@ -132,7 +132,7 @@ def _shortest_period(layers: list[AttentionKind]) -> list[AttentionKind]:
     return next(layers[:n] for n in lengths if all(kind is layers[i % n] for i, kind in enumerate(layers)))
 
 
-def _bucket_factors(options: Options, chunk_len: int, has_lsh: bool, notes: list[str]) -> list[int]:
+def _bucket_factors(options: ForeignOptions, chunk_len: int, has_lsh: bool, notes: list[str]) -> list[int]:
     given = options.take("num_buckets", None)
     if given is not None:
         factors = [given] if isinstance(given, int) else list(given)
@@ -156,7 +156,7 @@ def buckets_for(seq_len: int, chunk_len: int, max_positions: int) -> list[int]:
     return [2**bits] if 2**bits <= limit else [2 ** (bits // 2), 2 ** (bits - bits // 2)]
 
 
-def _attention_dropout(options: Options, layers: list[AttentionKind], notes: list[str]) -> float:
+def _attention_dropout(options: ForeignOptions, layers: list[AttentionKind], notes: list[str]) -> float:
     of_kind = {
         AttentionKind.local: float(options.take("local_attention_probs_dropout_prob", 0.05, kind=FLOAT)),
         AttentionKind.lsh: float(options.take("lsh_attention_probs_dropout_prob", 0.0, kind=FLOAT)),
@@ -167,7 +167,7 @@ def _attention_dropout(options: Options, layers: list[AttentionKind], notes: lis
     return min(used)
 
 
-def _positions(options: Options, dim: int) -> dict[str, Any]:
+def _positions(options: ForeignOptions, dim: int) -> dict[str, Any]:
     if not options.take("axial_pos_embds", True, kind=bool):
         max_seq_len = options.take("max_position_embeddings", 4096, kind=int)
         return {"position": Position.learned, "max_seq_len": max_seq_len}
@@ -179,11 +179,11 @@ def _positions(options: Options, dim: int) -> dict[str, Any]:
 
 
 def _weights(
-    tensors: Tensors, head: Head, config: ModelConfig, vocab_size: int, n_classes: int
+    tensors: ForeignTensors, head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int
 ) -> dict[str, Tensor]:
     names = dict(tensor_names(config, head))
     bias = next((name for name in LM_BIAS if name in tensors.names()), LM_BIAS[0])
-    if head is Head.language_model:
+    if head is HeadKind.language_model:
         names["head.bias"] = bias
     # constants that versions before 4.0 saved among the weights
     strays = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
@@ -191,22 +191,22 @@ def _weights(
         raise CheckpointError(
             f"{tensors.folder}: {min(strays)} is no tensor of the model that its options describe"
         )
-    shapes = shapes_of(builder(head, config, vocab_size, n_classes))
+    shapes = parameter_shapes(builder(head, config, vocab_size, n_classes))
     return {
-        ours: fitted(tensors.get(theirs), shapes[ours], theirs, tensors.folder) for ours, theirs in names.items()
+        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.folder) for ours, theirs in names.items()
     }
 
 
-def builder(head: Head, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
+def builder(head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
     """Makes our model with that head."""
-    if head is Head.sequence_classification:
+    if head is HeadKind.sequence_classification:
         return lambda: ReformerForSequenceClassification(config, vocab_size, n_classes)
-    if head is Head.question_answering:
+    if head is HeadKind.question_answering:
         return lambda: ReformerForQuestionAnswering(config, vocab_size)
     return lambda: ReformerLM(config, vocab_size)
 
 
-def tensor_names(config: ModelConfig, head: Head) -> Iterator[tuple[str, str]]:
+def tensor_names(config: ModelConfig, head: HeadKind) -> Iterator[tuple[str, str]]:
     """(our name, theirs) of every parameter."""
     yield "embedding.tokens.weight", "reformer.embeddings.word_embeddings.weight"
     if config.position is Position.axial:
@@ -217,10 +217,10 @@ def tensor_names(config: ModelConfig, head: Head) -> Iterator[tuple[str, str]]:
     for layer, kind in enumerate(config.layer_kinds()):
         yield from _layer_names(f"stack.blocks.{layer}", f"reformer.encoder.layers.{layer}", kind)
     yield from _both("stack.norm", "reformer.encoder.layer_norm")
-    if head is Head.language_model:
+    if head is HeadKind.language_model:
         yield "head.weight", "lm_head.decoder.weight"
         yield "head.bias", LM_BIAS[0]
-    elif head is Head.sequence_classification:
+    elif head is HeadKind.sequence_classification:
         yield from _both("head.dense", "classifier.dense")
         yield from _both("head.to_logits", "classifier.out_proj")
     else:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, Tensors, fitted, shapes_of
+from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, ForeignTensors, reshape_checked, parameter_shapes
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.embedding import SinusoidalPositions
 
 SYSTEM = "reformer_pytorch"
-WAY_OUT = """where you trust it, write it anew with these lines:
+PICKLE_HINT = """where you trust it, write it anew with these lines:
   import torch, safetensors.torch as st
   state = torch.load("FILE", weights_only=True)
   st.save_file({name: x.clone() for name, x in state.items()}, "model.safetensors")"""
@@ -49,9 +49,9 @@ WITHOUT_EFFECT = (
 
 def read(folder: Path) -> ForeignModel:
     """The model of a folder with config.json and model.safetensors. Raises CheckpointError."""
-    options = Options.read(folder / CONFIG_FILE)
+    options = ForeignOptions.read(folder / CONFIG_FILE)
     notes: list[str] = []
-    options.only(WITHOUT_COUNTERPART)
+    options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in WITHOUT_EFFECT:
         options.take(name)
     for name, words in (
@@ -60,16 +60,16 @@ def read(folder: Path) -> ForeignModel:
     ):
         if options.take(name, 0):
             notes.append(f"{name}: {words}")
-    tensors = Tensors(folder, WAY_OUT)
+    tensors = ForeignTensors(folder, PICKLE_HINT)
     model = _Model(options, _State(tensors), notes)
-    options.close("ReformerLM of reformer_pytorch")
-    return ForeignModel(SYSTEM, Head.language_model, model.config, model.vocab_size, model.weights(), notes)
+    options.refuse_unknown("ReformerLM of reformer_pytorch")
+    return ForeignModel(SYSTEM, HeadKind.language_model, model.config, model.vocab_size, model.weights(), notes)
 
 
 class _State:
-    """Tensors by the names that they have in a ReformerLM, whatever wraps it."""
+    """ForeignTensors by the names that they have in a ReformerLM, whatever wraps it."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: ForeignTensors) -> None:
         self._tensors = tensors
         inner = next((name for name in sorted(tensors.names()) if name.endswith("token_emb.weight")), None)
         if inner is None:
@@ -83,7 +83,7 @@ class _State:
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._taken.add(self._prefix + name)
-        return fitted(self._tensors.get(self._prefix + name), shape, name, self.folder)
+        return reshape_checked(self._tensors.get(self._prefix + name), shape, name, self.folder)
 
     def close(self) -> None:
         """Refuses tensors that nobody has taken; every layer is saved twice, and frequencies are no weights."""
@@ -97,11 +97,11 @@ class _State:
 
 
 class _Model:
-    def __init__(self, options: Options, state: _State, notes: list[str]) -> None:
+    def __init__(self, options: ForeignOptions, state: _State, notes: list[str]) -> None:
         self._state = state
-        self.vocab_size: int = options.need("num_tokens", int)
-        self.max_seq_len: int = options.need("max_seq_len", int)
-        self.emb_dim: int = options.take("emb_dim", None) or options.need("dim", int)
+        self.vocab_size: int = options.require("num_tokens", int)
+        self.max_seq_len: int = options.require("max_seq_len", int)
+        self.emb_dim: int = options.take("emb_dim", None) or options.require("dim", int)
         self.one_value_head = bool(options.take("one_value_head", False))
         self.ties_embedding = bool(options.take("weight_tie_embedding", False))
         self.bucket_size: int = options.take("bucket_size", 64, kind=int)
@@ -114,8 +114,8 @@ class _Model:
             notes.append("weight_tie: layers that share their parameters there have copies of their own here")
         self.config = self._config(options, notes)
 
-    def _config(self, options: Options, notes: list[str]) -> ModelConfig:
-        dim: int = options.need("dim", int)
+    def _config(self, options: ForeignOptions, notes: list[str]) -> ModelConfig:
+        dim: int = options.require("dim", int)
         head_dim: int = options.take("dim_head", None, kind=(int, type(None))) or 64
         use_full = bool(options.take("use_full_attn", False))
         if use_full and self.position is Position.rotary:
@@ -127,7 +127,7 @@ class _Model:
         is_table = self.position is Position.sinusoidal and self.emb_dim != dim
         return ModelConfig(
             dim=dim,
-            n_layers=options.need("depth", int),
+            n_layers=options.require("depth", int),
             n_heads=options.take("heads", 8, kind=int),
             head_dim=head_dim,
             layers=[AttentionKind.lsh],
@@ -174,8 +174,8 @@ class _Model:
         found["stack.norm.weight"] = self._get("norm.weight", dim)
         found["stack.norm.bias"] = self._get("norm.bias", dim)
         self._state.close()
-        shapes = shapes_of(lambda: ReformerLM(self.config, self.vocab_size))
-        return {name: fitted(found[name], shape, name, self._state.folder) for name, shape in shapes.items()}
+        shapes = parameter_shapes(lambda: ReformerLM(self.config, self.vocab_size))
+        return {name: reshape_checked(found[name], shape, name, self._state.folder) for name, shape in shapes.items()}
 
     def _get(self, name: str, *shape: int) -> Tensor:
         return self._state.get(name, shape)
@@ -251,7 +251,7 @@ class _Model:
         return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in found.items()}
 
 
-def _position(options: Options) -> Position:
+def _position(options: ForeignOptions) -> Position:
     kinds = {
         "axial_position_emb": Position.axial,
         "absolute_position_emb": Position.learned,

@@ -19,18 +19,18 @@ from reformer_dist.config import (
     Position,
 )
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import Head
+from reformer_dist.interop.foreign import HeadKind
 from reformer_dist.interop.hugging_face import tensor_names
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_factors
 
 CLASSES = {
-    Head.sequence_classification: "ReformerForSequenceClassification",
-    Head.question_answering: "ReformerForQuestionAnswering",
+    HeadKind.sequence_classification: "ReformerForSequenceClassification",
+    HeadKind.question_answering: "ReformerForQuestionAnswering",
 }
 ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_new"}
 
 
-def obstacles(config: ModelConfig, head: Head) -> list[str]:
+def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
     """Keys by which a model differs from all of theirs, each with the reason."""
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
@@ -60,7 +60,7 @@ def obstacles(config: ModelConfig, head: Head) -> list[str]:
         "model.n_buckets": not has_lsh or config.n_buckets > 1 or "theirs are at least 2",
     }
     reasons = [f"{key}: {found}" for key, found in findings.items() if isinstance(found, str)]
-    if head is Head.sequence_classification and config.pooling is not Pooling.first:
+    if head is HeadKind.sequence_classification and config.pooling is not Pooling.first:
         reasons.append("model.pooling: their class is decided by the first token: first")
     return reasons
 
@@ -69,18 +69,18 @@ def model_files(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     vocab_size: int,
-    head: Head = Head.language_model,
+    head: HeadKind = HeadKind.language_model,
     *,
     classes: Sequence[str] = (),
     eos_id: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, tensors by their names) of our model. Raises CheckpointError where theirs can't express it."""
-    found = obstacles(config, head)
+    found = incompatibilities(config, head)
     if found:
         lines = "".join(f"\n  {line}" for line in found)
         raise CheckpointError(f"transformers has no Reformer that computes what this model does:{lines}")
     named = {theirs: _tensor(config, ours, weights) for ours, theirs in tensor_names(config, head)}
-    if head is Head.language_model:
+    if head is HeadKind.language_model:
         named["lm_head.decoder.bias"] = named["lm_head.bias"].clone()
     return {**_options(config, head, vocab_size, classes), "eos_token_id": eos_id}, named
 
@@ -107,7 +107,7 @@ def _shared(config: ModelConfig, name: str) -> str:
     return ".".join(words)
 
 
-def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
+def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
     lm_class = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
     is_axial = config.position is Position.axial
     factors = list(config.bucket_factors or bucket_factors(config.n_buckets, LARGEST_FACTOR["rotation"]))
@@ -144,7 +144,7 @@ def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence
         "tie_word_embeddings": False,
         "vocab_size": vocab_size,
     }
-    if head is Head.sequence_classification:
+    if head is HeadKind.sequence_classification:
         options["id2label"] = {str(label): name for label, name in enumerate(classes)}
         options["label2id"] = {name: label for label, name in enumerate(classes)}
     return options

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position, StreamMerge
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, fitted
+from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, reshape_checked
 from reformer_dist.interop.pickles import read_pickle
 
 PICKLE, ARRAYS = "model.pkl.gz", "model.weights.npy.gz"
@@ -61,18 +61,18 @@ def is_trax(folder: Path) -> bool:
 
 def read(folder: Path) -> ForeignModel:
     """The model of a folder with its weights and config.json. Raises CheckpointError."""
-    options = Options.read(folder / CONFIG_FILE)
+    options = ForeignOptions.read(folder / CONFIG_FILE)
     notes = ["the text that Trax's model sees begins with token 0, which its ShiftRight puts there"]
-    vocab_size: int = options.need("vocab_size", int)
+    vocab_size: int = options.require("vocab_size", int)
     config = model_config(options, notes)
     where, arrays = _arrays(folder)
     weights = dict(_Flat(where, arrays).named(config, vocab_size))
-    return ForeignModel("Trax", Head.language_model, config, vocab_size, weights, notes)
+    return ForeignModel("Trax", HeadKind.language_model, config, vocab_size, weights, notes)
 
 
-def model_config(options: Options, notes: list[str]) -> ModelConfig:
+def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
     """Ours for theirs. Raises CheckpointError; appends to notes."""
-    options.only(WITHOUT_COUNTERPART)
+    options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in OF_LAYERS)):
         options.take(name)
     head_dim: int = options.take("d_attention_key", 64, kind=int)
@@ -101,16 +101,16 @@ def model_config(options: Options, notes: list[str]) -> ModelConfig:
         local_chunks_before=options.take("SelfAttention.n_chunks_before", 0, kind=int),
         local_chunks_after=options.take("SelfAttention.n_chunks_after", 0, kind=int),
         ff_chunk=options.take("ff_chunk_size", 0, kind=int),
-        activation=options.one_of("ff_activation", ACTIVATIONS, "FastGelu"),
+        activation=options.take_choice("ff_activation", ACTIVATIONS, "FastGelu"),
         merge_streams=StreamMerge.concat,
         norm_eps=EPS,
         **_positions(options, max_len),
     )
-    options.close("ReformerLM of Trax")
+    options.refuse_unknown("ReformerLM of Trax")
     return config
 
 
-def _layers(options: Options, local_chunk: int | None) -> list[AttentionKind]:
+def _layers(options: ForeignOptions, local_chunk: int | None) -> list[AttentionKind]:
     kinds = {
         "SelfAttention": AttentionKind.exact if local_chunk is None else AttentionKind.local,
         "LSHSelfAttention": AttentionKind.lsh,
@@ -122,7 +122,7 @@ def _layers(options: Options, local_chunk: int | None) -> list[AttentionKind]:
     return [kinds[name] for name in names]
 
 
-def _bucket_factors(options: Options, chunk_len: int, max_len: int, notes: list[str]) -> list[int]:
+def _bucket_factors(options: ForeignOptions, chunk_len: int, max_len: int, notes: list[str]) -> list[int]:
     given = options.take("LSHSelfAttention.n_buckets", None)
     if given is not None:
         factors = [given] if isinstance(given, int) else list(given)
@@ -137,7 +137,7 @@ def _bucket_factors(options: Options, chunk_len: int, max_len: int, notes: list[
     return [first, 2 * (n_buckets // (2 * first))]
 
 
-def _positions(options: Options, max_len: int) -> dict[str, Any]:
+def _positions(options: ForeignOptions, max_len: int) -> dict[str, Any]:
     shape, dims = options.take("pos_axial_shape", []), options.take("pos_d_axial_embs", None)
     if not shape:
         return {"position": Position.learned, "max_seq_len": max_len}
@@ -208,7 +208,7 @@ class _Flat:
             raise CheckpointError(f"{self._where}: ends after {self._next} arrays; {what} should follow")
         array = torch.from_numpy(np.ascontiguousarray(self._arrays[self._next]))
         self._next += 1
-        return fitted(array, shape, f"array {self._next} ({what})", self._where)
+        return reshape_checked(array, shape, f"array {self._next} ({what})", self._where)
 
     def named(self, config: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
         """(our name, weights) of every parameter. Raises CheckpointError where theirs are of another model."""

@@ -17,7 +17,7 @@ from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.backends import why_not
-from reformer_dist.ops.lsh.hashing import one_bucket
+from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -119,7 +119,7 @@ class LSHSelfAttention(SelfAttention):
             count_pairs_once=config.count_pairs_once,
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
+            rows=context.coords.rows,
             implementation=config.attention_implementation.name,
         )
         return self._over_sequence(q, None, v, bucket_ids, options, context, layer, cache)
@@ -150,10 +150,10 @@ class LocalSelfAttention(SelfAttention):
             scale=self.head_dim**-0.5,
             dropout=context.dropout(self.config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
+            rows=context.coords.rows,
             implementation=self.config.attention_implementation.name,
         )
-        return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, cache)
+        return self._over_sequence(q, k, v, single_bucket_ids(q), options, context, layer, cache)
 
 
 class ExactSelfAttention(SelfAttention):
@@ -168,7 +168,7 @@ class ExactSelfAttention(SelfAttention):
             causal=self.config.causal,
             dropout=context.dropout(self.config.attention_dropout),
             seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
+            rows=context.coords.rows,
         )
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
 

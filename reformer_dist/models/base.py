@@ -44,9 +44,9 @@ class ReformerModel(nn.Module):
         longest = self.config.max_positions
         if longest is not None and tokens.shape[1] > longest:
             raise ValueError(f"{tokens.shape[1]} tokens: this model's positions end at {longest}")
-        x: Tensor = self.embedding(tokens, context.places.positions)
+        x: Tensor = self.embedding(tokens, context.coords.positions)
         return token_dropout(
-            x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.places
+            x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.coords
         )
 
     def _open(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:

@@ -85,18 +85,18 @@ class Block(nn.Module):
 
         def attend(x: Tensor) -> Tensor:
             out = self.attention_norm.after(self.attention(self.attention_norm(x), context, layer, cache))
-            return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.places)
+            return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.coords)
 
         def read_source(x: Tensor) -> Tensor:
             norm = self.cross_attention_norm
             out = norm.after(self.cross_attention(norm(x), context, layer, cache))
-            return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.places)
+            return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.coords)
 
         def feed(start: int, x: Tensor) -> Tensor:
-            places = context.places.chunk(start, start + x.shape[1])
+            coords = context.coords.chunk(start, start + x.shape[1])
             norm = self.feed_forward_norm
-            out = norm.after(self.feed_forward(norm(x), context, layer, places))
-            return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), places)
+            out = norm.after(self.feed_forward(norm(x), context, layer, coords))
+            return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), coords)
 
         attention = Sublayer(attend, [*self.attention_norm.parameters(), *self.attention.parameters()])
         feed_weights = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]

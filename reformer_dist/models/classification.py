@@ -13,7 +13,7 @@ from reformer_dist.models.context import ForwardContext, ForwardOptions
 from reformer_dist.models.initialization import init_weights
 from reformer_dist.ops.dropout import TokenCoords, token_dropout
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 class ReformerForSequenceClassification(ReformerModel):
@@ -38,7 +38,7 @@ class ReformerForSequenceClassification(ReformerModel):
         logits: Tensor = self.head(pool(self._hidden(tokens, context), context, self.config.pooling), context)
         if labels is None:
             return logits
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
         return loss / context.sequence.n_parts
 
 
@@ -57,14 +57,14 @@ class ClassificationHead(nn.Module):
         return self.to_logits(self._drop(torch.tanh(dense), "dense", context)).float()
 
     def _drop(self, x: Tensor, place: str, context: ForwardContext) -> Tensor:
-        only_place = TokenCoords(context.places.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
+        coords = TokenCoords(context.coords.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
         seed = context.seed_for("head", place)
-        return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, only_place).squeeze(1)
+        return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, coords).squeeze(1)
 
 
 def pool(hidden: Tensor, context: ForwardContext, pooling: Pooling) -> Tensor:
     """One vector [B, output_dim] float32 for each row of hidden [B, S, output_dim]; padding counts for nothing."""
-    mask, sequence, positions = context.key_padding_mask, context.sequence, context.places.positions
+    mask, sequence, positions = context.key_padding_mask, context.sequence, context.coords.positions
     real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask
     if pooling is Pooling.mean:
         n_real = sequence.gather(real.sum(dim=1)).sum(dim=0)

@@ -56,8 +56,8 @@ class ForwardContext:
     """Of this call's dropout masks; None switches dropout off."""
     rotation_seed: int
     """Of this call's hash rotations: one for each training step, a fixed one in evaluation."""
-    places: TokenCoords
-    """Which tokens of the step are at hand: dropout masks are functions of their places."""
+    coords: TokenCoords
+    """Which tokens of the step are at hand: dropout masks are functions of their coords."""
     sequence: SequenceAccess
     """How attention reaches the rest of the sequence."""
     key_padding_mask: Tensor | None = None
@@ -93,7 +93,7 @@ def build_context(
 ) -> ForwardContext:
     """The context of one forward call on rows of n_tokens. seed: the model's; is_training switches dropout on."""
     sequence, step, mask = options.get("sequence", WHOLE_SEQUENCE), options.get("step"), options.get("key_padding_mask")
-    places = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
+    coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:
         dropout_seed = None
@@ -101,10 +101,10 @@ def build_context(
         dropout_seed = int(torch.randint(2**62, (1,)).item())
     rotary = None
     if config.position is Position.rotary:
-        rotary = rotary_tables(places.positions, config.resolved_head_dim)
+        rotary = rotary_tables(coords.positions, config.resolved_head_dim)
     phase = "evaluation" if step is None else "training"
     rotation_seed = derive_seed("rotations", seed, phase, step or 0)
-    return ForwardContext(dropout_seed, rotation_seed, places, sequence, mask, rotary, options.get("bucket_stats"))
+    return ForwardContext(dropout_seed, rotation_seed, coords, sequence, mask, rotary, options.get("bucket_stats"))
 
 
 @dataclass

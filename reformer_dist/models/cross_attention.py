@@ -67,7 +67,7 @@ class CrossAttention(nn.Module):
             count_pairs_once=config.count_pairs_once,
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("cross_attention", layer),
-            rows=context.places.rows,
+            rows=context.coords.rows,
             is_reference=config.attention_implementation is AttentionImplementation.reference,
         )
 

@@ -58,7 +58,7 @@ class ReformerEncoderDecoder(ReformerModel):
         if self.training and options.get("dropout_seed") is None:
             options["dropout_seed"] = int(torch.randint(2**62, (1,)).item())
         if isinstance(source, Tensor):
-            source = self.read(source, source_mask, source_sequence, options)
+            source = self.encode_source(source, source_mask, source_sequence, options)
         hidden = self._hidden(tokens, replace(self._open(tokens, options), source=source))
         if logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:]
@@ -87,7 +87,7 @@ class ReformerEncoderDecoder(ReformerModel):
         context = self._open_source(source, of_source)
         encoder_drift = self.encoder.reversible_drift(self._embed(source, context), context)
         own: ForwardOptions = {"key_padding_mask": key_padding_mask, "sequence": sequence}
-        read = self.read(source, source_mask, source_sequence)
+        read = self.encode_source(source, source_mask, source_sequence)
         context = replace(self._open(tokens, own), source=read)
         drift = self.stack.reversible_drift(self._embed(tokens, context), context)
         return torch.maximum(encoder_drift, drift)
@@ -113,6 +113,6 @@ class ReformerEncoderDecoder(ReformerModel):
         own: ForwardOptions = {**(options or {}), "key_padding_mask": source_mask, "sequence": source_sequence}
         return EncodedSource(self.encode(source, **own).float(), source_mask, source_sequence)
 
-    def reading(self, source: Tensor, source_mask: Tensor | None = None) -> Callable[..., Tensor]:
+    def conditioned_on(self, source: Tensor, source_mask: Tensor | None = None) -> Callable[..., Tensor]:
         """The language model of the targets of source [B, T], as generation takes one: it is read here, once."""
-        return partial(self, self.read(source, source_mask))
+        return partial(self, self.encode_source(source, source_mask))

@@ -21,8 +21,8 @@ class FeedForward(nn.Module):
         self.to_inner = nn.Linear(config.dim, 2 * inner if is_gated else inner)
         self.to_out = nn.Linear(inner, config.dim)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int, places: TokenCoords) -> Tensor:
-        """[B, S, dim] -> [B, S, dim]; places: which tokens these are."""
+    def forward(self, x: Tensor, context: ForwardContext, layer: int, coords: TokenCoords) -> Tensor:
+        """[B, S, dim] -> [B, S, dim]; coords: which tokens these are."""
         inner = self.to_inner(x)
         if self.config.activation is Activation.glu:
             value, gate = inner.chunk(2, dim=-1)
@@ -34,4 +34,4 @@ class FeedForward(nn.Module):
         else:
             inner = F.relu(inner)
         dropout = context.dropout(self.config.ff_dropout)
-        return self.to_out(token_dropout(inner, dropout, context.seed_for("feed_forward", layer), places))
+        return self.to_out(token_dropout(inner, dropout, context.seed_for("feed_forward", layer), coords))

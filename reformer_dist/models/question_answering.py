@@ -60,7 +60,7 @@ def _cross_entropy_over_positions(
     masks [B, S, 1] each: False where nothing is asked for.
     """
     sequence = context.sequence
-    is_label = context.places.positions.unsqueeze(-1) == labels.unsqueeze(1)
+    is_label = context.coords.positions.unsqueeze(-1) == labels.unsqueeze(1)
     for mask in masks:
         is_label = is_label & mask
     # over slices too: each has its own sum of exponentials, and one of them holds the label

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
-from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets
 
 
@@ -132,7 +132,7 @@ class WholeSequence:
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_health(bucket_ids, counts, window)
+        return measure_bucket_stats(bucket_ids, counts, window)
 
 
 def first_real(key_padding_mask: Tensor) -> Tensor:

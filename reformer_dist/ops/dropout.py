@@ -24,12 +24,12 @@ class TokenCoords:
         return TokenCoords(self.rows, self.positions[..., start:stop])
 
 
-def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenCoords) -> Tensor:
+def token_dropout(x: Tensor, dropout: float, seed: int, coords: TokenCoords) -> Tensor:
     """Zeroes a share `dropout` of x [B, S, C] and scales the rest; no random state is read or moved."""
     if dropout == 0.0:
         return x
-    row = torch.arange(x.shape[0], device=x.device) if places.rows is None else places.rows
-    tokens = token_keys(row.unsqueeze(1), places.positions, 0, seed, is_query=True)
+    row = torch.arange(x.shape[0], device=x.device) if coords.rows is None else coords.rows
+    tokens = token_keys(row.unsqueeze(1), coords.positions, 0, seed, is_query=True)
     channel = torch.arange(x.shape[2], device=x.device)
     channels = token_keys(torch.zeros_like(channel), channel, 0, seed, is_query=False)
     kept = keep_mask(tokens, channels.expand(x.shape[0], -1), dropout)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.comm import SplitRows
-from reformer_dist.ops.lsh.online_softmax import LOWEST, Sums
+from reformer_dist.ops.lsh.online_softmax import LOWEST, PartialSoftmax
 from reformer_dist.parallel.dispatch import Hosted, Outward
 from reformer_dist.parallel.packing import Record
 from reformer_dist.parallel.plan import Route
@@ -19,14 +19,14 @@ class Returns(Protocol):
         """Attends; gives the results that are to go home."""
         ...
 
-    def at_home(self, route: Route, rows: Tensor) -> Sums:
+    def at_home(self, route: Route, rows: Tensor) -> PartialSoftmax:
         """The whole softmax of this rank's tokens [U * S], from what has come back."""
         ...
 
 
-def _no_sums(n_rows: int, width: int, device: torch.device) -> Sums:
+def _no_sums(n_rows: int, width: int, device: torch.device) -> PartialSoftmax:
     zeros = torch.zeros(n_rows, width + 1, dtype=torch.float32, device=device)
-    return Sums(zeros[:, :width].contiguous(), torch.full_like(zeros[:, 0], LOWEST), zeros[:, width].contiguous())
+    return PartialSoftmax(zeros[:, :width].contiguous(), torch.full_like(zeros[:, 0], LOWEST), zeros[:, width].contiguous())
 
 
 class MergedReturns:
@@ -44,15 +44,15 @@ class MergedReturns:
         o, lse = o.masked_fill_(alone.unsqueeze(1), 0.0), lse.masked_fill_(alone, LOWEST)
         return SplitRows(self._record.pack(o=o, lse=lse), route.attended.counts, route.asked.counts)
 
-    def at_home(self, route: Route, rows: Tensor) -> Sums:
+    def at_home(self, route: Route, rows: Tensor) -> PartialSoftmax:
         tokens, counts = route.asked.tokens(self._out.plan.n_local), route.asked.counts
         n_tokens = self._out.part(self._out.v, route).shape[0]
         total = _no_sums(n_tokens, self._width, rows.device)
         o, lse = (self._record.field(rows, name) for name in ("o", "lse"))
         for own, rank_o, rank_lse in zip(tokens.split(counts), o.split(counts), lse.split(counts), strict=True):
             top = rank_lse.squeeze(1)
-            found = Sums(rank_o.float(), top, (top > LOWEST).float())
-            merged = Sums(total.o[own], total.top[own], total.weight[own]).merge(found)
+            found = PartialSoftmax(rank_o.float(), top, (top > LOWEST).float())
+            merged = PartialSoftmax(total.o[own], total.top[own], total.weight[own]).merge(found)
             total.o[own], total.top[own], total.weight[own] = merged.o, merged.top, merged.weight
         return total
 
@@ -72,19 +72,19 @@ class RoundReturns:
         source = hosted.guests.position // self._out.plan.n_local
         packed, sources = [], []
         for layout, sums in self._out.tiled(hosted).attend_rounds(hosted.q, hosted.k, hosted.v):
-            rows = (layout.home < layout.query_slots.numel() - 1).nonzero().squeeze(1)
+            rows = (layout.slot_of_row < layout.query_slots.numel() - 1).nonzero().squeeze(1)
             packed.append(self._record.pack(o=sums.o[rows], top=sums.top[rows], weight=sums.weight[rows]))
             sources.append(source[rows])
         to = torch.cat(sources)
         counts = torch.bincount(to, minlength=self._out.comm.size).tolist()
         return SplitRows(torch.cat(packed)[to.argsort(stable=True)], counts, self._places(route)[1])
 
-    def at_home(self, route: Route, rows: Tensor) -> Sums:
+    def at_home(self, route: Route, rows: Tensor) -> PartialSoftmax:
         assert route.owners is not None
         n_rounds, n_tokens = route.owners.shape
         places, _ = self._places(route)
         fields = [self._record.field(rows, name) for name in ("o", "top", "weight")]
-        total: Sums | None = None
+        total: PartialSoftmax | None = None
         for round_ in range(n_rounds):
             here = (places // n_tokens == round_).nonzero().squeeze(1)
             own = places[here] % n_tokens

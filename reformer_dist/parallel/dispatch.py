@@ -42,7 +42,7 @@ class Outward:
         self.keys = Record(k=width, v=width)
         self.queries = Record(q=width)
         self._scratch = Workspace(v.device)
-        self._numbers = options.unit_numbers(v.shape[0], v.shape[1], v.device)
+        self._numbers = options.head_indices(v.shape[0], v.shape[1], v.device)
 
     @staticmethod
     def part(x: Tensor, route: Route) -> Tensor:

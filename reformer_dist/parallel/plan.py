@@ -23,11 +23,11 @@ from reformer_dist.ops.lsh.partition import (
     Recipients,
     chunk_recipients,
     chunk_partition,
-    tiling_of,
+    choose_tiling,
     window_recipients,
     window_partition,
 )
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, place_codes, row_keys
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
 from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits
 
 PHASE = "count"
@@ -159,7 +159,7 @@ class _HomePlaces:
         self._readers: list[list[Recipients]] = []
         codes, owners = [], []
         rule = options.rule
-        tile_len = tiling_of(rule, seq_len, options.n_buckets).tile_len
+        tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len
         for r in range(n_rounds):
             bucket = buckets[:, r]
             rank = bucket_ranks(bucket, before[:, r])
@@ -169,12 +169,12 @@ class _HomePlaces:
                 owner, readers = window_recipients(bucket, rank, total[:, r], rule, tile_len, size)
             self._mark(self.asks, owner, owner >= 0)
             for some in readers:
-                for taker, takes in some.pairs(size):
+                for taker, takes in some.iter_ranks(size):
                     self._mark(self.needs, taker, takes)
             self._readers.append(readers)
             owners.append(owner.flatten().to(torch.int32))
             if options.count_pairs_once:
-                codes.append(place_codes(bucket, rank, total[:, r], rule))
+                codes.append(position_codes(bucket, rank, total[:, r], rule))
         self.codes = torch.stack(codes, dim=1) if codes else None
         """[U, R, S]"""
         self.owners = torch.stack(owners)
@@ -253,7 +253,7 @@ def held_rows(route: Route, guests: Guests, plan: Plan, numbers: Tensor, comm: C
 def _keys_by_round(route: Route, unit: Tensor) -> Iterator[Tensor]:
     n_units, _, n_buckets = route.total.shape
     for r in range(route.ids.shape[1]):
-        yield row_keys(unit, route.ids[:, r], n_units, n_buckets)
+        yield row_sort_keys(unit, route.ids[:, r], n_units, n_buckets)
 
 
 def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local: int, comm: CommGroup) -> int:
@@ -270,7 +270,7 @@ def _count_strays(route: Route, options: AttentionOptions, seq_len: int, n_local
             first = torch.tensor(run.needed, dtype=torch.int64, device=keys.device) * rule.chunk_len
             foretold = (total.sum(dim=1, keepdim=True) - first).clamp(0, rule.chunk_len).sum(dim=1)
         else:
-            run_of = window_partition(total, rule, tiling_of(rule, seq_len, options.n_buckets).tile_len, part)
+            run_of = window_partition(total, rule, choose_tiling(rule, seq_len, options.n_buckets).tile_len, part)
             foretold = run_of.stop - run_of.start
         strays += int((found - foretold).abs().sum())
     return strays

@@ -17,7 +17,7 @@ from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.distributed.runtime import Runtime, ranks_per_node
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
-from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
@@ -134,7 +134,7 @@ class SlicedSequence:
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_health(bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window)
+        return measure_bucket_stats(bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window)
 
     def _prepare(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None, order: list[int]

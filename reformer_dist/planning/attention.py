@@ -9,7 +9,7 @@ from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.lsh.backends import why_not
 from reformer_dist.ops.lsh.native.attention import GROUP_TOKENS as NATIVE_TOKENS
 from reformer_dist.ops.lsh.options import ChunkRule, WindowRule
-from reformer_dist.ops.lsh.partition import tiling_of
+from reformer_dist.ops.lsh.partition import choose_tiling
 from reformer_dist.ops.lsh.torch_tiles.attention import GROUP_TOKENS
 from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS
 from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
@@ -90,9 +90,9 @@ def kernel_parts(job: Job, layer: LayerRule, rows: float) -> float:
 
 def tiled_backward(job: Job, layer: LayerRule, rows: float, n_units: int, seq_len: int) -> float:
     """Backward of a group of rows, each a vector of head_dim: its layouts, sorted copies, sums and scores."""
-    tiling = tiling_of(layer.rule, seq_len, layer.n_buckets)
+    tiling = choose_tiling(layer.rule, seq_len, layer.n_buckets)
     tile_len = tiling.tile_len
-    columns = tile_len * (tiling.back + 1 + tiling.front)
+    columns = tile_len * (tiling.n_before + 1 + tiling.n_after)
     slots = rows
     if isinstance(layer.rule, WindowRule) and layer.n_buckets > 1:
         slots += n_units * layer.n_buckets * tile_len / 2  # the last tile of a bucket is half empty

@@ -48,7 +48,7 @@ class Probes:
         self._micro_batch, _ = config.micro_batching(runtime.world_size)
 
     def evaluate(self, step: int, seconds: float) -> None:
-        """Held-out loss over data.eval_rows rows, and the bucket_stats of the model on the first of them.
+        """Held-out loss over data.eval_rows rows, and the bucket statistics of the model on the first of them.
 
         seconds: of training so far. Raises Preempted alike on every rank if any is told to stop meanwhile.
         """

@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Protocol
 
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.metrics import Row, read_metrics
-from reformer_dist.sweep.places import Place
+from reformer_dist.sweep.metrics import MetricsRow, read_metrics
+from reformer_dist.sweep.placement import Placement
 from reformer_dist.sweep.process import KILLED, PREEMPTED, TrialProcess, open_lock
-from reformer_dist.sweep.state import DONE, State, SweepFile, Trial
+from reformer_dist.sweep.state import DONE, TrialStatus, SweepFile, Trial
 
 TICK = 0.2  # seconds
 LOOK_EVERY = 2.0  # seconds between looks into the metrics of running trials
@@ -23,7 +23,7 @@ PATIENCE = 600.0  # seconds that trials have for their last save before they are
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Plan(Protocol):
+class SearchStrategy(Protocol):
     """Which trials there are, and what to make of them."""
 
     def describe(self) -> str:
@@ -34,7 +34,7 @@ class Plan(Protocol):
         """A trial to start, or None while, or because, there is none."""
         ...
 
-    def is_hopeless(self, trial: Trial, rows: list[Row]) -> bool:
+    def should_prune(self, trial: Trial, rows: list[MetricsRow]) -> bool:
         """Whether a running trial, by what it has written, should be stopped."""
         ...
 
@@ -50,11 +50,11 @@ Command = Callable[[Trial], list[str]]
 class _Running:
     trial: Trial
     process: TrialProcess
-    place: Place
+    place: Placement
     steps_before: int
     after: list[Command]
     """What else is to run in the trial's place once it has succeeded."""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[MetricsRow] = field(default_factory=list)
     looked: float = 0.0
 
 
@@ -62,7 +62,7 @@ class Driver:
     """Runs the trials of one plan; a single thread, so that children die with it and with nothing else."""
 
     def __init__(
-        self, file: SweepFile, places: list[Place], commands: list[Command], summarise: Callable[[Trial], None]
+        self, file: SweepFile, places: list[Placement], commands: list[Command], summarise: Callable[[Trial], None]
     ) -> None:
         """commands: arguments of python for a trial, one after the other; summarise: fills in its result."""
         self._file, self._free, self._commands, self._summarise = file, list(places), commands, summarise
@@ -71,7 +71,7 @@ class Driver:
         self._signal: int | None = None
         self._signals = 0
 
-    def run(self, plan: Plan) -> int | None:
+    def run(self, plan: SearchStrategy) -> int | None:
         """Runs the plan to its end; returns the signal that cut it, if one did."""
         with self._catching_signals():
             while True:
@@ -87,11 +87,11 @@ class Driver:
     def _folder(self, trial: Trial) -> Path:
         return self._file.folder / trial.name
 
-    def _fill(self, plan: Plan) -> None:
+    def _fill(self, plan: SearchStrategy) -> None:
         """Starts trials while there is a place for one."""
         retried, self._blocked = self._blocked, []
         while self._free:
-            trial = retried.pop(0) if retried else plan.next()
+            trial = retried.pop(0) if retried else strategy.next_trial()
             if trial is None:
                 break
             if not self._start(trial):
@@ -111,7 +111,7 @@ class Driver:
                 trial.reason = "waits for the process of an earlier driver"
             return False
         verb = "goes on" if trial.starts else "starts"
-        trial.starts, trial.state, trial.reason = trial.starts + 1, State.running, ""
+        trial.starts, trial.state, trial.reason = trial.starts + 1, TrialStatus.running, ""
         self._file.save()  # first: whoever finds the folder finds it named
         place = self._free.pop()
         steps = _steps(read_metrics(folder))
@@ -121,7 +121,7 @@ class Driver:
         logger.info(f"{trial.name}: {verb}, {process.log}")
         return True
 
-    def _look(self, plan: Plan) -> None:
+    def _look(self, plan: SearchStrategy) -> None:
         for running in list(self._running):
             status = running.process.status()
             if status is not None:
@@ -130,18 +130,18 @@ class Driver:
                 running.looked = time.monotonic()
                 self._judge(running, plan)
 
-    def _judge(self, running: _Running, plan: Plan) -> None:
+    def _judge(self, running: _Running, plan: SearchStrategy) -> None:
         trial = running.trial
-        if trial.state is State.pruned or len(running.after) < len(self._commands) - 1:
+        if trial.state is TrialStatus.pruned or len(running.after) < len(self._commands) - 1:
             return
         rows = read_metrics(self._folder(trial))
         if len(rows) > len(running.rows):
             running.rows = rows
-            if plan.is_hopeless(trial, rows):
-                trial.state = State.pruned
+            if plan.should_prune(trial, rows):
+                trial.state = TrialStatus.pruned
                 running.process.stop()
 
-    def _end(self, running: _Running, status: int, plan: Plan) -> None:
+    def _end(self, running: _Running, status: int, plan: SearchStrategy) -> None:
         trial, folder = running.trial, self._folder(running.trial)
         if status == 0 and running.after and self._signal is None:
             self._go_on(running)
@@ -150,22 +150,22 @@ class Driver:
         self._free.append(running.place)
         rows = read_metrics(folder)
         if status == 0 and not running.after:
-            trial.state = State.finished
-        elif trial.state is State.pruned:
+            trial.state = TrialStatus.finished
+        elif trial.state is TrialStatus.pruned:
             trial.reason = f"at step {_steps(rows)}"
         elif self._signal is not None:
-            trial.state, trial.reason = State.cut, f"at step {_steps(rows)}"
+            trial.state, trial.reason = TrialStatus.cut, f"at step {_steps(rows)}"
         elif status == PREEMPTED and _steps(rows) > running.steps_before:
-            trial.state, trial.reason = State.cut, f"preempted at step {_steps(rows)}"
+            trial.state, trial.reason = TrialStatus.cut, f"preempted at step {_steps(rows)}"
         else:
-            trial.state, trial.reason = State.failed, _why(status, running.process)
+            trial.state, trial.reason = TrialStatus.failed, _why(status, running.process)
         if trial.state in DONE:
             self._summarise(trial)
         elif self._signal is None:
             self._blocked.append(trial)  # it goes on when there is a place
         self._file.save()
         if trial.state in DONE:
-            plan.ended(trial)
+            strategy.trial_ended(trial)
         logger.info(f"{trial.name}: {_said(trial, running.process.log)}")
 
     def _go_on(self, running: _Running) -> None:
@@ -176,7 +176,7 @@ class Driver:
             command = running.after.pop(0)
             running.process = TrialProcess(command(running.trial), folder, running.place, lock)
 
-    def _stop_all(self, plan: Plan) -> None:
+    def _stop_all(self, plan: SearchStrategy) -> None:
         """Lets every trial save and end; a second signal, or too long a time, kills."""
         if self._running:
             names = ", ".join(running.trial.name for running in self._running)
@@ -210,7 +210,7 @@ class Driver:
                 signal.signal(signum, handler)
 
 
-def _steps(rows: list[Row]) -> int:
+def _steps(rows: list[MetricsRow]) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
@@ -223,7 +223,7 @@ def _why(status: int, process: TrialProcess) -> str:
 
 def _said(trial: Trial, log: Path) -> str:
     words = trial.state.value + (f": {trial.reason}" if trial.reason else "")
-    if trial.state is State.failed:
+    if trial.state is TrialStatus.failed:
         return f"{words} ({log})"
     numbers = ", ".join(f"{tag} {value:,.4g}" for tag, value in trial.result.items())
     return f"{words}{': ' if numbers else ''}{numbers}"

@@ -8,14 +8,14 @@ from hashlib import blake2b
 from itertools import product
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.sweep.metrics import Row
-from reformer_dist.sweep.space import Interval, Space
+from reformer_dist.sweep.metrics import MetricsRow
+from reformer_dist.sweep.space import Interval, SearchSpace
 from reformer_dist.sweep.state import DONE, Trial
 
 LONGEST_NAME = 120
 
 
-def combinations(space: Space) -> list[dict[str, str]]:
+def combinations(space: SearchSpace) -> list[dict[str, str]]:
     """Every combination, the last key changing fastest, each once. Raises ConfigError for an open interval."""
     columns = []
     for key, dimension in space.items():
@@ -45,7 +45,7 @@ def trial_name(changed: dict[str, str]) -> str:
     return f"{plain[:LONGEST_NAME]}-{blake2b(whole.encode(), digest_size=4).hexdigest()}"
 
 
-class GridPlan:
+class GridSearch:
     """Runs the trials that are still to run."""
 
     def __init__(self, trials: list[Trial]) -> None:
@@ -59,7 +59,7 @@ class GridPlan:
     def next(self) -> Trial | None:
         return self._waiting.popleft() if self._waiting else None
 
-    def is_hopeless(self, trial: Trial, rows: list[Row]) -> bool:
+    def should_prune(self, trial: Trial, rows: list[MetricsRow]) -> bool:
         return False
 
     def ended(self, trial: Trial) -> None:

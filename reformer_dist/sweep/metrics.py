@@ -10,16 +10,16 @@ from statistics import median
 FILE, COVERAGE = "metrics.jsonl", "coverage.json"
 TIME, TRAIN_LOSS, SPEED = "time_s", "train/loss", "perf/tokens_per_s"
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]
 
 
-def read_metrics(folder: Path) -> list[Row]:
+def read_metrics(folder: Path) -> list[MetricsRow]:
     """What a trial has written, by step; torn lines are left out, and what is written again counts."""
     try:
         lines = (folder / FILE).read_text().splitlines()
     except OSError:
         return []
-    by_step: dict[float, Row] = {}
+    by_step: dict[float, MetricsRow] = {}
     for line in lines:
         try:
             row = json.loads(line)
@@ -32,18 +32,18 @@ def read_metrics(folder: Path) -> list[Row]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def series(rows: list[Row], tag: str) -> list[tuple[int, float]]:
+def series(rows: list[MetricsRow], tag: str) -> list[tuple[int, float]]:
     """(step, value) of a tag."""
     return [(int(row["step"]), row[tag]) for row in rows if tag in row]
 
 
-def last(rows: list[Row], tag: str) -> float | None:
+def last(rows: list[MetricsRow], tag: str) -> float | None:
     """Last value of a tag that is a number."""
     values = [value for _, value in series(rows, tag) if math.isfinite(value)]
     return values[-1] if values else None
 
 
-def summarise(rows: list[Row], objective: str) -> dict[str, float]:
+def summarise(rows: list[MetricsRow], objective: str) -> dict[str, float]:
     """The last step, the last value of the objective and of the losses, and the median speed."""
     if not rows:
         return {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.errors import UserError
-from reformer_dist.sweep.metrics import SPEED, TIME, TRAIN_LOSS, Row, read_metrics
+from reformer_dist.sweep.metrics import SPEED, TIME, TRAIN_LOSS, MetricsRow, read_metrics
 from reformer_dist.sweep.state import Trial
 
 MOST_NAMED = 12
@@ -52,7 +52,7 @@ def _matplotlib() -> Any:
     return Figure
 
 
-def _curve(rows: list[Row], objective: str) -> list[tuple[float, float]]:
+def _curve(rows: list[MetricsRow], objective: str) -> list[tuple[float, float]]:
     """(minutes, loss), of the objective where it was measured twice, else of training."""
     for tag in (objective, TRAIN_LOSS):
         points = [(row[TIME] / 60, row[tag]) for row in rows if TIME in row and tag in row]

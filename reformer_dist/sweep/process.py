@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from reformer_dist.sweep.places import Place
+from reformer_dist.sweep.placement import Placement
 from reformer_dist.sweep.state import take_lock
 
 LOG, LOCK = "trial.log", "trial.lock"
@@ -27,7 +27,7 @@ SET_DEATH_SIGNAL = 1  # of prctl
 class TrialProcess:
     """Runs in a session of its own, so that the terminal's Ctrl-C comes to the driver alone."""
 
-    def __init__(self, arguments: list[str], folder: Path, place: Place, lock: int) -> None:
+    def __init__(self, arguments: list[str], folder: Path, place: Placement, lock: int) -> None:
         """arguments: what follows `python`; lock: of the trial, which the process holds on after the driver."""
         self.log = folder / LOG
         with self.log.open("ab") as log:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reformer_dist.errors import UserError
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.state import State, Trial, write_whole
+from reformer_dist.sweep.state import TrialStatus, Trial, write_whole
 
 HPARAMS_FOLDER = "hparams"
 
@@ -38,7 +38,7 @@ def best_first(trials: list[Trial], objective: str) -> list[Trial]:
     """Finished ones by the objective, then the others by name."""
 
     def key(trial: Trial) -> tuple[bool, float, str]:
-        return trial.state is not State.finished, trial.result.get(objective, float("inf")), trial.name
+        return trial.state is not TrialStatus.finished, trial.result.get(objective, float("inf")), trial.name
 
     return sorted(trials, key=key)
 
@@ -92,11 +92,11 @@ def _write_hparams(folder: Path, trials: list[Trial]) -> None:
     target = folder / HPARAMS_FOLDER
     shutil.rmtree(target, ignore_errors=True)
     for trial in trials:
-        values = {key.lstrip("+"): number_or_word(value) for key, value in trial.changed.items()}
+        values = {key.lstrip("+"): parse_value(value) for key, value in trial.changed.items()}
         write_hparams(target / trial.name, values, trial.result)
 
 
-def number_or_word(value: str) -> float | str | bool:
+def parse_value(value: str) -> float | str | bool:
     """What an override's value is: 4.0 of "4", "rotary" of "rotary"."""
     if value in ("true", "false"):
         return value == "true"

@@ -27,7 +27,7 @@ from reformer_dist.run.compose import (
     refuse_unknown,
     register_schema,
 )
-from reformer_dist.sweep.space import Choices, Dimension, Interval, Space
+from reformer_dist.sweep.space import Choices, Dimension, Interval, SearchSpace
 
 SWEEP = "sweep"
 # keys whose values a sweep sets itself
@@ -42,7 +42,7 @@ class Overrides:
     """Those of one value, for every trial alike."""
     settings: list[str]
     """sweep=... and sweep.key=..., which trials do not see."""
-    space: Space
+    space: SearchSpace
     """Those of several values."""
 
 
@@ -56,7 +56,7 @@ class SweepRequest:
     """output_dir, in which each trial has a folder of its own."""
     fixed: list[str]
     """Overrides that every trial gets."""
-    space: Space
+    space: SearchSpace
 
 
 def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepRequest], None]) -> None:
@@ -64,13 +64,13 @@ def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepReques
 
     Raises ConfigError for a command line that describes neither.
     """
-    if asks_for_sweep(sys.argv[1:]):
-        sweep(read_request(command_line_overrides(sys.argv[1:])))
+    if is_sweep(sys.argv[1:]):
+        sweep(parse_request(command_line_overrides(sys.argv[1:])))
     else:
         hydra_entry(task)
 
 
-def read_request(words: list[str]) -> SweepRequest:
+def parse_request(words: list[str]) -> SweepRequest:
     """Keys of one value are read as far as a sweep needs them; together with others, they may yet be wrong."""
     register_schema()
     with hydra_context() as loader:
@@ -89,7 +89,7 @@ def read_request(words: list[str]) -> SweepRequest:
     return SweepRequest(settings, launcher, folder, given.fixed, space)
 
 
-def asks_for_sweep(arguments: list[str]) -> bool:
+def is_sweep(arguments: list[str]) -> bool:
     """Whether a command line says --multirun or sweep=..., and is not only to show something (--cfg, --help).
 
     Raises ConfigError where it has settings of a sweep for one run.
@@ -110,7 +110,7 @@ def read_overrides(words: list[str], loader: ConfigLoader | None = None) -> Over
     """Sorts overrides. loader: finds the choices of `group=glob(*)`. Raises ConfigError."""
     fixed: list[str] = []
     settings: list[str] = []
-    space: Space = {}
+    space: SearchSpace = {}
     for word, override in zip(words, _parse(words, loader), strict=True):
         key = override.get_key_element()
         bare = override.key_or_group
@@ -131,9 +131,9 @@ def read_overrides(words: list[str], loader: ConfigLoader | None = None) -> Over
     return Overrides(fixed, settings, space)
 
 
-def read_params(params: dict[str, str], loader: ConfigLoader | None = None) -> Space:
+def read_params(params: dict[str, str], loader: ConfigLoader | None = None) -> SearchSpace:
     """The space that sweep.params spells, each value as in an override. Raises ConfigError."""
-    space: Space = {}
+    space: SearchSpace = {}
     for key, value in params.items():
         (override,) = _parse([f"{key}={value}"], loader)
         if override.is_sweep_override():

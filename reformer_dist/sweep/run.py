@@ -13,13 +13,13 @@ from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import compose_run, plain
-from reformer_dist.sweep.driver import Command, Driver, Plan
-from reformer_dist.sweep.grid import GridPlan, combinations, trial_name
+from reformer_dist.sweep.driver import Command, Driver, SearchStrategy
+from reformer_dist.sweep.grid import GridSearch, combinations, trial_name
 from reformer_dist.sweep.metrics import COVERAGE, read_coverage, read_metrics, summarise
-from reformer_dist.sweep.places import make_places, usable_cores, visible_gpus
+from reformer_dist.sweep.placement import make_placements, usable_cores, visible_gpus
 from reformer_dist.sweep.report import best_first, write_report
 from reformer_dist.sweep.request import SweepRequest, as_override, without
-from reformer_dist.sweep.state import State, SweepFile, Trial, read_all
+from reformer_dist.sweep.state import TrialStatus, SweepFile, Trial, read_all
 
 INTERRUPTED, PREEMPTED = 130, 75
 # groups and keys that change neither the numbers of a trial nor its folder
@@ -35,7 +35,7 @@ def run_sweep(request: SweepRequest) -> int:
     _check(request)
     settings, launcher = request.settings, request.launcher
     ranks = launcher.nproc_per_node if launcher.kind is LauncherKind.local else 1
-    places = make_places(ranks, settings.parallel, visible_gpus(), usable_cores())
+    places = make_placements(ranks, settings.parallel, visible_gpus(), usable_cores())
     request.folder.mkdir(parents=True, exist_ok=True)
     file = SweepFile(request.folder, settings.share())
     file.lock()
@@ -48,7 +48,7 @@ def run_sweep(request: SweepRequest) -> int:
         logger.info("the sweep was stopped; the same command goes on with it")
         return INTERRUPTED if cut_by == signal.SIGINT else PREEMPTED
     _announce_best(request)
-    return int(any(trial.state is State.failed for trial in file.trials.values()))
+    return int(any(trial.state is TrialStatus.failed for trial in file.trials.values()))
 
 
 def _check(request: SweepRequest) -> None:
@@ -68,12 +68,12 @@ def _check(request: SweepRequest) -> None:
         raise ConfigError(f"output_dir={folder}: holds a run; a sweep needs a folder of its own, choose another")
 
 
-def _plan(request: SweepRequest, file: SweepFile) -> Plan:
+def _plan(request: SweepRequest, file: SweepFile) -> SearchStrategy:
     if request.settings.kind is SweepKind.optuna:
-        from reformer_dist.sweep.search import SearchPlan
+        from reformer_dist.sweep.search import OptunaSearch
 
-        return SearchPlan(request, file, lambda name, changed: describe_trial(request, name, changed))
-    return GridPlan(grid_trials(request, file))
+        return OptunaSearch(request, file, lambda name, changed: make_trial(request, name, changed))
+    return GridSearch(grid_trials(request, file))
 
 
 def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
@@ -87,15 +87,15 @@ def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
         name = trial_name(changed)
         trial = known.get(name, Trial(name, changed))
         try:
-            described = describe_trial(request, name, changed)
+            described = make_trial(request, name, changed)
         except ConfigError as error:
-            trial.state, trial.reason = State.failed, str(error)
+            trial.state, trial.reason = TrialStatus.failed, str(error)
             errors.append(error)
         else:
             _require_same(request, trial, described)
             trial.overrides, trial.digest = described.overrides, described.digest
-            if trial.state is State.failed and request.settings.retry_failed:
-                trial.state = State.waiting
+            if trial.state is TrialStatus.failed and request.settings.retry_failed:
+                trial.state = TrialStatus.waiting
         trials.append(trial)
     if errors and len(errors) == len(trials):
         raise errors[0]
@@ -104,7 +104,7 @@ def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
     return trials
 
 
-def describe_trial(request: SweepRequest, name: str, changed: dict[str, str]) -> Trial:
+def make_trial(request: SweepRequest, name: str, changed: dict[str, str]) -> Trial:
     """A new trial. Raises ConfigError where its configuration can't run."""
     overrides = [*without(request.fixed, "output_dir"), *(f"{key}={value}" for key, value in changed.items())]
     return Trial(name, changed, overrides=overrides, digest=_digest(compose_run(overrides)))
@@ -154,7 +154,7 @@ def _words(request: SweepRequest, trial: Trial) -> list[str]:
 def _announce_best(request: SweepRequest) -> None:
     """Names the best trial, and the command that trains it on, from where it ended to twice its steps."""
     objective = request.settings.objective
-    finished = [trial for trial in read_all(request.folder).values() if trial.state is State.finished]
+    finished = [trial for trial in read_all(request.folder).values() if trial.state is TrialStatus.finished]
     best = next(iter(best_first(finished, objective)), None)
     if best is None or objective not in best.result:
         return

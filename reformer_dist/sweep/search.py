@@ -13,10 +13,10 @@ from typing import IO, Any
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
-from reformer_dist.sweep.metrics import Row, series
+from reformer_dist.sweep.metrics import MetricsRow, series
 from reformer_dist.sweep.request import SweepRequest
 from reformer_dist.sweep.space import Choices, Interval
-from reformer_dist.sweep.state import DONE, State, SweepFile, Trial, read_all
+from reformer_dist.sweep.state import DONE, TrialStatus, SweepFile, Trial, read_all
 
 JOURNAL = "study.journal"
 MIN_TO_COMPARE = 4  # finished trials that the median takes
@@ -25,7 +25,7 @@ RETRY_OF = "retry_of"
 Describe = Callable[[str, dict[str, str]], Trial]
 
 
-class SearchPlan:
+class OptunaSearch:
     """Trials are `trial-0000` and so on, by their number in the study."""
 
     def __init__(self, request: SweepRequest, file: SweepFile, describe: Describe) -> None:
@@ -47,14 +47,14 @@ class SearchPlan:
         while self._has_retries() or self._counted() < self._settings.n_trials:
             trial = self._make(self._study.ask())
             self._file.trials[trial.name] = trial
-            if trial.state is not State.failed:
+            if trial.state is not TrialStatus.failed:
                 return trial
             logger.info(f"{trial.name}: failed: {trial.reason}")
             self._file.save()
             self.ended(trial)
         return None
 
-    def is_hopeless(self, trial: Trial, rows: list[Row]) -> bool:
+    def should_prune(self, trial: Trial, rows: list[MetricsRow]) -> bool:
         if self._settings.prune_after is None:
             return False
         identity, known = self._identity(trial), self._frozen(trial).intermediate_values
@@ -68,15 +68,15 @@ class SearchPlan:
         state = self._optuna.trial.TrialState
         value = trial.result.get(self._settings.objective, math.nan)
         number = _number(trial)
-        if trial.state is State.finished and math.isfinite(value):
+        if trial.state is TrialStatus.finished and math.isfinite(value):
             self._study.tell(number, value, skip_if_finished=True)
             return
-        if trial.state is State.finished:
-            trial.state, trial.reason = State.failed, f"it wrote no {self._settings.objective}"
+        if trial.state is TrialStatus.finished:
+            trial.state, trial.reason = TrialStatus.failed, f"it wrote no {self._settings.objective}"
             self._file.save()
         if not self._frozen(trial).state.is_finished():
             self._storage.set_trial_user_attr(self._identity(trial), "reason", trial.reason)
-        ending = state.PRUNED if trial.state is State.pruned else state.FAIL
+        ending = state.PRUNED if trial.state is TrialStatus.pruned else state.FAIL
         self._study.tell(number, state=ending, skip_if_finished=True)
 
     def _open_study(self, request: SweepRequest) -> tuple[Any, Any]:
@@ -122,7 +122,7 @@ class SearchPlan:
         try:
             return self._describe(name, changed)
         except ConfigError as error:
-            return Trial(name, changed, State.failed, reason=str(error))
+            return Trial(name, changed, TrialStatus.failed, reason=str(error))
 
     def _enqueue_failed(self) -> None:
         trials = self._study.trials

@@ -32,4 +32,4 @@ class Interval:
 
 
 Dimension = Choices | Interval
-Space = dict[str, Dimension]
+SearchSpace = dict[str, Dimension]

@@ -17,7 +17,7 @@ FORMAT = 1
 FILES = "sweep*.json"
 
 
-class State(Enum):
+class TrialStatus(Enum):
     """In order of what is known: of two files that name a trial, the higher state holds."""
 
     waiting = "waiting"
@@ -30,7 +30,7 @@ class State(Enum):
     finished = "finished"
 
 
-DONE = (State.finished, State.failed, State.pruned)
+DONE = (TrialStatus.finished, TrialStatus.failed, TrialStatus.pruned)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Trial:
     name: str
     changed: dict[str, str]
     """Overrides by which it differs from the others."""
-    state: State = State.waiting
+    state: TrialStatus = TrialStatus.waiting
     overrides: list[str] = field(default_factory=list)
     """All of its command line but its folder."""
     digest: str = ""
@@ -84,8 +84,8 @@ def read_all(folder: Path) -> dict[str, Trial]:
     return trials
 
 
-def _rank(state: State) -> int:
-    return list(State).index(state)
+def _rank(state: TrialStatus) -> int:
+    return list(TrialStatus).index(state)
 
 
 def _read(path: Path) -> list[Trial]:
@@ -95,7 +95,7 @@ def _read(path: Path) -> list[Trial]:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
-        return [Trial(**{**trial, "state": State(trial["state"])}) for trial in content["trials"].values()]
+        return [Trial(**{**trial, "state": TrialStatus(trial["state"])}) for trial in content["trials"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: is not a sweep's file of this version ({error}); move it away") from error
 

@@ -98,7 +98,7 @@ class SequenceToSequence(SampleTask):
     def _reading(self, model: ReformerEncoderDecoder, samples: Sequence[Sample]) -> Callable[..., Tensor]:
         """The language model of the targets of samples."""
         batch, device = collate([self.example(sample, (0, 0, 0)) for sample in samples]), device_of(model)
-        return model.reading(batch["source"].to(device), batch["source_mask"].to(device))
+        return model.conditioned_on(batch["source"].to(device), batch["source_mask"].to(device))
 
     def _scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[str]:
         if self.config.task.metric is TextMetric.rouge:

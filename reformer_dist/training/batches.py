@@ -16,9 +16,9 @@ from reformer_dist.errors import DataError
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.preemption import StopSignal
 
-IGNORED = -100
+IGNORE_INDEX = -100
 OF_SOURCE = ("source", "source_mask")
-FILLS = {"labels": IGNORED}
+FILLS = {"labels": IGNORE_INDEX}
 """What a slice holds where the row has ended; 0 for all that is not named."""
 LOOK_UP = 0.2  # seconds between two looks at the stop signal, while data is waited for
 
@@ -97,7 +97,7 @@ class MicroBatch:
     @property
     def asked(self) -> Tensor:
         """Which labels count on this rank: of those that several ranks have, the first rank's."""
-        asked = self.tensors["labels"] != IGNORED
+        asked = self.tensors["labels"] != IGNORE_INDEX
         is_first = self.sequences["sequence"].mesh.slice_index == 0
         return asked if is_first or not self.labels_of_rows else torch.zeros_like(asked)
 

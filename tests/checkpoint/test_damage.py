@@ -91,12 +91,12 @@ def test_paths_that_users_give(tmp_path: Path) -> None:
     assert resolve_checkpoint(old) == old
     flip(new)
     assert resolve_checkpoint(tmp_path) == old
-    with pytest.raises(CheckpointError, match=f"damaged: the content of {WEIGHTS}"):
+    with pytest.raises(CheckpointError, match=f"{new}.*: .*{WEIGHTS}"):
         resolve_checkpoint(new)
     flip(old)
-    with pytest.raises(CheckpointError, match=f"neither a checkpoint.*\n.*{new.name}: .*\n.*{old.name}: "):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*\n.*{new.name}: .*\n.*{old.name}: "):
         resolve_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: is neither a checkpoint"):
+    with pytest.raises(CheckpointError, match="nowhere: .*checkpoint"):
         resolve_checkpoint(tmp_path / "nowhere")
 
 

@@ -86,9 +86,9 @@ def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
     pieces = [[Piece("matrix", 0, 10)], [Piece("matrix", 12, 12)]]
     reader = CheckpointReader(written(tmp_path, pieces=pieces))
     assert reader.read("matrix", "fp32", 13, 5).numel() == 5
-    with pytest.raises(CheckpointError, match="holds 22 of 24 elements of matrix"):
+    with pytest.raises(CheckpointError, match="22 of 24 elements of matrix"):
         reader.read("matrix", "fp32", 0, 24)
-    with pytest.raises(CheckpointError, match="holds 0 of 5 elements of bias"):
+    with pytest.raises(CheckpointError, match="0 of 5 elements of bias"):
         reader.read("bias", "fp32", 0, 5)
 
 
@@ -128,16 +128,14 @@ def test_loading_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         reader.load_weights(module)
     message = str(caught.value)
-    assert "another model" in message
-    assert "bias: [5] in the checkpoint, [6] here" in message
-    assert "other: absent in the checkpoint, [2] here" in message
-    assert "scalar: [] in the checkpoint, absent here" in message
+    for line in (r"bias: \[5\] .*\[6\]", r"other: absent .*\[2\]", r"scalar: \[\] .*absent"):
+        assert re.search(line, message)
     assert "matrix" not in message
 
 
 def test_many_differing_parameters_are_summed_up(tmp_path: Path) -> None:
     reader = CheckpointReader(written(tmp_path))
-    with pytest.raises(CheckpointError, match="and 7 more"):
+    with pytest.raises(CheckpointError, match=r"\b7 more"):
         reader.check_shapes({**SHAPES, **{f"layer{number}": [1] for number in range(12)}})
 
 

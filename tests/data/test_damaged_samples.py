@@ -110,7 +110,7 @@ def test_more_damage_than_may_be_is_an_error(copy: Dataset, workers: int) -> Non
         for _ in range(80):
             next(loader)
         assert loader.n_damaged == 6
-    words = rf"train-\d+\.tar: sample .* 6 of {n_samples} samples are damaged, and data\.max_damaged_share="
+    words = rf"train-\d+\.tar: sample .*\b6 of {n_samples} samples.*data\.max_damaged_share="
     loader = open_loader(copy, max_damaged_share=5 / n_samples + 1e-9, **settings)
     with pytest.raises(DataError, match=words):
         for _ in range(80):
@@ -121,7 +121,7 @@ def test_a_data_set_of_damage_ends(copy: Dataset) -> None:
     for shard in copy.shards("train"):
         (folder_of(copy) / shard.name).write_bytes(bytes(shard.size))
     with (
-        pytest.raises(DataError, match="samples are damaged"),
+        pytest.raises(DataError, match=r"data\.max_damaged_\w+=0\.99"),
         open_loader(copy, max_damaged_share=0.99) as loader,
     ):
         next(loader)
@@ -136,7 +136,7 @@ def test_a_share_of_damage_without_shuffling_is_an_error(
     dataset = make_dataset(long, heldout_fraction=0, shard_bytes=100_000)
     damage_sample(dataset, 60)
     with (
-        pytest.raises(DataError, match=r"data\.shuffle=false: all that row [345] of a step reads is damaged"),
+        pytest.raises(DataError, match=r"data\.shuffle=false: .*row [345] .*damaged"),
         open_loader(dataset, shuffle=False, workers=by_threads) as loader,
     ):
         for _ in range(100):
@@ -170,7 +170,7 @@ def other_data(folder: Path, kind: str) -> Corpus:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("altered", r"(train|heldout)-00000\d\.tar was altered \(\d+ samples"),
+        ("altered", r"(train|heldout)-00000\d\.tar was altered"),
         ("more", r"train-00000\d\.tar was added"),
     ],
 )
@@ -180,7 +180,7 @@ def test_changed_data_are_refused_unless_accepted(dataset: Dataset, tmp_path: Pa
     _, state = read_world(dataset, 5)
     order = make_order(now)
     changes = explain_changes(before.record(), now.record())
-    with pytest.raises(DataError, match=rf"not those that the run began with.*accept_changed(.|\n)*{words}"):
+    with pytest.raises(DataError, match=rf"data\.accept_changed(.|\n)*{words}"):
         read_state(state, order, changes=changes)
     start = read_state(state, order, changes=changes, accept_changed=True)
     assert (start.step, start.origin) == (5, (5, 0))

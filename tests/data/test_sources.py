@@ -43,10 +43,10 @@ def test_jsonl(tmp_path: Path, zipped: bool) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "d.jsonl:2: is not valid JSON"),
-        ('{"other": "x", "n": 1}', "has no field 'text', but other, n; --jsonl-field names another$"),
+        ("{", r"d\.jsonl:2: .*JSON"),
+        ('{"other": "x", "n": 1}', "field 'text'.* other, n\\b.*--jsonl-field"),
         ('{"text": null}', "field 'text' is None"),
-        ("{}", "has no field 'text'$"),
+        ("{}", "field 'text'$"),
         ('{"text": 3}', "is 3"),
         ("[1]", "None"),
     ],
@@ -103,10 +103,10 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
 
 def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "d.tar", [("x.pkl", b"x")])
-    words = rf"^no text in {tmp_path}; left out: 1 members .* such as .*/d\.tar/x\.pkl$"
+    words = rf"^no text in {tmp_path}; .*\b1 members .*/d\.tar/x\.pkl$"
     with pytest.raises(DataError, match=words):
         list(iterate_documents([tmp_path]))
-    with pytest.raises(DataError, match=rf"^no text: no file below {tmp_path} ends in \.zzz or \.py$"):
+    with pytest.raises(DataError, match=rf"^no text: .*{tmp_path} .*\.zzz or \.py$"):
         list(iterate_documents([tmp_path], [".zzz", ".py"]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=rf"^no text in {tmp_path}/empty$"):
@@ -118,9 +118,9 @@ def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
     [
         ("../x.txt", b"x", "named '../x.txt'"),
         ("/x.txt", b"x", "named '/x.txt'"),
-        ("x.json", b"{", "x.json: is not valid JSON"),
-        ("x.json", b"{}", "x.json: has no field 'text'$"),
-        ("x.pkl", b"x", r"no text in .*d\.tar; left out: 1 members .* such as d\.tar/x\.pkl"),
+        ("x.json", b"{", r"x\.json: .*JSON"),
+        ("x.json", b"{}", r"x\.json: .*field 'text'$"),
+        ("x.pkl", b"x", r"no text in .*d\.tar; .*\b1 members .*d\.tar/x\.pkl"),
     ],
 )
 def test_bad_members_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -133,7 +133,7 @@ def test_a_torn_tar_is_named(tmp_path: Path) -> None:
     path = tmp_path / "d.tar"
     write_tar(path, [("x.txt", b"x" * 5000)])
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"d\.tar: can't be read"):
+    with pytest.raises(DataError, match=r"d\.tar: .*read"):
         list(iterate_documents([path]))
 
 
@@ -184,9 +184,9 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         list(iterate_documents([tmp_path / "nowhere"]))
     (tmp_path / "image.txt").write_bytes(b"a\0b")
-    with pytest.raises(DataError, match=r"image\.txt: contains NUL"):
+    with pytest.raises(DataError, match=r"image\.txt: .*NUL"):
         list(iterate_documents([tmp_path / "image.txt"]))
     for broken in (b"not gzip", gzip.compress(b"x" * 5000)[:-12]):
         (tmp_path / "t.txt.gz").write_bytes(broken)
-        with pytest.raises(DataError, match=r"t\.txt\.gz: can't be read"):
+        with pytest.raises(DataError, match=r"t\.txt\.gz: .*read"):
             list(iterate_documents([tmp_path / "t.txt.gz"]))

@@ -134,10 +134,10 @@ def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("documents", "fraction", "message"),
     [
-        ([], 0.05, "no text: no document was given"),
-        ([("a", b""), ("b", b"")], 0.05, "no text: 2 documents, all empty"),
-        ([("a", b"text")], 1e-9, "no document of 1 was held out"),
-        ([("a", b"text")], 1 - 1e-9, "all 1 documents were held out"),
+        ([], 0.05, "no text: no document"),
+        ([("a", b""), ("b", b"")], 0.05, "no text: 2 documents"),
+        ([("a", b"text")], 1e-9, "no document of 1 "),
+        ([("a", b"text")], 1 - 1e-9, "all 1 document"),
         ([("a", b"text")], 1.0, "heldout_fraction=1.0"),
         ([("a", b"text")], float("nan"), "heldout_fraction=nan"),
     ],
@@ -152,5 +152,5 @@ def test_too_little_text(
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="can't be written"):
+    with pytest.raises(DataError, match=f"{tmp_path / 'file'}.*: .*written"):
         write_dataset(varied_documents(), tmp_path / "file", ByteTokenizer())

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from reformer_dist.models import ReformerLM, hashing
+from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.decoding import DecodingState
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_factors
 
@@ -49,7 +49,7 @@ def logits_and_margin(
     once and have another length, are not looked at.
     """
     margins = [INFINITY]
-    hash_vectors = hashing.hash_vectors
+    hash_vectors = attention.hash_vectors
 
     def look(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, **given: Any) -> Tensor:
         real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
@@ -59,7 +59,7 @@ def logits_and_margin(
             margins.append(gaps.masked_fill(~real[:, None, :, None], INFINITY).min().item())
         return hash_vectors(vectors, rotations, n_buckets, scheme, **given)
 
-    with mock.patch.object(hashing, "hash_vectors", look):
+    with mock.patch.object(attention, "hash_vectors", look):
         logits = model(tokens, key_padding_mask=mask)
     return logits, min(margins)
 

@@ -142,7 +142,7 @@ def test_a_thousand_tokens_of_an_encoder_decoder(kind: CrossAttentionKind) -> No
     model = strong(ReformerEncoderDecoder(ModelConfig(**{**SIZES, **sizes, **spans}), VOCAB).eval())
     source_mask = left_padding([150, 110, 150], 150)
     source_mask[0, 97:] = False
-    reader = model.reading(draw_tokens(3, 150, 100), source_mask)
+    reader = model.conditioned_on(draw_tokens(3, 150, 100), source_mask)
     mask = left_padding([1000, 941, 703], 1000)
     tokens, whole = clear_text(reader, mask)
     found = logits_of_steps(reader, DecodingState(model.config), tokens, 298, mask)
@@ -184,7 +184,7 @@ def test_the_longest_text_of_those_that_are_left_has_all_positions() -> None:
     state.select_rows(torch.tensor([1]))
     for token in tokens[1:, 20:].split(1, dim=1):
         model(token, sequence=state)
-    with pytest.raises(ValueError, match="positions end at 20"):
+    with pytest.raises(ValueError, match=r"positions .*\b20\b"):
         model(tokens[1:, :1], sequence=state)
 
 
@@ -214,15 +214,15 @@ def test_models_that_change_their_past_are_refused(changed: dict[str, Any], key:
 def test_misuse_is_said() -> None:
     model, tokens = make_model(axial_shape=[4, 5]), draw_tokens(2, 20, 0)
     behind = left_padding([20, 15], 20).flip(1)
-    with pytest.raises(ValueError, match="padding before it"):
+    with pytest.raises(ValueError, match="padding"):
         model(tokens, key_padding_mask=behind, sequence=DecodingState(model.config))
     state = DecodingState(model.config)
     model(tokens[:, :18], sequence=state)
-    with pytest.raises(ValueError, match="2 tokens"):
+    with pytest.raises(ValueError, match=r"\b2 tokens"):
         model(tokens[:, 18:], sequence=state)
     model(tokens[:, 18:19], sequence=state)
     model(tokens[:, 19:], sequence=state)
-    with pytest.raises(ValueError, match="positions end at 20"):
+    with pytest.raises(ValueError, match=r"positions .*\b20\b"):
         model(tokens[:, :1], sequence=state)
     noisy = make_model(attention_dropout=0.1).train()
     with pytest.raises(ValueError, match="eval"):

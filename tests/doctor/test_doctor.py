@@ -111,7 +111,7 @@ def test_what_breaks_is_a_finding_and_ends_nothing():
 
 def test_a_wrong_number_from_a_collective_is_an_error():
     _expect("all-reduce", torch.ones(2), torch.ones(2))
-    with pytest.raises(RuntimeError, match="all-reduce: something else arrives"):
+    with pytest.raises(RuntimeError, match="all-reduce: "):
         _expect("all-reduce", torch.ones(2), torch.zeros(2))
 
 

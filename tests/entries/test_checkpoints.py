@@ -39,9 +39,9 @@ def test_ls_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged, good = capsys.readouterr().out.splitlines()
     assert damaged.startswith(f"{step(copy, 3)} | damaged: run.json has 2 bytes")
     assert good.startswith(f"{step(copy, 6)} | step 6 | 1 ranks | ZeRO stage 0 | ")
-    with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints"):
         run("verify", copy)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"{copy.parent}: .*no checkpoint"):
         run("ls", copy.parent)
 
 
@@ -58,7 +58,7 @@ def test_prune_counts_good_ones(copy: Path) -> None:
     shutil.copytree(step(copy, 6), step(copy, 9))  # its manifest is of step 6
     run("prune", copy, "--keep", 1)
     assert [path.name for path in sorted((copy / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
-    with pytest.raises(ConfigError, match="--keep 0: must be at least 1"):
+    with pytest.raises(ConfigError, match="--keep 0: "):
         run("prune", copy, "--keep", 0)
 
 
@@ -68,7 +68,7 @@ def test_paths_from_within_a_run(
     monkeypatch.chdir(step(copy, 3))
     run("verify", ".")
     assert capsys.readouterr().out == f"{step(copy, 3)}: good\n"
-    with pytest.raises(CheckpointError, match=r"step-00000003: exists; name a folder that does not"):
+    with pytest.raises(CheckpointError, match=r"step-00000003: .*exists"):
         run("export", copy, ".")
     (tmp_path / "link").symlink_to(copy / "checkpoints")
     locked = []
@@ -103,13 +103,13 @@ def test_an_export_is_the_model(trained: Path, tmp_path: Path, size: list[str]) 
         assert index["metadata"]["total_size"] == 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     else:
         assert [path.name for path in files] == ["model.safetensors"]
-    with pytest.raises(CheckpointError, match="exists; name a folder that does not"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'exported'}: .*exists"):
         run("export", trained, tmp_path / "exported", *size)
 
 
 @pytest.mark.parametrize("words", ["0", "2XB", "-1"])
 def test_sizes(trained: Path, tmp_path: Path, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"--max-shard-size {words}: must be"):
+    with pytest.raises(ConfigError, match=f"--max-shard-size {words}: "):
         run("export", trained, tmp_path / "exported", f"--max-shard-size={words}")
 
 
@@ -120,11 +120,11 @@ def test_a_damaged_export_is_refused(trained: Path, tmp_path: Path) -> None:
     document = json.loads(index.read_text())
     name = next(iter(document["weight_map"]))
     index.write_text(json.dumps({"weight_map": document["weight_map"] | {name: "../x.safetensors"}}))
-    with pytest.raises(CheckpointError, match="is no name of a file beside it"):
+    with pytest.raises(CheckpointError, match=r"\.\./x\.safetensors"):
         load_model(folder, [], torch.device("cpu"))
     index.write_text(json.dumps({"weight_map": document["weight_map"] | {name: "absent.safetensors"}}))
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors"):
         load_model(folder, [], torch.device("cpu"))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no export of a model"):
+    with pytest.raises(CheckpointError, match=f"{folder}/?.*: .*export"):
         load_model(folder, [], torch.device("cpu"))

@@ -26,7 +26,7 @@ def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, jo
     other = BpeTokenizer.train([b"text"], 257)
     documents = [(f"{number}", f"{number} {' '.join(WORDS)}".encode()) for number in range(20)]
     write_dataset(documents, tmp_path / "other", other, heldout_fraction=0.3)
-    right = r"other: has another tokenizer than the model; .*--tokenizer-of .*step-00000006"
+    right = r"other: .*tokenizer.*--tokenizer-of .*step-00000006"
     with pytest.raises(UserError, match=right):
         opened(trained, tmp_path / "other", job)
     _, _, corpus = opened(trained, write_tiny_dataset(tmp_path / "same"), job)

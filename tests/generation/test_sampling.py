@@ -91,7 +91,7 @@ def draw(
     for n in range(1, n_tokens + 1):
         for row, token in sampler.step().items():
             found[row].append(token)
-        sampler.end({row for row, last in (ended or {}).items() if last == n})
+        sampler.finish({row for row, last in (ended or {}).items() if last == n})
     return found, decoder.rows_decoded
 
 
@@ -143,7 +143,7 @@ def test_batches_of_a_model_are_its_single_texts(neighbours: NeighbourRule) -> N
     for n in range(10):
         for row, token in sampler.step().items():
             found[row].append(token)
-        sampler.end({0, 5} if n == 4 else set())
+        sampler.finish({0, 5} if n == 4 else set())
     for number, prompt in enumerate(prompts):
         alone = TextSampler(make_decoder(model, config), [prompt], options, n_samples=2, first_prompt=number)
         texts = [alone.step() for _ in range(10)]
@@ -171,7 +171,7 @@ def test_a_shorter_prompt_goes_on_to_the_last_position(neighbours: NeighbourRule
         while sampler.rows:
             for row, token in sampler.step().items():
                 found[row].append(token)
-            sampler.end({row for row in sampler.rows if len(found[row]) == 32 - len(prompts[row])})
+            sampler.finish({row for row in sampler.rows if len(found[row]) == 32 - len(prompts[row])})
         return found
 
     together = texts(prompts, 0)
@@ -191,7 +191,7 @@ def test_what_can_not_be_drawn_is_said() -> None:
     sampler = TextSampler(TableDecoder(torch.full((3, 3), torch.nan)), [torch.tensor([1])], SamplingOptions())
     with pytest.raises(UserError, match="not finite"):
         sampler.step()
-    with pytest.raises(ConfigError, match=r"model.causal=false"):
+    with pytest.raises(ConfigError, match=r"model\.causal=false"):
         make_decoder(lambda tokens: tokens, ModelConfig(causal=False))
 
 

@@ -44,7 +44,7 @@ def test_bytes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     there = build(ENWIK8)
     there.save_pretrained(tmp_path / "there")
     convert(tmp_path / "there", tmp_path / "here")
-    assert "a language_model of Hugging Face" in capsys.readouterr().out
+    assert "language_model" in capsys.readouterr().out
     here = loaded(tmp_path / "here")
     text = "Wörter & <tags>".encode()
     tokens = torch.from_numpy(here.tokenizer.encode(text).astype("int64"))[None]
@@ -118,14 +118,14 @@ def test_the_vocabulary_must_fit(tmp_path: Path, spiece: Path) -> None:
             assert word in str(caught.value)
 
     build(SMALL).save_pretrained(tmp_path / "there")
-    complains("holds no vocabulary", "50 tokens", "--tokenizer")
-    complains("bytes", "257 tokens", "the model has 50", arguments=("--tokenizer", "bytes"))
+    complains("no vocabulary", "50 tokens", "--tokenizer")
+    complains("bytes", "257 tokens", "50", arguments=("--tokenizer", "bytes"))
     complains("--tokenizer nowhere", "bytes+2", arguments=("--tokenizer", "nowhere"))
     complains("60 pieces", "50 tokens", arguments=("--tokenizer", str(spiece)))
     (tmp_path / "there" / "tokenizer.json").write_text("{}")
     complains("tokenizer.json")
     (tmp_path / "there" / "spiece.model").write_bytes(b"nothing")
-    complains("spiece.model", "is not a model of SentencePiece")
+    complains("spiece.model", "SentencePiece")
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_what_is_no_model(tmp_path: Path) -> None:
             assert word in str(caught.value)
 
     source, target = tmp_path / "source", tmp_path / "target"
-    complains(source, target, str(source), "is no folder")
+    complains(source, target, f"{source}: ")
     source.mkdir()
-    complains(source, target, str(source), "neither a checkpoint")
-    complains(source, source, "exists")
+    complains(source, target, f"{source}: ", "checkpoint")
+    complains(source, source, str(source), "exists")
     (source / "config.json").write_text('{"dim": 3}')
-    complains(source, target, "is of no known system", "model_type", "num_tokens", "model.pkl.gz")
+    complains(source, target, f"{source}", "model_type", "num_tokens", "model.pkl.gz")
     (source / "config.json").write_text('{"model_type": "bert"}')
-    complains(source, target, "only models of type reformer")
+    complains(source, target, "bert", "type reformer")
 
 
 def test_models_of_reformer_pytorch_and_trax(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_converted_model_is_trained_on_and_writes(
     with pytest.raises(UserError) as caught, ExitStack() as resources:
         wrong = compose_run([*words, f"data.path={other}", f"output_dir={tmp_path / 'wrong'}"])
         build_trainer(wrong, job, resources)
-    assert "another tokenizer" in str(caught.value) and "--tokenizer-of" in str(caught.value)
+    assert str(other) in str(caught.value) and "--tokenizer-of" in str(caught.value)
 
     arguments = [str(tmp_path / "run"), "--prompt", "The ", "--max-new-tokens", "3", "--temperature", "0"]
     generate.run_generation(generate.build_parser().parse_intermixed_args(arguments))

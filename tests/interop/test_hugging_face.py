@@ -117,13 +117,13 @@ def test_buckets_are_those_that_theirs_chooses() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "model_type": ("bert", "only models of type reformer"),
+    "model_type": ("bert", "type reformer"),
     "hidden_act": ("swish", "relu"),
     "attn_layers": (["lsh", "full"], "local and lsh"),
     "num_buckets": ([3, 4], "even"),
     "axial_pos_embds_dim": ([8, 8], "hidden_size=32"),
     "hidden_size": ("wide", "int"),
-    "tie_word_embeddings": (True, "twice as wide"),
+    "tie_word_embeddings": (True, "tie_word_embeddings"),
 }
 
 
@@ -145,27 +145,27 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         for word in words:
             assert word in str(caught.value)
 
-    complains("config.json", "is missing")
+    complains("config.json", "missing")
     (tmp_path / "config.json").write_text("{")
-    complains("config.json", "can't be read")
+    complains("config.json", "read")
     build(SMALL).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     right = json.loads(path.read_text())
     path.write_text(json.dumps(right | {"feed_forward_size": 41}))
     complains("feed_forward.dense.dense.weight", "[40, 32]", "[41, 32]")
     path.write_text(json.dumps(right | {"attn_layers": ["local", "lsh", "lsh"]}))
-    complains("holds no tensor reformer.encoder.layers.2")
+    complains("no tensor reformer.encoder.layers.2")
     path.write_text(json.dumps(right | {"attn_layers": ["local"]}))
-    complains("reformer.encoder.layers.1", "is no tensor of the model")
+    complains("reformer.encoder.layers.1", "tensor")
     path.write_text(json.dumps(right))
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    complains("model.safetensors", "can't be read")
+    complains("model.safetensors", "read")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    complains("pytorch_model.bin", "is a pickle", "save_pretrained")
+    complains("pytorch_model.bin", "pickle", "save_pretrained")
     (tmp_path / "pytorch_model.bin").unlink()
-    complains("has no model.safetensors")
+    complains(str(tmp_path), "model.safetensors")
     transformers.ReformerModel(transformers.ReformerConfig(**SMALL)).save_pretrained(tmp_path)
-    complains("has no head")
+    complains("no head")
 
 
 def test_what_theirs_can_not_express() -> None:

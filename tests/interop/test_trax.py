@@ -241,7 +241,7 @@ def test_hostile_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
         read_pickle(hostile(marker)[kind], "model.pkl.gz")
     opcode = kind.partition(":")[0]
     assert str(caught.value).startswith("model.pkl.gz: ")
-    assert not opcode or f"by {opcode}, for" in str(caught.value)
+    assert not opcode or opcode in str(caught.value)
     assert not marker.exists()
 
 

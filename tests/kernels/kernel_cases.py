@@ -107,7 +107,7 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
     if case.shared:  # the same rounding of keys
         keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
-    given["unit_numbers"] = options.unit_numbers(2, 2, inputs[0].device)
+    given["head_indices"] = options.head_indices(2, 2, inputs[0].device)
     right = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **given)
     right_grads = torch.autograd.grad(right, (q, v) if case.shared else (q, k, v), d_out.double())
     if case.shared:

@@ -42,7 +42,7 @@ def test_parts_are_the_whole(case: KernelCase) -> None:
         count_pairs_once=case.once,
         dropout=case.dropout,
         dropout_seed=7,
-        unit_numbers=options.unit_numbers(2, 2, v.device),
+        head_indices=options.head_indices(2, 2, v.device),
     )
     right = [right.detach(), *torch.autograd.grad(right, leaves, d_out.float())]
     if case.shared:  # of a query without direction

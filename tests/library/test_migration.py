@@ -69,7 +69,7 @@ def test_the_readme_s_language_model() -> None:
     with pytest.raises(ConfigError) as raised:
         ReformerLM(**options, **refused)
     said = str(raised.value)
-    assert said.startswith("ReformerLM: no counterpart here for\n")
+    assert said.startswith("ReformerLM: ")
     assert all(f"\n{name}={value!r}: " in said for name, value in refused.items()) and said.count("\n") == 4
 
 
@@ -154,13 +154,13 @@ def test_options_of_the_stack_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("Reformer", {"num_mem_kv": 3}, "num_mem_kv=3: no key stands outside all buckets"),
-        ("ReformerLM", {"return_embeddings": True}, "call model.net.encode"),
-        ("ReformerLM", {"ff_activation": torch.nn.SiLU}, "None and nn.GELU are gelu"),
+        ("Reformer", {"num_mem_kv": 3}, "num_mem_kv=3: "),
+        ("ReformerLM", {"return_embeddings": True}, r"return_embeddings=True: .*model\.net\.encode"),
+        ("ReformerLM", {"ff_activation": torch.nn.SiLU}, "ff_activation=.*: .*gelu"),
         ("LSHSelfAttention", {"return_attn": True}, "reformer_dist.inspect_attention"),
-        ("LSHSelfAttention", {"rehash_each_round": False}, "each round has a hash of its own"),
-        ("ReformerLM", {"bucketsize": 3}, "ReformerLM: reformer_pytorch has no option bucketsize"),
-        ("Reformer", {"emb_dim": 3}, "Reformer: reformer_pytorch has no option emb_dim"),
+        ("LSHSelfAttention", {"rehash_each_round": False}, "rehash_each_round=False: "),
+        ("ReformerLM", {"bucketsize": 3}, "ReformerLM: .*option bucketsize"),
+        ("Reformer", {"emb_dim": 3}, "Reformer: .*option emb_dim"),
     ],
 )
 def test_what_is_refused(name: str, options: dict[str, object], message: str) -> None:
@@ -184,11 +184,9 @@ def test_keywords_of_a_call(name: str) -> None:
     with pytest.raises(ConfigError) as raised:
         model(x, input_mask=None, keys=torch.zeros(1, 5, 32), input_attn_mask=torch.ones(1, 30, 30, dtype=bool))
     said = str(raised.value)
-    assert said.startswith(
-        "forward: no counterpart here for\nkeys: a layer sees its own text alone; make a Reformer"
-    )
+    assert said.startswith("forward: ") and "\nkeys: " in said
     assert "\ninput_attn_mask: " in said and said.count("\n") == 2
-    with pytest.raises(ConfigError, match="forward: reformer_pytorch has no keyword mask"):
+    with pytest.raises(ConfigError, match="forward: .*keyword mask"):
         model(x, mask=torch.ones(1, 30, dtype=torch.bool))
 
 

@@ -157,7 +157,7 @@ def test_decoding_is_forward(kind: CrossAttentionKind, n_hashes: int) -> None:
     with torch.no_grad():
         right = model(source, tokens, source_mask=source_mask, key_padding_mask=mask)
         n_keys = 0
-        reader, state = model.reading(source, source_mask), DecodingState(model.config)
+        reader, state = model.conditioned_on(source, source_mask), DecodingState(model.config)
         found = [reader(tokens[:, :6], key_padding_mask=mask[:, :6], sequence=state)]
         found += [reader(tokens[:, place : place + 1], sequence=state) for place in range(6, 60)]
         assert n_keys == len(model.stack.blocks)

@@ -49,7 +49,7 @@ def test_layers_draw_rotations_of_their_own() -> None:
     model = small_model(layers=[LSH], share_layers=True, n_layers=2).eval()
     alone, other = (model.stack.blocks[0].attention for _ in range(2))
     x = torch.randn(2, 37, 24)
-    context = model._open(random_tokens(), {"step": 0})
+    context = model._build_context(random_tokens(), {"step": 0})
     assert not torch.equal(alone(x, context, 0, None), other(x, context, 1, None))
 
 
@@ -106,7 +106,7 @@ def test_bf16_gradients_of_reversible_and_plain_agree() -> None:
 def test_too_long_a_text_is_refused(position: Position) -> None:
     model = small_model(position=position, axial_shape=[4, 10], max_seq_len=40)
     model(random_tokens(1, 40))
-    with pytest.raises(ValueError, match=r"41 tokens.* end at 40"):
+    with pytest.raises(ValueError, match=r"\b41 tokens.*\b40\b"):
         model(random_tokens(1, 41))
 
 

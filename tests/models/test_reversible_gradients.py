@@ -23,7 +23,7 @@ from model_helpers import (
 from torch import Tensor
 
 from reformer_dist.config import Activation, HashScheme, NeighbourRule, Norm, Position, Recompute, StreamMerge
-from reformer_dist.models import ReformerLM, hashing
+from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.models.stack import ReformerStack
@@ -193,8 +193,8 @@ def test_streams_are_rebuilt(is_autocast: bool) -> None:
     stack = ReformerStack(small_config(n_layers=6))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
-    places = TokenCoords(None, torch.arange(37))
-    context = ForwardContext(dropout_seed=None, rotation_seed=1, places=places, sequence=WholeSequence())
+    coords = TokenCoords(None, torch.arange(37))
+    context = ForwardContext(dropout_seed=None, rotation_seed=1, coords=coords, sequence=WholeSequence())
     caches = [RecomputeCache() for _ in range(6)]
     streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
@@ -220,7 +220,7 @@ def test_backward_twice_is_refused() -> None:
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_the_recompute_takes_the_buckets_of_the_forward(recompute: Recompute) -> None:
     model = small_model(recompute=recompute, layers=[LSH, LOCAL], n_layers=4)
-    with mock.patch.object(hashing, "hash_vectors", wraps=hashing.hash_vectors) as hashed:
+    with mock.patch.object(attention, "hash_vectors", wraps=attention.hash_vectors) as hashed:
         loss = model(random_tokens(), shifted(random_tokens()), step=0)
         assert hashed.call_count == 2
         loss.backward()

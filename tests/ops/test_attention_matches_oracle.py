@@ -37,7 +37,7 @@ def test_many_groups_spans_and_deep_buckets(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.GROUP_TOKENS, "cpu", group_tokens)
         patch.setitem(tiles.SPAN_SLOTS, "cpu", span_slots)
-        patch.setattr(tiles, "DEEPEST_LEVEL", deepest_level)
+        patch.setattr(tiles, "MAX_SHALLOW_TILES", deepest_level)
         assert_fast_is_oracle(case)
 
 

@@ -31,7 +31,7 @@ def inputs(seed: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, padded: bool, seed: int) -> None:
-    monkeypatch.setattr(module, "QUERIES_AT_A_TIME", 16)
+    monkeypatch.setattr(module, "QUERY_CHUNK", 16)
     q, k, bucket_ids = inputs(seed, rounds=3)
     mask = torch.ones(BATCH, SEQ_LEN, dtype=torch.bool)
     if padded:

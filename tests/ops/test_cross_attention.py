@@ -96,7 +96,7 @@ def by_oracle(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         count_pairs_once=options.count_pairs_once,
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
-        unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+        head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
     )
 
 

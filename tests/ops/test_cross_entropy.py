@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reformer_dist.ops.cross_entropy import IGNORED, chunked_cross_entropy
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 
 DIM, VOCAB = 12, 31
 
@@ -22,13 +22,13 @@ def draw(n: int, dtype: torch.dtype, ignored: float, has_bias: bool, seed: int) 
     shapes = [(n, DIM), (VOCAB, DIM), (VOCAB,)][: 3 if has_bias else 2]
     leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     labels = torch.randint(0, VOCAB, (n,), generator=generator)
-    return leaves, labels.masked_fill(torch.rand(n, generator=generator) < ignored, IGNORED)
+    return leaves, labels.masked_fill(torch.rand(n, generator=generator) < ignored, IGNORE_INDEX)
 
 
 def plain(leaves: list[Tensor], labels: Tensor) -> Tensor:
     hidden, weight, *bias = (x.float() for x in leaves)
     logits = F.linear(hidden, weight, bias[0] if bias else None)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def chunked(leaves: list[Tensor], labels: Tensor, chunk: int) -> Tensor:

@@ -35,14 +35,14 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in why("triton", CPU, 64)
     assert "must be auto" in why("cuda", CPU, 64)
-    with pytest.raises(ValueError, match="attention implementation triton: needs the package"):
+    with pytest.raises(ValueError, match=r"\btriton: .*package"):
         implementation.choose("triton", CPU, 64, torch.float32)
 
 
 def test_a_run_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = ModelConfig(attention_implementation=AttentionImplementation.triton)
-    with pytest.raises(ConfigError, match=r"model\.attention_implementation=triton: needs a GPU"):
+    with pytest.raises(ConfigError, match=r"model\.attention_implementation=triton: .*GPU"):
         require_attention(config, CPU)
     config = ModelConfig(
         attention_implementation=AttentionImplementation.triton, layers=[AttentionKind.exact], n_heads=1

@@ -175,7 +175,7 @@ def test_ids_that_are_no_buckets_are_refused(wrong: int) -> None:
     ids = torch.zeros(1, 2, 2, 50, dtype=torch.int32)
     ids[0, 1, 1, 7] = wrong
     options = AttentionOptions(WindowRule(5, causal=True), 8, scale=1.0, implementation="native")
-    with pytest.raises(ValueError, match=f"bucket_ids: must be from 0 to 7, below n_buckets, not {wrong}"):
+    with pytest.raises(ValueError, match=rf"bucket_ids: .*\b0 to 7\b.*{wrong}$"):
         bucket_attention(v, None, v, ids, options)
 
 
@@ -188,7 +188,7 @@ def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pyte
     assert "not on meta" in why("native", torch.device("meta"), 64)
     assert implementation.choose("auto", CPU, 64, torch.float32, chunks=True) == "torch"
     assert implementation.choose("auto", CPU, 24, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="attention implementation native: needs a head_dim"):
+    with pytest.raises(ValueError, match=r"\bnative: .*head_dim"):
         implementation.choose("native", CPU, 24, torch.float32)
 
 
@@ -196,7 +196,7 @@ def test_without_a_compiler_nothing_is_lost(another_build: None, monkeypatch: py
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     assert implementation.choose("auto", CPU, 64, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="native: needs a C compiler"):
+    with pytest.raises(ValueError, match="native: .*C compiler"):
         implementation.choose("native", CPU, 64, torch.float32)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets
 from reformer_dist.ops.rotary import rotary_tables, rotate
 
@@ -41,7 +41,7 @@ def ids_of(*rounds: Tensor) -> Tensor:
 
 
 def health_of(ids: Tensor, n_buckets: int, window: int) -> BucketStats:
-    return measure_health(ids, count_buckets(ids.flatten(0, 1), n_buckets), window)
+    return measure_bucket_stats(ids, count_buckets(ids.flatten(0, 1), n_buckets), window)
 
 
 def test_health_of_perfect_balance() -> None:

@@ -24,7 +24,7 @@ class Shared:
     case: Case
     size: int
     tile_len: int
-    """Of the window rule: a parameter of the runs, whatever `tiling_of` would choose."""
+    """Of the window rule: a parameter of the runs, whatever `choose_tiling` would choose."""
     cuts: list[int]
     """Where the slices of the ranks 1, 2, ... start; slices may be empty."""
 
@@ -67,10 +67,10 @@ class Round:
 
 
 def takers(readers: list[Recipients], shape: torch.Size, size: int) -> Tensor:
-    """bool [P, U, S] of all that `Recipients.pairs` names."""
+    """bool [P, U, S] of all that `Recipients.iter_ranks` names."""
     found = torch.zeros(size, *shape, dtype=torch.bool)
     for some in readers:
-        for taker, takes in some.pairs(size):
+        for taker, takes in some.iter_ranks(size):
             unit, token = takes.nonzero(as_tuple=True)
             found[taker[unit, token], unit, token] = True
     return found

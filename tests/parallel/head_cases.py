@@ -22,7 +22,7 @@ from reformer_dist.parallel import SlicedSequence
 from reformer_dist.tasks import Task
 from reformer_dist.tasks.classification import SequenceClassification
 from reformer_dist.tasks.question_answering import QuestionAnswering
-from reformer_dist.training.batches import IGNORED, MicroBatch
+from reformer_dist.training.batches import IGNORE_INDEX, MicroBatch
 from reformer_dist.training.evaluator import evaluate
 
 SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
@@ -36,7 +36,7 @@ class Batch:
 
 def check(job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
     batch = MicroBatch.of(rows, sequence, labels_of_rows=task.labels_of_rows)
-    assert job.sum([float(batch.valid_labels)]) == [float((rows["labels"] != IGNORED).sum())]
+    assert job.sum([float(batch.valid_labels)]) == [float((rows["labels"] != IGNORE_INDEX).sum())]
     check_training(model, rows, batch)
     check_evaluation(job, model.eval(), rows, task, sequence)
     model.train()
@@ -67,7 +67,7 @@ def check_evaluation(
     """Of the rows, and of the same with what the model says for labels: then it is right everywhere."""
     alone = SlicedSequence(make_mesh(job, 1, 1), sequence.seq_len)
     outputs = model(**{name: x for name, x in rows.items() if name != "labels"})
-    said = task.predict(outputs, alone).masked_fill(rows["labels"] == IGNORED, IGNORED)
+    said = task.predict(outputs, alone).masked_fill(rows["labels"] == IGNORE_INDEX, IGNORE_INDEX)
     for labels, least in ((rows["labels"], 0.0), (said, 1.0)):
         batch = Batch(rows | {"labels": labels})
         shared = evaluate(model, [batch], task, job, sequence)
@@ -86,9 +86,9 @@ def check_tasks(job: Runtime, config: ModelConfig, sequence: SlicedSequence) -> 
     for pooling in Pooling:
         model = ReformerForSequenceClassification(replace(config, pooling=pooling), VOCAB, N_CLASSES)
         classes = SequenceClassification(run, ByteTokenizer(), list("abcde"))
-        check(job, model, rows | {"labels": torch.tensor([3, IGNORED, 1])}, classes, sequence)
+        check(job, model, rows | {"labels": torch.tensor([3, IGNORE_INDEX, 1])}, classes, sequence)
     rows["answer_mask"] = real & (torch.arange(seq_len) >= min(4, seq_len - 2))
-    answers = torch.tensor([[seq_len - 2, seq_len - 1], [2 * seq_len // 3 - 1] * 2, [IGNORED, IGNORED]])
+    answers = torch.tensor([[seq_len - 2, seq_len - 1], [2 * seq_len // 3 - 1] * 2, [IGNORE_INDEX, IGNORE_INDEX]])
     asked = ReformerForQuestionAnswering(config, VOCAB)
     check(job, asked, rows | {"labels": answers}, QuestionAnswering(run, ByteTokenizer()), sequence)
     # behind the text, in its padding, in the question: no rank holds an answer there

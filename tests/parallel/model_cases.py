@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
+from model_setup import IGNORE_INDEX, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
 from reformer_dist.checkpoint import Saving
 from reformer_dist.distributed import runtime
@@ -32,8 +32,8 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     losses, norms = [], []
     for step in range(STEPS):
         inputs, labels = (x.chunk(mesh.dp_size)[mesh.dp_rank] for x in rows(step, case.seq_len))
-        inputs, labels = sequence.take(inputs, 0), sequence.take(labels, IGNORED)
-        valid = job.sum([float((labels != IGNORED).sum())])[0]
+        inputs, labels = sequence.take(inputs, 0), sequence.take(labels, IGNORE_INDEX)
+        valid = job.sum([float((labels != IGNORE_INDEX).sum())])[0]
         total = 0.0
         for first in range(0, len(inputs), MICRO):
             micro = slice(first, first + MICRO)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from seq2seq_setup import CASES, IGNORE_INDEX, LEARNING_RATES, MICRO, STEPS, Case, rows
 
 from reformer_dist.checkpoint import Saving
 from reformer_dist.distributed import runtime
@@ -33,7 +33,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     for step in range(STEPS):
         whole = rows(step)
         own = {name: tensor.chunk(mesh.dp_size)[mesh.dp_rank] for name, tensor in whole.items()}
-        valid = float((whole["labels"] != IGNORED).sum())
+        valid = float((whole["labels"] != IGNORE_INDEX).sum())
         total = 0.0
         for first in range(0, len(own["labels"]), MICRO):
             batch = MicroBatch.of({name: x[first : first + MICRO] for name, x in own.items()}, sequence)

@@ -30,7 +30,7 @@ def test_it_prints_the_plan_and_leaves_nothing_behind(tiny_data, tmp_path):
 def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
     config = tiny_config(tiny_data, tmp_path, "data.seq_len=4096", "model.axial_shape=[64,64]")
     dry_run(config, "--dry-run=1MiB")
-    assert "DOES NOT FIT in 1.0 MiB" in capsys.readouterr().out
+    assert "NOT FIT in 1.0 MiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
     [
         (
             ["launcher.kind=local", "launcher.nproc_per_node=3"],
-            "data.batch_size=4: must be a multiple of the 3 data-parallel ranks",
+            r"data\.batch_size=4: .*\b3 data-parallel ranks",
         ),
-        (["launcher.nproc_per_node=2"], "launcher.nproc_per_node=2: needs launcher=local"),
-        (["trainer.precision=fp16"], "trainer.precision=fp16: needs a GPU"),
+        (["launcher.nproc_per_node=2"], r"launcher\.nproc_per_node=2: .*launcher=local"),
+        (["trainer.precision=fp16"], r"trainer\.precision=fp16: .*GPU"),
         (["data.path=nowhere"], "nowhere"),
     ],
 )
@@ -52,7 +52,7 @@ def test_bad_runs_give_the_errors_of_a_run(words, message, tiny_data, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--dry-run=", "--dry-run=80", "--dry-run=many GiB", "--dry-run=0GiB"])
 def test_memory_needs_a_number_and_a_unit(flag):
-    with pytest.raises(ConfigError, match="such as --dry-run=80GiB"):
+    with pytest.raises(ConfigError, match="--dry-run=80GiB"):
         read_memory(flag)
 
 

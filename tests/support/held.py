@@ -11,8 +11,8 @@ from torch import Tensor
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.backends import attention_of_held
 from reformer_dist.ops.lsh.held import HeldRows, Rows
-from reformer_dist.ops.lsh.partition import Partition, tiling_of, window_partition
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_keys, whole_codes
+from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_sort_keys, full_position_codes
 from reformer_dist.ops.workspace import Workspace
 
 
@@ -36,9 +36,9 @@ def parts_of(
     rank = torch.stack(
         [bucket_ranks(buckets[:, r], torch.zeros_like(total[:, r])) for r in range(n_rounds)], dim=1
     )
-    tile_len = tiling_of(options.rule, seq_len, options.n_buckets).tile_len
-    numbers = options.unit_numbers(batch, n_heads, ids.device)
-    codes = whole_codes(buckets, options.n_buckets, options.rule) if options.count_pairs_once else None
+    tile_len = choose_tiling(options.rule, seq_len, options.n_buckets).tile_len
+    numbers = options.head_indices(batch, n_heads, ids.device)
+    codes = full_position_codes(buckets, options.n_buckets, options.rule) if options.count_pairs_once else None
     own = buckets.long().clamp_max(options.n_buckets - 1)
     is_real = buckets < options.n_buckets
     for index in range(size):
@@ -54,7 +54,7 @@ def parts_of(
         by_slice = (token // slice_len).argsort(stable=True)
         unit, token = unit[by_slice], token[by_slice]
         keys = [
-            row_keys(
+            row_sort_keys(
                 unit,
                 torch.where(here[unit, r, token], buckets[unit, r, token].long(), options.n_buckets),
                 batch * n_heads,

@@ -57,7 +57,7 @@ def test_rouge() -> None:
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("sacrebleu", "sacrebleu.metrics", "rouge_score", "rouge_score.rouge_scorer"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"needs the package sacrebleu: pip install 'reformer_dist\[tasks\]'"):
+    with pytest.raises(UserError, match=r"sacrebleu: pip install 'reformer_dist\[tasks\]'"):
         bleu(["a"], ["a"])
-    with pytest.raises(UserError, match="needs the package rouge-score"):
+    with pytest.raises(UserError, match="rouge-score"):
         rouge(["a"], ["a"])

@@ -94,7 +94,7 @@ def test_a_long_question_takes_no_thousand_windows() -> None:
 def test_a_stride_that_no_window_holds_is_refused(stride: int, seq_len: int, tmp_path: Path) -> None:
     task, _ = task_and_sample(f"task.stride={stride}", seq_len=seq_len)
     corpus = Corpus.open([write_for("question_answering", tmp_path / "d")])
-    words = f"task.stride={stride}: must be below {seq_len - 2}, .* data.seq_len={seq_len} holds"
+    words = rf"task\.stride={stride}: .*\b{seq_len - 2}\b.* data\.seq_len={seq_len}\b"
     with pytest.raises(ConfigError, match=words):
         task.check(corpus)
 
@@ -117,7 +117,7 @@ def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None
         write_records(records, tmp_path / "d", tokenizer, heldout_fraction=0, overwrite=True, fields=task.needs)
         task.tokenizer, corpus = tokenizer, Corpus.open([tmp_path / "d"])
         if tokenizer is pieces:
-            with pytest.raises(DataError, match=r"make_shards\.py --squad FILE\.json --tokenizer bytes or bpe"):
+            with pytest.raises(DataError, match=r"make_shards\.py --squad FILE\.json --tokenizer"):
                 task.check(corpus)
         else:
             task.check(corpus)

@@ -151,14 +151,14 @@ def test_what_packs_text_and_what_does_not_are_not_mixed_up(data: Path, tmp_path
     assert "fields" not in json.loads((text / "dataset.json").read_text())
     make("language_model", text).check(Corpus.open([text]))
     with pytest.raises(
-        DataError, match=r"its samples hold source, target; task.kind=language_model reads running"
+        DataError, match=r"source, target; task\.kind=language_model"
     ):
         make("language_model", data).check(Corpus.open([data]))
     with pytest.raises(
-        DataError, match=r"its samples hold text; task.kind=completion needs prompt and completion"
+        DataError, match=r"task\.kind=completion .*prompt and completion"
     ):
         make("completion", text).check(Corpus.open([text]))
-    with pytest.raises(DataError, match="by_sample was None and is True now"):
+    with pytest.raises(DataError, match="by_sample was None"):
         state = Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
         read_state({"version": 2, "settings": state}, make_order(data))
 
@@ -166,7 +166,7 @@ def test_what_packs_text_and_what_does_not_are_not_mixed_up(data: Path, tmp_path
 def test_an_unknown_label_is_named(tmp_path: Path) -> None:
     records = [Record(f"line{n}", (b"text %d" % n,), {"label": "ab"[n % 2]}) for n in range(10)]
     odd = [Record("other:7", (b"more",), {"label": "c"})]
-    with pytest.raises(DataError, match=r"other:7: its label 'c' is unknown; it must be one of .*: a, b"):
+    with pytest.raises(DataError, match=r"other:7: .*label 'c'.*\ba, b"):
         write_records(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
 
 

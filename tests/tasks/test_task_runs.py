@@ -108,13 +108,13 @@ def test_a_completion_that_is_too_long_keeps_its_own_beginning(pairs: Path) -> N
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (["task.kind=masked_language_model"], "model.causal=True: must be false: task.kind=masked_language_model"),
-        (["task.kind=completion", "model.causal=false"], "model.causal=False: must be true: a two-sided model"),
-        (["task.kind=completion", "trainer.sample_every=1"], "trainer.sample_every=1: must be 0: task.kind=comp"),
-        (["task.mask_share=1"], "task.mask_share=1.0: must be above 0 and below 1"),
+        (["task.kind=masked_language_model"], "model.causal=True: must be false"),
+        (["task.kind=completion", "model.causal=false"], "model.causal=False: must be true"),
+        (["task.kind=completion", "trainer.sample_every=1"], "trainer.sample_every=1: must be 0"),
+        (["task.mask_share=1"], "task.mask_share=1.0: "),
         (
             ["task.kind=sequence_to_sequence"],
-            "task.max_source_len=1024: must be at most 128, what model.pos",
+            "task.max_source_len=1024: must be at most 128",
         ),
     ],
 )
@@ -129,16 +129,14 @@ def test_a_model_of_another_kind_or_vocabulary_is_refused(
 ) -> None:
     train(job, "masked_language_model", tiny_data, tmp_path / "run", "trainer.max_steps=1")
     loaded = load_model(tmp_path / "run", [], torch.device("cpu"))
-    with pytest.raises(CheckpointError, match=r"its task.kind is masked_language_model; what goes on from"):
+    with pytest.raises(CheckpointError, match=r"task\.kind.*masked_language_model"):
         _ = loaded.language_model
     overrides = ["task.kind=language_model", "model.causal=true"]
-    with pytest.raises(CheckpointError, match=r"embedding.tokens.weight"):  # the mask has an embedding of its own
+    with pytest.raises(CheckpointError, match=r"embedding\.tokens\.weight"):  # the mask has an embedding of its own
         load_model(tmp_path / "run", overrides, torch.device("cpu"))
     another = BpeTokenizer.train([b"a text of some words"], 270)
     monkeypatch.setattr(load, "load_tokenizer", lambda *_: another)
-    with pytest.raises(
-        CheckpointError, match=r"its tokenizer has \d+ tokens; the model was trained with one of 257"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer.* \d+ tokens.*\b257\b"):
         load_model(tmp_path / "run", [], torch.device("cpu"))
 
 
@@ -157,7 +155,7 @@ def test_a_plan_has_the_parameters_of_the_task_s_model(
 
 
 def test_a_plan_of_a_task_on_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"task\.kind=question_answering needs question and context"):
+    with pytest.raises(DataError, match=r"task\.kind=question_answering .*question and context"):
         dry_run(
             tiny_config(tiny_data, tmp_path, "task.kind=question_answering", *OVERRIDES["question_answering"]),
             "--dry-run",
@@ -182,5 +180,5 @@ def test_a_target_is_generated_for_a_source(
     both = generate(*given, "--temperature", "0")
     assert [part.split("==>")[0].strip() for part in both.split("<==")[1:]] == expected
     assert generate("--prompt", sources[1], "--max-new-tokens", "64", "--beams", "1").strip() == expected[1]
-    with pytest.raises(ConfigError, match="--prompt: is empty; it must hold the source that a"):
+    with pytest.raises(ConfigError, match="--prompt: .*empty"):
         generate("--prompt", " ")

@@ -56,7 +56,7 @@ def test_disks_that_differ_are_noticed(tiny_data: Path, tmp_path: Path, job: Run
     folders[odd] = damage_samples(tiny_data, tmp_path / "damaged")
     for error in read(folders, make_mesh(job, 1, 1), 40):
         assert isinstance(error, SharedError)
-        assert "read different rows; compare their copies of the data" in str(error)
+        assert "different rows" in str(error)
 
 
 def test_an_epoch_of_little_but_damage_ends_as_planned(

@@ -73,9 +73,9 @@ def test_a_run_that_diverges_stops_and_leaves_its_checkpoint(
 ) -> None:
     run = interrupted(whole, tmp_path / "run", 3)
     poison = ("optim.lr=1e30", "trainer.max_steps=20", "trainer.save_every=20", "trainer.max_skipped_steps=2")
-    with pytest.raises(TrainingError, match=r"2 steps in a row .*trainer\.max_skipped_steps=2"):
+    with pytest.raises(TrainingError, match=r"\b2 steps .*trainer\.max_skipped_steps=2"):
         train(job, tiny_data, run, *poison)
-    assert said.messages[-1] == "step 6: loss or gradient is not finite; the step is skipped"
+    assert said.messages[-1].startswith("step 6: ") and "not finite" in said.messages[-1]
     assert is_good(checkpoint(run, 3)) is None
     train(job, tiny_data, run)
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
@@ -106,7 +106,7 @@ def test_a_failed_save_does_not_stop_the_run(
     monkeypatch.setattr(writer, "save_file", fail_once)
     run = train(job, tiny_data, tmp_path / "run")
     assert any(
-        "a checkpoint could not be written: " in words and "step-00000003" in words for words in said.messages
+        "could not be written: " in words and "step-00000003" in words for words in said.messages
     )
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert scalars(run, "checkpoint/failed_saves")[6] == 1
@@ -129,5 +129,5 @@ def test_evaluation_and_samples_need_held_out_text(
 ) -> None:
     text = " ".join(WORDS).encode() * 20
     write_dataset([("doc", text)], tmp_path / "data", ByteTokenizer(), heldout_fraction=0.0)
-    with pytest.raises(UserError, match=rf"no documents are held out.*{key}=0"):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=0"):
         train(job, tmp_path / "data", tmp_path / "run", f"{key}=1")

@@ -79,6 +79,6 @@ def _package() -> Any:
     try:
         import sentencepiece
     except ImportError as error:
-        way_out = "pip install 'reformer_dist[sentencepiece]'"
-        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {way_out}") from error
+        pickle_hint = "pip install 'reformer_dist[sentencepiece]'"
+        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {pickle_hint}") from error
     return sentencepiece

@@ -17,7 +17,7 @@ class BucketStats:
     """Of tokens that are neighbours in one round, the share that another round puts into one bucket too."""
 
 
-def measure_health(bucket_ids: Tensor, counts: Tensor, window: int) -> BucketStats:
+def measure_bucket_stats(bucket_ids: Tensor, counts: Tensor, window: int) -> BucketStats:
     """Health of bucket ids [B, H, R, S] whose buckets have `counts` [B * H, R, K] members.
 
     The counts may be those of longer sequences of which the ids are slices; agreement is that of the ids

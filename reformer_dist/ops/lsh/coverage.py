@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.sorting import are_near, mark_padding, whole_codes
+from reformer_dist.ops.lsh.sorting import within_reach, mark_padding, full_position_codes
 
-QUERIES_AT_A_TIME = 256
+QUERY_CHUNK = 256
 
 
 @dataclass
@@ -53,19 +53,19 @@ def measure_coverage(
     assert not (isinstance(rule, ChunkRule) and rule.wrap)
     seq_len = q.shape[2]
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
-    codes = whole_codes(buckets, options.n_buckets, rule)
+    codes = full_position_codes(buckets, options.n_buckets, rule)
     real = buckets[:, 0] != options.n_buckets
     queries, keys = q.flatten(0, 1).float(), k.flatten(0, 1).float()
     position = torch.arange(seq_len, device=q.device)
     found = Coverage()
-    for start in range(0, seq_len, QUERIES_AT_A_TIME):
-        some = slice(start, start + QUERIES_AT_A_TIME)
+    for start in range(0, seq_len, QUERY_CHUNK):
+        some = slice(start, start + QUERY_CHUNK)
         row, column = position[some, None], position[None, :]
         in_time = column < row if rule.causal else column != row
         candidates = in_time & real[:, None, :] & real[:, some, None]
         near = torch.zeros_like(candidates)
         for round_codes in codes:
-            near |= are_near(round_codes[:, some, None], round_codes[:, None, :], rule)
+            near |= within_reach(round_codes[:, some, None], round_codes[:, None, :], rule)
         near &= candidates
         scores = options.scale * (queries[:, some] @ keys.transpose(1, 2))
         weights = scores.masked_fill(~candidates, -torch.inf).softmax(-1).masked_fill(~near, 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.cross_tiles import tiled_cross_attention
-from reformer_dist.ops.lsh.hashing import one_bucket
+from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.lsh.options import CrossOptions
 from reformer_dist.ops.lsh.reference import reference_cross_attention
 
@@ -56,7 +56,7 @@ def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, option
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
     if query_ids is None or key_ids is None:
-        query_ids, key_ids = one_bucket(q), one_bucket(k)
+        query_ids, key_ids = single_bucket_ids(q), single_bucket_ids(k)
     if options.is_reference:
         return reference_cross_attention(
             q,
@@ -69,7 +69,7 @@ def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, option
             count_pairs_once=options.count_pairs_once,
             dropout=options.dropout,
             dropout_seed=options.dropout_seed,
-            unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+            head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
         )
     attend = _dense if q.shape[2] * k.shape[2] <= DENSE_PAIRS else tiled_cross_attention
     return attend(q, k, v, query_ids, key_ids, options, key_padding_mask)
@@ -106,7 +106,7 @@ def _dense(
 
 def _kept(q: Tensor, k: Tensor, n_rounds: int, options: CrossOptions) -> list[Tensor]:
     """Which pairs dropout keeps in each round, [B, H, S, T] each."""
-    units = options.unit_numbers(q.shape[0], q.shape[1], q.device).view(*q.shape[:2], 1)
+    units = options.head_indices(q.shape[0], q.shape[1], q.device).view(*q.shape[:2], 1)
     queries, keys = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
     kept = []
     for round_ in range(n_rounds):

@@ -67,7 +67,7 @@ def bucket_dtype(n_buckets: int) -> torch.dtype:
     return torch.int16 if n_buckets < 2**15 else torch.int32
 
 
-def one_bucket(x: Tensor) -> Tensor:
+def single_bucket_ids(x: Tensor) -> Tensor:
     """Ids [B, H, 1, S] of x [B, H, S, D]: one round, in which all share bucket 0."""
     return torch.zeros(1, dtype=bucket_dtype(1), device=x.device).expand(*x.shape[:2], 1, x.shape[2])
 

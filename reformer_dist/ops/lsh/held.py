@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.options import WindowRule
-from reformer_dist.ops.lsh.partition import Partition, tiling_of, window_partition
+from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rows:
     position: Tensor
     """[n_rows] in the whole sequence."""
     codes: Tensor | None = None
-    """With count_pairs_once: [R, n_rows] codes of the rows' places in every round, see `order.place_codes`."""
+    """With count_pairs_once: [R, n_rows] codes of the rows' places in every round, see `order.position_codes`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class HeldRows:
 
     rows: Rows
     keys: list[Tensor]
-    """Of each round [n_rows]: see `order.row_keys`."""
+    """Of each round [n_rows]: see `order.row_sort_keys`."""
     total: Tensor
     """[U, R, K] members of each bucket over all parts."""
     seq_len: int
@@ -44,7 +44,7 @@ class HeldRows:
 
     def query_bounds(self, rule: WindowRule) -> Tensor:
         """int32 [R, U * K, 2]: how many of a bucket's members here stand before its queries, before their end."""
-        tile_len = tiling_of(rule, self.seq_len, self.total.shape[2]).tile_len
+        tile_len = choose_tiling(rule, self.seq_len, self.total.shape[2]).tile_len
         bounds = []
         for total in self.total.unbind(dim=1):
             run = window_partition(total, rule, tile_len, self.part)

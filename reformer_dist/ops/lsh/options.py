@@ -65,7 +65,7 @@ class DropoutOptions:
     n_heads: int | None = None
     """Of the layer; None where all of them are at hand."""
 
-    def unit_numbers(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
+    def head_indices(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
         """Number in its step of each (batch row, head) at hand: [batch * n_heads]."""
         row = torch.arange(batch, device=device) if self.rows is None else self.rows
         head = torch.arange(n_heads, device=device) + self.first_head

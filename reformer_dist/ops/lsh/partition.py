@@ -29,7 +29,7 @@ class Tiling:
     """How many behind its own."""
 
 
-def tiling_of(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
+def choose_tiling(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
     """Tile sizes for a rule. Short buckets take short tiles, since a bucket's last tile is half empty."""
     if isinstance(rule, ChunkRule):
         return Tiling(rule.chunk_len, rule.n_before, rule.n_after)

@@ -81,17 +81,17 @@ def reference_attention(
     count_pairs_once: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
-    unit_numbers: Tensor | None = None,
+    head_indices: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
     A pair that meets in several rounds counts once per meeting, or once with count_pairs_once (the paper's
-    N(i, j)). A token that meets nobody attends to itself. unit_numbers [B * H]: those of `AttentionOptions`,
+    N(i, j)). A token that meets nobody attends to itself. head_indices [B * H]: those of `AttentionOptions`,
     from 0 if None. Differentiable; computes in float32 or wider.
     """
     meets = visible_pairs(bucket_ids, rule, key_padding_mask)
     out, alone = _union_softmax(
-        q, k, v, meets, scale, count_pairs_once, _dropout_factors(meets, dropout, dropout_seed, unit_numbers)
+        q, k, v, meets, scale, count_pairs_once, _dropout_factors(meets, dropout, dropout_seed, head_indices)
     )
     return torch.where(alone[..., None], v.to(out.dtype), out).to(v.dtype)
 
@@ -108,7 +108,7 @@ def reference_cross_attention(
     count_pairs_once: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
-    unit_numbers: Tensor | None = None,
+    head_indices: Tensor | None = None,
 ) -> Tensor:
     """A query sees every key of another sequence that shares its bucket in some round: the paper's P_i (eq. 4).
 
@@ -119,7 +119,7 @@ def reference_cross_attention(
     meets = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
     if key_padding_mask is not None:
         meets = meets & key_padding_mask[:, None, None, None, :]
-    factors = _dropout_factors(meets, dropout, dropout_seed, unit_numbers)
+    factors = _dropout_factors(meets, dropout, dropout_seed, head_indices)
     out, alone = _union_softmax(q, k, v, meets.long(), scale, count_pairs_once, factors)
     return out.masked_fill(alone[..., None], 0.0).to(v.dtype)
 
@@ -146,13 +146,13 @@ def _union_softmax(
     return torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide)), alone
 
 
-def _dropout_factors(meets: Tensor, dropout: float, seed: int, unit_numbers: Tensor | None) -> Tensor | None:
+def _dropout_factors(meets: Tensor, dropout: float, seed: int, head_indices: Tensor | None) -> Tensor | None:
     """0 or 1 / (1 - dropout) for each pair of meets [B, H, R, S, T]: [B, H, S, R, T]; None without dropout."""
     if dropout == 0.0:
         return None
     batch, n_heads, n_hashes, n_queries, n_keys = meets.shape
     device = meets.device
-    head = torch.arange(batch * n_heads, device=device) if unit_numbers is None else unit_numbers
+    head = torch.arange(batch * n_heads, device=device) if head_indices is None else head_indices
     head = head.view(-1, 1)
     rounds = []
     for r in range(n_hashes):

@@ -29,7 +29,7 @@ def count_buckets(buckets: Tensor, n_buckets: int) -> Tensor:
     return counts[..., :n_buckets].contiguous()
 
 
-def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tensor:
+def row_sort_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tensor:
     """What rows are sorted by, int64 [n_rows]: (unit, bucket); absent rows (bucket = n_buckets) come last."""
     key = unit * n_buckets + bucket.long()
     return key.masked_fill_(bucket == n_buckets, n_units * n_buckets)
@@ -38,7 +38,7 @@ def row_keys(unit: Tensor, bucket: Tensor, n_units: int, n_buckets: int) -> Tens
 DIGIT = 16  # bits: NumPy sorts such integers by their digits, far faster than wider ones by comparing them
 
 
-def stable_order(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def radix_argsort(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The stable ascending order of non-negative keys [n], digit by digit."""
     order = np.argsort(keys.astype(np.uint16), kind="stable")
     for shift in range(DIGIT, int(keys.max(initial=0)).bit_length(), DIGIT):
@@ -46,11 +46,11 @@ def stable_order(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return order
 
 
-def order_where_it_is(keys: Tensor) -> Tensor:
-    """`stable_order` of keys [n] below 2^31, int64: a GPU sorts for itself, and its host does not wait."""
+def stable_argsort(keys: Tensor) -> Tensor:
+    """`radix_argsort` of keys [n] below 2^31, int64: a GPU sorts for itself, and its host does not wait."""
     if keys.is_cuda:
         return keys.int().argsort(stable=True)
-    return torch.from_numpy(stable_order(keys.numpy()))
+    return torch.from_numpy(radix_argsort(keys.numpy()))
 
 
 def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     n_buckets = before.shape[1]
     unit = torch.arange(n_units, device=bucket.device).unsqueeze(1) * (n_buckets + 1)
     keys = (bucket.long() + unit).flatten()
-    order = order_where_it_is(keys)
+    order = stable_argsort(keys)
     sorted_keys = keys[order]
     counts = torch.bincount(sorted_keys, minlength=n_units * (n_buckets + 1))
     shift = torch.nn.functional.pad(before.long(), (0, 1)).flatten() - (counts.cumsum(0) - counts)
@@ -71,8 +71,8 @@ def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     return rank.view(n_units, seq_len)
 
 
-def place_codes(bucket: Tensor, rank: Tensor, total: Tensor, rule: Rule) -> Tensor:
-    """int32 [U, S] numbers of one round by which two tokens of a unit can be told to be near, see `are_near`.
+def position_codes(bucket: Tensor, rank: Tensor, total: Tensor, rule: Rule) -> Tensor:
+    """int32 [U, S] numbers of one round by which two tokens of a unit can be told to be near, see `within_reach`.
 
     bucket [U, S], rank in it [U, S], members of each bucket [U, K]. Window rule: places in an order in which
     buckets lie a window apart; chunk rule: the number of the chunk. Those of padding mean nothing.
@@ -86,18 +86,18 @@ def place_codes(bucket: Tensor, rank: Tensor, total: Tensor, rule: Rule) -> Tens
     return place.to(torch.int32)
 
 
-def whole_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
+def full_position_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
     """int32 [R, U, S]: the place codes of all rounds of whole units, from ids [U, R, S]."""
     total = count_buckets(buckets, n_buckets)
     codes = []
     for round_ in range(buckets.shape[1]):
         bucket = buckets[:, round_]
         rank = bucket_ranks(bucket, torch.zeros_like(total[:, round_]))
-        codes.append(place_codes(bucket, rank, total[:, round_], rule))
+        codes.append(position_codes(bucket, rank, total[:, round_], rule))
     return torch.stack(codes)
 
 
-def are_near(query_codes: Tensor, key_codes: Tensor, rule: Rule) -> Tensor:
+def within_reach(query_codes: Tensor, key_codes: Tensor, rule: Rule) -> Tensor:
     """Whether a query meets a key in the round of the codes, were both real and not one token; broadcasts."""
     distance = query_codes - key_codes
     if isinstance(rule, ChunkRule):

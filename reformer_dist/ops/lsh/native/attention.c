@@ -24,7 +24,7 @@ typedef struct {
     const int32_t *spans;        /* [n_rounds, n_spans, 4] places: a bucket's begin and end, a span's begin and end */
     const int32_t *span_counts;  /* [n_rounds, 2] spans in all, and the first of them, none of which share a key */
     const int32_t *codes;        /* [n_rounds, n_rows] to count pairs once: two rows are near where these are; or null */
-    const int32_t *unit_numbers; /* [n_units] for dropout; [n_rows] with positions; or null */
+    const int32_t *head_indices; /* [n_units] for dropout; [n_rows] with positions; or null */
     const int32_t *positions;    /* [n_rows] of rows that are not whole units; or null: then they count from 0 */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
     float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met nobody */
@@ -121,7 +121,7 @@ static uint32_t token_key(const Group *g, int32_t row, int is_query) {
     int64_t position = call->positions ? call->positions[row] : row % call->seq_len;
     uint32_t key = (uint32_t)position + (salt ^ (is_query ? 0x5BD1E995u : 0u));
     MIX_BITS(key);
-    key ^= (uint32_t)call->unit_numbers[call->positions ? row : row / call->seq_len] * 0x85EBCA6Bu;
+    key ^= (uint32_t)call->head_indices[call->positions ? row : row / call->seq_len] * 0x85EBCA6Bu;
     MIX_BITS(key);
     return key;
 }
@@ -150,7 +150,7 @@ typedef struct {
 static void find_factors(const Group *g, int first, int n, Factors *factors) {
     const float *known = g->call->key_factors;
     factors->shares_pairs = g->call->codes != NULL;
-    factors->drops = g->call->unit_numbers != NULL;
+    factors->drops = g->call->head_indices != NULL;
     for (int j = 0; j < n; j++) factors->keys[j] = known ? known[g->order[first + j]] : 1.0f;
     if (factors->shares_pairs) share_meetings(g, first, n, factors->shares);
     if (factors->drops) draw_dropout(g, first, n, factors->kept);

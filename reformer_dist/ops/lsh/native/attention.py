@@ -51,7 +51,7 @@ def _groups(
 ) -> Iterator[tuple[slice, Group]]:
     """Consecutive (batch, head) units, and which of the flat rows [B * H * S, D] they are."""
     batch, n_heads, _, seq_len = bucket_ids.shape
-    numbers = options.unit_numbers(batch, n_heads, bucket_ids.device)
+    numbers = options.head_indices(batch, n_heads, bucket_ids.device)
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = max(1, GROUP_TOKENS // seq_len)
     for first in range(0, buckets.shape[0], size):

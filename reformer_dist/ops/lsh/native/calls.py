@@ -48,7 +48,7 @@ class Call(ctypes.Structure):
         (ctypes.c_double, "scale dropout_factor"),
         (
             ctypes.c_void_p,
-            "order spans span_counts codes unit_numbers positions "
+            "order spans span_counts codes head_indices positions "
             "q k v d_out out lse sums key_factors along dq dk dv",
         ),
     )
@@ -123,8 +123,8 @@ class Group:
     """Rows of a unit."""
     window: int
     """See `window_of`."""
-    unit_numbers: Tensor
-    """[U] numbers in their step: `DropoutOptions.unit_numbers`; with positions, [rows]."""
+    head_indices: Tensor
+    """[U] numbers in their step: `DropoutOptions.head_indices`; with positions, [rows]."""
     order: Order
     positions: Tensor | None = None
     """[rows] of rows that are held; None where units are whole."""
@@ -157,7 +157,7 @@ class Group:
         sums = torch.empty_like(lse) if delta is None else delta
         factors, along = (torch.empty_like(lse), torch.empty_like(lse)) if shared else (None, None)
         numbers, positions = (
-            None if x is None or options.dropout == 0 else x.int() for x in (self.unit_numbers, self.positions)
+            None if x is None or options.dropout == 0 else x.int() for x in (self.head_indices, self.positions)
         )
         pointers = (order.order, order.spans, order.span_counts, order.codes, numbers, positions)
         n_rounds, n_rows = order.order.shape

@@ -12,9 +12,9 @@ from reformer_dist.ops.lsh.attention import Grads, Inputs
 from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition
-from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding, row_keys, whole_codes
+from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding, row_sort_keys, full_position_codes
 from reformer_dist.ops.lsh.torch_tiles.held import TiledRows
-from reformer_dist.ops.lsh.torch_tiles.layout import Layout, lay_out_rows
+from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
 from reformer_dist.ops.workspace import Workspace
 
 # Tokens whose sorted copies exist at a time: they fit the caches of a core.
@@ -66,7 +66,7 @@ class _Part:
 
 def _parts(bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None) -> Iterator[_Part]:
     batch, n_heads, _, seq_len = bucket_ids.shape
-    numbers = options.unit_numbers(batch, n_heads, bucket_ids.device)
+    numbers = options.head_indices(batch, n_heads, bucket_ids.device)
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = max(1, GROUP_TOKENS["cuda" if bucket_ids.is_cuda else "cpu"] // seq_len)
     scratch = Workspace(bucket_ids.device)
@@ -90,12 +90,12 @@ def lay_out(buckets: Tensor, options: AttentionOptions) -> list[Layout]:
     n_units, n_rounds, seq_len = buckets.shape
     unit, _ = _unit_and_position(buckets)
     n_buckets = options.n_buckets
-    keys = [row_keys(unit, buckets[:, r].flatten(), n_units, n_buckets) for r in range(n_rounds)]
-    return lay_out_rows(keys, count_buckets(buckets, n_buckets), seq_len, options, Partition())
+    keys = [row_sort_keys(unit, buckets[:, r].flatten(), n_units, n_buckets) for r in range(n_rounds)]
+    return build_layouts(keys, count_buckets(buckets, n_buckets), seq_len, options, Partition())
 
 
 def _codes(buckets: Tensor, options: AttentionOptions) -> Tensor | None:
     """Codes [R, rows] by which pairs that meet in several rounds are found, if they are to be counted once."""
     if not options.count_pairs_once or buckets.shape[1] == 1:
         return None
-    return whole_codes(buckets, options.n_buckets, options.rule).flatten(1)
+    return full_position_codes(buckets, options.n_buckets, options.rule).flatten(1)

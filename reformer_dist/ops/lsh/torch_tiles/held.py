@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from reformer_dist.ops.lsh.held import HeldRows, Rows
-from reformer_dist.ops.lsh.online_softmax import Sums
+from reformer_dist.ops.lsh.online_softmax import PartialSoftmax
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
-from reformer_dist.ops.lsh.torch_tiles.layout import Layout, lay_out_rows
+from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
 from reformer_dist.ops.lsh.torch_tiles.rounds import RowGroup, attend, attend_backward, attend_rounds
 from reformer_dist.ops.workspace import Workspace
 
@@ -23,10 +23,10 @@ class TiledRows:
 
     @staticmethod
     def of(held: HeldRows, options: AttentionOptions, scratch: Workspace) -> TiledRows:
-        layouts = lay_out_rows(held.keys, held.total, held.seq_len, options, held.part)
+        layouts = build_layouts(held.keys, held.total, held.seq_len, options, held.part)
         return TiledRows(held.rows, layouts, options, scratch)
 
-    def attend_rounds(self, q: Tensor, k: Tensor | None, v: Tensor) -> Iterator[tuple[Layout, Sums]]:
+    def attend_rounds(self, q: Tensor, k: Tensor | None, v: Tensor) -> Iterator[tuple[Layout, PartialSoftmax]]:
         """Each round's own sums, in the order of the rounds, and where its rows stand."""
         rounds = attend_rounds(self._group, q, shared_keys(q) if k is None else k, v)
         return zip(self._group.layouts, rounds, strict=True)

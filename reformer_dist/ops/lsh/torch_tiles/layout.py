@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.partition import ChunkPartition, Partition, Tiling, WindowPartition, chunk_partition, tiling_of, window_partition
-from reformer_dist.ops.lsh.sorting import stable_order
+from reformer_dist.ops.lsh.partition import ChunkPartition, Partition, Tiling, WindowPartition, chunk_partition, choose_tiling, window_partition
+from reformer_dist.ops.lsh.sorting import radix_argsort
 from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
 
 
@@ -40,12 +40,12 @@ class Layout:
     """[n_tiles * tile_len] likewise, as a key."""
     home: Tensor
     """[n_rows] slot of each row as a query; a slot of the last tile if it is none in this round."""
-    key_home: Tensor | None
+    key_slot_of_row: Tensor | None
     """[n_rows] slot of each row as a key, likewise; None where a key may stand in several (wrapped chunks)."""
     edges: Edges | None
     """Window rule."""
 
-    def some_rows(self) -> tuple[Tensor, Tensor]:
+    def gather_indices(self) -> tuple[Tensor, Tensor]:
         """The slots of queries and keys, with some row where they are empty."""
         queries = self.query_slots.clamp_min(0)
         return queries, queries if self.key_slots is self.query_slots else self.key_slots.clamp_min(0)
@@ -59,7 +59,7 @@ class Layout:
 class Edges:
     """Window rule: which tiles look beyond the ends of their bucket, and where those ends are."""
 
-    are_near: npt.NDArray[np.bool_]
+    within_reach: npt.NDArray[np.bool_]
     """[n_tiles] on the host."""
     rank: Tensor
     """[n_tiles] rank in its bucket of each tile's first slot."""
@@ -67,15 +67,15 @@ class Edges:
     """[n_tiles] tokens of each tile's bucket over all ranks; 0 where a tile is empty."""
 
 
-def lay_out_rows(
+def build_layouts(
     keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, part: Partition
 ) -> list[Layout]:
     """The layouts of all rounds of the rows that a part holds of an order of seq_len tokens.
 
-    keys: of each round, see `order.row_keys`; total [U, R, K]: members of each bucket over all parts.
+    keys: of each round, see `order.row_sort_keys`; total [U, R, K]: members of each bucket over all parts.
     """
     rule, n_buckets = options.rule, options.n_buckets
-    tiling = tiling_of(rule, seq_len, n_buckets)
+    tiling = choose_tiling(rule, seq_len, n_buckets)
     if isinstance(rule, ChunkRule):
         run = chunk_partition(seq_len, rule, part)
         return chunk_layouts(torch.stack(keys), total.shape[0], n_buckets, rule, run, tiling)
@@ -84,7 +84,7 @@ def lay_out_rows(
 
 
 def window_layout(keys: Tensor, run: WindowPartition, tiling: Tiling) -> Layout:
-    """The layout of rows with sort keys [n_rows] (see `order.row_keys`), of which `run` says what they are.
+    """The layout of rows with sort keys [n_rows] (see `order.row_sort_keys`), of which `run` says what they are.
 
     The order is made on the host, where small integers are sorted fast and the number of tiles must be known.
     """
@@ -92,7 +92,7 @@ def window_layout(keys: Tensor, run: WindowPartition, tiling: Tiling) -> Layout:
     tile_len = tiling.tile_len
     counts = np.bincount(sort_keys, minlength=total.size + 1)[:-1]
     n_present = int(counts.sum())
-    order = stable_order(sort_keys)[:n_present]
+    order = radix_argsort(sort_keys)[:n_present]
 
     skipped = start // tile_len  # tiles of the bucket that other ranks hold
     tiles = np.where(counts > 0, -(-(start + counts) // tile_len) - skipped, 0)
@@ -117,17 +117,17 @@ def window_layout(keys: Tensor, run: WindowPartition, tiling: Tiling) -> Layout:
     tile_rank[placement.number] = (np.arange(of_tile.size) - (first_tile - skipped)[of_tile]) * tile_len
     tile_count[placement.number] = total[of_tile]
     behind = tile_count - tile_rank - tile_len
-    are_near = (tile_rank < tiling.back * tile_len) | (behind < tiling.front * tile_len)
-    are_near[: placement.first_deep] = False  # shallow tiles look at nothing but their bucket
+    within_reach = (tile_rank < tiling.n_before * tile_len) | (behind < tiling.n_after * tile_len)
+    within_reach[: placement.first_deep] = False  # shallow tiles look at nothing but their bucket
 
     def on_device(x: Integers) -> Tensor:
         return torch.from_numpy(x).to(keys.device)
 
-    key_slots, key_home = on_device(keys_in), on_device(home)
+    key_slots, key_slot_of_row = on_device(keys_in), on_device(home)
     is_whole = queries is keys_in
-    query_slots, query_home = (key_slots, key_home) if is_whole else (on_device(queries), on_device(queries_home))
-    edges = Edges(are_near, on_device(tile_rank), on_device(tile_count))
-    return Layout(tiling, placement.spans, query_slots, key_slots, query_home, key_home, edges)
+    query_slots, query_home = (key_slots, key_slot_of_row) if is_whole else (on_device(queries), on_device(queries_home))
+    edges = Edges(within_reach, on_device(tile_rank), on_device(tile_count))
+    return Layout(tiling, placement.spans, query_slots, key_slots, query_home, key_slot_of_row, edges)
 
 
 def _span_tiles(tiling: Tiling, on: Tensor) -> int:
@@ -152,7 +152,7 @@ def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, 
     counts = np.bincount(sort_keys // n_buckets, minlength=n_units + 1)[:n_units]
     place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     chunks = np.full((n_units, len(run.needed) * rule.chunk_len), -1)
-    chunks[np.repeat(np.arange(n_units), counts), place] = stable_order(sort_keys)[: place.size]
+    chunks[np.repeat(np.arange(n_units), counts), place] = radix_argsort(sort_keys)[: place.size]
     return torch.from_numpy(chunks).to(keys.device).view(n_units, len(run.needed), rule.chunk_len)
 
 
@@ -176,15 +176,15 @@ def _chunk_layout(
 
     # a unit's tiles: `n_before` that only lend keys, its chunks, `n_after` that only lend keys
     local = range(run.start - rule.n_before, run.stop + rule.n_after) if run.stop > run.start else range(0)
-    before, after = (chunks.new_full((n * rule.chunk_len,), -1) for n in (tiling.back, max(1, tiling.front)))
+    before, after = (chunks.new_full((n * rule.chunk_len,), -1) for n in (tiling.n_before, max(1, tiling.n_after)))
     query_slots, key_slots = (
         torch.cat([before, every[:, [block(chunk, as_query=as_query) for chunk in local]].flatten(), after])
         for as_query in (True, False)
     )
     home = _homes(query_slots, n_rows)
-    key_home = None if rule.wrap else _homes(key_slots, n_rows)
-    spans = consecutive_spans(tiling.back, tiling.back + n_units * len(local), tiling, _span_tiles(tiling, chunks))
-    return Layout(tiling, spans, query_slots, key_slots, home, key_home, None)
+    key_slot_of_row = None if rule.wrap else _homes(key_slots, n_rows)
+    spans = consecutive_spans(tiling.n_before, tiling.n_before + n_units * len(local), tiling, _span_tiles(tiling, chunks))
+    return Layout(tiling, spans, query_slots, key_slots, home, key_slot_of_row, None)
 
 
 def _homes(slots: Tensor, n_rows: int) -> Tensor:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from reformer_dist.ops.lsh.partition import Tiling
 
 # Buckets of more tiles are deep. Levels get thin with depth, and a deep bucket hides little of itself.
-DEEPEST_LEVEL = 8
+MAX_SHALLOW_TILES = 8
 # Slots whose rows are gathered together: as many as stay in the caches of a core with their scores.
 SPAN_SLOTS = {"cpu": 2**13, "cuda": 2**20}
 
@@ -82,22 +82,22 @@ def place_tiles(
     tiles: Integers, may_be_shallow: npt.NDArray[np.bool_], tiling: Tiling, span_tiles: int
 ) -> Placement:
     """Puts the tiles[i] tiles of each bucket i in their places."""
-    is_shallow = may_be_shallow & (tiles <= DEEPEST_LEVEL) & (tiling.front == 0)
+    is_shallow = may_be_shallow & (tiles <= MAX_SHALLOW_TILES) & (tiling.n_after == 0)
     # deepest first, and of equals the earlier; those without a tile come last
-    group = np.where(is_shallow, DEEPEST_LEVEL - tiles, DEEPEST_LEVEL)
-    by_depth = np.argsort(np.where(tiles > 0, group, DEEPEST_LEVEL + 1).astype(np.uint16), kind="stable")
+    group = np.where(is_shallow, MAX_SHALLOW_TILES - tiles, MAX_SHALLOW_TILES)
+    by_depth = np.argsort(np.where(tiles > 0, group, MAX_SHALLOW_TILES + 1).astype(np.uint16), kind="stable")
     n_shallow, n_taken = np.count_nonzero(is_shallow & (tiles > 0)), np.count_nonzero(tiles)
     first = np.cumsum(tiles) - tiles
     number = np.empty(int(tiles.sum()), dtype=np.int64)
-    end, spans = tiling.back, []
+    end, spans = tiling.n_before, []
     for buckets in _groups(by_depth[:n_shallow], tiles, span_tiles):
-        spans.append(_place_levels(buckets, tiles, first, number, end, tiling.back))
+        spans.append(_place_levels(buckets, tiles, first, number, end, tiling.n_before))
         end = spans[-1].stop
     deep, first_deep = by_depth[n_shallow:n_taken], end
     end += int(tiles[deep].sum())
     number[_tiles_of(deep, tiles, first)] = np.arange(first_deep, end)
     spans += consecutive_spans(first_deep, end, tiling, span_tiles)
-    return Placement(number, first_deep, end + max(1, tiling.front), spans)
+    return Placement(number, first_deep, end + max(1, tiling.n_after), spans)
 
 
 def _groups(buckets: Integers, tiles: Integers, span_tiles: int) -> Iterator[Integers]:
@@ -148,10 +148,10 @@ def _tiles_of(buckets: Integers, tiles: Integers, first: Integers) -> Integers:
 def consecutive_spans(start: int, end: int, tiling: Tiling, span_tiles: int) -> list[Span]:
     """Spans of the tiles from start to before end, each of which looks at its neighbours."""
     # nearest first: tiles without a neighbour far before them sum as if there were no such column
-    offsets = (*range(tiling.back + 1), *range(-1, -tiling.front - 1, -1))
+    offsets = (*range(tiling.n_before + 1), *range(-1, -tiling.n_after - 1, -1))
     spans = []
     for first in range(start, end, span_tiles):
         size = min(span_tiles, end - first)
         columns = [Column(offset, [Run(first, first - offset, size)]) for offset in offsets]
-        spans.append(Span(first - tiling.back, first + size + tiling.front, columns))
+        spans.append(Span(first - tiling.n_before, first + size + tiling.n_after, columns))
     return spans

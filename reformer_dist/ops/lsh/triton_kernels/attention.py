@@ -52,7 +52,7 @@ def _groups(
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     size = min(MOST_UNITS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
     largest = tuning_of(v.shape[3], v.dtype).block
-    numbers = options.unit_numbers(batch, n_heads, v.device).int() if options.dropout > 0 else None
+    numbers = options.head_indices(batch, n_heads, v.device).int() if options.dropout > 0 else None
     groups = []
     for first in range(0, buckets.shape[0], size):
         its = slice(first, first + size)

@@ -96,7 +96,7 @@ class Tiles:
     Of held rows [.., 6]: where its queries begin, and end.
     """
     codes: Tensor | None
-    """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
+    """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.position_codes`)."""
     who: Tensor | None = None
     """With dropout, int32 [U] numbers of the units in their step.
 

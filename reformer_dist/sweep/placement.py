@@ -9,13 +9,13 @@ from reformer_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Room for one trial."""
 
     environment: dict[str, str]
 
 
-def make_places(ranks: int | None, parallel: int | None, gpus: list[str], cores: int) -> list[Place]:
+def make_placements(ranks: int | None, parallel: int | None, gpus: list[str], cores: int) -> list[Placement]:
     """Places for trials of `ranks` processes each; None stands for one on each GPU, or one.
 
     gpus: ids as CUDA_VISIBLE_DEVICES takes them. Raises ConfigError where a trial does not fit.
@@ -25,10 +25,10 @@ def make_places(ranks: int | None, parallel: int | None, gpus: list[str], cores:
     ranks = ranks or 1
     count = parallel or max(1, cores // ranks)
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * ranks))))
-    return [Place({"OMP_NUM_THREADS": threads}) for _ in range(count)]
+    return [Placement({"OMP_NUM_THREADS": threads}) for _ in range(count)]
 
 
-def _on_gpus(ranks: int, parallel: int | None, gpus: list[str]) -> list[Place]:
+def _on_gpus(ranks: int, parallel: int | None, gpus: list[str]) -> list[Placement]:
     fits = len(gpus) // ranks
     if fits == 0:
         raise ConfigError(f"launcher.nproc_per_node={ranks}: this machine shows {len(gpus)} GPUs to a sweep")
@@ -36,7 +36,7 @@ def _on_gpus(ranks: int, parallel: int | None, gpus: list[str]) -> list[Place]:
         right = f"{len(gpus)} GPUs hold {fits} trials of {ranks} ranks"
         raise ConfigError(f"sweep.parallel={parallel}: {right}")
     shares = [gpus[index * ranks : (index + 1) * ranks] for index in range(parallel or fits)]
-    return [Place({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+    return [Placement({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
 
 
 def visible_gpus() -> list[str]:

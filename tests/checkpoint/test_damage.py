@@ -96,7 +96,7 @@ def test_paths_that_users_give(tmp_path: Path) -> None:
     flip(old)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: .*\n.*{new.name}: .*\n.*{old.name}: "):
         resolve_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: .*checkpoint"):
+    with pytest.raises(CheckpointError, match=r"nowhere: .*checkpoint"):
         resolve_checkpoint(tmp_path / "nowhere")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import tempfile
 from itertools import pairwise
 from pathlib import Path

@@ -23,7 +23,7 @@ def test_backward_holds_what_is_planned(n_hashes, shared, tmp_path):
     q, k, v, d_out = (torch.randn(shape, device="cuda") for _ in range(4))
     leaves = [x.requires_grad_() for x in ((q, v) if shared else (q, k, v))]
     ids = torch.randint(0, n_buckets, (1, 2, n_hashes, shape[2]), dtype=torch.uint8, device="cuda")
-    options = AttentionOptions(rule, n_buckets, 1.0, implementation="triton")
+    options = AttentionOptions(rule, n_buckets, 1.0, backend="triton")
     before = torch.cuda.memory_allocated()
     out = bucket_attention(q, None if shared else k, v, ids, options)
     torch.cuda.reset_peak_memory_stats()

@@ -29,7 +29,7 @@ from reformer_dist.data import (
     Corpus,
     Dataset,
     Quarantine,
-    Source,
+    SampleRef,
     explain_changes,
     read_state,
     write_dataset,
@@ -148,7 +148,7 @@ def test_a_share_of_damage_without_shuffling_is_an_error(
 
 def test_streams_share_the_tokens_of_a_long_document(dataset: Dataset) -> None:
     shard = dataset.shards("train")[0]
-    source = Source(dataset, shard, dataset.index(shard).entries[0])
+    source = SampleRef(dataset, shard, dataset.index(shard).entries[0])
     with closing(CheckedReader(Quarantine(1, 0.0))) as reader:
         first = reader.open(0, source)
         assert first.dtype == np.uint16 and reader.open(0, source) is first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 from support.datasets import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
 
-from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, Shard, Source, find_damage
-from reformer_dist.data.format.sample_reader import SampleDamaged
+from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, SampleRef, Shard, verify_dataset
+from reformer_dist.data.format.sample_reader import DamagedSampleError
 from reformer_dist.errors import DataError
 
 
@@ -30,7 +31,7 @@ def read_first_sample(folder: Path) -> Any:
     dataset = Dataset.open(folder)
     shard = dataset.shards("train")[0]
     with closing(SampleReader()) as reader:
-        return reader.read(Source(dataset, shard, dataset.index(shard).entries[0]))
+        return reader.read(SampleRef(dataset, shard, dataset.index(shard).entries[0]))
 
 
 def test_no_data_set_tells_how_to_make_one(tmp_path: Path) -> None:
@@ -153,14 +154,14 @@ def test_torn_samples_are_damaged(copy: Path, cut: int) -> None:
     path = copy / "train-000000.tar"
     assert len(read_first_sample(copy)) > 1
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(SampleDamaged, match="is torn"):
+    with pytest.raises(DamagedSampleError, match="is torn"):
         read_first_sample(copy)
 
 
 def test_a_shard_that_is_no_tar(copy: Path) -> None:
     path = copy / "train-000000.tar"
     path.write_bytes(b"not a tar file" * 1000)
-    with pytest.raises(SampleDamaged, match="tar header is broken"):
+    with pytest.raises(DamagedSampleError, match="tar header is broken"):
         read_first_sample(copy)
     path.unlink()
     with pytest.raises(DataError, match=r"train-000000\.tar: is missing"):
@@ -200,7 +201,7 @@ def test_oversized_members_are_refused(copy: Path) -> None:
 
 def test_another_member_in_the_place_is_damage(copy: Path) -> None:
     write_tar(copy / "train-000000.tar", [("other.txt", bytes(20_000))])
-    with pytest.raises(SampleDamaged, match=r"'other\.txt' of 20000 bytes"):
+    with pytest.raises(DamagedSampleError, match=r"'other\.txt' of 20000 bytes"):
         read_first_sample(copy)
 
 
@@ -212,7 +213,7 @@ def test_bad_token_ids(make_dataset: Callable[..., Dataset]) -> None:
     write_tar(path, [("00000000.u16", content), ("more", bytes(20_000))])
     digest = hashlib.sha256(content).hexdigest()
     edit_index(folder, "train-000000.json", lambda samples: samples[0].update(sha256=digest))
-    with pytest.raises(DataError, match="sample 00000000 .*token 65535"):
+    with pytest.raises(DataError, match=r"sample 00000000 .*token 65535"):
         read_first_sample(folder)
 
 
@@ -244,12 +245,12 @@ def test_file_addresses(copy: Path) -> None:
 
 
 def test_damage_is_found_and_named(copy: Path) -> None:
-    assert list(find_damage(Dataset.open(copy))) == []
+    assert list(verify_dataset(Dataset.open(copy))) == []
     dataset = Dataset.open(copy)
     _, name, key = damage_sample(dataset, 30)
     (copy / "train-000000.tar").unlink()
     (copy / "heldout-000000.json").unlink()
-    damage = list(find_damage(Dataset.open(copy)))
+    damage = list(verify_dataset(Dataset.open(copy)))
     assert len(damage) == 4
     assert "train-000000.tar: is missing" in damage[0]
     assert f"{name}: shard" in damage[1]

@@ -1,4 +1,4 @@
-"""Damage of every kind that a seed draws: each ends in samples passed over, or in a refusal that says why.
+"""DamagedSample of every kind that a seed draws: each ends in samples passed over, or in a refusal that says why.
 
 What is read in spite of the damage is right: it is what the whole data set holds, less the samples that are named.
 """
@@ -18,7 +18,7 @@ import pytest
 from support.damage import BYTES, edit_json, edit_json_file
 from support.datasets import documents_of, edit_index, edit_record, folder_of, make_order
 
-from reformer_dist.data import Corpus, Dataset, Quarantine, SampleReader, Source
+from reformer_dist.data import Corpus, Dataset, Quarantine, SampleReader, SampleRef
 from reformer_dist.data.format.quarantine import CheckedReader
 from reformer_dist.data.loading.packing import TokenStream
 from reformer_dist.errors import DataError
@@ -166,13 +166,13 @@ def test_a_check_that_is_left_out_is_noticed(
     path.write_bytes(content)
     assert outcome(folder, whole) == "passed over"
 
-    def believe(reader: Any, source: Source) -> Any:
+    def believe(reader: Any, source: SampleRef) -> Any:
         payload = reader._read_bytes(source)[512:]
         fake = source.entry.__class__(
             **{name: getattr(source.entry, name) for name in source.entry.__slots__}
             | {"sha256": hashlib.sha256(payload).hexdigest()}
         )
-        return read(reader, Source(source.dataset, source.shard, fake))
+        return read(reader, SampleRef(source.dataset, source.shard, fake))
 
     read = SampleReader.read
     monkeypatch.setattr(SampleReader, "read", believe)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.datasets import damage_sample, documents_of, folder_of, numbered_text, replace_split
 
-from reformer_dist.data import BpeTokenizer, Corpus, Damage, Dataset, EvalBatch, count_text_bytes, heldout_batches
+from reformer_dist.data import BpeTokenizer, Corpus, DamagedSample, Dataset, EvalBatch, count_text_bytes, heldout_batches
 from reformer_dist.errors import DataError
 
 
@@ -86,7 +86,7 @@ def test_damaged_documents_are_left_out_and_named(make_dataset: Callable[..., Da
     dataset = make_dataset()
     text = documents_of(dataset, "heldout")
     damage_sample(dataset, 1, "heldout")
-    found: list[Damage] = []
+    found: list[DamagedSample] = []
     ranks = [
         read(dataset, max_damaged_share=0.2, report=found.append, dp_rank=rank, dp_size=2) for rank in range(2)
     ]

@@ -14,24 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.datasets import documents_of, folder_of, make_order, numbered_text, read_world, replace_split
 
-from reformer_dist.data import Corpus, Dataset, Source, TextRows
-from reformer_dist.data import index as index_module
+from reformer_dist.data import Corpus, Dataset, SampleRef, TextRows
+from reformer_dist.data.format import index as index_module
 from reformer_dist.data.format.sample_reader import SampleReader
-from reformer_dist.data.loading.packing import Piece, TokenStream, make_row
+from reformer_dist.data.loading.packing import Span, TokenStream, make_row
 from reformer_dist.data.loading.sampler import permutation, seeded_bits
 
 PROMISED_PERMUTATION = [6, 1, 3, 5, 7, 4, 2, 0]
 
 
-def lengths(number: int, source: Source) -> range:
+def lengths(number: int, source: SampleRef) -> range:
     """What stands for the tokens of a sample where only places matter."""
     return range(source.entry.n_tokens)
 
 
-def tokens_of_stream(dataset: Dataset, stream: int, passes: int = 1, **changed: Any) -> list[Piece]:
+def tokens_of_stream(dataset: Dataset, stream: int, passes: int = 1, **changed: Any) -> list[Span]:
     """All pieces of a stream in so many passes."""
     reader = TokenStream(make_order(dataset, **changed), stream, passes=passes)
-    pieces: list[Piece] = []
+    pieces: list[Span] = []
     while row := reader.next_pieces(0, lengths):
         pieces += row
     return pieces
@@ -97,7 +97,7 @@ def test_a_stream_returns_to_its_place(
 ) -> None:
     """Also where samples are passed over."""
 
-    def open_sample(number: int, source: Source) -> range | None:
+    def open_sample(number: int, source: SampleRef) -> range | None:
         return None if int(source.entry.key) in lost else range(source.entry.n_tokens)
 
     order = make_order(dataset, seq_len=seq_len, batch_size=3)

@@ -17,8 +17,8 @@ from support.datasets import damage_sample, folder_of, read_world
 from support.servers import Server, serve
 
 from reformer_dist.data import BpeTokenizer, Corpus, Dataset
-from reformer_dist.data import storage as storage_module
-from reformer_dist.data.format.cache import FileCache, Wanted
+from reformer_dist.data.format import storage as storage_module
+from reformer_dist.data.format.cache import FileCache, FileRef
 from reformer_dist.errors import DataError
 
 pytest.importorskip("aiohttp")
@@ -148,7 +148,7 @@ def write_copy(content: bytes, log: list[str], name: str) -> Callable[[Path], No
 
 
 def read_copy(cache: FileCache, content: bytes, log: list[str]) -> bytes:
-    wanted = Wanted(f"file {content[:1]!r}", len(content), hashlib.sha256(content).hexdigest())
+    wanted = FileRef(f"file {content[:1]!r}", len(content), hashlib.sha256(content).hexdigest())
     descriptor = cache.open(wanted, wanted.name, write_copy(content, log, wanted.name))
     with os.fdopen(descriptor, "rb") as file:
         return file.read()
@@ -165,7 +165,7 @@ def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
 def test_a_source_that_was_wrong_is_asked_again_by_the_next_process(tmp_path: Path) -> None:
     """Two downloads that agree are what the source holds, but the source may be mended."""
     right, log = b"right" * 20, []
-    wanted = Wanted("file", len(right), hashlib.sha256(right).hexdigest())
+    wanted = FileRef("file", len(right), hashlib.sha256(right).hexdigest())
 
     def read(cache: FileCache, content: bytes) -> bytes:
         with os.fdopen(cache.open(wanted, wanted.name, write_copy(content, log, "download")), "rb") as file:

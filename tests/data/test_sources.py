@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.datasets import write_tar
 
-from reformer_dist.data import LeftOut, iterate_documents
+from reformer_dist.data import SkippedFiles, iterate_documents
 from reformer_dist.data.prepare.documents import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES
 from reformer_dist.errors import DataError
 
@@ -88,7 +88,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / ".hidden").symlink_to(tmp_path / "elsewhere")
     (root / "lost.txt").symlink_to(tmp_path / "nowhere")
-    left_out = LeftOut()
+    left_out = SkippedFiles()
     assert [text for _, text in iterate_documents([root], left_out=left_out)] == [b"text", b"member"]
     assert left_out == {
         "binary files, which contain NUL": (2, "root/b.txt"),

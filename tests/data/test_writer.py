@@ -17,8 +17,8 @@ from reformer_dist.data import (
     ByteTokenizer,
     Dataset,
     SampleReader,
-    Source,
-    find_damage,
+    SampleRef,
+    verify_dataset,
     is_heldout,
     write_dataset,
 )
@@ -64,7 +64,7 @@ def test_index_finds_every_sample(make_dataset: Callable[..., Dataset], kind: st
         for shard in dataset.shards(split):
             for entry in dataset.index(shard).entries:
                 names.add(entry.document)
-                ids = reader.read(Source(dataset, shard, entry))[:-1]
+                ids = reader.read(SampleRef(dataset, shard, entry))[:-1]
                 assert dataset.tokenizer.decode(ids) == documents[entry.document].decode()
                 assert (entry.n_tokens, entry.n_bytes) == (len(ids) + 1, len(documents[entry.document]))
     reader.close()
@@ -115,7 +115,7 @@ def test_overwrite_replaces_all_and_nothing_else(tmp_path: Path) -> None:
     tars = {path.name for path in tmp_path.glob("*.tar")}
     assert tars == {"train-000000.tar", "heldout-000000.tar"}
     assert (tmp_path / "train-notes.txt").read_text() == "mine"
-    assert not list(find_damage(Dataset.open(tmp_path)))
+    assert not list(verify_dataset(Dataset.open(tmp_path)))
 
 
 def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:

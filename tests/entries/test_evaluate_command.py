@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny import WORDS, write_tiny_dataset
 
-from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, write_dataset, write_records
+from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, RawSample, write_dataset, write_samples
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.evaluate import _open, _text, build_parser
@@ -38,8 +38,8 @@ def test_a_text_that_is_not_utf8_is_held_against_its_own_bytes(
 ) -> None:
     """Each of which would be three as U+FFFD, all alike, which gzip makes little of."""
     document = bytes(range(256)) * 2
-    records = [Record("latin", (document,))]
-    write_records(records, tmp_path / "d", ByteTokenizer(), heldout=records)
+    records = [RawSample("latin", (document,))]
+    write_samples(records, tmp_path / "d", ByteTokenizer(), heldout=records)
     arguments, loaded, corpus = opened(trained, tmp_path / "d", job)
     # rows are whole: what is left over at the end is asked of none
     text = _text(arguments, loaded, corpus)

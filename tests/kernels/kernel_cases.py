@@ -94,7 +94,7 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     inputs, ids, mask = case.tensors(device)
     given = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
     rows = torch.tensor([5, 2], device=device)
-    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **given, rows=rows, implementation="triton")
+    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **given, rows=rows, backend="triton")
     d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
 
     q, k, v = (x.detach().requires_grad_() for x in inputs)

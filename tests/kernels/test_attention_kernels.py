@@ -33,7 +33,7 @@ def test_the_future_changes_no_bit_of_the_past():
     generator = torch.Generator().manual_seed(0)
     q, v = (torch.randn(1, 2, 90, 16, generator=generator).to(DEVICE) for _ in range(2))
     ids = torch.randint(0, 3, (1, 2, 2, 90), generator=generator).to(DEVICE)
-    options = AttentionOptions(WindowRule(20, True), 4, 0.5, implementation="triton")
+    options = AttentionOptions(WindowRule(20, True), 4, 0.5, backend="triton")
     before = bucket_attention(q, None, v, ids, options)
     edited = [x.clone() for x in (q, v, ids)]
     for x in edited[:2]:
@@ -49,7 +49,7 @@ def test_two_runs_agree_to_the_last_bit():
         generator = torch.Generator().manual_seed(0)
         q, v = (torch.randn(1, 1, 60, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
         ids = torch.randint(0, 2, (1, 1, 2, 60), generator=generator).to(DEVICE)
-        options = AttentionOptions(WindowRule(9, True), 2, 0.5, implementation="triton")
+        options = AttentionOptions(WindowRule(9, True), 2, 0.5, backend="triton")
         out = bucket_attention(q, None, v, ids, options)
         return [out, *torch.autograd.grad(out.square().sum(), (q, v))]
 

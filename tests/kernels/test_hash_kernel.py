@@ -21,7 +21,7 @@ def test_ids(scheme, n_buckets, head_dim):
     if scheme == "rotation":  # small whole numbers: sums are exact, and ties are many
         x, rotations = x.round(), rotations.round()
     right = hashing.hash_vectors(x, rotations, n_buckets, scheme)
-    found = hash_vectors(x.to(DEVICE), rotations, n_buckets, scheme, implementation="triton").cpu()
+    found = hash_vectors(x.to(DEVICE), rotations, n_buckets, scheme, backend="triton").cpu()
     assert found.dtype == right.dtype
     if scheme == "rotation":
         assert torch.equal(found, right)
@@ -44,7 +44,7 @@ def test_a_factor_too_wide_for_the_kernel():
     rotations = draw_rotations(2, 16, 3, 262, "rotation", seed=5)  # 2 * 131 has no smaller even factors
     x = torch.randn(1, 2, 70, 16, generator=torch.Generator().manual_seed(0))
     right = hashing.hash_vectors(x, rotations, 262, "rotation")
-    found = hash_vectors(x.to(DEVICE), rotations, 262, "rotation", implementation="triton")
+    found = hash_vectors(x.to(DEVICE), rotations, 262, "rotation", backend="triton")
     assert torch.equal(found.cpu(), right)
 
 
@@ -53,12 +53,12 @@ def test_near_ties_alone_may_differ(dtype):
     rotations = draw_rotations(2, 64, 2, 64, "rotation", seed=5)
     x = torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     right = hashing.hash_vectors(x, rotations, 64, "rotation")
-    found = hash_vectors(x.to(DEVICE), rotations, 64, "rotation", implementation="triton").cpu()
+    found = hash_vectors(x.to(DEVICE), rotations, 64, "rotation", backend="triton").cpu()
     assert (found != right).float().mean() < 2e-3
 
 
 def test_one_bucket():
     rotations = draw_rotations(2, 16, 2, 1, "rotation", seed=5)
     assert not hash_vectors(
-        torch.randn(1, 2, 9, 16, device=DEVICE), rotations, 1, "rotation", implementation="triton"
+        torch.randn(1, 2, 9, 16, device=DEVICE), rotations, 1, "rotation", backend="triton"
     ).any()

@@ -26,7 +26,7 @@ def test_parts_are_the_whole(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
-        rows=torch.tensor([3, 1], device=DEVICE), implementation="triton",
+        rows=torch.tensor([3, 1], device=DEVICE), backend="triton",
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     found = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
@@ -55,7 +55,7 @@ def test_a_part_without_rows() -> None:
     case = replace(CASES["window"], seq_len=3)
     (q, _, v), ids, _ = case.tensors(DEVICE)
     found = [
-        attend_in_parts(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, implementation=name), None, v, 12)
+        attend_in_parts(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, backend=name), None, v, 12)
         for name in ("triton", "torch")
     ]
     for one, other in zip(*found, strict=True):

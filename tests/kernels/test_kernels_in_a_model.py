@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def loss_and_grads(implementation: AttentionImplementation) -> dict[str, Tensor]:
+def loss_and_grads(backend: AttentionImplementation) -> dict[str, Tensor]:
     config = ModelConfig(
         dim=32,
         n_heads=2,
@@ -26,7 +26,7 @@ def loss_and_grads(implementation: AttentionImplementation) -> dict[str, Tensor]
         local_round=True,
         axial_shape=[8, 8],
         attention_dropout=0.2,
-        attention_implementation=implementation,
+        attention_implementation=backend,
     )
     model = ReformerLM(config, 20, seed=3).to(DEVICE)
     tokens = torch.randint(0, 20, (2, 38), generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -75,7 +75,7 @@ def test_the_function_is_the_definition() -> None:
     hashed = {seed: lsh_attention(qk, v, n_buckets=8, window=5, seed=seed) for seed in (0, 0, 1)}
     assert hashed[0].shape == v.shape and not torch.equal(hashed[0], hashed[1])
     torch.testing.assert_close(
-        hashed[0], lsh_attention(qk, v, n_buckets=8, window=5, implementation="reference"), rtol=1e-4, atol=1e-5
+        hashed[0], lsh_attention(qk, v, n_buckets=8, window=5, backend="reference"), rtol=1e-4, atol=1e-5
     )
 
 

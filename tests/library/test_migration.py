@@ -186,7 +186,7 @@ def test_keywords_of_a_call(name: str) -> None:
     said = str(raised.value)
     assert said.startswith("forward: ") and "\nkeys: " in said
     assert "\ninput_attn_mask: " in said and said.count("\n") == 2
-    with pytest.raises(ConfigError, match="forward: .*keyword mask"):
+    with pytest.raises(ConfigError, match=r"forward: .*keyword mask"):
         model(x, mask=torch.ones(1, 30, dtype=torch.bool))
 
 

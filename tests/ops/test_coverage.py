@@ -78,5 +78,5 @@ def test_sums_add_up() -> None:
     total = Coverage()
     for number in (1, 2):
         total.add(Coverage(mass=0.5 * number, queries=number, pairs_met=number, pairs=4 * number))
-    assert total.shares() == {"mass": 0.5, "pairs": 0.25}
+    assert total.fractions() == {"mass": 0.5, "pairs": 0.25}
     assert Coverage().shares() == {"mass": 0.0, "pairs": 0.0}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ops_helpers import needs_compiler
 
 from reformer_dist.ops.lsh import draw_rotations, hash_vectors, hashing, seeded_rotations
-from reformer_dist.ops.lsh.native import hashing as native
+from reformer_dist.ops.lsh.native import attention as native
 
 pytestmark = needs_compiler
 N_BUCKETS = [1, 2, 4, 6, 14, 62, 64, 128, 134, 256, 4096, 40000]
@@ -57,6 +57,6 @@ def test_a_model_on_a_cpu_hashes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, rotations = torch.randn(1, 1, 8, 16), draw_rotations(1, 16, 1, 4, "rotation", seed=0)
     asked = []
     monkeypatch.setattr(native, "hash_rows", lambda *arguments: asked.append(arguments))
-    for implementation in ("auto", "native", "torch"):
-        hash_vectors(x, rotations, 4, "rotation", implementation=implementation)
+    for backend in ("auto", "native", "torch"):
+        hash_vectors(x, rotations, 4, "rotation", backend=backend)
     assert len(asked) == 2

@@ -37,7 +37,7 @@ class Case:
     padding: str = "none"
     """none, some (random tokens), slice (all of the first rank's), all (the first row)"""
     dtype: torch.dtype = torch.float32
-    implementation: str = "torch"
+    backend: str = "torch"
 
     def tensors(self, size: int) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor]:
         """q, (k), v of the whole sequence, bucket ids, mask, gradient of the output."""
@@ -70,7 +70,7 @@ class Case:
             dropout=self.dropout,
             dropout_seed=77,
             rows=torch.tensor([5, 2])[: self.batch],
-            implementation=self.implementation,
+            backend=self.backend,
         )
 
 
@@ -102,7 +102,7 @@ def cases() -> list[Case]:
         Case("bf16", CAUSAL, dtype=torch.bfloat16),
         Case("bf16, odd width", CAUSAL, dtype=torch.bfloat16, head_dim=5),
     ]
-    by_c = {"implementation": "auto", "head_dim": 16}
+    by_c = {"backend": "auto", "head_dim": 16}
     found += [
         Case("C: causal window", CAUSAL, **by_c),
         Case("C: long buckets", WindowRule(40, causal=True), seq_len=700, n_buckets=1, batch=1, **by_c),
@@ -172,7 +172,7 @@ def check(case: Case, mesh: SequenceMesh, merge_returns: bool) -> None:
     whole = attend(case, WholeSequence(), *tensors)
     sliced = SlicedSequence(mesh, case.seq_len, merge_returns=merge_returns)
     found = attend(case, sliced, *own_tensors(sliced, *tensors))
-    by_tiles = case.implementation == "torch" and isinstance(case.rule, WindowRule)
+    by_tiles = case.backend == "torch" and isinstance(case.rule, WindowRule)
     is_exact = not merge_returns and by_tiles and case.dtype == torch.float32
     tolerance = 1e-6 if case.dtype == torch.float32 else 0.02
     for number, (right, part) in enumerate(zip(whole, found, strict=True)):

@@ -17,11 +17,11 @@ import torch
 from reformer_dist.data import (
     Corpus,
     Dataset,
-    Order,
     Quarantine,
+    Sampler,
     SampleReader,
-    Source,
-    Start,
+    SampleRef,
+    LoaderState,
     StepBatch,
     TrainLoader,
     merge_states,
@@ -112,16 +112,16 @@ def documents_of(dataset: Dataset, split: str = "train") -> list[np.ndarray]:
     """Tokens of each sample in the order of the shards."""
     with closing(SampleReader()) as reader:
         return [
-            reader.read(Source(dataset, shard, entry))
+            reader.read(SampleRef(dataset, shard, entry))
             for shard in dataset.shards(split)
             for entry in dataset.index(shard).entries
         ]
 
 
-def make_order(data: Dataset | Corpus, **changed: Any) -> Order:
+def make_order(data: Dataset | Corpus, **changed: Any) -> Sampler:
     corpus = data if isinstance(data, Corpus) else Corpus([data])
     settings = ORDER | {key: value for key, value in changed.items() if key in ORDER}
-    return Order(corpus, **settings)
+    return Sampler(corpus, **settings)
 
 
 def open_loader(
@@ -134,7 +134,7 @@ def open_loader(
 ) -> TrainLoader:
     """A loader of ORDER; `changed` may name its keys and those of TrainLoader."""
     order = make_order(data, **changed)
-    start = Start() if state is None else read_state(state, order, accept_changed=accept_changed)
+    start = LoaderState() if state is None else read_state(state, order, accept_changed=accept_changed)
     quarantine = Quarantine(order.corpus.total("samples", "train"), max_damaged_share, start.quarantine)
     own = {key: value for key, value in changed.items() if key not in ORDER}
     return TrainLoader(order, quarantine, start=start, **({"micro_batch_size": 1, "workers": 0} | own))

@@ -12,7 +12,13 @@ from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.backends import attention_of_held
 from reformer_dist.ops.lsh.held import HeldRows, Rows
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_sort_keys, full_position_codes
+from reformer_dist.ops.lsh.sorting import (
+    bucket_ranks,
+    count_buckets,
+    full_position_codes,
+    mark_padding,
+    row_sort_keys,
+)
 from reformer_dist.ops.workspace import Workspace
 
 

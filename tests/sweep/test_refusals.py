@@ -10,7 +10,7 @@ import pytest
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.request import SweepRequest
 from reformer_dist.sweep.run import grid_trials, run_sweep
-from reformer_dist.sweep.state import TrialStatus, SweepFile, Trial
+from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus
 
 Ask = Callable[..., SweepRequest]
 GRID = ("-m", "model.n_hashes=1,2,4", "optim.lr=1e-3,1e-2")
@@ -92,7 +92,9 @@ def test_failed_trials_run_again_when_asked_for(requested: Ask) -> None:
     trials_of(requested(*GRID))
     finish_all(requested(*GRID).folder, TrialStatus.failed)
     assert {trial.state for trial in trials_of(requested(*GRID))} == {TrialStatus.failed}
-    assert {trial.state for trial in trials_of(requested(*GRID, "sweep.retry_failed=true"))} == {TrialStatus.waiting}
+    assert {trial.state for trial in trials_of(requested(*GRID, "sweep.retry_failed=true"))} == {
+        TrialStatus.waiting
+    }
 
 
 def test_other_fixed_keys_need_another_folder(requested: Ask) -> None:

@@ -12,7 +12,7 @@ import pytest
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.request import SweepRequest
 from reformer_dist.sweep.run import make_trial
-from reformer_dist.sweep.state import TrialStatus, SweepFile, Trial
+from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus
 
 pytest.importorskip("optuna")
 Ask = Callable[..., SweepRequest]
@@ -154,7 +154,9 @@ def test_failures_count_and_are_tried_again_when_asked_for(requested: Ask) -> No
 
 
 def test_a_point_that_can_not_run_fails_and_the_next_comes(requested: Ask) -> None:
-    plan, file = open_strategy(requested("sweep=optuna", "model.n_heads=3,5,7,4", "sweep.n_trials=8", "sweep.seed=3"))
+    plan, file = open_strategy(
+        requested("sweep=optuna", "model.n_heads=3,5,7,4", "sweep.n_trials=8", "sweep.seed=3")
+    )
     running = []
     while (trial := strategy.next_trial()) is not None:
         running.append(trial)

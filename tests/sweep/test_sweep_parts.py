@@ -21,10 +21,14 @@ from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.plots import pareto_front, write_plots
 from reformer_dist.sweep.process import last_error
 from reformer_dist.sweep.report import as_text, best_first, table, write_report
-from reformer_dist.sweep.state import TrialStatus, SweepFile, Trial, read_all, take_lock
+from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all, take_lock
 
-GOOD = Trial("a", {"optim.lr": "0.1"}, TrialStatus.finished, result={"eval/loss": 1.5, "perf/tokens_per_s": 2000.0})
-SLOW = Trial("b", {"optim.lr": "0.2"}, TrialStatus.finished, result={"eval/loss": 1.25, "perf/tokens_per_s": 1000.0})
+GOOD = Trial(
+    "a", {"optim.lr": "0.1"}, TrialStatus.finished, result={"eval/loss": 1.5, "perf/tokens_per_s": 2000.0}
+)
+SLOW = Trial(
+    "b", {"optim.lr": "0.2"}, TrialStatus.finished, result={"eval/loss": 1.25, "perf/tokens_per_s": 1000.0}
+)
 PRUNED = Trial("c", {"optim.lr": "9"}, TrialStatus.pruned, reason="at step 2", result={"eval/loss": 0.5})
 FAILED = Trial("d", {"model.position": "rotary"}, TrialStatus.failed, reason="no memory")
 ALL = [FAILED, PRUNED, GOOD, SLOW]

@@ -12,7 +12,7 @@ from support.pieces import train_pieces
 from task_data import make, write_for
 from torch import nn
 
-from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, Record, Sample, write_records
+from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, RawSample, Sample, write_samples
 from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.tasks import Rows
 from reformer_dist.tasks.question_answering import QuestionAnswering, Window
@@ -112,9 +112,9 @@ def test_labels_of_bpe_cover_the_answer() -> None:
 def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None:
     task, _ = task_and_sample()
     pieces = train_pieces(tmp_path, [CONTEXT] * 9)
-    records = [Record("q", (b"Since when?", CONTEXT.encode()), {"answers": [[START, ANSWER]]})]
+    records = [RawSample("q", (b"Since when?", CONTEXT.encode()), {"answers": [[START, ANSWER]]})]
     for tokenizer in (ByteTokenizer(), pieces):
-        write_records(records, tmp_path / "d", tokenizer, heldout_fraction=0, overwrite=True, fields=task.needs)
+        write_samples(records, tmp_path / "d", tokenizer, heldout_fraction=0, overwrite=True, fields=task.needs)
         task.tokenizer, corpus = tokenizer, Corpus.open([tmp_path / "d"])
         if tokenizer is pieces:
             with pytest.raises(DataError, match=r"make_shards\.py --squad FILE\.json --tokenizer"):
@@ -153,8 +153,8 @@ def test_a_long_window_takes_memory_for_its_tokens_alone() -> None:
 def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:
     task, _ = task_and_sample("task.stride=16", "task.max_answer_tokens=4")
     fields = (b"Since when?", CONTEXT.encode())
-    records = [Record(f"q{n}", fields, {"answers": [[START, ANSWER], [START, "1850 in"]]}) for n in range(3)]
-    records.append(Record("q3", fields, {"answers": [[0, "Über"]]}))
-    write_records(records, tmp_path / "d", ByteTokenizer(), heldout=records, fields=("question", "context"))
+    records = [RawSample(f"q{n}", fields, {"answers": [[START, ANSWER], [START, "1850 in"]]}) for n in range(3)]
+    records.append(RawSample("q3", fields, {"answers": [[0, "Über"]]}))
+    write_samples(records, tmp_path / "d", ByteTokenizer(), heldout=records, fields=("question", "context"))
     lines = task.measure(Pointer(), Corpus.open([tmp_path / "d"]), Rows(0, 2), lambda mine: mine)
     assert lines == ["questions: 4", "exact match: 75.00", "F1: 75.00"]

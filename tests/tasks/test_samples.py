@@ -15,21 +15,21 @@ from reformer_dist.data import (
     ByteTokenizer,
     Corpus,
     Dataset,
-    Order,
     Quarantine,
-    Record,
+    RawSample,
     Replay,
+    Sampler,
     SampleReader,
-    Source,
-    Start,
+    SampleRef,
+    LoaderState,
     TrainLoader,
     consumed_hash,
     merge_states,
     read_state,
-    sample_of,
-    split_samples,
+    make_sample,
+    read_split,
     write_dataset,
-    write_records,
+    write_samples,
 )
 from reformer_dist.errors import DataError
 
@@ -47,8 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
 
 
-def make_order(data: Path) -> Order:
-    return Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64, by_sample=True)
+def make_order(data: Path) -> Sampler:
+    return Sampler(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64, by_sample=True)
 
 
 def read(
@@ -63,7 +63,7 @@ def read(
 ) -> tuple[list[list[dict[str, torch.Tensor]]], dict]:
     """Micro-batches of each step, and the state behind them."""
     order = make_order(data)
-    start = Start() if state is None else read_state(state, order)
+    start = LoaderState() if state is None else read_state(state, order)
     quarantine = Quarantine(100, 0.5, start.quarantine)
     task = make("completion", data)
     own = {"dp_rank": rank, "dp_size": size, "start": start, "passes": passes, "make_example": task.make_example}
@@ -83,15 +83,15 @@ def test_fields_come_back(data: Path) -> None:
     for split in ("train", "heldout"):
         for shard in dataset.shards(split):
             for entry in dataset.index(shard).entries:
-                source = Source(dataset, shard, entry)
+                source = SampleRef(dataset, shard, entry)
                 tokens = reader.read(source)
                 assert len(tokens) == entry.n_tokens == sum(entry.lengths) + 2
                 assert (tokens == 256).sum() == 2
-                sample = sample_of(source, tokens)
+                sample = make_sample(source, tokens)
                 found[sample.name] = tuple(field.astype(np.uint8).tobytes() for field in sample.fields)
     assert found == expected
     assert dataset.fields == ["source", "target"]
-    assert {sample.name for sample in split_samples(Corpus([dataset]))} == {f"pair{n}" for n in range(10)}
+    assert {sample.name for sample in read_split(Corpus([dataset]))} == {f"pair{n}" for n in range(10)}
 
 
 def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
@@ -106,7 +106,7 @@ def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
     assert merge_states([rank_state for _, rank_state in by_rank]) == merge_states([state])
     numbers = [torch.cat([batch["rows"] for batch in step]).tolist() for step in whole]
     assert [sorted(step) for step in numbers] == [list(range(BATCH))] * steps
-    replay = Replay(make_order(data), Start(), passes=1)
+    replay = Replay(make_order(data), LoaderState(), passes=1)
     for _ in range(steps):
         replay.next_step()
     assert replay.hash == consumed_hash(merge_states([state]))
@@ -150,24 +150,20 @@ def test_what_packs_text_and_what_does_not_are_not_mixed_up(data: Path, tmp_path
     )
     assert "fields" not in json.loads((text / "dataset.json").read_text())
     make("language_model", text).check(Corpus.open([text]))
-    with pytest.raises(
-        DataError, match=r"source, target; task\.kind=language_model"
-    ):
+    with pytest.raises(DataError, match=r"source, target; task\.kind=language_model"):
         make("language_model", data).check(Corpus.open([data]))
-    with pytest.raises(
-        DataError, match=r"task\.kind=completion .*prompt and completion"
-    ):
+    with pytest.raises(DataError, match=r"task\.kind=completion .*prompt and completion"):
         make("completion", text).check(Corpus.open([text]))
     with pytest.raises(DataError, match="by_sample was None"):
-        state = Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
+        state = Sampler(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
         read_state({"version": 2, "settings": state}, make_order(data))
 
 
 def test_an_unknown_label_is_named(tmp_path: Path) -> None:
-    records = [Record(f"line{n}", (b"text %d" % n,), {"label": "ab"[n % 2]}) for n in range(10)]
-    odd = [Record("other:7", (b"more",), {"label": "c"})]
+    records = [RawSample(f"line{n}", (b"text %d" % n,), {"label": "ab"[n % 2]}) for n in range(10)]
+    odd = [RawSample("other:7", (b"more",), {"label": "c"})]
     with pytest.raises(DataError, match=r"other:7: .*label 'c'.*\ba, b"):
-        write_records(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
+        write_samples(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
 
 
 def test_dropout_of_a_row_is_its_own_in_any_world(data: Path) -> None:

@@ -180,5 +180,5 @@ def test_a_target_is_generated_for_a_source(
     both = generate(*given, "--temperature", "0")
     assert [part.split("==>")[0].strip() for part in both.split("<==")[1:]] == expected
     assert generate("--prompt", sources[1], "--max-new-tokens", "64", "--beams", "1").strip() == expected[1]
-    with pytest.raises(ConfigError, match="--prompt: .*empty"):
+    with pytest.raises(ConfigError, match=r"--prompt: .*empty"):
         generate("--prompt", " ")

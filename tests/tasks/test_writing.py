@@ -9,7 +9,7 @@ import pytest
 import torch
 from task_data import make, write_pairs
 
-from reformer_dist.data import ByteTokenizer, Corpus, Sample, collate, split_samples
+from reformer_dist.data import ByteTokenizer, Corpus, Sample, collate, read_split
 from reformer_dist.tasks import Rows
 from reformer_dist.tasks.sequence_to_sequence import SequenceToSequence
 
@@ -46,7 +46,7 @@ def test_writing_is_what_the_whole_forward_says(data: Path) -> None:
     with torch.no_grad():  # an end of text now and then
         model.head.weight *= 30
         model.head.bias[256] += 6.0
-    samples = list(split_samples(Corpus.open([data])))
+    samples = list(read_split(Corpus.open([data])))
     written = task.write(model, samples)
     assert len(set(map(len, written))) > 1
     for sample, text in zip(samples, written, strict=True):
@@ -66,7 +66,7 @@ def _plainly(task: SequenceToSequence, model: torch.nn.Module, sample: Sample) -
 def test_a_search_finds_what_is_at_least_as_likely(data: Path) -> None:
     greedy, search = make_task(), make_task("task.beams=3")
     model = greedy.build_model().eval()
-    [sample, *_] = split_samples(Corpus.open([data]))
+    [sample, *_] = read_split(Corpus.open([data]))
     found, plain = search.write(model, [sample]), greedy.write(model, [sample])
     assert len(found) == len(plain) == 1
 

@@ -144,9 +144,9 @@ def test_a_wrong_hash_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = imported("attention_rows")
     row, right = attention_row().shortened(), rows.hash_vectors
 
-    def hashed(*given: Any, implementation: str) -> torch.Tensor:
-        ids = right(*given, implementation=implementation)
-        return ids if implementation == "torch" else ids.flip(-1)
+    def hashed(*given: Any, backend: str) -> torch.Tensor:
+        ids = right(*given, backend=backend)
+        return ids if backend == "torch" else ids.flip(-1)
 
     monkeypatch.setattr(rows, "hash_vectors", hashed)
     assert not rows.check(row)

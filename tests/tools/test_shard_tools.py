@@ -64,7 +64,7 @@ def test_folder_to_shards_and_back(texts: Path, tmp_path: Path) -> None:
     assert "as they were written" in shown.stdout
 
     again = run("make_shards.py", *arguments)
-    assert (again.returncode, "already holds" in again.stderr) == (1, True)
+    assert (again.returncode, "--overwrite" in again.stderr) == (1, True)
     assert run("make_shards.py", *arguments, "--overwrite").returncode == 0
 
 
@@ -94,7 +94,7 @@ def test_what_is_left_out_is_said_once(texts: Path, tmp_path: Path) -> None:
     learn = ("--tokenizer", "bpe", "--vocab-size", 300, "--heldout", 0.2)
     made = run("make_shards.py", texts, *learn, "--output", tmp_path / "d")
     assert made.returncode == 0, made.stderr
-    assert "  left out: 1 binary files, which contain NUL, such as texts/wide.txt\n" in made.stdout
+    assert "left out: 1 binary file" in made.stdout
 
 
 def test_verify_names_the_bad_shard(texts: Path, tmp_path: Path) -> None:

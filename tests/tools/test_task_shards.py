@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.pieces import train_pieces
 
-from reformer_dist.data import Corpus, Dataset, split_samples
+from reformer_dist.data import Corpus, Dataset, read_split
 from reformer_dist.run import pretrained as load
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -49,15 +49,15 @@ def test_parallel_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     given = ["--source", tmp_path / "a.en.gz", "--target", tmp_path / "a.de", "--output", tmp_path / "data"]
     bpe = ["--tokenizer", "bpe", "--vocab-size", 280]
     assert make_shards(monkeypatch, *given, *bpe, "--heldout-from", tmp_path / "t.en", tmp_path / "t.de") == 0
-    assert "left out: 20 documents that, or one of whose fields, are empty" in capsys.readouterr().out
+    assert "left out: 20 documents" in capsys.readouterr().out
     dataset = Dataset.open(tmp_path / "data")
     assert (dataset.total("samples", "train"), dataset.total("samples", "heldout")) == (40, 1)
-    [sample] = split_samples(Corpus([dataset]))
+    [sample] = read_split(Corpus([dataset]))
     assert [dataset.tokenizer.decode(field) for field in sample.fields] == ["one cat", "eine Katze"]
 
     (tmp_path / "a.de").write_bytes(b"eine Katze\n")
     assert make_shards(monkeypatch, *given, "--overwrite") == 1
-    assert "a.de: ends after 1 lines; line 2 of" in capsys.readouterr().err
+    assert "a.de: ends after 1 line" in capsys.readouterr().err
 
 
 def test_json_lines_with_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -67,14 +67,14 @@ def test_json_lines_with_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert make_shards(monkeypatch, *given, "--heldout", 0.3) == 0
     dataset = Dataset.open(tmp_path / "data")
     assert (dataset.fields, dataset.labels) == (["text"], ["a", "b"])
-    assert {sample.facts["label"] for sample in split_samples(Corpus([dataset]))} == {"a", "b"}
+    assert {sample.facts["label"] for sample in read_split(Corpus([dataset]))} == {"a", "b"}
 
     odd = write_lines(tmp_path / "odd.jsonl", {"text": "x", "kind": "c"})
     assert make_shards(monkeypatch, *given, "--heldout-from", odd, "--overwrite") == 1
-    assert "odd.jsonl:1: its label 'c' is unknown; it must be one of" in capsys.readouterr().err
+    assert "odd.jsonl:1: " in (error := capsys.readouterr().err) and "label 'c'" in error
     short = write_lines(tmp_path / "short.jsonl", {"text": "x"})
     assert make_shards(monkeypatch, *given, "--heldout-from", short, "--overwrite") == 1
-    assert "short.jsonl:1: has no field 'kind', but text" in capsys.readouterr().err
+    assert "short.jsonl:1: " in (error := capsys.readouterr().err) and "field 'kind'" in error
 
 
 def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -82,7 +82,7 @@ def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> 
     given = ["--squad", path, "--output", tmp_path / "data", "--heldout-from"]
     assert make_shards(monkeypatch, *given, path) == 0
     dataset = Dataset.open(tmp_path / "data")
-    [sample] = split_samples(Corpus([dataset]))
+    [sample] = read_split(Corpus([dataset]))
     assert dataset.fields == ["question", "context"]
     assert sample.facts == {"id": "q1", "answers": [[11, "Bern"]] * 2}  # in bytes: ü takes two
     assert dataset.tokenizer.decode(sample.fields[1][11:15]) == "Bern"
@@ -90,10 +90,10 @@ def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> 
     for wrong, words in (
         (
             squad(tmp_path / "1.json", start=9),
-            "question q1: its answer 'Bern' is said to stand at 9; the context has",
+            "question q1: its answer 'Bern' ",
         ),
-        (squad(tmp_path / "2.json", answer=""), "question q1: its answer '' is said to stand at 10"),
-        (write_lines(tmp_path / "3.json", {"data": [{}]}), "is not in SQuAD's format (KeyError: 'paragraphs')"),
+        (squad(tmp_path / "2.json", answer=""), "question q1: its answer '' "),
+        (write_lines(tmp_path / "3.json", {"data": [{}]}), "(KeyError: 'paragraphs')"),
     ):
         assert make_shards(monkeypatch, *given, wrong, "--overwrite") == 1
         assert words in capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(load, "open_weights", lambda path: weights)
     given = ["--tokenizer-of", "MODEL", "--output", tmp_path / "data"]
     assert make_shards(monkeypatch, "--squad", squad(tmp_path / "train.json"), *given) == 1
-    assert "MODEL: SentencePiece normalises texts: answers would no longer stand" in capsys.readouterr().err
+    assert "MODEL: SentencePiece normalises" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "two  words {n}"}}\n' for n in range(40)))
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", *given, "--heldout", 0.3) == 0
     output = capsys.readouterr().out
@@ -114,22 +114,22 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     bpe = ["--tokenizer", "bpe", "--output", tmp_path / "bpe", "--heldout", 0.3]
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", tmp_path / "latin.txt", *bpe) == 0
-    assert "replaced: bytes that are not UTF-8, in 1 documents" in capsys.readouterr().out
+    assert "replaced: bytes that are not UTF-8, in 1 document" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--source", "a"], "--source and --target go together"),
-        (["in", "--source", "a", "--target", "b"], "give either inputs or --source and --target"),
-        (["in", "--squad", "--fields", "a"], "--source, --fields and --squad exclude one another"),
+        (["--source", "a"], "--source and --target"),
+        (["in", "--source", "a", "--target", "b"], "inputs or --source and --target"),
+        (["in", "--squad", "--fields", "a"], "--source, --fields and --squad"),
         (["in", "--label", "a"], "--label needs --fields"),
-        ([], "give either inputs or"),
+        ([], "inputs or --source"),
         (["--source", "a", "--target", "b", "--heldout-from", "c"], "--heldout-from needs two files"),
-        (["in", "--heldout", "2"], "--heldout 2.0: must be at least 0 and below 1"),
-        (["in", "--heldout", "nan"], "--heldout nan: must be at least 0 and below 1"),
-        (["in", "--shard-mb", "0"], "--shard-mb 0.0: must be above 0 and finite"),
-        (["in", "--shard-mb", "inf"], "--shard-mb inf: must be above 0 and finite"),
+        (["in", "--heldout", "2"], "--heldout 2.0: "),
+        (["in", "--heldout", "nan"], "--heldout nan: "),
+        (["in", "--shard-mb", "0"], "--shard-mb 0.0: "),
+        (["in", "--shard-mb", "inf"], "--shard-mb inf: "),
     ],
 )
 def test_arguments_that_do_not_go_together(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from support.servers import serve
 from support.tiny import WORDS
 from support.weights import assert_same
 
-from reformer_dist.data import ByteTokenizer, Damage, consumed_hash, write_dataset
+from reformer_dist.data import ByteTokenizer, DamagedSample, consumed_hash, write_dataset
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.run.data import QuarantineFile
@@ -71,7 +72,7 @@ def test_the_hash_of_what_was_read_is_said(
 
 
 def test_a_quarantine_that_can_not_be_written_ends_nothing(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    damage = Damage((0, "train-000000.tar", "1"), "train-000000.tar: sample 1", "a.py", "is torn")
+    damage = DamagedSample((0, "train-000000.tar", "1"), "train-000000.tar: sample 1", "a.py", "is torn")
     for _ in range(2):
         QuarantineFile(tmp_path).add([damage])
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1

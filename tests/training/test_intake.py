@@ -12,7 +12,7 @@ from run_helpers import LOSS, checkpoint, damage_samples, train
 from support.events import scalars
 from support.threads import on_ranks
 
-from reformer_dist.data import Corpus, Order, Quarantine, TrainLoader
+from reformer_dist.data import Corpus, Quarantine, Sampler, TrainLoader
 from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.parallel import SlicedSequence
@@ -26,7 +26,7 @@ def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[tor
 
     def of_rank(runtime: Runtime) -> list[torch.Tensor]:
         corpus = Corpus.open([folders[runtime.rank]])
-        order = Order(corpus, seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+        order = Sampler(corpus, seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
         quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
         sequence = SlicedSequence(replace(mesh, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
         with TrainLoader(order, quarantine, micro_batch_size=2) as loader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,7 @@ def test_a_failed_save_does_not_stop_the_run(
 
     monkeypatch.setattr(writer, "save_file", fail_once)
     run = train(job, tiny_data, tmp_path / "run")
-    assert any(
-        "could not be written: " in words and "step-00000003" in words for words in said.messages
-    )
+    assert any("could not be written: " in words and "step-00000003" in words for words in said.messages)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert scalars(run, "checkpoint/failed_saves")[6] == 1
 

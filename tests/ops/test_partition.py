@@ -12,7 +12,14 @@ from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
-from reformer_dist.ops.lsh.partition import Partition, Recipients, chunk_recipients, chunk_partition, window_recipients, window_partition
+from reformer_dist.ops.lsh.partition import (
+    Partition,
+    Recipients,
+    chunk_partition,
+    chunk_recipients,
+    window_partition,
+    window_recipients,
+)
 from reformer_dist.ops.lsh.reference import visible_pairs
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
 
@@ -124,7 +131,9 @@ def test_ranks_on_slices_are_those_of_the_whole(case: Shared) -> None:
 def test_window_runs_part_the_order(case: Shared) -> None:
     """Each bucket's members are dealt out once, tile by tile, in the order of ranks, and evenly."""
     (found,) = case.rounds()
-    runs = [window_partition(found.total, found.rule, case.tile_len, Partition(p, case.size)) for p in range(case.size)]
+    runs = [
+        window_partition(found.total, found.rule, case.tile_len, Partition(p, case.size)) for p in range(case.size)
+    ]
     total = found.total.long()
     edge, n_tiles = torch.zeros_like(total), []
     for run in runs:

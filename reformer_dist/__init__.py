@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from reformer_dist.config import (
         Activation,
-        AttentionImplementation,
+        AttentionBackend,
         AttentionKind,
         CrossAttentionKind,
         HashScheme,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activation",
-    "AttentionImplementation",
+    "AttentionBackend",
     "AttentionKind",
     "AttentionView",
     "CrossAttentionKind",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from reformer_dist.checkpoint import CheckpointReader, is_good, prune, resolve_checkpoint, write_export
+from reformer_dist.checkpoint import CheckpointReader, verify_checkpoint, prune, resolve_checkpoint, write_export
 from reformer_dist.checkpoint.files import step_folders
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
@@ -63,13 +63,13 @@ def _describe(folder: Path) -> str:
         stage = reader.run["config"]["deepspeed"]["stage"]
         size = sum(mark["bytes"] for mark in reader.manifest["files"].values())
     except (CheckpointError, KeyError, TypeError):
-        return f"damaged: {is_good(folder)}"
+        return f"damaged: {verify_checkpoint(folder)}"
     return f"step {reader.step} | {reader.world_size} ranks | ZeRO stage {stage} | {size:,} bytes"
 
 
 def verify(arguments: argparse.Namespace) -> None:
     """Raises CheckpointError where one is damaged, after all were looked at."""
-    found = {folder: is_good(folder) for folder in _folders(arguments.run)}
+    found = {folder: verify_checkpoint(folder) for folder in _folders(arguments.run)}
     for folder, wrong in found.items():
         print(f"{folder}: {'good' if wrong is None else wrong}")
     n_damaged = sum(wrong is not None for wrong in found.values())
@@ -104,7 +104,7 @@ def prune_run(arguments: argparse.Namespace) -> None:
     root = _folders(arguments.run)[0].parent
     lock = RunLock(root.parent)  # a run that is at work prunes by itself
     try:
-        good = [folder for folder in step_folders(root) if is_good(folder) is None]
+        good = [folder for folder in step_folders(root) if verify_checkpoint(folder) is None]
         if not good:
             raise CheckpointError(f"{root}: no checkpoint is whole; nothing is removed")
         for folder in prune(root, good[-1], arguments.keep, arguments.keep_every, good):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus, Tokenizer, heldout_batches
+from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, Tokenizer, heldout_batches
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
@@ -122,7 +122,7 @@ def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
 def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> Rows:
     if arguments.split != "heldout" and loaded.config.task.packs_text:
         raise ConfigError(f"--split {arguments.split}: is for tasks that read samples; text is measured held out")
-    share = loaded.config.data.max_damaged_share
+    share = loaded.config.data.max_damaged_fraction
     return Rows(arguments.rows, arguments.batch, rank, size, share, arguments.split)
 
 
@@ -141,7 +141,7 @@ def _text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) ->
     """The text that was predicted."""
     batches = loaded.task.heldout(corpus, _rows(arguments, loaded, 0, 1))
     labels = (batch.tensors["labels"] for batch in batches)
-    ids = torch.cat([each[each != IGNORED_LABEL] for each in labels])
+    ids = torch.cat([each[each != IGNORE_INDEX] for each in labels])
     return loaded.tokenizer.decode_bytes(ids.numpy())
 
 
@@ -195,16 +195,16 @@ def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
         seq_len=loaded.config.data.seq_len,
         rows=n_rows,
         micro_batch_size=1,
-        max_damaged_share=loaded.config.data.max_damaged_share,
+        max_damaged_fraction=loaded.config.data.max_damaged_fraction,
     )
     for batch in batches:
         sequence = MeasuredSequence()
         inputs, labels = batch.inputs.to(device), batch.labels.to(device)
-        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORED_LABEL, sequence=sequence)
+        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
         totals = totals or [Coverage() for _ in sequence.layers]
         for total, layer in zip(totals, sequence.layers, strict=True):
             total.add(layer)
-    return [total.shares() for total in totals]
+    return [total.fractions() for total in totals]
 
 
 def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
@@ -214,8 +214,8 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     """
     loaded = load_model(arguments.run, arguments.overrides, job.device)
     model = loaded.config.model
-    if model.chunk_wrap:
-        raise ConfigError("model.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
+    if model.compat.chunk_wrap:
+        raise ConfigError("model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
     layers = coverage_of(loaded, arguments.rows)
     if not layers:
         raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")

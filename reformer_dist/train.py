@@ -35,12 +35,12 @@ def train(config: RunConfig) -> None:
     stop = StopSignal()
     with stop.listen():
         job = runtime.start(timedelta(seconds=config.parallel.timeout))
-        stop.wait_for_steps()
+        stop.defer_to_steps()
         with ExitStack() as resources, failures.named(job, ADVICE):
             try:
                 build_trainer(config, job, resources, stop).fit()
             except runtime.Preempted:
-                stop.leave_soon()
+                stop.exit_soon()
                 raise
 
 

@@ -26,7 +26,7 @@ PEERS = {
 }
 """Rows of other Reformers, and the packages that they need."""
 OURS = {"ours": "auto", "ours_torch": "torch"}
-"""Our rows, and the implementation that attends."""
+"""Our rows, and the backend that attends."""
 CPU_ONLY = ("ours_torch",)
 CUDA_ONLY = ("flash", "cudnn", "flex")
 IMPLEMENTATIONS = (*OURS, *PEERS, "sdpa", *CUDA_ONLY)
@@ -85,7 +85,7 @@ def run_once(attend: Attend, q: Tensor, v: Tensor, d_out: Tensor) -> tuple[Tenso
 
 
 def check(row: Row) -> bool:
-    """Is what this implementation computes right, as far as that can be said? Of a row that is `shortened`."""
+    """Is what this backend computes right, as far as that can be said? Of a row that is `shortened`."""
     q, v, d_out = row.inputs()
     found = run_once(IMPLEMENTATION[row.impl](row), q, v, d_out)
     if row.impl in PEERS:
@@ -101,7 +101,7 @@ def hashes_rightly(row: Row, q: Tensor) -> bool:
     """Whoever hashes may only name another bucket where two columns differ by less than the rounding of sums."""
     if row.impl not in OURS:
         return True
-    plain = our_buckets(row, q, implementation="torch")
+    plain = our_buckets(row, q, backend="torch")
     return bool((our_buckets(row, q) == plain).float().mean() > 0.999)
 
 
@@ -114,7 +114,7 @@ def is_close(row: Row, found: Tensor, expected: Tensor) -> bool:
 
 def our_options(row: Row) -> AttentionOptions:
     rule = WindowRule(row.window, causal=True)
-    return AttentionOptions(rule, row.buckets, scale=row.head_dim**-0.5, implementation=OURS[row.impl])
+    return AttentionOptions(rule, row.buckets, scale=row.head_dim**-0.5, backend=OURS[row.impl])
 
 
 def ours(row: Row) -> Attend:
@@ -126,12 +126,12 @@ def ours(row: Row) -> Attend:
     return attend
 
 
-def our_buckets(row: Row, q: Tensor, implementation: str | None = None) -> Tensor:
+def our_buckets(row: Row, q: Tensor, backend: str | None = None) -> Tensor:
     """Of q in the row's type, for the oracle as well: a float32 q may fall on the other side of a near tie."""
     rotations = draw_rotations(row.heads, row.head_dim, row.n_hashes, row.buckets, "rotation", seed=0)
     vectors = q.detach().to(getattr(torch, row.dtype))
-    chosen = implementation or OURS[row.impl]
-    return hash_vectors(vectors, rotations, row.buckets, "rotation", implementation=chosen)
+    chosen = backend or OURS[row.impl]
+    return hash_vectors(vectors, rotations, row.buckets, "rotation", backend=chosen)
 
 
 def keys_met(row: Row, ids: Tensor) -> float:
@@ -221,7 +221,7 @@ def flex(row: Row) -> Attend:
 def flex_reach(row: Row) -> int:
     """As many keys as a token of ours meets in its rounds, on average."""
     q, _, _ = row.inputs()
-    return round(row.n_hashes * keys_met(row, our_buckets(row, q, implementation="auto")))
+    return round(row.n_hashes * keys_met(row, our_buckets(row, q, backend="auto")))
 
 
 def attend_densely(row: Row, q: Tensor, v: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ from attention_rows import (
 from torch import Tensor
 
 from reformer_dist.commands import SPIN_COUNT
-from reformer_dist.ops.lsh import implementation
+from reformer_dist.ops.lsh import backends
 from reformer_dist.ops.lsh.native.calls import order_rows
 from reformer_dist.ops.lsh.torch_tiles.attention import lay_out
 
@@ -272,7 +272,7 @@ def split(row: Row, q: Tensor) -> tuple[float | None, float | None]:
     units = hashed[0][0].flatten(0, 1)
     options = our_options(row)
     dtype = getattr(torch, row.dtype)
-    name = implementation.choose(options.implementation, q.device, row.head_dim, dtype)
+    name = backends.choose(options.backend, q.device, row.head_dim, dtype)
     sort = order_rows if name == "native" else lay_out
     sorts = [timed(row, lambda: [sort(unit, options) for unit in units.split(1)]) for _ in range(row.repeat)]
     return hash_seconds, round(min(seconds for _, seconds in sorts), 5)

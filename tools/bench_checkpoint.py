@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reformer_dist.checkpoint import CheckpointReader, Saving
+from reformer_dist.checkpoint import CheckpointReader, AsyncSave
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
 
@@ -79,10 +79,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def begin(job: Runtime, root: Path, step: int, fragments: list[Fragment], copies: dict[str, Tensor]) -> Saving:
+def begin(job: Runtime, root: Path, step: int, fragments: list[Fragment], copies: dict[str, Tensor]) -> AsyncSave:
     shapes = {fragment.name: [fragment.length] for fragment in fragments}
     run = {"shapes": shapes}
-    return Saving(job, root, step, fragments, rank_state={}, run=run, extra_files={}, copies=copies)
+    return AsyncSave(job, root, step, fragments, rank_state={}, run=run, extra_files={}, copies=copies)
 
 
 def synchronous(job: Runtime, root: Path, step: int, fragments: list[Fragment]) -> tuple[Path, float]:

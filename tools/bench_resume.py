@@ -19,7 +19,7 @@ from typing import Any
 from reformer_dist.data import (
     ByteTokenizer,
     Corpus,
-    Order,
+    Sampler,
     Quarantine,
     TrainLoader,
     read_state,
@@ -60,11 +60,11 @@ def make_data(scratch: Path) -> Path:
     return scratch / "data"
 
 
-def open_order(folder: Path) -> Order:
-    return Order(Corpus.open([folder]), seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+def open_order(folder: Path) -> Sampler:
+    return Sampler(Corpus.open([folder]), seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
 
 
-def open_loader(order: Order, state: dict[str, Any] | None) -> TrainLoader:
+def open_loader(order: Sampler, state: dict[str, Any] | None) -> TrainLoader:
     start = None if state is None else read_state(state, order)
     quarantine = Quarantine(order.corpus.total("samples", "train"), 0.0)
     return TrainLoader(order, quarantine, micro_batch_size=BATCH_SIZE, start=start, workers=1)

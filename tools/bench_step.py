@@ -53,7 +53,7 @@ from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh import whole
 from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.torch_tiles import attention as torch_attention
-from reformer_dist.planning import Job, make_plan
+from reformer_dist.planning import JobSpec, make_plan
 from reformer_dist.planning.flops import layer_flops
 from reformer_dist.run.compose import plain, run_config_from
 
@@ -164,7 +164,7 @@ class Ours:
 
     def planned_mib(self) -> float | None:
         """What planning says of the peak: weights, their states, and activations."""
-        job = Job(self._config, world_size=1, ranks_per_node=1, vocab_size=VOCAB_SIZE, device=self._device.type)
+        job = JobSpec(self._config, world_size=1, ranks_per_node=1, vocab_size=VOCAB_SIZE, device=self._device.type)
         return round(make_plan(job, lambda: ReformerLM(self._config.model, VOCAB_SIZE)).peak.total / MIB, 1)
 
     def step(self, tokens: Tensor) -> None:

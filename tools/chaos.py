@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, is_good
+from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.data import merge_states
 
@@ -162,7 +162,7 @@ def wrong_checkpoints(run: Path, whole: Path) -> list[str]:
     """Those that do not verify though they have their name, or verify and are not what the uncut run saved."""
     wrong = [f"a kill left a damaged checkpoint: {words}" for words in find_checkpoint(run / "checkpoints")[1]]
     for folder in (run / "checkpoints").glob("step-*"):
-        if is_good(folder) is None:
+        if verify_checkpoint(folder) is None:
             other = whole / "checkpoints" / folder.name
             odd = differing(folder, other) + ["data position"] * (data_state(folder) != data_state(other))
             wrong += [f"{folder.name} verifies and is wrong in {', '.join(odd)}"] * bool(odd)

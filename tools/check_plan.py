@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from reformer_dist.config import RunConfig
-from reformer_dist.data import ByteTokenizer, Corpus, Record, write_dataset, write_records
+from reformer_dist.data import ByteTokenizer, Corpus, RawSample, write_dataset, write_samples
 from reformer_dist.distributed import runtime
-from reformer_dist.planning import Job, make_plan
+from reformer_dist.planning import JobSpec, make_plan
 from reformer_dist.run.build import build_trainer
 from reformer_dist.run.compose import compose_run
 from reformer_dist.tasks import Task, make_task
@@ -110,8 +110,8 @@ def write_text(folder: Path) -> None:
     text = b"".join(b"%d is a number, and the next one is %d.\n" % (n, n + 1) for n in range(1000))
     documents = [(f"document{i}", text) for i in range(50)]
     write_dataset(documents, folder / "data", ByteTokenizer(), shard_bytes=10**6, heldout_fraction=0.0)
-    pairs = [Record(name, (text, text)) for name, text in documents]
-    write_records(pairs, folder / "pairs", ByteTokenizer(), heldout_fraction=0.0, fields=("source", "target"))
+    pairs = [RawSample(name, (text, text)) for name, text in documents]
+    write_samples(pairs, folder / "pairs", ByteTokenizer(), heldout_fraction=0.0, fields=("source", "target"))
 
 
 def compare(name: str, folder: str) -> float:
@@ -125,7 +125,7 @@ def compare(name: str, folder: str) -> float:
     found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     config = configure(name, Path(folder))
     task = task_of(config)
-    plan = make_plan(Job(config, n_ranks, n_ranks, task.vocab_size, found["device"]), task.build_model)
+    plan = make_plan(JobSpec(config, n_ranks, n_ranks, task.vocab_size, found["device"]), task.build_model)
     measured, planned = max(found["peaks"]), plan.total
     of_tensors = plan.peak.total / (measured - plan.libraries)
     sizes = [f"{amount / 2**20:.0f}" for amount in (planned, measured, plan.libraries)]

@@ -17,15 +17,15 @@ from reformer_dist.data import (
     Dataset,
     Replay,
     SampleReader,
-    Source,
+    SampleRef,
     consumed_hash,
-    find_damage,
+    verify_dataset,
     merge_states,
 )
 from reformer_dist.errors import ConfigError, DataError, UserError
 from reformer_dist.process.stdio import quietly
 from reformer_dist.run.compose import run_config_from
-from reformer_dist.run.data import QUARANTINE_FILE, Feed, open_corpus
+from reformer_dist.run.data import QUARANTINE_FILE, TrainingData, open_corpus
 from reformer_dist.run.directory import CONFIG_FILE
 
 SHOWN_CHARACTERS = 300
@@ -95,7 +95,7 @@ def show_samples(dataset: Dataset, split: str, n_samples: int) -> None:
     located = ((shard, entry) for shard in dataset.shards(split) for entry in dataset.index(shard).entries)
     reader = SampleReader()
     for shard, entry in islice(located, n_samples):
-        text = dataset.tokenizer.decode(reader.read(Source(dataset, shard, entry)))
+        text = dataset.tokenizer.decode(reader.read(SampleRef(dataset, shard, entry)))
         size = f"{entry.n_bytes:,} bytes, {entry.n_tokens:,} tokens"
         print(f"\n--- {shard.name} {entry.key}: {entry.document}, {size}")
         print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
@@ -111,7 +111,7 @@ def show_step(arguments: argparse.Namespace) -> None:
     checkpoints = find_checkpoints(run) if is_run else {}
     corpus = open_corpus(config.data, [])
     before = max((step for step in checkpoints if step < arguments.order and not arguments.hash), default=None)
-    feed = Feed.open(config, corpus, None if before is None else checkpoints[before])
+    feed = TrainingData.open(config, corpus, None if before is None else checkpoints[before])
     replay = Replay(feed.order, feed.start, find_quarantine(run), config.data.epochs or None)
     n_skipped = arguments.order - 1 - replay.step
     for _ in range(n_skipped if arguments.hash else 0):
@@ -151,7 +151,7 @@ def find_quarantine(run: Path) -> set[tuple[int, str, str]]:
 
 
 def verify(dataset: Dataset) -> int:
-    damaged = list(find_damage(dataset))
+    damaged = list(verify_dataset(dataset))
     for line in damaged:
         print(f"inspect_shards.py: error: {line}", file=sys.stderr)
     if not damaged:

@@ -19,17 +19,17 @@ from reformer_dist.data import (
     TEXT_FIELDS,
     BpeTokenizer,
     ByteTokenizer,
-    LeftOut,
-    Record,
+    SkippedFiles,
+    RawSample,
     Tokenizer,
     WriteSummary,
-    iterate_documents,
+    read_documents,
     load_tokenizer,
     read_jsonl,
     read_parallel,
     read_squad,
-    split_records,
-    write_records,
+    assign_splits,
+    write_samples,
 )
 from reformer_dist.errors import DataError, UserError
 from reformer_dist.process.stdio import quietly
@@ -63,7 +63,7 @@ def main() -> int:
         tokenizer = choose_tokenizer(arguments, form)
         form.left_out.clear()  # what a tokenizer did not learn from is met again
         with removed_unless_whole(arguments.output):
-            summary = write_records(
+            summary = write_samples(
                 form.records(),
                 arguments.output,
                 tokenizer,
@@ -101,19 +101,19 @@ class Form:
     """How the inputs are read, as often as it takes."""
 
     fields: tuple[str, ...]
-    records: Callable[[], Iterator[Record]]
-    heldout: Callable[[], Iterator[Record]] | None
+    records: Callable[[], Iterator[RawSample]]
+    heldout: Callable[[], Iterator[RawSample]] | None
     """What is held out, where that is given apart."""
-    left_out: LeftOut
+    left_out: SkippedFiles
     """What the records so far had no place for."""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Form:
         """Raises DataError where a file is missing."""
         given: list[Path] = arguments.heldout_from
-        left_out = LeftOut()
+        left_out = SkippedFiles()
         if arguments.source:
-            read: Callable[..., Iterator[Record]] = read_parallel
+            read: Callable[..., Iterator[RawSample]] = read_parallel
             pairs: list[tuple[Any, ...]] = [(arguments.source, arguments.target), tuple(given)]
             fields = ("source", "target")
         elif arguments.squad:
@@ -130,8 +130,8 @@ class Form:
         return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if given else None, left_out)
 
 
-def read_text(paths: list[Path], suffixes: list[str], jsonl_field: str, left_out: LeftOut) -> Iterator[Record]:
-    return (Record(name, (text,)) for name, text in iterate_documents(paths, suffixes, jsonl_field, left_out))
+def read_text(paths: list[Path], suffixes: list[str], jsonl_field: str, left_out: SkippedFiles) -> Iterator[RawSample]:
+    return (RawSample(name, (text,)) for name, text in read_documents(paths, suffixes, jsonl_field, left_out))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -227,12 +227,12 @@ def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
     if arguments.tokenizer_file:
         return BpeTokenizer.load(arguments.tokenizer_file)
     # held-out text teaches the tokenizer nothing either
-    training = split_records(form.records(), () if form.heldout else None, arguments.heldout)
+    training = assign_splits(form.records(), () if form.heldout else None, arguments.heldout)
     texts = (text for split, record in training if split == "train" for text in record.fields)
     return BpeTokenizer.train(texts, arguments.vocab_size or 8192)
 
 
-def show(summary: WriteSummary, left_out: LeftOut, tokenizer: Tokenizer, folder: Path) -> None:
+def show(summary: WriteSummary, left_out: SkippedFiles, tokenizer: Tokenizer, folder: Path) -> None:
     print(f"{folder}: vocabulary of {tokenizer.vocab_size} tokens")
     for split in SPLITS:
         numbers = {name: summary.total(name, split) for name in ("samples", "text_bytes", "tokens")}

@@ -4,7 +4,7 @@ from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig, LauncherKind
 from reformer_dist.config.model import (
     Activation,
-    AttentionImplementation,
+    AttentionBackend,
     AttentionKind,
     CrossAttentionKind,
     HashScheme,
@@ -25,7 +25,7 @@ from reformer_dist.config.trainer import Precision, TrainerConfig
 
 __all__ = [
     "Activation",
-    "AttentionImplementation",
+    "AttentionBackend",
     "AttentionKind",
     "CrossAttentionKind",
     "DataConfig",

@@ -29,7 +29,7 @@ class DataConfig:
     """Don't ask for the first token of a document, which the document before it in the row does not tell."""
     workers: int = 1
     """Threads of a rank that read ahead; 0 reads between steps."""
-    max_damaged_share: float = 0.01
+    max_damaged_fraction: float = 0.01
     """Damaged samples are passed over; the run stops where they are more than this share of all."""
     accept_changed: bool = False
     """Resume although the data are not those that the run began with; the pass that was begun starts anew."""
@@ -46,7 +46,7 @@ class DataConfig:
         at_least(2, data__seq_len=self.seq_len)  # a text sample goes on from a row without its first token
         at_least(1, data__batch_size=self.batch_size)
         at_least(0, data__eval_rows=self.eval_rows, data__epochs=self.epochs, data__workers=self.workers)
-        is_share(data__max_damaged_share=self.max_damaged_share)
+        is_share(data__max_damaged_share=self.max_damaged_fraction)
         require(0 < self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "must be above 0 and finite")
         require(self.cache_dir != "", "data.cache_dir", "''", "must name a folder")
         if self.weights is not None:

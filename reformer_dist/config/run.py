@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from reformer_dist.config.checks import require, would_do
 from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig
-from reformer_dist.config.model import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.sweep import SweepConfig
@@ -67,9 +67,9 @@ class RunConfig:
 
     def _check_parallel(self) -> None:
         parallel, n_heads = self.parallel, self.model.n_heads
-        if self.model.attention_implementation is AttentionImplementation.reference and parallel.sequence > 1:
+        if self.model.attention_backend is AttentionBackend.reference and parallel.sequence > 1:
             raise ConfigError(
-                f"model.attention_implementation=reference: needs parallel.sequence=1, not {parallel.sequence}; "
+                f"model.attention_backend=reference: needs parallel.sequence=1, not {parallel.sequence}; "
                 "it knows whole sequences only"
             )
         kinds = [*self.model.layers, *(self.model.encoder_layers or [])]

@@ -37,7 +37,7 @@ class TaskConfig:
     """The task; every kind but language_model and masked_language_model reads one sample in a row, unpacked."""
 
     kind: TaskKind = TaskKind.language_model
-    mask_share: float = 0.15
+    mask_prob: float = 0.15
     """masked_language_model: share of the tokens that are asked for."""
     max_source_len: int = 1024
     """sequence_to_sequence: tokens of a source, the rest is cut off; data.seq_len is that of the target."""
@@ -52,7 +52,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "task")
-        require(0 < self.mask_share < 1, "task.mask_share", self.mask_share, "must be above 0 and below 1")
+        require(0 < self.mask_prob < 1, "task.mask_prob", self.mask_prob, "must be above 0 and below 1")
         at_least(1, task__max_source_len=self.max_source_len, task__max_answer_tokens=self.max_answer_tokens)
         at_least(1, task__beams=self.beams)
         at_least(0, task__stride=self.stride)

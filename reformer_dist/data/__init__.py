@@ -1,65 +1,65 @@
 """From text to batches: data sets of tar shards, read in an order that no number of ranks changes."""
 
-from reformer_dist.data.format.corpus import Corpus, Part, explain_changes
+from reformer_dist.data.format.corpus import Corpus, CorpusShard, describe_changes
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.index import IndexEntry
 from reformer_dist.data.format.layout import SPLITS, TEXT_FIELDS, Shard
-from reformer_dist.data.format.quarantine import Damage, Quarantine
-from reformer_dist.data.format.sample_reader import Sample, SampleReader, Source, sample_of
+from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
+from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from reformer_dist.data.format.verify import find_damage
-from reformer_dist.data.loading.collate import Batch, Example, MakeExample, TextRows, Visit, collate, next_tokens
-from reformer_dist.data.loading.heldout import EvalBatch, count_text_bytes, heldout_batches, split_samples
+from reformer_dist.data.format.verify import verify_dataset
+from reformer_dist.data.loading.collate import Batch, Example, MakeExample, TextRows, DrawKey, collate, next_tokens
+from reformer_dist.data.loading.heldout import EvalBatch, count_text_bytes, heldout_batches, read_split
 from reformer_dist.data.loading.loader import StepBatch, TrainLoader
-from reformer_dist.data.loading.packing import IGNORED_LABEL, Piece, TextRow, make_row
+from reformer_dist.data.loading.packing import IGNORE_INDEX, Span, TextRow, make_row
 from reformer_dist.data.loading.replay import Replay
-from reformer_dist.data.loading.sampler import Order, seeded_bits
-from reformer_dist.data.loading.state import Start, consumed_hash, merge_states, read_state
-from reformer_dist.data.prepare.documents import LeftOut, iterate_documents
-from reformer_dist.data.prepare.records import Record, read_jsonl, read_parallel, read_squad
-from reformer_dist.data.prepare.writer import WriteSummary, is_heldout, split_records, write_dataset, write_records
+from reformer_dist.data.loading.sampler import Sampler, seeded_bits
+from reformer_dist.data.loading.state import LoaderState, consumed_hash, merge_states, read_state
+from reformer_dist.data.prepare.documents import SkippedFiles, read_documents
+from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_parallel, read_squad
+from reformer_dist.data.prepare.writer import WriteSummary, is_heldout, assign_splits, write_dataset, write_samples
 
 __all__ = [
-    "IGNORED_LABEL",
+    "IGNORE_INDEX",
     "SPLITS",
     "TEXT_FIELDS",
     "Batch",
     "BpeTokenizer",
     "ByteTokenizer",
     "Corpus",
-    "Damage",
+    "DamagedSample",
     "Dataset",
     "EvalBatch",
     "Example",
     "IndexEntry",
-    "LeftOut",
+    "SkippedFiles",
     "MakeExample",
-    "Order",
-    "Part",
-    "Piece",
+    "Sampler",
+    "CorpusShard",
+    "Span",
     "Quarantine",
-    "Record",
+    "RawSample",
     "Replay",
     "Sample",
     "SampleReader",
     "Shard",
-    "Source",
-    "Start",
+    "SampleRef",
+    "LoaderState",
     "StepBatch",
     "TextRow",
     "TextRows",
     "Tokenizer",
     "TrainLoader",
-    "Visit",
+    "DrawKey",
     "WriteSummary",
     "collate",
     "consumed_hash",
     "count_text_bytes",
-    "explain_changes",
-    "find_damage",
+    "describe_changes",
+    "verify_dataset",
     "heldout_batches",
     "is_heldout",
-    "iterate_documents",
+    "read_documents",
     "load_tokenizer",
     "make_row",
     "merge_states",
@@ -68,10 +68,10 @@ __all__ = [
     "read_parallel",
     "read_squad",
     "read_state",
-    "sample_of",
+    "make_sample",
     "seeded_bits",
-    "split_records",
-    "split_samples",
+    "assign_splits",
+    "read_split",
     "write_dataset",
-    "write_records",
+    "write_samples",
 ]

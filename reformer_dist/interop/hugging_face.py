@@ -144,7 +144,7 @@ def _bucket_factors(options: ForeignOptions, chunk_len: int, has_lsh: bool, note
     if has_lsh:
         notes.append(
             f"num_buckets is not set: transformers chooses it by the first text that a model sees; taken for the "
-            f"longest one, {longest} tokens: {math.prod(factors)} (model.n_buckets and model.bucket_factors)"
+            f"longest one, {longest} tokens: {math.prod(factors)} (model.n_buckets and model.compat.bucket_factors)"
         )
     return factors
 

@@ -150,7 +150,7 @@ class _Model:
         notes.append(
             f"n_buckets={n_buckets} is that of texts of max_seq_len={self.max_seq_len} tokens; there, it is each "
             f"text's length / bucket_size: for those of S tokens alone, model.n_buckets=S/{self.bucket_size} "
-            f"model.bucket_factors=[S/{self.bucket_size}]"
+            f"model.compat.bucket_factors=[S/{self.bucket_size}]"
         )
         return {
             "n_hashes": n_hashes,

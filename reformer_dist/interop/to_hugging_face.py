@@ -34,17 +34,17 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
     """Keys by which a model differs from all of theirs, each with the reason."""
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
-    wraps = config.chunk_wrap or not (has_lsh or has_local)
+    wraps = config.compat.chunk_wrap or not (has_lsh or has_local)
     findings = {
         "model.layers": AttentionKind.exact not in kinds or "they have no exact layers",
-        "model.merge_streams": config.is_concat or "their head takes both streams: concat",
+        "model.compat.merge_streams": config.is_concat or "their head takes both streams: concat",
         "model.neighbours": not has_lsh or config.neighbours is NeighbourRule.chunk or "they know chunks alone",
-        "model.chunk_wrap": wraps or "their first chunk sees the last one: true",
-        "model.local_chunk_len": not has_local
-        or config.local_chunk_len > 0
+        "model.compat.chunk_wrap": wraps or "their first chunk sees the last one: true",
+        "model.compat.local_chunk_len": not has_local
+        or config.compat.local_chunk_len > 0
         or "their local attention is in chunks",
         "model.position": config.position in (Position.axial, Position.learned) or "they know axial and learned",
-        "model.axial_sum": not config.axial_sum or "their sides stand side by side: false",
+        "model.compat.axial_sum": not config.compat.axial_sum or "their sides stand side by side: false",
         "model.axial_shape": config.position is not Position.axial
         or len(config.axial_shape) == 2
         or "their model evaluates two sides only",
@@ -53,7 +53,7 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
         "model.embedding_dim": config.embedding_dim is None or "their embedding is as wide as the model: null",
         "model.norm": config.norm is Norm.layer or "they know layer norm alone",
         "model.one_value_head": not config.one_value_head or "their heads have values of their own: false",
-        "model.attention_bias": not config.attention_bias or "their output projection has no bias: false",
+        "model.compat.attention_bias": not config.compat.attention_bias or "their output projection has no bias: false",
         "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "they know rotation alone",
         "model.count_pairs_once": not config.count_pairs_once or "they count every meeting: false",
         "model.local_round": not config.local_round or "they have none: false",
@@ -110,7 +110,7 @@ def _shared(config: ModelConfig, name: str) -> str:
 def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
     lm_class = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
     is_axial = config.position is Position.axial
-    factors = list(config.bucket_factors or bucket_factors(config.n_buckets, LARGEST_FACTOR["rotation"]))
+    factors = list(config.compat.bucket_factors or bucket_factors(config.n_buckets, LARGEST_FACTOR["rotation"]))
     options: dict[str, Any] = {
         "architectures": [CLASSES.get(head, lm_class)],
         "model_type": "reformer",
@@ -122,16 +122,16 @@ def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequ
         "chunk_size_feed_forward": 0,  # the same numbers, and there a length must be a multiple of it
         "chunk_size_lm_head": 0,
         "feed_forward_size": config.resolved_ff_dim,
-        "hash_seed": config.hash_seed,
+        "hash_seed": config.compat.hash_seed,
         "hidden_act": ACTIVATIONS[config.activation],
         "hidden_dropout_prob": config.dropout,
         "hidden_size": config.dim,
         "is_decoder": config.causal,
         "layer_norm_eps": config.norm_eps,
         "local_attention_probs_dropout_prob": config.attention_dropout,
-        "local_attn_chunk_length": config.local_chunk_len or config.chunk_len,
-        "local_num_chunks_before": config.local_chunks_before,
-        "local_num_chunks_after": config.local_chunks_after,
+        "local_attn_chunk_length": config.compat.local_chunk_len or config.chunk_len,
+        "local_num_chunks_before": config.compat.local_chunks_before,
+        "local_num_chunks_after": config.compat.local_chunks_after,
         "lsh_attention_probs_dropout_prob": config.attention_dropout,
         "lsh_attn_chunk_length": config.chunk_len,
         "lsh_num_chunks_before": config.n_chunks_before,

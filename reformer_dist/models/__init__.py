@@ -1,4 +1,4 @@
-"""Models in plain PyTorch."""
+"""Reformer models in plain PyTorch."""
 
 from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_dist.models.classification import ReformerForSequenceClassification

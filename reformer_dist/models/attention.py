@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
             self.to_k = nn.Linear(config.dim, inner, bias=False)
         self.n_value_heads = 1 if config.one_value_head else self.n_heads
         self.to_v = nn.Linear(config.dim, self.n_value_heads * self.head_dim, bias=False)
-        self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
+        self.to_out = nn.Linear(inner, config.dim, bias=config.compat.attention_bias)
 
     def forward(
         self,
@@ -120,7 +120,7 @@ class LSHSelfAttention(SelfAttention):
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
             rows=context.coords.rows,
-            implementation=config.attention_implementation.name,
+            backend=config.attention_backend.name,
         )
         return self._over_sequence(q, None, v, bucket_ids, options, context, layer, cache)
 
@@ -151,7 +151,7 @@ class LocalSelfAttention(SelfAttention):
             dropout=context.dropout(self.config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
             rows=context.coords.rows,
-            implementation=self.config.attention_implementation.name,
+            backend=self.config.attention_backend.name,
         )
         return self._over_sequence(q, k, v, single_bucket_ids(q), options, context, layer, cache)
 
@@ -174,27 +174,27 @@ class ExactSelfAttention(SelfAttention):
 
 
 def require_attention(config: ModelConfig, device: torch.device) -> None:
-    """Raises ConfigError where model.attention_implementation can't run on the device."""
+    """Raises ConfigError where model.attention_backend can't run on the device."""
     kinds = set(config.layer_kinds())
     if kinds == {AttentionKind.exact}:
         return
-    name = config.attention_implementation.name
+    name = config.attention_backend.name
     rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
     chunks = any(isinstance(rule, ChunkRule) for rule in rules)
     reason = why_not(name, device, config.resolved_head_dim, chunks=chunks)
     if reason is not None:
-        raise ConfigError(f"model.attention_implementation={name}: {reason}")
+        raise ConfigError(f"model.attention_backend={name}: {reason}")
 
 
 def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
-    """Bucket ids [B, H, R, S] of vectors [B, H, S, D], under rotations of a seed, or of config.hash_seed."""
-    scheme, implementation = config.hash_scheme.name, config.attention_implementation.name
-    factors = None if config.bucket_factors is None else tuple(config.bucket_factors)
+    """Bucket ids [B, H, R, S] of vectors [B, H, S, D], under rotations of a seed, or of config.compat.hash_seed."""
+    scheme, backend = config.hash_scheme.name, config.attention_backend.name
+    factors = None if config.compat.bucket_factors is None else tuple(config.compat.bucket_factors)
     sizes = (vectors.shape[1], vectors.shape[3], config.n_hashes, config.n_buckets)
-    if config.hash_seed is not None:
-        rotations = seeded_rotations(*sizes, config.hash_seed, factors=factors)
+    if config.compat.hash_seed is not None:
+        rotations = seeded_rotations(*sizes, config.compat.hash_seed, factors=factors)
     else:
         rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
     return hash_vectors(
-        vectors, rotations, config.n_buckets, scheme, factors=factors, implementation=implementation
+        vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend
     )

@@ -1,10 +1,10 @@
-"""Attention from a decoder's stream to the source that its encoder has read, exact or LSH."""
+"""Cross attention from a decoder to the encoder output, exact or LSH."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from reformer_dist.config import AttentionImplementation, CrossAttentionKind, ModelConfig
+from reformer_dist.config import AttentionBackend, CrossAttentionKind, ModelConfig
 from reformer_dist.models.attention import hash_heads
 from reformer_dist.models.context import ForwardContext, RecomputeCache, EncodedSource
 from reformer_dist.ops.lsh import CrossKeys, CrossOptions
@@ -13,11 +13,11 @@ from reformer_dist.seeds import derive_seed
 
 
 class CrossAttention(nn.Module):
-    """Queries of the target; keys and values of the source.
+    """Multi-head attention with queries of the target and keys and values of the source.
 
-    Exact: softmax(q k / sqrt(D)) over the whole source. LSH: keys are normalised, queries and keys are hashed with
-    the same rotations, and a query sees the keys of its bucket in each round. Positions are in the hidden vectors
-    alone: those of two texts have no distance, and rotary ones are not applied.
+    Exact: softmax(q k / sqrt(D)) over the whole source. LSH: keys are normalized, queries and keys are hashed with
+    the same rotations, and a query attends to the keys of its bucket in each round. Rotary positions are not
+    applied, since positions of two sequences have no meaningful distance.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,10 +29,10 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(config.dim, inner, bias=False)
         self.to_k = nn.Linear(config.dim, inner, bias=False)
         self.to_v = nn.Linear(config.dim, inner, bias=False)
-        self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
+        self.to_out = nn.Linear(inner, config.dim, bias=config.compat.attention_bias)
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache) -> Tensor:
-        """[B, S, dim] -> [B, S, dim], reading context.source. `cache` is as in `SelfAttention`."""
+        """[B, S, dim] -> [B, S, dim], attending to context.source; `cache` as in `SelfAttention`."""
         source = context.source
         assert source is not None
         seed = derive_seed("cross rotations", context.rotation_seed, layer)
@@ -52,12 +52,12 @@ class CrossAttention(nn.Module):
         k = k if self.is_exact else shared_keys(k)
         return CrossKeys(k, v, self._hash(k, seed, layer, cache.key_ids), source.key_padding_mask)
 
-    def _hash(self, vectors: Tensor, seed: int, layer: int, known: dict[int, Tensor]) -> Tensor | None:
+    def _hash(self, vectors: Tensor, seed: int, layer: int, cached: dict[int, Tensor]) -> Tensor | None:
         if self.is_exact:
             return None
-        if layer not in known:
-            known[layer] = hash_heads(vectors, self.config, seed)
-        return known[layer]
+        if layer not in cached:
+            cached[layer] = hash_heads(vectors, self.config, seed)
+        return cached[layer]
 
     def _options(self, context: ForwardContext, layer: int) -> CrossOptions:
         config = self.config
@@ -68,7 +68,7 @@ class CrossAttention(nn.Module):
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("cross_attention", layer),
             rows=context.coords.rows,
-            is_reference=config.attention_implementation is AttentionImplementation.reference,
+            is_reference=config.attention_backend is AttentionBackend.reference,
         )
 
     def _heads(self, x: Tensor) -> Tensor:

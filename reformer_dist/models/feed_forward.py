@@ -1,4 +1,4 @@
-"""The feed-forward layer: each token for itself, so its inner width need not exist for all of them at once."""
+"""Feed-forward layer. It is token-wise, so a caller may run it on chunks of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
         self.to_out = nn.Linear(inner, config.dim)
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int, coords: TokenCoords) -> Tensor:
-        """[B, S, dim] -> [B, S, dim]; coords: which tokens these are."""
+        """[B, S, dim] -> [B, S, dim]; coords: those of the tokens, for dropout."""
         inner = self.to_inner(x)
         if self.config.activation is Activation.glu:
             value, gate = inner.chunk(2, dim=-1)

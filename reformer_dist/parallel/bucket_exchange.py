@@ -43,7 +43,7 @@ def exchanged_attention(
     home in their order, by tiles in PyTorch, and in float32 the result is that of one rank to the last bit.
     """
     if not merge_returns:
-        options = replace(options, implementation="torch")
+        options = replace(options, backend="torch")
     out: Tensor = _ExchangedAttention.apply(q, k, v, plan, options, comm, merge_returns)
     return out
 
@@ -183,7 +183,7 @@ class _Backward:
             part(self.dq, route).copy_(dq)
 
     def _summed(self, selection: Selection, route: Route, rows: Tensor) -> Tensor:
-        """Sums [U * S, D] over the ranks from which a token's gradients have come, in order of ranks."""
+        """Sums [BH * S, D] over the ranks from which a token's gradients have come, in order of ranks."""
         tokens, counts = selection.tokens(self._outward.plan.n_local), selection.counts
         total = torch.zeros(self._outward.part(self._d_out, route).shape, device=rows.device)
         for own, part in zip(tokens.split(counts), rows.split(counts), strict=True):

@@ -20,7 +20,7 @@ class Returns(Protocol):
         ...
 
     def at_home(self, route: Route, rows: Tensor) -> PartialSoftmax:
-        """The whole softmax of this rank's tokens [U * S], from what has come back."""
+        """The whole softmax of this rank's tokens [BH * S], from what has come back."""
         ...
 
 
@@ -52,8 +52,8 @@ class MergedReturns:
         for own, rank_o, rank_lse in zip(tokens.split(counts), o.split(counts), lse.split(counts), strict=True):
             top = rank_lse.squeeze(1)
             found = PartialSoftmax(rank_o.float(), top, (top > LOWEST).float())
-            merged = PartialSoftmax(total.o[own], total.top[own], total.weight[own]).merge(found)
-            total.o[own], total.top[own], total.weight[own] = merged.o, merged.top, merged.weight
+            merged = PartialSoftmax(total.o[own], total.row_max[own], total.row_sum[own]).merge(found)
+            total.o[own], total.row_max[own], total.row_sum[own] = merged.o, merged.row_max, merged.row_sum
         return total
 
 
@@ -73,7 +73,7 @@ class RoundReturns:
         packed, sources = [], []
         for layout, sums in self._out.tiled(hosted).attend_rounds(hosted.q, hosted.k, hosted.v):
             rows = (layout.slot_of_row < layout.query_slots.numel() - 1).nonzero().squeeze(1)
-            packed.append(self._record.pack(o=sums.o[rows], top=sums.top[rows], weight=sums.weight[rows]))
+            packed.append(self._record.pack(o=sums.o[rows], top=sums.row_max[rows], weight=sums.row_sum[rows]))
             sources.append(source[rows])
         to = torch.cat(sources)
         counts = torch.bincount(to, minlength=self._out.comm.size).tolist()
@@ -90,13 +90,13 @@ class RoundReturns:
             own = places[here] % n_tokens
             sums = _no_sums(n_tokens, self._width, rows.device)
             o, top, weight = (field[here] for field in fields)
-            sums.o[own], sums.top[own], sums.weight[own] = o, top.squeeze(1), weight.squeeze(1)
+            sums.o[own], sums.row_max[own], sums.row_sum[own] = o, top.squeeze(1), weight.squeeze(1)
             total = sums if total is None else total.merge(sums)
         assert total is not None
         return total
 
     def _places(self, route: Route) -> tuple[Tensor, list[int]]:
-        """round * (U * S) + token of each row that comes home, in order of ranks, and how many come from each."""
+        """round * (BH * S) + token of each row that comes home, in order of ranks, and how many come from each."""
         assert route.owners is not None
         owners = route.owners.flatten()
         real = (owners >= 0).nonzero().squeeze(1)

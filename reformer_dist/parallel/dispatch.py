@@ -46,7 +46,7 @@ class Outward:
 
     @staticmethod
     def part(x: Tensor, route: Route) -> Tensor:
-        """A route's rows of x [B, H, S, width]: [U * S, width]."""
+        """A route's rows of x [B, H, S, width]: [BH * S, width]."""
         return x.flatten(0, 1)[route.units].view(-1, x.shape[3])
 
     def pack(self, route: Route) -> list[SplitRows]:
@@ -80,7 +80,7 @@ class Outward:
         return Hosted(guests, held, q, k, v)
 
     def attention(self, hosted: Hosted) -> HeldAttention:
-        """By the implementation that the options name or the device chooses."""
+        """By the backend that the options name or the device chooses."""
         return attention_of_held(hosted.held, self.options, hosted.v.shape[1], hosted.v.dtype, self._scratch)
 
     def tiled(self, hosted: Hosted) -> TiledRows:

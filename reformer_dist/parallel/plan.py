@@ -41,7 +41,7 @@ class Selection:
     """Some tokens for each rank, or of each rank."""
 
     bits: Tensor
-    """[P, U, S / 8]"""
+    """[P, BH, S / 8]"""
     counts: list[int]
     """How many for each rank."""
 
@@ -51,11 +51,11 @@ class Selection:
         return Selection(bits, ones.sum(dim=(1, 2)).tolist())
 
     def mask(self, n_local: int) -> Tensor:
-        """bool [P, U, S]."""
+        """bool [P, BH, S]."""
         return unpack_bits(self.bits, n_local)
 
     def tokens(self, n_local: int) -> Tensor:
-        """Their numbers in [U * S], rank by rank."""
+        """Their numbers in [BH * S], rank by rank."""
         return self.mask(n_local).flatten(1).nonzero()[:, 1]
 
 
@@ -77,9 +77,9 @@ class Route:
     codes: Tensor | None
     """[R, rows] codes of its places, with count_pairs_once."""
     owners: Tensor | None
-    """int32 [R, U * S] rank that attends each of this rank's tokens, -1 for padding; if rounds return apart."""
+    """int32 [R, BH * S] rank that attends each of this rank's tokens, -1 for padding; if rounds return apart."""
     total: Tensor
-    """int32 [U, R, K] members of each bucket on all ranks."""
+    """int32 [BH, R, K] members of each bucket on all ranks."""
     balance: int
     """A checksum of what this rank sends less that of what it gets: over all ranks it sums to 0."""
 
@@ -100,7 +100,7 @@ class Plan:
 def make_plan(
     buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, merge_returns: bool = True
 ) -> Plan:
-    """The plan for bucket ids [U, R, S] of this rank's tokens, where n_buckets marks padding.
+    """The plan for bucket ids [BH, R, S] of this rank's tokens, where n_buckets marks padding.
 
     Raises TrainingError, alike on every rank, where what arrives is not what the counts foretell.
     """
@@ -132,7 +132,7 @@ def _make_plan(
 
 
 def _scan(counts: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
-    """From [U, R, K] of this rank: the sums over the ranks before it, and over all ranks.
+    """From [BH, R, K] of this rank: the sums over the ranks before it, and over all ranks.
 
     Each rank sums a share of the columns, so that none holds the counts of all ranks.
     """
@@ -141,7 +141,7 @@ def _scan(counts: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
     columns = comm.all_to_all(padded.unflatten(2, (comm.size, -1)).permute(2, 0, 1, 3), PHASE)
     until = columns.cumsum(dim=0, dtype=torch.int32)
     answer = torch.stack([until - columns, until[-1:].expand_as(until)], dim=1)
-    shares = comm.all_to_all(answer, PHASE)  # [P, 2, U, R, K / P]
+    shares = comm.all_to_all(answer, PHASE)  # [P, 2, BH, R, K / P]
     before, total = shares.permute(1, 2, 3, 0, 4).reshape(2, n_units, n_rounds, -1)[..., :n_buckets].unbind()
     return before.contiguous(), total.contiguous()
 
@@ -176,9 +176,9 @@ class _HomePlaces:
             if options.count_pairs_once:
                 codes.append(position_codes(bucket, rank, total[:, r], rule))
         self.codes = torch.stack(codes, dim=1) if codes else None
-        """[U, R, S]"""
+        """[BH, R, S]"""
         self.owners = torch.stack(owners)
-        """[R, U * S]"""
+        """[R, BH * S]"""
 
     def _mark(self, mask: Tensor, rank: Tensor, takes: Tensor) -> None:
         unit, token = takes.nonzero(as_tuple=True)

@@ -223,4 +223,4 @@ def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> Sl
     if parallel.sequence > 1:
         logger.info(describe_mesh(heads, buckets, shape))
     mesh = make_mesh(runtime, heads, buckets, overlaps=parallel.overlap)
-    return SlicedSequence(mesh, config.data.seq_len, merge_returns=parallel.merge_returns)
+    return SlicedSequence(mesh, config.data.seq_len, merge_returns=parallel.merges_rounds)

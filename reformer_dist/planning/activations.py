@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reformer_dist.config import Activation, AttentionKind, Norm
-from reformer_dist.planning.sizes import Job, Sizes, n_projections
+from reformer_dist.planning.sizes import JobSpec, Sizes, n_projections
 
 # int32 numbers and their shifted copies that exist while a dropout mask is drawn
 MASK_DRAW = 12
 
 
 @dataclass(frozen=True)
-class Sublayers:
+class SublayerMemory:
     """Attention and feed-forward of one micro-batch on one rank."""
 
-    job: Job
+    job: JobSpec
     sizes: Sizes
 
     def attention_saved(self, kind: AttentionKind) -> int:

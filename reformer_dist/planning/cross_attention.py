@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from reformer_dist.config import CrossAttentionKind
 from reformer_dist.ops.lsh.cross import DENSE_PAIRS
 from reformer_dist.ops.lsh.cross_tiles import CHUNK_SCORES, GROUP_TOKENS
-from reformer_dist.planning.activations import Sublayers
-from reformer_dist.planning.sizes import Job, Sizes
+from reformer_dist.planning.activations import SublayerMemory
+from reformer_dist.planning.sizes import JobSpec, Sizes
 
 DENSE_WITH_DROPOUT = 16  # bytes of a pair: softmax, factors, their product and the scores
 
 
 @dataclass(frozen=True)
-class CrossAttentionPlan:
+class CrossAttentionMemory:
     """The sublayer of one layer and micro-batch on one rank."""
 
-    job: Job
-    encoder: Job
+    job: JobSpec
+    encoder: JobSpec
 
     @property
     def s(self) -> Sizes:
@@ -38,7 +38,7 @@ class CrossAttentionPlan:
         s, t, model = self.s, self.t, self.job.config.model
         # the source in the dtype of the weights: once, or under autocast for keys and for values
         sources = t.hidden * 2 if self.job.autocasts else t.hidden if t.hidden < t.stream else 0
-        inputs = s.hidden + Sublayers(self.job, s).norm_saved() + sources
+        inputs = s.hidden + SublayerMemory(self.job, s).norm_saved() + sources
         heads = 2 * s.heads + 2 * t.heads  # q and the output, k and v
         if self._is_lsh:
             heads += t.heads + 2 * t.per_head  # keys before their norm is 1
@@ -52,7 +52,7 @@ class CrossAttentionPlan:
         s, t = self.s, self.t
         through_heads = 2 * s.heads + 2 * t.heads + (s.heads if self._is_tiled else 0)
         through_source = s.heads + t.heads + 2 * t.hidden + t.stream
-        return Sublayers(self.job, s).d_result() + max(through_heads, through_source)
+        return SublayerMemory(self.job, s).d_result() + max(through_heads, through_source)
 
     def workspace(self) -> float:
         """Of tiles: rows in float32 and by slot, their gradients, and three blocks of scores."""

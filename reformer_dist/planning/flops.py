@@ -12,10 +12,10 @@ from reformer_dist.config import (
     TaskKind,
 )
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_factors
-from reformer_dist.planning.sizes import Job, n_projections
+from reformer_dist.planning.sizes import JobSpec, n_projections
 
 
-def step_flops(job: Job) -> float:
+def step_flops(job: JobSpec) -> float:
     """Of forward, backward (twice as much) and recompute."""
     model, rows = job.config.model, job.config.data.batch_size
     layers = _stack_flops(job)
@@ -25,13 +25,13 @@ def step_flops(job: Job) -> float:
     return rows * (layers * passes * (1 - model.layer_drop) + _ends_flops(job) * 3)
 
 
-def _stack_flops(job: Job) -> float:
+def _stack_flops(job: JobSpec) -> float:
     """Of one row's forward through the layers of a stack, what they read of a source left out."""
     model, seq_len = job.config.model, job.config.data.seq_len
     return seq_len * sum(layer_flops(model, kind, seq_len) for kind in model.layer_kinds())
 
 
-def cross_flops(job: Job, encoder: Job) -> float:
+def cross_flops(job: JobSpec, encoder: JobSpec) -> float:
     """Of one row's forward through the attention of a decoder's layer to the source."""
     model, target, source = job.config.model, job.config.data.seq_len, encoder.config.data.seq_len
     heads = model.n_heads * model.resolved_head_dim
@@ -42,7 +42,7 @@ def cross_flops(job: Job, encoder: Job) -> float:
     return products + 4 * heads * met + hash_flops(model) * (target + source)
 
 
-def _ends_flops(job: Job) -> float:
+def _ends_flops(job: JobSpec) -> float:
     """Of one row's embedding and head."""
     model, seq_len, kind = job.config.model, job.config.data.seq_len, job.config.task.kind
     widened = 2 * model.embedding_dim * model.dim if model.embedding_dim is not None else 0
@@ -72,7 +72,9 @@ def attention_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> fl
     if kind is AttentionKind.exact:
         return 4 * heads * seq_len / 2
     if kind is AttentionKind.local:
-        chunks = model.local_chunk_len * (1 + model.local_chunks_before + model.local_chunks_after)
+        chunks = model.compat.local_chunk_len * (
+            1 + model.compat.local_chunks_before + model.compat.local_chunks_after
+        )
         return 4 * heads * (chunks or model.local_window)
     rounds = model.n_hashes + model.local_round
     seen = model.window
@@ -84,6 +86,6 @@ def attention_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> fl
 def hash_flops(model: ModelConfig) -> float:
     """Of one token's bucket ids."""
     scheme = model.hash_scheme.name
-    factors = model.bucket_factors or bucket_factors(model.n_buckets, LARGEST_FACTOR[scheme])
+    factors = model.compat.bucket_factors or bucket_factors(model.n_buckets, LARGEST_FACTOR[scheme])
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
     return model.n_heads * model.resolved_head_dim * 2 * columns * model.n_hashes

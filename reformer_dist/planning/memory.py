@@ -1,4 +1,4 @@
-"""The highest memory of a step on one rank: moments of the step are computed, and the fullest is the peak."""
+"""The highest memory of a step on one rank: snapshots of the step are computed, and the fullest is the peak."""
 
 from __future__ import annotations
 
@@ -7,21 +7,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from reformer_dist.config import Recompute, TaskKind
-from reformer_dist.planning.parameters import ParameterCount
-from reformer_dist.planning.sizes import Job, Sizes
-from reformer_dist.planning.stack import ATTENTION, FEED_FORWARD, LAYER, STORED, STREAMS, WORKSPACE, StackPlan
-from reformer_dist.planning.states import BUFFERS, GRADIENTS, OPTIMIZER, SAVED, WEIGHTS, Parts, States
+from reformer_dist.planning.sizes import JobSpec, Sizes
+from reformer_dist.planning.stack import ATTENTION, FEED_FORWARD, LAYER, STORED, STREAMS, WORKSPACE, StackMemory
+from reformer_dist.planning.states import (
+    BUFFERS,
+    CHECKPOINT_COPY,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    MemoryBreakdown,
+    ModelStateMemory,
+    ParameterCount,
+)
 
 LOSS, SOURCE = "loss", "the source as read"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, SAVED, STREAMS, STORED, LAYER, WORKSPACE, SOURCE, LOSS)
+CATEGORIES = (
+    WEIGHTS,
+    GRADIENTS,
+    OPTIMIZER,
+    BUFFERS,
+    CHECKPOINT_COPY,
+    STREAMS,
+    STORED,
+    LAYER,
+    WORKSPACE,
+    SOURCE,
+    LOSS,
+)
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A moment of a step, and the bytes of each part then."""
+class MemorySnapshot:
+    """A snapshot of a step, and the bytes of each part then."""
 
     name: str
-    parts: Parts
+    parts: MemoryBreakdown
 
     @property
     def total(self) -> float:
@@ -29,35 +49,35 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class StepMemory:
     """Memory of a rank's tensors in the course of a step."""
 
-    job: Job
+    job: JobSpec
     count: ParameterCount
 
-    def peak(self) -> Moment:
-        """The fullest moment of a step (from the second on, when optimizer states exist)."""
-        return max(self.moments(), key=lambda moment: moment.total)
+    def peak(self) -> MemorySnapshot:
+        """The fullest snapshot of a step (from the second on, when optimizer states exist)."""
+        return max(self.snapshots(), key=lambda snapshot: snapshot.total)
 
-    def moments(self) -> Iterator[Moment]:
-        states = States(self.job, self.count)
+    def snapshots(self) -> Iterator[MemorySnapshot]:
+        states = ModelStateMemory(self.job, self.count)
         held = states.held()
 
-        def moment(name: str, *parts: Parts) -> Moment:
+        def snapshot(name: str, *parts: MemoryBreakdown) -> MemorySnapshot:
             total: Counter[str] = Counter()
             for some in (held, *parts):
                 total.update(some)
-            return Moment(name, {part: float(total[part]) for part in PARTS if total[part]})
+            return MemorySnapshot(name, {part: float(total[part]) for part in CATEGORIES if total[part]})
 
         if states.stage == 3:
-            yield moment("weights are gathered", states.gathering(), {STREAMS: 2.0 * self.sizes.stream})
-        yield moment("loss", self._loss(), self._source(), states.during_backward(0, 0))
+            yield snapshot("weights are gathered", states.gathering(), {STREAMS: 2.0 * self.sizes.stream})
+        yield snapshot("loss", self._loss(), self._source(), states.during_backward(0, 0))
         done = self.count.above
         for layer in reversed(range(self.decoder.n_layers)):
             for sublayer, fresh in self.decoder.going_back(layer):
                 parts = self.decoder.backward(layer, sublayer), self._source(layer, sublayer)
                 name = f"backward of layer {layer}, {sublayer}"
-                yield moment(name, *parts, states.during_backward(done, fresh))
+                yield snapshot(name, *parts, states.during_backward(done, fresh))
             done += self.decoder.new_weights(layer)
         if self.encoder:
             done += self.count.above_encoder
@@ -66,25 +86,25 @@ class MemoryPlan:
                     # the gradient of the table waits for that of the source's tokens
                     of_states = states.during_backward(done, self.count.embedding + fresh)
                     name = f"backward of encoder layer {layer}, {sublayer}"
-                    yield moment(name, self.encoder.backward(layer, sublayer), of_states)
+                    yield snapshot(name, self.encoder.backward(layer, sublayer), of_states)
                 done += self.encoder.new_weights(layer)
-        yield moment("gradients are reduced", states.during_reduction())
-        yield moment("weights move", states.during_step())
+        yield snapshot("gradients are reduced", states.during_reduction())
+        yield snapshot("weights move", states.during_step())
 
     @property
     def sizes(self) -> Sizes:
         return Sizes.of(self.job)
 
     @property
-    def decoder(self) -> StackPlan:
+    def decoder(self) -> StackMemory:
         """The stack under the head, in models that have no other too."""
-        return StackPlan(self.job, self.count.blocks)
+        return StackMemory(self.job, self.count.blocks)
 
     @property
-    def encoder(self) -> StackPlan | None:
-        return StackPlan(self.job.encoder, self.count.encoder_blocks) if self.job.encoder else None
+    def encoder(self) -> StackMemory | None:
+        return StackMemory(self.job.encoder, self.count.encoder_blocks) if self.job.encoder else None
 
-    def _source(self, layer: int | None = None, sublayer: str = FEED_FORWARD) -> Parts:
+    def _source(self, layer: int | None = None, sublayer: str = FEED_FORWARD) -> MemoryBreakdown:
         """While the decoder is at work: what the encoder left for its backward, its result, and gradients of that.
 
         layer: the decoder's that goes back; those above it have added up what they want of the source.
@@ -97,7 +117,7 @@ class MemoryPlan:
         kept = 4.0 if self.job.config.model.recompute is Recompute.reversible else 2.0
         return {SOURCE: (kept + grads) * stream, STORED: float(self.encoder.stored(self.encoder.n_layers))}
 
-    def _loss(self) -> Parts:
+    def _loss(self) -> MemoryBreakdown:
         """At the head: the last layers' outputs, their mean, and gradients."""
         sizes = self.sizes
         own = self._loss_of_rows() if self._labels_rows else self._loss_of_tokens()

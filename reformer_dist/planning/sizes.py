@@ -10,7 +10,7 @@ from reformer_dist.parallel.traffic import LayerShape, choose_mesh
 
 
 @dataclass(frozen=True)
-class Job:
+class JobSpec:
     """A configuration on so many ranks."""
 
     config: RunConfig
@@ -54,7 +54,7 @@ class Job:
         return choose_mesh(self.config.parallel.meshes(), self.layer_shape, self.ranks_per_node)
 
     @property
-    def encoder(self) -> Job | None:
+    def encoder(self) -> JobSpec | None:
         """What an encoder-decoder does with its sources, as the job of a two-sided model of its own."""
         config = self.config
         if config.task.kind is not TaskKind.sequence_to_sequence:
@@ -96,7 +96,7 @@ class Sizes:
     """Mean and deviation of a layer norm."""
 
     @staticmethod
-    def of(job: Job) -> Sizes:
+    def of(job: JobSpec) -> Sizes:
         shape, model = job.layer_shape, job.config.model
         tokens, width = shape.rows * shape.slice_len, shape.element_size
         return Sizes(
@@ -116,5 +116,5 @@ def n_projections(kind: AttentionKind) -> int:
     return 2 if kind is AttentionKind.lsh else 3
 
 
-def is_gated(job: Job) -> bool:
+def is_gated(job: JobSpec) -> bool:
     return job.config.model.activation is Activation.glu

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from reformer_dist.config import AttentionKind, Recompute
 from reformer_dist.models.layer_rule import LayerRule
-from reformer_dist.planning.activations import Sublayers
-from reformer_dist.planning.attention import workspace
-from reformer_dist.planning.cross_attention import CrossAttentionPlan
-from reformer_dist.planning.exchange import Exchange
-from reformer_dist.planning.parameters import BlockCount
-from reformer_dist.planning.sizes import Job, Sizes
-from reformer_dist.planning.states import Parts
+from reformer_dist.planning.activations import SublayerMemory
+from reformer_dist.planning.attention import ExchangeMemory, workspace
+from reformer_dist.planning.cross_attention import CrossAttentionMemory
+from reformer_dist.planning.sizes import JobSpec, Sizes
+from reformer_dist.planning.states import BlockCount, MemoryBreakdown
 
 STREAMS, STORED, LAYER = "residual streams", "stored activations", "one layer's backward"
 WORKSPACE = "attention workspace"
@@ -20,10 +18,10 @@ FEED_FORWARD, CROSS, ATTENTION = "feed-forward", "cross attention", "attention"
 
 
 @dataclass(frozen=True)
-class StackPlan:
+class StackMemory:
     """The layers of one micro-batch on one rank."""
 
-    job: Job
+    job: JobSpec
     blocks: list[BlockCount]
 
     @property
@@ -39,7 +37,7 @@ class StackPlan:
         return self.blocks[layer].total if layer < len(self.blocks) else 0
 
     def going_back(self, layer: int) -> list[tuple[str, int]]:
-        """Sublayers as backward meets them, and how many weights of the layer have gradients by then."""
+        """SublayerMemory as backward meets them, and how many weights of the layer have gradients by then."""
         block = self.blocks[layer % len(self.blocks)]
         if self._cross is None:
             return [(FEED_FORWARD, 0), (ATTENTION, block.feed_forward)]
@@ -57,10 +55,10 @@ class StackPlan:
         n_norms = 2 if self._cross is None else 3
         return sum(n_norms * stream + self._saved(layer) for layer in range(n_layers))
 
-    def backward(self, layer: int, sublayer: str) -> Parts:
+    def backward(self, layer: int, sublayer: str) -> MemoryBreakdown:
         """While a sublayer of a layer goes back."""
         sizes, lower = self.sizes, self._sublayers
-        parts: Parts = {WORKSPACE: self._workspace(layer, sublayer)}
+        parts: MemoryBreakdown = {WORKSPACE: self._workspace(layer, sublayer)}
         if self._recompute is Recompute.reversible:
             is_parted = sublayer == FEED_FORWARD
             saved = lower.feed_forward_rerun() if is_parted else self._saved_of(layer, sublayer)
@@ -81,12 +79,12 @@ class StackPlan:
         return self.job.config.model.recompute
 
     @property
-    def _sublayers(self) -> Sublayers:
-        return Sublayers(self.job, self.sizes)
+    def _sublayers(self) -> SublayerMemory:
+        return SublayerMemory(self.job, self.sizes)
 
     @property
-    def _cross(self) -> CrossAttentionPlan | None:
-        return None if self.job.encoder is None else CrossAttentionPlan(self.job, self.job.encoder)
+    def _cross(self) -> CrossAttentionMemory | None:
+        return None if self.job.encoder is None else CrossAttentionMemory(self.job, self.job.encoder)
 
     def _kind(self, layer: int) -> AttentionKind:
         return self.job.config.model.layer_kinds()[layer]
@@ -109,12 +107,12 @@ class StackPlan:
             return exchange.workspace()
         return workspace(self.job, exchange.layer, exchange.units, exchange.seq_len)
 
-    def _exchange(self, kind: AttentionKind) -> Exchange:
+    def _exchange(self, kind: AttentionKind) -> ExchangeMemory:
         """Of the whole units that a layer's attention sees here, once heads have been exchanged."""
         shape, (heads, buckets) = self.job.layer_shape, self.job.mesh_shape
         seq_len = min(shape.slice_len * heads * buckets, self.job.config.data.seq_len)
         layer = LayerRule.of(self.job.config.model, kind)
-        return Exchange(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
+        return ExchangeMemory(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
 
     def _saved(self, layer: int) -> float:
         return sum(self._saved_of(layer, name) for name, _ in self.going_back(layer))

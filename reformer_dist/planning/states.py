@@ -5,15 +5,22 @@ The names below are those of docs/planning.md: N elements, N_p of them owned by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from reformer_dist.planning.parameters import ParameterCount
-from reformer_dist.planning.sizes import Job
+import torch
+from torch import nn
 
-Parts = dict[str, float]
+from reformer_dist.engine.optim import parameter_groups
+from reformer_dist.models import ReformerEncoderDecoder
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.models.block import Block
+from reformer_dist.planning.sizes import JobSpec
+
+MemoryBreakdown = dict[str, float]
 
 WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimizer states", "ZeRO buffers"
-SAVED = "copy of the last save"
+CHECKPOINT_COPY = "copy of the last save"
 # DeepSpeed's own sizes, which the configuration does not set
 STAGE0_REDUCED_AT_ONCE = 500_000_000
 STAGE3_LIVE_PARAMETERS = 1_000_000_000
@@ -21,10 +28,69 @@ ALIGNMENT = 2  # elements, for each rank
 
 
 @dataclass(frozen=True)
-class States:
-    """States of one rank of a job."""
+class BlockCount:
+    """Weights of one layer, norms included."""
 
-    job: Job
+    attention: int
+    feed_forward: int
+    cross_attention: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.cross_attention + self.feed_forward
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    total: int
+    embedding: int
+    blocks: list[BlockCount]
+    """Of each block that exists: with model.share_layers, fewer than layers."""
+    above: int
+    """Of the last norm and the head, without a table that is the embedding's too."""
+    groups: list[list[int]]
+    """Elements of each tensor of the optimizer's groups."""
+    encoder_blocks: list[BlockCount]
+    """Of an encoder-decoder's other stack; its last norm is `above_encoder`."""
+    above_encoder: int
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(max(group) for group in self.groups)
+
+
+def count_parameters(build_model: Callable[[], nn.Module]) -> ParameterCount:
+    """The counts of a model of ours, which is built without memory."""
+    with torch.device("meta"):
+        model = build_model()
+    assert isinstance(model, ReformerModel)
+    encoder = model.encoder if isinstance(model, ReformerEncoderDecoder) else None
+    blocks = [_count_block(block) for block in model.stack.blocks]
+    encoder_blocks = [_count_block(block) for block in encoder.blocks] if encoder else []
+    above_encoder = _count(encoder.norm) if encoder else 0
+    total, embedding = _count(model), _count(model.embedding)
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(model, weight_decay=0.0)]
+    above = total - embedding - above_encoder - sum(block.total for block in blocks + encoder_blocks)
+    return ParameterCount(total, embedding, blocks, above, groups, encoder_blocks, above_encoder)
+
+
+def _count_block(block: nn.Module) -> BlockCount:
+    assert isinstance(block, Block)
+    attention = _count(block.attention_norm) + _count(block.attention)
+    cross = _count(block.cross_attention_norm) + _count(block.cross_attention) if block.has_cross_attention else 0
+    return BlockCount(attention, _count(block) - attention - cross, cross)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class ModelStateMemory:
+    """ModelStateMemory of one rank of a job."""
+
+    job: JobSpec
     count: ParameterCount
 
     @property
@@ -51,22 +117,22 @@ class States:
         """Elements of all groups, padded as the stage pads them."""
         return sum(self.owned) * (1 if self.stage == 0 else self.job.world_size)
 
-    def held(self) -> Parts:
+    def held(self) -> MemoryBreakdown:
         """What lives from the first step, or the first save, to the end."""
         return self._trained() | self._saved()
 
-    def _saved(self) -> Parts:
-        """What this rank writes of weights and moments, copied so that training need not wait; in host memory."""
+    def _saved(self) -> MemoryBreakdown:
+        """What this rank writes of weights and snapshots, copied so that training need not wait; in host memory."""
         if self.job.device != "cpu" or self.job.config.trainer.save_every == 0:
             return {}
         shares = self.job.world_size if self.stage == 0 else 1
-        return {SAVED: 12.0 * sum(self.owned) / shares}
+        return {CHECKPOINT_COPY: 12.0 * sum(self.owned) / shares}
 
-    def _trained(self) -> Parts:
+    def _trained(self) -> MemoryBreakdown:
         n_owned, e = sum(self.owned), self.width
         if self.stage == 0:
             return {WEIGHTS: 4.0 * self.count.total, OPTIMIZER: 8.0 * n_owned}
-        parts: Parts = {WEIGHTS: e * self.whole, OPTIMIZER: 12.0 * n_owned, BUFFERS: 0.0}
+        parts: MemoryBreakdown = {WEIGHTS: e * self.whole, OPTIMIZER: 12.0 * n_owned, BUFFERS: 0.0}
         offloads = self.job.config.deepspeed.offload_optimizer
         if self.stage == 3:
             # gathered weights stay until this many are alive
@@ -78,20 +144,20 @@ class States:
             parts[GRADIENTS] = parts.get(GRADIENTS, 0.0) + 4.0 * n_owned
         return parts
 
-    def during_backward(self, done: int, fresh: int) -> Parts:
+    def during_backward(self, done: int, fresh: int) -> MemoryBreakdown:
         """Gradients when those of `done` elements are reduced or accumulated, and `fresh` have just been made."""
         accumulates = self.job.n_micro > 1
         fresh_bytes = self.width * fresh
         if self.stage == 0:
             return {GRADIENTS: 4.0 * (self.count.total if accumulates else done) + fresh_bytes}
-        parts: Parts = {GRADIENTS: fresh_bytes, BUFFERS: self._bucket(done)}
+        parts: MemoryBreakdown = {GRADIENTS: fresh_bytes, BUFFERS: self._bucket(done)}
         if self.stage == 1 and accumulates:
             parts[GRADIENTS] += self.width * (self.count.total - done)
         if self.stage in (1, 2) and (done > self._bucket_elements or (self.stage == 2 and accumulates)):
             parts[GRADIENTS] += self.width * sum(self.owned)
         return parts
 
-    def during_reduction(self) -> Parts:
+    def during_reduction(self) -> MemoryBreakdown:
         """When the last gradients of a step are summed over the ranks."""
         total, owned, e = self.count.total, sum(self.owned), self.width
         if self.stage == 0:
@@ -102,13 +168,13 @@ class States:
             return {BUFFERS: self._bucket(total) + e * in_bucket * (1 + 1 / self.job.world_size)}
         return {GRADIENTS: e * owned, BUFFERS: self._bucket(total) + e * in_bucket}
 
-    def during_step(self) -> Parts:
+    def during_step(self) -> MemoryBreakdown:
         """When AdamW moves the weights: fused, it has no temporaries."""
         e, largest_group = self.width, max(self.owned)
         if self.stage == 0:
             return {GRADIENTS: 4.0 * self.count.total}
         in_float32 = 4.0 * largest_group if e != 4 or self.stage != 3 else 0.0
-        parts: Parts = {GRADIENTS: in_float32, BUFFERS: 0.0}
+        parts: MemoryBreakdown = {GRADIENTS: in_float32, BUFFERS: 0.0}
         if self.stage == 3:
             parts[BUFFERS] = self._bucket(self.count.total)
             parts[WEIGHTS] = -e * min(self.count.total, STAGE3_LIVE_PARAMETERS)  # let go after backward
@@ -116,7 +182,7 @@ class States:
             parts[GRADIENTS] += e * sum(self.owned)
         return parts
 
-    def gathering(self) -> Parts:
+    def gathering(self) -> MemoryBreakdown:
         """Stage 3: when weights come from all ranks, in one buffer from which they are copied."""
         if self.stage < 3:
             return {}

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 
 from reformer_dist.config import AttentionKind, CrossAttentionKind, Recompute
 from reformer_dist.parallel.traffic import bucket_bytes, head_bytes, mean_other_ranks
-from reformer_dist.planning.parameters import ParameterCount
-from reformer_dist.planning.sizes import Job, n_projections
-from reformer_dist.planning.states import STAGE3_LIVE_PARAMETERS
+from reformer_dist.planning.sizes import JobSpec, n_projections
+from reformer_dist.planning.states import STAGE3_LIVE_PARAMETERS, ParameterCount
 
 Traffic = dict[str, float]
 GRADIENTS, WEIGHTS, HEADS, BUCKETS = "gradients", "weights", "exchange of heads", "exchange of buckets"
 
 
-def zero_traffic(job: Job, count: ParameterCount) -> Traffic:
+def zero_traffic(job: JobSpec, count: ParameterCount) -> Traffic:
     """What ZeRO sends for gradients and weights."""
     world, stage = job.world_size, job.config.deepspeed.stage
     one_way = job.weight_bytes * count.total * (world - 1) / world
@@ -32,7 +31,7 @@ def zero_traffic(job: Job, count: ParameterCount) -> Traffic:
     return {GRADIENTS: one_way * job.n_micro, WEIGHTS: gathers * one_way * job.n_micro}
 
 
-def exchange_traffic(job: Job) -> Traffic:
+def exchange_traffic(job: JobSpec) -> Traffic:
     """What the ranks of a sequence send one another; empty where sequences are not shared."""
     parts = {HEADS: 0.0, BUCKETS: 0.0}
     for stack in [job, job.encoder] if job.encoder else [job]:
@@ -45,12 +44,12 @@ def exchange_traffic(job: Job) -> Traffic:
     return {name: amount for name, amount in parts.items() if amount}
 
 
-def forwards(job: Job) -> int:
+def forwards(job: JobSpec) -> int:
     """Runs of a layer in a step: a recompute sends q, k, v and o again, but no ids, bits or counts."""
     return 1 if job.config.model.recompute is Recompute.none else 2
 
 
-def cross_attention_bytes(job: Job, encoder: Job) -> float:
+def cross_attention_bytes(job: JobSpec, encoder: JobSpec) -> float:
     """Of one layer and micro-batch: q and o of the targets, k and v of the sources, and their gradients.
 
     A recompute sends bucket ids, which each rank remembers for its own slice, once more.
@@ -68,7 +67,7 @@ def cross_attention_bytes(job: Job, encoder: Job) -> float:
 class LayerTraffic:
     """Forward, recompute and backward of one layer and micro-batch."""
 
-    job: Job
+    job: JobSpec
     kind: AttentionKind
 
     @property
@@ -90,7 +89,9 @@ class LayerTraffic:
         if self.kind is AttentionKind.local:
             # what reaches over the border of a slice: keys and values, and their gradients back
             model = self.job.config.model
-            chunks = model.local_chunk_len * (1 + model.local_chunks_before + model.local_chunks_after)
+            chunks = model.compat.local_chunk_len * (
+                1 + model.compat.local_chunks_before + model.compat.local_chunks_after
+            )
             window, slice_len = chunks or model.local_window, shape.slice_len * heads
             reach = min(buckets - 1.0, (window - 1) / slice_len) * (buckets - 1) / buckets
             return reach * shape.tokens * 2 * shape.vector * (self._forwards + 2)

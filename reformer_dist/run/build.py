@@ -21,16 +21,16 @@ from reformer_dist.models.block import Block
 from reformer_dist.parallel.sequence import share_sequences
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import plain
-from reformer_dist.run.data import Feed, QuarantineFile, open_training_corpus
-from reformer_dist.run.directory import changed_keys, make_run_folder, require_same_config, write_config
-from reformer_dist.run.pretrained import start_from
-from reformer_dist.run.validator import Probes
+from reformer_dist.run.data import TrainingData, QuarantineFile, open_training_corpus
+from reformer_dist.run.directory import changed_keys, open_run_directory, require_same_config, write_config
+from reformer_dist.run.pretrained import load_initial_weights
+from reformer_dist.run.validator import Validator
 from reformer_dist.tasks import Task, make_task
-from reformer_dist.training.batches import Intake
-from reformer_dist.training.checkpoints import Checkpoints, find_start
-from reformer_dist.training.metrics_log import Journal
+from reformer_dist.training.batches import BatchReader
+from reformer_dist.training.checkpoints import CheckpointManager, find_resume_checkpoint
+from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.preemption import StopSignal
-from reformer_dist.training.trainer import Progress, Trainer
+from reformer_dist.training.trainer import TrainState, Trainer
 
 
 def build_trainer(
@@ -48,33 +48,33 @@ def build_trainer(
     corpus = runtime.together(lambda: open_training_corpus(config))
     task = runtime.together(lambda: _make_task(config, corpus))
     sequence = share_sequences(config, runtime, micro_batch)
-    folder = make_run_folder(config, runtime, resources)
-    start = find_start(config, runtime)  # after that: no other job may add checkpoints any more
+    folder = open_run_directory(config, runtime, resources)
+    start = find_resume_checkpoint(config, runtime)  # after that: no other job may add checkpoints any more
 
-    feed = runtime.together(lambda: Feed.open(config, corpus, start))
+    feed = runtime.together(lambda: TrainingData.open(config, corpus, start))
     config = feed.with_last_step(config)
     model = task.build_model().to(runtime.device)
     description, tokenizer_files = _describe(config, corpus, model)
     if config.init_from is not None and start is None:
         path, tokenizer = config.init_from, description["tokenizer"]
-        runtime.together(lambda: start_from(path, model, tokenizer))
+        runtime.together(lambda: load_initial_weights(path, model, tokenizer))
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
-    checkpoints = Checkpoints(config, runtime, engine, description=description, extra_files=tokenizer_files)
+    checkpoints = CheckpointManager(config, runtime, engine, description=description, extra_files=tokenizer_files)
     if start is not None:
         _announce_resume(start, config, runtime)
-    progress = checkpoints.restore(start) if start is not None else Progress()
+    progress = checkpoints.restore(start) if start is not None else TrainState()
     loader = feed.loader(config, sequence.mesh, micro_batch, task.make_example)
     resources.callback(loader.close)
     if progress.step < config.trainer.max_steps:  # else overrides would be recorded that trained nothing
         write_config(config, runtime)
-    journal = runtime.together(lambda: Journal(folder, is_active=runtime.is_main, first_step=progress.step))
+    journal = runtime.together(lambda: MetricsLogger(folder, is_active=runtime.is_main, first_step=progress.step))
     resources.callback(journal.close)
-    probes = Probes(config, runtime, engine, sequence, corpus, task, journal, stop)
+    probes = Validator(config, runtime, engine, sequence, corpus, task, journal, stop)
     _announce(config, runtime, corpus, description["shapes"], n_micro)
     bytes_per_token = corpus.bytes_per_token if config.task.kind is TaskKind.language_model else None
-    report, of_rows = QuarantineFile(folder).add, task.labels_of_rows
-    intake = Intake(runtime, sequence, loader, report, stop, labels_of_rows=of_rows)
+    report, of_rows = QuarantineFile(folder).add, task.labels_per_row
+    intake = BatchReader(runtime, sequence, loader, report, stop, labels_per_row=of_rows)
     return Trainer(config, runtime, engine, intake, checkpoints, probes, journal, progress, bytes_per_token)
 
 

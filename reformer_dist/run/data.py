@@ -11,14 +11,14 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import DataConfig, RunConfig
 from reformer_dist.data import (
     Corpus,
-    Damage,
+    DamagedSample,
     MakeExample,
-    Order,
+    Sampler,
     Quarantine,
-    Start,
+    LoaderState,
     TrainLoader,
     consumed_hash,
-    explain_changes,
+    describe_changes,
     merge_states,
     read_state,
 )
@@ -33,7 +33,7 @@ def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
     """The run's data sets, with every shard of these splits in place. Raises DataError."""
     corpus = Corpus.open(data.paths(), data.weights, data.cache_dir, data.cache_gb)
     for split in splits:
-        for warning in corpus.check(split, data.max_damaged_share):
+        for warning in corpus.check(split, data.max_damaged_fraction):
             logger.warning(warning)
     return corpus
 
@@ -49,18 +49,18 @@ def open_training_corpus(config: RunConfig) -> Corpus:
 
 
 @dataclass(frozen=True)
-class Feed:
+class TrainingData:
     """The order of a run's data, and where in it the run stands."""
 
     corpus: Corpus
-    order: Order
-    start: Start
+    order: Sampler
+    start: LoaderState
 
     @classmethod
-    def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> Feed:
+    def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> TrainingData:
         """Raises DataError where the checkpoint's place is not one in these data."""
         data = config.data
-        order = Order(
+        order = Sampler(
             corpus,
             seed=config.trainer.seed,
             batch_size=data.batch_size,
@@ -69,8 +69,8 @@ class Feed:
             by_sample=not config.task.packs_text,
         )
         if checkpoint is None:
-            return cls(corpus, order, Start())
-        changes = explain_changes(checkpoint.run["data"], corpus.record()) if "data" in checkpoint.run else []
+            return cls(corpus, order, LoaderState())
+        changes = describe_changes(checkpoint.run["data"], corpus.record()) if "data" in checkpoint.run else []
         state = merge_states([rank["data"] for rank in checkpoint.rank_states])
         start = read_state(state, order, changes=changes, accept_changed=data.accept_changed)
         logger.info(f"data go on behind step {start.step}; hash of all samples so far: {consumed_hash(state)}")
@@ -81,7 +81,7 @@ class Feed:
         if config.data.epochs == 0:
             return config
         first_step, first_pass = self.start.origin
-        last = first_step + self.order.steps_of(config.data.epochs - first_pass)
+        last = first_step + self.order.steps_for(config.data.epochs - first_pass)
         if config.trainer.max_steps < last:
             ends = f"trainer.max_steps={config.trainer.max_steps} ends the run before"
             logger.warning(f"{ends} data.epochs={config.data.epochs}, which takes {last} steps")
@@ -97,7 +97,7 @@ class Feed:
         n_samples = self.corpus.total("samples", "train")
         return TrainLoader(
             self.order,
-            Quarantine(n_samples, data.max_damaged_share, self.start.quarantine),
+            Quarantine(n_samples, data.max_damaged_fraction, self.start.quarantine),
             micro_batch_size=micro_batch,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
@@ -114,7 +114,7 @@ class QuarantineFile:
     def __init__(self, folder: Path) -> None:
         self._path = folder / QUARANTINE_FILE
 
-    def add(self, damaged: list[Damage]) -> None:
+    def add(self, damaged: list[DamagedSample]) -> None:
         """Says so in the log as well; a disk that is full is no reason to end the run."""
         for damage in damaged:
             logger.warning(f"passed over: {damage}")

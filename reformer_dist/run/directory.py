@@ -25,7 +25,7 @@ def require_same_config(config: RunConfig, runtime: Runtime) -> None:
         raise ConfigError(f"ranks {who} were given another configuration than rank 0; start all with the same")
 
 
-def make_run_folder(config: RunConfig, runtime: Runtime, resources: ExitStack) -> Path:
+def open_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack) -> Path:
     """Makes output_dir and keeps other jobs out of it for as long as `resources` are open.
 
     Raises an error that every rank shares where it can't be written to, or another job is in it.

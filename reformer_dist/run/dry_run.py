@@ -13,7 +13,7 @@ from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine.setup import deepspeed_dict
 from reformer_dist.errors import ConfigError
-from reformer_dist.planning import Job, describe, make_plan
+from reformer_dist.planning import JobSpec, describe, make_plan
 from reformer_dist.run.compose import to_yaml
 from reformer_dist.run.data import open_training_corpus
 from reformer_dist.tasks import make_task
@@ -34,7 +34,7 @@ def dry_run(config: RunConfig, flag: str) -> None:
     corpus = open_training_corpus(config)
     task = make_task(config, corpus.tokenizer, corpus.labels)
     task.check(corpus)
-    plan = make_plan(Job(config, world_size, ranks_per_node, task.vocab_size, device), task.build_model)
+    plan = make_plan(JobSpec(config, world_size, ranks_per_node, task.vocab_size, device), task.build_model)
     plan = replace(plan, memory_limit=memory or _memory_here(device, ranks_per_node))
     if runtime.env_rank() == 0:
         sys.stdout.write(to_yaml(config) + "\n" + describe(plan) + "\n")

@@ -62,7 +62,7 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     reader = open_weights(path)
     # how many ranks shared a sequence in training, and on what, is of no matter here
     saved = {key: value for key, value in reader.run["config"].items() if key != "parallel"}
-    saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_implementation"}
+    saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_backend"}
     config = run_config_from(saved, overrides)
     require_attention(config.model, device)
     tokenizer = load_tokenizer(reader.run["tokenizer"], reader.folder)
@@ -83,7 +83,7 @@ def _require_vocabulary(reader: CheckpointReader | Export, tokenizer: Tokenizer)
 HEAD, TABLE = "head.", "embedding.tokens"
 
 
-def start_from(path: str, model: nn.Module, tokenizer: dict[str, Any]) -> None:
+def load_initial_weights(path: str, model: nn.Module, tokenizer: dict[str, Any]) -> None:
     """Fills a model with the weights of a checkpoint, a run or an export; a head of another kind starts anew.
 
     tokenizer: specification of that of the data. Raises CheckpointError, and DataError where it is not theirs.

@@ -21,7 +21,7 @@ from reformer_dist.process.log import logger
 from reformer_dist.tasks import HeldoutBatch, Rows, Task
 from reformer_dist.training.batches import MicroBatch
 from reformer_dist.training.evaluator import evaluate
-from reformer_dist.training.metrics_log import Journal
+from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.preemption import StopSignal
 
 PROMPT_TOKENS = 64
@@ -29,7 +29,7 @@ READ = {"source", "source_mask", "tokens", "key_padding_mask"}
 """What the stacks of a model read, by the names of its forward."""
 
 
-class Probes:
+class Validator:
     """Every rank makes the same calls, since ZeRO stage 3 gathers parameters in each of them."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Probes:
         sequence: SlicedSequence,
         corpus: Corpus,
         task: Task,
-        journal: Journal,
+        journal: MetricsLogger,
         stop: StopSignal,
     ) -> None:
         self._config, self._runtime, self._engine, self._sequence = config, runtime, engine, sequence
@@ -84,7 +84,7 @@ class Probes:
         self._engine.train(True)
 
     def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[HeldoutBatch]:
-        share = self._config.data.max_damaged_share
+        share = self._config.data.max_damaged_fraction
         return self._task.heldout(self._corpus, Rows(rows, micro_batch, rank, size, share))
 
     def _first_rows(self) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Probes:
     @torch.no_grad()
     def _health(self) -> dict[str, float]:
         model = self._engine.module
-        rows = MicroBatch.of(self._first_rows(), self._sequence, labels_of_rows=self._task.labels_of_rows)
+        rows = MicroBatch.of(self._first_rows(), self._sequence, labels_per_row=self._task.labels_per_row)
         given = rows.to(self._runtime.device)
         bucket_stats: list[BucketStats] = []
         values = {}

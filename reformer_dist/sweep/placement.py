@@ -1,4 +1,4 @@
-"""Where trials run side by side: each place has GPUs, or CPU threads, of its own."""
+"""Placement of concurrent trials: each has its own GPUs or CPU threads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from reformer_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Placement:
-    """Room for one trial."""
+    """Resources of one trial, as environment variables."""
 
     environment: dict[str, str]
 
 
 def make_placements(ranks: int | None, parallel: int | None, gpus: list[str], cores: int) -> list[Placement]:
-    """Places for trials of `ranks` processes each; None stands for one on each GPU, or one.
+    """Placements for trials of `ranks` processes each; None: one per GPU, or one on a CPU.
 
-    gpus: ids as CUDA_VISIBLE_DEVICES takes them. Raises ConfigError where a trial does not fit.
+    gpus: ids in the format of CUDA_VISIBLE_DEVICES. Raises ConfigError if a trial does not fit.
     """
     if gpus:
         return _on_gpus(ranks or len(gpus), parallel, gpus)
@@ -29,21 +29,23 @@ def make_placements(ranks: int | None, parallel: int | None, gpus: list[str], co
 
 
 def _on_gpus(ranks: int, parallel: int | None, gpus: list[str]) -> list[Placement]:
-    fits = len(gpus) // ranks
-    if fits == 0:
-        raise ConfigError(f"launcher.nproc_per_node={ranks}: this machine shows {len(gpus)} GPUs to a sweep")
-    if parallel is not None and parallel > fits:
-        right = f"{len(gpus)} GPUs hold {fits} trials of {ranks} ranks"
-        raise ConfigError(f"sweep.parallel={parallel}: {right}")
-    shares = [gpus[index * ranks : (index + 1) * ranks] for index in range(parallel or fits)]
-    return [Placement({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+    capacity = len(gpus) // ranks
+    if capacity == 0:
+        raise ConfigError(
+            f"launcher.nproc_per_node={ranks}: exceeds the {len(gpus)} visible GPUs; use at most that many"
+        )
+    if parallel is not None and parallel > capacity:
+        fix = f"{len(gpus)} GPUs fit {capacity} trials of {ranks} ranks"
+        raise ConfigError(f"sweep.parallel={parallel}: {fix}")
+    groups = [gpus[index * ranks : (index + 1) * ranks] for index in range(parallel or capacity)]
+    return [Placement({"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
 
 
 def visible_gpus() -> list[str]:
-    """Ids of this machine's GPUs, or of those that CUDA_VISIBLE_DEVICES leaves."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [word.strip() for word in listed.split(",") if word.strip() not in ("", "-1")]
+    """GPU ids of this machine, restricted by CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""What a sweep remembers: one JSON file with the state of each trial, written as a whole or not at all."""
+"""State of a sweep on disk: one JSON file with the status of each trial, replaced atomically."""
 
 from __future__ import annotations
 
@@ -18,73 +18,77 @@ FILES = "sweep*.json"
 
 
 class TrialStatus(Enum):
-    """In order of what is known: of two files that name a trial, the higher state holds."""
+    """In ascending order of precedence: if two files list the same trial, the later status wins."""
 
     waiting = "waiting"
     running = "running"
-    """Or cut with its driver, which could not say so."""
-    cut = "cut"
-    """Stopped, to go on from its last checkpoint."""
+    """Or killed together with its driver, before that could be recorded."""
+    interrupted = "interrupted"
+    """Resumes from its last checkpoint."""
     pruned = "pruned"
     failed = "failed"
     finished = "finished"
 
+    @classmethod
+    def _missing_(cls, value: object) -> TrialStatus | None:
+        return cls.interrupted if value == "cut" else None  # the name in files of earlier versions
 
-DONE = (TrialStatus.finished, TrialStatus.failed, TrialStatus.pruned)
+
+ENDED = (TrialStatus.finished, TrialStatus.failed, TrialStatus.pruned)
 
 
 @dataclass
 class Trial:
     name: str
     changed: dict[str, str]
-    """Overrides by which it differs from the others."""
+    """Overrides that distinguish it from the other trials."""
     state: TrialStatus = TrialStatus.waiting
     overrides: list[str] = field(default_factory=list)
-    """All of its command line but its folder."""
+    """Its command line without output_dir."""
     digest: str = ""
-    """Of its whole configuration: its folder is never used for another."""
+    """Hash of the resolved configuration; a folder is never reused for another configuration."""
     reason: str = ""
-    """Why it failed, was cut or pruned."""
+    """Why it failed, or was interrupted or pruned."""
     starts: int = 0
     result: dict[str, float] = field(default_factory=dict)
 
 
 class SweepFile:
-    """sweep.json of a driver; drivers of shards have one each, side by side."""
+    """sweep.json of a driver; each shard's driver has its own file."""
 
     def __init__(self, folder: Path, shard: tuple[int, int]) -> None:
-        """Raises ConfigError where the file is there and can't be read."""
+        """Raises ConfigError if the file exists but can't be read."""
         index, count = shard
         self.folder = folder
         self._path = folder / ("sweep.json" if count == 1 else f"sweep.{index}-of-{count}.json")
         self.trials: dict[str, Trial] = {trial.name: trial for trial in _read(self._path)}
 
     def save(self) -> None:
-        """Replaces the file at once: a reader, or a start after a kill, finds the old one or the new one."""
+        """Replaces the file atomically: readers see either the old or the new one, also after a kill."""
         trials = {name: {**asdict(trial), "state": trial.state.value} for name, trial in self.trials.items()}
-        write_whole(self._path, json.dumps({"format": FORMAT, "trials": trials}, indent=1) + "\n")
+        write_atomically(self._path, json.dumps({"format": FORMAT, "trials": trials}, indent=1) + "\n")
 
     def lock(self) -> int:
-        """Holds the sweep for this driver while the process lives. Raises ConfigError if another holds it."""
+        """Locks the sweep until the process ends. Raises ConfigError if another driver holds the lock."""
         descriptor = take_lock(self._path.with_suffix(".lock"))
         if descriptor is None:
-            who = self._path.with_suffix(".lock").read_text().strip() or "another process"
-            raise ConfigError(f"output_dir={self.folder}: {who} is at work on this sweep; wait for it, or stop it")
+            holder = self._path.with_suffix(".lock").read_text().strip() or "another process"
+            raise ConfigError(f"output_dir={self.folder}: {holder} is running this sweep; wait for it, or stop it")
         return descriptor
 
 
 def read_all(folder: Path) -> dict[str, Trial]:
-    """What all drivers of a sweep have written. Raises ConfigError."""
+    """Trials of all drivers of a sweep by name. Raises ConfigError."""
     trials: dict[str, Trial] = {}
     for path in sorted(folder.glob(FILES)):
         for trial in _read(path):
             known = trials.get(trial.name)
-            if known is None or _rank(trial.state) > _rank(known.state):
+            if known is None or _precedence(trial.state) > _precedence(known.state):
                 trials[trial.name] = trial
     return trials
 
 
-def _rank(state: TrialStatus) -> int:
+def _precedence(state: TrialStatus) -> int:
     return list(TrialStatus).index(state)
 
 
@@ -97,23 +101,23 @@ def _read(path: Path) -> list[Trial]:
             raise ValueError(f"format {content['format']}")
         return [Trial(**{**trial, "state": TrialStatus(trial["state"])}) for trial in content["trials"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: is not a sweep's file of this version ({error}); move it away") from error
+        raise ConfigError(f"{path}: not a sweep file of this version ({error}); move it away") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes aside, and renames into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a temporary file and renames it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    temporary.replace(path)
 
 
 def take_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file, None where another process has it.
+    """A descriptor that holds the lock of a file; None if another process holds it.
 
-    The lock lives as long as any process has the descriptor open: one that inherits it holds it on.
+    The lock is released when the last process with an inherited copy of the descriptor closes it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

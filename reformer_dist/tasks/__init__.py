@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Tokenizer
-from reformer_dist.tasks.classification import SequenceClassification
+from reformer_dist.tasks.sequence_classification import SequenceClassification
 from reformer_dist.tasks.completion import Completion
-from reformer_dist.tasks.language_modeling import LanguageModel, MaskedLanguageModel
+from reformer_dist.tasks.language_model import LanguageModel, MaskedLanguageModel
 from reformer_dist.tasks.question_answering import QuestionAnswering
 from reformer_dist.tasks.sequence_to_sequence import SequenceToSequence
-from reformer_dist.tasks.task import HeldoutBatch, Rows, Task
+from reformer_dist.tasks.base import HeldoutBatch, Rows, Task
 
 KINDS: dict[TaskKind, type[Task]] = {
     TaskKind.language_model: LanguageModel,

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reformer_dist.config.checks import require
-from reformer_dist.data import Batch, Corpus, Example, Sample, Visit, collate, seeded_bits
+from reformer_dist.data import Batch, Corpus, Example, Sample, DrawKey, collate, seeded_bits
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.tasks.metrics import answer_f1, best_over, exact_match
-from reformer_dist.tasks.task import Gather, Rows, SampleTask, device_of, row_of
+from reformer_dist.tasks.base import Gather, Rows, SampleTask, device_of, row_of
 
 ANYWHERE = 4  # one visit in so many sees a window that is drawn from all, whether or not it has the answer
 
@@ -48,8 +48,8 @@ class QuestionAnswering(SampleTask):
     """In training a sample is seen through one window, mostly one with the answer; in evaluation through all."""
 
     needs = ("question", "context")
-    labels_of_rows = True
-    made_by = "--squad FILE.json"
+    labels_per_row = True
+    make_shards_args = "--squad FILE.json"
 
     def build_model(self) -> nn.Module:
         return ReformerForQuestionAnswering(self.config.model, self.vocab_size, self.config.trainer.seed)
@@ -61,13 +61,13 @@ class QuestionAnswering(SampleTask):
         right = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
         require(stride < seq_len - 2, "task.stride", stride, right)
         if not self.tokenizer.is_lossless:
-            right = f"write it with make_shards.py {self.made_by} --tokenizer bytes or bpe"
+            right = f"write it with make_shards.py {self.make_shards_args} --tokenizer bytes or bpe"
             raise DataError(
                 f"data.path={corpus.where}: its vocabulary is of SentencePiece, which normalises texts, so that "
                 f"answers do not stand where they are said to; {right}"
             )
 
-    def example(self, sample: Sample, visit: Visit) -> Example:
+    def example(self, sample: Sample, visit: DrawKey) -> Example:
         first, last = self._answer_tokens(sample)
         windows = self._windows(sample)
         with_answer = [window for window in windows if window.start <= first and last < window.end]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from reformer_dist.config import TextMetric
-from reformer_dist.data import Corpus, Example, Sample, Visit, collate
+from reformer_dist.data import Corpus, Example, Sample, DrawKey, collate
 from reformer_dist.generation import BeamOptions, beam_search, make_decoder
 from reformer_dist.models import ReformerEncoderDecoder
 from reformer_dist.tasks.metrics import bleu, rouge
-from reformer_dist.tasks.task import Gather, Rows, SampleTask, device_of, row_of
+from reformer_dist.tasks.base import Gather, Rows, SampleTask, device_of, row_of
 
 SHOWN = 3
 
@@ -23,12 +23,12 @@ class SequenceToSequence(SampleTask):
     """The source ends with an end of text; the target begins and ends with one. What is too long is cut."""
 
     needs = ("source", "target")
-    made_by = "--source FILE --target FILE"
+    make_shards_args = "--source FILE --target FILE"
 
     def build_model(self) -> nn.Module:
         return ReformerEncoderDecoder(self.config.model, self.vocab_size, self.config.trainer.seed)
 
-    def example(self, sample: Sample, visit: Visit) -> Example:
+    def example(self, sample: Sample, visit: DrawKey) -> Example:
         eos, (source, target) = [self.tokenizer.eos_id], sample.fields
         source = row_of(source[: self.config.task.max_source_len - 1], eos)
         target = row_of(eos, target, eos)[: self.config.data.seq_len + 1]

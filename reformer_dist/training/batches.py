@@ -58,7 +58,7 @@ class Batches(Protocol):
 
     def __next__(self) -> StepBatch: ...
 
-    def learn(self, damages: Iterable[Any]) -> None:
+    def add_damaged(self, damages: Iterable[Any]) -> None:
         """Passes over samples that any rank found damaged. Raises DataError where there are too many."""
         ...
 
@@ -71,12 +71,12 @@ class MicroBatch:
     """[rows, tokens at hand] each, or without tokens where there is one answer to a row."""
     sequences: dict[str, SlicedSequence]
     """By the names that the model takes: which part of the rows is at hand, and of their sources."""
-    labels_of_rows: bool = False
+    labels_per_row: bool = False
     """Whether labels are of whole rows, and the same on all ranks that share them; else they are of tokens."""
 
     @classmethod
     def of(
-        cls, rows: Mapping[str, Tensor], sequence: SlicedSequence, *, labels_of_rows: bool = False
+        cls, rows: Mapping[str, Tensor], sequence: SlicedSequence, *, labels_per_row: bool = False
     ) -> MicroBatch:
         """rows: whole ones, alike on the ranks that share them by `sequence`."""
         tensors, tokens = dict(rows), rows["tokens"]
@@ -85,21 +85,21 @@ class MicroBatch:
             sequences["source_sequence"] = sequence.of_length(rows["source"].shape[1])
         if sequence.mesh.size > 1:
             for name, tensor in rows.items():
-                if name == "rows" or (name == "labels" and labels_of_rows):
+                if name == "rows" or (name == "labels" and labels_per_row):
                     continue
                 shared = sequences["source_sequence" if name in OF_SOURCE else "sequence"]
                 tensors[name] = shared.take(tensor, FILLS.get(name, 0))
         mask = sequences["sequence"].key_padding_mask(len(tokens), tokens.device)
         if mask is not None:
             tensors.setdefault("key_padding_mask", mask)
-        return cls(tensors, sequences, labels_of_rows)
+        return cls(tensors, sequences, labels_per_row)
 
     @property
     def asked(self) -> Tensor:
         """Which labels count on this rank: of those that several ranks have, the first rank's."""
         asked = self.tensors["labels"] != IGNORE_INDEX
         is_first = self.sequences["sequence"].mesh.slice_index == 0
-        return asked if is_first or not self.labels_of_rows else torch.zeros_like(asked)
+        return asked if is_first or not self.labels_per_row else torch.zeros_like(asked)
 
     @property
     def valid_labels(self) -> int:
@@ -124,7 +124,7 @@ class Rows:
         return self.batch.state
 
 
-class Intake:
+class BatchReader:
     """Every rank makes the same calls, since they agree on each step before they begin it."""
 
     def __init__(
@@ -135,11 +135,11 @@ class Intake:
         report: Callable[[list[Any]], None] = lambda damaged: None,
         stop: StopSignal | None = None,
         *,
-        labels_of_rows: bool = False,
+        labels_per_row: bool = False,
     ) -> None:
-        """report: told on rank 0 of the samples that any rank found damaged; labels_of_rows: see `MicroBatch`."""
+        """report: told on rank 0 of the samples that any rank found damaged; labels_per_row: see `MicroBatch`."""
         self._runtime, self._sequence, self._batches, self._report = runtime, sequence, batches, report
-        self._stop, self._labels_of_rows = stop or StopSignal(), labels_of_rows
+        self._stop, self._labels_of_rows = stop or StopSignal(), labels_per_row
 
     @property
     def n_damaged(self) -> int:
@@ -174,7 +174,7 @@ class Intake:
         return Rows(micro_batches, max(1.0, valid_labels), batch)
 
     def _take(self, rows: Mapping[str, Tensor]) -> MicroBatch:
-        return MicroBatch.of(rows, self._sequence, labels_of_rows=self._labels_of_rows)
+        return MicroBatch.of(rows, self._sequence, labels_per_row=self._labels_of_rows)
 
     def _odds(self, checksum: int) -> int:
         """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""
@@ -186,7 +186,7 @@ class Intake:
         found = {str(each): each for of_rank in self._runtime.gather(list(mine)) for each in of_rank}
         damaged = [found[words] for words in sorted(found)]
         self._runtime.on_main(lambda: self._report(damaged))
-        self._runtime.together(lambda: self._batches.learn(damaged))
+        self._runtime.together(lambda: self._batches.add_damaged(damaged))
 
     def _wait_for(self, coming: Future[StepBatch]) -> StepBatch | None:
         """The batch, or None if this process is told to stop before it comes."""

@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from reformer_dist.checkpoint import CheckpointReader, Saving, find_checkpoint, prune, resolve_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, AsyncSave, find_checkpoint, prune, resolve_checkpoint
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.errors import CheckpointError
 from reformer_dist.process.log import logger
-from reformer_dist.training.trainer import Progress
+from reformer_dist.training.trainer import TrainState
 
 FOLDER = "checkpoints"
 PROGRESS = ("step", "skipped", "skipped_in_a_row", "seconds", "is_observed")  # alike on all ranks
 
 
-def find_start(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
+def find_resume_checkpoint(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
     """The checkpoint that `resume` asks for, None to start from nothing; the same on every rank.
 
     Raises CheckpointError where going on is impossible, or starting anew would mix two runs.
@@ -58,7 +58,7 @@ def _from_path(given: str, found: Path | None) -> Path:
     return start
 
 
-class Checkpoints:
+class CheckpointManager:
     """Saves and restores one run."""
 
     def __init__(
@@ -74,14 +74,14 @@ class Checkpoints:
         self._runtime, self._engine = runtime, engine
         self._root = Path(config.output_dir) / FOLDER
         self._keep, self._keep_every = config.trainer.keep_checkpoints, config.trainer.keep_every
-        self._saving: Saving | None = None
+        self._saving: AsyncSave | None = None
         self._copies: dict[str, Tensor] = {}
         self._description, self._extra_files = description, extra_files
 
-    def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
+    def begin(self, progress: TrainState, data_state: dict[str, Any]) -> None:
         """Copies the state of the step just done, and lets a thread write it.
 
-        The save before it must be settled. Raises UserError alike on every rank, as `settle` does.
+        The save before it must be settled. Raises UserError alike on every rank, as `wait` does.
         """
         assert self._saving is None
         run = {
@@ -89,7 +89,7 @@ class Checkpoints:
             "progress": {name: getattr(progress, name) for name in PROGRESS},
             "loss_scaler": self._engine.scaler_state(),
         }
-        self._saving = Saving(
+        self._saving = AsyncSave(
             self._runtime,
             self._root,
             progress.step,
@@ -100,7 +100,7 @@ class Checkpoints:
             copies=self._copies,
         )
 
-    def settle(self, *, wait: bool) -> int | None:
+    def wait(self, *, wait: bool) -> int | None:
         """The step whose checkpoint is whole since this call, if any; waits for it if asked to."""
         saving = self._saving
         if saving is None or not (wait or saving.is_done):
@@ -112,13 +112,13 @@ class Checkpoints:
             prune(self._root, folder, self._keep, self._keep_every)
         return saving.step
 
-    def restore(self, reader: CheckpointReader) -> Progress:
+    def restore(self, reader: CheckpointReader) -> TrainState:
         """Fills the engine; returns how far the run was."""
         self._runtime.together(lambda: reader.check_shapes(self._description["shapes"]))
         self._runtime.together(lambda: self._engine.load_fragments(reader))
         self._engine.load_scaler_state(reader.run["loss_scaler"])
         saved = {name: value for name, value in reader.run["progress"].items() if name in PROGRESS}
-        return Progress(**saved, window=self._window(reader))
+        return TrainState(**saved, window=self._window(reader))
 
     def _window(self, reader: CheckpointReader) -> dict[str, float]:
         """This rank's share of the window in which the run was cut; in another world, rank 0 takes all of it."""

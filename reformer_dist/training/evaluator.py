@@ -25,8 +25,8 @@ class Batch(Protocol):
 class Asked(Protocol):
     """What a task says of its labels."""
 
-    tells_accuracy: ClassVar[bool]
-    labels_of_rows: ClassVar[bool]
+    reports_accuracy: ClassVar[bool]
+    labels_per_row: ClassVar[bool]
 
     @property
     def token_bytes(self) -> Tensor | None:
@@ -73,14 +73,14 @@ def evaluate(
     token_bytes = task.token_bytes
     nats, n_labels, text_bytes, n_right = 0.0, 0, 0, 0
     for batch in batches:
-        rows = MicroBatch.of(batch.tensors, sequence, labels_of_rows=task.labels_of_rows)
+        rows = MicroBatch.of(batch.tensors, sequence, labels_per_row=task.labels_per_row)
         given = rows.to(runtime.device)
         nats += forward(**given, **rows.sequences).item()
         counted = rows.tensors["labels"][rows.asked]
         n_labels += counted.numel()
         if token_bytes is not None:
             text_bytes += int(token_bytes[counted].sum())
-        if task.tells_accuracy:
+        if task.reports_accuracy:
             labels = given.pop("labels")
             said = task.predict(forward(**given, **rows.sequences), rows.sequences["sequence"])
             n_right += int(((said == labels) & rows.asked.to(runtime.device)).sum())
@@ -88,7 +88,7 @@ def evaluate(
     return EvalResult(
         loss=nats / max(1, n_all),
         bits_per_byte=None if token_bytes is None else bits_per_byte(nats, n_bytes),
-        accuracy=n_right_of_all / max(1, n_all) if task.tells_accuracy else None,
+        accuracy=n_right_of_all / max(1, n_all) if task.reports_accuracy else None,
         labels=int(n_all),
         text_bytes=int(n_bytes),
     )

@@ -8,19 +8,19 @@ import os
 from pathlib import Path
 
 from reformer_dist.fs.append import PatientFile
-from reformer_dist.training.tensorboard import Board
+from reformer_dist.training.tensorboard import TensorBoardWriter
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
-class Journal:
+class MetricsLogger:
     """Scalars and texts by step, in steps that rise; on ranks other than 0 it does nothing.
 
     What an interrupted run wrote beyond the step that this one goes on from is taken back.
     """
 
     def __init__(self, folder: Path, *, is_active: bool, first_step: int) -> None:
-        self._board = Board(folder / TENSORBOARD_FOLDER, is_active=is_active, first_step=first_step)
+        self._board = TensorBoardWriter(folder / TENSORBOARD_FOLDER, is_active=is_active, first_step=first_step)
         self._metrics = MetricsFile(folder / METRICS_FILE, first_step) if is_active else None
 
     def scalars(self, values: dict[str, float], step: int, seconds: float) -> None:

@@ -39,7 +39,7 @@ class StopSignal:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Hears signals from now on; in the main thread only. Until `wait_for_steps` they end the process."""
+        """Hears signals from now on; in the main thread only. Until `defer_to_steps` they end the process."""
         near, far = socket.socketpair()
         far.setblocking(False)
         # under nohup, SIGHUP stays ignored
@@ -58,11 +58,11 @@ class StopSignal:
                 signal.signal(signum, handler)
             far.close()
 
-    def wait_for_steps(self) -> None:
+    def defer_to_steps(self) -> None:
         """From now on a signal is obeyed between steps."""
         self._is_awaited = True
 
-    def leave_soon(self) -> None:
+    def exit_soon(self) -> None:
         """Ends the process within seconds even if a part does not close, such as a source that never answers."""
         timer = threading.Timer(LINGER, os._exit, args=(os.EX_TEMPFAIL,))
         timer.daemon = True

@@ -13,7 +13,7 @@ from reformer_dist.fs.append import PatientFile
 VERSION = "brain.Event:2"  # what a file of events begins with
 
 
-class Board:
+class TensorBoardWriter:
     """Scalars and texts by step; on ranks other than 0 it does nothing.
 
     PyTorch's SummaryWriter gives up for good where its thread meets a full disk.

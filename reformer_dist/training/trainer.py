@@ -15,14 +15,14 @@ from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import TrainingError, UserError
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
-from reformer_dist.training.batches import Intake, Rows
+from reformer_dist.training.batches import BatchReader, Rows
 from reformer_dist.training.metrics import Window, bits_per_byte, peak_memory_gib, progress_line
-from reformer_dist.training.metrics_log import Journal
+from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.watchdog import Watchdog
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a run is: what a checkpoint remembers beside weights and data position."""
 
     step: int = 0
@@ -40,11 +40,11 @@ class Progress:
 class Saver(Protocol):
     """Writes one checkpoint at a time, beside training."""
 
-    def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
+    def begin(self, progress: TrainState, data_state: dict[str, Any]) -> None:
         """Begins the checkpoint of the step just done; the one before is settled."""
         ...
 
-    def settle(self, *, wait: bool) -> int | None:
+    def wait(self, *, wait: bool) -> int | None:
         """The step whose checkpoint is whole since this call, if any. Raises UserError where it failed."""
         ...
 
@@ -68,11 +68,11 @@ class Trainer:
         config: RunConfig,
         runtime: Runtime,
         engine: TrainEngine,
-        intake: Intake,
+        intake: BatchReader,
         saver: Saver,
         observer: Observer,
-        journal: Journal,
-        progress: Progress,
+        journal: MetricsLogger,
+        progress: TrainState,
         bytes_per_token: float | None,
     ) -> None:
         self.config = config
@@ -229,7 +229,7 @@ class Trainer:
             self._runtime.on_main(self._journal.flush)
             self._saver.begin(self.progress, self._data_state)
             if must:
-                self._saver.settle(wait=True)
+                self._saver.wait(wait=True)
         except UserError as error:
             if must:
                 raise
@@ -238,7 +238,7 @@ class Trainer:
     def _settle(self, *, wait: bool) -> None:
         """Learns what became of the save in the background, if it is done; waits for it if asked to."""
         try:
-            self._saved_step = self._saver.settle(wait=wait) or self._saved_step
+            self._saved_step = self._saver.wait(wait=wait) or self._saved_step
         except UserError as error:
             self._tell_of_failed_save(error)
 

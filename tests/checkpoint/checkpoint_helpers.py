@@ -12,7 +12,7 @@ import torch
 from support.threads import on_ranks
 from torch import Tensor
 
-from reformer_dist.checkpoint import Saving, prune
+from reformer_dist.checkpoint import AsyncSave, prune
 from reformer_dist.checkpoint.writer import KINDS
 from reformer_dist.distributed.runtime import Runtime
 
@@ -64,7 +64,7 @@ def write(
 
     def write_one(runtime: Runtime) -> Path:
         run: dict[str, Any] = {"shapes": SHAPES, "made at": step}
-        saving = Saving(
+        saving = AsyncSave(
             runtime,
             root,
             step,

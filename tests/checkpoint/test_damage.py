@@ -12,7 +12,7 @@ import pytest
 from checkpoint_helpers import Piece, cut_evenly, write, written
 from safetensors import SafetensorError
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, is_good, resolve_checkpoint, writer
+from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint, resolve_checkpoint, writer
 from reformer_dist.distributed.runtime import SharedError
 from reformer_dist.errors import CheckpointError
 
@@ -61,7 +61,7 @@ def test_the_newest_good_one_is_found(tmp_path: Path, damage: Callable[[Path], o
     newest = tmp_path / "step-00000100"
     assert find_checkpoint(tmp_path) == (newest, [])
     damage(newest)
-    wrong = is_good(newest)
+    wrong = verify_checkpoint(newest)
     assert wrong is not None
     assert re.search(words, wrong)
     found, complaints = find_checkpoint(tmp_path)
@@ -155,7 +155,7 @@ def test_one_rank_that_fails_fails_all(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_good_checkpoint_is_replaced_by_a_newer_of_the_same_step(tmp_path: Path) -> None:
     written(tmp_path, 3)
     again = written(tmp_path, 3, pieces=[[Piece("bias", 0, 5, adam_step=2)]])
-    assert is_good(again) is None
+    assert verify_checkpoint(again) is None
     assert CheckpointReader(again).adam_step == 2
 
 

@@ -347,7 +347,7 @@ def test_epochs_are_of_pooled_data() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_damaged_share(share: float) -> None:
-    complains("data.max_damaged_share", share, "below 1")
+    complains("data.max_damaged_fraction", share, "below 1")
 
 
 def test_cache_size() -> None:

@@ -30,7 +30,7 @@ from reformer_dist.data import (
     Dataset,
     Quarantine,
     SampleRef,
-    explain_changes,
+    describe_changes,
     read_state,
     write_dataset,
 )
@@ -54,7 +54,7 @@ def test_a_damaged_sample_is_passed_over_and_named(copy: Dataset) -> None:
     whole = [bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(copy)]
     ids = [damage_sample(copy, number) for number in (0, 5, 6)]
     changed: dict[str, Any] = {"batch_size": 1, "shuffle": False, "passes": 1}
-    n_steps = make_order(copy, batch_size=1).steps_of(1)
+    n_steps = make_order(copy, batch_size=1).steps_for(1)
     batches, state = read_steps(copy, n_steps, **changed)
     found = [damage for batch in batches for damage in batch.damaged]
     assert [damage.id for damage in found] == ids
@@ -81,7 +81,7 @@ def test_a_repaired_sample_stays_in_quarantine(dataset: Dataset, copy: Dataset) 
     for number in (3, 11, 30):
         damage_sample(copy, number)
     changed: dict[str, Any] = {"batch_size": 2}
-    n_steps = make_order(copy, **changed).steps_of(1)
+    n_steps = make_order(copy, **changed).steps_for(1)
     expected, _ = read_world(copy, 2 * n_steps, **changed)
     _, state = read_world(copy, n_steps, **changed)
     assert len(state["quarantine"]) == 3
@@ -96,7 +96,7 @@ def test_a_rank_learns_what_others_found(copy: Dataset) -> None:
     [finder], _ = read_steps(copy, 1, batch_size=1, shuffle=False)
     assert finder.damaged
     with open_loader(copy, workers=0) as loader:
-        loader.learn(finder.damaged)
+        loader.add_damaged(finder.damaged)
         assert (loader.n_damaged, next(loader).damaged) == (1, [])
 
 
@@ -106,12 +106,12 @@ def test_more_damage_than_may_be_is_an_error(copy: Dataset, workers: int) -> Non
         damage_sample(copy, number)
     n_samples = copy.total("samples", "train")
     settings: dict[str, Any] = {"batch_size": 2, "workers": workers}
-    with open_loader(copy, max_damaged_share=6 / n_samples + 1e-9, **settings) as loader:
+    with open_loader(copy, max_damaged_fraction=6 / n_samples + 1e-9, **settings) as loader:
         for _ in range(80):
             next(loader)
         assert loader.n_damaged == 6
-    words = rf"train-\d+\.tar: sample .*\b6 of {n_samples} samples.*data\.max_damaged_share="
-    loader = open_loader(copy, max_damaged_share=5 / n_samples + 1e-9, **settings)
+    words = rf"train-\d+\.tar: sample .*\b6 of {n_samples} samples.*data\.max_damaged_fraction="
+    loader = open_loader(copy, max_damaged_fraction=5 / n_samples + 1e-9, **settings)
     with pytest.raises(DataError, match=words):
         for _ in range(80):
             next(loader)
@@ -122,7 +122,7 @@ def test_a_data_set_of_damage_ends(copy: Dataset) -> None:
         (folder_of(copy) / shard.name).write_bytes(bytes(shard.size))
     with (
         pytest.raises(DataError, match=r"data\.max_damaged_\w+=0\.99"),
-        open_loader(copy, max_damaged_share=0.99) as loader,
+        open_loader(copy, max_damaged_fraction=0.99) as loader,
     ):
         next(loader)
 
@@ -179,7 +179,7 @@ def test_changed_data_are_refused_unless_accepted(dataset: Dataset, tmp_path: Pa
     now = other_data(tmp_path / kind, kind)
     _, state = read_world(dataset, 5)
     order = make_order(now)
-    changes = explain_changes(before.record(), now.record())
+    changes = describe_changes(before.record(), now.record())
     with pytest.raises(DataError, match=rf"data\.accept_changed(.|\n)*{words}"):
         read_state(state, order, changes=changes)
     start = read_state(state, order, changes=changes, accept_changed=True)
@@ -212,10 +212,10 @@ def test_data_sets_that_did_not_change_go_on(dataset: Dataset, tmp_path: Path) -
     start = read_state(state, make_order(both), accept_changed=True)
     assert start.streams is not None
     assert {tuple(positions) for positions, _ in start.streams.values()} == {(5 * 64, 0)}
-    lines = explain_changes(one.record(), both.record())
+    lines = describe_changes(one.record(), both.record())
     assert lines[0] == "data.weights were [1.0] and are [0.5, 0.5]"
     assert lines[1] == f"data set {other.folder.address} was added"
-    assert explain_changes(both.record(), one.record())[1].endswith("was removed")
+    assert describe_changes(both.record(), one.record())[1].endswith("was removed")
 
 
 def test_a_data_set_may_move(dataset: Dataset, copy: Dataset) -> None:
@@ -225,5 +225,5 @@ def test_a_data_set_may_move(dataset: Dataset, copy: Dataset) -> None:
 
 
 def test_many_changes_are_cut_short(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
-    lines = explain_changes(Corpus([dataset]).record(), Corpus([make_dataset(shard_bytes=800)]).record())
+    lines = describe_changes(Corpus([dataset]).record(), Corpus([make_dataset(shard_bytes=800)]).record())
     assert len(lines) == 9 and lines[-1].endswith(" more")

@@ -107,7 +107,7 @@ def test_a_record_that_was_edited_is_refused(copy: Path) -> None:
         (lambda samples: samples[0].update(offset=0), "begins at 0"),
         (lambda samples: samples[0].update(offset=513), "begins at 513"),
         (lambda samples: samples[1].update(offset=512), "begins at 512"),
-        (lambda samples: samples[-1].update(offset=1 << 40), f"{1 << 40}"),
+        (lambda samples: samples[-1].update(offset=1 << 40), f"{(1 << 40) // 1000}.*20480"),
         (lambda samples: samples[0].update(size=1 << 40, n_tokens=(1 << 40) + 1), f"{1 << 40}"),
         (lambda samples: samples[0].update(n_tokens=3), "3 tokens"),
         (lambda samples: samples[0].update(n_bytes=3), "bytes of text"),
@@ -115,7 +115,7 @@ def test_a_record_that_was_edited_is_refused(copy: Path) -> None:
         (lambda samples: samples[1].update(key=samples[0]["key"]), "twice"),
         (lambda samples: samples[0].update(sha256="0"), "sha256.*'0'"),
         (lambda samples: samples[0].update(document=None), "document .*None"),
-        (lambda samples: samples.append(3), "3"),
+        (lambda samples: samples.append(3), "document .*None"),
     ],
 )
 def test_bad_indexes(copy: Path, change: Callable[[list[dict[str, Any]]], None], message: str) -> None:

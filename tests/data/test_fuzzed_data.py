@@ -103,7 +103,7 @@ def read_all(folder: Path) -> tuple[Counter[bytes], set[str], set[str]]:
     texts: Counter[bytes] = Counter()
     read: set[str] = set()
     try:
-        while pieces := stream.next_pieces(0, reader.open):
+        while pieces := stream.next_spans(0, reader.open):
             for piece in (piece for piece in pieces if piece.start == 0):
                 texts[bytes(piece.tokens[:-1].astype("uint8"))] += 1
                 read.add(f"{piece.source.shard.name}/{piece.source.entry.key}")

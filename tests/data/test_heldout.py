@@ -88,7 +88,7 @@ def test_damaged_documents_are_left_out_and_named(make_dataset: Callable[..., Da
     damage_sample(dataset, 1, "heldout")
     found: list[DamagedSample] = []
     ranks = [
-        read(dataset, max_damaged_share=0.2, report=found.append, dp_rank=rank, dp_size=2) for rank in range(2)
+        read(dataset, max_damaged_fraction=0.2, report=found.append, dp_rank=rank, dp_size=2) for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1])
     assert labels_in_order(ranks) == np.concatenate([text[0], *text[2:]]).tolist()

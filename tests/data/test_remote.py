@@ -35,7 +35,7 @@ def packed(make_dataset: Callable[..., Dataset]) -> Dataset:
 def server(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(storage_module, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(storage_module, "RETRY_DELAYS", (0.01, 0.01, 0.01))
     with serve(folder_of(packed).parent) as found:
         yield found
 

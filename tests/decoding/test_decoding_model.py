@@ -199,7 +199,7 @@ def test_only_the_last_logits() -> None:
     [
         ({"causal": False}, "model.causal"),
         ({"neighbours": NeighbourRule.chunk}, "model.neighbours"),
-        ({"local_chunk_len": 8}, "model.local_chunk_len"),
+        ({"local_chunk_len": 8}, "model.compat.local_chunk_len"),
     ],
     ids=str,
 )

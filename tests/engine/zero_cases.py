@@ -27,7 +27,7 @@ from zero_setup import (
     rows,
 )
 
-from reformer_dist.checkpoint import CheckpointReader, Saving
+from reformer_dist.checkpoint import CheckpointReader, AsyncSave
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
@@ -53,7 +53,7 @@ class Run:
         self.done = reader.step
 
     def save(self) -> None:
-        Saving(
+        AsyncSave(
             self.job,
             self.folder,
             self.done,

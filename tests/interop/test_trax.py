@@ -133,7 +133,7 @@ def test_every_weight_is_where_it_belongs(tmp_path: Path) -> None:
     assert torch.equal(model.stack.norm.weight, torch.from_numpy(flat[-4]))
     assert torch.equal(model.head.weight, torch.from_numpy(flat[-2]).T)
     config = found.config
-    assert (config.norm_eps, config.is_concat, config.chunk_wrap, config.qk_scale) == (1e-6, True, True, 1.0)
+    assert (config.norm_eps, config.is_concat, config.compat.chunk_wrap, config.qk_scale) == (1e-6, True, True, 1.0)
     assert [kind.name for kind in config.layers] == ["local", "lsh"]
     assert model(torch.zeros(1, 40, dtype=torch.int64)).isfinite().all()
 

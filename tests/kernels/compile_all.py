@@ -10,11 +10,11 @@ from triton.compiler import ASTSource
 
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule
 from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
-from reformer_dist.ops.lsh.triton_kernels.cut import _cut
+from reformer_dist.ops.lsh.triton_kernels.tile_table import _build_table
 from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
 from reformer_dist.ops.lsh.triton_kernels.hashing import _hash
 from reformer_dist.ops.lsh.triton_kernels.rowwise import _merge_rounds, _sum_rounds
-from reformer_dist.ops.lsh.triton_kernels.tiles import Constants
+from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants
 
 INTEGERS = {"order_ptr", "table_ptr", "codes_ptr", "who_ptr", "bounds_ptr"}
 SINGLE = {"lse_ptr", "delta_ptr", "part_lse_ptr"}
@@ -49,14 +49,14 @@ def main() -> None:
     cases = (("bf16", 64, 64, window, False), ("bf16", 64, 64, window, True), ("fp32", 16, 80, wrapped, False))
     for dtype, block, head_dim, options, held in cases:
         shared = dtype == "bf16"
-        constants = Constants.of(options, block, max(16, block // 2), head_dim, 4, shared=shared, held=held)
+        constants = KernelConstants.of(options, block, max(16, block // 2), head_dim, 4, shared=shared, held=held)
         for kernel in (attend_round, attend_round_backward):
             compile_one(kernel, dtype, {"C": constants}, 4 if dtype == "bf16" else 8)
     rows = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "N_ROUNDS": 4}
     for held in (False, True):
         compile_one(_merge_rounds, "bf16", {**rows, "HELD": held}, 4)
         compile_one(_sum_rounds, "bf16", {**rows, "HELD": held, "LEADS_BACK": True}, 4)
-        compile_one(_cut, "i16", {"SORTED": True, "CHUNKED": False, "HELD": held, "BLOCK": 64, "PLACES": 256}, 4)
+        compile_one(_build_table, "i16", {"SORTED": True, "CHUNKED": False, "HELD": held, "BLOCK": 64, "PLACES": 256}, 4)
     sizes = {"ROWS": 128, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
     for rotates, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
         parts = 3 if dtype == "bf16" else 1

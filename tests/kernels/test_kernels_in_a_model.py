@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.config import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.models import ReformerLM
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def loss_and_grads(backend: AttentionImplementation) -> dict[str, Tensor]:
+def loss_and_grads(backend: AttentionBackend) -> dict[str, Tensor]:
     config = ModelConfig(
         dim=32,
         n_heads=2,
@@ -26,7 +26,7 @@ def loss_and_grads(backend: AttentionImplementation) -> dict[str, Tensor]:
         local_round=True,
         axial_shape=[8, 8],
         attention_dropout=0.2,
-        attention_implementation=backend,
+        attention_backend=backend,
     )
     model = ReformerLM(config, 20, seed=3).to(DEVICE)
     tokens = torch.randint(0, 20, (2, 38), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -38,7 +38,7 @@ def loss_and_grads(backend: AttentionImplementation) -> dict[str, Tensor]:
 
 def test_loss_and_gradients():
     kernels, torch_ = (
-        loss_and_grads(name) for name in (AttentionImplementation.triton, AttentionImplementation.torch)
+        loss_and_grads(name) for name in (AttentionBackend.triton, AttentionBackend.torch)
     )
     assert kernels.keys() == torch_.keys() and len(kernels) > 10
     for name, right in torch_.items():

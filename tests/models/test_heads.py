@@ -16,7 +16,7 @@ from reformer_dist.config import ModelConfig, Pooling, Recompute, StreamMerge
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 from reformer_dist.models.base import ReformerModel
-from reformer_dist.models.question_answering import EXCLUDED
+from reformer_dist.models.question_answering import MASKED_LOGIT
 
 TWO_SIDED: dict[str, Any] = {"causal": False, "layers": [LSH, LOCAL, EXACT], "n_layers": 3}
 CONCAT = {"merge_streams": StreamMerge.concat}
@@ -112,7 +112,7 @@ def test_question_answering() -> None:
     ends = model(tokens, **options)
     assert all(logits.shape == (3, 37) and logits.dtype == torch.float32 for logits in ends)
     for logits in ends:
-        assert torch.equal(logits == EXCLUDED, question | ~mask)
+        assert torch.equal(logits == MASKED_LOGIT, question | ~mask)
     columns = ANSWERS + torch.tensor([[0], [9], [0]])  # positions begin behind the padding of the second row
     expected = sum(
         F.cross_entropy(logits, columns[:, end], reduction="sum", ignore_index=-100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.config import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.attention import require_attention
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, backends, bucket_attention
@@ -21,7 +21,7 @@ def test_a_cpu_takes_the_library_where_it_can_unless_told():
 
 
 def test_names_are_those_of_the_configuration():
-    assert {choice.name for choice in AttentionImplementation} == {"auto", *backends.NAMES}
+    assert {choice.name for choice in AttentionBackend} == {"auto", *backends.NAMES}
 
 
 def test_reasons(monkeypatch):
@@ -41,11 +41,11 @@ def test_reasons(monkeypatch):
 
 def test_a_run_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    config = ModelConfig(attention_implementation=AttentionImplementation.triton)
-    with pytest.raises(ConfigError, match=r"model\.attention_implementation=triton: .*GPU"):
+    config = ModelConfig(attention_backend=AttentionBackend.triton)
+    with pytest.raises(ConfigError, match=r"model\.attention_backend=triton: .*GPU"):
         require_attention(config, CPU)
     config = ModelConfig(
-        attention_implementation=AttentionImplementation.triton, layers=[AttentionKind.exact], n_heads=1
+        attention_backend=AttentionBackend.triton, layers=[AttentionKind.exact], n_heads=1
     )
     require_attention(config, CPU)
 

@@ -36,7 +36,7 @@ class Shared:
     """Where the slices of the ranks 1, 2, ... start; slices may be empty."""
 
     def buckets(self) -> Tensor:
-        """[U, R, S], n_buckets for padding."""
+        """[BH, R, S], n_buckets for padding."""
         _, _, _, ids, mask = self.case.tensors()
         return mark_padding(ids, self.case.options.n_buckets, mask)
 
@@ -54,11 +54,11 @@ class Round:
         slices = list(bucket.tensor_split(shared.cuts, dim=1))
         counts = torch.stack([count_buckets(part.unsqueeze(1), n_buckets)[:, 0] for part in slices])
         self.total = counts.sum(dim=0, dtype=torch.int32)
-        """[U, K]"""
+        """[BH, K]"""
         before = counts.cumsum(dim=0) - counts
         ranks = [bucket_ranks(part, own) for part, own in zip(slices, before, strict=True)]
         self.rank = torch.cat(ranks, dim=1)
-        """[U, S]"""
+        """[BH, S]"""
         owners, taken = [], []
         for part, rank in zip(slices, ranks, strict=True):
             if isinstance(rule, ChunkRule):
@@ -68,13 +68,13 @@ class Round:
             owners.append(owner)
             taken.append(takers(readers, part.shape, size))
         self.owner = torch.cat(owners, dim=1)
-        """[U, S], -1 for padding."""
+        """[BH, S], -1 for padding."""
         self.taken = torch.cat(taken, dim=2)
-        """[P, U, S]: whether each rank takes the token."""
+        """[P, BH, S]: whether each rank takes the token."""
 
 
 def takers(readers: list[Recipients], shape: torch.Size, size: int) -> Tensor:
-    """bool [P, U, S] of all that `Recipients.iter_ranks` names."""
+    """bool [P, BH, S] of all that `Recipients.iter_ranks` names."""
     found = torch.zeros(size, *shape, dtype=torch.bool)
     for some in readers:
         for taker, takes in some.iter_ranks(size):
@@ -96,19 +96,19 @@ def shared(draw: st.DrawFn, rules: st.SearchStrategy, n_hashes: int = 1) -> Shar
 
 
 def visible(bucket: Tensor, rule: WindowRule | ChunkRule, mask: Tensor | None = None) -> Tensor:
-    """bool [U, S, S] of one round of ids [U, S]; mask [U, S]."""
+    """bool [BH, S, S] of one round of ids [BH, S]; mask [BH, S]."""
     return visible_pairs(bucket.view(bucket.shape[0], 1, 1, -1), rule, mask)[:, 0, 0] > 0
 
 
 def needed(owner: Tensor, sees: Tensor, size: int) -> Tensor:
-    """bool [P, U, S]: the token is attended by the rank, or a query of the rank's sees it."""
+    """bool [P, BH, S]: the token is attended by the rank, or a query of the rank's sees it."""
     attends = torch.stack([owner == index for index in range(size)])
     seen = (attends.unsqueeze(3) & sees).any(dim=2)
     return attends | seen
 
 
 def chunk_numbers(bucket: Tensor, chunk_len: int) -> Tensor:
-    """[U, S] number of each token's chunk, padding (whose ids are the highest) included."""
+    """[BH, S] number of each token's chunk, padding (whose ids are the highest) included."""
     order = bucket.long().argsort(dim=1, stable=True)
     return order.argsort(dim=1) // chunk_len
 
@@ -215,7 +215,7 @@ def padded(buckets: Tensor, case: Shared) -> Tensor:
 
 
 def chunk_owners(case: Shared, bucket: Tensor, rule: ChunkRule) -> Tensor:
-    """[U, S] rank whose run holds the token's chunk, padding included."""
+    """[BH, S] rank whose run holds the token's chunk, padding included."""
     chunk = chunk_numbers(bucket, rule.chunk_len)
     owner = torch.full_like(chunk, -1)
     for index in range(case.size):

@@ -1,21 +1,32 @@
-"""Run by test_exchange.py on several ranks: attention over slices is attention over the whole sequence."""
+"""Cases of test_exchange.py, run on each rank: attention over slices is attention over the whole sequence."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
+from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule
 from reformer_dist.parallel import SlicedSequence, plan
 
+
+class Mode(NamedTuple):
+    """A way to exchange rows, and how many tokens are attended to at a time."""
+
+    merge_returns: bool
+    overlaps: bool
+    group_tokens: int
+
+
+MODES = {"merged": Mode(True, True, 100), "per_round": Mode(False, False, 2**14)}
 CAUSAL, TWO_SIDED = WindowRule(8, causal=True), WindowRule(8, causal=False)
 
 
@@ -231,24 +242,25 @@ def check_exact_attention(mesh: SequenceMesh) -> None:
             torch.testing.assert_close(part[:, :, : n_real(sliced)], right, atol=1e-6, rtol=1e-6)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    job = runtime.start()
-    meshes = [tuple(map(int, word.split("x"))) for word in sys.argv[1:]]
-    for heads, buckets in meshes:
-        for merge_returns, overlaps, group_tokens in ((True, True, 100), (False, False, 2**14)):
-            mesh = make_mesh(job, heads, buckets, overlaps=overlaps)
-            plan.GROUP_TOKENS["cpu"] = group_tokens
-            for case in cases():
-                check(case, mesh, merge_returns)
-            check_causality(mesh, merge_returns)
-        if 8 % mesh.size == 0:
-            check_exact_attention(mesh)
-    job.barrier()
-    if job.is_main:
-        print(f"{len(cases())} cases hold")
-    runtime.stop()
+def run_case(job: Runtime, mesh: tuple[int, int], mode: str, case: Case) -> None:
+    with mesh_of(job, mesh, mode) as of_job:
+        check(case, of_job, MODES[mode].merge_returns)
 
 
-if __name__ == "__main__":
-    main()
+def run_causality(job: Runtime, mesh: tuple[int, int], mode: str) -> None:
+    with mesh_of(job, mesh, mode) as of_job:
+        check_causality(of_job, MODES[mode].merge_returns)
+
+
+def run_exact_attention(job: Runtime, mesh: tuple[int, int]) -> None:
+    check_exact_attention(make_mesh(job, *mesh))
+
+
+@contextmanager
+def mesh_of(job: Runtime, mesh: tuple[int, int], mode: str) -> Iterator[SequenceMesh]:
+    before = plan.GROUP_TOKENS["cpu"]
+    plan.GROUP_TOKENS["cpu"] = MODES[mode].group_tokens
+    try:
+        yield make_mesh(job, *mesh, overlaps=MODES[mode].overlaps)
+    finally:
+        plan.GROUP_TOKENS["cpu"] = before

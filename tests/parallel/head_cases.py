@@ -13,15 +13,14 @@ from torch import Tensor
 
 from reformer_dist.config import AttentionKind, DataConfig, ModelConfig, Pooling, RunConfig, TaskConfig, TaskKind
 from reformer_dist.data import ByteTokenizer
-from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.tasks import Task
-from reformer_dist.tasks.classification import SequenceClassification
 from reformer_dist.tasks.question_answering import QuestionAnswering
+from reformer_dist.tasks.sequence_classification import SequenceClassification
 from reformer_dist.training.batches import IGNORE_INDEX, MicroBatch
 from reformer_dist.training.evaluator import evaluate
 
@@ -35,7 +34,7 @@ class Batch:
 
 
 def check(job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
-    batch = MicroBatch.of(rows, sequence, labels_of_rows=task.labels_of_rows)
+    batch = MicroBatch.of(rows, sequence, labels_per_row=task.labels_per_row)
     assert job.sum([float(batch.valid_labels)]) == [float((rows["labels"] != IGNORE_INDEX).sum())]
     check_training(model, rows, batch)
     check_evaluation(job, model.eval(), rows, task, sequence)
@@ -93,21 +92,11 @@ def check_tasks(job: Runtime, config: ModelConfig, sequence: SlicedSequence) -> 
     check(job, asked, rows | {"labels": answers}, QuestionAnswering(run, ByteTokenizer()), sequence)
     # behind the text, in its padding, in the question: no rank holds an answer there
     rows["labels"] = torch.tensor([[seq_len, seq_len - 1], [2 * seq_len // 3, 2 * seq_len // 3 - 1], [0, 10_000]])
-    check_training(asked.train(), rows, MicroBatch.of(rows, sequence, labels_of_rows=True))
+    check_training(asked.train(), rows, MicroBatch.of(rows, sequence, labels_per_row=True))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    job = runtime.start()
-    for heads in (1, 2):
-        mesh = make_mesh(job, heads, job.world_size // heads)
-        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_buckets": 4, "window": 8, "local_window": 8}
-        config = ModelConfig(**sizes, layers=KINDS, causal=False, dropout=0.1, axial_shape=[8, 8])
-        for seq_len in (SEQ_LEN, 3):  # of the shorter rows some ranks have nothing
-            check_tasks(job, config, SlicedSequence(mesh, seq_len))
-    job.barrier()
-    runtime.stop()
-
-
-if __name__ == "__main__":
-    main()
+def run_tasks(job: Runtime, heads: int, seq_len: int) -> None:
+    mesh = make_mesh(job, heads, job.world_size // heads)
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_buckets": 4, "window": 8, "local_window": 8}
+    config = ModelConfig(**sizes, layers=KINDS, causal=False, dropout=0.1, axial_shape=[8, 8])
+    check_tasks(job, config, SlicedSequence(mesh, seq_len))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from model_setup import IGNORE_INDEX, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
-from reformer_dist.checkpoint import Saving
+from reformer_dist.checkpoint import AsyncSave
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
@@ -50,7 +50,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
             engine.backward(loss, valid)
         norms.append(engine.step(LEARNING_RATES[step]).grad_norm)
         losses.append(job.sum([total])[0] / valid)
-    Saving(
+    AsyncSave(
         job,
         out / case.name,
         STEPS,

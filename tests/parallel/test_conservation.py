@@ -33,7 +33,7 @@ class MistakenCommGroup(ThreadCommGroup):
     def all_to_all(self, blocks: Tensor, phase: str) -> Tensor:
         arrived = super().all_to_all(blocks, phase)
         if self.index == LIAR and blocks.dtype == torch.uint8:
-            comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, U, S]
+            comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, BH, S]
             was_seen = comes[:, 0].flatten()
             earlier = (was_seen[self.step :] & ~was_seen[: -self.step]).nonzero()[0]
             was_seen[earlier + self.step], was_seen[earlier] = False, True
@@ -77,7 +77,7 @@ def slice_of(x: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def slices(seed: int) -> list[Tensor]:
-    """[U, R, S / P] of each rank."""
+    """[BH, R, S / P] of each rank."""
     return [mark_padding(slice_of(whole_ids(seed), rank, 3), OPTIONS.n_buckets, None) for rank in range(SIZE)]
 
 

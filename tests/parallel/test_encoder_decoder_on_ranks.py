@@ -18,7 +18,7 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.config import ParallelConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.planning import Job
+from reformer_dist.planning import JobSpec
 from reformer_dist.planning.traffic import HEADS, exchange_traffic
 
 ALL = [pytest.param(world, case, id=f"{world}-{case.name}") for world in CASES for case in CASES[world]]
@@ -71,7 +71,7 @@ def test_training_is_that_of_plain_adamw(run_of: Callable[[int], Path], world: i
 @pytest.mark.parametrize("case", [case for case in CASES[2] if case.heads == 2], ids=lambda case: case.name)
 def test_bytes_of_heads_are_those_of_the_plan(run_of: Callable[[int], Path], case: Case) -> None:
     [sent] = json.loads((run_of(2) / "results.json").read_text())[case.name]["sent"]
-    planned = exchange_traffic(Job(case.config(), 2, 2, VOCAB, "cpu"))
+    planned = exchange_traffic(JobSpec(case.config(), 2, 2, VOCAB, "cpu"))
     assert planned.keys() == {HEADS}
     assert sent == pytest.approx(planned[HEADS], rel=0.01)  # the plan leaves masks out
 

@@ -11,9 +11,9 @@ from support.tiny import tiny_config, tiny_overrides
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel.traffic import head_bytes
-from reformer_dist.planning.libraries import measure_libraries
-from reformer_dist.planning.parameters import count_parameters
-from reformer_dist.planning.sizes import Job
+from reformer_dist.planning.plan import measure_libraries
+from reformer_dist.planning.sizes import JobSpec
+from reformer_dist.planning.states import count_parameters
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
 from reformer_dist.run.dry_run import dry_run, read_memory
 
@@ -57,8 +57,8 @@ def test_memory_needs_a_number_and_a_unit(flag):
 
 
 def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
-    def job(*words: str) -> Job:
-        return Job(tiny_config(tiny_data, tmp_path, "parallel.sequence=2", *words), 4, 4, 257, "cpu")
+    def job(*words: str) -> JobSpec:
+        return JobSpec(tiny_config(tiny_data, tmp_path, "parallel.sequence=2", *words), 4, 4, 257, "cpu")
 
     one = job("deepspeed.stage=1")
     count = count_parameters(lambda: ReformerLM(one.config.model, 257))
@@ -76,7 +76,7 @@ def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
 def test_libraries_are_measured_for_the_stage(tiny_data, tmp_path):
     """DeepSpeed imports more where it partitions."""
     plain, partitioned = (
-        measure_libraries(Job(tiny_config(tiny_data, tmp_path, f"deepspeed.stage={stage}"), 1, 1, 257, "cpu"))
+        measure_libraries(JobSpec(tiny_config(tiny_data, tmp_path, f"deepspeed.stage={stage}"), 1, 1, 257, "cpu"))
         for stage in (0, 3)
     )
     assert 100 * 2**20 < plain < partitioned < 2**30

@@ -130,7 +130,7 @@ def test_a_stopped_driver_saves_and_goes_on(tmp_path: Path, start: Start) -> Non
         wait_until(lambda so_far=before: len(steps(trial)) > so_far + 2, driver, log)
         driver.send_signal(signum)
         assert driver.wait(BOUND) == status, log.read_text()
-        assert states(folder) == {"model.n_hashes-1": "cut", "model.n_hashes-2": "waiting"}
+        assert states(folder) == {"model.n_hashes-1": "interrupted", "model.n_hashes-2": "waiting"}
         assert list((trial / "checkpoints").glob("step-*"))
     assert steps(trial) == list(range(1, len(steps(trial)) + 1))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DamagedSample = Callable[[Path, random.Random], None]
+Damage = Callable[[Path, random.Random], None]
 
 
 def flip_bits(path: Path, draw: random.Random) -> None:
@@ -58,7 +58,7 @@ def become_a_folder(path: Path, draw: random.Random) -> None:
     path.mkdir()
 
 
-BYTES: tuple[DamagedSample, ...] = (
+BYTES: tuple[Damage, ...] = (
     flip_bits,
     flip_bits,
     truncate,

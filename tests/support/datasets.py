@@ -17,17 +17,17 @@ import torch
 from reformer_dist.data import (
     Corpus,
     Dataset,
+    LoaderState,
     Quarantine,
     Sampler,
     SampleReader,
     SampleRef,
-    LoaderState,
     StepBatch,
     TrainLoader,
     merge_states,
     read_state,
 )
-from reformer_dist.data.format.layout import FORMAT, file_sha256, json_sha256
+from reformer_dist.data.format.layout import FORMAT_VERSION, file_sha256, json_sha256
 
 ORDER = {"seed": 3, "batch_size": 8, "seq_len": 64, "shuffle": True}
 
@@ -65,7 +65,7 @@ def replace_split(folder: Path, split: str, texts: list[bytes]) -> None:
             | {"n_tokens": member.size + 1, "n_bytes": member.size, "sha256": hashlib.sha256(text).hexdigest()}
             for member, text in zip(tar, texts, strict=True)
         ]
-    index = {"format": FORMAT, "shard": path.name, "samples": samples}
+    index = {"format": FORMAT_VERSION, "shard": path.name, "samples": samples}
     path.with_suffix(".json").write_text(json.dumps(index))
     n_bytes = sum(map(len, texts))
     shard = {"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path), "samples": len(texts)}
@@ -128,14 +128,14 @@ def open_loader(
     data: Dataset | Corpus,
     *,
     state: dict[str, Any] | None = None,
-    max_damaged_share: float = 0.5,
+    max_damaged_fraction: float = 0.5,
     accept_changed: bool = False,
     **changed: Any,
 ) -> TrainLoader:
     """A loader of ORDER; `changed` may name its keys and those of TrainLoader."""
     order = make_order(data, **changed)
     start = LoaderState() if state is None else read_state(state, order, accept_changed=accept_changed)
-    quarantine = Quarantine(order.corpus.total("samples", "train"), max_damaged_share, start.quarantine)
+    quarantine = Quarantine(order.corpus.total("samples", "train"), max_damaged_fraction, start.quarantine)
     own = {key: value for key, value in changed.items() if key not in ORDER}
     return TrainLoader(order, quarantine, start=start, **({"micro_batch_size": 1, "workers": 0} | own))
 

@@ -21,7 +21,7 @@ SPACE = ("sweep=optuna", RATES, "model.n_hashes=1,2,4", WINDOWS)
 
 
 def open_strategy(request: SweepRequest):  # type: ignore[no-untyped-def]
-    """A plan as a new driver makes it."""
+    """A strategy as a new driver makes it."""
     from reformer_dist.sweep.search import OptunaSearch
 
     request.folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def open_strategy(request: SweepRequest):  # type: ignore[no-untyped-def]
     return OptunaSearch(request, file, lambda name, changed: make_trial(request, name, changed)), file
 
 
-def finish(plan, file: SweepFile, trial: Trial, loss: float) -> None:  # type: ignore[no-untyped-def]
+def finish(strategy, file: SweepFile, trial: Trial, loss: float) -> None:  # type: ignore[no-untyped-def]
     trial.state, trial.result = TrialStatus.finished, {"eval/loss": loss}
     file.save()
     strategy.trial_ended(trial)
@@ -44,7 +44,7 @@ def states(folder: Path) -> list[str]:
 
 
 def test_a_study_ends_after_its_trials_and_grows_on(requested: Ask) -> None:
-    plan, file = open_strategy(requested(*SPACE, "sweep.n_trials=3"))
+    strategy, file = open_strategy(requested(*SPACE, "sweep.n_trials=3"))
     for number in range(3):
         trial = strategy.next_trial()
         assert trial.name == f"trial-000{number}"
@@ -52,24 +52,24 @@ def test_a_study_ends_after_its_trials_and_grows_on(requested: Ask) -> None:
         assert trial.changed["model.window"] in ("16", "32", "48", "64")
         assert 1e-4 <= float(trial.changed["optim.lr"]) <= 1e-1
         assert f"optim.lr={trial.changed['optim.lr']}" in trial.overrides
-        finish(plan, file, trial, number)
+        finish(strategy, file, trial, number)
     assert strategy.next_trial() is None
-    plan, _ = open_strategy(requested(*SPACE, "sweep.n_trials=4"))
+    strategy, _ = open_strategy(requested(*SPACE, "sweep.n_trials=4"))
     assert strategy.next_trial().name == "trial-0003" and strategy.next_trial() is None
 
 
 def test_a_new_driver_goes_on_with_the_trials_of_the_last(requested: Ask) -> None:
     """One was running, one had ended without being told to the study, one was only proposed."""
     request = requested(*SPACE, "sweep.n_trials=4")
-    plan, file = open_strategy(request)
+    strategy, file = open_strategy(request)
     done, told_late, running, proposed = (strategy.next_trial() for _ in range(4))
-    finish(plan, file, done, 1.0)
+    finish(strategy, file, done, 1.0)
     told_late.state, told_late.result = TrialStatus.finished, {"eval/loss": 2.0}
     running.state = TrialStatus.running
     file.save()
     del file.trials[proposed.name]
     file.save()
-    plan, file = open_strategy(request)
+    strategy, file = open_strategy(request)
     assert states(request.folder) == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING"]
     left = [strategy.next_trial(), strategy.next_trial()]
     assert [trial.name for trial in left] == ["trial-0002", "trial-0003"]
@@ -79,12 +79,12 @@ def test_a_new_driver_goes_on_with_the_trials_of_the_last(requested: Ask) -> Non
 
 def test_a_trial_that_was_only_half_proposed_is_proposed_whole(requested: Ask) -> None:
     request = requested(*SPACE, "sweep.n_trials=1")
-    plan, _ = open_strategy(request)
-    plan._study.ask().suggest_categorical("model.n_hashes", ("1", "2", "4"))
-    plan, _ = open_strategy(request)
+    strategy, _ = open_strategy(request)
+    strategy._study.ask().suggest_categorical("model.n_hashes", ("1", "2", "4"))
+    strategy, _ = open_strategy(request)
     trial = strategy.next_trial()
     assert trial.name == "trial-0000" and len(trial.changed) == 3 and strategy.next_trial() is None
-    half = plan._study.trials[0].params["model.n_hashes"]
+    half = strategy._study.trials[0].params["model.n_hashes"]
     assert trial.changed["model.n_hashes"] == half
 
 
@@ -92,48 +92,48 @@ def test_a_new_driver_does_not_propose_the_same_points_again(requested: Ask) -> 
     request = requested(*SPACE, "sweep.n_trials=6")
     seen = set()
     for _ in range(6):
-        plan, file = open_strategy(request)
+        strategy, file = open_strategy(request)
         trial = strategy.next_trial()
         seen.add(tuple(trial.changed.values()))
-        finish(plan, file, trial, 1.0)
+        finish(strategy, file, trial, 1.0)
     assert len(seen) == 6
 
 
 def test_the_same_seed_proposes_the_same_points(requested: Ask) -> None:
     def points(folder: str, seed: int) -> list[dict[str, str]]:
         request = requested(*SPACE, f"sweep.seed={seed}")
-        plan, _ = open_strategy(replace(request, folder=request.folder / folder))
+        strategy, _ = open_strategy(replace(request, folder=request.folder / folder))
         return [strategy.next_trial().changed for _ in range(3)]
 
     assert points("a", 1) == points("b", 1) != points("c", 2)
 
 
 def test_a_trial_below_the_median_is_pruned(requested: Ask) -> None:
-    plan, file = open_strategy(requested(*SPACE, "sweep.prune_after=3"))
+    strategy, file = open_strategy(requested(*SPACE, "sweep.prune_after=3"))
     for number in range(4):
         trial = strategy.next_trial()
-        assert not plan.should_prune(trial, [{"step": 2, "eval/loss": 9.0 + number}])
-        assert not plan.should_prune(trial, [{"step": 4, "eval/loss": 1.0 + number / 10}])
-        finish(plan, file, trial, 1.0)
+        assert not strategy.should_prune(trial, [{"step": 2, "eval/loss": 9.0 + number}])
+        assert not strategy.should_prune(trial, [{"step": 4, "eval/loss": 1.0 + number / 10}])
+        finish(strategy, file, trial, 1.0)
     bad, good = strategy.next_trial(), strategy.next_trial()
-    assert not plan.should_prune(bad, [{"step": 2, "eval/loss": 99.0}])
-    assert plan.should_prune(bad, [{"step": 2, "eval/loss": 99.0}, {"step": 4, "eval/loss": 5.0}])
-    assert not plan.should_prune(good, [{"step": 4, "eval/loss": 0.5}])
+    assert not strategy.should_prune(bad, [{"step": 2, "eval/loss": 99.0}])
+    assert strategy.should_prune(bad, [{"step": 2, "eval/loss": 99.0}, {"step": 4, "eval/loss": 5.0}])
+    assert not strategy.should_prune(good, [{"step": 4, "eval/loss": 0.5}])
     bad.state = TrialStatus.pruned
     strategy.trial_ended(bad)
     assert states(file.folder)[4:] == ["PRUNED", "RUNNING"]
 
 
 def test_nothing_is_pruned_where_nothing_shall_be(requested: Ask) -> None:
-    plan, file = open_strategy(requested(*SPACE, "sweep.prune_after=null"))
+    strategy, file = open_strategy(requested(*SPACE, "sweep.prune_after=null"))
     for _ in range(4):
-        finish(plan, file, strategy.next_trial(), 1.0)
-    assert not plan.should_prune(strategy.next_trial(), [{"step": 4, "eval/loss": 5.0}])
+        finish(strategy, file, strategy.next_trial(), 1.0)
+    assert not strategy.should_prune(strategy.next_trial(), [{"step": 4, "eval/loss": 5.0}])
 
 
 def test_failures_count_and_are_tried_again_when_asked_for(requested: Ask) -> None:
     request = requested(*SPACE, "sweep.n_trials=2")
-    plan, file = open_strategy(request)
+    strategy, file = open_strategy(request)
     killed, silent = strategy.next_trial(), strategy.next_trial()
     killed.state, killed.reason = TrialStatus.failed, "killed by SIGKILL"
     file.save()
@@ -143,18 +143,18 @@ def test_failures_count_and_are_tried_again_when_asked_for(requested: Ask) -> No
     assert silent.state is TrialStatus.failed and "no eval/loss" in silent.reason
     assert states(request.folder) == ["FAIL", "FAIL"] and strategy.next_trial() is None
     again = requested(*SPACE, "sweep.n_trials=2", "sweep.retry_failed=true")
-    plan, file = open_strategy(again)
+    strategy, file = open_strategy(again)
     retried = [strategy.next_trial(), strategy.next_trial()]
     assert [trial.changed for trial in retried] == [killed.changed, silent.changed]
     assert strategy.next_trial() is None
     for trial in retried:
-        finish(plan, file, trial, 1.0)
-    plan, _ = open_strategy(again)
+        finish(strategy, file, trial, 1.0)
+    strategy, _ = open_strategy(again)
     assert strategy.next_trial() is None
 
 
 def test_a_point_that_can_not_run_fails_and_the_next_comes(requested: Ask) -> None:
-    plan, file = open_strategy(
+    strategy, file = open_strategy(
         requested("sweep=optuna", "model.n_heads=3,5,7,4", "sweep.n_trials=8", "sweep.seed=3")
     )
     running = []

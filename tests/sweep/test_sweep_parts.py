@@ -19,7 +19,7 @@ from reformer_dist.sweep import metrics
 from reformer_dist.sweep.metrics import read_metrics, summarise
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.plots import pareto_front, write_plots
-from reformer_dist.sweep.process import last_error
+from reformer_dist.sweep.process import find_error
 from reformer_dist.sweep.report import as_text, best_first, table, write_report
 from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all, take_lock
 
@@ -43,7 +43,7 @@ def test_a_state_goes_round(tmp_path: Path) -> None:
 
 
 def test_of_two_files_the_later_state_counts(tmp_path: Path) -> None:
-    for shard, state in enumerate((TrialStatus.running, TrialStatus.finished, TrialStatus.cut)):
+    for shard, state in enumerate((TrialStatus.running, TrialStatus.finished, TrialStatus.interrupted)):
         file = SweepFile(tmp_path, (shard, 3))
         file.trials = {"a": Trial("a", {}, state)}
         file.save()
@@ -143,8 +143,8 @@ LOGS = [
 
 
 @pytest.mark.parametrize(("lines", "words"), LOGS)
-def test_last_words(lines: list[str], words: str) -> None:
-    assert last_error(lines).startswith(words)
+def test_error_of_a_log(lines: list[str], words: str) -> None:
+    assert find_error(lines).startswith(words)
 
 
 def test_the_table_names_every_trial_best_first() -> None:

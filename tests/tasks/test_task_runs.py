@@ -111,7 +111,7 @@ def test_a_completion_that_is_too_long_keeps_its_own_beginning(pairs: Path) -> N
         (["task.kind=masked_language_model"], "model.causal=True: must be false"),
         (["task.kind=completion", "model.causal=false"], "model.causal=False: must be true"),
         (["task.kind=completion", "trainer.sample_every=1"], "trainer.sample_every=1: must be 0"),
-        (["task.mask_share=1"], "task.mask_share=1.0: "),
+        (["task.mask_prob=1"], "task.mask_prob=1.0: "),
         (
             ["task.kind=sequence_to_sequence"],
             "task.max_source_len=1024: must be at most 128",

@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.datasets import damage_sample, make_order, open_loader, varied_documents
 
-from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, Start, consumed_hash, write_dataset
+from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, LoaderState, consumed_hash, write_dataset
 from reformer_dist.process.signals import INTERRUPTED
 from reformer_dist.run.data import QuarantineFile
 
@@ -213,7 +213,7 @@ def test_a_distant_step_is_found_at_once(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "data")
     for corpus in (Corpus([dataset, dataset], [1.0, 2.0]), Corpus([dataset])):
         order = make_order(corpus)
-        skipped, walked = Replay(order, Start()), Replay(order, Start())
+        skipped, walked = Replay(order, LoaderState()), Replay(order, LoaderState())
         skipped.skip(50)
         for _ in range(50):
             walked.next_step()

@@ -24,7 +24,7 @@ from reformer_dist.distributed.runtime import Runtime
 STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
 SHARED = "parallel.sequence=2"
-DAMAGED = ("data.max_damaged_share=0.5", "data.workers=0")
+DAMAGED = ("data.max_damaged_fraction=0.5", "data.workers=0")
 EPOCH = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=10")
 EPOCH += ("trainer.max_steps=1000",)
 
@@ -222,7 +222,7 @@ def test_errors_are_those_of_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> No
     for name, words in (
         ("uneven", "data.batch_size=5: must be a multiple of the 2 data-parallel ranks"),
         ("too many", "parallel.sequence=3: must divide the 2 ranks of the job"),
-        ("broken", "samples are damaged, and data.max_damaged_share=0.01 allows 0"),
+        ("broken", "samples are damaged, and data.max_damaged_fraction=0.01 allows 0"),
         ("again", "resume=never: "),
     ):
         first, second = ranks[1][name]

@@ -20,8 +20,8 @@ from reformer_dist.checkpoint import find_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.training.checkpoints import Checkpoints
-from reformer_dist.training.trainer import Progress
+from reformer_dist.training.checkpoints import CheckpointManager
+from reformer_dist.training.trainer import TrainState
 
 
 def test_resume_is_bitwise(
@@ -73,16 +73,16 @@ def test_a_kill_between_the_metrics_and_the_checkpoint_of_a_step(
     whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are on the disk before a checkpoint begins; what is ahead of the last one, and torn, is taken back."""
-    begin = Checkpoints.begin
+    begin = CheckpointManager.begin
 
-    def killed_at_step_6(self: Checkpoints, progress: Progress, data_state: dict[str, Any]) -> None:
+    def killed_at_step_6(self: CheckpointManager, progress: TrainState, data_state: dict[str, Any]) -> None:
         if progress.step == 6:
             raise KeyboardInterrupt
         begin(self, progress, data_state)
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "begin", killed_at_step_6)
+        patch.setattr(CheckpointManager, "begin", killed_at_step_6)
         train(job, tiny_data, run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert list(scalars(run, LOSS)) == list(losses(run)) == [1, 2, 3, 4, 5, 6]

@@ -2,7 +2,7 @@
 
 A copy is known by the sha256 that it should have, so data sets that share shards share copies. It is written aside
 and renamed, so a process that is killed leaves no half. Room is reserved before a download, under a lock, by
-removing what was used longest ago; a file that somebody has open stays readable until it is closed.
+removing what was used longest ago; a file that somebody has open stays normalize until it is closed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from reformer_dist.data.format.layout import file_sha256
 from reformer_dist.errors import DataError
 
-STALE = 3600.0  # seconds without a byte after which a download is taken for dead
-DOWNLOADS = 3  # of a file whose content is wrong each time in another way
+STALE_SECONDS = 3600.0  # seconds without a byte after which a download is taken for dead
+MAX_DOWNLOADS = 3  # of a file whose content is wrong each time in another way
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileRef:
     """A file of a data set, as its records describe it."""
 
     name: str
@@ -39,7 +39,7 @@ class FileCache:
         self._folder, self._limit = Path(folder).expanduser(), limit_bytes
         self._agreed: set[Path] = set()  # copies of another content than wanted, as the source gave it twice
 
-    def open(self, wanted: Wanted, where: str, download: Callable[[Path], None]) -> int:
+    def open(self, wanted: FileRef, where: str, download: Callable[[Path], None]) -> int:
         """A descriptor of the copy of a file, which `download` writes to a path if there is none yet.
 
         Where two downloads agree on a content that is not the wanted one, the source holds that, and so does the
@@ -63,12 +63,12 @@ class FileCache:
             words = f"the cache can't be used ({error.strerror or error})"
             raise DataError(f"{self._folder}: {words}; {right}") from error
 
-    def _copies(self, wanted: Wanted) -> Iterator[Path]:
+    def _copies(self, wanted: FileRef) -> Iterator[Path]:
         for path in self._folder.glob(f"{wanted.sha256}*.copy"):
             if path.name == f"{wanted.sha256}.copy" or path in self._agreed:
                 yield path
 
-    def _open_copy(self, wanted: Wanted) -> int | None:
+    def _open_copy(self, wanted: FileRef) -> int | None:
         for path in self._copies(wanted):
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -77,9 +77,9 @@ class FileCache:
                 return descriptor
         return None
 
-    def _fetch(self, wanted: Wanted, where: str, download: Callable[[Path], None]) -> None:
+    def _fetch(self, wanted: FileRef, where: str, download: Callable[[Path], None]) -> None:
         seen: set[str] = set()
-        for _ in range(DOWNLOADS):
+        for _ in range(MAX_DOWNLOADS):
             partial = self._reserve(wanted)
             try:
                 download(partial)
@@ -93,9 +93,9 @@ class FileCache:
                 seen.add(found)
             finally:
                 partial.unlink(missing_ok=True)
-        raise DataError(f"{where}: each of {DOWNLOADS} downloads gave something else; see to the connection")
+        raise DataError(f"{where}: each of {MAX_DOWNLOADS} downloads gave something else; see to the connection")
 
-    def _reserve(self, wanted: Wanted) -> Path:
+    def _reserve(self, wanted: FileRef) -> Path:
         """Makes room; returns the file to write to, whose name tells others how much is taken."""
         size = wanted.size or 0
         with self._lock("room"):
@@ -107,7 +107,7 @@ class FileCache:
                     taken += status.st_size
             for path in self._folder.glob("*.partial"):
                 with suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > STALE:
+                    if time.time() - path.stat().st_mtime > STALE_SECONDS:
                         path.unlink()
                     else:
                         taken += int(path.name.split("-")[0])

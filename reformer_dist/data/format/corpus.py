@@ -15,11 +15,11 @@ from reformer_dist.data.format.index import ShardIndex
 from reformer_dist.data.format.layout import SPLITS, Shard
 from reformer_dist.errors import DataError
 
-SHOWN_CHANGES = 8
+MAX_SHOWN_CHANGES = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusShard:
     """A shard among those of all data sets."""
 
     number: int
@@ -69,10 +69,10 @@ class Corpus:
         """How errors call it."""
         return ", ".join(dataset.folder.address for dataset in self.datasets)
 
-    def parts(self, split: str) -> list[Part]:
+    def parts(self, split: str) -> list[CorpusShard]:
         """Shards of "train" or "heldout", data set by data set, in the order in which they were written."""
         return [
-            Part(number, dataset, shard)
+            CorpusShard(number, dataset, shard)
             for number, dataset in enumerate(self.datasets)
             for shard in dataset.shards(split)
         ]
@@ -91,18 +91,18 @@ class Corpus:
         ]
         return sum(weight * number for weight, number in zip(self.weights, each, strict=True))
 
-    def check(self, split: str, max_damaged_share: float) -> Iterator[str]:
+    def check(self, split: str, max_damaged_fraction: float) -> Iterator[str]:
         """Yields a warning for each shard of another size than was recorded: samples that it lacks are damaged.
 
         Raises DataError, naming the shard, where one is missing, or where more samples are lost than may be.
         """
         lost = 0
         for dataset in self.datasets:
-            for shard, found in dataset.find_odd_sizes(split):
+            for shard, found in dataset.find_size_mismatches(split):
                 words = f"{dataset.folder.where(shard.name)}: shard holds {found} bytes, expected {shard.size}"
                 lost += sum(entry.offset + entry.size > found for entry in dataset.index(shard).entries)
-                if lost > max_damaged_share * self.total("samples", split):
-                    right = f"data.max_damaged_share={max_damaged_share:g} allows fewer; copy or write it again"
+                if lost > max_damaged_fraction * self.total("samples", split):
+                    right = f"data.max_damaged_fraction={max_damaged_fraction:g} allows fewer; copy or write it again"
                     raise DataError(f"{words}; {lost} samples of the {split} split are lost: {right}")
                 yield f"{words}; samples that it lacks are passed over"
 
@@ -124,7 +124,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def explain_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two records of a corpus, a line for each shard or data set; the first few lines."""
     lines = []
     if before["tokenizer"] != now["tokenizer"]:
@@ -137,8 +137,8 @@ def explain_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     for earlier, later in zip(old, new, strict=False):
         for split in SPLITS:
             lines += [f"{later['address']}: {words}" for words in _changed_shards(earlier[split], later[split])]
-    more = len(lines) - SHOWN_CHANGES
-    return lines if more <= 0 else [*lines[:SHOWN_CHANGES], f"and {more} more"]
+    more = len(lines) - MAX_SHOWN_CHANGES
+    return lines if more <= 0 else [*lines[:MAX_SHOWN_CHANGES], f"and {more} more"]
 
 
 def _digests(dataset: Dataset, split: str) -> dict[str, list[Any]]:

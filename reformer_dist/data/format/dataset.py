@@ -13,7 +13,7 @@ from reformer_dist.data.format.cache import FileCache
 from reformer_dist.data.format.index import IndexCache, ShardIndex
 from reformer_dist.data.format.layout import (
     DATASET_FILE,
-    FORMAT,
+    FORMAT_VERSION,
     SPLITS,
     TEXT_FIELDS,
     Shard,
@@ -90,7 +90,7 @@ class Dataset:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
         return sum(getattr(shard, count) for shard in self.splits[split])
 
-    def find_odd_sizes(self, split: str) -> Iterator[tuple[Shard, int]]:
+    def find_size_mismatches(self, split: str) -> Iterator[tuple[Shard, int]]:
         """Shards whose size is not the recorded one, and what it is. Remote ones are looked at when fetched.
 
         Raises DataError, naming the shard, where one is missing.
@@ -114,10 +114,10 @@ def _what_to_do(path: Path) -> str:
 
 
 def _check_record(record: Mapping[str, Any], where: str) -> None:
-    if record.get("format") != FORMAT:
+    if record.get("format") != FORMAT_VERSION:
         fix = "write the data set again with tools/make_shards.py"
         raise DataError(
-            f"{where}: format {record.get('format')!r} is not {FORMAT}, which this version reads; {fix}"
+            f"{where}: format {record.get('format')!r} is not {FORMAT_VERSION}, which this version reads; {fix}"
         )
     if record.get("sha256") != json_sha256(record):
         raise DataError(f"{where}: is not as it was written (its own sha256 differs); copy or write it again")

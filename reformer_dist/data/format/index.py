@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.cache import Wanted
+from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.layout import (
-    FORMAT,
+    FORMAT_VERSION,
     MEMBER_SUFFIX,
-    MOST_SAMPLE_BYTES,
+    MAX_SAMPLE_BYTES,
     Shard,
     parse_json,
     require_count,
@@ -28,7 +28,7 @@ from reformer_dist.data.format.storage import Folder
 from reformer_dist.errors import DataError
 
 HEADER_BYTES = 512  # of a tar member, right before its content
-KEPT_INDEXES = 8
+MAX_CACHED_INDEXES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,14 +67,14 @@ def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> S
     dtype: of the stored token ids; n_fields: of each sample.
     """
     where = folder.where(shard.index_name)
-    with os.fdopen(folder.open(Wanted(shard.index_name, None, shard.index_sha256)), "rb") as file:
+    with os.fdopen(folder.open(FileRef(shard.index_name, None, shard.index_sha256)), "rb") as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != shard.index_sha256:
         raise DataError(f"{where}: is not the index that was written (sha256 differs); copy it again")
     record = parse_json(content, where)
     samples = record.get("samples")
-    if record.get("format") != FORMAT or record.get("shard") != shard.name or not isinstance(samples, list):
-        raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT}")
+    if record.get("format") != FORMAT_VERSION or record.get("shard") != shard.name or not isinstance(samples, list):
+        raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT_VERSION}")
     itemsize = np.dtype(dtype).itemsize
     entries = [_entry(sample, where, itemsize, n_fields) for sample in samples]
     _check_places(entries, shard, where)
@@ -104,7 +104,7 @@ class IndexCache:
             if name not in self._kept:
                 self._kept[name] = read_index(folder, shard, dtype, n_fields)
             self._kept.move_to_end(name)
-            if len(self._kept) > KEPT_INDEXES:
+            if len(self._kept) > MAX_CACHED_INDEXES:
                 self._kept.popitem(last=False)
             return self._kept[name]
 
@@ -125,8 +125,8 @@ def _entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEnt
         lengths=_lengths(record, n_fields, f"{where}: sample {key}"),
         facts=record["facts"] if isinstance(record.get("facts"), dict) else {},
     )
-    if entry.size > MOST_SAMPLE_BYTES:
-        raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MOST_SAMPLE_BYTES}")
+    if entry.size > MAX_SAMPLE_BYTES:
+        raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MAX_SAMPLE_BYTES}")
     n_stored = entry.size // itemsize
     fits = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
     if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not fits:

@@ -15,7 +15,7 @@ from typing import Any
 
 from reformer_dist.errors import DataError
 
-FORMAT = 2
+FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
@@ -23,11 +23,11 @@ TEXT_FIELDS = ("text",)
 """Of a sample, where dataset.json names no fields."""
 MEMBER_SUFFIX = {"uint8": "txt", "uint16": "u16", "uint32": "u32"}
 """Suffix of a sample's file in the tar, by the type of its token ids (little-endian)."""
-MOST_SAMPLE_BYTES = 1 << 30
+MAX_SAMPLE_BYTES = 1 << 30
 """No sample is larger: whoever records one would have every rank allocate it."""
 
 
-def learned_dtype(vocab_size: int) -> str:
+def id_dtype(vocab_size: int) -> str:
     """Type that stores the ids of a vocabulary that was learned."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 

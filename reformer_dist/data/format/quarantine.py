@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.sample_reader import SampleDamaged, SampleReader, Source
+from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleReader, SampleRef
 from reformer_dist.errors import DataError
 
 SampleId = tuple[int, str, str]
@@ -20,7 +20,7 @@ SampleId = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
-class Damage:
+class DamagedSample:
     """A sample that is not what was written."""
 
     id: SampleId
@@ -41,22 +41,22 @@ class Quarantine:
         """`max_share`: of the `n_samples` of the run; one more damaged sample is an error."""
         self._most = int(max_share * n_samples)
         self._n_samples, self._max_share = n_samples, max_share
-        self._reasons: dict[SampleId, Damage | None] = dict.fromkeys(known)
+        self._reasons: dict[SampleId, DamagedSample | None] = dict.fromkeys(known)
 
     def __contains__(self, sample: SampleId) -> bool:
         return sample in self._reasons
 
-    def add(self, damages: Iterable[Damage]) -> None:
+    def add(self, damages: Iterable[DamagedSample]) -> None:
         """Raises DataError where these are too many."""
         last = None
         for last in damages:
             self._reasons.setdefault(last.id, last)
         if last is not None and len(self._reasons) > self._most:
             share = f"{len(self._reasons)} of {self._n_samples} samples are damaged"
-            right = f"data.max_damaged_share={self._max_share:g} allows {self._most}"
+            right = f"data.max_damaged_fraction={self._max_share:g} allows {self._most}"
             raise DataError(f"{last}; {share}, and {right}: copy the shards again, or allow more")
 
-    def reason(self, sample: SampleId) -> Damage | None:
+    def reason(self, sample: SampleId) -> DamagedSample | None:
         """How a sample is damaged; None where that was known before this run began."""
         return self._reasons[sample]
 
@@ -68,10 +68,10 @@ class CheckedReader:
         self._quarantine, self._reader = quarantine, SampleReader()
         # streams whose shares meet in one long document share its tokens
         self._opened: WeakValueDictionary[SampleId, NDArray[Any]] = WeakValueDictionary()
-        self.passed_over: list[SampleId] = []
+        self.skipped_samples: list[SampleId] = []
         """Samples of which nothing was read, until somebody empties the list."""
 
-    def open(self, data_set: int, source: Source) -> Any:
+    def open(self, data_set: int, source: SampleRef) -> Any:
         """Tokens of a sample, [n_tokens]; None where it is in quarantine, or belongs there from now on."""
         name = (data_set, source.shard.name, source.entry.key)
         if name not in self._quarantine:
@@ -81,9 +81,9 @@ class CheckedReader:
             try:
                 self._opened[name] = tokens = self._reader.read(source)
                 return tokens
-            except SampleDamaged as damaged:
-                self._quarantine.add([Damage(name, source.where, source.entry.document, str(damaged))])
-        self.passed_over.append(name)
+            except DamagedSampleError as damaged:
+                self._quarantine.add([DamagedSample(name, source.where, source.entry.document, str(damaged))])
+        self.skipped_samples.append(name)
         return None
 
     def close(self) -> None:

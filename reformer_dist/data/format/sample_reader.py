@@ -18,22 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.cache import Wanted
+from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.index import HEADER_BYTES, IndexEntry, member_name
 from reformer_dist.data.format.layout import Shard
 from reformer_dist.errors import DataError
 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".npy")
-KEPT_FILES = 32
+MAX_OPEN_FILES = 32
 
 
-class SampleDamaged(Exception):
+class DamagedSampleError(Exception):
     """A sample is not what was written; the message says how."""
 
 
 @dataclass(frozen=True)
-class Source:
+class SampleRef:
     """A sample of a data set: where it is, and what it must be."""
 
     dataset: Dataset
@@ -52,27 +52,27 @@ class SampleReader:
     def __init__(self) -> None:
         self._files: OrderedDict[tuple[Dataset, str], int] = OrderedDict()
 
-    def read(self, source: Source) -> NDArray[np.unsignedinteger]:
+    def read(self, source: SampleRef) -> NDArray[np.unsignedinteger]:
         """Tokens of a sample, [n_tokens] with end-of-text as the last, in as few bytes as the vocabulary takes.
 
-        Raises SampleDamaged where it is not as it was written, and DataError where its shard is missing, or it
+        Raises DamagedSampleError where it is not as it was written, and DataError where its shard is missing, or it
         is one of the things that are refused.
         """
         content = self._read_bytes(source)
         header, payload = content[:HEADER_BYTES], content[HEADER_BYTES:]
         size = source.entry.size
         if len(payload) < size:
-            raise SampleDamaged(f"is torn: {len(payload)} of {size} bytes are there")
+            raise DamagedSampleError(f"is torn: {len(payload)} of {size} bytes are there")
         _check_header(header, source)
         if hashlib.sha256(payload).hexdigest() != source.entry.sha256:
-            raise SampleDamaged("is altered: its sha256 differs from the index")
+            raise DamagedSampleError("is altered: its sha256 differs from the index")
         return _tokens(payload, source)
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read_bytes(self, source: Source) -> bytes:
+    def _read_bytes(self, source: SampleRef) -> bytes:
         descriptor = self._open(source.dataset, source.shard)
         start, left = source.entry.offset - HEADER_BYTES, HEADER_BYTES + source.entry.size
         content = b""
@@ -87,18 +87,18 @@ class SampleReader:
     def _open(self, dataset: Dataset, shard: Shard) -> int:
         name = (dataset, shard.name)
         if name not in self._files:
-            self._files[name] = dataset.folder.open(Wanted(shard.name, shard.size, shard.sha256))
+            self._files[name] = dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256))
         self._files.move_to_end(name)
-        if len(self._files) > KEPT_FILES:
+        if len(self._files) > MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return self._files[name]
 
 
-def _check_header(header: bytes, source: Source) -> None:
+def _check_header(header: bytes, source: SampleRef) -> None:
     try:
         member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError as error:
-        raise SampleDamaged(f"is altered: its tar header is broken ({error})") from error
+        raise DamagedSampleError(f"is altered: its tar header is broken ({error})") from error
     name, where = member.name, source.where
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
         raise DataError(f"{where} is named {name!r}; names must be relative and without ..")
@@ -110,10 +110,10 @@ def _check_header(header: bytes, source: Source) -> None:
         raise DataError(f"{where} claims {member.size} bytes; the whole shard holds {source.shard.size}")
     right = member_name(source.entry, source.dataset.tokenizer.dtype)
     if (name, member.size) != (right, source.entry.size):
-        raise SampleDamaged(f"is altered: {name!r} of {member.size} bytes is in its place")
+        raise DamagedSampleError(f"is altered: {name!r} of {member.size} bytes is in its place")
 
 
-def _tokens(payload: bytes, source: Source) -> NDArray[np.unsignedinteger]:
+def _tokens(payload: bytes, source: SampleRef) -> NDArray[np.unsignedinteger]:
     tokenizer = source.dataset.tokenizer
     ids = np.frombuffer(payload, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"))
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
@@ -135,7 +135,7 @@ class Sample:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def sample_of(source: Source, tokens: Any) -> Sample:
+def make_sample(source: SampleRef, tokens: Any) -> Sample:
     """tokens: of the whole sample, as a SampleReader gives them."""
     entry = source.entry
     ends = np.cumsum([length + 1 for length in entry.lengths or (entry.n_tokens - 1,)])

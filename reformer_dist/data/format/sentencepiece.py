@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.layout import file_sha256, learned_dtype
+from reformer_dist.data.format.layout import file_sha256, id_dtype
 from reformer_dist.errors import DataError
 
 FILE = "spiece.model"
@@ -40,7 +40,7 @@ class SentencePieceTokenizer:
 
     @property
     def dtype(self) -> str:
-        return learned_dtype(self.vocab_size)
+        return id_dtype(self.vocab_size)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -55,7 +55,7 @@ class SentencePieceTokenizer:
                 lengths[index] = len(self._inner.id_to_piece(index).replace(SPACE, " ").encode())
         return lengths
 
-    def readable(self, text: bytes) -> bytes:
+    def normalize(self, text: bytes) -> bytes:
         """The text as `encode` keeps it: normalised, with what has no piece as U+2047."""
         return self.decode(self.encode(text)).encode()
 

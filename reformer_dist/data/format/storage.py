@@ -18,12 +18,12 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.callbacks import Callback
 
-from reformer_dist.data.format.cache import FileCache, Wanted
+from reformer_dist.data.format.cache import FileCache, FileRef
 from reformer_dist.errors import DataError
 
 REMOTE_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}
-PAUSES = (0.5, 1.0, 2.0)  # seconds before a failed request is made again
-MOST_INDEX_BYTES = 1 << 30
+RETRY_DELAYS = (0.5, 1.0, 2.0)  # seconds before a failed request is made again
+MAX_INDEX_BYTES = 1 << 30
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -46,7 +46,7 @@ class Folder(Protocol):
         """A small file whole. Raises DataError where there is none or it can't be read."""
         ...
 
-    def open(self, wanted: Wanted) -> int:
+    def open(self, wanted: FileRef) -> int:
         """A descriptor of a file on this machine, for os.pread. Raises DataError where there is none.
 
         The content of a local file is whatever it is; that of a remote one may differ from the wanted sha256
@@ -88,7 +88,7 @@ class LocalFolder:
         path = self.path / name
         return path.stat().st_size if path.is_file() else None
 
-    def open(self, wanted: Wanted) -> int:
+    def open(self, wanted: FileRef) -> int:
         path = self.path / wanted.name
         try:
             if not path.is_file():  # a device or pipe in its place would never end
@@ -115,7 +115,7 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         return self._retried(name, lambda source: self._file_system.cat_file(source))
 
-    def open(self, wanted: Wanted) -> int:
+    def open(self, wanted: FileRef) -> int:
         where = self.where(wanted.name)
 
         def download(path: Path) -> None:
@@ -134,19 +134,19 @@ class RemoteFolder:
         except FileNotFoundError as error:
             raise DataError(f"{self.where(name)}: is missing") from error
         except Exception as error:  # each file system has its own kinds
-            if attempt == len(PAUSES):
+            if attempt == len(RETRY_DELAYS):
                 words = f"{type(error).__name__}: {error}"
                 raise DataError(f"{self.where(name)}: can't be read ({words})") from error
-        time.sleep(PAUSES[attempt])
+        time.sleep(RETRY_DELAYS[attempt])
         return self._retried(name, action, attempt + 1)
 
 
 class _Limit(Callback):
     """Ends a download that brings more than was recorded: the disk is not the source's to fill."""
 
-    def __init__(self, wanted: Wanted, where: str) -> None:
+    def __init__(self, wanted: FileRef, where: str) -> None:
         super().__init__()
-        self._most, self._where = MOST_INDEX_BYTES if wanted.size is None else wanted.size, where
+        self._most, self._where = MAX_INDEX_BYTES if wanted.size is None else wanted.size, where
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)

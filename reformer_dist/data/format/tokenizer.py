@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from reformer_dist.data.format.layout import (
     TOKENIZER_FILE,
     file_sha256,
-    learned_dtype,
+    id_dtype,
     require_count,
     require_plain_name,
 )
@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
     def is_lossless(self) -> bool:
         """Whether any UTF-8 text is kept byte for byte, so that a place in it is one in its tokens."""
 
-    def readable(self, text: bytes) -> bytes:
+    def normalize(self, text: bytes) -> bytes:
         """The text as `encode` keeps it: itself, with what isn't UTF-8 replaced by U+FFFD, or normalised."""
 
     def encode(self, text: bytes) -> NDArray[Any]:
@@ -81,7 +81,7 @@ class ByteTokenizer:
         lengths[self._first_id : self._first_id + 256] = 1
         return lengths
 
-    def readable(self, text: bytes) -> bytes:
+    def normalize(self, text: bytes) -> bytes:
         return text
 
     def encode(self, text: bytes) -> NDArray[Any]:
@@ -160,7 +160,7 @@ class BpeTokenizer:
 
     @property
     def dtype(self) -> str:
-        return learned_dtype(self.vocab_size)
+        return id_dtype(self.vocab_size)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -171,7 +171,7 @@ class BpeTokenizer:
             lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
 
-    def readable(self, text: bytes) -> bytes:
+    def normalize(self, text: bytes) -> bytes:
         return text.decode("utf-8", errors="replace").encode()
 
     def encode(self, text: bytes) -> NDArray[Any]:

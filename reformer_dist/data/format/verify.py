@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 
-from reformer_dist.data.format.cache import Wanted
+from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.layout import SPLITS, Shard
-from reformer_dist.data.format.sample_reader import SampleDamaged, SampleReader, Source
+from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleReader, SampleRef
 from reformer_dist.errors import DataError
 
 
-def find_damage(dataset: Dataset) -> Iterator[str]:
+def verify_dataset(dataset: Dataset) -> Iterator[str]:
     """One line for each shard, index or sample that is missing or altered."""
     for split in SPLITS:
         for shard in dataset.shards(split):
@@ -29,7 +29,7 @@ def _damage_of(dataset: Dataset, shard: Shard) -> Iterator[str]:
 
 
 def _damage_of_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
-    with os.fdopen(dataset.folder.open(Wanted(shard.name, shard.size, shard.sha256)), "rb") as file:
+    with os.fdopen(dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256)), "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
@@ -37,15 +37,15 @@ def _damage_of_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
         yield f"{dataset.folder.where(shard.name)}: shard is not what was written (sha256 differs)"
     with closing(SampleReader()) as reader:
         for entry in dataset.index(shard).entries:
-            source = Source(dataset, shard, entry)
+            source = SampleRef(dataset, shard, entry)
             if words := _damage_of_sample(reader, source):
                 yield words
 
 
-def _damage_of_sample(reader: SampleReader, source: Source) -> str:
+def _damage_of_sample(reader: SampleReader, source: SampleRef) -> str:
     try:
         reader.read(source)
-    except SampleDamaged as damaged:
+    except DamagedSampleError as damaged:
         return f"{source.where} ({source.entry.document}) {damaged}"
     except DataError as error:
         return str(error)

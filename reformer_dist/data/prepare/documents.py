@@ -13,7 +13,7 @@ What becomes a document:
   field is taken as of a line of `.jsonl`; other members are left out, and links lead nowhere;
 - a `.gz` file is read as what it holds; `.tgz` is `.tar.gz`.
 
-What is left out, but for what is hidden and for folders of programs, is counted in a `LeftOut`.
+What is left out, but for what is hidden and for folders of programs, is counted in a `SkippedFiles`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from webdataset.tariterators import tar_file_iterator
 
 from reformer_dist.errors import DataError
 
-LEAST_PIECE_BYTES = 2 << 10
-MOST_PIECE_BYTES = 64 << 10
-USUAL_PIECES = 64
-SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+MIN_SECTION_BYTES = 2 << 10
+MAX_SECTION_BYTES = 64 << 10
+TARGET_SECTIONS = 64
+SKIPPED_DIRS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
-class LeftOut(dict[str, tuple[int, str]]):
+class SkippedFiles(dict[str, tuple[int, str]]):
     """What was passed over: of each kind how many, and the name of the first."""
 
     def add(self, kind: str, name: str) -> None:
@@ -51,11 +51,11 @@ class LeftOut(dict[str, tuple[int, str]]):
         return "; ".join(f"{count:,} {kind}, such as {first}" for kind, (count, first) in self.items())
 
 
-def iterate_documents(
+def read_documents(
     paths: Iterable[str | Path],
     suffixes: Sequence[str] = (),
     jsonl_field: str = "text",
-    left_out: LeftOut | None = None,
+    left_out: SkippedFiles | None = None,
 ) -> Iterator[tuple[str, bytes]]:
     """(name, text) of each document; a name begins with that of the file or folder, not with where it lies.
 
@@ -63,7 +63,7 @@ def iterate_documents(
     always taken. `jsonl_field` is the field of a line that holds its text. Raises DataError for a path that
     is missing, a file that can't be read, a line that has no text, or where no document is found at all.
     """
-    inputs, left_out = [Path(path) for path in paths], LeftOut() if left_out is None else left_out
+    inputs, left_out = [Path(path) for path in paths], SkippedFiles() if left_out is None else left_out
     n_files = n_documents = 0
     for path in inputs:
         for file, label in _files_of(path, tuple(suffixes), left_out):
@@ -78,7 +78,7 @@ def iterate_documents(
         raise DataError(f"no text in {where}" + (f"; left out: {left_out}" if left_out else ""))
 
 
-def _files_of(path: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[tuple[Path, str]]:
+def _files_of(path: Path, suffixes: tuple[str, ...], left_out: SkippedFiles) -> Iterator[tuple[Path, str]]:
     """Each file of an input, and what it is called."""
     if path.is_dir():
         root = path.resolve().name
@@ -91,9 +91,9 @@ def _files_of(path: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Itera
         raise DataError(f"{path}: no such file or folder; {right}")
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[Path]:
+def _files_below(folder: Path, suffixes: tuple[str, ...], left_out: SkippedFiles) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_DIRS and not name.startswith("."))
         for name in folders:
             if Path(parent, name).is_symlink():  # which os.walk does not follow: it might lead round in a circle
                 left_out.add("links to folders", str(Path(parent, name)))
@@ -123,7 +123,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _documents_of(
-    path: Path, label: str, jsonl_field: str, in_folder: bool, left_out: LeftOut
+    path: Path, label: str, jsonl_field: str, in_folder: bool, left_out: SkippedFiles
 ) -> Iterator[tuple[str, bytes]]:
     name = _unzipped(path.name)
     try:
@@ -139,7 +139,7 @@ def _documents_of(
                 else:
                     yield label, text
             else:
-                aim = min(max(path.stat().st_size // USUAL_PIECES, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
+                aim = min(max(path.stat().st_size // TARGET_SECTIONS, MIN_SECTION_BYTES), MAX_SECTION_BYTES)
                 yield from _pieces(file, path, label, aim)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path}: can't be read ({error})") from error
@@ -153,7 +153,7 @@ def _lines(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tupl
 
 
 def _members(
-    file: IO[bytes], path: Path, label: str, field: str, left_out: LeftOut
+    file: IO[bytes], path: Path, label: str, field: str, left_out: SkippedFiles
 ) -> Iterator[tuple[str, bytes]]:
     for member in tar_file_iterator(file):
         name = str(member["fname"])

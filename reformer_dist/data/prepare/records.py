@@ -16,7 +16,7 @@ from reformer_dist.errors import DataError
 
 
 @dataclass(frozen=True)
-class Record:
+class RawSample:
     """A sample before it is tokenized."""
 
     name: str
@@ -24,11 +24,11 @@ class Record:
     fields: tuple[bytes, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What belongs to it that is no text, as JSON values."""
-    kinship: bytes | None = None
+    split_key: bytes | None = None
     """Records that share it are held out together; None: those of the same fields."""
 
 
-def read_parallel(source: Path, target: Path) -> Iterator[Record]:
+def read_parallel(source: Path, target: Path) -> Iterator[RawSample]:
     """Line n of one file with line n of the other. Raises DataError where one ends before the other."""
     with _open(source) as sources, _open(target) as targets:
         for number, (first, second) in enumerate(zip_longest(sources, targets), start=1):
@@ -37,10 +37,10 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
                 right = f"line {number} of {other} has no counterpart; both must have as many lines"
                 raise DataError(f"{ended}: ends after {number - 1} lines; {right}")
             fields = (first.strip(), second.strip())
-            yield Record(f"{source.name}:{number}", fields, kinship=fields[0])
+            yield RawSample(f"{source.name}:{number}", fields, split_key=fields[0])
 
 
-def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[Record]:
+def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[RawSample]:
     """Each line is a JSON object; `fields` name its texts, `label` what it is to be classified as.
 
     Raises DataError where a line lacks one of them.
@@ -52,7 +52,7 @@ def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None =
                     yield _of_line(line, path, number, fields, label)
 
 
-def read_squad(paths: Iterable[Path]) -> Iterator[Record]:
+def read_squad(paths: Iterable[Path]) -> Iterator[RawSample]:
     """Questions of files in SQuAD's format, version 1.1, as (question, context).
 
     Facts: `id`, and `answers`, each [first byte in the context, text]. Raises DataError where a file is of another
@@ -71,7 +71,7 @@ def read_squad(paths: Iterable[Path]) -> Iterator[Record]:
             raise DataError(f"{path}: is not in SQuAD's format ({type(error).__name__}: {error})") from error
 
 
-def _question(question: Mapping[str, Any], context: str, path: Path) -> Record:
+def _question(question: Mapping[str, Any], context: str, path: Path) -> RawSample:
     where = f"{path}: question {question['id']}"
     answers = []
     for answer in question["answers"]:
@@ -83,10 +83,10 @@ def _question(question: Mapping[str, Any], context: str, path: Path) -> Record:
     if not answers:
         raise DataError(f"{where}: has no answer; questions without one are not of SQuAD 1.1")
     fields = (str(question["question"]).strip().encode(), context.encode())
-    return Record(f"{path.name}:{question['id']}", fields, {"id": question["id"], "answers": answers}, fields[1])
+    return RawSample(f"{path.name}:{question['id']}", fields, {"id": question["id"], "answers": answers}, fields[1])
 
 
-def _of_line(line: bytes, path: Path, number: int, fields: Sequence[str], label: str | None) -> Record:
+def _of_line(line: bytes, path: Path, number: int, fields: Sequence[str], label: str | None) -> RawSample:
     where = f"{path}:{number}"
     try:
         record = json.loads(line)
@@ -103,7 +103,7 @@ def _of_line(line: bytes, path: Path, number: int, fields: Sequence[str], label:
     # JSON can spell half of a surrogate pair, which no UTF-8 text holds
     texts = tuple(record[name].encode("utf-8", errors="replace") for name in fields)
     facts = {"label": record[label]} if label else {}
-    return Record(f"{path.name}:{number}", texts, facts, texts[0])
+    return RawSample(f"{path.name}:{number}", texts, facts, texts[0])
 
 
 @contextmanager

@@ -21,9 +21,9 @@ import numpy as np
 
 from reformer_dist.data.format.layout import (
     DATASET_FILE,
-    FORMAT,
+    FORMAT_VERSION,
     MEMBER_SUFFIX,
-    MOST_SAMPLE_BYTES,
+    MAX_SAMPLE_BYTES,
     SPLITS,
     TEXT_FIELDS,
     TOKENIZER_FILE,
@@ -33,7 +33,7 @@ from reformer_dist.data.format.layout import (
     write_json,
 )
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.records import Record
+from reformer_dist.data.prepare.records import RawSample
 from reformer_dist.errors import DataError
 
 _OURS = re.compile(r"(train|heldout)-\d{6,}\.(tar|json)")
@@ -68,20 +68,20 @@ def write_dataset(
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> WriteSummary:
-    """Write (name, text) documents as a data set; see `write_records`."""
-    records = (Record(name, (text,)) for name, text in documents)
-    return write_records(records, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
+    """Write (name, text) documents as a data set; see `write_samples`."""
+    records = (RawSample(name, (text,)) for name, text in documents)
+    return write_samples(records, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
 
 
-def write_records(
-    records: Iterable[Record],
+def write_samples(
+    records: Iterable[RawSample],
     folder: str | Path,
     tokenizer: Tokenizer,
     shard_bytes: int = 16 << 20,
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
     *,
-    heldout: Iterable[Record] | None = None,
+    heldout: Iterable[RawSample] | None = None,
     fields: Sequence[str] = TEXT_FIELDS,
     labels: Sequence[str] = (),
 ) -> WriteSummary:
@@ -100,7 +100,7 @@ def write_records(
     if not overwrite and any(_existing(folder)):
         raise DataError(f"{folder}: already holds a data set; give another folder, or --overwrite to replace it")
     with _staging(folder) as staging:
-        splitted = split_records(records, heldout, heldout_fraction)
+        splitted = assign_splits(records, heldout, heldout_fraction)
         summary = _write_splits(splitted, staging, tokenizer, shard_bytes, labels)
         _require_splits(summary, heldout_fraction)
         record = _describe(summary, tokenizer, staging, fields, labels)
@@ -127,18 +127,18 @@ def _staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def split_records(
-    records: Iterable[Record], heldout: Iterable[Record] | None, heldout_fraction: float
-) -> Iterator[tuple[str, Record]]:
+def assign_splits(
+    records: Iterable[RawSample], heldout: Iterable[RawSample] | None, heldout_fraction: float
+) -> Iterator[tuple[str, RawSample]]:
     """Each record with its split: held out are those that are given for it, or else a share of them all."""
     for record in records:
-        held = heldout is None and is_heldout(record.kinship or b"\0".join(record.fields), heldout_fraction)
+        held = heldout is None and is_heldout(record.split_key or b"\0".join(record.fields), heldout_fraction)
         yield "heldout" if held else "train", record
     yield from (("heldout", record) for record in heldout or ())
 
 
 def _write_splits(
-    records: Iterable[tuple[str, Record]],
+    records: Iterable[tuple[str, RawSample]],
     staging: Path,
     tokenizer: Tokenizer,
     shard_bytes: int,
@@ -154,9 +154,9 @@ def _write_splits(
             if labels and record.facts["label"] not in labels:
                 right = f"it must be one of the training samples': {', '.join(labels)}"
                 raise DataError(f"{record.name}: its label {record.facts['label']!r} is unknown; {right}")
-            readable = tuple(tokenizer.readable(text) for text in record.fields)
-            summary.replaced += readable != record.fields
-            writers[split].add(replace(record, fields=readable))
+            normalize = tuple(tokenizer.normalize(text) for text in record.fields)
+            summary.replaced += normalize != record.fields
+            writers[split].add(replace(record, fields=normalize))
     finally:
         for writer in writers.values():
             writer.close()
@@ -185,7 +185,7 @@ def _describe(
     summary: WriteSummary, tokenizer: Tokenizer, staging: Path, fields: Sequence[str], labels: Sequence[str]
 ) -> dict[str, Any]:
     record = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "tokenizer": tokenizer.save(staging),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -220,12 +220,12 @@ class _SplitWriter:
     _index: list[dict[str, Any]] = field(default_factory=list)
     _n_documents: int = 0
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RawSample) -> None:
         parts = [self.tokenizer.encode(text) for text in record.fields]
         ids = np.concatenate(parts)
         payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
-        if len(payload) > MOST_SAMPLE_BYTES:
-            right = f"a document may hold {MOST_SAMPLE_BYTES} at most: cut it into several"
+        if len(payload) > MAX_SAMPLE_BYTES:
+            right = f"a document may hold {MAX_SAMPLE_BYTES} at most: cut it into several"
             raise DataError(f"{record.name}: holds {len(payload)} bytes of token ids; {right}")
         if self._tar is not None and self._tar.offset + 1024 + len(payload) > self.shard_bytes:
             self.close()
@@ -256,7 +256,7 @@ class _SplitWriter:
             return
         self._tar.close()
         path, index = self._path(".tar"), self._path(".json")
-        write_json(index, {"format": FORMAT, "shard": path.name, "samples": self._index})
+        write_json(index, {"format": FORMAT_VERSION, "shard": path.name, "samples": self._index})
         shard = Shard(
             name=path.name,
             size=path.stat().st_size,

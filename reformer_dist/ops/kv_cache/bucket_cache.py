@@ -93,7 +93,7 @@ def _entries(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _fill_rings(buckets: Tensor, counts: Tensor, length: int, n_heads: int) -> Tensor:
-    """Rings int32 [U, R, K, length] of a prompt's bucket ids [U, R, S], where K marks padding."""
+    """Rings int32 [BH, R, K, length] of a prompt's bucket ids [BH, R, S], where K marks padding."""
     n_units, n_rounds, seq_len = buckets.shape
     n_buckets = counts.shape[2]
     rings = torch.zeros(n_units, n_rounds, n_buckets, length, dtype=torch.int32, device=buckets.device)

@@ -15,7 +15,7 @@ Grads = tuple[Tensor, Tensor | None, Tensor]
 
 
 class WholeAttention(Protocol):
-    """What an implementation does, once it knows bucket ids, options and mask. Tensors are [B, H, S, D].
+    """What an backend does, once it knows bucket ids, options and mask. Tensors are [B, H, S, D].
 
     k and dk are None for shared query-key attention, whose keys are q / |q|.
     """

@@ -1,4 +1,4 @@
-"""Which implementation of LSH and local attention runs: chosen here, once a call, by device or by name.
+"""Which backend of LSH and local attention runs: chosen here, once a call, by device or by name.
 
 reference   dense matrices, slow and plain: what attention means (`reference.py`)
 torch       tiles in plain PyTorch, on any device (`tiled/`)
@@ -39,7 +39,7 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 def why_not(
     name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
 ) -> str | None:
-    """What is amiss where the implementation can't run; None where it can. chunks: under the chunk rule."""
+    """What is amiss where the backend can't run; None where it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     if name == "native":
@@ -76,13 +76,13 @@ def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
-    """The implementation to run; raises ValueError where the one asked for can't."""
+    """The backend to run; raises ValueError where the one asked for can't."""
     if name == "auto":
         fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
         return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
     reason = why_not(name, device, head_dim, dtype, chunks=chunks)
     if reason is not None:
-        raise ValueError(f"attention implementation {name}: {reason}")
+        raise ValueError(f"attention backend {name}: {reason}")
     return name
 
 
@@ -98,10 +98,10 @@ def bucket_attention(
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. A token that meets nobody attends to itself. Raises ValueError where options.implementation can't run.
+    tokens. A token that meets nobody attends to itself. Raises ValueError where options.backend can't run.
     """
     chunks = isinstance(options.rule, ChunkRule)
-    name = choose(options.implementation, v.device, v.shape[3], v.dtype, chunks=chunks)
+    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
     if name == "reference":
         return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
     attention: WholeAttention
@@ -122,10 +122,10 @@ def attention_of_held(
 ) -> HeldAttention:
     """Attention among held rows of this width and type: by `torch` if `reference` is asked for, or chunks are.
 
-    Raises ValueError where options.implementation can't run.
+    Raises ValueError where options.backend can't run.
     """
     device, chunks = held.total.device, isinstance(options.rule, ChunkRule)
-    name = choose(options.implementation, device, head_dim, dtype, chunks=chunks)
+    name = choose(options.backend, device, head_dim, dtype, chunks=chunks)
     if name == "triton" and not chunks:
         from reformer_dist.ops.lsh.triton_kernels.held import KernelRows
 
@@ -140,10 +140,10 @@ def hash_vectors(
     scheme: str,
     *,
     factors: tuple[int, ...] | None = None,
-    implementation: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
-    """`hashing.hash_vectors` by the implementation that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
-    name = choose(implementation, vectors.device, vectors.shape[3], vectors.dtype)
+    """`hashing.hash_vectors` by the backend that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
+    name = choose(backend, vectors.device, vectors.shape[3], vectors.dtype)
     if name == "triton":
         from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors as by_kernel
 

@@ -37,13 +37,13 @@ class HeldRows:
     keys: list[Tensor]
     """Of each round [n_rows]: see `order.row_sort_keys`."""
     total: Tensor
-    """[U, R, K] members of each bucket over all parts."""
+    """[BH, R, K] members of each bucket over all parts."""
     seq_len: int
     """Of the whole order."""
     part: Partition
 
     def query_bounds(self, rule: WindowRule) -> Tensor:
-        """int32 [R, U * K, 2]: how many of a bucket's members here stand before its queries, before their end."""
+        """int32 [R, BH * K, 2]: how many of a bucket's members here stand before its queries, before their end."""
         tile_len = choose_tiling(rule, self.seq_len, self.total.shape[2]).tile_len
         bounds = []
         for total in self.total.unbind(dim=1):

@@ -1,4 +1,4 @@
-"""A softmax that is made piece by piece."""
+"""Softmax over keys that arrive in parts: running maximum, sum and weighted values."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Stands for "no key seen yet" in running maxima: finite, so that differences of two of them are 0, not nan.
+# Initial running maximum: finite, so that the difference of two of them is 0, not nan.
 LOWEST = -1e30
-# Scores are in units of log 2: of exp2 and exp, the processor's vectors know only exp2 where there are infinities.
+# Scores are in units of log 2: vectorized exp2 handles infinities on a CPU, vectorized exp does not.
 LOG2_E = math.log2(math.e)
 LOG_2 = math.log(2)
 
 
 @dataclass(frozen=True)
 class PartialSoftmax:
-    """A partial softmax of each row: what its scores s have summed up to so far."""
+    """Softmax state of each row over the keys seen so far, with scores s."""
 
     o: Tensor
-    """[n_rows, D] float32: sum of exp(s - top) v."""
-    top: Tensor
+    """[n_rows, D] float32: sum of exp(s - row_max) v."""
+    row_max: Tensor
     """[n_rows] largest s."""
-    weight: Tensor
-    """[n_rows] sum of exp(s - top); 0 for rows that met nobody."""
+    row_sum: Tensor
+    """[n_rows] sum of exp(s - row_max); 0 for rows that met no key."""
 
     def merge(self, other: PartialSoftmax) -> PartialSoftmax:
-        """Both as one; this one's memory is used up."""
-        top = torch.maximum(self.top, other.top)
-        factor, other_factor = (self.top - top).exp_(), (other.top - top).exp_()
+        """The state over the keys of both. Overwrites self."""
+        row_max = torch.maximum(self.row_max, other.row_max)
+        factor, other_factor = (self.row_max - row_max).exp_(), (other.row_max - row_max).exp_()
         o = self.o.mul_(factor.unsqueeze(1)).addcmul_(other.o, other_factor.unsqueeze(1))
-        return PartialSoftmax(o, top, self.weight.mul_(factor).addcmul_(other.weight, other_factor))
+        return PartialSoftmax(o, row_max, self.row_sum.mul_(factor).addcmul_(other.row_sum, other_factor))
 
     def output(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [n_rows, D] and logsumexp [n_rows], float32; v and +inf for rows that met nobody.
+        """Output [n_rows, D] and logsumexp [n_rows], float32; v and +inf for rows that met no key.
 
-        This one's memory is used up.
+        Overwrites self.
         """
-        alone = self.weight == 0
-        lse = (self.top + self.weight.log()).masked_fill_(alone, torch.inf)
-        o = self.o.div_(self.weight.unsqueeze(1))
-        o[alone] = v[alone].float()
+        met_no_key = self.row_sum == 0
+        lse = (self.row_max + self.row_sum.log()).masked_fill_(met_no_key, torch.inf)
+        o = self.o.div_(self.row_sum.unsqueeze(1))
+        o[met_no_key] = v[met_no_key].float()
         return o, lse

@@ -67,16 +67,16 @@ def hash_rows(x: Tensor, rotations: Tensor, factors: tuple[int, ...], ids: Tenso
 
 @dataclass(frozen=True)
 class Order:
-    """All rounds of U units of S rows, sorted by (unit, bucket, position)."""
+    """All rounds of BH units of S rows, sorted by (unit, bucket, position)."""
 
     order: Tensor
-    """int32 [R, U * S] row at each place."""
+    """int32 [R, BH * S] row at each place."""
     spans: Tensor
     """int32 [R, n_spans, 4]: see attention.c."""
     span_counts: Tensor
     """int32 [R, 2] likewise."""
     codes: Tensor | None
-    """int32 [R, U * S] of each row, with count_pairs_once."""
+    """int32 [R, BH * S] of each row, with count_pairs_once."""
 
 
 def window_of(options: AttentionOptions, seq_len: int) -> int:
@@ -86,7 +86,7 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
 
 
 def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor | None = None) -> Order:
-    """The order of bucket ids [U, R, S], where n_buckets marks who is absent. Raises ValueError for others.
+    """The order of bucket ids [BH, R, S], where n_buckets marks who is absent. Raises ValueError for others.
 
     query_bounds, of held rows, which are one unit: [R, n_buckets, 2], see `HeldRows.query_bounds`. Their codes are
     left to the caller, who knows the whole order.
@@ -124,7 +124,7 @@ class Group:
     window: int
     """See `window_of`."""
     head_indices: Tensor
-    """[U] numbers in their step: `DropoutOptions.head_indices`; with positions, [rows]."""
+    """[BH] numbers in their step: `DropoutOptions.head_indices`; with positions, [rows]."""
     order: Order
     positions: Tensor | None = None
     """[rows] of rows that are held; None where units are whole."""

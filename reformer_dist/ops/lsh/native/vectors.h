@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #define GROUP 16
-#define MOST_DIM 256 /* of a row: `implementation.why_not` lets none longer through */
+#define MOST_DIM 256 /* of a row: `backends.why_not` lets none longer through */
 #ifndef LANES /* of a vector */
 #if defined(__AVX512F__)
 #define LANES 16

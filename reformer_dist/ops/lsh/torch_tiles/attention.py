@@ -79,14 +79,14 @@ def _parts(bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tens
 
 
 def _unit_and_position(buckets: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the unit, from 0, and position of each row of [U, R, S]."""
+    """Number of the unit, from 0, and position of each row of [BH, R, S]."""
     n_units, _, seq_len = buckets.shape
     row = torch.arange(n_units * seq_len, device=buckets.device)
     return row // seq_len, row % seq_len
 
 
 def lay_out(buckets: Tensor, options: AttentionOptions) -> list[Layout]:
-    """Layouts of the rounds of bucket ids [U, R, S], where n_buckets marks padding; rows are unit by unit."""
+    """Layouts of the rounds of bucket ids [BH, R, S], where n_buckets marks padding; rows are unit by unit."""
     n_units, n_rounds, seq_len = buckets.shape
     unit, _ = _unit_and_position(buckets)
     n_buckets = options.n_buckets

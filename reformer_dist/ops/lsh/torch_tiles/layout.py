@@ -72,7 +72,7 @@ def build_layouts(
 ) -> list[Layout]:
     """The layouts of all rounds of the rows that a part holds of an order of seq_len tokens.
 
-    keys: of each round, see `order.row_sort_keys`; total [U, R, K]: members of each bucket over all parts.
+    keys: of each round, see `order.row_sort_keys`; total [BH, R, K]: members of each bucket over all parts.
     """
     rule, n_buckets = options.rule, options.n_buckets
     tiling = choose_tiling(rule, seq_len, n_buckets)
@@ -144,7 +144,7 @@ def chunk_layouts(
 
 
 def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkPartition) -> Tensor:
-    """Rows of the chunks that this rank needs of one round, [U, n_needed, chunk_len], -1 where empty.
+    """Rows of the chunks that this rank needs of one round, [BH, n_needed, chunk_len], -1 where empty.
 
     The needed chunks of a unit are full but for the last that has any tokens: its rows fill them in order.
     """
@@ -159,7 +159,7 @@ def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, 
 def _chunk_layout(
     chunks: Tensor, round_: int, n_rows: int, rule: ChunkRule, run: ChunkPartition, tiling: Tiling
 ) -> Layout:
-    """chunks [U, R, n_needed, chunk_len]: rows, -1 where empty."""
+    """chunks [BH, R, n_needed, chunk_len]: rows, -1 where empty."""
     n_units, n_rounds, n_needed, _ = chunks.shape
     nobody = chunks.new_full((n_units, 1, rule.chunk_len), -1)
     every = torch.cat([chunks.flatten(1, 2), nobody], dim=1)

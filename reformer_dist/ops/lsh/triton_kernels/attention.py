@@ -12,12 +12,12 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Grads, Inputs
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.sorting import mark_padding
-from reformer_dist.ops.lsh.triton_kernels.launch import Units
+from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
 from reformer_dist.ops.lsh.triton_kernels.rowwise import row_products
-from reformer_dist.ops.lsh.triton_kernels.tiles import tile_units
+from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads
 from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of
 
-# Units lie along dimensions of grids that are shorter than the first, alone or with their rounds.
+# HeadGroup lie along dimensions of grids that are shorter than the first, alone or with their rounds.
 MOST_UNITS = 2**16 - 1
 
 
@@ -46,7 +46,7 @@ class KernelAttention:
 
 def _groups(
     v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
-) -> list[Units]:
+) -> list[HeadGroup]:
     batch, n_heads, n_rounds, seq_len = bucket_ids.shape
     has_padding = key_padding_mask is not None
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
@@ -57,6 +57,6 @@ def _groups(
     for first in range(0, buckets.shape[0], size):
         its = slice(first, first + size)
         its_numbers = None if numbers is None else numbers[its]
-        tiles = tile_units(buckets[its], its_numbers, options, largest=largest, has_padding=has_padding)
-        groups.append(Units(options, tiles, first))
+        tiles = tile_heads(buckets[its], its_numbers, options, largest=largest, has_padding=has_padding)
+        groups.append(HeadGroup(options, tiles, first))
     return groups

@@ -43,7 +43,7 @@ def attend_round_backward(
     q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
     order_ptr, table_ptr, codes_ptr, who_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
 ):  # fmt: skip
-    """Of one round it makes dq, dk, dv [B, H, S, D]; of several, those [U, R, S, D] of each round.
+    """Of one round it makes dq, dk, dv [B, H, S, D]; of several, those [BH, R, S, D] of each round.
 
     With shared keys (C.shared) dk is led on to q = |q| k at once, and dq is the gradient of q as a whole.
     """

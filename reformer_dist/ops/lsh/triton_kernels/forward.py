@@ -36,10 +36,10 @@ def attend_round(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
     order_ptr, table_ptr, codes_ptr, who_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v [B, H, S, D]; order [U, R, S] and the rest [U, R, ...] of the U units at hand.
+    """q, k, v [B, H, S, D]; order [BH, R, S] and the rest [BH, R, ...] of the BH units at hand.
 
     Of one round it makes the whole: out [B, H, S, D] and lse [B, H, S]. Of several, `rowwise.merge_rounds` does,
-    from out [U, R, S, D] and lse [U, R, S] of each, the latter in base 2 and -inf for who met nobody.
+    from out [BH, R, S, D] and lse [BH, R, S] of each, the latter in base 2 and -inf for who met nobody.
     """
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d

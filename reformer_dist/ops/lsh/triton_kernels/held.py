@@ -7,8 +7,8 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.held import HeldRows
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.ops.lsh.triton_kernels.launch import Units
-from reformer_dist.ops.lsh.triton_kernels.tiles import tile_held
+from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
+from reformer_dist.ops.lsh.triton_kernels.tiles import tile_shard
 from reformer_dist.ops.lsh.triton_kernels.tuning import tuning_of
 
 
@@ -16,7 +16,7 @@ class KernelRows:
     """All rows as one unit, tensors [1, 1, n_rows, D]. The host never waits."""
 
     def __init__(self, held: HeldRows, options: AttentionOptions, head_dim: int, dtype: torch.dtype) -> None:
-        self._units = Units(options, tile_held(held, options, largest=tuning_of(head_dim, dtype).block), 0)
+        self._units = HeadGroup(options, tile_shard(held, options, largest=tuning_of(head_dim, dtype).block), 0)
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
         """In the type of v; the output of who meets nobody is v."""

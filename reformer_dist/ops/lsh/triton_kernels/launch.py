@@ -13,12 +13,12 @@ from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
 from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
 from reformer_dist.ops.lsh.triton_kernels.rowwise import merge_rounds, sum_rounds
-from reformer_dist.ops.lsh.triton_kernels.tiles import Constants, Tiles
+from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants, Tiles
 from reformer_dist.ops.lsh.triton_kernels.tuning import tuning_of
 
 
 @dataclass(frozen=True)
-class Units:
+class HeadGroup:
     """Consecutive (batch, head) units of q, k, v [B, H, S, D], with the order of their rounds."""
 
     options: AttentionOptions
@@ -71,7 +71,7 @@ class Units:
                 sum_rounds(part, whole, self.first, self.tiles.here, (d_out, lse) if whole is dv else None)
 
     def _parts(self, whole: Tensor) -> Tensor:
-        """Where rounds write parts [U, R, S, ...] of the whole [B, H, S, ...]: itself if there is but one."""
+        """Where rounds write parts [BH, R, S, ...] of the whole [B, H, S, ...]: itself if there is but one."""
         n_units, n_rounds = self.tiles.order.shape[:2]
         if n_rounds == 1:
             return whole
@@ -99,7 +99,7 @@ class Units:
         tuning = tuning_of(head_dim, q.dtype)
         other_block = min(tuning.other_block, max(16, block // 2))
         launch = tuning.backward if is_backward else tuning.forward
-        constants = Constants.of(
+        constants = KernelConstants.of(
             self.options, block, other_block, head_dim, n_rounds, shared=k is None, held=self.tiles.are_held
         )
         return {

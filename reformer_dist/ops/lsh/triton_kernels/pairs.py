@@ -3,7 +3,7 @@
 A *place* is an index into a round's order of a unit's rows. Under a wrapping chunk rule it is one in all rounds
 behind one another, each padded to whole chunks, so that a chunk's neighbours are always the places next to it.
 
-C is the `tiles.Constants` of a call: a kernel is compiled for each.
+C is the `tiles.KernelConstants` of a call: a kernel is compiled for each.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def of_unit(x_ptr, strides, unit, n_heads):
 
 @triton.jit
 def write(value, x_ptr, strides, first_unit, row, is_row, n_heads, seq_len, C: tl.constexpr):
-    """To rows of [B, H, S, D] if there is one round, else to those [U, R, S, D] of this program's round."""
+    """To rows of [B, H, S, D] if there is one round, else to those [BH, R, S, D] of this program's round."""
     round_, unit = tl.program_id(1), tl.program_id(2)
     if C.n_rounds == 1:
         scatter(of_unit(x_ptr, strides, first_unit + unit, n_heads), row, strides[2], is_row, value, C)

@@ -53,7 +53,7 @@ def _merge_rounds(
     HELD: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """o [U, R, S, D], part_lse [U, R, S] in base 2 -> out [B, H, S, D], lse [B, H, S]."""
+    """o [BH, R, S, D], part_lse [BH, R, S] in base 2 -> out [B, H, S, D], lse [B, H, S]."""
     unit = tl.program_id(1)
     row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     start = unit.to(tl.int64) * N_ROUNDS * seq_len
@@ -88,7 +88,7 @@ def _sum_rounds(
     HELD: tl.constexpr, LEADS_BACK: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """parts [U, R, S, D] -> out [B, H, S, D]. LEADS_BACK: who met nobody has o = v, and so dv = dO."""
+    """parts [BH, R, S, D] -> out [B, H, S, D]. LEADS_BACK: who met nobody has o = v, and so dv = dO."""
     unit = tl.program_id(1)
     row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     start = unit.to(tl.int64) * N_ROUNDS * seq_len
@@ -120,7 +120,7 @@ def merge_rounds(
 ) -> None:
     """One softmax of those of R rounds: into out [B, H, S, D] (v for who met nobody) and lse [B, H, S] (inf).
 
-    o [U, R, S, D], part_lse [U, R, S] in base 2: of U units from the first one on. here: `Tiles.here`.
+    o [BH, R, S, D], part_lse [BH, R, S] in base 2: of BH units from the first one on. here: `Tiles.here`.
     """
     n_units, n_rounds, seq_len, _ = o.shape
     _merge_rounds[_grid(seq_len, n_units)](
@@ -139,7 +139,7 @@ def sum_rounds(
     here: Tensor | None,
     led_back: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Sums of R rounds' gradients [U, R, S, D] into out [B, H, S, D], for U units from the first one on.
+    """Sums of R rounds' gradients [BH, R, S, D] into out [B, H, S, D], for BH units from the first one on.
 
     here: `Tiles.here`. led_back = (dO [B, H, S, D], lse [B, H, S]): dO is added for rows that met nobody.
     """

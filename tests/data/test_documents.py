@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.datasets import write_tar
 
-from reformer_dist.data import SkippedFiles, iterate_documents
-from reformer_dist.data.prepare.documents import LEAST_PIECE_BYTES, MOST_PIECE_BYTES, USUAL_PIECES
+from reformer_dist.data import SkippedFiles, read_documents
+from reformer_dist.data.prepare.documents import MIN_SECTION_BYTES, MAX_SECTION_BYTES, TARGET_SECTIONS
 from reformer_dist.errors import DataError
 
 
@@ -24,10 +24,10 @@ def test_folder_is_sorted_and_skips_what_is_not_text(tmp_path: Path) -> None:
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    found = list(iterate_documents([tmp_path / "root"], [".py"]))
+    found = list(read_documents([tmp_path / "root"], [".py"]))
     expected = [("a.py", b"a"), ("b.py", b"b"), ("sub/c.py", b"c"), ("sub/z.py.gz", b"z")]
     assert found == [(f"root/{name}", text) for name, text in expected]
-    assert ("root/notes.md", b"d") in list(iterate_documents([tmp_path / "root"]))
+    assert ("root/notes.md", b"d") in list(read_documents([tmp_path / "root"]))
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -35,7 +35,7 @@ def test_jsonl(tmp_path: Path, zipped: bool) -> None:
     content = b"".join(json.dumps({"body": text}).encode() + b"\n\n" for text in ("one", "zwölf", ""))
     path = tmp_path / ("d.jsonl.gz" if zipped else "d.jsonl")
     path.write_bytes(gzip.compress(content) if zipped else content)
-    found = list(iterate_documents([path], jsonl_field="body"))
+    found = list(read_documents([path], jsonl_field="body"))
     assert [text.decode() for _, text in found] == ["one", "zwölf", ""]
     assert found[1][0] == f"{path.name}:3"
 
@@ -55,7 +55,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
-        list(iterate_documents([path]))
+        list(read_documents([path]))
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -65,16 +65,16 @@ def test_webdataset_shards(tmp_path: Path, zipped: bool) -> None:
     with webdataset.TarWriter(str(path)) as shard:
         shard.write({"__key__": "a/one", "txt": "first"})
         shard.write({"__key__": "a/two", "json": {"text": "second"}, "cls": 3})
-    found = list(iterate_documents([path]))
+    found = list(read_documents([path]))
     assert found == [(f"{path.name}/a/one.txt", b"first"), (f"{path.name}/a/two.json", b"second")]
     in_folder = [(f"{tmp_path.name}/{name}", text) for name, text in found]
-    assert list(iterate_documents([tmp_path])) == in_folder
-    assert list(iterate_documents([tmp_path], [".tar"])) == in_folder
+    assert list(read_documents([tmp_path])) == in_folder
+    assert list(read_documents([tmp_path], [".tar"])) == in_folder
     if zipped:
         path = path.rename(tmp_path / "shard.tgz")
-        assert [text for _, text in iterate_documents([path])] == [b"first", b"second"]
+        assert [text for _, text in read_documents([path])] == [b"first", b"second"]
         for suffix in (".tgz", ".tar"):
-            assert [text for _, text in iterate_documents([tmp_path], [suffix])] == [b"first", b"second"]
+            assert [text for _, text in read_documents([tmp_path], [suffix])] == [b"first", b"second"]
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     (root / ".hidden").symlink_to(tmp_path / "elsewhere")
     (root / "lost.txt").symlink_to(tmp_path / "nowhere")
     left_out = SkippedFiles()
-    assert [text for _, text in iterate_documents([root], left_out=left_out)] == [b"text", b"member"]
+    assert [text for _, text in read_documents([root], left_out=left_out)] == [b"text", b"member"]
     assert left_out == {
         "binary files, which contain NUL": (2, "root/b.txt"),
         "members of .tar files that are neither .txt nor .json": (3, "root/d.tar/x.cls"),
@@ -97,7 +97,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "links that lead nowhere, or devices": (1, str(root / "lost.txt")),
     }
     left_out.clear()
-    list(iterate_documents([root], [".zip", ".tar"], left_out=left_out))
+    list(read_documents([root], [".zip", ".tar"], left_out=left_out))
     assert list(left_out) == ["links to folders", "members of .tar files that are neither .txt nor .json"]
 
 
@@ -105,12 +105,12 @@ def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "d.tar", [("x.pkl", b"x")])
     words = rf"^no text in {tmp_path}; .*\b1 members .*/d\.tar/x\.pkl$"
     with pytest.raises(DataError, match=words):
-        list(iterate_documents([tmp_path]))
+        list(read_documents([tmp_path]))
     with pytest.raises(DataError, match=rf"^no text: .*{tmp_path} .*\.zzz or \.py$"):
-        list(iterate_documents([tmp_path], [".zzz", ".py"]))
+        list(read_documents([tmp_path], [".zzz", ".py"]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=rf"^no text in {tmp_path}/empty$"):
-        list(iterate_documents([tmp_path / "empty"]))
+        list(read_documents([tmp_path / "empty"]))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
 def test_bad_members_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     write_tar(tmp_path / "d.tar", [(name, content)])
     with pytest.raises(DataError, match=message):
-        list(iterate_documents([tmp_path / "d.tar"]))
+        list(read_documents([tmp_path / "d.tar"]))
 
 
 def test_a_torn_tar_is_named(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_torn_tar_is_named(tmp_path: Path) -> None:
     write_tar(path, [("x.txt", b"x" * 5000)])
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"d\.tar: .*read"):
-        list(iterate_documents([path]))
+        list(read_documents([path]))
 
 
 PARAGRAPHS = st.lists(
@@ -155,38 +155,38 @@ def test_a_lone_file_is_cut_without_loss(
     text = "".join(unit * count + end for unit, count, end in paragraphs).encode()
     path = tmp_path_factory.mktemp("lone") / "book.txt"
     path.write_bytes(text)
-    pieces = [piece for _, piece in iterate_documents([path])]
+    pieces = [piece for _, piece in read_documents([path])]
     assert b"".join(pieces) == text
     for piece in pieces:
         piece.decode()  # no character is cut in two
-        assert 0 < len(piece) <= 2 * MOST_PIECE_BYTES
+        assert 0 < len(piece) <= 2 * MAX_SECTION_BYTES
 
 
 def test_a_lone_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"x" * 999 + b"\n" + b"\n".join([b"y" * 500 + b"\n"] * 600))
-    pieces = [piece for _, piece in iterate_documents([path])]
-    aim = path.stat().st_size // USUAL_PIECES
-    assert LEAST_PIECE_BYTES < aim < MOST_PIECE_BYTES
-    assert USUAL_PIECES // 2 < len(pieces) <= USUAL_PIECES + 1
+    pieces = [piece for _, piece in read_documents([path])]
+    aim = path.stat().st_size // TARGET_SECTIONS
+    assert MIN_SECTION_BYTES < aim < MAX_SECTION_BYTES
+    assert TARGET_SECTIONS // 2 < len(pieces) <= TARGET_SECTIONS + 1
     assert all(piece.endswith(b"\n\n") and aim <= len(piece) < aim + 600 for piece in pieces[:-1])
 
 
-@pytest.mark.parametrize(("size", "longest"), [(20_000, LEAST_PIECE_BYTES), (9 << 20, MOST_PIECE_BYTES)])
+@pytest.mark.parametrize(("size", "longest"), [(20_000, MIN_SECTION_BYTES), (9 << 20, MAX_SECTION_BYTES)])
 def test_pieces_are_neither_tiny_nor_huge(tmp_path: Path, size: int, longest: int) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"a line of text\n\n" * (size // 16))
-    lengths = [len(piece) for _, piece in iterate_documents([path])]
+    lengths = [len(piece) for _, piece in read_documents([path])]
     assert all(longest <= length <= longest + 16 for length in lengths[:-1])
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
-        list(iterate_documents([tmp_path / "nowhere"]))
+        list(read_documents([tmp_path / "nowhere"]))
     (tmp_path / "image.txt").write_bytes(b"a\0b")
     with pytest.raises(DataError, match=r"image\.txt: .*NUL"):
-        list(iterate_documents([tmp_path / "image.txt"]))
+        list(read_documents([tmp_path / "image.txt"]))
     for broken in (b"not gzip", gzip.compress(b"x" * 5000)[:-12]):
         (tmp_path / "t.txt.gz").write_bytes(broken)
         with pytest.raises(DataError, match=r"t\.txt\.gz: .*read"):
-            list(iterate_documents([tmp_path / "t.txt.gz"]))
+            list(read_documents([tmp_path / "t.txt.gz"]))

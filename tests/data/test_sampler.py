@@ -32,7 +32,7 @@ def tokens_of_stream(dataset: Dataset, stream: int, passes: int = 1, **changed: 
     """All pieces of a stream in so many passes."""
     reader = TokenStream(make_order(dataset, **changed), stream, passes=passes)
     pieces: list[Span] = []
-    while row := reader.next_pieces(0, lengths):
+    while row := reader.next_spans(0, lengths):
         pieces += row
     return pieces
 
@@ -81,7 +81,7 @@ def test_a_pass_holds_every_token_once(
     assert set(found.values()) == {passes}
     assert len(found) == dataset.total("tokens", "train")
     # the number of steps that is planned beforehand, and no stream is a row behind another
-    assert max(steps) == make_order(dataset, **changed).steps_of(passes)
+    assert max(steps) == make_order(dataset, **changed).steps_for(passes)
     assert max(steps) - min(steps) <= passes
 
 
@@ -103,11 +103,11 @@ def test_a_stream_returns_to_its_place(
     order = make_order(dataset, seq_len=seq_len, batch_size=3)
     first = TokenStream(order, stream)
     for _ in range(before):
-        first.next_pieces(0, open_sample)
+        first.next_spans(0, open_sample)
     second = TokenStream(order, stream, positions=first.positions, digest=first.digest)
     for _ in range(5):
-        assert [piece.id for piece in first.next_pieces(0, open_sample)] == [
-            piece.id for piece in second.next_pieces(0, open_sample)
+        assert [piece.id for piece in first.next_spans(0, open_sample)] == [
+            piece.id for piece in second.next_spans(0, open_sample)
         ]
         assert (first.positions, first.digest) == (second.positions, second.digest)
 
@@ -124,7 +124,7 @@ def test_rows_are_the_documents_and_what_is_before_them(dataset: Dataset) -> Non
 def test_the_end_of_the_last_pass_is_padding(dataset: Dataset) -> None:
     n_tokens = dataset.total("tokens", "train")
     order = make_order(dataset, seq_len=500, batch_size=3)
-    rows, _ = read_world(dataset, order.steps_of(2) + 1, seq_len=500, batch_size=3, passes=2)
+    rows, _ = read_world(dataset, order.steps_for(2) + 1, seq_len=500, batch_size=3, passes=2)
     assert int((rows[:, 1] != -100).sum()) == 2 * n_tokens
     assert (rows[-1, 1] == -100).all() and (rows[-1, 0] == 256).all()
 
@@ -147,7 +147,7 @@ def test_samples_are_shuffled_within_and_across_shards(make_dataset: Callable[..
 
 
 def test_document_starts_are_masked_on_demand(dataset: Dataset) -> None:
-    n_steps = make_order(dataset).steps_of(1) - 1  # within one pass, where no share ends in a document
+    n_steps = make_order(dataset).steps_for(1) - 1  # within one pass, where no share ends in a document
     plain, state = read_world(dataset, n_steps)
     masking = TextRows(64, 256, mask_document_starts=True)
     masked, masked_state = read_world(dataset, n_steps, make_example=masking)
@@ -185,7 +185,7 @@ def test_mixing_keeps_to_the_weights(dataset: Dataset, weights: list[float], n_s
     counts = np.zeros(len(weights))
     due = np.array(weights) / sum(weights) * n_streams
     for step in range(300):
-        of_step = np.bincount(order.lanes_of(step), minlength=len(weights))
+        of_step = np.bincount(order.pools_of_step(step), minlength=len(weights))
         assert (np.abs(of_step - due) < 1.0001).all()
         counts += of_step
     assert (np.abs(counts - 300 * due) < 8).all()
@@ -193,7 +193,7 @@ def test_mixing_keeps_to_the_weights(dataset: Dataset, weights: list[float], n_s
 
 def test_every_row_gets_every_data_set(dataset: Dataset) -> None:
     order = make_order(Corpus([dataset, dataset], [1.0, 3.0]), batch_size=8)
-    shares = np.mean([order.lanes_of(step) for step in range(2000)], axis=0)
+    shares = np.mean([order.pools_of_step(step) for step in range(2000)], axis=0)
     assert (np.abs(shares - 0.75) < 0.05).all()
 
 
@@ -211,7 +211,7 @@ def test_pooled_data_sets_are_read_whole(dataset: Dataset, make_dataset: Callabl
     other = make_dataset([(f"n{n}", b"number %d." % n) for n in range(50)])
     corpus = Corpus([dataset, other])
     order = make_order(corpus, batch_size=2)
-    rows, _ = read_world(corpus, order.steps_of(1), batch_size=2, passes=1)
+    rows, _ = read_world(corpus, order.steps_for(1), batch_size=2, passes=1)
     found = Counter(rows[:, 1].flatten().tolist())
     right = Counter(np.concatenate(documents_of(dataset) + documents_of(other)).tolist())
     assert found - Counter({-100: found[-100]}) == right

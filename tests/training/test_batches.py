@@ -16,7 +16,7 @@ from reformer_dist.data import Corpus, Quarantine, Sampler, TrainLoader
 from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.parallel import SlicedSequence
-from reformer_dist.training.batches import Intake
+from reformer_dist.training.batches import BatchReader
 
 SEQ_LEN, BATCH_SIZE = 64, 4
 
@@ -30,7 +30,7 @@ def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[tor
         quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
         sequence = SlicedSequence(replace(mesh, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
         with TrainLoader(order, quarantine, micro_batch_size=2) as loader:
-            intake = Intake(runtime, sequence, loader)
+            intake = BatchReader(runtime, sequence, loader)
             rows = [intake.next_rows() for _ in range(n_steps)]
         assert {each.valid_labels for each in rows} == {SEQ_LEN * BATCH_SIZE}
         return [torch.cat([batch.tensors["labels"] for batch in each.micro_batches]) for each in rows]
@@ -68,7 +68,7 @@ def test_an_epoch_of_little_but_damage_ends_as_planned(
     for path in sorted(data.glob("train-*.tar"))[:-1]:
         path.write_bytes(bytes(path.stat().st_size))
     changed = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=20")
-    run = train(job, data, tmp_path / "run", *changed, "trainer.max_steps=100", "data.max_damaged_share=0.95")
+    run = train(job, data, tmp_path / "run", *changed, "trainer.max_steps=100", "data.max_damaged_fraction=0.95")
     assert "data.epochs=1 ends the run at step 4" in said.messages
     assert sorted(scalars(run, LOSS)) == [1, 2, 3, 4]
     assert checkpoint(run, 4).exists()

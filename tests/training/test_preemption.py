@@ -28,7 +28,7 @@ from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
 from reformer_dist.process.command import PREEMPTED
 from reformer_dist.process.signals import INTERRUPTED
-from reformer_dist.training.batches import Intake
+from reformer_dist.training.batches import BatchReader
 from reformer_dist.training.preemption import StopSignal
 
 # the window of a report is cut by the stop, and evaluation is due
@@ -78,9 +78,9 @@ def test_a_source_that_never_answers_is_not_waited_for(job: Runtime) -> None:
     stopped = threading.Event()
     stop = StopSignal()
     with stop.listen(), pytest.raises(Preempted):
-        stop.wait_for_steps()
+        stop.defer_to_steps()
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        Intake(job, None, Silent(), stop=stop).next_rows()  # type: ignore[arg-type]
+        BatchReader(job, None, Silent(), stop=stop).next_rows()  # type: ignore[arg-type]
     waiting = [thread for thread in threading.enumerate() if thread.name == "intake"]
     assert waiting and all(thread.daemon for thread in waiting)  # so that the process can end
     stopped.set()
@@ -110,7 +110,7 @@ def test_a_signal_while_the_run_is_built_or_saved(
 
     def train_until_told(words: str) -> None:
         with stop.listen(), pytest.raises(Preempted, match=f"^told to stop: {words}"):
-            stop.wait_for_steps()
+            stop.defer_to_steps()
             train(job, tiny_data, tmp_path, *LONG, "trainer.save_every=4", stop=stop)
 
     stop = StopSignal()
@@ -131,7 +131,7 @@ import os, signal, time
 from reformer_dist.training import stopping
 stop = stopping.StopSignal()
 with stop.listen():
-    stop.wait_for_steps()
+    stop.defer_to_steps()
     stopping.ECHO = 1e9
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from reformer_dist.data import (
-    IGNORED_LABEL,
+    IGNORE_INDEX,
     Corpus,
     Example,
-    Piece,
+    Span,
     TextRow,
-    Visit,
+    DrawKey,
     heldout_batches,
     make_row,
     next_tokens,
@@ -22,13 +22,13 @@ from reformer_dist.data import (
 )
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerLM
-from reformer_dist.tasks.task import HeldoutBatch, Rows, Task
+from reformer_dist.tasks.base import HeldoutBatch, Rows, Task
 
 
 class LanguageModel(Task):
     """The next token."""
 
-    tells_accuracy = False
+    reports_accuracy = False
 
     def build_model(self) -> nn.Module:
         return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
@@ -40,12 +40,12 @@ class LanguageModel(Task):
                 right = f"task.kind={kind} reads running text; give a data set of text, or another task.kind"
                 raise DataError(f"data.path={dataset.folder.address}: its samples hold {found}; {right}")
 
-    def make_example(self, pieces: list[Piece], visit: Visit) -> Example:
+    def make_example(self, pieces: list[Span], visit: DrawKey) -> Example:
         data = self.config.data
         row = make_row(pieces, data.seq_len, self.tokenizer.eos_id, data.mask_document_starts)
         return self.finish(row, visit)
 
-    def finish(self, row: TextRow, visit: Visit) -> Example:
+    def finish(self, row: TextRow, visit: DrawKey) -> Example:
         return next_tokens(row)
 
     def heldout(self, corpus: Corpus, rows: Rows) -> Iterator[HeldoutBatch]:
@@ -56,7 +56,7 @@ class LanguageModel(Task):
             micro_batch_size=rows.micro_batch,
             dp_rank=rows.rank,
             dp_size=rows.size,
-            max_damaged_share=rows.max_damaged_share,
+            max_damaged_fraction=rows.max_damaged_fraction,
             report=rows.report,
             finish=self.finish,
         )
@@ -70,17 +70,17 @@ class MaskedLanguageModel(LanguageModel):
     """Tokens that were hidden, as in BERT: of those asked for, 80 % are a mask, 10 % another, 10 % themselves."""
 
     extra_tokens = 1
-    tells_accuracy = True
+    reports_accuracy = True
 
-    def finish(self, row: TextRow, visit: Visit) -> Example:
+    def finish(self, row: TextRow, visit: DrawKey) -> Example:
         task, mask_id = self.config.task, self.tokenizer.vocab_size
-        tokens, is_text = row.tokens[1:].copy(), row.labels != IGNORED_LABEL
+        tokens, is_text = row.tokens[1:].copy(), row.labels != IGNORE_INDEX
         # a function of the place in the order: another world or a resumed run hides the same
         stream, lane, place = visit
         bits = seeded_bits(self.config.trainer.seed, f"masks/{stream}/{lane}", place)
         asked, fate, other = bits.random_raw(3 * len(tokens)).reshape(3, -1) / 2.0**64
-        asked = (asked < task.mask_share) & is_text
-        labels = np.where(asked, tokens, IGNORED_LABEL)
+        asked = (asked < task.mask_prob) & is_text
+        labels = np.where(asked, tokens, IGNORE_INDEX)
         tokens[asked & (fate < 0.8)] = mask_id
         swapped = asked & (fate >= 0.8) & (fate < 0.9)
         tokens[swapped] = (other[swapped] * mask_id).astype(np.int64)

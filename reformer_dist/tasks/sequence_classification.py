@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from reformer_dist.data import Corpus, Example, Sample, Visit
+from reformer_dist.data import Corpus, Example, Sample, DrawKey
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForSequenceClassification
-from reformer_dist.tasks.task import SampleTask, row_of
+from reformer_dist.tasks.base import SampleTask, row_of
 
 
 class SequenceClassification(SampleTask):
     """A row is a text and its end; a text that is too long is cut."""
 
-    labels_of_rows = True
-    made_by = "FILE.jsonl --fields text --label label"
+    labels_per_row = True
+    make_shards_args = "FILE.jsonl --fields text --label label"
 
     def build_model(self) -> nn.Module:
         config = self.config
@@ -31,14 +31,14 @@ class SequenceClassification(SampleTask):
             where = f"data.path={dataset.folder.address}"
             if not dataset.labels:
                 raise DataError(
-                    f"{where}: its samples have no labels; write it with make_shards.py {self.made_by}"
+                    f"{where}: its samples have no labels; write it with make_shards.py {self.make_shards_args}"
                 )
             if dataset.labels != self.labels:
                 unknown = sorted(set(dataset.labels) ^ set(self.labels))
                 right = f"the model's labels are {', '.join(self.labels)}"
                 raise DataError(f"{where}: its labels are others ({', '.join(unknown)}); {right}")
 
-    def example(self, sample: Sample, visit: Visit) -> Example:
+    def example(self, sample: Sample, visit: DrawKey) -> Example:
         tokens = row_of(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])
         label = self.labels.index(sample.facts["label"])
         mask = np.ones(len(tokens), dtype=bool)

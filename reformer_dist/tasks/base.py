@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from reformer_dist.config import RunConfig
 from reformer_dist.data import (
-    IGNORED_LABEL,
+    IGNORE_INDEX,
     Batch,
     Corpus,
-    Damage,
+    DamagedSample,
     Example,
-    Piece,
+    Span,
     Sample,
     Tokenizer,
-    Visit,
+    DrawKey,
     collate,
-    sample_of,
-    split_samples,
+    make_sample,
+    read_split,
 )
 from reformer_dist.errors import DataError
 from reformer_dist.models.sequence import SequenceAccess
@@ -35,7 +35,7 @@ from reformer_dist.process.log import logger
 HELDOUT = -1  # no stream of training has this number
 
 
-def _warn(damage: Damage) -> None:
+def _warn(damage: DamagedSample) -> None:
     logger.warning(f"not evaluated: {damage}")
 
 
@@ -52,10 +52,10 @@ class Rows:
     micro_batch: int
     rank: int = 0
     size: int = 1
-    max_damaged_share: float = 0.0
+    max_damaged_fraction: float = 0.0
     split: str = "heldout"
     """Or "train", to see what was learnt by heart; of tasks that read samples."""
-    report: Callable[[Damage], None] = _warn
+    report: Callable[[DamagedSample], None] = _warn
 
 
 class HeldoutBatch(Protocol):
@@ -77,9 +77,9 @@ class Task(ABC):
 
     extra_tokens: ClassVar[int] = 0
     """Ids behind those of the tokenizer."""
-    tells_accuracy: ClassVar[bool] = True
+    reports_accuracy: ClassVar[bool] = True
     """Whether an evaluation tells the share of labels that the model says, too."""
-    labels_of_rows: ClassVar[bool] = False
+    labels_per_row: ClassVar[bool] = False
     """Whether labels are of whole rows rather than of tokens."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> None:
@@ -94,7 +94,7 @@ class Task(ABC):
         """Raises DataError where the data sets are not of the kind that the task reads."""
 
     @abstractmethod
-    def make_example(self, pieces: list[Piece], visit: Visit) -> Example:
+    def make_example(self, pieces: list[Span], visit: DrawKey) -> Example:
         """What the model is given of one row in training."""
 
     @abstractmethod
@@ -120,11 +120,11 @@ class SampleTask(Task):
 
     needs: ClassVar[tuple[str, ...]] = ("text",)
     """What its fields are; a data set may call them otherwise."""
-    made_by: ClassVar[str]
+    make_shards_args: ClassVar[str]
     """Arguments of tools/make_shards.py that write such a data set."""
 
     @abstractmethod
-    def example(self, sample: Sample, visit: Visit) -> Example: ...
+    def example(self, sample: Sample, visit: DrawKey) -> Example: ...
 
     def blank(self) -> Sample:
         """A sample of which nothing is asked, where there are no more rows."""
@@ -139,11 +139,11 @@ class SampleTask(Task):
             if len(dataset.fields) != len(self.needs):
                 kind, where = self.config.task.kind.name, dataset.folder.address
                 found, needed = ", ".join(dataset.fields), " and ".join(self.needs)
-                right = f"task.kind={kind} needs {needed}; write it with make_shards.py {self.made_by}"
+                right = f"task.kind={kind} needs {needed}; write it with make_shards.py {self.make_shards_args}"
                 raise DataError(f"data.path={where}: its samples hold {found}; {right}")
 
-    def make_example(self, pieces: list[Piece], visit: Visit) -> Example:
-        return self._example(sample_of(pieces[0].source, pieces[0].tokens) if pieces else None, visit)
+    def make_example(self, pieces: list[Span], visit: DrawKey) -> Example:
+        return self._example(make_sample(pieces[0].source, pieces[0].tokens) if pieces else None, visit)
 
     def heldout(self, corpus: Corpus, rows: Rows) -> Iterator[SampleBatch]:
         n_rows = corpus.total("samples", rows.split)
@@ -162,21 +162,21 @@ class SampleTask(Task):
 
     def samples(self, corpus: Corpus, rows: Rows) -> Iterator[Sample]:
         """A rank's held-out samples: those of its number, and every `rows.size`-th from there."""
-        return split_samples(
+        return read_split(
             corpus,
             split=rows.split,
             rows=rows.most,
             dp_rank=rows.rank,
             dp_size=rows.size,
-            max_damaged_share=rows.max_damaged_share,
+            max_damaged_fraction=rows.max_damaged_fraction,
             report=rows.report,
         )
 
-    def _example(self, sample: Sample | None, visit: Visit) -> Example:
+    def _example(self, sample: Sample | None, visit: DrawKey) -> Example:
         if sample is not None:
             return self.example(sample, visit)
         example = self.example(self.blank(), visit)
-        return {**example, "labels": np.full_like(example["labels"], IGNORED_LABEL)}
+        return {**example, "labels": np.full_like(example["labels"], IGNORE_INDEX)}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ PLACES = 256
 
 
 @triton.jit
-def _cut(
+def _build_table(
     ids_ptr, places_ptr, bounds_ptr, order_ptr, table_ptr, seq_len, n_slots, padding, n_halvings,
     SORTED: tl.constexpr, CHUNKED: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -88,13 +88,13 @@ def cut(
     *,
     chunked: bool,
 ) -> None:
-    """Fills order [U, R, S] and table [U, R, slots, 4] from sorted ids and their places [U, R, S].
+    """Fills order [BH, R, S] and table [BH, R, slots, 4] from sorted ids and their places [BH, R, S].
 
     n_buckets marks padding. Without places there is one bucket, in the order that the rows have. With query_bounds
     (`HeldRows.query_bounds`) the table is 6 wide.
     """
     n_units, n_rounds, seq_len = order.shape
-    _cut[(triton.cdiv(seq_len, PLACES), n_units * n_rounds)](
+    _build_table[(triton.cdiv(seq_len, PLACES), n_units * n_rounds)](
         in_order, in_order if places is None else places, order if query_bounds is None else query_bounds,
         order, table, seq_len, table.shape[2], n_buckets, seq_len.bit_length(),
         SORTED=places is not None,

@@ -1,4 +1,4 @@
-"""The plan of a run: what `reformer-train --dry-run` shows."""
+"""The resource plan of a run, as `reformer-train --dry-run` prints it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from reformer_dist.planning.states import count_parameters
 from reformer_dist.planning.traffic import Traffic, exchange_traffic, zero_traffic
 
 MIB, GIB = 2**20, 2**30
-# a rank whose tensors are next to nothing, after its first step; DeepSpeed imports as much as its stage needs
-RANK = """
+# a rank with negligible tensors, after its first step; DeepSpeed imports modules depending on its stage
+RANK_SCRIPT = """
 import resource, sys
 from pathlib import Path
 import torch
@@ -43,21 +43,21 @@ print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesiz
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What one step needs; memory is that of one rank, traffic what one rank sends."""
+    """Resources of one step: memory of one rank, traffic sent by one rank, FLOPs of all ranks."""
 
     job: JobSpec
     n_parameters: int
     peak: MemorySnapshot
     libraries: float
-    """Bytes of the interpreter and its libraries, which share a CPU's memory with the tensors; 0 for a GPU."""
+    """Bytes of the interpreter and its libraries, which share host memory with the tensors; 0 on a GPU."""
     traffic: Traffic
     flops: float
     memory_limit: float | None
-    """Bytes that a rank may take; None if unknown."""
+    """Bytes available to a rank; None if unknown."""
 
     @property
     def total(self) -> float:
-        """Bytes of a rank at its peak."""
+        """Peak bytes of a rank."""
         return self.peak.total + self.libraries
 
     @property
@@ -66,12 +66,12 @@ class RunPlan:
 
     @property
     def largest(self) -> str:
-        """The part that takes most."""
+        """The largest category at the peak."""
         return max(self.peak.parts, key=lambda part: self.peak.parts[part])
 
 
 def make_plan(job: JobSpec, build_model: Callable[[], nn.Module], memory_limit: float | None = None) -> RunPlan:
-    """Computes the plan; build_model: of the task. Raises ConfigError where ranks or batch do not divide."""
+    """Computes the plan. build_model: the task's. Raises ConfigError if ranks or batch do not divide."""
     job.config.micro_batching(job.world_size)
     count = count_parameters(build_model)
     return RunPlan(
@@ -86,65 +86,68 @@ def make_plan(job: JobSpec, build_model: Callable[[], nn.Module], memory_limit: 
 
 
 def measure_libraries(job: JobSpec) -> float:
-    """Bytes resident in a process that has trained a tiny model as the job would; 0 where they can't be read."""
+    """Resident bytes of a process that has trained a tiny model at the job's settings; 0 if they can't be read."""
     if sys.platform != "linux":
         return 0.0
-    words = [str(job.config.deepspeed.stage), job.config.trainer.precision.value]
+    arguments = [str(job.config.deepspeed.stage), job.config.trainer.precision.value]
     done = subprocess.run(
-        [sys.executable, "-c", RANK, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", RANK_SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     return float(done.stdout.split()[-1]) if done.returncode == 0 else 0.0
 
 
 def describe(plan: RunPlan) -> str:
-    """Several lines: ranks, tokens, parameters; memory by part; traffic; and whether it fits."""
+    """The plan as text: ranks, tokens and parameters; memory by category and whether it fits; traffic."""
     return "\n".join([*_job_lines(plan), "", *_memory_lines(plan), "", *_traffic_lines(plan)])
 
 
-def size(n_bytes: float) -> str:
-    """1.50 GiB or 12.0 MiB."""
+def format_bytes(n_bytes: float) -> str:
+    """Formats as 1.50 GiB or 12.0 MiB."""
     return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:,.1f} MiB"
 
 
 def _job_lines(plan: RunPlan) -> list[str]:
-    job, config = plan.job, plan.job.config
+    job, config, data = plan.job, plan.job.config, plan.job.config.data
     micro, n_micro = config.micro_batching(job.world_size)
     heads, buckets = job.mesh_shape
-    tokens = config.data.batch_size * config.data.seq_len
-    of_sources = f" and {config.data.batch_size * config.task.max_source_len:,} of sources" if job.encoder else ""
+    tokens = data.batch_size * data.seq_len
+    source_tokens = f" and {data.batch_size * config.task.max_source_len:,} source tokens" if job.encoder else ""
     ranks = f"{job.world_size} rank{'s' if job.world_size > 1 else ''} on {job.device}"
     shared = f"{heads} x {buckets} (heads x buckets) ranks share each sequence"
     return [
-        f"ranks         {ranks}, {job.ranks_per_node} on a machine; "
+        f"ranks         {ranks}, {job.ranks_per_node} per node; "
         f"{config.dp_size(job.world_size)} data-parallel"
         + (f", {shared}" if config.parallel.sequence > 1 else ""),
-        f"step          {tokens:,} tokens{of_sources}: {config.data.batch_size} rows of {config.data.seq_len:,}, "
-        f"{n_micro} micro-batch{'es' if n_micro > 1 else ''} of {micro} on each rank",
+        f"step          {tokens:,} tokens{source_tokens}: {data.batch_size} rows of {data.seq_len:,}, "
+        f"{n_micro} micro-batch{'es' if n_micro > 1 else ''} of {micro} per rank",
         f"parameters    {plan.n_parameters:,}; ZeRO stage {config.deepspeed.stage}, "
         f"{config.trainer.precision.name}",
-        f"arithmetic    {plan.flops / 1e12:,.3f} TFLOP a step ({plan.flops / tokens / 1e6:,.1f} MFLOP a token)",
+        f"compute       {plan.flops / 1e12:,.3f} TFLOP/step ({plan.flops / tokens / 1e6:,.1f} MFLOP/token)",
     ]
 
 
 def _memory_lines(plan: RunPlan) -> list[str]:
-    lines = [f"memory of a rank at its peak ({plan.peak.name})"]
+    lines = [f"peak memory per rank ({plan.peak.name})"]
     for part, amount in plan.peak.parts.items():
-        mark = "  <- the largest" if part == plan.largest else ""
-        lines.append(f"  {part:<22}{size(amount):>12}{mark}")
+        mark = "  <- largest" if part == plan.largest else ""
+        lines.append(f"  {part:<22}{format_bytes(amount):>12}{mark}")
     if plan.libraries:
-        lines.append(f"  {'Python and libraries':<22}{size(plan.libraries):>12}  (measured here)")
-    lines.append(f"  {'together':<22}{size(plan.total):>12}")
+        lines.append(f"  {'Python and libraries':<22}{format_bytes(plan.libraries):>12}  (measured)")
+    lines.append(f"  {'total':<22}{format_bytes(plan.total):>12}")
     if plan.memory_limit is None:
-        lines.append("  the memory of the device is not known here; give it: --dry-run=80GiB")
+        lines.append("  device memory unknown; pass it as --dry-run=80GiB")
     else:
         verdict = "fits in" if plan.fits else "DOES NOT FIT in"
-        lines.append(f"  it {verdict} {size(plan.memory_limit)}")
+        lines.append(f"  {verdict} {format_bytes(plan.memory_limit)}")
     return lines
 
 
 def _traffic_lines(plan: RunPlan) -> list[str]:
     if not plan.traffic:
-        return ["traffic       none: there is one rank"]
-    lines = ["traffic that a rank sends in a step"]
-    lines += [f"  {part:<22}{size(amount):>12}" for part, amount in plan.traffic.items()]
-    return [*lines, f"  {'together':<22}{size(sum(plan.traffic.values())):>12}"]
+        return ["traffic       none (one rank)"]
+    lines = ["traffic sent per rank and step"]
+    lines += [f"  {part:<22}{format_bytes(amount):>12}" for part, amount in plan.traffic.items()]
+    return [*lines, f"  {'total':<22}{format_bytes(sum(plan.traffic.values())):>12}"]

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reformer_dist.config import LauncherConfig, RunConfig, SweepConfig
+from reformer_dist.config.renamed import refuse_renamed_overrides
 from reformer_dist.errors import ConfigError
 from reformer_dist.run.compose import (
     command_line_overrides,
@@ -146,6 +147,7 @@ def parse_params(params: dict[str, str], loader: ConfigLoader | None = None) -> 
 
 
 def _parse(words: list[str], loader: ConfigLoader | None) -> list[Override]:
+    refuse_renamed_overrides(words)
     try:
         parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)
     except HydraException as error:

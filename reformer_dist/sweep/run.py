@@ -37,7 +37,7 @@ def run_sweep(request: SweepRequest) -> int:
     ranks = launcher.nproc_per_node if launcher.kind is LauncherKind.local else 1
     placements = make_placements(ranks, settings.parallel, visible_gpus(), usable_cores())
     request.folder.mkdir(parents=True, exist_ok=True)
-    file = SweepFile(request.folder, settings.share())
+    file = SweepFile(request.folder, settings.parse_shard())
     file.lock()
     strategy = _plan(request, file)
     logger.info(f"sweep in {request.folder}: {strategy.describe()}, {len(placements)} at a time")
@@ -83,7 +83,7 @@ def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
 
     Raises ConfigError if all are invalid, or if one has run with other fixed keys.
     """
-    index, count = request.settings.share()
+    index, count = request.settings.parse_shard()
     known, trials, errors = read_all(request.folder), [], []
     for changed in combinations(request.space)[index::count]:
         name = trial_name(changed)

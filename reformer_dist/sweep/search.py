@@ -95,7 +95,7 @@ class OptunaSearch:
                 raise ConfigError(f"output_dir={request.folder}: {problem}")
             study.set_user_attr(key, value)
         # a restarted sampler with the same seed would propose the same points again
-        seed = derive_seed("sweep", settings.seed, settings.share()[0], len(study.trials)) % 2**32
+        seed = derive_seed("sweep", settings.seed, settings.parse_shard()[0], len(study.trials)) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         warm_up = settings.prune_after or 0
         study.pruner = optuna.pruners.MedianPruner(n_startup_trials=N_STARTUP_TRIALS, n_warmup_steps=warm_up)
@@ -103,7 +103,7 @@ class OptunaSearch:
 
     def _unfinished(self, request: SweepRequest) -> list[Trial]:
         """Unfinished trials of earlier drivers of this shard; reports those that have ended to the study."""
-        is_only_shard = self._settings.share()[1] == 1
+        is_only_shard = self._settings.parse_shard()[1] == 1
         known = read_all(request.folder) if is_only_shard else self._file.trials
         self._file.trials |= known
         unfinished = []

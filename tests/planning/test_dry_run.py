@@ -1,4 +1,4 @@
-"""`--dry-run` as users type it."""
+"""The `--dry-run` command and its traffic estimates."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
 from reformer_dist.run.dry_run import dry_run, read_memory
 
 
-def test_it_prints_the_plan_and_leaves_nothing_behind(tiny_data, tmp_path):
+def test_it_prints_the_plan_and_writes_nothing(tiny_data, tmp_path):
     words = ["launcher=local", "launcher.nproc_per_node=4", "parallel.sequence=2", "deepspeed=zero2"]
     overrides = tiny_overrides(tiny_data, tmp_path / "run", *words, "--dry-run=80GiB")
-    said = run_ranks("reformer_dist.train", 1, overrides)
-    for line in ("4 ranks on cuda, 4 on a machine; 2 data-parallel", "it fits in 80.00 GiB", "exchange of heads"):
-        assert line in said
+    output = run_ranks("reformer_dist.train", 1, overrides)
+    for line in ("4 ranks on cuda, 4 per node; 2 data-parallel", "  fits in 80.00 GiB", "exchange of heads"):
+        assert line in output
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
+def test_a_run_that_is_too_large_is_reported(tiny_data, tmp_path, capsys):
     config = tiny_config(tiny_data, tmp_path, "data.seq_len=4096", "model.axial_shape=[64,64]")
     dry_run(config, "--dry-run=1MiB")
     assert "NOT FIT in 1.0 MiB" in capsys.readouterr().out
@@ -45,7 +45,7 @@ def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
         (["data.path=nowhere"], "nowhere"),
     ],
 )
-def test_bad_runs_give_the_errors_of_a_run(words, message, tiny_data, tmp_path):
+def test_invalid_runs_raise_the_errors_of_a_run(words, message, tiny_data, tmp_path):
     with pytest.raises(UserError, match=message):
         dry_run(tiny_config(tiny_data, tmp_path, *words), "--dry-run")
 
@@ -74,7 +74,7 @@ def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_libraries_are_measured_for_the_stage(tiny_data, tmp_path):
-    """DeepSpeed imports more where it partitions."""
+    """DeepSpeed imports more modules for higher stages."""
     plain, partitioned = (
         measure_libraries(JobSpec(tiny_config(tiny_data, tmp_path, f"deepspeed.stage={stage}"), 1, 1, 257, "cpu"))
         for stage in (0, 3)

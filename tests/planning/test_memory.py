@@ -1,4 +1,4 @@
-"""The formulas against what a real model and a real engine hold, counted tensor by tensor."""
+"""The memory formulas against a real model and engine, counted tensor by tensor."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ WIDE = (
     "model.local_window=64",
     "model.dropout=0",
 )
-# kinds whose model is no ReformerLM, and what they need
-OF_OTHERS = {
+# task kinds whose model is not ReformerLM, and the overrides that they need
+OTHER_KINDS = {
     "sequence_classification": ("model.causal=false",),
     "question_answering": ("model.causal=false",),
     "sequence_to_sequence": ("task.max_source_len=64", "model.n_encoder_layers=3"),
@@ -47,7 +47,7 @@ def count_of(model: ModelConfig) -> ParameterCount:
 
 
 def other_task(kind: str, data: Path, output: Path, *words: str) -> Task:
-    config = tiny_config(data, output, f"task.kind={kind}", *OF_OTHERS[kind], *words)
+    config = tiny_config(data, output, f"task.kind={kind}", *OTHER_KINDS[kind], *words)
     return make_task(config, ByteTokenizer(), ["red", "green", "blue"])
 
 
@@ -78,7 +78,7 @@ def check_count(build_model: Callable[[], nn.Module]) -> ParameterCount:
     return count
 
 
-@pytest.mark.parametrize("kind", OF_OTHERS)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_parameters_of_other_models(kind, tiny_data, tmp_path):
     count = check_count(other_task(kind, tiny_data, tmp_path).build_model)
     assert len(count.encoder_blocks) == (3 if kind == "sequence_to_sequence" else 0)
@@ -98,8 +98,8 @@ def test_parameters_of_other_models(kind, tiny_data, tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("activation", ["gelu", "relu", "glu"])
-def test_what_autograd_holds_of_a_layer(recompute, changed, activation, tiny_data, tmp_path):
-    """Held between forward and backward, of three layers more."""
+def test_activations_of_a_layer(recompute, changed, activation, tiny_data, tmp_path):
+    """Tensors held between forward and backward by three additional layers."""
     changed = changed | {"activation": activation, "recompute": recompute.value}
     words = [f"model.{key}={str(value).replace(' ', '')}".replace("'", "") for key, value in changed.items()]
 
@@ -148,10 +148,10 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
     ],
     ids=str,
 )
-def test_peak_of_a_step_is_foretold(words, tiny_data, tmp_path, job):
+def test_peak_of_a_step_is_predicted(words, tiny_data, tmp_path, job):
     config = tiny_config(tiny_data, tmp_path / "run", *QUIET, *WIDE, "model.dropout=0", *words)
     count = count_of(config.model)
-    config.deepspeed.reduce_bucket_size = count.total + 4096  # which is counted whole here
+    config.deepspeed.reduce_bucket_size = count.total + 4096  # the bucket is counted in full here
     with ExitStack() as resources, LiveMemory() as live:
         build_trainer(config, job, resources).fit()
     planned = StepMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count).peak()
@@ -174,13 +174,15 @@ def test_peak_of_a_step_is_foretold(words, tiny_data, tmp_path, job):
     ],
     ids=str,
 )
-def test_peak_of_other_models_is_foretold(kind, words, tiny_data, tmp_path):
-    """Weights, activations and gradients, of rows that are full but for a few tokens."""
+def test_peak_of_other_models_is_predicted(kind, words, tiny_data, tmp_path):
+    """Weights, activations and gradients, with rows that are full except for a few tokens."""
     task = other_task(kind, tiny_data, tmp_path, *WIDE, "task.max_source_len=512", *QUIET, *words)
     with LiveMemory() as live:
         model, rows = task.build_model(), full_rows(task)
         model(**rows, step=0, dropout_seed=1).backward()
-    snapshots = StepMemory(JobSpec(task.config, 1, 1, VOCAB, "cpu"), count_parameters(task.build_model)).snapshots()
+    snapshots = StepMemory(
+        JobSpec(task.config, 1, 1, VOCAB, "cpu"), count_parameters(task.build_model)
+    ).snapshots()
     planned = max(snapshot.total - snapshot.parts[OPTIMIZER] for snapshot in snapshots)
     assert planned == pytest.approx(live.peak, rel=0.1)
 
@@ -190,8 +192,8 @@ def test_peak_of_other_models_is_foretold(kind, words, tiny_data, tmp_path):
     [(), ("model.cross_attention=lsh",), ("model.attention_dropout=0.1",), ("model.cross_attention=lsh", SHORT)],
     ids=str,
 )
-def test_what_autograd_holds_of_a_decoder_s_layer(words, tiny_data, tmp_path):
-    """Held between forward and backward, of three layers more; on short texts, of pairs in dense matrices."""
+def test_activations_of_a_decoder_layer(words, tiny_data, tmp_path):
+    """Tensors held by three additional layers; short sequences hold dense (query, key) matrices."""
 
     def measure(n_layers: int) -> tuple[int, float]:
         changed = ("model.recompute=none", "task.max_source_len=512", *words, f"model.n_layers={n_layers}")
@@ -211,7 +213,7 @@ def test_what_autograd_holds_of_a_decoder_s_layer(words, tiny_data, tmp_path):
 
 
 def full_rows(task: Task) -> dict[str, torch.Tensor]:
-    """One micro-batch of a task, by the names that its model takes."""
+    """One micro-batch of a task, as keyword arguments of its model."""
     draw = torch.Generator().manual_seed(0)
     n_rows, kind = task.config.data.batch_size, task.config.task.kind.name
 

@@ -156,7 +156,7 @@ def test_any_path_becomes_one_value(path: str) -> None:
 
 
 def test_shares() -> None:
-    assert SweepConfig(shard="2/5").share() == (2, 5)
+    assert SweepConfig(shard="2/5").parse_shard() == (2, 5)
 
 
 def test_presets_only_have_settings_of_a_sweep() -> None:

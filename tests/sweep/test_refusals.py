@@ -18,7 +18,7 @@ GRID = ("-m", "model.n_hashes=1,2,4", "optim.lr=1e-3,1e-2")
 
 def trials_of(request: SweepRequest) -> list[Trial]:
     request.folder.mkdir(parents=True, exist_ok=True)
-    return grid_trials(request, SweepFile(request.folder, request.settings.share()))
+    return grid_trials(request, SweepFile(request.folder, request.settings.parse_shard()))
 
 
 def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def open_strategy(request: SweepRequest):  # type: ignore[no-untyped-def]
     from reformer_dist.sweep.search import OptunaSearch
 
     request.folder.mkdir(parents=True, exist_ok=True)
-    file = SweepFile(request.folder, request.settings.share())
+    file = SweepFile(request.folder, request.settings.parse_shard())
     return OptunaSearch(request, file, lambda name, changed: make_trial(request, name, changed)), file
 
 

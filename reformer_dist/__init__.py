@@ -1,7 +1,6 @@
-"""Reformer models, and their distributed trainer.
+"""Reformer models and their distributed trainer.
 
-The names below are loaded when they are first asked for: importing the package loads nothing heavy, and they load
-torch alone.
+Names are imported lazily on first access, so importing the package is cheap; they need torch only.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
         Activation,
         AttentionBackend,
         AttentionKind,
+        CompatConfig,
         CrossAttentionKind,
         HashScheme,
         ModelConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionKind",
     "AttentionView",
+    "CompatConfig",
     "CrossAttentionKind",
     "ExactSelfAttention",
     "HashScheme",
@@ -68,14 +69,14 @@ __all__ = [
     "inspect_attention",
     "lsh_attention",
 ]
-_HOMES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
+_EXPORTING_MODULES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in map(import_module, _HOMES):
-            if name in home.__all__:
-                return getattr(home, name)
+        for module in map(import_module, _EXPORTING_MODULES):
+            if name in module.__all__:
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -24,9 +24,9 @@ from reformer_dist.parallel.sequence import share_sequences
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
-from reformer_dist.tasks import Rows
+from reformer_dist.tasks import RowSelection
 from reformer_dist.tasks.metrics import gzip_bits_per_byte, order0_bits_per_byte
-from reformer_dist.training.evaluator import EvalResult, evaluate
+from reformer_dist.training.evaluation import EvalResult, evaluate
 
 MICRO_BATCH = 8
 
@@ -119,11 +119,11 @@ def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
         return tokenizer.save(Path(folder))
 
 
-def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> Rows:
+def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> RowSelection:
     if arguments.split != "heldout" and loaded.config.task.packs_text:
         raise ConfigError(f"--split {arguments.split}: is for tasks that read samples; text is measured held out")
     share = loaded.config.data.max_damaged_fraction
-    return Rows(arguments.rows, arguments.batch, rank, size, share, arguments.split)
+    return RowSelection(arguments.rows, arguments.batch, rank, size, share, arguments.split)
 
 
 def _held_out(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
@@ -215,7 +215,9 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded = load_model(arguments.run, arguments.overrides, job.device)
     model = loaded.config.model
     if model.compat.chunk_wrap:
-        raise ConfigError("model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
+        raise ConfigError(
+            "model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds"
+        )
     layers = coverage_of(loaded, arguments.rows)
     if not layers:
         raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")

@@ -163,7 +163,7 @@ def _sample(
             is_eos = token == tokenizer.eos_id
             writer.write(shown, "" if is_eos else text.add(token))
             if is_eos or text.is_stopped or n_written == limits[row]:
-                writer.write(shown, text.close())
+                writer.write(shown, text.flush())
                 writer.end(shown)
                 ended.add(row)
                 writer.is_out_of_room |= not (is_eos or text.is_stopped) and n_written < request.n_tokens
@@ -183,7 +183,7 @@ def _search(
             if sample < len(found):
                 text = TextStream(loaded.tokenizer.decode, request.stops, before)
                 tokens = found[sample].tokens
-                writer.write(row, "".join(map(text.add, tokens)) + text.close())
+                writer.write(row, "".join(map(text.add, tokens)) + text.flush())
                 writer.is_out_of_room |= limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
             writer.end(row)
 

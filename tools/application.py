@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart import TOOLS, command, execute, say
+from quickstart import TOOLS, command, execute, print_heading
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Application:
     """How raw files become a data set, and how what was trained is measured; conf/experiment/ has the rest."""
 
     form: list[str]
-    """Arguments of make_shards.py that say what the inputs are."""
+    """Arguments of make_shards.py that print_heading what the inputs are."""
     ready: list[str] | None = None
     """Arguments of make_task_data.py where no files are given; None where they must be."""
     tokenizer: tuple[str, ...] = ()
@@ -62,9 +62,9 @@ def main() -> None:
     if not (data / "dataset.json").is_file():
         _write_shards(arguments, application, data)
     train = [command("reformer-train"), f"experiment={name}", f"data.path={data}", f"output_dir={output}"]
-    say("Training (the same command resumes)")
+    print_heading("Training (the same command resumes)")
     execute([*train, *overrides])
-    say("Measuring")
+    print_heading("Measuring")
     for options in application.evaluate:
         execute([command("reformer-evaluate"), str(output), "--batch", "32", *options])
 
@@ -88,10 +88,10 @@ def _write_shards(arguments: argparse.Namespace, application: Application, data:
         if application.ready is None:
             sys.exit(f"error: {arguments.name} needs --train and --heldout; see --help")
         made = data.with_suffix(".jsonl")
-        say("Making raw files")
+        print_heading("Making raw files")
         execute([sys.executable, str(TOOLS / "make_task_data.py"), *application.ready, "--output", str(made)])
         files = [str(made)]
-    say(f"Cutting {' and '.join(files)} into shards")
+    print_heading(f"Cutting {' and '.join(files)} into shards")
     if arguments.name == "translation":
         if len(files) != 2:
             sys.exit("error: translation needs two files for --train, and two for --heldout: source and target")

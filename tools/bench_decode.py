@@ -53,7 +53,7 @@ CHECK_PROMPT, CHECK_TOKENS = 300, 60
 
 
 @dataclass(frozen=True)
-class Work:
+class DecodingCase:
     """What one process measures: a row for each of its contexts."""
 
     impl: str
@@ -81,19 +81,19 @@ class Work:
 def main() -> int:
     arguments = parse_arguments()
     if arguments.work is not None:
-        return run_work(Work(**json.loads(arguments.work)))
+        return run_work(DecodingCase(**json.loads(arguments.work)))
     impls = [impl for impl in IMPLEMENTATIONS if impl in arguments.impl]
     for impl in [impl for impl in PEERS if impl in impls and importlib.util.find_spec(impl) is None]:
         print(f"bench_decode.py: {impl} left out, not installed", file=sys.stderr)
         impls.remove(impl)
-    names = [name for name in Work.__dataclass_fields__ if name not in ("impl", "contexts", "n_buckets")]
+    names = [name for name in DecodingCase.__dataclass_fields__ if name not in ("impl", "contexts", "n_buckets")]
     sizes = {name: getattr(arguments, name) for name in names}
     # buckets belong to the model: those of the longest context, at every context
     sizes["n_buckets"] = arguments.n_buckets or max(2, max(arguments.context) // arguments.window // 2 * 2)
     rows = []
     for impl in impls:
         for contexts in [[context] for context in arguments.context] if impl in PEERS else [arguments.context]:
-            rows += in_own_process(Work(impl=impl, contexts=contexts, **sizes), arguments.timeout)
+            rows += in_own_process(DecodingCase(impl=impl, contexts=contexts, **sizes), arguments.timeout)
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -123,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_own_process(work: Work, timeout: float) -> list[dict[str, Any]]:
+def in_own_process(work: DecodingCase, timeout: float) -> list[dict[str, Any]]:
     """The rows that the process printed; none where a peer can't do it, which is said."""
     command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(asdict(work))]
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
@@ -148,13 +148,13 @@ def in_own_process(work: Work, timeout: float) -> list[dict[str, Any]]:
 Measured = dict[str, float | None]
 
 
-def report(work: Work, context: int, measured: Measured | None) -> dict[str, Any]:
+def report(work: DecodingCase, context: int, measured: Measured | None) -> dict[str, Any]:
     """A row as it is printed; without measures it was not correct."""
     sizes = {name: value for name, value in asdict(work).items() if name != "contexts"}
     return {**sizes, "context": context, **(measured or dict.fromkeys(MEASURES)), "correct": measured is not None}
 
 
-def run_work(work: Work) -> int:
+def run_work(work: DecodingCase) -> int:
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)  # of the peers' weights and hashes
     measure = {"ours": ours, "reformer_pytorch": reformer_pytorch, "transformers": transformers}[work.impl]
@@ -174,7 +174,7 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-class Text:
+class DecodingRun:
     """One text of ours, read to its context's length."""
 
     def __init__(self, model: ReformerLM, tokens: Tensor) -> None:
@@ -195,7 +195,7 @@ class Text:
 
 
 @torch.no_grad()
-def ours(work: Work) -> list[Measured | None]:
+def ours(work: DecodingCase) -> list[Measured | None]:
     config = ModelConfig(
         dim=work.dim,
         n_layers=work.layers,
@@ -212,7 +212,7 @@ def ours(work: Work) -> list[Measured | None]:
     differences = [difference_of(model, work.text(CHECK_PROMPT + CHECK_TOKENS, seed)) for seed in range(1, 4)]
     if min(differences) > TOLERANCE:
         return [None] * len(work.contexts)
-    texts = [Text(model, work.text(context)) for context in work.contexts]
+    texts = [DecodingRun(model, work.text(context)) for context in work.contexts]
     for _ in range(work.tokens + 2):
         for text in texts:
             text.step()
@@ -235,7 +235,7 @@ def measures(
     return dict(zip(MEASURES, (None if v is None else float(f"{v:.5g}") for v in values), strict=True))
 
 
-def reformer_pytorch(work: Work) -> list[Measured | None]:
+def reformer_pytorch(work: DecodingCase) -> list[Measured | None]:
     from reformer_pytorch import ReformerLM as Peer
     from reformer_pytorch.generative_tools import TrainingWrapper
 
@@ -260,7 +260,7 @@ def reformer_pytorch(work: Work) -> list[Measured | None]:
 
 
 @torch.no_grad()
-def transformers(work: Work) -> list[Measured | None]:
+def transformers(work: DecodingCase) -> list[Measured | None]:
     from transformers import ReformerConfig, ReformerModelWithLMHead
     from transformers.utils import logging
 
@@ -288,14 +288,14 @@ def transformers(work: Work) -> list[Measured | None]:
     model.config.num_buckets = None  # chosen anew, from the context's length
     for layer in model.reformer.encoder.layers:
         layer.attention.self_attention.num_buckets = None
-    clock = Clock()
+    clock = TokenTimer()
     generate_by_peer(model, work.text(work.contexts[0]), 1 + min(work.tokens, 4), clock)
     prefill, *steps = clock.between()
     seconds = statistics.median(steps)
     return [measures(seconds, prefill, None, None, found) if math.isfinite(found) else None]
 
 
-class Clock:
+class TokenTimer:
     """What generate hands the prompt to, and then each token: it keeps the times."""
 
     def __init__(self) -> None:
@@ -312,7 +312,7 @@ class Clock:
         return [after - before for before, after in pairwise(self._times)]
 
 
-def generate_by_peer(model: Any, text: Tensor, n_tokens: int, clock: Clock | None = None) -> Any:
+def generate_by_peer(model: Any, text: Tensor, n_tokens: int, clock: TokenTimer | None = None) -> Any:
     mask = torch.ones_like(text)
     return model.generate(
         text,

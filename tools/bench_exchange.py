@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import torch
-from grid_jobs import in_own_job
+from mesh_jobs import in_own_job
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
@@ -75,14 +75,14 @@ def run_row(arguments: argparse.Namespace) -> None:
     job = runtime.start()
     if job.device.type == "cpu":
         torch.set_num_threads(1)
-    row = Row(arguments, job, heads, buckets)
+    row = ExchangeBenchmark(arguments, job, heads, buckets)
     found = row.measure()
     if job.is_main:
         print(json.dumps(found))
     runtime.stop()
 
 
-class Row:
+class ExchangeBenchmark:
     """One LSH attention over slices, on one rank."""
 
     def __init__(self, arguments: argparse.Namespace, job: Runtime, heads: int, buckets: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid_jobs import in_own_job
+from mesh_jobs import in_own_job
 
 from reformer_dist.config import AttentionKind, ModelConfig, Position
 from reformer_dist.distributed import runtime

@@ -51,7 +51,7 @@ def main() -> int:
         if process.returncode:
             print(output)
             return 1
-        problems = torment(data, cut, whole, arguments)
+        problems = run_with_kills(data, cut, whole, arguments)
         problems += compare(whole, cut)
     for problem in problems:
         print(f"WRONG: {problem}")
@@ -80,7 +80,7 @@ def start(data: Path, run: Path, arguments: argparse.Namespace, *changed: str) -
     )
 
 
-def torment(data: Path, run: Path, whole: Path, arguments: argparse.Namespace) -> list[str]:
+def run_with_kills(data: Path, run: Path, whole: Path, arguments: argparse.Namespace) -> list[str]:
     """Kills the run so many times, then lets it end; what went wrong."""
     draw = random.Random(arguments.seed)
     problems: list[str] = []

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_rows import EXACT, Row
+from attention_cases import EXACT, BenchCase
 from bench_attention import plot
 from bench_attention import report as attention_row
-from children import Child
+from child_process import ChildProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds, in the order of running. Tests come last: they compile most, any time that is left serves them, and rows
@@ -78,7 +78,7 @@ class Section:
         if self.is_spent:
             self.notes.append(f"{label}: left out, {SPENT}")
             return None
-        with Child(command, ROOT) as child:
+        with ChildProcess(command, ROOT) as child:
             printed = list(child.lines(lambda: self.seconds_left))
             failure = f"cut, {SPENT}" if child.was_cut else child.failure
         row = json.loads(printed[-1]) if printed and is_row(printed[-1]) and not child.was_cut else {}
@@ -202,11 +202,11 @@ def attention(device: str, small: bool, report: dict[str, Any], ends: float) -> 
     return section
 
 
-def measure_rows(section: Section, wanted: list[Row], measured: list[dict[str, float]]) -> None:
+def measure_rows(section: Section, wanted: list[BenchCase], measured: list[dict[str, float]]) -> None:
     """Rows of one process, up to one that takes it along: that one gets an error, and the next a new process."""
     tool, rows = Path(__file__).with_name("bench_attention.py"), iter(wanted)
     n_before = len(section.rows)
-    with Child([sys.executable, str(tool), "--rows", json.dumps([asdict(row) for row in wanted])], ROOT) as child:
+    with ChildProcess([sys.executable, str(tool), "--rows", json.dumps([asdict(row) for row in wanted])], ROOT) as child:
         for line in child.lines(lambda: min(LONGEST_SILENCE, section.seconds_left)):
             if is_row(line):
                 row, found = next(rows), json.loads(line)
@@ -222,7 +222,7 @@ def measure_rows(section: Section, wanted: list[Row], measured: list[dict[str, f
         section.rows.append(attention_row(row, None, failure or "printed nothing"))
 
 
-def wanted_rows(device: str, small: bool) -> list[Row]:
+def wanted_rows(device: str, small: bool) -> list[BenchCase]:
     """Ours and the fastest exact kernel first, by length; then the others; then what takes half a minute each."""
     lengths = [256] if small else [2**12, 2**14, 2**16, 2**18, 2**20]
     sizes = [(seq_len, head_dim) for seq_len in lengths for head_dim in ([16] if small else [64, 128])]
@@ -230,9 +230,9 @@ def wanted_rows(device: str, small: bool) -> list[Row]:
     entries = [(*size, *entry) for size in sizes for entry in (("ours", 4), ("ours", 8), (exact, 8))]
     entries += [] if small else [(*size, "flash", 8) for size in sizes if size[0] <= LONGEST_FLASH]
     entries += [] if small else [(*size, "flex", 4) for size in sizes if size[0] in FLEX_LENGTHS]
-    entries.sort(key=lambda entry: takes_long(entry[2], entry[0]))
+    entries.sort(key=lambda entry: is_slow(entry[2], entry[0]))
     return [
-        Row(
+        BenchCase(
             impl=impl,
             seq_len=seq_len,
             n_hashes=n_hashes,
@@ -242,18 +242,18 @@ def wanted_rows(device: str, small: bool) -> list[Row]:
             n_buckets=None,
             dtype="float32" if small else "bfloat16",
             device=device,
-            repeat=1 if takes_long(impl, seq_len) else 5,
+            repeat=1 if is_slow(impl, seq_len) else 5,
             threads=2,
         )
         for seq_len, head_dim, impl, n_hashes in entries
     ]
 
 
-def takes_long(impl: str, seq_len: int) -> bool:
+def is_slow(impl: str, seq_len: int) -> bool:
     return impl in EXACT and seq_len > LONGEST_REPEATED
 
 
-def label(row: Row) -> str:
+def label(row: BenchCase) -> str:
     return f"{row.impl}, {row.seq_len} tokens, heads of {row.head_dim}, {row.n_hashes} rounds"
 
 
@@ -270,7 +270,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["times_faster_than_exact"] = round(min(exact) / seconds(row), 2)
 
 
-def roofline(row: Row, measured: dict[str, float], seconds: float, keys: float) -> dict[str, float]:
+def roofline(row: BenchCase, measured: dict[str, float], seconds: float, keys: float) -> dict[str, float]:
     """What the work needs, and the share of the time that this would take at the card's measured rates.
 
     keys: how many a token meets in a round, on average. Forward has 2 products of head_dim for each pair,
@@ -292,7 +292,7 @@ def training(device: str, small: bool, report: dict[str, Any], ends: float) -> S
         found = section.row(f"{seq_len} tokens", command)
         if found is None:
             break
-        section.rows[-1] = {"seq_len": seq_len, **in_one_line(found)}
+        section.rows[-1] = {"seq_len": seq_len, **flatten_row(found)}
     return section
 
 
@@ -309,7 +309,7 @@ def training_overrides(seq_len: int, small: bool) -> list[str]:
     return [*sizes, *model, "trainer.precision=bf16"]
 
 
-def in_one_line(row: dict[str, Any]) -> dict[str, Any]:
+def flatten_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of bench_step.py with the shares of its parts in words; a wrong one has none."""
     split = row.pop("split", {})
     total = sum(split.values())
@@ -322,7 +322,7 @@ def tests(device: str, small: bool, report: dict[str, Any], ends: float) -> Sect
     command = [sys.executable, "-m", "pytest", "-vv", "--no-header", "-p", "no:cacheprovider", *which]
     if importlib.util.find_spec("xdist") is not None and not small:
         command += ["-n", "auto"]  # most of the time goes into compiling
-    with Child(command, ROOT) as child:
+    with ChildProcess(command, ROOT) as child:
         printed = list(child.lines(lambda: section.seconds_left))
         failure = f"cut, {SPENT}" if child.was_cut else child.failure
     verdicts = verdicts_of(printed)

@@ -59,10 +59,10 @@ examples:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        form = Form.of(arguments)
+        form = InputFormat.of(arguments)
         tokenizer = choose_tokenizer(arguments, form)
         form.left_out.clear()  # what a tokenizer did not learn from is met again
-        with removed_unless_whole(arguments.output):
+        with removed_on_failure(arguments.output):
             summary = write_samples(
                 form.records(),
                 arguments.output,
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 @contextmanager
-def removed_unless_whole(folder: Path) -> Iterator[None]:
+def removed_on_failure(folder: Path) -> Iterator[None]:
     """Takes back the folders that were made within, where what is done there fails or is interrupted."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -97,7 +97,7 @@ def removed_unless_whole(folder: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Form:
+class InputFormat:
     """How the inputs are read, as often as it takes."""
 
     fields: tuple[str, ...]
@@ -108,7 +108,7 @@ class Form:
     """What the records so far had no place for."""
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Form:
+    def of(cls, arguments: argparse.Namespace) -> InputFormat:
         """Raises DataError where a file is missing."""
         given: list[Path] = arguments.heldout_from
         left_out = SkippedFiles()
@@ -180,13 +180,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--jsonl-field", default="text", metavar="NAME", help="field that holds the text (default: text)")
     add("--overwrite", action="store_true", help="replace the data set that DIR holds")
     arguments = parser.parse_args()
-    problem = find_problem(arguments)
+    problem = check_arguments(arguments)
     if problem:
         parser.error(problem)
     return arguments
 
 
-def find_problem(arguments: argparse.Namespace) -> str | None:
+def check_arguments(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the arguments together, if anything is."""
     is_parallel = arguments.source is not None or arguments.target is not None
     checks = {
@@ -212,7 +212,7 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
     return next((words for words, is_fine in checks.items() if not is_fine), None)
 
 
-def choose_tokenizer(arguments: argparse.Namespace, form: Form) -> Tokenizer:
+def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokenizer:
     if arguments.tokenizer_of:
         from reformer_dist.checkpoint.weights import open_weights  # loads torch
 

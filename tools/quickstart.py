@@ -26,16 +26,16 @@ def main() -> None:
     data, run = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():
         suffixes = [] if arguments.text else ["--suffix", ".py"]
-        say(f"Cutting {text} into shards")
+        print_heading(f"Cutting {text} into shards")
         make_shards = [sys.executable, str(TOOLS / "make_shards.py"), str(text), *suffixes]
         execute([*make_shards, "--shard-mb", "1", "--heldout", "0.1", "--output", str(data)])
     paths = [f"data.path={data}", f"output_dir={run}"]
     train = [command("reformer-train"), f"experiment={EXPERIMENT}", *paths, *arguments.overrides]
-    say("Training (the same command resumes)")
+    print_heading("Training (the same command resumes)")
     execute(train)
-    say("Evaluating on text that was held out")
+    print_heading("Evaluating on text that was held out")
     execute([command("reformer-evaluate"), str(run), "--rows", "512"])
-    say("Writing")
+    print_heading("Writing")
     execute([command("reformer-generate"), str(run), "--prompt", arguments.prompt, "--max-new-tokens", "200"])
     _farewell(data, run, train)
 
@@ -63,7 +63,7 @@ def command(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def say(words: str) -> None:
+def print_heading(words: str) -> None:
     print(f"\n== {words}", flush=True)
 
 
@@ -75,7 +75,7 @@ def execute(command: list[str]) -> None:
 
 
 def _farewell(data: Path, run: Path, train: list[str]) -> None:
-    say("Done")
+    print_heading("Done")
     print(f"data set     {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
     print(f"go on        {shlex.join([*train, 'trainer.max_steps=1000'])}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace, replace
 from typing import Any
+
+from reformer_dist.config.renamed import translate_saved
 
 EXPORTED = ("config", "tokenizer", "vocab_size", "labels", "shapes")
 
@@ -13,7 +15,7 @@ class RunRecord:
     """Contents of a checkpoint's run.json, and, without the optional fields, of an export's config.json."""
 
     config: dict[str, Any]
-    """Resolved configuration, enums by name."""
+    """Resolved configuration, enums by name; read from an older version, with the keys of this one."""
     tokenizer: dict[str, Any]
     """Specification of the tokenizer, as `load_tokenizer` takes it."""
     vocab_size: int
@@ -31,12 +33,15 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> RunRecord:
-        """Ignores unknown keys. Raises TypeError for missing keys or values that are no objects."""
+        """Ignores unknown keys, and translates renamed keys of the configuration.
+
+        Raises TypeError for missing keys or values that are no objects.
+        """
         record = cls(**{each.name: document[each.name] for each in fields(cls) if each.name in document})
         for name in ("config", "tokenizer", "shapes"):
             if not isinstance(getattr(record, name), dict):
                 raise TypeError(f"{name} must be an object, not {getattr(record, name)!r}")
-        return record
+        return replace(record, config=translate_saved(record.config))
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by name; None is left out."""

@@ -18,5 +18,5 @@ def open_weights(path: Path) -> CheckpointReader | Export:
 def saved_model_config(path: str) -> dict[str, Any]:
     """model.* of the weights to start from, without the attention backend. Raises CheckpointError."""
     saved: dict[str, Any] = dict(open_weights(Path(path)).record.config["model"])
-    saved.pop("attention_implementation", None)
+    saved.pop("attention_backend", None)
     return saved

@@ -1,5 +1,6 @@
-"""The typed description of a run: plain values, checked at birth; imports nothing else of ours."""
+"""The typed configuration of a run: plain values, checked on construction. Imports no other part but errors."""
 
+from reformer_dist.config.compat import CompatConfig, StreamMerge
 from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig, LauncherKind
 from reformer_dist.config.model import (
@@ -14,10 +15,9 @@ from reformer_dist.config.model import (
     Pooling,
     Position,
     Recompute,
-    StreamMerge,
 )
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
-from reformer_dist.config.parallel import ParallelConfig
+from reformer_dist.config.parallel import Combine, ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.sweep import SweepConfig, SweepKind
 from reformer_dist.config.task import TaskConfig, TaskKind, TextMetric
@@ -27,6 +27,8 @@ __all__ = [
     "Activation",
     "AttentionBackend",
     "AttentionKind",
+    "Combine",
+    "CompatConfig",
     "CrossAttentionKind",
     "DataConfig",
     "DeepSpeedConfig",

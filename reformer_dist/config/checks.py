@@ -1,4 +1,4 @@
-"""Checks that all groups share: names, types and bounds. Each message names the key, the value and what would be right."""
+"""Checks of names, types and bounds for all groups. Messages have the form "key=value: what would be right"."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PLAIN_TYPES: Mapping[type, tuple[type, str]] = {
 class ConfigGroup:
     """Base of the configuration's dataclasses. Checks names, types and bounds when an instance is made.
 
-    Hydra checks the types of a run it composes. A configuration made by a program must be held to the same: a string
-    never equals the member of an Enum, so each comparison with it would silently be false.
+    Hydra checks the types of a run that it composes. A configuration made by a program must be held to the same
+    rules: a string never equals a member of an Enum, so that each comparison with it would silently be false.
     """
 
     _prefix: ClassVar[str]
@@ -105,7 +105,7 @@ def bounded(
     if most is None and below is None and isinstance(least, int) and not isinstance(default, float):
         most = LARGEST_INT32
     bounds = Bounds(least, above, most, below, hint)
-    return field(default=default, metadata={"bounds": bounds})  # type: ignore[no-any-return]
+    return field(default=default, metadata={"bounds": bounds})
 
 
 def require(condition: bool, key: str, value: object, right: str) -> None:
@@ -127,9 +127,12 @@ def _typed(value: Any, kind: Any, key: str) -> Any:
         return [_typed(element, item, f"{key}[{index}]") for index, element in enumerate(value)]
     if get_origin(kind) is dict:
         require(isinstance(value, Mapping), key, value, "must be a mapping, such as {key: value}")
-        return {_typed(k, get_args(kind)[0], key): _typed(v, get_args(kind)[1], f"{key}.{k}") for k, v in value.items()}
+        return {
+            _typed(k, get_args(kind)[0], key): _typed(v, get_args(kind)[1], f"{key}.{k}") for k, v in value.items()
+        }
     if is_dataclass(kind):
-        require(isinstance(value, kind), key, value, f"must be a {kind.__name__}")  # type: ignore[arg-type, union-attr]
+        assert isinstance(kind, type)
+        require(isinstance(value, kind), key, value, f"must be a {kind.__name__}")
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _member(value, kind, key)
     if kind in PLAIN_TYPES:

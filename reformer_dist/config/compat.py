@@ -22,7 +22,7 @@ class CompatConfig(ConfigGroup, prefix="model.compat."):
     bucket_factors: list[int] | None = None
     """Even numbers whose product is n_buckets, each hashed by an argmax of its own; null chooses them."""
     hash_seed: int | None = bounded(None, least=0, most=LARGEST_INT64)
-    """Hash rotations of every step and layer are those that Hugging Face draws from this seed; null draws new ones."""
+    """All steps and layers use the rotations that Hugging Face draws from this seed; null draws new ones."""
     chunk_wrap: bool = False
     """Chunks: the first chunk of a round attends to the last of the previous round."""
     local_chunk_len: int = bounded(0, least=0, most=LARGEST_CHUNK, hint="layers=[exact] attends to more tokens")

@@ -265,7 +265,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
         """compat.chunk_wrap: other systems pad a text to a multiple of all chunks in use, and wrap around that."""
         kinds = set(self.layer_kinds())
         lengths = [self.chunk_len] if AttentionKind.lsh in kinds else []
-        lengths += [self.compat.local_chunk_len] if AttentionKind.local in kinds and self.compat.local_chunk_len else []
+        lengths += (
+            [self.compat.local_chunk_len] if AttentionKind.local in kinds and self.compat.local_chunk_len else []
+        )
         return math.lcm(*lengths) if self.compat.chunk_wrap else 1
 
     @property

@@ -1,5 +1,7 @@
-"""Keys that had another name in earlier versions. A command line must use the new names, while saved configurations
-are translated as they are read."""
+"""Keys that had another name in earlier versions.
+
+Old names are refused, with the new one in the message. Configurations saved by earlier versions are translated.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,10 @@ class Renamed:
 
     def value(self, old: Any) -> Any:
         return self.values.get(_shown(old).lower(), old)
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{new} for {old}" for old, new in self.values.items())
+        return f"has been renamed; use {self.key}" + (f" ({values})" if values else "")
 
 
 RENAMED: Mapping[str, Renamed] = {

@@ -39,4 +39,4 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """The run stops after this many consecutive steps with a non-finite loss or gradient."""
 
     step_timeout: float = bounded(0.0, least=0)
-    """A rank logs a stack trace when a part of a step takes longer than this many seconds; 0 means never."""
+    """A rank logs what it is doing when a part of a step takes longer than this many seconds; 0 means never."""

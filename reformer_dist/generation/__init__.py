@@ -1,4 +1,4 @@
-"""Text from a model: how it is read (`decoder`), what comes next (`sampling`, `beam`), how it ends (`text`)."""
+"""Text generation: decoders with and without KV caches, sampling, beam search, and streaming detokenization."""
 
 from reformer_dist.generation.beam import BeamOptions, Hypothesis, beam_search
 from reformer_dist.generation.decoder import CachedDecoder, Decoder, UncachedDecoder, make_decoder
@@ -10,10 +10,10 @@ __all__ = [
     "CachedDecoder",
     "Decoder",
     "Hypothesis",
-    "UncachedDecoder",
-    "TextSampler",
     "SamplingOptions",
+    "TextSampler",
     "TextStream",
+    "UncachedDecoder",
     "beam_search",
     "generate",
     "make_decoder",

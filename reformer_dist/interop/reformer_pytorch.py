@@ -7,6 +7,7 @@ Written against reformer_pytorch 1.4.4; docs/interop.md says what is equal.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position
+from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, NeighbourRule, Position
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, ForeignTensors, reshape_checked, parameter_shapes
 from reformer_dist.models import ReformerLM
@@ -124,6 +125,7 @@ class _Model:
             )
         n_hashes: int = options.take("n_hashes", 4, kind=int)
         chosen = self._exact() if use_full else self._chunked(n_hashes, notes)
+        compat = chosen.pop("compat", CompatConfig())
         is_table = self.position is Position.sinusoidal and self.emb_dim != dim
         return ModelConfig(
             dim=dim,
@@ -133,15 +135,14 @@ class _Model:
             layers=[AttentionKind.lsh],
             causal=options.take("causal", False, kind=bool),
             qk_scale=head_dim**-0.5,
-            attention_bias=True,
             ff_mult=options.take("ff_mult", 4, kind=int),
             activation=Activation.glu if options.take("ff_glu", False) else Activation.gelu,
             position=Position.learned if is_table else self.position,
             axial_shape=list(self.axial_shape),
-            axial_sum=self.position is Position.axial,
             max_seq_len=self.max_seq_len,
             attention_dropout=float(options.take("lsh_dropout", 0.0, kind=FLOAT)),
             ff_dropout=float(options.take("ff_dropout", 0.0, kind=FLOAT)),
+            compat=replace(compat, attention_bias=True, axial_sum=self.position is Position.axial),
             **chosen,
         )
 
@@ -155,10 +156,9 @@ class _Model:
         return {
             "n_hashes": n_hashes,
             "n_buckets": n_buckets,
-            "bucket_factors": [n_buckets],
             "neighbours": NeighbourRule.chunk,
             "chunk_len": self.bucket_size,
-            "chunk_wrap": True,
+            "compat": CompatConfig(bucket_factors=[n_buckets], chunk_wrap=True),
         }
 
     def _exact(self) -> dict[str, Any]:

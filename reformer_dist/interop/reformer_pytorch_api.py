@@ -16,18 +16,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from reformer_dist import models
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, Norm, Position
+from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, Norm, Position
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.context import ForwardOptions
 
-Keys = dict[str, Any]
+ConfigKeys = dict[str, Any]
 Given = Mapping[str, Any]
 """All options of a call, by their names there."""
-Mapped = Callable[[Any, Given], Keys]
+Mapped = Callable[[Any, Given], ConfigKeys]
 
 
 @dataclass(frozen=True)
-class Row:
+class OptionRule:
     """What becomes of one option."""
 
     becomes: Mapped
@@ -38,120 +38,120 @@ class Row:
     """False of a value that has no counterpart."""
 
 
-def _key(name: str) -> Mapped:
+def _set(name: str) -> Mapped:
     return lambda value, _given: {name: value}
 
 
-def _nothing(_value: Any, _given: Given) -> Keys:
+def _drop(_value: Any, _given: Given) -> ConfigKeys:
     return {}
 
 
-def _becomes(name: str) -> Row:
-    return Row(_key(name), f"`{name}`")
+def _renamed(name: str) -> OptionRule:
+    return OptionRule(_set(name), f"`{name}`")
 
 
-def _refused(note: str) -> Row:
-    return Row(_nothing, note, accepts=lambda value: not value)
+def _unsupported(note: str) -> OptionRule:
+    return OptionRule(_drop, note, accepts=lambda value: not value)
 
 
-def _needless(note: str) -> Row:
-    return Row(_nothing, note)
+def _ignored(note: str) -> OptionRule:
+    return OptionRule(_drop, note)
 
 
-def _buckets(bucket_size: int, given: Given) -> Keys:
+def _buckets(bucket_size: int, given: Given) -> ConfigKeys:
     n_buckets = max(1, math.ceil(given["max_seq_len"] / bucket_size))
     # as many keys as a chunk and the chunk before it hold; a two-sided window looks both ways
     window = 2 * bucket_size if given["causal"] else bucket_size
     return {"n_buckets": n_buckets + n_buckets % 2 if n_buckets > 1 else 1, "window": window}
 
 
-def _axial(_is_axial: bool, given: Given) -> Keys:
+def _axial(_is_axial: bool, given: Given) -> ConfigKeys:
     if not given["axial_position_emb"]:
         return {}
     size = given["bucket_size"]
     shape = given["axial_position_shape"] or (math.ceil(given["max_seq_len"] / size), size)
-    return {"position": Position.axial, "axial_shape": list(shape), "axial_sum": True}
+    return {"position": Position.axial, "axial_shape": list(shape), "compat": CompatConfig(axial_sum=True)}
 
 
-def _activation(layer: Any, given: Given) -> Keys:
+def _activation(layer: Any, given: Given) -> ConfigKeys:
     name = "gelu" if layer in (None, nn.GELU) else "relu"
     return {"activation": Activation.glu if given.get("ff_glu") else Activation[name]}
 
 
-def _only_if(keys: Keys) -> Mapped:
+def _only_if(keys: ConfigKeys) -> Mapped:
     return lambda value, _given: keys if value else {}
 
 
-TABLE: dict[str, Row] = {
-    "num_tokens": Row(_nothing, "`vocab_size` of the model"),
-    "dim": _becomes("dim"),
-    "depth": _becomes("n_layers"),
-    "heads": _becomes("n_heads"),
-    "dim_head": _becomes("head_dim"),
-    "max_seq_len": Row(_key("max_seq_len"), "`n_buckets`, and the rows of a learned position table"),
-    "bucket_size": Row(_buckets, "`window`, and with the length `n_buckets`"),
-    "n_hashes": _becomes("n_hashes"),
-    "causal": _becomes("causal"),
-    "ff_chunks": Row(
+OPTIONS: dict[str, OptionRule] = {
+    "num_tokens": OptionRule(_drop, "`vocab_size` of the model"),
+    "dim": _renamed("dim"),
+    "depth": _renamed("n_layers"),
+    "heads": _renamed("n_heads"),
+    "dim_head": _renamed("head_dim"),
+    "max_seq_len": OptionRule(_set("max_seq_len"), "`n_buckets`, and the rows of a learned position table"),
+    "bucket_size": OptionRule(_buckets, "`window`, and with the length `n_buckets`"),
+    "n_hashes": _renamed("n_hashes"),
+    "causal": _renamed("causal"),
+    "ff_chunks": OptionRule(
         lambda chunks, given: {"ff_chunk": math.ceil(given["max_seq_len"] / chunks) if chunks > 1 else 0},
         "`ff_chunk`: tokens of a chunk instead of the number of chunks",
         accepts=lambda chunks: chunks >= 1,
     ),
-    "attn_chunks": _needless("nothing to do: attention always runs over a few heads and rows at a time"),
-    "weight_tie": _becomes("share_layers"),
-    "lsh_dropout": _becomes("attention_dropout"),
-    "dropout": _becomes("attention_dropout"),
-    "ff_dropout": _becomes("ff_dropout"),
-    "post_attn_dropout": Row(
-        _key("dropout"), "`dropout`, which falls on the embedding and on what each sublayer gives"
+    "attn_chunks": _ignored("nothing to do: attention always runs over a few heads and rows at a time"),
+    "weight_tie": _renamed("share_layers"),
+    "lsh_dropout": _renamed("attention_dropout"),
+    "dropout": _renamed("attention_dropout"),
+    "ff_dropout": _renamed("ff_dropout"),
+    "post_attn_dropout": OptionRule(
+        _set("dropout"), "`dropout`, which falls on the embedding and on what each sublayer gives"
     ),
-    "layer_dropout": _becomes("layer_drop"),
-    "ff_activation": Row(
+    "layer_dropout": _renamed("layer_drop"),
+    "ff_activation": OptionRule(
         _activation,
         "`activation`: None and nn.GELU are gelu, nn.ReLU is relu; there are no others, pass one of these",
         accepts=lambda layer: layer in (None, nn.GELU, nn.ReLU),
     ),
-    "ff_mult": _becomes("ff_mult"),
-    "ff_glu": Row(_nothing, "`activation=glu`, gated by a GELU"),
-    "lsh_attend_across_buckets": _needless("a token sees its own bucket only, whatever is asked for"),
-    "attend_across_buckets": _needless("a token sees its own bucket only, whatever is asked for"),
-    "lsh_allow_duplicate_attention": Row(
+    "ff_mult": _renamed("ff_mult"),
+    "ff_glu": OptionRule(_drop, "`activation=glu`, gated by a GELU"),
+    "lsh_attend_across_buckets": _ignored("a token sees its own bucket only, whatever is asked for"),
+    "attend_across_buckets": _ignored("a token sees its own bucket only, whatever is asked for"),
+    "lsh_allow_duplicate_attention": OptionRule(
         lambda allowed, _given: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
     ),
-    "allow_duplicate_attention": Row(
+    "allow_duplicate_attention": OptionRule(
         lambda allowed, _given: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
     ),
-    "random_rotations_per_head": _needless("each head has rotations of its own, whatever is asked for"),
-    "use_scale_norm": Row(_only_if({"norm": Norm.scale}), "`norm=scale`"),
-    "use_rezero": Row(_only_if({"norm": Norm.rezero}), "`norm=rezero`"),
-    "use_full_attn": Row(_only_if({"layers": [AttentionKind.exact]}), "`layers=[exact]`"),
-    "full_attn_thres": _refused(
+    "random_rotations_per_head": _ignored("each head has rotations of its own, whatever is asked for"),
+    "use_scale_norm": OptionRule(_only_if({"norm": Norm.scale}), "`norm=scale`"),
+    "use_rezero": OptionRule(_only_if({"norm": Norm.rezero}), "`norm=rezero`"),
+    "use_full_attn": OptionRule(_only_if({"layers": [AttentionKind.exact]}), "`layers=[exact]`"),
+    "full_attn_thres": _unsupported(
         "what a model computes does not change with the length here; leave it out, or use_full_attn=True"
     ),
-    "reverse_thres": _needless("nothing to do: gradients are those of plain autograd at any length"),
-    "num_mem_kv": _refused("no key stands outside all buckets here; leave it out"),
-    "one_value_head": _becomes("one_value_head"),
-    "n_local_attn_heads": _refused(
+    "reverse_thres": _ignored("nothing to do: gradients are those of plain autograd at any length"),
+    "num_mem_kv": _unsupported("no key stands outside all buckets here; leave it out"),
+    "one_value_head": _renamed("one_value_head"),
+    "n_local_attn_heads": _unsupported(
         "a layer's heads are of one kind here; leave it out, and make a ModelConfig(layers=[local, lsh])"
     ),
-    "pkm_layers": _refused("there are no product-key memories here; leave it out, or take a wider ff_mult"),
-    "pkm_num_keys": _needless("has no meaning without pkm_layers"),
-    "emb_dim": _becomes("embedding_dim"),
-    "return_embeddings": _refused("leave it out, and call model.net.encode(tokens)"),
-    "weight_tie_embedding": _becomes("tie_embeddings"),
-    "fixed_position_emb": Row(_only_if({"position": Position.sinusoidal}), "`position=sinusoidal`"),
-    "absolute_position_emb": Row(_only_if({"position": Position.learned}), "`position=learned`"),
-    "axial_position_emb": Row(_axial, "`position=axial` with `axial_sum`; without any of the three, `rotary`"),
-    "axial_position_shape": Row(_nothing, "`axial_shape`"),
-    "return_attn": _refused("leave it out, and call reformer_dist.inspect_attention"),
-    "rehash_each_round": Row(
-        _nothing,
+    "pkm_layers": _unsupported("there are no product-key memories here; leave it out, or take a wider ff_mult"),
+    "pkm_num_keys": _ignored("has no meaning without pkm_layers"),
+    "emb_dim": _renamed("embedding_dim"),
+    "return_embeddings": _unsupported("leave it out, and call model.net.encode(tokens)"),
+    "weight_tie_embedding": _renamed("tie_embeddings"),
+    "fixed_position_emb": OptionRule(_only_if({"position": Position.sinusoidal}), "`position=sinusoidal`"),
+    "absolute_position_emb": OptionRule(_only_if({"position": Position.learned}), "`position=learned`"),
+    "axial_position_emb": OptionRule(_axial, "`position=axial` with `compat.axial_sum`; without any of the three, `rotary`"),
+    "axial_position_shape": OptionRule(_drop, "`axial_shape`"),
+    "return_attn": _unsupported("leave it out, and call reformer_dist.inspect_attention"),
+    "rehash_each_round": OptionRule(
+        _drop,
         "each round has a hash of its own here; leave it out",
         accepts=bool,
     ),
-    "drop_for_hash_rate": _refused("hashes of training and evaluation agree here; leave it out"),
+    "drop_for_hash_rate": _unsupported("hashes of training and evaluation agree here; leave it out"),
 }
-SHARED: Keys = {
+SHARED_DEFAULTS: ConfigKeys = {
     "heads": 8,
     "dim_head": None,
     "bucket_size": 64,
@@ -166,7 +166,7 @@ SHARED: Keys = {
     "post_attn_dropout": 0.0,
     "n_local_attn_heads": 0,
 }
-OF_STACK: Keys = SHARED | {
+STACK_DEFAULTS: ConfigKeys = SHARED_DEFAULTS | {
     "ff_chunks": 100,
     "weight_tie": False,
     "lsh_dropout": 0.0,
@@ -181,10 +181,10 @@ OF_STACK: Keys = SHARED | {
     "pkm_layers": (),
     "pkm_num_keys": 128,
 }
-DEFAULTS: dict[str, Keys] = {
-    "Reformer": OF_STACK
+DEFAULTS: dict[str, ConfigKeys] = {
+    "Reformer": STACK_DEFAULTS
     | {"attn_chunks": None, "lsh_attend_across_buckets": True, "lsh_allow_duplicate_attention": True},
-    "ReformerLM": OF_STACK
+    "ReformerLM": STACK_DEFAULTS
     | {
         "n_hashes": 4,
         "dim_head": 64,
@@ -196,7 +196,7 @@ DEFAULTS: dict[str, Keys] = {
         "axial_position_emb": False,
         "axial_position_shape": None,
     },
-    "LSHSelfAttention": SHARED
+    "LSHSelfAttention": SHARED_DEFAULTS
     | {
         "attend_across_buckets": True,
         "allow_duplicate_attention": True,
@@ -220,7 +220,7 @@ KEYWORDS: dict[str, str] = {
 """Keywords of a call there, beside input_mask, why none has a counterpart, and what to do instead."""
 
 
-def to_config(name: str, sizes: Keys, options: Keys) -> ModelConfig:
+def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
     """The configuration for a call of reformer_pytorch's class `name`.
 
     Raises ConfigError that names every option without counterpart, why, and what to do instead.
@@ -229,15 +229,15 @@ def to_config(name: str, sizes: Keys, options: Keys) -> ModelConfig:
     if unknown:
         raise ConfigError(f"{name}: reformer_pytorch has no option {', '.join(unknown)}")
     given = DEFAULTS[name] | options | sizes
-    refused = {option: TABLE[option] for option, value in given.items() if not TABLE[option].accepts(value)}
+    refused = {option: OPTIONS[option] for option, value in given.items() if not OPTIONS[option].accepts(value)}
     if refused:
         lines = [f"{option}={given[option]!r}: {row.note}" for option, row in refused.items()]
         raise ConfigError("\n".join([f"{name}: no counterpart here for", *lines]))
     # a bare stack has no positions there: the caller adds them to its input
     position = Position.rotary if name == "ReformerLM" else Position.sinusoidal
-    keys: Keys = {"position": position, "layers": [AttentionKind.lsh]}
+    keys: ConfigKeys = {"position": position, "layers": [AttentionKind.lsh]}
     for option, value in given.items():
-        keys |= TABLE[option].becomes(value, given)
+        keys |= OPTIONS[option].becomes(value, given)
     return ModelConfig(**keys)
 
 

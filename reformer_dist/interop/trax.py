@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position, StreamMerge
+from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, NeighbourRule, Position, StreamMerge
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, reshape_checked
 from reformer_dist.interop.pickles import read_pickle
@@ -44,14 +44,14 @@ WITHOUT_EFFECT = (
     *("mode", "dropout", "attention_chunk_size", "pos_start_from_zero_prob", "pos_max_offset_to_add"),
     *("loss_sparsity_type", "loss_d_lowrank", "loss_sparsity_prob"),
 )
-OF_LAYERS: tuple[str, ...] = (
+LAYER_OPTIONS: tuple[str, ...] = (
     "masked",
     "predict_mem_len",
     "predict_drop_len",
     "n_parallel_heads",
     "use_python_loop",
 )
-OF_LAYERS += ("attention_dropout", "output_dropout", "use_reference_code", "max_length_for_buckets")
+LAYER_OPTIONS += ("attention_dropout", "output_dropout", "use_reference_code", "max_length_for_buckets")
 SIZE = (int, type(None))
 
 
@@ -73,7 +73,7 @@ def read(folder: Path) -> ForeignModel:
 def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
     """Ours for theirs. Raises CheckpointError; appends to notes."""
     options.refuse_other_values(WITHOUT_COUNTERPART)
-    for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in OF_LAYERS)):
+    for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in LAYER_OPTIONS)):
         options.take(name)
     head_dim: int = options.take("d_attention_key", 64, kind=int)
     if options.take("d_attention_value", 64, kind=int) != head_dim:
@@ -91,19 +91,21 @@ def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
         layers=_layers(options, local_chunk),
         n_hashes=options.take("LSHSelfAttention.n_hashes", 1, kind=int),
         n_buckets=math.prod(factors),
-        bucket_factors=factors,
         neighbours=NeighbourRule.chunk,
         chunk_len=chunk_len,
         n_chunks_before=options.take("LSHSelfAttention.n_chunks_before", 1, kind=int),
         n_chunks_after=options.take("LSHSelfAttention.n_chunks_after", 0, kind=int),
-        chunk_wrap=True,
-        local_chunk_len=local_chunk or 0,
-        local_chunks_before=options.take("SelfAttention.n_chunks_before", 0, kind=int),
-        local_chunks_after=options.take("SelfAttention.n_chunks_after", 0, kind=int),
         ff_chunk=options.take("ff_chunk_size", 0, kind=int),
         activation=options.take_choice("ff_activation", ACTIVATIONS, "FastGelu"),
-        merge_streams=StreamMerge.concat,
         norm_eps=EPS,
+        compat=CompatConfig(
+            bucket_factors=factors,
+            chunk_wrap=True,
+            local_chunk_len=local_chunk or 0,
+            local_chunks_before=options.take("SelfAttention.n_chunks_before", 0, kind=int),
+            local_chunks_after=options.take("SelfAttention.n_chunks_after", 0, kind=int),
+            merge_streams=StreamMerge.concat,
+        ),
         **_positions(options, max_len),
     )
     options.refuse_unknown("ReformerLM of Trax")

@@ -19,7 +19,9 @@ class ReformerModel(nn.Module):
     `seed` determines initial weights and hash rotations, which are the same on every rank and device.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, has_cross_attention: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, seed: int = 0, *, has_cross_attention: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)

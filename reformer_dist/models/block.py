@@ -112,8 +112,8 @@ class Block(nn.Module):
 def skip_layer(x1: Tensor, x2: Tensor, unused: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the streams unchanged; the unused tensors get zero gradients instead of None.
 
-    This keeps steps identical across ranks and ZeRO stages: ZeRO's hooks wait for every parameter, and an optimizer
-    that skips parameters without gradients would update them at some stages and not at others.
+    This keeps steps identical across ranks and ZeRO stages: ZeRO's hooks wait for every parameter, and an
+    optimizer that skips parameters without gradients would update them at some stages and not at others.
     """
     y1, y2 = _SkipLayer.apply(x1, x2, *(p for p in unused if p.requires_grad))
     return y1, y2

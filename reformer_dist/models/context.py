@@ -50,7 +50,7 @@ class EncodedSource:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Constants of one forward call. Every random draw is a function of them, so a recompute repeats it exactly."""
+    """Constants of one forward call. Every random draw is a function of them, so recomputes repeat it."""
 
     dropout_seed: int | None
     """Seed of this call's dropout masks; None disables dropout."""
@@ -93,7 +93,11 @@ def build_context(
     is_training: bool,
 ) -> ForwardContext:
     """Builds the context of a forward call on rows of n_tokens; is_training enables dropout."""
-    sequence, step, mask = options.get("sequence", WHOLE_SEQUENCE), options.get("step"), options.get("key_padding_mask")
+    sequence, step, mask = (
+        options.get("sequence", WHOLE_SEQUENCE),
+        options.get("step"),
+        options.get("key_padding_mask"),
+    )
     coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import AttentionBackend, CrossAttentionKind, ModelConfig
 from reformer_dist.models.attention import hash_heads
-from reformer_dist.models.context import ForwardContext, RecomputeCache, EncodedSource
+from reformer_dist.models.context import EncodedSource, ForwardContext, RecomputeCache
 from reformer_dist.ops.lsh import CrossKeys, CrossOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.seeds import derive_seed

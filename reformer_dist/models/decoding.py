@@ -4,7 +4,7 @@
     logits = model(prompts, key_padding_mask=mask, sequence=state)  # prefill: [B, S, V], the usual forward
     logits = model(tokens, sequence=state)  # decode: [B, 1, V] for one more token per row, and so on
 
-Models, and a standalone `ReformerStack`, need no code for this: to attention, the state is the rest of the sequence.
+Models and a standalone `ReformerStack` need no code for this: to attention, the state is the rest of the sequence.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, Win
 
 
 def kv_cache_unsupported_reason(config: ModelConfig) -> str | None:
-    """Why such a model can't be decoded token by token; None where it can."""
+    """Why a model can't be decoded with KV caches; None if it can."""
     if not config.causal:
-        return "model.causal=false: what a token sees changes with each one that follows"
+        return "model.causal=false: tokens attend to later tokens; must be true"
     if config.neighbours is NeighbourRule.chunk and AttentionKind.lsh in config.layer_kinds():
-        return "model.neighbours=chunk: which earlier tokens a token sees changes with those that follow"
+        return "model.neighbours=chunk: which keys a token attends to depends on later tokens; must be window"
     if config.compat.local_chunk_len > 0 and AttentionKind.local in config.layer_kinds():
-        return "model.compat.local_chunk_len: only local attention of a sliding window (0) keeps its last tokens"
+        chunk_len = config.compat.local_chunk_len
+        return f"model.compat.local_chunk_len={chunk_len}: chunked local attention has no KV cache; must be 0"
     return None
 
 

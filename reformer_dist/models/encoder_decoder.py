@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from reformer_dist.config import ModelConfig
 from reformer_dist.config.checks import require
 from reformer_dist.models.base import ReformerModel
-from reformer_dist.models.context import WHOLE_SEQUENCE, ForwardContext, ForwardOptions, EncodedSource
+from reformer_dist.models.context import WHOLE_SEQUENCE, EncodedSource, ForwardContext, ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.sequence import SequenceAccess

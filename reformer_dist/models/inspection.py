@@ -86,7 +86,7 @@ class _RecordingLayer(WholeSequence):
 
 
 def _one_hot_values(v: Tensor) -> list[Tensor]:
-    """Columns of the identity [S, S] in groups of D, the width of v [B, H, S, D]; the last is padded with zeros."""
+    """Columns of the identity [S, S] in groups of D, the width of v [B, H, S, D]; the last is zero-padded."""
     seq_len, width = v.shape[2:]
     n_columns = -(-seq_len // width) * width
     identity = torch.eye(seq_len, n_columns, dtype=v.dtype, device=v.device)

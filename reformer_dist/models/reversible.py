@@ -1,6 +1,6 @@
 """A reversible layer as one autograd function: backward reconstructs its input from its output (paper, section 3).
 
-All state of backward is in the autograd context and on a tape that belongs to one forward call, so several forwards
+All state of backward is in the autograd context and on a tape that belongs to one forward call, so two forwards
 may precede a backward. Parameters are inputs of the function, so that each gradient leaves through the outer graph
 exactly once, as ZeRO's hooks expect.
 

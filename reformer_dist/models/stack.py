@@ -17,8 +17,8 @@ from reformer_dist.models.reversible import Tape
 class ReformerStack(nn.Module):
     """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; their merged outputs are normalized.
 
-    They are merged by their mean or, with merge_streams=concat, by concatenation. With has_cross_attention, every
-    layer also attends to the source of its context.
+    They are merged by their mean or, with compat.merge_streams=concat, by concatenation. With has_cross_attention,
+    every layer also attends to the source of its context.
     """
 
     def __init__(self, config: ModelConfig, *, has_cross_attention: bool = False) -> None:
@@ -26,7 +26,9 @@ class ReformerStack(nn.Module):
         self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()
         n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
-        self.blocks = nn.ModuleList(Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds[:n_blocks])
+        self.blocks = nn.ModuleList(
+            Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds[:n_blocks]
+        )
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)

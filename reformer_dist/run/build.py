@@ -24,10 +24,10 @@ from reformer_dist.run.compose import plain
 from reformer_dist.run.data import TrainingData, QuarantineFile, open_training_corpus
 from reformer_dist.run.directory import changed_keys, open_run_directory, require_same_config, write_config
 from reformer_dist.run.pretrained import load_initial_weights
-from reformer_dist.run.validator import Validator
+from reformer_dist.training.validator import Validator
 from reformer_dist.tasks import Task, make_task
 from reformer_dist.training.batches import BatchReader
-from reformer_dist.training.checkpoints import CheckpointManager, find_resume_checkpoint
+from reformer_dist.training.checkpoint_manager import CheckpointManager, find_resume_checkpoint
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.preemption import StopSignal
 from reformer_dist.training.trainer import TrainState, Trainer
@@ -68,7 +68,7 @@ def build_trainer(
     resources.callback(loader.close)
     if progress.step < config.trainer.max_steps:  # else overrides would be recorded that trained nothing
         write_config(config, runtime)
-    journal = runtime.together(lambda: MetricsLogger(folder, is_active=runtime.is_main, first_step=progress.step))
+    journal = runtime.together(lambda: MetricsLogger(folder, is_active=runtime.is_main, resume_step=progress.step))
     resources.callback(journal.close)
     probes = Validator(config, runtime, engine, sequence, corpus, task, journal, stop)
     _announce(config, runtime, corpus, description["shapes"], n_micro)

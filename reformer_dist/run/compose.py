@@ -28,6 +28,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import one_of
+from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
 from reformer_dist.errors import ConfigError
 
 CONFIG_NAME = "train"
@@ -59,6 +60,7 @@ def hydra_entry(task: Callable[[RunConfig], None]) -> None:
     register_schema()
     # without it, Hydra would print errors in its own way and exit
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    refuse_renamed_overrides(command_line_overrides(sys.argv[1:]))
     composed: list[DictConfig] = []
     compose = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=CONFIG_NAME)
     try:
@@ -90,6 +92,7 @@ def hydra_context() -> Iterator[ConfigLoader]:
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
+    refuse_renamed_overrides(overrides)
     try:
         return hydra.compose(CONFIG_NAME, overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -132,6 +135,7 @@ def refuse_unknown(given: Any, known: Any, prefix: str) -> None:
         return
     names = {field.name for field in fields(known)}
     for key, value in given.items():
+        refuse_renamed(f"{prefix}{key}", value)
         if key not in names:
             raise ConfigError(f"{prefix}{key}={value}: there is no such key{_suggest(key, type(known))}")
         refuse_unknown(value, getattr(known, key), f"{prefix}{key}.")
@@ -139,9 +143,10 @@ def refuse_unknown(given: Any, known: Any, prefix: str) -> None:
 
 def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
     """A saved configuration with `key=value` overrides, checked as at the start of a run. Raises ConfigError."""
+    refuse_renamed_overrides(overrides)
     try:
         schema = OmegaConf.structured(RunConfig)
-        merged = OmegaConf.merge(schema, saved, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(schema, translate_saved(saved), OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     except YAMLError as error:
@@ -176,6 +181,8 @@ def explain(error: BaseException) -> str:
         return _explain_choice(str(error))
     first_line = (found.msg or str(found)).splitlines()[0]
     key = str(found.full_key or found.key or "")
+    if key in RENAMED:  # in a yaml file; the value is unknown here
+        return f"{key}: {RENAMED[key]}"
     if NO_LIST.search(first_line):
         return f"{key}: must be a list, such as {key}={_example(key)}"
     for wrong, right in WRONG_VALUES:

@@ -12,10 +12,10 @@ from reformer_dist.config import DataConfig, RunConfig
 from reformer_dist.data import (
     Corpus,
     DamagedSample,
-    MakeExample,
-    Sampler,
-    Quarantine,
     LoaderState,
+    MakeExample,
+    Quarantine,
+    Sampler,
     TrainLoader,
     consumed_hash,
     describe_changes,
@@ -53,14 +53,14 @@ class TrainingData:
     """The order of a run's data, and where in it the run stands."""
 
     corpus: Corpus
-    order: Sampler
-    start: LoaderState
+    sampler: Sampler
+    state: LoaderState
 
     @classmethod
     def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> TrainingData:
         """Raises DataError where the checkpoint's place is not one in these data."""
         data = config.data
-        order = Sampler(
+        sampler = Sampler(
             corpus,
             seed=config.trainer.seed,
             batch_size=data.batch_size,
@@ -69,19 +69,19 @@ class TrainingData:
             by_sample=not config.task.packs_text,
         )
         if checkpoint is None:
-            return cls(corpus, order, LoaderState())
+            return cls(corpus, sampler, LoaderState())
         changes = describe_changes(checkpoint.run["data"], corpus.record()) if "data" in checkpoint.run else []
-        state = merge_states([rank["data"] for rank in checkpoint.rank_states])
-        start = read_state(state, order, changes=changes, accept_changed=data.accept_changed)
-        logger.info(f"data go on behind step {start.step}; hash of all samples so far: {consumed_hash(state)}")
-        return cls(corpus, order, start)
+        saved = merge_states([rank["data"] for rank in checkpoint.rank_states])
+        state = read_state(saved, sampler, changes=changes, accept_changed=data.accept_changed)
+        logger.info(f"data go on behind step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
+        return cls(corpus, sampler, state)
 
     def with_last_step(self, config: RunConfig) -> RunConfig:
         """The configuration with the step at which data.epochs ends the run, if that comes before another end."""
         if config.data.epochs == 0:
             return config
-        first_step, first_pass = self.start.origin
-        last = first_step + self.order.steps_for(config.data.epochs - first_pass)
+        first_step, first_pass = self.state.origin
+        last = first_step + self.sampler.steps_for(config.data.epochs - first_pass)
         if config.trainer.max_steps < last:
             ends = f"trainer.max_steps={config.trainer.max_steps} ends the run before"
             logger.warning(f"{ends} data.epochs={config.data.epochs}, which takes {last} steps")
@@ -96,12 +96,12 @@ class TrainingData:
         data = config.data
         n_samples = self.corpus.total("samples", "train")
         return TrainLoader(
-            self.order,
-            Quarantine(n_samples, data.max_damaged_fraction, self.start.quarantine),
+            self.sampler,
+            Quarantine(n_samples, data.max_damaged_fraction, self.state.quarantine),
             micro_batch_size=micro_batch,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
-            start=self.start,
+            state=self.state,
             passes=data.epochs or None,
             make_example=make_example,
             workers=data.workers,

@@ -49,7 +49,7 @@ class LoadedModel:
         Of a sequence_to_sequence model they are sources, which it has read by then. Raises CheckpointError.
         """
         if isinstance(self.task, SequenceToSequence):
-            return self.task.begin(self.model, prompts)
+            return self.task.condition(self.model, prompts)
         return self.language_model, prompts
 
 

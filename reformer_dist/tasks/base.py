@@ -1,12 +1,10 @@
-"""What every task says: how rows become what its model is given, and how what the model does is measured."""
+"""The interface of a task: how rows become model inputs, and how the model's outputs are evaluated."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,12 +17,13 @@ from reformer_dist.data import (
     Batch,
     Corpus,
     DamagedSample,
-    Example,
-    Span,
-    Sample,
-    Tokenizer,
     DrawKey,
-    collate,
+    Example,
+    RowSelection,
+    Sample,
+    Span,
+    Tokenizer,
+    heldout_sample_batches,
     make_sample,
     read_split,
 )
@@ -32,55 +31,23 @@ from reformer_dist.errors import DataError
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.process.log import logger
 
-HELDOUT = -1  # no stream of training has this number
+AllGather = Callable[[list[Any]], list[Any]]
+"""Concatenates the lists of all ranks, with the same result on each."""
 
 
-def _warn(damage: DamagedSample) -> None:
-    logger.warning(f"not evaluated: {damage}")
-
-
-Gather = Callable[[list[Any]], list[Any]]
-"""What all ranks have, joined: the same on each."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows a rank looks at to measure a model."""
-
-    most: int
-    """Of all ranks; 0 means every one."""
-    micro_batch: int
-    rank: int = 0
-    size: int = 1
-    max_damaged_fraction: float = 0.0
-    split: str = "heldout"
-    """Or "train", to see what was learnt by heart; of tasks that read samples."""
-    report: Callable[[DamagedSample], None] = _warn
-
-
-class HeldoutBatch(Protocol):
-    """Held-out rows, and what the model is given of them."""
-
-    @property
-    def tensors(self) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """One held-out sample in each row."""
-
-    tensors: Batch
+def warn_damaged(sample: DamagedSample) -> None:
+    logger.warning(f"not evaluated: {sample}")
 
 
 class Task(ABC):
-    """Made for a run or a checkpoint: of its configuration, its tokenizer and, where it classifies, its labels."""
+    """A task of a run or checkpoint, with its config, its tokenizer and, for classification, its labels."""
 
     extra_tokens: ClassVar[int] = 0
-    """Ids behind those of the tokenizer."""
+    """Token ids of the model after those of the tokenizer."""
     reports_accuracy: ClassVar[bool] = True
-    """Whether an evaluation tells the share of labels that the model says, too."""
+    """Whether evaluation reports the fraction of labels that the model predicts."""
     labels_per_row: ClassVar[bool] = False
-    """Whether labels are of whole rows rather than of tokens."""
+    """Whether labels belong to rows rather than to tokens."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> None:
         self.config, self.tokenizer, self.labels = config, tokenizer, list(labels)
@@ -91,91 +58,71 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, corpus: Corpus) -> None:
-        """Raises DataError where the data sets are not of the kind that the task reads."""
+        """Raises DataError if the task can't read the data sets."""
 
     @abstractmethod
-    def make_example(self, pieces: list[Span], visit: DrawKey) -> Example:
-        """What the model is given of one row in training."""
+    def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        """Model inputs and labels of a training row."""
 
     @abstractmethod
-    def heldout(self, corpus: Corpus, rows: Rows) -> Iterator[HeldoutBatch]:
-        """Held-out batches of a rank; every rank gets as many. Raises DataError where there is nothing."""
+    def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
+        """Evaluation batches of a rank, the same number on each. Raises DataError if the split is empty."""
 
     def predict(self, outputs: Any, sequence: SequenceAccess) -> Tensor:
-        """What the model takes for the labels, from what it returns without them of the part of rows at hand."""
+        """Predicted labels from the model's outputs on this rank's slice of the rows."""
         return outputs.argmax(-1)
 
     @property
     def token_bytes(self) -> Tensor | None:
-        """[vocab_size]: bytes of text of each token, where the loss is told as bits per byte."""
+        """[vocab_size] bytes of text of each token if the loss is reported in bits per byte, else None."""
         return None
 
-    def measure(self, model: nn.Module, corpus: Corpus, rows: Rows, gather: Gather) -> list[str]:
-        """Lines that tell the task's own measures of a trained model, the same on every rank."""
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
+        """Report of the task's own metrics of a trained model, as lines, the same on every rank."""
         return []
 
 
 class SampleTask(Task):
-    """One sample in a row."""
+    """A task whose rows hold one sample each."""
 
-    needs: ClassVar[tuple[str, ...]] = ("text",)
-    """What its fields are; a data set may call them otherwise."""
+    field_names: ClassVar[tuple[str, ...]] = ("text",)
+    """Roles of the fields of a sample, in order; a data set may name them differently."""
     make_shards_args: ClassVar[str]
     """Arguments of tools/make_shards.py that write such a data set."""
 
     @abstractmethod
-    def example(self, sample: Sample, visit: DrawKey) -> Example: ...
+    def encode(self, sample: Sample, draw_key: DrawKey) -> Example: ...
 
-    def blank(self) -> Sample:
-        """A sample of which nothing is asked, where there are no more rows."""
-        return Sample("", (np.zeros(0, np.int64),) * len(self.needs), self.blank_facts())
+    def padding_sample(self) -> Sample:
+        """An empty sample, for rows of padding."""
+        return Sample("", (np.zeros(0, np.int64),) * len(self.field_names), self.padding_metadata())
 
-    def blank_facts(self) -> dict[str, Any]:
-        """What such a sample says beside its fields."""
+    def padding_metadata(self) -> dict[str, Any]:
         return {}
 
     def check(self, corpus: Corpus) -> None:
         for dataset in corpus.datasets:
-            if len(dataset.fields) != len(self.needs):
+            if len(dataset.fields) != len(self.field_names):
                 kind, where = self.config.task.kind.name, dataset.folder.address
-                found, needed = ", ".join(dataset.fields), " and ".join(self.needs)
+                found, needed = ", ".join(dataset.fields), " and ".join(self.field_names)
                 right = f"task.kind={kind} needs {needed}; write it with make_shards.py {self.make_shards_args}"
                 raise DataError(f"data.path={where}: its samples hold {found}; {right}")
 
-    def make_example(self, pieces: list[Span], visit: DrawKey) -> Example:
-        return self._example(make_sample(pieces[0].source, pieces[0].tokens) if pieces else None, visit)
+    def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        sample = make_sample(spans[0].ref, spans[0].tokens) if spans else None
+        return self._encode_or_pad(sample, draw_key)
 
-    def heldout(self, corpus: Corpus, rows: Rows) -> Iterator[SampleBatch]:
-        n_rows = corpus.total("samples", rows.split)
-        n_rows = min(n_rows, rows.most) if rows.most else n_rows
-        if n_rows == 0:
-            raise DataError(f"{corpus.where}: no samples are held out; write it again with --heldout-from")
-        n_batches = -(-n_rows // (rows.size * rows.micro_batch))
-        own = self.samples(corpus, rows)
-        visits = ((HELDOUT, number, 0) for number in count(rows.rank, rows.size))
+    def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
+        return heldout_sample_batches(corpus, rows, self._encode_or_pad, report=warn_damaged)
 
-        def batch() -> SampleBatch:
-            found = [next(own, None) for _ in range(rows.micro_batch)]
-            return SampleBatch(collate([self._example(sample, next(visits)) for sample in found]))
+    def samples(self, corpus: Corpus, rows: RowSelection) -> Iterator[Sample]:
+        """The samples of a split that a rank evaluates."""
+        return read_split(corpus, rows, report=warn_damaged)
 
-        return (batch() for _ in range(n_batches))
-
-    def samples(self, corpus: Corpus, rows: Rows) -> Iterator[Sample]:
-        """A rank's held-out samples: those of its number, and every `rows.size`-th from there."""
-        return read_split(
-            corpus,
-            split=rows.split,
-            rows=rows.most,
-            dp_rank=rows.rank,
-            dp_size=rows.size,
-            max_damaged_fraction=rows.max_damaged_fraction,
-            report=rows.report,
-        )
-
-    def _example(self, sample: Sample | None, visit: DrawKey) -> Example:
+    def _encode_or_pad(self, sample: Sample | None, draw_key: DrawKey) -> Example:
         if sample is not None:
-            return self.example(sample, visit)
-        example = self.example(self.blank(), visit)
+            return self.encode(sample, draw_key)
+        example = self.encode(self.padding_sample(), draw_key)
         return {**example, "labels": np.full_like(example["labels"], IGNORE_INDEX)}
 
 
@@ -183,6 +130,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def row_of(*parts: NDArray[Any] | list[int]) -> NDArray[np.int64]:
-    """Token ids one behind the other."""
+def concat_ids(*parts: NDArray[Any] | list[int]) -> NDArray[np.int64]:
+    """Token ids of several parts, concatenated."""
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])

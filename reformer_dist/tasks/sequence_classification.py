@@ -1,4 +1,4 @@
-"""Classification: which label a text has."""
+"""Sequence classification: the label of a text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from reformer_dist.data import Corpus, Example, Sample, DrawKey
+from reformer_dist.data import Corpus, DrawKey, Example, Sample
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForSequenceClassification
-from reformer_dist.tasks.base import SampleTask, row_of
+from reformer_dist.tasks.base import SampleTask, concat_ids
 
 
 class SequenceClassification(SampleTask):
-    """A row is a text and its end; a text that is too long is cut."""
+    """A row is a text and end-of-text; a text that is too long is truncated."""
 
     labels_per_row = True
     make_shards_args = "FILE.jsonl --fields text --label label"
@@ -38,11 +38,11 @@ class SequenceClassification(SampleTask):
                 right = f"the model's labels are {', '.join(self.labels)}"
                 raise DataError(f"{where}: its labels are others ({', '.join(unknown)}); {right}")
 
-    def example(self, sample: Sample, visit: DrawKey) -> Example:
-        tokens = row_of(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])
-        label = self.labels.index(sample.facts["label"])
+    def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
+        tokens = concat_ids(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])
+        label = self.labels.index(sample.metadata["label"])
         mask = np.ones(len(tokens), dtype=bool)
         return {"tokens": tokens, "key_padding_mask": mask, "labels": np.array(label)}
 
-    def blank_facts(self) -> dict[str, Any]:
+    def padding_metadata(self) -> dict[str, Any]:
         return {"label": self.labels[0]}

@@ -1,61 +1,84 @@
-"""A run's checkpoints: which one to go on from, and how to save the next."""
+"""CheckpointManager: chooses the checkpoint to resume from, saves in the background, restores."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from reformer_dist.checkpoint import CheckpointReader, AsyncSave, find_checkpoint, prune, resolve_checkpoint
+from reformer_dist.checkpoint import (
+    AsyncSave,
+    CheckpointReader,
+    RunRecord,
+    find_checkpoint,
+    prune,
+    resolve_checkpoint,
+)
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.errors import CheckpointError
 from reformer_dist.process.log import logger
-from reformer_dist.training.trainer import TrainState
 
 FOLDER = "checkpoints"
-PROGRESS = ("step", "skipped", "skipped_in_a_row", "seconds", "is_observed")  # alike on all ranks
+SHARED_FIELDS = ("step", "skipped", "skipped_in_a_row", "seconds", "is_observed")  # equal on all ranks
+
+
+@dataclass
+class TrainState:
+    """Progress of a run, saved in checkpoints besides weights and data position."""
+
+    step: int = 0
+    """Optimizer steps done, including skipped ones."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Training time, without evaluation, samples and checkpoints."""
+    is_observed: bool = True
+    """False if the evaluation or sample of the step was interrupted and must be repeated."""
+    window: dict[str, float] = field(default_factory=dict)
+    """This rank's metrics since the last report, if the run stopped between two reports."""
 
 
 def find_resume_checkpoint(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
-    """The checkpoint that `resume` asks for, None to start from nothing; the same on every rank.
+    """The checkpoint that `resume` selects, None to start from scratch; the same on every rank.
 
-    Raises CheckpointError where going on is impossible, or starting anew would mix two runs.
+    Raises CheckpointError if resuming is impossible, or if starting from scratch would mix two runs.
     """
-    path = runtime.on_main(lambda: _choose(config))
+    path = runtime.on_main(lambda: _select(config))
     return CheckpointReader(path) if path is not None else None
 
 
-def _choose(config: RunConfig) -> Path | None:
+def _select(config: RunConfig) -> Path | None:
     root = Path(config.output_dir) / FOLDER
-    found, complaints = find_checkpoint(root)
-    for words in complaints:
-        logger.warning(f"passed over {words}")
+    newest, problems = find_checkpoint(root)
+    for problem in problems:
+        logger.warning(f"skipped damaged checkpoint {problem}")
     if config.resume not in ("auto", "never"):
-        return _from_path(config.resume, found)
-    if config.resume == "never" and (found is not None or complaints):
+        return _select_path(config.resume, newest)
+    if config.resume == "never" and (newest is not None or problems):
         fix = "choose another output_dir, or move them away"
         raise CheckpointError(f"resume=never: {root} holds checkpoints of an earlier run; {fix}")
-    if found is None and complaints:
-        fix = "move the damaged ones away to start anew, or name another by resume=<path>"
-        raise CheckpointError(f"{root}: no checkpoint is whole; {fix}")
-    return found
+    if newest is None and problems:
+        fix = "move the damaged ones away to start from scratch, or name another by resume=<path>"
+        raise CheckpointError(f"{root}: no checkpoint is intact; {fix}")
+    return newest
 
 
-def _from_path(given: str, found: Path | None) -> Path:
-    """Where a run that begins at a given checkpoint stands: there, or, once it has saved, at its own newest one.
+def _select_path(resume: str, newest: Path | None) -> Path:
+    """The checkpoint at the path `resume`, or the run's own newest one if the run began at that path.
 
-    So the same command goes on however often the run is cut.
+    So the same command resumes the run however often it is interrupted.
     """
-    if found is not None and CheckpointReader(found).run["config"]["resume"] == given:
-        return found
-    start = resolve_checkpoint(Path(given))
-    if found is not None and found.resolve() != start.resolve():
-        fix = "give another output_dir, or resume=auto to go on from it"
-        raise CheckpointError(f"resume={given}: {found} is of a run that did not begin there; {fix}")
-    return start
+    if newest is not None and CheckpointReader(newest).record.config["resume"] == resume:
+        return newest
+    selected = resolve_checkpoint(Path(resume))
+    if newest is not None and newest.resolve() != selected.resolve():
+        fix = "give another output_dir, or resume=auto to resume from it"
+        raise CheckpointError(f"resume={resume}: {newest} is of a run that did not begin there; {fix}")
+    return selected
 
 
 class CheckpointManager:
@@ -67,61 +90,64 @@ class CheckpointManager:
         runtime: Runtime,
         engine: TrainEngine,
         *,
-        description: dict[str, Any],
+        record: RunRecord,
         extra_files: dict[str, bytes],
     ) -> None:
-        """description: what evaluation and generation need to know of the run, as JSON values."""
+        """record: without progress and loss scaler, which each save adds."""
         self._runtime, self._engine = runtime, engine
         self._root = Path(config.output_dir) / FOLDER
         self._keep, self._keep_every = config.trainer.keep_checkpoints, config.trainer.keep_every
-        self._saving: AsyncSave | None = None
-        self._copies: dict[str, Tensor] = {}
-        self._description, self._extra_files = description, extra_files
+        self._pending: AsyncSave | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._record, self._extra_files = record, extra_files
 
-    def begin(self, progress: TrainState, data_state: dict[str, Any]) -> None:
-        """Copies the state of the step just done, and lets a thread write it.
+    def begin(self, state: TrainState, data_state: dict[str, Any]) -> None:
+        """Copies the state after the step just done, and starts a thread that writes it.
 
-        The save before it must be settled. Raises UserError alike on every rank, as `wait` does.
+        The previous save must have been waited for. Raises UserError alike on every rank, as `wait` does.
         """
-        assert self._saving is None
-        run = {
-            **self._description,
-            "progress": {name: getattr(progress, name) for name in PROGRESS},
-            "loss_scaler": self._engine.scaler_state(),
-        }
-        self._saving = AsyncSave(
+        assert self._pending is None
+        record = replace(
+            self._record,
+            progress={name: getattr(state, name) for name in SHARED_FIELDS},
+            loss_scaler=self._engine.scaler_state(),
+        )
+        self._pending = AsyncSave(
             self._runtime,
             self._root,
-            progress.step,
+            state.step,
             self._engine.fragments(),
-            rank_state={"data": data_state, "window": progress.window},
-            run=run,
+            rank_state={"data": data_state, "window": state.window},
+            record=record,
             extra_files=self._extra_files,
-            copies=self._copies,
+            buffers=self._buffers,
         )
 
-    def wait(self, *, wait: bool) -> int | None:
-        """The step whose checkpoint is whole since this call, if any; waits for it if asked to."""
-        saving = self._saving
-        if saving is None or not (wait or saving.is_done):
+    def wait(self, *, block: bool = True) -> int | None:
+        """Publishes the pending save once its threads have ended; returns its step, or None if there is none yet.
+
+        block: whether to wait for the threads.
+        """
+        pending = self._pending
+        if pending is None or not (block or pending.is_done):
             return None
-        self._saving = None
-        folder = saving.finish()
+        self._pending = None
+        folder = pending.finish()
         logger.info(f"saved {folder}")
         if self._runtime.is_main:
             prune(self._root, folder, self._keep, self._keep_every)
-        return saving.step
+        return pending.step
 
     def restore(self, reader: CheckpointReader) -> TrainState:
-        """Fills the engine; returns how far the run was."""
-        self._runtime.together(lambda: reader.check_shapes(self._description["shapes"]))
+        """Fills the engine from a checkpoint; returns the run's progress."""
+        self._runtime.together(lambda: reader.check_shapes(self._record.shapes))
         self._runtime.together(lambda: self._engine.load_fragments(reader))
-        self._engine.load_scaler_state(reader.run["loss_scaler"])
-        saved = {name: value for name, value in reader.run["progress"].items() if name in PROGRESS}
-        return TrainState(**saved, window=self._window(reader))
+        self._engine.load_scaler_state(reader.record.loss_scaler or {})
+        saved = {name: value for name, value in (reader.record.progress or {}).items() if name in SHARED_FIELDS}
+        return TrainState(**{"step": reader.step} | saved, window=self._window(reader))
 
     def _window(self, reader: CheckpointReader) -> dict[str, float]:
-        """This rank's share of the window in which the run was cut; in another world, rank 0 takes all of it."""
+        """This rank's part of the interrupted metrics window; with another world size, rank 0 takes all of it."""
         windows = [state.get("window", {}) for state in reader.rank_states]
         rank = self._runtime.rank
         if len(windows) == self._runtime.world_size:

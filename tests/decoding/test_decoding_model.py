@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reformer_dist.config import (
     AttentionKind,
+    CompatConfig,
     CrossAttentionKind,
     HashScheme,
     ModelConfig,
@@ -199,7 +200,7 @@ def test_only_the_last_logits() -> None:
     [
         ({"causal": False}, "model.causal"),
         ({"neighbours": NeighbourRule.chunk}, "model.neighbours"),
-        ({"local_chunk_len": 8}, "model.compat.local_chunk_len"),
+        ({"compat": CompatConfig(local_chunk_len=8)}, "model.compat.local_chunk_len"),
     ],
     ids=str,
 )

@@ -28,7 +28,7 @@ def shown(
         parts.append(stream.add(token))
         if stream.is_stopped:
             break
-    return [*parts, stream.close()], stream.is_stopped
+    return [*parts, stream.flush()], stream.is_stopped
 
 
 def test_a_stop_string_across_tokens() -> None:

@@ -174,5 +174,5 @@ def test_what_theirs_can_not_express() -> None:
     model = ReformerLM(ModelConfig(dim=32, n_layers=2, n_heads=2), 50)
     with pytest.raises(CheckpointError) as caught:
         model_files(model.config, model.state_dict(), 50)
-    for key in ("merge_streams", "neighbours", "chunk_wrap", "local_chunk_len"):
+    for key in ("compat.merge_streams", "neighbours", "compat.chunk_wrap", "compat.local_chunk_len"):
         assert f"model.{key}: " in str(caught.value)

@@ -37,9 +37,7 @@ def loss_and_grads(backend: AttentionBackend) -> dict[str, Tensor]:
 
 
 def test_loss_and_gradients():
-    kernels, torch_ = (
-        loss_and_grads(name) for name in (AttentionBackend.triton, AttentionBackend.torch)
-    )
+    kernels, torch_ = (loss_and_grads(name) for name in (AttentionBackend.triton, AttentionBackend.torch))
     assert kernels.keys() == torch_.keys() and len(kernels) > 10
     for name, right in torch_.items():
         torch.testing.assert_close(kernels[name], right, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

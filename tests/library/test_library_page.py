@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from reformer_dist.interop.reformer_pytorch_api import KEYWORDS, TABLE
+from reformer_dist.interop.reformer_pytorch_api import KEYWORDS, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
@@ -40,7 +40,7 @@ def table_below(head: str) -> dict[str, str]:
 
 
 def test_its_tables_are_those_of_the_code() -> None:
-    assert table_below("| there | here |") == {name: row.note for name, row in TABLE.items()}
+    assert table_below("| there | here |") == {name: row.note for name, row in OPTIONS.items()}
     assert table_below("| keyword of a call | why it is refused |") == KEYWORDS
 
 

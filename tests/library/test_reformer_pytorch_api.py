@@ -7,17 +7,18 @@ import inspect
 import pytest
 import torch
 
-from reformer_dist import AttentionKind, ModelConfig, init_weights, migration
+from reformer_dist import AttentionKind, ModelConfig, init_weights
 from reformer_dist import LSHSelfAttention as OurLSHSelfAttention
-from reformer_dist.config import Norm, Position
+from reformer_dist.config import Activation, CompatConfig, Norm, Position
 from reformer_dist.errors import ConfigError
 from reformer_dist.interop.reformer_pytorch_api import (
     DEFAULTS,
     KEYWORDS,
-    TABLE,
+    OPTIONS,
     LSHSelfAttention,
     Reformer,
     ReformerLM,
+    to_config,
 )
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "bucket_size": 16}
@@ -31,7 +32,7 @@ def config(name: str = "ReformerLM", **options: object) -> ModelConfig:
         "LSHSelfAttention": {"dim", "max_seq_len"},
     }
     sizes = {key: sizes[key] for key in wanted[name]}
-    return migration.to_config(name, sizes, {"heads": 2, "bucket_size": 16, **options})
+    return to_config(name, sizes, {"heads": 2, "bucket_size": 16, **options})
 
 
 def test_the_readme_s_language_model() -> None:
@@ -102,7 +103,7 @@ def test_every_option_of_theirs_has_a_row() -> None:
 
 
 def test_every_row_is_used_and_defaults_are_accepted() -> None:
-    assert TABLE.keys() == {"num_tokens", "dim", "depth", "max_seq_len"}.union(*DEFAULTS.values())
+    assert OPTIONS.keys() == {"num_tokens", "dim", "depth", "max_seq_len"}.union(*DEFAULTS.values())
     for name in DEFAULTS:
         assert config(name).layers == [AttentionKind.lsh]
 
@@ -122,8 +123,8 @@ def test_every_row_is_used_and_defaults_are_accepted() -> None:
         ("ff_dropout", 0.2, {"ff_dropout": 0.2}),
         ("post_attn_dropout", 0.2, {"dropout": 0.2}),
         ("layer_dropout", 0.2, {"layer_drop": 0.2}),
-        ("ff_activation", torch.nn.ReLU, {"activation": migration.Activation.relu}),
-        ("ff_glu", True, {"activation": migration.Activation.glu}),
+        ("ff_activation", torch.nn.ReLU, {"activation": Activation.relu}),
+        ("ff_glu", True, {"activation": Activation.glu}),
         ("ff_mult", 2, {"ff_mult": 2}),
         ("use_scale_norm", True, {"norm": Norm.scale}),
         ("use_rezero", True, {"norm": Norm.rezero}),
@@ -133,7 +134,11 @@ def test_every_row_is_used_and_defaults_are_accepted() -> None:
         ("weight_tie_embedding", True, {"tie_embeddings": True}),
         ("fixed_position_emb", True, {"position": Position.sinusoidal}),
         ("absolute_position_emb", True, {"position": Position.learned, "max_seq_len": 256}),
-        ("axial_position_emb", True, {"position": Position.axial, "axial_shape": [16, 16], "axial_sum": True}),
+        (
+            "axial_position_emb",
+            True,
+            {"position": Position.axial, "axial_shape": [16, 16], "compat": CompatConfig(axial_sum=True)},
+        ),
         ("attn_chunks", 8, {"position": Position.rotary}),
         ("reverse_thres", 1024, {}),
         ("random_rotations_per_head", True, {}),

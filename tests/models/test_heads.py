@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from model_helpers import EXACT, LOCAL, LSH, VOCAB, grads_of, random_tokens, relative_error, small_config
 from torch import Tensor
 
-from reformer_dist.config import ModelConfig, Pooling, Recompute, StreamMerge
+from reformer_dist.config import CompatConfig, ModelConfig, Pooling, Recompute, StreamMerge
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.question_answering import MASKED_LOGIT
 
 TWO_SIDED: dict[str, Any] = {"causal": False, "layers": [LSH, LOCAL, EXACT], "n_layers": 3}
-CONCAT = {"merge_streams": StreamMerge.concat}
+CONCAT = {"compat": CompatConfig(merge_streams=StreamMerge.concat)}
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
 N_CLASSES = 5
 CLASSES = torch.tensor([3, 0, -100])

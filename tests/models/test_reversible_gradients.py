@@ -22,7 +22,16 @@ from model_helpers import (
 )
 from torch import Tensor
 
-from reformer_dist.config import Activation, HashScheme, NeighbourRule, Norm, Position, Recompute, StreamMerge
+from reformer_dist.config import (
+    Activation,
+    CompatConfig,
+    HashScheme,
+    NeighbourRule,
+    Norm,
+    Position,
+    Recompute,
+    StreamMerge,
+)
 from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.sequence import WholeSequence
@@ -48,14 +57,21 @@ CHANGES: list[dict[str, Any]] = [
     {"activation": Activation.glu},
     {"ff_chunk": 10, **DROPOUTS},
     {"neighbours": NeighbourRule.chunk},
-    {"neighbours": NeighbourRule.chunk, "causal": False, "n_chunks_after": 1, "chunk_wrap": True, **DROPOUTS},
     {
         "neighbours": NeighbourRule.chunk,
-        "chunk_wrap": True,
-        "local_chunk_len": 6,
-        "merge_streams": StreamMerge.concat,
+        "causal": False,
+        "n_chunks_after": 1,
+        "compat": CompatConfig(chunk_wrap=True),
+        **DROPOUTS,
     },
-    {"bucket_factors": [2, 2], "hash_seed": 7, "attention_bias": True, "ff_dim": 30, "axial_sum": True},
+    {
+        "neighbours": NeighbourRule.chunk,
+        "compat": CompatConfig(chunk_wrap=True, local_chunk_len=6, merge_streams=StreamMerge.concat),
+    },
+    {
+        "ff_dim": 30,
+        "compat": CompatConfig(bucket_factors=[2, 2], hash_seed=7, attention_bias=True, axial_sum=True),
+    },
     {"activation": Activation.gelu_tanh},
     {"local_round": True, "count_pairs_once": True, **DROPOUTS},
     {"hash_scheme": HashScheme.floor},

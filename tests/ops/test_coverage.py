@@ -56,7 +56,7 @@ def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, pad
 def test_one_bucket_without_a_window_finds_everything(causal: bool) -> None:
     q, k, bucket_ids = inputs(0, rounds=1)
     options = AttentionOptions(WindowRule(SEQ_LEN, causal), 1, scale=1.0)
-    shares = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).shares()
+    shares = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).fractions()
     assert shares == {"mass": pytest.approx(1.0, abs=1e-6), "pairs": 1.0}
 
 
@@ -67,9 +67,9 @@ def test_hashing_finds_more_than_chance() -> None:
     kind = torch.randint(BUCKETS, (1, 1, 1, 200), generator=generator)
     q = 5 * centres[kind[:, :, 0]]
     options = AttentionOptions(WindowRule(200, causal=True), BUCKETS, scale=1.0)
-    hashed = measure_coverage(q, shared_keys(q), kind, options).shares()
+    hashed = measure_coverage(q, shared_keys(q), kind, options).fractions()
     random_ids = kind[..., torch.randperm(200, generator=generator)]
-    chance = measure_coverage(q, shared_keys(q), random_ids, options).shares()
+    chance = measure_coverage(q, shared_keys(q), random_ids, options).fractions()
     assert hashed["mass"] > 2.5 * hashed["pairs"]
     assert chance["mass"] == pytest.approx(chance["pairs"], abs=0.08)
 
@@ -79,4 +79,4 @@ def test_sums_add_up() -> None:
     for number in (1, 2):
         total.add(Coverage(mass=0.5 * number, queries=number, pairs_met=number, pairs=4 * number))
     assert total.fractions() == {"mass": 0.5, "pairs": 0.25}
-    assert Coverage().shares() == {"mass": 0.0, "pairs": 0.0}
+    assert Coverage().fractions() == {"mass": 0.0, "pairs": 0.0}

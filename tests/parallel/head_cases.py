@@ -22,7 +22,7 @@ from reformer_dist.tasks import Task
 from reformer_dist.tasks.question_answering import QuestionAnswering
 from reformer_dist.tasks.sequence_classification import SequenceClassification
 from reformer_dist.training.batches import IGNORE_INDEX, MicroBatch
-from reformer_dist.training.evaluator import evaluate
+from reformer_dist.training.evaluation import evaluate
 
 SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
 KINDS = [AttentionKind.local, AttentionKind.lsh]

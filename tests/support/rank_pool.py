@@ -1,7 +1,7 @@
 """Jobs of several gloo ranks that stay alive for a whole test session.
 
-A launch starts an interpreter and imports torch once per rank and test. Here the ranks of each world size are forked
-once, from a server that has imported everything, and then run one case after another.
+A launch starts an interpreter and imports torch once per rank and test. Here the ranks of each world size are
+forked once, from a server that has imported everything, and then run one case after another.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class RankPool:
 
 
 def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
-    """The main function of a rank: reports once when it has joined, then after each case, until the pipe closes."""
+    """The main function of a rank: reports when it has joined and after each case, until the pipe closes."""
     torch.set_num_threads(1)
     with (folder / f"stack{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
@@ -151,6 +151,7 @@ def _report(runtime: Runtime, path: list[str], module: str, name: str, params: d
     """Runs a case; returns its traceback if it raised. Destroys the process groups that it created."""
     sys.path[:] = path
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
     try:
         __import__(module)
         getattr(sys.modules[module], name)(runtime, **params)

@@ -14,7 +14,7 @@ from torch import nn
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, RawSample, Sample, write_samples
 from reformer_dist.errors import ConfigError, DataError
-from reformer_dist.tasks import Rows
+from reformer_dist.tasks import RowSelection
 from reformer_dist.tasks.question_answering import QuestionAnswering, Window
 
 CONTEXT = "Über den Rhein führen viele Brücken, und die älteste von ihnen steht seit 1850 in Waldshut. " * 3
@@ -156,5 +156,5 @@ def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:
     records = [RawSample(f"q{n}", fields, {"answers": [[START, ANSWER], [START, "1850 in"]]}) for n in range(3)]
     records.append(RawSample("q3", fields, {"answers": [[0, "Über"]]}))
     write_samples(records, tmp_path / "d", ByteTokenizer(), heldout=records, fields=("question", "context"))
-    lines = task.measure(Pointer(), Corpus.open([tmp_path / "d"]), Rows(0, 2), lambda mine: mine)
+    lines = task.measure(Pointer(), Corpus.open([tmp_path / "d"]), RowSelection(0, 2), lambda mine: mine)
     assert lines == ["questions: 4", "exact match: 75.00", "F1: 75.00"]

@@ -167,7 +167,7 @@ def test_an_unknown_label_is_named(tmp_path: Path) -> None:
 
 
 def test_dropout_of_a_row_is_its_own_in_any_world(data: Path) -> None:
-    """Rows of a like length go together: which ones share a micro-batch, and their order, depend on the ranks."""
+    """RowSelection of a like length go together: which ones share a micro-batch, and their order, depend on the ranks."""
     drops = ("model.dropout=0.3", "model.ff_dropout=0.2", "model.attention_dropout=0.3")
     torch.manual_seed(0)
     model = make("completion", data, "model.layers=[local,lsh]", *drops).build_model()

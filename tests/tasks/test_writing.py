@@ -10,7 +10,7 @@ import torch
 from task_data import make, write_pairs
 
 from reformer_dist.data import ByteTokenizer, Corpus, Sample, collate, read_split
-from reformer_dist.tasks import Rows
+from reformer_dist.tasks import RowSelection
 from reformer_dist.tasks.sequence_to_sequence import SequenceToSequence
 
 SIZES = ("task.max_source_len=40", "data.seq_len=24", "model.dropout=0")
@@ -76,7 +76,7 @@ def test_measures(data: Path, metric: str, words: str) -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     task = make_task(f"task.metric={metric}")
-    lines = task.measure(task.build_model().eval(), Corpus.open([data]), Rows(3, 2), lambda mine: mine)
+    lines = task.measure(task.build_model().eval(), Corpus.open([data]), RowSelection(3, 2), lambda mine: mine)
     assert lines[0] == "samples: 3"
     assert any(line.startswith(words) for line in lines)
     assert sum(line.startswith("  written: ") for line in lines) == 3

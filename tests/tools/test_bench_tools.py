@@ -94,7 +94,7 @@ def attention_row(impl: str = "ours", seq_len: int = 65536, **changes: Any) -> A
     """A row of bench_attention.py on a CPU."""
     sizes = {"n_hashes": 4, "heads": 2, "head_dim": 16, "window": 64, "n_buckets": None, "dtype": "float32"}
     given = {"impl": impl, "seq_len": seq_len, **sizes, "device": "cpu", "repeat": 1, "threads": 1, **changes}
-    return imported("attention_rows").Row(**given)
+    return imported("attention_cases").BenchCase(**given)
 
 
 def test_inputs_are_drawn_on_the_device_in_their_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_inputs_are_drawn_on_the_device_in_their_own_type(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_checked_is_like_what_is_timed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = imported("attention_rows")
+    rows = imported("attention_cases")
     row = attention_row(dtype=dtype).shortened()
     assert row.seq_len // row.buckets == 64
     assert attention_row(n_buckets=4096).shortened().buckets == 32  # of 16 tokens both
@@ -123,25 +123,25 @@ def test_what_is_checked_is_like_what_is_timed(dtype: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("window", [16, 64])
 def test_keys_that_are_met_are_counted(window: int) -> None:
-    rows = imported("attention_rows")
+    rows = imported("attention_cases")
     row = attention_row(seq_len=512, window=window, n_buckets=16)
-    ids = rows.our_buckets(row, row.inputs()[0])
+    ids = rows.hash_buckets(row, row.inputs()[0])
     met = visible_pairs(ids, WindowRule(window, causal=True)).sum() / ids.numel()
-    assert rows.keys_met(row, ids) == pytest.approx(float(met)) and 0 < met < window - 1
+    assert rows.mean_visible_keys(row, ids) == pytest.approx(float(met)) and 0 < met < window - 1
 
 
 def test_flex_attention_has_as_many_keys_as_ours() -> None:
-    rows = imported("attention_rows")
+    rows = imported("attention_cases")
     row = attention_row("flex", seq_len=512, window=64)
     q, v, _ = (x.detach() for x in row.inputs())
-    n_keys = 4 * rows.keys_met(row, rows.our_buckets(replace(row, impl="ours"), q))
+    n_keys = 4 * rows.mean_visible_keys(row, rows.hash_buckets(replace(row, impl="ours"), q))
     assert 64 < n_keys < 2 * 64 + 8 and rows.flex_reach(row) == round(n_keys)
-    seen = rows.attend_densely(row, torch.zeros_like(q), v)[0, 0, -1]  # alike: a mean
+    seen = rows.attend_dense(row, torch.zeros_like(q), v)[0, 0, -1]  # alike: a mean
     assert torch.allclose(seen, v[0, 0, -round(n_keys) :].mean(0), atol=1e-5)
 
 
 def test_a_wrong_hash_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = imported("attention_rows")
+    rows = imported("attention_cases")
     row, right = attention_row().shortened(), rows.hash_vectors
 
     def hashed(*given: Any, backend: str) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_decoding_rows() -> None:
 
 def test_decoding_that_is_not_the_forward_shows_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = imported("bench_decode")
-    work = bench.Work("ours", [64, 100], 2, 16, 2, 2, 2, 8, 4, 20, 1)
+    work = bench.DecodingCase("ours", [64, 100], 2, 16, 2, 2, 2, 8, 4, 20, 1)
     assert all(row["seconds"] > 0 for row in bench.ours(work))
     attend = BucketCache.attend
     monkeypatch.setattr(BucketCache, "attend", lambda self, *given: 1.01 * attend(self, *given))

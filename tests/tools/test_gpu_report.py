@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 import gpu_report  # noqa: E402
-from children import Child  # noqa: E402
+from child_process import ChildProcess  # noqa: E402
 
 RATES = {"rows": [{"bytes_per_s": 1e12, "flops_per_s": 1e14}], "notes": []}
 
@@ -156,7 +156,7 @@ def test_what_hangs_is_cut_with_all_that_it_started(tmp_path):
     )
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     written = tmp_path / "pid"
-    with Child([sys.executable, "-c", outer], tmp_path) as child:
+    with ChildProcess([sys.executable, "-c", outer], tmp_path) as child:
         # until the inner process is there
         assert list(child.lines(lambda: 3)) == [] and child.was_cut and written.exists()
         assert child.failure == "ended with status -9: no message"
@@ -173,7 +173,7 @@ def is_running(pid: str) -> bool:
 
 def test_lines_come_while_the_process_runs(tmp_path):
     code = "import time; print('first'); time.sleep(60)"
-    with Child([sys.executable, "-c", code], tmp_path) as child:
+    with ChildProcess([sys.executable, "-c", code], tmp_path) as child:
         assert next(child.lines(lambda: 30)) == "first" and not child.was_cut
 
 

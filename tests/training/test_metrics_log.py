@@ -13,8 +13,8 @@ def rows(folder: Path) -> list[dict[str, float | None]]:
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
 
 
-def write(folder: Path, first_step: int, steps: range, value: float) -> None:
-    file = MetricsFile(folder / METRICS_FILE, first_step)
+def write(folder: Path, resume_step: int, steps: range, value: float) -> None:
+    file = MetricsFile(folder / METRICS_FILE, resume_step)
     for step in steps:
         file.add({"train/loss": value}, step, 10.0 * step)
         file.add({"eval/loss": value + 1}, step, 10.0 * step)

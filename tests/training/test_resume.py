@@ -20,7 +20,7 @@ from reformer_dist.checkpoint import find_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.training.checkpoints import CheckpointManager
+from reformer_dist.training.checkpoint_manager import CheckpointManager
 from reformer_dist.training.trainer import TrainState
 
 

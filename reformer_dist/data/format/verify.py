@@ -1,4 +1,4 @@
-"""Looks at every byte of a data set: is it still what was written?"""
+"""Verification of every byte of a data set against its checksums."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from reformer_dist.errors import DataError
 
 
 def verify_dataset(dataset: Dataset) -> Iterator[str]:
-    """One line for each shard, index or sample that is missing or altered."""
+    """One message per shard, index or sample that is missing or altered."""
     for split in SPLITS:
         for shard in dataset.shards(split):
-            yield from _damage_of(dataset, shard)
+            yield from _verify_shard(dataset, shard)
 
 
-def _damage_of(dataset: Dataset, shard: Shard) -> Iterator[str]:
+def _verify_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
     try:
-        yield from _damage_of_shard(dataset, shard)
+        yield from _verify_shard_bytes(dataset, shard)
     except DataError as error:
         yield str(error)
 
 
-def _damage_of_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
+def _verify_shard_bytes(dataset: Dataset, shard: Shard) -> Iterator[str]:
     with os.fdopen(dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256)), "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != shard.sha256:
-        yield f"{dataset.folder.where(shard.name)}: shard is not what was written (sha256 differs)"
+        yield f"{dataset.folder.where(shard.name)}: shard was altered after it was written (sha256 differs)"
     with closing(SampleReader()) as reader:
         for entry in dataset.index(shard).entries:
-            source = SampleRef(dataset, shard, entry)
-            if words := _damage_of_sample(reader, source):
-                yield words
+            ref = SampleRef(dataset, shard, entry)
+            if problem := _verify_sample(reader, ref):
+                yield problem
 
 
-def _damage_of_sample(reader: SampleReader, source: SampleRef) -> str:
+def _verify_sample(reader: SampleReader, ref: SampleRef) -> str:
     try:
-        reader.read(source)
+        reader.read(ref)
     except DamagedSampleError as damaged:
-        return f"{source.where} ({source.entry.document}) {damaged}"
+        return f"{ref.where} ({ref.entry.document}) {damaged}"
     except DataError as error:
         return str(error)
     return ""

@@ -1,6 +1,6 @@
 """Attention to another sequence, bucket by bucket: tiles of queries against the tiles of keys of their bucket.
 
-In every round the queries and the keys of each (batch row, head) are sorted by bucket and cut into tiles, each within
+In every round the queries and the keys of each (batch row, head) are sorted by bucket and cut into tiles, each in
 one bucket. Pairs of tiles of the same bucket are multiplied, many at a time. The softmax runs as in
 `torch_tiles.rounds`: round after round into a running softmax, and backward from the total logsumexp.
 """
@@ -262,7 +262,7 @@ def _row_coords(head_indices: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 def _pair_tiles(round_: int, query_ids: Tensor, key_ids: Tensor, n_buckets: int, chunk_scores: int) -> _TilePairs:
-    """Tiles of a round's ids [BH, S] and [BH, T], where n_buckets marks padding, and the pairs that share a bucket."""
+    """Tiles of a round's ids [BH, S] and [BH, T], where n_buckets marks padding, and the pairs of a bucket."""
     mean_size = max(1, min(query_ids.shape[1], key_ids.shape[1]) // n_buckets)
     tile_len = 16
     while tile_len < 64 and 4 * tile_len <= mean_size:
@@ -306,5 +306,5 @@ def _tile(ids: Tensor, n_buckets: int, tile_len: int) -> tuple[_Tiles, np.ndarra
     slot = np.arange(n_present) + np.repeat(start - (np.cumsum(counts) - counts), counts)
     slots, slot_of_row = np.full(n_slots, -1), np.full(sort_keys.size, n_slots)
     slots[slot], slot_of_row[order] = order, slot
-    tiled = _Tiles(torch.from_numpy(slots).view(-1, tile_len), torch.from_numpy(slot_of_row))
-    return _Tiles(tiled.slots.to(ids.device), tiled.slot_of_row.to(ids.device)), tiles
+    on_device = [torch.from_numpy(x).to(ids.device) for x in (slots, slot_of_row)]
+    return _Tiles(on_device[0].view(-1, tile_len), on_device[1]), tiles

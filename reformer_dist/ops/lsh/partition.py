@@ -154,8 +154,8 @@ def window_recipients(
 ) -> tuple[Tensor, list[Recipients]]:
     """The rank that attends each token as a query, [BH, S] (-1 for padding), and the ranks that need it at all.
 
-    bucket [BH, S] (K for padding, which no rank needs), rank within the bucket over all ranks [BH, S], bucket sizes
-    total [BH, K].
+    bucket [BH, S] (K for padding, which no rank needs), rank within the full bucket [BH, S], bucket sizes over all
+    ranks [BH, K].
     """
     total = total.long()
     first_tile, tiles = _bucket_tiles(total, tile_len)

@@ -12,7 +12,7 @@ from reformer_dist.ops.lsh.attention import Grads, Inputs
 from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition
-from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding, row_sort_keys, full_position_codes
+from reformer_dist.ops.lsh.sorting import count_buckets, full_position_codes, mark_padding, row_sort_keys
 from reformer_dist.ops.lsh.torch_tiles.held import TiledRows
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
 from reformer_dist.ops.workspace import Workspace

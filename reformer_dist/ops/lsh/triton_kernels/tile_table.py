@@ -1,7 +1,7 @@
-"""From sorted bucket ids to the order as rows and the table of tiles, in one pass and without sums over buckets.
+"""The order and the table of tiles from sorted bucket ids, in one pass and without sums over buckets.
 
-A tile that begins at a place of a bucket lies in slot place // block + bucket of the table: no two tiles share
-one, since tiles of a bucket begin a block apart and later buckets have later places.
+A tile that begins at slot s of the order, in bucket b, is entry s // block + b of the table. No two tiles share an
+entry, since the tiles of a bucket begin a block apart and later buckets have later slots.
 """
 
 from __future__ import annotations
@@ -10,76 +10,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PLACES = 256
+SLOTS = 256  # of a program
 
 
 @triton.jit
 def _build_table(
-    ids_ptr, places_ptr, bounds_ptr, order_ptr, table_ptr, seq_len, n_slots, padding, n_halvings,
-    SORTED: tl.constexpr, CHUNKED: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    ids_ptr, rows_ptr, bounds_ptr, order_ptr, table_ptr, seq_len, n_entries, padding, n_halvings,
+    SORTED: tl.constexpr, CHUNKED: tl.constexpr, SHARDED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """ids, places, order [unit and round, S]; table [unit and round, n_slots, 4 or 6], zeros where no tile is."""
-    COLUMNS: tl.constexpr = 6 if HELD else 4
+    """ids, rows, order [BH * R, S]; table [BH * R, n_entries, 4 or 6], whose zeros are empty entries."""
+    COLUMNS: tl.constexpr = 6 if SHARDED else 4
     line = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    is_place = place < seq_len
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    is_slot = slot < seq_len
     if SORTED:
         ids_ptr += line * seq_len
-        row = tl.load(places_ptr + line * seq_len + place, mask=is_place, other=0).to(tl.int32)
-        own = tl.load(ids_ptr + place, mask=is_place, other=0).to(tl.int32)
-        before = tl.load(ids_ptr + place - 1, mask=is_place & (place > 0), other=0).to(tl.int32)
-        is_first = is_place & ((own != before) | (place == 0))
+        row = tl.load(rows_ptr + line * seq_len + slot, mask=is_slot, other=0).to(tl.int32)
+        id_ = tl.load(ids_ptr + slot, mask=is_slot, other=0).to(tl.int32)
+        previous = tl.load(ids_ptr + slot - 1, mask=is_slot & (slot > 0), other=0).to(tl.int32)
+        is_first = is_slot & ((id_ != previous) | (slot == 0))
         if CHUNKED:
-            is_first = is_place & (((own == padding) & (before != padding)) | (place == 0))
-        end = _end(ids_ptr, place, own, is_first, seq_len, padding, n_halvings, CHUNKED)
-        key_end = tl.where(own == padding, place, end)
-        bucket = own
+            is_first = is_slot & (((id_ == padding) & (previous != padding)) | (slot == 0))
+        end = _bucket_end(ids_ptr, slot, id_, is_first, seq_len, padding, n_halvings, CHUNKED)
+        key_end = tl.where(id_ == padding, slot, end)
+        bucket = id_
         if CHUNKED:
-            bucket = (own == padding).to(tl.int32)
-        begin, n_tiles = place, tl.where(is_first, tl.cdiv(end - place, BLOCK), 0)
-    else:  # one bucket: each place knows by itself whether a tile begins there
-        row, bucket, begin = place, place * 0, place * 0
+            bucket = (id_ == padding).to(tl.int32)
+        begin, n_tiles = slot, tl.where(is_first, tl.cdiv(end - slot, BLOCK), 0)
+    else:  # one bucket: whether a tile begins at a slot follows from the slot alone
+        row, bucket, begin = slot, slot * 0, slot * 0
         end, key_end = begin + seq_len, begin + seq_len
-        n_tiles = (is_place & (place % BLOCK == 0)).to(tl.int32)
-    if HELD:
-        is_bucket = is_first & (own != padding)
+        n_tiles = (is_slot & (slot % BLOCK == 0)).to(tl.int32)
+    if SHARDED:
+        is_bucket = is_first & (id_ != padding)
         n_tiles = tl.where(is_bucket, n_tiles, 0)
-        bounds_ptr += (line * padding + own) * 2
-        query_begin = place + tl.load(bounds_ptr, mask=is_bucket, other=0)
-        query_end = place + tl.load(bounds_ptr + 1, mask=is_bucket, other=0)
-    tl.store(order_ptr + line * seq_len + place, row, mask=is_place)
+        bounds_ptr += (line * padding + id_) * 2
+        query_begin = slot + tl.load(bounds_ptr, mask=is_bucket, other=0)
+        query_end = slot + tl.load(bounds_ptr + 1, mask=is_bucket, other=0)
+    tl.store(order_ptr + line * seq_len + slot, row, mask=is_slot)
     for tile in range(tl.max(n_tiles, 0)):
-        first = place + tile * BLOCK
-        slot_ptr = table_ptr + (line * n_slots + first // BLOCK + bucket) * COLUMNS
+        first = slot + tile * BLOCK
+        entry_ptr = table_ptr + (line * n_entries + first // BLOCK + bucket) * COLUMNS
         is_tile = tile < n_tiles
-        tl.store(slot_ptr, first, mask=is_tile)
-        tl.store(slot_ptr + 1, begin, mask=is_tile)
-        tl.store(slot_ptr + 2, key_end, mask=is_tile)
-        tl.store(slot_ptr + 3, end, mask=is_tile)
-        if HELD:
-            tl.store(slot_ptr + 4, query_begin, mask=is_tile)
-            tl.store(slot_ptr + 5, query_end, mask=is_tile)
+        tl.store(entry_ptr, first, mask=is_tile)
+        tl.store(entry_ptr + 1, begin, mask=is_tile)
+        tl.store(entry_ptr + 2, key_end, mask=is_tile)
+        tl.store(entry_ptr + 3, end, mask=is_tile)
+        if SHARDED:
+            tl.store(entry_ptr + 4, query_begin, mask=is_tile)
+            tl.store(entry_ptr + 5, query_end, mask=is_tile)
 
 
 @triton.jit
-def _end(ids_ptr, place, own, is_first, seq_len, padding, n_halvings, CHUNKED: tl.constexpr):
-    """Where the bucket of each first place ends, by halving what lies behind it."""
-    low, high = place + 1, place * 0 + seq_len
+def _bucket_end(ids_ptr, slot, id_, is_first, seq_len, padding, n_halvings, CHUNKED: tl.constexpr):
+    """The slot after the bucket that begins at each first slot, by binary search."""
+    low, high = slot + 1, slot * 0 + seq_len
     for _ in range(n_halvings):
         is_open = is_first & (low < high)
         middle = (low + high) // 2
         later = tl.load(ids_ptr + middle, mask=is_open, other=0).to(tl.int32)
-        is_behind = later != own
+        is_after = later != id_
         if CHUNKED:
-            is_behind = (later == padding) & (own != padding)
-        high = tl.where(is_open & is_behind, middle, high)
-        low = tl.where(is_open & ~is_behind, middle + 1, low)
+            is_after = (later == padding) & (id_ != padding)
+        high = tl.where(is_open & is_after, middle, high)
+        low = tl.where(is_open & ~is_after, middle + 1, low)
     return high
 
 
-def cut(
-    in_order: Tensor,
-    places: Tensor | None,
+def build_table(
+    sorted_ids: Tensor,
+    rows: Tensor | None,
     query_bounds: Tensor | None,
     order: Tensor,
     table: Tensor,
@@ -88,18 +88,18 @@ def cut(
     *,
     chunked: bool,
 ) -> None:
-    """Fills order [BH, R, S] and table [BH, R, slots, 4] from sorted ids and their places [BH, R, S].
+    """Fills order [BH, R, S] and table [BH, R, entries, 4] from sorted ids and their rows [BH, R, S].
 
-    n_buckets marks padding. Without places there is one bucket, in the order that the rows have. With query_bounds
-    (`HeldRows.query_bounds`) the table is 6 wide.
+    The id n_buckets marks padding. Without rows there is one bucket, in the order of the rows. With query_bounds
+    (`HeldRows.query_bounds`) the table has 6 columns.
     """
-    n_units, n_rounds, seq_len = order.shape
-    _build_table[(triton.cdiv(seq_len, PLACES), n_units * n_rounds)](
-        in_order, in_order if places is None else places, order if query_bounds is None else query_bounds,
+    n_heads, n_rounds, seq_len = order.shape
+    _build_table[(triton.cdiv(seq_len, SLOTS), n_heads * n_rounds)](
+        sorted_ids, sorted_ids if rows is None else rows, order if query_bounds is None else query_bounds,
         order, table, seq_len, table.shape[2], n_buckets, seq_len.bit_length(),
-        SORTED=places is not None,
+        SORTED=rows is not None,
         CHUNKED=chunked,
-        HELD=query_bounds is not None,
+        SHARDED=query_bounds is not None,
         BLOCK=block,
-        PLACES=PLACES,
+        SLOTS=SLOTS,
     )  # fmt: skip

@@ -37,7 +37,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]  # (q, v), each [1, H, S, D] -> an o
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchCase:
     """What one process measures."""
 
     impl: str
@@ -68,7 +68,7 @@ class Row:
         q, v, d_out = (torch.randn(shape, generator=generator, device=self.device, dtype=dtype) for _ in range(3))
         return q.requires_grad_(), v.requires_grad_(), d_out
 
-    def shortened(self) -> Row:
+    def shortened(self) -> BenchCase:
         """The row as it is checked: so short that dense matrices hold it, with buckets as full as those timed."""
         seq_len = min(self.seq_len, max(CHECK_SEQ_LEN, 2 * self.window))
         n_buckets = self.n_buckets
@@ -84,49 +84,49 @@ def run_once(attend: Attend, q: Tensor, v: Tensor, d_out: Tensor) -> tuple[Tenso
     return out, dq, dv
 
 
-def check(row: Row) -> bool:
+def check(row: BenchCase) -> bool:
     """Is what this backend computes right, as far as that can be said? Of a row that is `shortened`."""
     q, v, d_out = row.inputs()
     found = run_once(IMPLEMENTATION[row.impl](row), q, v, d_out)
     if row.impl in PEERS:
         return all(x.numel() == q.numel() and x.isfinite().all() for x in found)
-    exact = attend_by_oracle if row.impl in OURS else attend_densely
+    exact = attend_reference if row.impl in OURS else attend_dense
     q, v = (x.detach().float().requires_grad_() for x in (q, v))
     expected = run_once(lambda q, v: exact(row, q, v), q, v, d_out.float())
     pairs = zip(found, expected, strict=True)
-    return hashes_rightly(row, q) and all(is_close(row, x.detach().float(), y.detach()) for x, y in pairs)
+    return hashes_match(row, q) and all(is_close(row, x.detach().float(), y.detach()) for x, y in pairs)
 
 
-def hashes_rightly(row: Row, q: Tensor) -> bool:
+def hashes_match(row: BenchCase, q: Tensor) -> bool:
     """Whoever hashes may only name another bucket where two columns differ by less than the rounding of sums."""
     if row.impl not in OURS:
         return True
-    plain = our_buckets(row, q, backend="torch")
-    return bool((our_buckets(row, q) == plain).float().mean() > 0.999)
+    plain = hash_buckets(row, q, backend="torch")
+    return bool((hash_buckets(row, q) == plain).float().mean() > 0.999)
 
 
-def is_close(row: Row, found: Tensor, expected: Tensor) -> bool:
+def is_close(row: BenchCase, found: Tensor, expected: Tensor) -> bool:
     """At each place; ours as a whole too, since one place of half precision may be as far off as a key too few."""
     tolerance, error = TOLERANCE[row.dtype], found - expected
     everywhere = error.abs().max() <= tolerance * (1 + expected.abs().max())
     return bool(everywhere) and (row.impl not in OURS or bool(error.norm() <= tolerance * expected.norm()))
 
 
-def our_options(row: Row) -> AttentionOptions:
+def our_options(row: BenchCase) -> AttentionOptions:
     rule = WindowRule(row.window, causal=True)
     return AttentionOptions(rule, row.buckets, scale=row.head_dim**-0.5, backend=OURS[row.impl])
 
 
-def ours(row: Row) -> Attend:
+def ours(row: BenchCase) -> Attend:
     options = our_options(row)
 
     def attend(q: Tensor, v: Tensor) -> Tensor:
-        return bucket_attention(q, None, v, our_buckets(row, q), options)
+        return bucket_attention(q, None, v, hash_buckets(row, q), options)
 
     return attend
 
 
-def our_buckets(row: Row, q: Tensor, backend: str | None = None) -> Tensor:
+def hash_buckets(row: BenchCase, q: Tensor, backend: str | None = None) -> Tensor:
     """Of q in the row's type, for the oracle as well: a float32 q may fall on the other side of a near tie."""
     rotations = draw_rotations(row.heads, row.head_dim, row.n_hashes, row.buckets, "rotation", seed=0)
     vectors = q.detach().to(getattr(torch, row.dtype))
@@ -134,7 +134,7 @@ def our_buckets(row: Row, q: Tensor, backend: str | None = None) -> Tensor:
     return hash_vectors(vectors, rotations, row.buckets, "rotation", backend=chosen)
 
 
-def keys_met(row: Row, ids: Tensor) -> float:
+def mean_visible_keys(row: BenchCase, ids: Tensor) -> float:
     """Keys that a token meets in a round, on average: those before it in its bucket, window - 1 at most."""
     sizes = torch.stack([torch.bincount(x.int(), minlength=row.buckets) for x in ids.flatten(0, 2)])
     full = sizes.clamp_max(row.window)
@@ -142,27 +142,27 @@ def keys_met(row: Row, ids: Tensor) -> float:
     return float(met.sum() / ids.numel())
 
 
-def attend_by_oracle(row: Row, q: Tensor, v: Tensor) -> Tensor:
+def attend_reference(row: BenchCase, q: Tensor, v: Tensor) -> Tensor:
     keys, rule = F.normalize(q, dim=-1), WindowRule(row.window, causal=True)
-    return reference_attention(q, keys, v, our_buckets(row, q), rule, scale=row.head_dim**-0.5)
+    return reference_attention(q, keys, v, hash_buckets(row, q), rule, scale=row.head_dim**-0.5)
 
 
-def reformer_pytorch(row: Row) -> Attend:
+def reformer_pytorch(row: BenchCase) -> Attend:
     from reformer_pytorch.reformer_pytorch import LSHAttention
 
     layer = LSHAttention(bucket_size=row.window, n_hashes=row.n_hashes, causal=True)
     return lambda q, v: layer(q.flatten(0, 1), v.flatten(0, 1))[0]
 
 
-def transformers(row: Row) -> Attend:
+def transformers(row: BenchCase) -> Attend:
     return transformers_layer(row, row.buckets)
 
 
-def transformers_own(row: Row) -> Attend:
+def transformers_own(row: BenchCase) -> Attend:
     return transformers_layer(row, None)
 
 
-def transformers_layer(row: Row, n_buckets: int | None) -> Attend:
+def transformers_layer(row: BenchCase, n_buckets: int | None) -> Attend:
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
     from transformers.utils import logging
@@ -189,12 +189,12 @@ def transformers_layer(row: Row, n_buckets: int | None) -> Attend:
     return attend
 
 
-def sdpa(row: Row) -> Attend:
+def sdpa(row: BenchCase) -> Attend:
     return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=True)
 
 
-def by_kernel(backend: SDPBackend) -> Callable[[Row], Attend]:
-    def build(row: Row) -> Attend:
+def by_kernel(backend: SDPBackend) -> Callable[[BenchCase], Attend]:
+    def build(row: BenchCase) -> Attend:
         def attend(q: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, q, v, is_causal=True)
@@ -204,7 +204,7 @@ def by_kernel(backend: SDPBackend) -> Callable[[Row], Attend]:
     return build
 
 
-def flex(row: Row) -> Attend:
+def flex(row: BenchCase) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     reach = flex_reach(row)
@@ -218,13 +218,13 @@ def flex(row: Row) -> Attend:
     return lambda q, v: compiled(q, q, v, block_mask=mask)
 
 
-def flex_reach(row: Row) -> int:
+def flex_reach(row: BenchCase) -> int:
     """As many keys as a token of ours meets in its rounds, on average."""
     q, _, _ = row.inputs()
-    return round(row.n_hashes * keys_met(row, our_buckets(row, q, backend="auto")))
+    return round(row.n_hashes * mean_visible_keys(row, hash_buckets(row, q, backend="auto")))
 
 
-def attend_densely(row: Row, q: Tensor, v: Tensor) -> Tensor:
+def attend_dense(row: BenchCase, q: Tensor, v: Tensor) -> Tensor:
     position = torch.arange(row.seq_len, device=q.device)
     distance = position[:, None] - position[None, :]
     reach = flex_reach(row) if row.impl == "flex" else row.seq_len
@@ -232,7 +232,7 @@ def attend_densely(row: Row, q: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill((distance < 0) | (distance >= reach), -torch.inf).softmax(-1) @ v
 
 
-IMPLEMENTATION: dict[str, Callable[[Row], Attend]] = {
+IMPLEMENTATION: dict[str, Callable[[BenchCase], Attend]] = {
     **dict.fromkeys(OURS, ours),
     "reformer_pytorch": reformer_pytorch,
     "transformers": transformers,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Child:
+class ChildProcess:
     """One such process, until its block is left.
 
     It writes into files: a pipe would stay open, and its reader wait, as long as anyone has inherited it.
@@ -33,7 +33,7 @@ class Child:
             start_new_session=True,
         )
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> ChildProcess:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from reformer_dist.distributed.runtime import Runtime
 
 TIMEOUT = 60.0  # seconds per case
-GRACE = 3.0  # seconds that the other ranks have to end a case after one of them failed
+GRACE = 2.0  # seconds that the other ranks have to end a case after one of them failed
 START_TIMEOUT = 120.0
 PRELOAD = ["torch", "torch.distributed", "reformer_dist.models", "reformer_dist.parallel"]
 

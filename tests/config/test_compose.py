@@ -114,6 +114,7 @@ def _enter() -> None:
     run_or_sweep(refuse, refuse)
 
 
+@pytest.mark.jobs
 def test_users_see_one_line(tmp_path: Path) -> None:
     output = run_ranks("reformer_dist.train", 1, ["model.dimm=3", f"output_dir={tmp_path / 'run'}"], fails=True)
     assert output.startswith("error: model.dimm")

@@ -73,6 +73,7 @@ def test_a_rank_that_raises_is_quoted_and_the_others_do_not_wait_for_it(pool: Ra
     pool.run(add_ranks, {"expected": 1.0})
 
 
+@pytest.mark.jobs
 def test_a_rank_that_dies_or_hangs_is_named(pool: RankPool) -> None:
     with pytest.raises(RankFailure, match="rank 0 of 2: died with exit code 7"):
         pool.run(exit_on, {"rank": 0})

@@ -13,6 +13,8 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_overrides, write_tiny_dataset
 
+pytestmark = pytest.mark.jobs
+
 TRAIN = "reformer_dist.train"
 BIN = Path(sys.executable).parent
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from support.tiny import tiny_overrides
 
-from reformer_dist.process.command import PREEMPTED
+from reformer_dist.process.exit_status import BROKEN_PIPE, PREEMPTED
 from reformer_dist.process.log import configure, logger
-from reformer_dist.process.stdio import UNREAD, is_unread
+from reformer_dist.process.stdio import is_unread
+
+pytestmark = pytest.mark.jobs
 
 BIN = Path(sys.executable).parent
 INSPECT = Path(__file__).parents[2] / "tools/inspect_shards.py"
@@ -78,9 +80,9 @@ def test_a_command_that_was_done_all_the_same_says_nothing(tiny_data, tmp_path):
 
 
 def test_a_command_that_nobody_reads_is_not_done_to_its_end(trained, tiny_data):
-    assert unread(BIN / "reformer-train", "--help", is_buffered=False) == (UNREAD, "")
-    assert unread(sys.executable, INSPECT, tiny_data, is_buffered=False) == (UNREAD, "")
-    assert unread(BIN / "reformer-generate", trained, "--max-new-tokens", 20) == (UNREAD, "")
+    assert unread(BIN / "reformer-train", "--help", is_buffered=False) == (BROKEN_PIPE, "")
+    assert unread(sys.executable, INSPECT, tiny_data, is_buffered=False) == (BROKEN_PIPE, "")
+    assert unread(BIN / "reformer-generate", trained, "--max-new-tokens", 20) == (BROKEN_PIPE, "")
 
 
 def test_errors_are_told_where_they_are_read(tmp_path):

@@ -19,11 +19,13 @@ from support.launch import run_command
 from support.launch import run_ranks as run_under_torchrun
 from support.tiny import tiny_overrides, write_tiny_dataset
 
+from reformer_dist.process.exit_status import KILLED, PREEMPTED
 from reformer_dist.config import LauncherConfig
 from reformer_dist.launch.local import run_ranks, threads_per_rank
 
-PREEMPTED = 75
-KILLED = 128 + signal.SIGKILL
+pytestmark = pytest.mark.jobs
+
+KILLED_BY_SIGKILL = KILLED + signal.SIGKILL
 PATHS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
 START = """
 import sys
@@ -127,7 +129,7 @@ def test_ranks_of_a_killed_launcher_are_told_to_stop(tmp_path):
 
 
 def test_a_killed_rank_is_named(obey, capfd):
-    assert obey("wait=1", "die") == KILLED
+    assert obey("wait=1", "die") == KILLED_BY_SIGKILL
     assert capfd.readouterr() == ("", "error: rank 1 of 2 was killed by SIGKILL; begin again\n")
 
 
@@ -138,7 +140,7 @@ def test_a_killed_rank_starts_again_with_all_others(obey, tmp_path, capfd):
 
 
 def test_restarts_come_to_an_end(obey, tmp_path):
-    assert obey("die", max_restarts=1) == KILLED
+    assert obey("die", max_restarts=1) == KILLED_BY_SIGKILL
     assert len(list(tmp_path.glob("rank0.*.json"))) == 2
 
 

@@ -22,6 +22,8 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.fs import lock as run_lock
 from reformer_dist.fs.lock import LOCK_FILE, RunLock
 
+pytestmark = pytest.mark.jobs
+
 HOLD = """
 import sys, time
 from pathlib import Path

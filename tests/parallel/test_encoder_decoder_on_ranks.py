@@ -55,6 +55,7 @@ def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]
 
 
 @pytest.mark.parametrize(("world", "case"), ALL)
+@pytest.mark.jobs
 def test_training_is_that_of_plain_adamw(run_of: Callable[[int], Path], world: int, case: Case) -> None:
     found = json.loads((run_of(world) / "results.json").read_text())[case.name]
     losses, norms, weights = one_process(replace(case, stage=0, heads=1, buckets=1, recompute="none"))
@@ -69,6 +70,7 @@ def test_training_is_that_of_plain_adamw(run_of: Callable[[int], Path], world: i
 
 
 @pytest.mark.parametrize("case", [case for case in CASES[2] if case.heads == 2], ids=lambda case: case.name)
+@pytest.mark.jobs
 def test_bytes_of_heads_are_those_of_the_plan(run_of: Callable[[int], Path], case: Case) -> None:
     [sent] = json.loads((run_of(2) / "results.json").read_text())[case.name]["sent"]
     planned = exchange_traffic(JobSpec(case.config(), 2, 2, VOCAB, "cpu"))

@@ -18,6 +18,8 @@ from torch import Tensor
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
 
+pytestmark = pytest.mark.jobs
+
 ALL = [
     pytest.param(name, case, marks=[pytest.mark.slow] if name in SLOW else [], id=f"{name}-{case.name}")
     for name, (_, cases) in JOBS.items()

@@ -18,6 +18,7 @@ from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
 from reformer_dist.run.dry_run import dry_run, read_memory
 
 
+@pytest.mark.jobs
 def test_it_prints_the_plan_and_writes_nothing(tiny_data, tmp_path):
     words = ["launcher=local", "launcher.nproc_per_node=4", "parallel.sequence=2", "deepspeed=zero2"]
     overrides = tiny_overrides(tiny_data, tmp_path / "run", *words, "--dry-run=80GiB")

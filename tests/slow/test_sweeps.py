@@ -16,7 +16,7 @@ import pytest
 from support.launch import BIN, run_command, run_ranks
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 BOUND = 600  # seconds, of a busy machine
 KILLED_TRIAL = "data.batch_size-12"
 Start = Callable[[list[str]], "subprocess.Popen[bytes]"]

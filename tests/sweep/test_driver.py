@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from support.launch import run_command
 from support.tiny import tiny_overrides
+
+pytestmark = pytest.mark.jobs
 
 
 def test_a_sweep_and_the_same_again(tmp_path: Path, tiny_data: Path) -> None:

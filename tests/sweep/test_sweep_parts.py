@@ -21,7 +21,8 @@ from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.plots import pareto_front, write_plots
 from reformer_dist.sweep.process import find_error
 from reformer_dist.sweep.report import as_text, best_first, table, write_report
-from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all, take_lock
+from reformer_dist.fs.lock import acquire_lock
+from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all
 
 GOOD = Trial(
     "a", {"optim.lr": "0.1"}, TrialStatus.finished, result={"eval/loss": 1.5, "perf/tokens_per_s": 2000.0}
@@ -69,13 +70,13 @@ def test_a_second_driver_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_whoever_inherits_a_lock_holds_it_on(tmp_path: Path) -> None:
-    lock = take_lock(tmp_path / "lock")
+    lock = acquire_lock(tmp_path / "lock")
     assert lock is not None
     inherited = os.dup(lock)
     os.close(lock)
-    assert take_lock(tmp_path / "lock") is None
+    assert acquire_lock(tmp_path / "lock") is None
     os.close(inherited)
-    assert take_lock(tmp_path / "lock") is not None
+    assert acquire_lock(tmp_path / "lock") is not None
 
 
 PLACES = [

@@ -18,7 +18,7 @@ import torch
 from support.datasets import damage_sample, make_order, open_loader, varied_documents
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, LoaderState, consumed_hash, write_dataset
-from reformer_dist.process.signals import INTERRUPTED
+from reformer_dist.process.exit_status import INTERRUPTED
 from reformer_dist.run.data import QuarantineFile
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -233,6 +233,7 @@ def test_what_fails_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "there"]
 
 
+@pytest.mark.jobs
 def test_what_is_interrupted_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
     source, output = tmp_path / "d.jsonl", tmp_path / "new/data"
     source.write_text("".join(f'{{"text": "line {number}"}}\n' for number in range(200_000)))

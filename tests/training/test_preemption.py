@@ -26,8 +26,7 @@ from support.weights import assert_same
 from reformer_dist.checkpoint import writer
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
-from reformer_dist.process.command import PREEMPTED
-from reformer_dist.process.signals import INTERRUPTED
+from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
 from reformer_dist.training.batches import BatchReader
 from reformer_dist.training.preemption import StopSignal
 
@@ -161,6 +160,7 @@ def test_what_one_rank_cannot_read_ends_all_alike() -> None:
     assert on_ranks(1, of_rank) == [[1, 2]]
 
 
+@pytest.mark.jobs
 def test_a_second_sigint_leaves_at_once() -> None:
     """Unless it is the echo of the first, which a terminal and a launcher both send."""
     done = subprocess.run([sys.executable, "-c", IMPATIENT], stdout=subprocess.PIPE, text=True, timeout=120)
@@ -168,6 +168,7 @@ def test_a_second_sigint_leaves_at_once() -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), [("torch._C", "SIGINT"), ("deepspeed.comm", "SIGTERM")])
+@pytest.mark.jobs
 def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, module: str, name: str) -> None:
     """It takes seconds until the run can hear; what is started again goes on, or begins."""
     command = [
@@ -189,6 +190,7 @@ def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, modu
     assert "Traceback" not in complaints
 
 
+@pytest.mark.jobs
 def test_a_run_whose_terminal_closes_saves(tiny_data: Path, tmp_path: Path) -> None:
     """It is told to by SIGHUP; and nobody hears its last words, which must not be an error."""
     terminal, far = pty.openpty()
@@ -214,6 +216,7 @@ def test_a_run_whose_terminal_closes_saves(tiny_data: Path, tmp_path: Path) -> N
     assert int(saved.name[5:]) >= 4
 
 
+@pytest.mark.jobs
 def test_under_nohup_a_run_outlives_its_terminal(tiny_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reformer_dist.train", *tiny_overrides(tiny_data, tmp_path, *LONG, ENDLESS)]
     with subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, text=True) as process:
@@ -226,6 +229,7 @@ def test_under_nohup_a_run_outlives_its_terminal(tiny_data: Path, tmp_path: Path
     assert stopped is not None and int(stopped[1]) >= 40
 
 
+@pytest.mark.jobs
 def test_a_rank_that_is_told_stops_all(uncut: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
     """By the command line; the signal comes to one of two ranks, some time after step 4. One rank then goes on."""
     ranks = ("launcher=local", "launcher.nproc_per_node=2")

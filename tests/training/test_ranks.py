@@ -21,6 +21,8 @@ from support.weights import assert_same
 from reformer_dist.data import Dataset
 from reformer_dist.distributed.runtime import Runtime
 
+pytestmark = pytest.mark.jobs
+
 STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
 SHARED = "parallel.sequence=2"

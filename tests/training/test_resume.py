@@ -43,6 +43,7 @@ def test_bf16_resumes_bitwise(tiny_data: Path, tmp_path: Path, job: Runtime) -> 
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
 
 
+@pytest.mark.jobs
 def test_kill_9_and_start_again(
     tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
 ) -> None:

@@ -117,7 +117,7 @@ def test_the_last_save_must_succeed(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_bytes", fail)
+    monkeypatch.setattr(writer, "write_synced", fail)
     with pytest.raises(UserError, match="No space left"):
         train(job, tiny_data, tmp_path / "run", "trainer.max_steps=1")
 

@@ -1,4 +1,4 @@
-"""A whole model on the kernels, hash included: loss and gradients are those on plain PyTorch."""
+"""A whole model on the kernels, hash included: loss and gradients equal those of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def loss_and_grads(backend: AttentionBackend) -> dict[str, Tensor]:
     tokens = torch.randint(0, 20, (2, 38), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     loss = model(tokens[:, :-1], labels=tokens[:, 1:], step=1, dropout_seed=2)
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
 
 
 def test_loss_and_gradients():
     kernels, torch_ = (loss_and_grads(name) for name in (AttentionBackend.triton, AttentionBackend.torch))
     assert kernels.keys() == torch_.keys() and len(kernels) > 10
-    for name, right in torch_.items():
-        torch.testing.assert_close(kernels[name], right, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    for name, grad in torch_.items():
+        torch.testing.assert_close(kernels[name], grad, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

@@ -91,7 +91,7 @@ class Tiles:
     order: Tensor
     """int32 [BH, R, S] row at each slot."""
     table: Tensor
-    """int32 [BH, R, entries, 4]: first slot of the tile; then of its bucket the first slot, end of keys, end of rows.
+    """int32 [BH, R, entries, 4]: first slot of the tile; of its bucket first slot, end of keys, end of rows.
 
     Of a shard [.., 6]: also first slot and end of its queries.
     """

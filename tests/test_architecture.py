@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors"},
     "process": {"distributed", "errors"},
     "fs": {"errors", "process"},
-    "data": {"errors"},
+    "data": {"errors", "fs", "ops"},
     "checkpoint": {"distributed", "errors"},
     "models": {"config", "errors", "ops", "seeds"},
     "generation": {"config", "errors", "models", "seeds"},

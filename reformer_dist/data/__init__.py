@@ -1,4 +1,7 @@
-"""From text to batches: data sets of tar shards, read in an order that no number of ranks changes."""
+"""Data: from text to batches, with data sets of tar shards and an order that is the same for any number of ranks.
+
+`format` has data sets on disk, `prepare` writes them from raw files, and `loading` turns them into batches.
+"""
 
 from reformer_dist.data.format.corpus import Corpus, CorpusShard, describe_changes
 from reformer_dist.data.format.dataset import Dataset
@@ -8,16 +11,30 @@ from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from reformer_dist.data.format.verify import verify_dataset
-from reformer_dist.data.loading.collate import Batch, Example, MakeExample, TextRows, DrawKey, collate, next_tokens
-from reformer_dist.data.loading.heldout import EvalBatch, count_text_bytes, heldout_batches, read_split
+from reformer_dist.data.loading.collate import (
+    Batch,
+    Example,
+    MakeExample,
+    collate,
+    next_token_example,
+    next_token_examples,
+)
+from reformer_dist.data.loading.heldout import (
+    RowSelection,
+    count_text_bytes,
+    heldout_sample_batches,
+    heldout_text_batches,
+    read_split,
+)
 from reformer_dist.data.loading.loader import StepBatch, TrainLoader
-from reformer_dist.data.loading.packing import IGNORE_INDEX, Span, TextRow, make_row
+from reformer_dist.data.loading.packing import Span, pack_spans
 from reformer_dist.data.loading.replay import Replay
-from reformer_dist.data.loading.sampler import Sampler, seeded_bits
+from reformer_dist.data.loading.sampler import DrawKey, Sampler
 from reformer_dist.data.loading.state import LoaderState, consumed_hash, merge_states, read_state
 from reformer_dist.data.prepare.documents import SkippedFiles, read_documents
 from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_parallel, read_squad
-from reformer_dist.data.prepare.writer import WriteSummary, is_heldout, assign_splits, write_dataset, write_samples
+from reformer_dist.data.prepare.writer import WriteSummary, assign_splits, is_heldout, write_dataset, write_samples
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
@@ -27,51 +44,50 @@ __all__ = [
     "BpeTokenizer",
     "ByteTokenizer",
     "Corpus",
+    "CorpusShard",
     "DamagedSample",
     "Dataset",
-    "EvalBatch",
+    "DrawKey",
     "Example",
     "IndexEntry",
-    "SkippedFiles",
+    "LoaderState",
     "MakeExample",
-    "Sampler",
-    "CorpusShard",
-    "Span",
     "Quarantine",
     "RawSample",
     "Replay",
+    "RowSelection",
     "Sample",
     "SampleReader",
-    "Shard",
     "SampleRef",
-    "LoaderState",
+    "Sampler",
+    "Shard",
+    "SkippedFiles",
+    "Span",
     "StepBatch",
-    "TextRow",
-    "TextRows",
     "Tokenizer",
     "TrainLoader",
-    "DrawKey",
     "WriteSummary",
+    "assign_splits",
     "collate",
     "consumed_hash",
     "count_text_bytes",
     "describe_changes",
-    "verify_dataset",
-    "heldout_batches",
+    "heldout_sample_batches",
+    "heldout_text_batches",
     "is_heldout",
-    "read_documents",
     "load_tokenizer",
-    "make_row",
+    "make_sample",
     "merge_states",
-    "next_tokens",
+    "next_token_example",
+    "next_token_examples",
+    "pack_spans",
+    "read_documents",
     "read_jsonl",
     "read_parallel",
+    "read_split",
     "read_squad",
     "read_state",
-    "make_sample",
-    "seeded_bits",
-    "assign_splits",
-    "read_split",
+    "verify_dataset",
     "write_dataset",
     "write_samples",
 ]

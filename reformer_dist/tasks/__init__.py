@@ -1,6 +1,7 @@
 """Tasks: what a run trains on and how it is evaluated.
 
-`base` is the interface. Each TaskKind has a file of its name. `metrics` has the metrics of generated texts and answers.
+`base` is the interface. Each TaskKind has a file of its name. `metrics` has the metrics of generated texts and
+answers.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from reformer_dist.tasks.base import SampleTask, concat_ids
 
 
 class Completion(SampleTask):
-    """A row is end-of-text, prompt, end-of-text, completion; the loss is that of the completion and its end-of-text."""
+    """A row is end-of-text, prompt, end-of-text, completion; labels are the completion and a final end-of-text."""
 
     field_names = ("prompt", "completion")
     make_shards_args = "FILE.jsonl --fields prompt completion"

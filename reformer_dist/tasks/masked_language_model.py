@@ -11,7 +11,7 @@ from reformer_dist.tasks.language_model import LanguageModel
 
 
 class MaskedLanguageModel(LanguageModel):
-    """Predicts task.mask_prob of the tokens: 80 % are replaced by the mask token, 10 % by a random one, 10 % kept."""
+    """Predicts task.mask_prob of the tokens: 80 % become the mask token, 10 % a random one, 10 % stay."""
 
     extra_tokens = 1
     reports_accuracy = True

@@ -13,14 +13,14 @@ from reformer_dist.config import TextMetric
 from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, collate
 from reformer_dist.generation import BeamOptions, beam_search, make_decoder
 from reformer_dist.models import ReformerEncoderDecoder
-from reformer_dist.tasks.metrics import bleu, rouge
 from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
+from reformer_dist.tasks.metrics import bleu, rouge
 
 SHOWN_SAMPLES = 3
 
 
 class SequenceToSequence(SampleTask):
-    """A source ends with end-of-text; a target begins and ends with it. Both are truncated to their maximum length."""
+    """A source ends with end-of-text, a target begins and ends with it. Both are truncated to a maximum length."""
 
     field_names = ("source", "target")
     make_shards_args = "--source FILE --target FILE"

@@ -1,13 +1,12 @@
 """A local cache of remote files with a size limit, shared by all processes that use the same folder.
 
-Copies are keyed by the sha256 that they should have, so data sets share copies of common shards. A copy is written to
-a temporary file and renamed, so a killed process leaves no partial copy. Space is reserved before a download, under a
-lock, by removing the least recently used copies; a removed file stays readable while it is open.
+Copies are keyed by the sha256 that they should have, so data sets share copies of common shards. A copy is written
+to a temporary file and renamed, so a killed process leaves no partial copy. Space is reserved before a download,
+under a lock, by removing the least recently used copies; a removed file stays readable while it is open.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 import uuid
@@ -16,8 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from reformer_dist.data.format.layout import file_sha256
 from reformer_dist.errors import DataError
+from reformer_dist.fs.atomic import file_sha256
+from reformer_dist.fs.lock import locked
 
 STALE_SECONDS = 3600.0  # seconds without progress after which a download counts as dead
 MAX_DOWNLOADS = 3  # of a file whose content is wrong in a different way each time
@@ -43,8 +43,8 @@ class FileCache:
         """A descriptor of the copy of a file. `download` writes it to a path if there is none yet.
 
         If two downloads agree on a content with another sha256, the source is damaged and this process uses that
-        copy; the next process downloads again, since the source may have been repaired. Raises DataError if the file
-        is larger than the cache or the cache can't be written.
+        copy; the next process downloads again, since the source may have been repaired. Raises DataError if the
+        file is larger than the cache or the cache can't be written.
         """
         if file.size is not None and file.size > self._limit:
             right = f"holds {file.size} bytes; data.cache_gb must leave room for it"
@@ -125,9 +125,5 @@ class FileCache:
         """Excludes other threads and processes. Released when the process dies."""
         folder = self._folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(folder / name):
             yield
-        finally:
-            os.close(descriptor)

@@ -92,7 +92,8 @@ class Corpus:
         return sum(weight * ratio for weight, ratio in zip(self.weights, ratios, strict=True))
 
     def check(self, split: str, max_damaged_fraction: float) -> Iterator[str]:
-        """Yields a warning for each shard of another size than was recorded, whose missing samples count as damaged.
+        """Yields a warning for each shard of another size than was recorded, whose missing samples count as
+        damaged.
 
         Raises DataError if a shard is missing or too many samples are lost.
         """
@@ -102,7 +103,9 @@ class Corpus:
                 problem = f"{dataset.folder.where(shard.name)}: shard holds {size} bytes, expected {shard.size}"
                 lost += sum(entry.offset + entry.size > size for entry in dataset.index(shard).entries)
                 if lost > max_damaged_fraction * self.total("samples", split):
-                    right = f"data.max_damaged_fraction={max_damaged_fraction:g} allows fewer; copy or write it again"
+                    right = (
+                        f"data.max_damaged_fraction={max_damaged_fraction:g} allows fewer; copy or write it again"
+                    )
                     raise DataError(f"{problem}; {lost} samples of the {split} split are lost: {right}")
                 yield f"{problem}; the samples that it lacks are skipped"
 
@@ -119,13 +122,13 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of weights, tokenizer, and samples, sizes and checksums of all shards, independent of addresses."""
+        """sha256 of weights, tokenizer, and sizes and checksums of all shards, independent of their addresses."""
         content = [self.weights, [dataset.fingerprint for dataset in self.datasets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences of two records of a corpus, one line per shard or data set, at most MAX_SHOWN_CHANGES of them."""
+    """Differences of two records of a corpus, one line per shard or data set, at most MAX_SHOWN_CHANGES."""
     lines = []
     if before["tokenizer"] != now["tokenizer"]:
         lines.append(f"the tokenizer was {before['tokenizer']} and is {now['tokenizer']}")

@@ -91,7 +91,8 @@ class Dataset:
         return sum(getattr(shard, count) for shard in self.splits[split])
 
     def find_size_mismatches(self, split: str) -> Iterator[tuple[Shard, int]]:
-        """(shard, actual size) of each local shard whose size is not the recorded one. Remote shards are not checked.
+        """(shard, actual size) of each local shard whose size is not the recorded one. Remote shards are not
+        checked.
 
         Raises DataError if a shard is missing.
         """

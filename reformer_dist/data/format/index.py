@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.layout import (
     FORMAT_VERSION,
-    MEMBER_SUFFIX,
     MAX_SAMPLE_BYTES,
+    MEMBER_SUFFIX,
     Shard,
     parse_json,
     require_count,
@@ -73,7 +73,11 @@ def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> S
         raise DataError(f"{where}: is not the index that was written (sha256 differs); copy it again")
     record = parse_json(content, where)
     samples = record.get("samples")
-    if record.get("format") != FORMAT_VERSION or record.get("shard") != shard.name or not isinstance(samples, list):
+    if (
+        record.get("format") != FORMAT_VERSION
+        or record.get("shard") != shard.name
+        or not isinstance(samples, list)
+    ):
         raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT_VERSION}")
     itemsize = np.dtype(dtype).itemsize
     entries = [_entry(sample, where, itemsize, n_fields) for sample in samples]

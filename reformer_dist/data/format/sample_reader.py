@@ -55,8 +55,8 @@ class SampleReader:
     def read(self, ref: SampleRef) -> NDArray[np.unsignedinteger]:
         """Tokens of a sample, [n_tokens], each field closed by end-of-text, in the narrowest dtype.
 
-        Raises DamagedSampleError if it is not as it was written, and DataError if its shard is missing or the sample
-        is refused.
+        Raises DamagedSampleError if it is not as it was written, and DataError if its shard is missing or the
+        sample is refused.
         """
         content = self._read_bytes(ref)
         header, payload = content[:HEADER_BYTES], content[HEADER_BYTES:]

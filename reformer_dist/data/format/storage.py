@@ -1,7 +1,7 @@
 """Folders of data sets: local, or remote (http:, https: and s3:) through fsspec.
 
-A file of a remote folder is copied whole into the cache when it is first opened. Addresses are checked before use, so
-that none runs a command or chains file systems.
+A file of a remote folder is copied whole into the cache when it is first opened. Addresses are checked before use,
+so that none runs a command or chains file systems.
 """
 
 from __future__ import annotations

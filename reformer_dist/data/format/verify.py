@@ -23,12 +23,12 @@ def verify_dataset(dataset: Dataset) -> Iterator[str]:
 
 def _verify_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
     try:
-        yield from _verify_shard_bytes(dataset, shard)
+        yield from _mismatches(dataset, shard)
     except DataError as error:
         yield str(error)
 
 
-def _verify_shard_bytes(dataset: Dataset, shard: Shard) -> Iterator[str]:
+def _mismatches(dataset: Dataset, shard: Shard) -> Iterator[str]:
     with os.fdopen(dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256)), "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

@@ -1,7 +1,8 @@
 """Held-out batches, and the bytes of text that turn their loss into bits per byte.
 
-The documents of the held-out split, in the order of the shards, form one text that begins with an end-of-text token
-and is cut into rows. Every token of the split is predicted exactly once, so the bytes predicted are those of the split.
+The documents of the held-out split, in the order of the shards, form one text that begins with an end-of-text
+token and is cut into rows. Every token of the split is predicted exactly once, so the bytes predicted are those of
+the split.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def heldout_text_batches(
 ) -> Iterator[Batch]:
     """Batches of held-out text. Every rank gets the same number, filled up with rows of padding.
 
-    make_example: called with tokens [seq_len + 1], labels [seq_len] and the draw key of each row. Damaged samples are
-    skipped and reported. Raises DataError if nothing is held out and, while iterating, if a shard is missing or too
-    many samples are damaged.
+    make_example: called with tokens [seq_len + 1], labels [seq_len] and the draw key of each row. Damaged samples
+    are skipped and reported. Raises DataError if nothing is held out and, while iterating, if a shard is missing
+    or too many samples are damaged.
     """
     n_rows = -(-corpus.total("tokens", "heldout") // seq_len)
     if n_rows == 0:
@@ -87,15 +88,17 @@ def heldout_sample_batches(
 ) -> Iterator[Batch]:
     """Batches of held-out samples, one in each row. Every rank gets the same number.
 
-    make_example: called with None for rows of padding. Damaged samples are skipped and reported. Raises DataError if
-    the split is empty and, while iterating, if a shard is missing or too many samples are damaged.
+    make_example: called with None for rows of padding. Damaged samples are skipped and reported. Raises DataError
+    if the split is empty and, while iterating, if a shard is missing or too many samples are damaged.
     """
     n_rows = corpus.total("samples", rows.split)
     if n_rows == 0:
         raise DataError(f"{corpus.where}: no samples are held out; write it again with --heldout-from")
     samples = read_split(corpus, rows, report=report)
     numbers = count(rows.dp_rank, rows.dp_size)
-    return _batches(lambda: make_example(next(samples, None), DrawKey.heldout(next(numbers))), rows, rows.n_rows(n_rows))
+    return _batches(
+        lambda: make_example(next(samples, None), DrawKey.heldout(next(numbers))), rows, rows.n_rows(n_rows)
+    )
 
 
 def read_split(corpus: Corpus, rows: RowSelection, *, report: Report = lambda sample: None) -> Iterator[Sample]:
@@ -138,7 +141,7 @@ def _read_split(corpus: Corpus, rows: RowSelection, report: Report) -> Iterator[
 
 
 def _cut_rows(documents: Iterator[Any], eos_id: int, seq_len: int) -> Iterator[NDArray[Any]]:
-    """Rows of seq_len + 1 tokens, each of which begins with the last token of the row before; the last is shorter."""
+    """Rows of up to seq_len + 1 tokens, each of which begins with the last token of the row before."""
     held: list[NDArray[Any]] = [np.array([eos_id], dtype=np.int32)]
     n_held = 1
     for document in documents:

@@ -1,8 +1,8 @@
 """Training batches: the rows of each optimizer step of one data-parallel rank, read ahead by threads.
 
-Row v of a step comes from virtual stream v for any number of ranks, and each rank owns a contiguous range of streams.
-Each thread reads some of these, and batches are assembled in the order of the steps, so that neither ranks nor threads
-nor reading ahead change what a step contains.
+Row v of a step comes from virtual stream v for any number of ranks, and each rank owns a contiguous range of
+streams. Each thread reads some of these, and batches are assembled in the order of the steps, so that neither
+ranks nor threads nor reading ahead change what a step contains.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class StepBatch:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The loader's state after this batch, as JSON values: a loader resumed from it continues with the next batch.
+        """The loader's state after this batch, as JSON values: a loader resumed from it continues with the next
+        batch.
 
         Valid until the next batch is requested.
         """
@@ -63,8 +64,8 @@ class _StreamRow:
 class TrainLoader:
     """An iterator of StepBatch, endless unless `passes` is given; threads read ahead.
 
-    Rank r owns the r-th of `dp_size` equal ranges of the sampler's streams. An error of a reading thread is raised by
-    `next` at the step that it belongs to, and closes the loader.
+    Rank r owns the r-th of `dp_size` equal ranges of the sampler's streams. An error of a reading thread is raised
+    by `next` at the step that it belongs to, and closes the loader.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class TrainLoader:
     ) -> None:
         """quarantine: must contain that of `state`; this loader adds to it.
 
-        passes: over the sampler's only pool, after which all rows are padding. make_example: by default, rows of text
-        for a causal language model. workers: threads; 0 reads in `next`. Raises ValueError if the batch can't be
-        divided.
+        passes: over the sampler's only pool, after which all rows are padding. make_example: by default, rows of
+        text for a causal language model. workers: threads; 0 reads in `next`. Raises ValueError if the batch can't
+        be divided.
         """
         n_rows, rest = divmod(sampler.n_streams, dp_size)
         if rest or n_rows % micro_batch_size:

@@ -1,8 +1,8 @@
 """Virtual streams, and rows packed from the samples that a stream reads.
 
-There is one stream for each row of an optimizer step, for any number of ranks. A stream reads its range of each pass
-over a pool, sample after sample, without gaps between rows. Its state is one integer per pool: the units (tokens, or
-samples) before its next row. If a row holds one sample, it is the next undamaged one.
+There is one stream for each row of an optimizer step, for any number of ranks. A stream reads its range of each
+pass over a pool, sample after sample, without gaps between rows. Its state is one integer per pool: the units
+(tokens, or samples) before its next row. If a row holds one sample, it is the next undamaged one.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def pack_spans(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(tokens [seq_len + 1], labels [seq_len]) of a row of text; the end is padding if the stream has ended.
 
-    tokens[1:] are the tokens of the spans. tokens[0] is the token before them in the first sample, or end-of-text if
-    the row begins with a sample. Labels are tokens[1:], and IGNORE_INDEX for padding and, with
+    tokens[1:] are the tokens of the spans. tokens[0] is the token before them in the first sample, or end-of-text
+    if the row begins with a sample. Labels are tokens[1:], and IGNORE_INDEX for padding and, with
     `mask_document_starts`, for the first token of each sample, which the preceding document does not predict.
     """
     tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)

@@ -40,7 +40,7 @@ class Replay:
         ]
 
     def skip(self, n_steps: int) -> None:
-        """Advances by `n_steps`. With an empty quarantine this takes no time and leaves the running hash as it is."""
+        """Advances by `n_steps`, immediately and without the running hash if the quarantine is empty."""
         if self._quarantine:
             for _ in range(n_steps):
                 self.next_step()

@@ -1,10 +1,10 @@
 """Which samples each row reads: a pure function of the seed and the shard indexes.
 
-A pool is a list of shards: all shards of the run or, if data sets are mixed by weight, those of one data set. Pass k
-over a pool is the concatenation of its shards, permuted by (seed, pool, k), with the samples of each permuted by
-(seed, pool, k, shard). This sequence of tokens, or of samples if a row holds one sample, is cut into V equal ranges,
-one per virtual stream. A position in a stream is therefore one integer, the units (tokens or samples) before it over
-all passes, and finding it takes no longer in the thousandth pass than in the first.
+A pool is a list of shards: all shards of the run or, if data sets are mixed by weight, those of one data set. Pass
+k over a pool is the concatenation of its shards, permuted by (seed, pool, k), with the samples of each permuted by
+(seed, pool, k, shard). This sequence of tokens, or of samples if a row holds one sample, is cut into V equal
+ranges, one per virtual stream. A position in a stream is therefore one integer, the units (tokens or samples)
+before it over all passes, and finding it takes no longer in the thousandth pass than in the first.
 
 Only the raw output of a seeded bit generator is used: numpy promises that it never changes, unlike that of
 `Generator.permutation`. An order therefore outlives upgrades, and no global generator is touched.
@@ -126,9 +126,7 @@ class Pool:
         samples = self._permuted(len(index.entries), f"samples/{self.number}/{number}", pass_index)
         sizes = np.ones_like(samples) if self.by_sample else index.n_tokens[samples]
         starts = np.cumsum(sizes) - sizes
-        return ShuffledShard(
-            self.shards[number], index, int(order.starts[at]), int(sizes.sum()), samples, starts
-        )
+        return ShuffledShard(self.shards[number], index, int(order.starts[at]), int(sizes.sum()), samples, starts)
 
     def _pass(self, pass_index: int) -> _Pass:
         order = self._passes.get(pass_index)
@@ -181,8 +179,8 @@ class Sampler:
     def pools_of_step(self, step: int) -> NDArray[np.int64]:
         """[batch_size]: the pool that each row of a step reads.
 
-        Rows are spaced evenly over the weights, from a phase that advances by the golden ratio each step. A step is
-        therefore never a row away from a pool's weight, and a run never more than a few.
+        Rows are spaced evenly over the weights, from a phase that advances by the golden ratio each step. A step
+        is therefore never a row away from a pool's weight, and a run never more than a few.
         """
         if len(self.pools) == 1:
             return np.zeros(self.n_streams, dtype=np.int64)

@@ -1,7 +1,7 @@
 """The state of a run's data: what a checkpoint stores, as JSON values, and which states a run can resume from.
 
-Each data-parallel rank has the state of its own streams. `merge_states` joins those of all ranks into one, from which
-any number of ranks can resume.
+Each data-parallel rank has the state of its own streams. `merge_states` joins those of all ranks into one, from
+which any number of ranks can resume.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class LoaderState:
             "step": self.step,
             "origin": list(self.origin),
             "quarantine": [list(sample) for sample in sorted(self.quarantine)],
-            "streams": {str(stream): [*positions, digest.hex()] for stream, (positions, digest) in streams.items()},
+            "streams": {
+                str(stream): [*positions, digest.hex()] for stream, (positions, digest) in streams.items()
+            },
         }
 
 
@@ -87,8 +89,8 @@ def read_state(
 ) -> LoaderState:
     """The state that a checkpoint stores, for the streams of `sampler`.
 
-    changes: known differences of the data, for the error message. Raises DataError if the state is of other settings,
-    or of other data without `accept_changed`.
+    changes: known differences of the data, for the error message. Raises DataError if the state is of other
+    settings, or of other data without `accept_changed`.
     """
     if state.get("version") != STATE_VERSION:
         version = state.get("version")

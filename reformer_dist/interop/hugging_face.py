@@ -1,6 +1,6 @@
-"""Reformer models of Hugging Face's transformers: config.json and safetensors, in and out.
+"""Import of Reformer models of Hugging Face's transformers, from config.json and safetensors.
 
-Written against transformers 4.57.6; docs/interop.md says what is equal and to what tolerance.
+Written for transformers 4.57.6; docs/interop.md lists what is equal and to what tolerance.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ from reformer_dist.config import (
     StreamMerge,
 )
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, ForeignTensors, reshape_checked, parameter_shapes
+from reformer_dist.interop.foreign import (
+    CONFIG_FILE,
+    ForeignModel,
+    ForeignOptions,
+    ForeignTensors,
+    HeadKind,
+    parameter_shapes,
+    reshape_checked,
+)
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 
 PICKLE_HINT = (
-    "with transformers that you trust it with, load it and call save_pretrained(FOLDER), which writes safetensors"
+    "if you trust it, load it with transformers and call save_pretrained(FOLDER), which writes safetensors"
 )
 ACTIVATIONS = {
     "relu": Activation.relu,
@@ -46,11 +54,11 @@ FLOAT = (int, float)
 
 
 def read(folder: Path) -> ForeignModel:
-    """The model of a directory that `save_pretrained` has written. Raises CheckpointError."""
+    """Reads a directory written by `save_pretrained`. Raises CheckpointError."""
     options = ForeignOptions.read(folder / CONFIG_FILE)
     kind = options.take("model_type")
     if kind != "reformer":
-        raise CheckpointError(f"{options.path}: model_type={kind!r}: only models of type reformer are converted")
+        raise CheckpointError(f"{options.path}: model_type={kind!r}: can't be converted; must be reformer")
     tensors = ForeignTensors(folder, PICKLE_HINT)
     head = _head_of(tensors)
     notes: list[str] = []
@@ -77,18 +85,20 @@ def _head_of(tensors: ForeignTensors) -> HeadKind:
         if name in tensors.names():
             return head
     known = ", ".join(HEAD_TENSORS)
-    raise CheckpointError(f"{tensors.folder}: has no head: none of {known} is there; save a model that has one")
+    raise CheckpointError(f"{tensors.folder}: has no head: none of {known} is present; save a model with a head")
 
 
 def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
-    """Ours for theirs. Raises CheckpointError; appends to notes."""
+    """Converts their options to our config. Raises CheckpointError; appends to notes."""
     layers = [AttentionKind[name] for name in _attn_layers(options)]
     dim: int = options.take("hidden_size", 256, kind=int)
     chunk_len: int = options.take("lsh_attn_chunk_length", 64, kind=int)
     factors = _bucket_factors(options, chunk_len, AttentionKind.lsh in layers, notes)
     hidden_dropout = float(options.take("hidden_dropout_prob", 0.05, kind=FLOAT))
     if options.take("tie_word_embeddings", False):
-        options.refuse("tie_word_embeddings", "their own model can't run so: the head is twice as wide")
+        options.refuse(
+            "tie_word_embeddings", "their own model can't run: the head is twice as wide; must be false"
+        )
     return ModelConfig(
         dim=dim,
         n_layers=len(layers),
@@ -130,30 +140,30 @@ def _attn_layers(options: ForeignOptions) -> list[str]:
 
 
 def _shortest_period(layers: list[AttentionKind]) -> list[AttentionKind]:
-    """The shortest pattern that gives the same layers when it is repeated."""
+    """The shortest pattern whose repetition yields the layers."""
     lengths = range(1, len(layers) + 1)
     return next(layers[:n] for n in lengths if all(kind is layers[i % n] for i, kind in enumerate(layers)))
 
 
 def _bucket_factors(options: ForeignOptions, chunk_len: int, has_lsh: bool, notes: list[str]) -> list[int]:
-    given = options.take("num_buckets", None)
-    if given is not None:
-        factors = [given] if isinstance(given, int) else list(given)
+    num_buckets = options.take("num_buckets", None)
+    if num_buckets is not None:
+        factors = [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
         if not all(isinstance(factor, int) and factor > 0 and factor % 2 == 0 for factor in factors):
-            options.refuse("num_buckets", "must be an even number, or several")
+            options.refuse("num_buckets", "must be an even number or a list of even numbers")
         return factors
-    longest: int = options.take("max_position_embeddings", 4096, kind=int)
-    factors = buckets_for(longest, chunk_len, longest)
+    max_len: int = options.take("max_position_embeddings", 4096, kind=int)
+    factors = buckets_for(max_len, chunk_len, max_len)
     if has_lsh:
         notes.append(
-            f"num_buckets is not set: transformers chooses it by the first text that a model sees; taken for the "
-            f"longest one, {longest} tokens: {math.prod(factors)} (model.n_buckets and model.compat.bucket_factors)"
+            f"num_buckets is not set: transformers derives it from a model's first input; set for the longest, "
+            f"{max_len} tokens: {math.prod(factors)} (model.n_buckets and model.compat.bucket_factors)"
         )
     return factors
 
 
 def buckets_for(seq_len: int, chunk_len: int, max_positions: int) -> list[int]:
-    """The factors that transformers chooses where num_buckets is not set, for a text of seq_len tokens."""
+    """The factors that transformers chooses for an input of seq_len tokens if num_buckets is not set."""
     bits = max(1, (2 * (seq_len // chunk_len)).bit_length() - 1)
     limit = 2 * max(int((max_positions // chunk_len) ** 0.5), chunk_len)
     return [2**bits] if 2**bits <= limit else [2 ** (bits // 2), 2 ** (bits - bits // 2)]
@@ -166,7 +176,7 @@ def _attention_dropout(options: ForeignOptions, layers: list[AttentionKind], not
     }
     used = {of_kind[kind] for kind in layers}
     if len(used) > 1:
-        notes.append(f"dropout of attention differs by kind of layer there; {min(used)} is taken for all")
+        notes.append(f"attention dropout differs by kind of layer in transformers; {min(used)} is used for all")
     return min(used)
 
 
@@ -177,7 +187,7 @@ def _positions(options: ForeignOptions, dim: int) -> dict[str, Any]:
     shape = list(options.take("axial_pos_shape", [64, 64], kind=list))
     dims = list(options.take("axial_pos_embds_dim", [64, 192], kind=list))
     if len(dims) != len(shape) or sum(dims) != dim:
-        options.refuse("axial_pos_embds_dim", f"must hold {len(shape)} widths that sum to hidden_size={dim}")
+        options.refuse("axial_pos_embds_dim", f"must be {len(shape)} widths that sum to hidden_size={dim}")
     return {"position": Position.axial, "axial_shape": shape, "axial_dims": dims}
 
 
@@ -188,20 +198,21 @@ def _weights(
     bias = next((name for name in LM_BIAS if name in tensors.names()), LM_BIAS[0])
     if head is HeadKind.language_model:
         names["head.bias"] = bias
-    # constants that versions before 4.0 saved among the weights
-    strays = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
-    if strays:
+    # mask_value: constants that versions before 4.0 saved among the weights
+    unexpected = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
+    if unexpected:
         raise CheckpointError(
-            f"{tensors.folder}: {min(strays)} is no tensor of the model that its options describe"
+            f"{tensors.folder}: tensor {min(unexpected)} is not in the model its options describe"
         )
     shapes = parameter_shapes(builder(head, config, vocab_size, n_classes))
     return {
-        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.folder) for ours, theirs in names.items()
+        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.folder)
+        for ours, theirs in names.items()
     }
 
 
 def builder(head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
-    """Makes our model with that head."""
+    """Constructor of our model with that head."""
     if head is HeadKind.sequence_classification:
         return lambda: ReformerForSequenceClassification(config, vocab_size, n_classes)
     if head is HeadKind.question_answering:
@@ -210,7 +221,7 @@ def builder(head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int
 
 
 def tensor_names(config: ModelConfig, head: HeadKind) -> Iterator[tuple[str, str]]:
-    """(our name, theirs) of every parameter."""
+    """(our name, their name) of every parameter."""
     yield "embedding.tokens.weight", "reformer.embeddings.word_embeddings.weight"
     if config.position is Position.axial:
         for side in range(len(config.axial_shape)):

@@ -1,7 +1,7 @@
-"""Language models of reformer_pytorch, in: the state of a `ReformerLM`, and the options that it was built with.
+"""Import of language models of reformer_pytorch: the state dict of a `ReformerLM` and its constructor arguments.
 
-A state dict holds no options: config.json beside it is the JSON object of ReformerLM's keyword arguments.
-Written against reformer_pytorch 1.4.4; docs/interop.md says what is equal.
+A state dict has no options, so config.json beside it holds ReformerLM's keyword arguments as a JSON object.
+Written for reformer_pytorch 1.4.4; docs/interop.md lists what is equal.
 """
 
 from __future__ import annotations
@@ -17,27 +17,35 @@ from torch import Tensor
 
 from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, NeighbourRule, Position
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, HeadKind, ForeignOptions, ForeignTensors, reshape_checked, parameter_shapes
+from reformer_dist.interop.foreign import (
+    CONFIG_FILE,
+    ForeignModel,
+    ForeignOptions,
+    ForeignTensors,
+    HeadKind,
+    parameter_shapes,
+    reshape_checked,
+)
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.embedding import SinusoidalPositions
 
 SYSTEM = "reformer_pytorch"
-PICKLE_HINT = """where you trust it, write it anew with these lines:
+PICKLE_HINT = """if you trust it, convert it with these lines:
   import torch, safetensors.torch as st
   state = torch.load("FILE", weights_only=True)
   st.save_file({name: x.clone() for name, x in state.items()}, "model.safetensors")"""
 FLOAT = (int, float)
-# with the value that they must have, and why another has no counterpart
+# (only supported value, reason)
 WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
-    "n_local_attn_heads": (0, "heads of one layer are alike here; local attention has layers of its own"),
-    "num_mem_kv": (0, "no layer here has keys that stand for no token"),
-    "pkm_layers": ([], "no layer here looks up a product-key memory"),
-    "use_scale_norm": (False, "a converted layer has a layer norm; a new model has model.norm=scale"),
-    "use_rezero": (False, "a converted layer has a layer norm; a new model has model.norm=rezero"),
-    "ff_activation": (None, "a class can't be named in JSON; leave it out, for GELU"),
-    "return_embeddings": (False, "a model without a head can't be used here"),
+    "n_local_attn_heads": (0, "heads of a layer are of one kind here; local attention has its own layers"),
+    "num_mem_kv": (0, "every key here belongs to a token; there are no memory keys"),
+    "pkm_layers": ([], "there are no product-key memories here"),
+    "use_scale_norm": (False, "converted layers have a layer norm; new models support model.norm=scale"),
+    "use_rezero": (False, "converted layers have a layer norm; new models support model.norm=rezero"),
+    "ff_activation": (None, "a class can't be written in JSON; must be absent, for GELU"),
+    "return_embeddings": (False, "a model without a head can't be used here; must be false"),
 }
-# what changes how, not what, is computed; or training alone
+# options that change the implementation or training only
 WITHOUT_EFFECT = (
     "ff_chunks",
     "attn_chunks",
@@ -49,18 +57,18 @@ WITHOUT_EFFECT = (
 
 
 def read(folder: Path) -> ForeignModel:
-    """The model of a folder with config.json and model.safetensors. Raises CheckpointError."""
+    """Reads a directory with config.json and model.safetensors. Raises CheckpointError."""
     options = ForeignOptions.read(folder / CONFIG_FILE)
     notes: list[str] = []
     options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in WITHOUT_EFFECT:
         options.take(name)
-    for name, words in (
-        ("layer_dropout", "layers are not left out in training here"),
-        ("full_attn_thres", "texts up to that length have exact attention there, and LSH attention here"),
+    for name, note in (
+        ("layer_dropout", "not converted; set model.layer_drop for training"),
+        ("full_attn_thres", "inputs up to that length use exact attention there, and LSH attention here"),
     ):
         if options.take(name, 0):
-            notes.append(f"{name}: {words}")
+            notes.append(f"{name}: {note}")
     tensors = ForeignTensors(folder, PICKLE_HINT)
     model = _Model(options, _State(tensors), notes)
     options.refuse_unknown("ReformerLM of reformer_pytorch")
@@ -68,14 +76,14 @@ def read(folder: Path) -> ForeignModel:
 
 
 class _State:
-    """ForeignTensors by the names that they have in a ReformerLM, whatever wraps it."""
+    """Tensors by their names in a ReformerLM, without the prefix of a wrapper."""
 
     def __init__(self, tensors: ForeignTensors) -> None:
         self._tensors = tensors
         inner = next((name for name in sorted(tensors.names()) if name.endswith("token_emb.weight")), None)
         if inner is None:
-            right = "it must be the state of a ReformerLM; a Reformer alone has no vocabulary"
-            raise CheckpointError(f"{tensors.folder}: holds no token_emb.weight: {right}")
+            requirement = "must be the state dict of a ReformerLM; a bare Reformer has no vocabulary"
+            raise CheckpointError(f"{tensors.folder}: has no token_emb.weight: {requirement}")
         self._prefix = inner.removesuffix("token_emb.weight")
         self.folder, self._taken = tensors.folder, set[str]()
 
@@ -86,15 +94,13 @@ class _State:
         self._taken.add(self._prefix + name)
         return reshape_checked(self._tensors.get(self._prefix + name), shape, name, self.folder)
 
-    def close(self) -> None:
-        """Refuses tensors that nobody has taken; every layer is saved twice, and frequencies are no weights."""
-        known = (".irrev_blocks.", "inv_freq")
-        strays = self._tensors.names() - self._taken
-        strays = {name for name in strays if not any(word in name for word in known)}
-        if strays:
-            raise CheckpointError(
-                f"{self.folder}: {min(strays)} is no tensor of the model that its options describe"
-            )
+    def refuse_unread(self) -> None:
+        """Refuses tensors that were not read, except duplicates of layers and rotary frequencies."""
+        redundant = (".irrev_blocks.", "inv_freq")
+        unread = self._tensors.names() - self._taken
+        unread = {name for name in unread if not any(part in name for part in redundant)}
+        if unread:
+            raise CheckpointError(f"{self.folder}: tensor {min(unread)} is not in the model its options describe")
 
 
 class _Model:
@@ -112,7 +118,7 @@ class _Model:
             self.bucket_size,
         ]
         if options.take("weight_tie", False):
-            notes.append("weight_tie: layers that share their parameters there have copies of their own here")
+            notes.append("weight_tie: layers that share parameters there have separate copies here")
         self.config = self._config(options, notes)
 
     def _config(self, options: ForeignOptions, notes: list[str]) -> ModelConfig:
@@ -121,7 +127,8 @@ class _Model:
         use_full = bool(options.take("use_full_attn", False))
         if use_full and self.position is Position.rotary:
             options.refuse(
-                "use_full_attn", "exact attention there does not see rotary positions: it has none at all"
+                "use_full_attn",
+                "their exact attention ignores rotary positions; needs another kind of position",
             )
         n_hashes: int = options.take("n_hashes", 4, kind=int)
         chosen = self._exact() if use_full else self._chunked(n_hashes, notes)
@@ -149,8 +156,8 @@ class _Model:
     def _chunked(self, n_hashes: int, notes: list[str]) -> dict[str, Any]:
         n_buckets = max(2, 2 * (self.max_seq_len // (2 * self.bucket_size)))
         notes.append(
-            f"n_buckets={n_buckets} is that of texts of max_seq_len={self.max_seq_len} tokens; there, it is each "
-            f"text's length / bucket_size: for those of S tokens alone, model.n_buckets=S/{self.bucket_size} "
+            f"n_buckets={n_buckets} is set for max_seq_len={self.max_seq_len} tokens; reformer_pytorch uses each "
+            f"input's length / bucket_size: for inputs of S tokens, set model.n_buckets=S/{self.bucket_size} "
             f"model.compat.bucket_factors=[S/{self.bucket_size}]"
         )
         return {
@@ -162,33 +169,35 @@ class _Model:
         }
 
     def _exact(self) -> dict[str, Any]:
-        """Shared query-key attention to everything: one bucket, and a window that has no end."""
+        """Shared query-key attention to all tokens: one bucket, and a window of max_seq_len."""
         return {"n_hashes": 1, "n_buckets": 1, "neighbours": NeighbourRule.window, "window": self.max_seq_len}
 
     def weights(self) -> dict[str, Tensor]:
-        """Ours, by name. Raises CheckpointError."""
-        found = {**self._embedding(), **self._head()}
+        """Weights by our names. Raises CheckpointError."""
+        weights = {**self._embedding(), **self._head()}
         for layer in range(self.config.n_layers):
-            found.update(self._layer(layer))
+            weights.update(self._layer(layer))
         dim = self.config.dim
-        found["stack.norm.weight"] = self._get("norm.weight", dim)
-        found["stack.norm.bias"] = self._get("norm.bias", dim)
-        self._state.close()
+        weights["stack.norm.weight"] = self._get("norm.weight", dim)
+        weights["stack.norm.bias"] = self._get("norm.bias", dim)
+        self._state.refuse_unread()
         shapes = parameter_shapes(lambda: ReformerLM(self.config, self.vocab_size))
-        return {name: reshape_checked(found[name], shape, name, self._state.folder) for name, shape in shapes.items()}
+        return {
+            name: reshape_checked(weights[name], shape, name, self._state.folder) for name, shape in shapes.items()
+        }
 
     def _get(self, name: str, *shape: int) -> Tensor:
         return self._state.get(name, shape)
 
     def _embedding(self) -> dict[str, Tensor]:
-        """With emb_dim, tokens and positions as they are behind the layer that widens them."""
+        """Token and position tables; with emb_dim, multiplied by the projection to dim."""
         config, width = self.config, self.emb_dim
         table = self._get("token_emb.weight", self.vocab_size, width)
         positions: dict[str, Tensor] = {}
         if self.position is Position.axial:
             for side, length in enumerate(self.axial_shape):
-                older = f"pos_emb.weights_{side}"
-                name = older if older in self._state else f"pos_emb.weights.{side}"
+                old_name = f"pos_emb.weights_{side}"
+                name = old_name if old_name in self._state else f"pos_emb.weights.{side}"
                 positions[f"embedding.positions.tables.{side}"] = self._get(name, length, width)
         elif self.position is Position.learned:
             positions["embedding.positions.table"] = self._get("pos_emb.emb.weight", self.max_seq_len, width)
@@ -224,7 +233,7 @@ class _Model:
         attention, feed = f"{theirs}.f.net", f"{theirs}.g.net"
         to_qk = self._get(f"{attention}.fn.toqk.weight", inner, dim)
         if config.position is Position.rotary:
-            # they turn neighbouring pairs of channels, we those that lie half a head apart
+            # they rotate adjacent pairs of channels, we rotate channels half a head apart
             pairs = to_qk.view(config.n_heads, -1, 2, dim)
             to_qk = pairs.transpose(1, 2).reshape(inner, dim)
         n_values = 1 if self.one_value_head else config.n_heads
@@ -232,9 +241,9 @@ class _Model:
         wide = 2 * ff_dim if config.activation is Activation.glu else ff_dim
         to_inner = [self._get(f"{feed}.fn.fn.w1.weight", wide, dim), self._get(f"{feed}.fn.fn.w1.bias", wide)]
         if config.activation is Activation.glu:
-            # their gate comes first, ours behind the value
+            # their gate comes first, ours after the value
             to_inner = [torch.cat(x.chunk(2)[::-1]) for x in to_inner]
-        found = {
+        weights = {
             "attention_norm.weight": self._get(f"{attention}.norm.weight", dim),
             "attention_norm.bias": self._get(f"{attention}.norm.bias", dim),
             "attention.to_q.weight": to_qk,
@@ -248,7 +257,7 @@ class _Model:
             "feed_forward.to_out.weight": self._get(f"{feed}.fn.fn.w2.weight", dim, ff_dim),
             "feed_forward.to_out.bias": self._get(f"{feed}.fn.fn.w2.bias", dim),
         }
-        return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in found.items()}
+        return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in weights.items()}
 
 
 def _position(options: ForeignOptions) -> Position:
@@ -257,5 +266,5 @@ def _position(options: ForeignOptions) -> Position:
         "absolute_position_emb": Position.learned,
         "fixed_position_emb": Position.sinusoidal,
     }
-    given = [kind for name, kind in kinds.items() if options.take(name, False)]
-    return given[0] if given else Position.rotary
+    chosen = [kind for name, kind in kinds.items() if options.take(name, False)]
+    return chosen[0] if chosen else Position.rotary

@@ -1,4 +1,4 @@
-"""Ours as a directory that `from_pretrained` of Hugging Face's transformers reads, where theirs can express it."""
+"""Export to a directory that `from_pretrained` of Hugging Face's transformers reads."""
 
 from __future__ import annotations
 
@@ -31,37 +31,42 @@ ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu", Activation.gelu
 
 
 def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
-    """Keys by which a model differs from all of theirs, each with the reason."""
+    """Config keys that transformers can't express, each with the reason and the supported value."""
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
     wraps = config.compat.chunk_wrap or not (has_lsh or has_local)
-    findings = {
-        "model.layers": AttentionKind.exact not in kinds or "they have no exact layers",
-        "model.compat.merge_streams": config.is_concat or "their head takes both streams: concat",
-        "model.neighbours": not has_lsh or config.neighbours is NeighbourRule.chunk or "they know chunks alone",
-        "model.compat.chunk_wrap": wraps or "their first chunk sees the last one: true",
+    checks = {
+        "model.layers": AttentionKind.exact not in kinds or "they have no exact layers; must be lsh and local",
+        "model.compat.merge_streams": config.is_concat or "their head reads both streams; must be concat",
+        "model.neighbours": not has_lsh
+        or config.neighbours is NeighbourRule.chunk
+        or "they support chunks only; must be chunk",
+        "model.compat.chunk_wrap": wraps or "their first chunk attends to the last one; must be true",
         "model.compat.local_chunk_len": not has_local
         or config.compat.local_chunk_len > 0
-        or "their local attention is in chunks",
-        "model.position": config.position in (Position.axial, Position.learned) or "they know axial and learned",
-        "model.compat.axial_sum": not config.compat.axial_sum or "their sides stand side by side: false",
+        or "their local attention is in chunks; must be positive",
+        "model.position": config.position in (Position.axial, Position.learned) or "must be axial or learned",
+        "model.compat.axial_sum": not config.compat.axial_sum or "they concatenate the sides; must be false",
         "model.axial_shape": config.position is not Position.axial
         or len(config.axial_shape) == 2
-        or "their model evaluates two sides only",
-        "model.activation": config.activation in ACTIVATIONS or "they know relu, gelu and gelu_tanh",
-        "model.tie_embeddings": not config.tie_embeddings or "their head has a table of its own: false",
-        "model.embedding_dim": config.embedding_dim is None or "their embedding is as wide as the model: null",
-        "model.norm": config.norm is Norm.layer or "they know layer norm alone",
-        "model.one_value_head": not config.one_value_head or "their heads have values of their own: false",
-        "model.compat.attention_bias": not config.compat.attention_bias or "their output projection has no bias: false",
-        "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "they know rotation alone",
-        "model.count_pairs_once": not config.count_pairs_once or "they count every meeting: false",
-        "model.local_round": not config.local_round or "they have none: false",
-        "model.n_buckets": not has_lsh or config.n_buckets > 1 or "theirs are at least 2",
+        or "their model evaluates with two sides only; must have two",
+        "model.activation": config.activation in ACTIVATIONS or "must be relu, gelu or gelu_tanh",
+        "model.tie_embeddings": not config.tie_embeddings or "their head has its own weights; must be false",
+        "model.embedding_dim": config.embedding_dim is None
+        or "their embedding has the model's width; must be null",
+        "model.norm": config.norm is Norm.layer or "they support layer norm only; must be layer",
+        "model.one_value_head": not config.one_value_head
+        or "each of their heads has its own values; must be false",
+        "model.compat.attention_bias": not config.compat.attention_bias
+        or "their output projection has no bias; must be false",
+        "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "must be rotation",
+        "model.count_pairs_once": not config.count_pairs_once or "they count a pair in every round; must be false",
+        "model.local_round": not config.local_round or "they have none; must be false",
+        "model.n_buckets": not has_lsh or config.n_buckets > 1 or "must be at least 2",
     }
-    reasons = [f"{key}: {found}" for key, found in findings.items() if isinstance(found, str)]
+    reasons = [f"{key}: {reason}" for key, reason in checks.items() if isinstance(reason, str)]
     if head is HeadKind.sequence_classification and config.pooling is not Pooling.first:
-        reasons.append("model.pooling: their class is decided by the first token: first")
+        reasons.append("model.pooling: they classify the first token; must be first")
     return reasons
 
 
@@ -74,11 +79,11 @@ def model_files(
     classes: Sequence[str] = (),
     eos_id: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by their names) of our model. Raises CheckpointError where theirs can't express it."""
-    found = incompatibilities(config, head)
-    if found:
-        lines = "".join(f"\n  {line}" for line in found)
-        raise CheckpointError(f"transformers has no Reformer that computes what this model does:{lines}")
+    """(config.json, tensors by their names). Raises CheckpointError if transformers can't express the model."""
+    reasons = incompatibilities(config, head)
+    if reasons:
+        lines = "".join(f"\n  {line}" for line in reasons)
+        raise CheckpointError(f"transformers can't express this model:{lines}")
     named = {theirs: _tensor(config, ours, weights) for ours, theirs in tensor_names(config, head)}
     if head is HeadKind.language_model:
         named["lm_head.decoder.bias"] = named["lm_head.bias"].clone()
@@ -86,25 +91,25 @@ def model_files(
 
 
 def _tensor(config: ModelConfig, ours: str, weights: Mapping[str, Tensor]) -> Tensor:
-    tensor = weights[_shared(config, ours)].detach().float()
-    words = ours.split(".")
-    if "tables" in words:
-        side = int(words[-1])
+    tensor = weights[_stored_name(config, ours)].detach().float()
+    path = ours.split(".")
+    if "tables" in path:
+        side = int(path[-1])
         shape = [1] * len(config.axial_shape)
         shape[side] = config.axial_shape[side]
         return tensor.reshape(*shape, -1).clone()
-    if words[-2] == "to_q" and config.layer_kinds()[int(words[2])] is AttentionKind.lsh:
-        # keys are normed, so that the scale of scores is that of queries
+    if path[-2] == "to_q" and config.layer_kinds()[int(path[2])] is AttentionKind.lsh:
+        # keys are normalized, so qk_scale can be folded into the queries
         return tensor * config.qk_scale
     return tensor.clone()
 
 
-def _shared(config: ModelConfig, name: str) -> str:
-    """The name under which a parameter of a layer lies that shares its parameters."""
-    words = name.split(".")
-    if config.share_layers and words[1] == "blocks":
-        words[2] = str(int(words[2]) % len(config.layers))
-    return ".".join(words)
+def _stored_name(config: ModelConfig, name: str) -> str:
+    """The name of the parameter that a layer uses under config.share_layers."""
+    path = name.split(".")
+    if config.share_layers and path[1] == "blocks":
+        path[2] = str(int(path[2]) % len(config.layers))
+    return ".".join(path)
 
 
 def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequ
         "axial_pos_embds": is_axial,
         "axial_pos_shape": config.axial_shape,
         "axial_pos_embds_dim": config.resolved_axial_dims if is_axial else [1] * len(config.axial_shape),
-        "chunk_size_feed_forward": 0,  # the same numbers, and there a length must be a multiple of it
+        "chunk_size_feed_forward": 0,  # same results, and transformers requires lengths that are multiples of it
         "chunk_size_lm_head": 0,
         "feed_forward_size": config.resolved_ff_dim,
         "hash_seed": config.compat.hash_seed,

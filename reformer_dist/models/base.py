@@ -45,7 +45,7 @@ class ReformerModel(nn.Module):
     def _embed(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         max_positions = self.config.max_positions
         if max_positions is not None and tokens.shape[1] > max_positions:
-            raise ValueError(f"{tokens.shape[1]} tokens: must be at most {max_positions}, this model's positions")
+            raise ValueError(f"{tokens.shape[1]} tokens: this model's positions allow at most {max_positions}")
         x: Tensor = self.embedding(tokens, context.coords.positions)
         return token_dropout(
             x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.coords

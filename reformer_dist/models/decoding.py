@@ -61,8 +61,9 @@ class DecodingState(WholeSequence):
         if n_tokens != 1 or key_padding_mask is not None:
             raise ValueError(f"{n_tokens} tokens: after the prompts, a call takes one token per row and no mask")
         index = self._length
-        if self._max_positions is not None and index - self._least_padding >= self._max_positions:
-            raise ValueError(f"{index + 1} tokens: must be at most {self._max_positions}, this model's positions")
+        longest = index + 1 - self._least_padding
+        if self._max_positions is not None and longest > self._max_positions:
+            raise ValueError(f"{longest} tokens: this model's positions allow at most {self._max_positions}")
         self._length += 1
         if self._first is None:
             return torch.full((1,), index, device=device)

@@ -111,7 +111,9 @@ def test_every_row_has_a_seed_of_its_own() -> None:
 
 def test_draws_follow_their_probabilities() -> None:
     table = torch.tensor([[0.0, 1.0, 2.0]]).repeat(3, 1)
-    sampler = TextSampler(TableDecoder(table), [torch.tensor([0])], SamplingOptions(temperature=1.0), n_samples=1500)
+    sampler = TextSampler(
+        TableDecoder(table), [torch.tensor([0])], SamplingOptions(temperature=1.0), n_samples=1500
+    )
     counts = torch.bincount(torch.tensor(list(sampler.step().values())), minlength=3) / 1500
     torch.testing.assert_close(counts, table[0].softmax(0), atol=0.04, rtol=0)
 

@@ -133,7 +133,12 @@ def test_every_weight_is_where_it_belongs(tmp_path: Path) -> None:
     assert torch.equal(model.stack.norm.weight, torch.from_numpy(flat[-4]))
     assert torch.equal(model.head.weight, torch.from_numpy(flat[-2]).T)
     config = found.config
-    assert (config.norm_eps, config.is_concat, config.compat.chunk_wrap, config.qk_scale) == (1e-6, True, True, 1.0)
+    assert (config.norm_eps, config.is_concat, config.compat.chunk_wrap, config.qk_scale) == (
+        1e-6,
+        True,
+        True,
+        1.0,
+    )
     assert [kind.name for kind in config.layers] == ["local", "lsh"]
     assert model(torch.zeros(1, 40, dtype=torch.int64)).isfinite().all()
 
@@ -179,17 +184,17 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     write_arrays(tmp_path, flat[:-1])
     complains(tmp_path, "ends after", "the head, bias")
     write_arrays(tmp_path, [*flat, flat[0]])
-    complains(tmp_path, "1 arrays more")
+    complains(tmp_path, "1 more arrays")
     write_arrays(tmp_path, [*flat[:5], flat[4], *flat[6:]])
     complains(tmp_path, "array 6 (layer 0, w_q)", "[12]", "[2, 12, 6]")
     (tmp_path / "model.weights.npy.gz").write_bytes(gzip.compress(b"\x93NUMPY nothing"))
-    complains(tmp_path, "model.weights.npy.gz", "no array")
+    complains(tmp_path, "model.weights.npy.gz", "no valid array")
     (tmp_path / "model.weights.npy.gz").write_bytes(b"nothing")
-    complains(tmp_path, "can't be unpacked")
+    complains(tmp_path, "can't be decompressed")
     (tmp_path / "model.weights.npy.gz").unlink()
     complains(tmp_path, "has neither")
     write_pickle(tmp_path, {"flat_weights": 2})
-    complains(tmp_path, "holds no weights", "model.weights.npy.gz")
+    complains(tmp_path, "no weights", "model.weights.npy.gz")
     write(tmp_path, ff_use_sru=1)
     complains(tmp_path, "ff_use_sru=1", "recurrent")
     write(tmp_path, reversible=True)

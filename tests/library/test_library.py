@@ -54,7 +54,7 @@ def test_importing_the_library_takes_torch_only() -> None:
 def test_every_name_is_there_and_typed() -> None:
     for name in reformer_dist.__all__:
         assert getattr(reformer_dist, name) is not None and name in dir(reformer_dist)
-    for home in reformer_dist._HOMES:
+    for home in reformer_dist._EXPORTING_MODULES:
         assert getattr(import_module(home), "__all__", None)
     with pytest.raises(AttributeError, match="no attribute 'Reformar'"):
         _ = reformer_dist.Reformar

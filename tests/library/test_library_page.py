@@ -41,7 +41,7 @@ def table_below(head: str) -> dict[str, str]:
 
 def test_its_tables_are_those_of_the_code() -> None:
     assert table_below("| there | here |") == {name: row.note for name, row in OPTIONS.items()}
-    assert table_below("| keyword of a call | why it is refused |") == KEYWORDS
+    assert table_below("| keyword of a call | reason |") == KEYWORDS
 
 
 def test_the_readme_leads_to_it_and_its_example_runs() -> None:

@@ -142,7 +142,9 @@ def test_health_of_lsh_layers_is_reported() -> None:
     bucket_stats: list[Any] = []
     model = small_model(layers=[LOCAL, LSH], n_layers=4)
     model(random_tokens(), shifted(random_tokens()), step=0, bucket_stats=bucket_stats).backward()
-    assert len(bucket_stats) == 2 and all(h.largest_over_mean >= 1 and 0 <= h.full_windows <= 1 for h in bucket_stats)
+    assert len(bucket_stats) == 2 and all(
+        h.largest_over_mean >= 1 and 0 <= h.full_windows <= 1 for h in bucket_stats
+    )
 
 
 def test_it_learns() -> None:

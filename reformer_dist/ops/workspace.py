@@ -15,7 +15,7 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def rows(self, name: str, n_rows: int, width: int) -> Tensor:
-        """Uninitialised [n_rows, width]."""
+        """An uninitialised buffer [n_rows, width]."""
         size = n_rows * width
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:

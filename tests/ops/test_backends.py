@@ -1,4 +1,4 @@
-"""Who attends: chosen by device, overridden by name, refused in words where it can't run."""
+"""Choice of the attention backend: by device, by name, or refused with a reason if it can't run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from reformer_dist.ops.lsh import AttentionOptions, WindowRule, backends, bucket
 CPU = torch.device("cpu")
 
 
-def test_a_cpu_takes_the_library_where_it_can_unless_told():
+def test_auto_prefers_native_on_a_cpu():
     assert backends.choose("auto", CPU, 64, torch.float64) == "torch"
     wanted = "native" if backends.why_unavailable() is None else "torch"
     assert backends.choose("auto", CPU, 64, torch.float32) == wanted
     assert backends.choose("reference", CPU, 7, torch.float64) == "reference"
 
 
-def test_names_are_those_of_the_configuration():
+def test_names_match_the_config():
     assert {choice.name for choice in AttentionBackend} == {"auto", *backends.NAMES}
 
 
-def test_reasons(monkeypatch):
+def test_reasons_why_a_backend_is_unavailable(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     why = backends.why_not
     assert "needs a GPU" in why("triton", CPU, 64)
@@ -39,14 +39,12 @@ def test_reasons(monkeypatch):
         backends.choose("triton", CPU, 64, torch.float32)
 
 
-def test_a_run_is_refused_before_it_is_built(monkeypatch):
+def test_config_with_an_unavailable_backend_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = ModelConfig(attention_backend=AttentionBackend.triton)
     with pytest.raises(ConfigError, match=r"model\.attention_backend=triton: .*GPU"):
         require_attention(config, CPU)
-    config = ModelConfig(
-        attention_backend=AttentionBackend.triton, layers=[AttentionKind.exact], n_heads=1
-    )
+    config = ModelConfig(attention_backend=AttentionBackend.triton, layers=[AttentionKind.exact], n_heads=1)
     require_attention(config, CPU)
 
 

@@ -1,4 +1,4 @@
-"""Attention coverage against dense matrices: the oracle's pairs, and a softmax over all of them."""
+"""Attention coverage against dense matrices: the pairs of the reference, and a softmax over all pairs."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, pad
 def test_one_bucket_without_a_window_finds_everything(causal: bool) -> None:
     q, k, bucket_ids = inputs(0, rounds=1)
     options = AttentionOptions(WindowRule(SEQ_LEN, causal), 1, scale=1.0)
-    shares = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).fractions()
-    assert shares == {"mass": pytest.approx(1.0, abs=1e-6), "pairs": 1.0}
+    fractions = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).fractions()
+    assert fractions == {"mass": pytest.approx(1.0, abs=1e-6), "pairs": 1.0}
 
 
 def test_hashing_finds_more_than_chance() -> None:
-    """With alike vectors in one bucket, the mass is far above the share of pairs; with random ids it is not."""
+    """The mass far exceeds the fraction of pairs if a bucket has similar vectors, but not with random ids."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(BUCKETS, DIM, generator=generator), dim=-1)
     kind = torch.randint(BUCKETS, (1, 1, 1, 200), generator=generator)
@@ -74,7 +74,7 @@ def test_hashing_finds_more_than_chance() -> None:
     assert chance["mass"] == pytest.approx(chance["pairs"], abs=0.08)
 
 
-def test_sums_add_up() -> None:
+def test_coverages_add_up() -> None:
     total = Coverage()
     for number in (1, 2):
         total.add(Coverage(mass=0.5 * number, queries=number, pairs_met=number, pairs=4 * number))

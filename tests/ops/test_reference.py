@@ -1,4 +1,4 @@
-"""The oracle against loops over plain numbers that follow the definition word by word."""
+"""The reference against loops over plain numbers that follow the definition literally."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reformer_dist.ops.lsh import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.reference import visible_pairs
 
 Meeting = tuple[int, int]
-"""(round, key): one pair that a query meets."""
+"""(round, key) that a query attends to."""
 
 
 def window_meetings(ids: list[list[int]], real: list[bool], rule: WindowRule) -> list[list[Meeting]]:
@@ -41,14 +41,14 @@ def chunk_meetings(ids: list[list[int]], real: list[bool], rule: ChunkRule) -> l
         padded = math.ceil(seq_len / rule.round_to) * rule.round_to
         starts = range(0, padded, rule.chunk_len)
         chunks_of.append([order[start : start + rule.chunk_len] for start in starts])
-    in_a_row = [chunk for chunks in chunks_of for chunk in chunks]
+    all_chunks = [chunk for chunks in chunks_of for chunk in chunks]
     n_chunks = len(chunks_of[0])
-    for place, queries in enumerate(in_a_row):
-        round_ = place // n_chunks
+    for index, queries in enumerate(all_chunks):
+        round_ = index // n_chunks
         for offset in range(-rule.n_before, rule.n_after + 1):
-            if not rule.wrap and (place + offset < 0 or (place + offset) // n_chunks != round_):
+            if not rule.wrap and (index + offset < 0 or (index + offset) // n_chunks != round_):
                 continue
-            for j in in_a_row[(place + offset) % len(in_a_row)]:
+            for j in all_chunks[(index + offset) % len(all_chunks)]:
                 for i in queries:
                     if (
                         real[i]
@@ -94,7 +94,7 @@ def brute_force(case: Case, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, mask: 
 
 @settings(max_examples=80, deadline=None)
 @given(cases(st.one_of(window_rules(), chunk_rules()), longest=12, n_hashes=3))
-def test_oracle_is_the_definition(case: Case) -> None:
+def test_reference_matches_the_definition(case: Case) -> None:
     q, k, v, ids, mask = case.tensors()
     found = run_oracle((q.double(), k.double(), v.double()), ids, case.options, mask)
     # dropout scales by a float32 factor
@@ -102,7 +102,7 @@ def test_oracle_is_the_definition(case: Case) -> None:
 
 
 def test_a_worked_example() -> None:
-    """Tokens 0, 2, 3 share a bucket: with window 2, token 3 sees token 2, and token 2 sees token 0."""
+    """Tokens 0, 2, 3 share a bucket: with window 2, token 3 attends to token 2, and token 2 to token 0."""
     ids = torch.tensor([1, 0, 1, 1]).view(1, 1, 1, 4)
     meets = visible_pairs(ids, WindowRule(2, causal=True))[0, 0, 0]
     assert meets.nonzero().tolist() == [[2, 0], [3, 2]]

@@ -1,1 +1,1 @@
-"""LSH and local attention in plain PyTorch, tile by tile, on any device: `ops.lsh.backends` says when."""
+"""LSH and local attention in plain PyTorch, tile by tile, on any device; see `ops.lsh.backends`."""

@@ -73,7 +73,7 @@ class HeadGroup:
                 sum_rounds(buffer, output, self.first, self.tiles.present, without_keys)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
-        """What the rounds write for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
+        """Buffer of the rounds for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
         n_heads, n_rounds = self.tiles.order.shape[:2]
         if n_rounds == 1:
             return output
@@ -84,7 +84,7 @@ class HeadGroup:
         return n_entries, n_rounds, n_heads
 
     def _arguments(self, q: Tensor) -> tuple[Any, ...]:
-        """Those of both kernels, from order_ptr on."""
+        """Arguments of either kernel from order_ptr on."""
         tiles, (_, n_heads, seq_len, _) = self.tiles, q.shape
         codes, token_ids = (tiles.order if x is None else x for x in (tiles.codes, tiles.token_ids))
         sizes = (self.first, n_heads, seq_len, tiles.table.shape[2])

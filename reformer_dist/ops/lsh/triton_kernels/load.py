@@ -45,10 +45,10 @@ class TileBounds(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """C.block rows of a bucket; every row outside its bounds is masked."""
+    """C.block rows of a bucket, as queries and as keys; those outside its bounds are masked."""
 
     first: Any
-    """Its first slot, and below each row's: counted through all rounds if they wrap."""
+    """Its first slot; this and the slot of each row count through all rounds if they wrap."""
     slot: Any
     row: Any
     is_row: Any
@@ -66,7 +66,7 @@ class RowBlock(NamedTuple):
     row: Any
     is_row: Any
     round_: Any
-    """Of each row: another than the tile's only where rounds wrap."""
+    """Round of each row, which differs from the tile's only where rounds wrap."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which keys a query attends to, in how many rounds, and which pairs dropout keeps; shapes broadcast.
+"""Masks of query-key pairs: attended or not, in how many rounds, kept by dropout or not; shapes broadcast.
 
 C is the `tiles.KernelConstants` of a call.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class Indices(NamedTuple):
-    """Where queries or keys are: slots (see `load`; FAR for masked ones) and rows of their head."""
+    """Slots (see `load`; FAR for masked ones) and rows of some queries or keys of a head."""
 
     slot: Any
     row: Any
@@ -27,7 +27,7 @@ class Dropout(NamedTuple):
 
 
 class PairContext(NamedTuple):
-    """All that the scores of a program's pairs depend on besides their rows."""
+    """Parameters shared by all pairs of a program."""
 
     begin: Any
     """First slot of the bucket."""

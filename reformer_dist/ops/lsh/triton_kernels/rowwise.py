@@ -35,7 +35,7 @@ def _row_range(seq_len, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def _addresses(x_ptr, strides, head, n_heads, rows):
-    """Of the rows of a (batch row, head) index in x [B, H, S, D]."""
+    """Addresses of the rows of a (batch row, head) index in x [B, H, S, D]."""
     x = head_rows(x_ptr, strides, head, n_heads)
     return x.ptr + rows.row.to(tl.int64)[:, None] * x.stride + rows.column
 
@@ -55,7 +55,7 @@ def _row_products(
 
 @triton.jit
 def _is_present(present_ptr, round_, rows, seq_len, SHARDED: tl.constexpr):
-    """Which rows a round has: all, except those that a shard lacks in it."""
+    """Masks the rows of a round: all, except those that a shard lacks in it."""
     is_row = rows.is_row
     if SHARDED:
         is_row = is_row & (tl.load(present_ptr + round_ * seq_len + rows.row, mask=is_row, other=0) != 0)

@@ -1,4 +1,4 @@
-"""reformer-evaluate: held-out loss and task metrics of a trained model. `reformer-evaluate RUN [key=value ...]`."""
+"""reformer-evaluate: loss and task metrics of a trained model. `reformer-evaluate RUN [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=int, default=0, help="number of held-out rows; 0, the default, means all")
     parser.add_argument("--batch", type=int, default=MICRO_BATCH, help=f"rows per batch (default: {MICRO_BATCH})")
-    parser.add_argument("--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples")
-    parser.add_argument("--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples"
+    )
+    parser.add_argument(
+        "--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8"
+    )
     parser.add_argument(
         "--coverage",
         action="store_true",
@@ -120,7 +124,9 @@ def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _select_rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> RowSelection:
     if arguments.split != "heldout" and loaded.config.task.packs_text:
-        raise ConfigError(f"--split {arguments.split}: needs a task that reads samples; packed text is evaluated on heldout")
+        raise ConfigError(
+            f"--split {arguments.split}: needs a task that reads samples; packed text is evaluated on heldout"
+        )
     max_damaged = loaded.config.data.max_damaged_fraction
     return RowSelection(arguments.rows, arguments.batch, rank, size, max_damaged, arguments.split)
 
@@ -191,11 +197,10 @@ def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
     totals: list[Coverage] = []
     data = loaded.config.data
     rows = RowSelection(n_rows, max_damaged_fraction=data.max_damaged_fraction)
-    batches = heldout_text_batches(corpus, rows, seq_len=data.seq_len)
-    for batch in batches:
-        sequence = MeasuredSequence()
-        inputs, labels = batch["tokens"].to(device), batch["labels"].to(device)
-        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
+    for batch in heldout_text_batches(corpus, rows, seq_len=data.seq_len):
+        sequence = CoverageSequence()
+        tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
+        loaded.language_model(tokens, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
         totals = totals or [Coverage() for _ in sequence.layers]
         for total, layer in zip(totals, sequence.layers, strict=True):
             total.add(layer)

@@ -1,4 +1,4 @@
-"""What bench_attention.py times: implementations of attention, rows that name them, what each is held against."""
+"""Cases of bench_attention.py: implementations of attention, their sizes, and the reference of each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PEERS = {
     "transformers": "transformers",
     "transformers_own": "transformers",
 }
-"""Rows of other Reformers, and the packages that they need."""
+"""Other Reformers, and the packages that they need."""
 OURS = {"ours": "auto", "ours_torch": "torch"}
-"""Our rows, and the backend that attends."""
+"""Our implementations, and their backends."""
 CPU_ONLY = ("ours_torch",)
 CUDA_ONLY = ("flash", "cudnn", "flex")
 IMPLEMENTATIONS = (*OURS, *PEERS, "sdpa", *CUDA_ONLY)
@@ -38,7 +38,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]  # (q, v), each [1, H, S, D] -> an o
 
 @dataclass(frozen=True)
 class BenchCase:
-    """What one process measures."""
+    """One measurement."""
 
     impl: str
     seq_len: int
@@ -54,13 +54,13 @@ class BenchCase:
 
     @property
     def buckets(self) -> int:
-        """As many as make the mean bucket one window, rounded down to an even number."""
+        """Number of buckets; by default seq_len / window, rounded down to an even number."""
         return self.n_buckets or max(1, self.seq_len // self.window // 2 * 2)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, v (leaves) and the gradient of the output, [1, H, S, D].
 
-        Drawn where they are needed: a processor takes longer over those of a long row than a card over the row.
+        Drawn on the device: for long rows, drawing on the CPU takes longer than the measurement.
         """
         generator = torch.Generator(self.device).manual_seed(0)
         shape = (1, self.heads, self.seq_len, self.head_dim)
@@ -69,7 +69,7 @@ class BenchCase:
         return q.requires_grad_(), v.requires_grad_(), d_out
 
     def shortened(self) -> BenchCase:
-        """The row as it is checked: so short that dense matrices hold it, with buckets as full as those timed."""
+        """The case to check: short enough for dense matrices, with the same mean bucket size."""
         seq_len = min(self.seq_len, max(CHECK_SEQ_LEN, 2 * self.window))
         n_buckets = self.n_buckets
         if n_buckets is not None and seq_len < self.seq_len:
@@ -85,31 +85,33 @@ def run_once(attend: Attend, q: Tensor, v: Tensor, d_out: Tensor) -> tuple[Tenso
 
 
 def check(row: BenchCase) -> bool:
-    """Is what this backend computes right, as far as that can be said? Of a row that is `shortened`."""
+    """Whether a `shortened` case is computed correctly; for peers, only whether the results are finite."""
     q, v, d_out = row.inputs()
-    found = run_once(IMPLEMENTATION[row.impl](row), q, v, d_out)
+    actual = run_once(IMPLEMENTATION[row.impl](row), q, v, d_out)
     if row.impl in PEERS:
-        return all(x.numel() == q.numel() and x.isfinite().all() for x in found)
+        return all(x.numel() == q.numel() and x.isfinite().all() for x in actual)
     exact = attend_reference if row.impl in OURS else attend_dense
     q, v = (x.detach().float().requires_grad_() for x in (q, v))
     expected = run_once(lambda q, v: exact(row, q, v), q, v, d_out.float())
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(actual, expected, strict=True)
     return hashes_match(row, q) and all(is_close(row, x.detach().float(), y.detach()) for x, y in pairs)
 
 
 def hashes_match(row: BenchCase, q: Tensor) -> bool:
-    """Whoever hashes may only name another bucket where two columns differ by less than the rounding of sums."""
+    """Whether bucket ids equal PyTorch's, except for near ties within rounding error."""
     if row.impl not in OURS:
         return True
     plain = hash_buckets(row, q, backend="torch")
     return bool((hash_buckets(row, q) == plain).float().mean() > 0.999)
 
 
-def is_close(row: BenchCase, found: Tensor, expected: Tensor) -> bool:
-    """At each place; ours as a whole too, since one place of half precision may be as far off as a key too few."""
-    tolerance, error = TOLERANCE[row.dtype], found - expected
-    everywhere = error.abs().max() <= tolerance * (1 + expected.abs().max())
-    return bool(everywhere) and (row.impl not in OURS or bool(error.norm() <= tolerance * expected.norm()))
+def is_close(row: BenchCase, actual: Tensor, expected: Tensor) -> bool:
+    """Elementwise; for ours also in norm, since a missing key may be within bf16's elementwise tolerance."""
+    tolerance, error = TOLERANCE[row.dtype], actual - expected
+    is_elementwise_close = error.abs().max() <= tolerance * (1 + expected.abs().max())
+    return bool(is_elementwise_close) and (
+        row.impl not in OURS or bool(error.norm() <= tolerance * expected.norm())
+    )
 
 
 def our_options(row: BenchCase) -> AttentionOptions:
@@ -127,7 +129,7 @@ def ours(row: BenchCase) -> Attend:
 
 
 def hash_buckets(row: BenchCase, q: Tensor, backend: str | None = None) -> Tensor:
-    """Of q in the row's type, for the oracle as well: a float32 q may fall on the other side of a near tie."""
+    """Bucket ids of q in the dtype of the case, also for the reference: near ties differ in float32."""
     rotations = draw_rotations(row.heads, row.head_dim, row.n_hashes, row.buckets, "rotation", seed=0)
     vectors = q.detach().to(getattr(torch, row.dtype))
     chosen = backend or OURS[row.impl]
@@ -135,11 +137,11 @@ def hash_buckets(row: BenchCase, q: Tensor, backend: str | None = None) -> Tenso
 
 
 def mean_visible_keys(row: BenchCase, ids: Tensor) -> float:
-    """Keys that a token meets in a round, on average: those before it in its bucket, window - 1 at most."""
+    """Mean number of keys per token and round: earlier tokens in the bucket, at most window - 1."""
     sizes = torch.stack([torch.bincount(x.int(), minlength=row.buckets) for x in ids.flatten(0, 2)])
     full = sizes.clamp_max(row.window)
-    met = full * (full - 1) // 2 + (sizes - full) * (row.window - 1)
-    return float(met.sum() / ids.numel())
+    n_pairs = full * (full - 1) // 2 + (sizes - full) * (row.window - 1)
+    return float(n_pairs.sum() / ids.numel())
 
 
 def attend_reference(row: BenchCase, q: Tensor, v: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def transformers_layer(row: BenchCase, n_buckets: int | None) -> Attend:
         is_decoder=True,
     )
     layer = LSHSelfAttention(config).to(row.device)
-    hidden = torch.empty(1, row.seq_len, 0, device=row.device)  # read for its shape only
+    hidden = torch.empty(1, row.seq_len, 0, device=row.device)  # only its shape is used
     del layer.query_key, layer.value
 
     def attend(q: Tensor, v: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ def sdpa(row: BenchCase) -> Attend:
     return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=True)
 
 
-def by_kernel(backend: SDPBackend) -> Callable[[BenchCase], Attend]:
+def with_kernel(backend: SDPBackend) -> Callable[[BenchCase], Attend]:
     def build(row: BenchCase) -> Attend:
         def attend(q: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
@@ -213,13 +215,13 @@ def flex(row: BenchCase) -> Attend:
         return (query >= key) & (query - key < reach)
 
     mask = create_block_mask(in_window, None, None, row.seq_len, row.seq_len, device=row.device)
-    # for this length: after another one (the check's), it would compile slower code for any
+    # static shapes: after the check's length, it would otherwise compile slower code for dynamic ones
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, v: compiled(q, q, v, block_mask=mask)
 
 
 def flex_reach(row: BenchCase) -> int:
-    """As many keys as a token of ours meets in its rounds, on average."""
+    """Mean number of keys that a token of ours attends to in all rounds."""
     q, _, _ = row.inputs()
     return round(row.n_hashes * mean_visible_keys(row, hash_buckets(row, q, backend="auto")))
 
@@ -238,8 +240,8 @@ IMPLEMENTATION: dict[str, Callable[[BenchCase], Attend]] = {
     "transformers": transformers,
     "transformers_own": transformers_own,
     "sdpa": sdpa,
-    "flash": by_kernel(SDPBackend.FLASH_ATTENTION),
-    "cudnn": by_kernel(SDPBackend.CUDNN_ATTENTION),
+    "flash": with_kernel(SDPBackend.FLASH_ATTENTION),
+    "cudnn": with_kernel(SDPBackend.CUDNN_ATTENTION),
     "flex": flex,
 }
 EXACT = ("sdpa", "flash", "cudnn")

@@ -1,4 +1,4 @@
-"""Processes that a tool starts and may have to end: each in a session of its own, which ends whole."""
+"""Child processes with a timeout, each in its own session so that its descendants are killed with it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 
 class ChildProcess:
-    """One such process, until its block is left.
+    """A process that is killed when the context exits.
 
-    It writes into files: a pipe would stay open, and its reader wait, as long as anyone has inherited it.
+    Its output goes to files: a pipe would block its reader until every descendant has closed it.
     """
 
     def __init__(self, command: list[str], folder: Path) -> None:
-        self.was_cut = False
-        self._out = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115, closed behind the block
+        self.timed_out = False
+        self._out = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115, closed by __exit__
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
@@ -42,35 +42,35 @@ class ChildProcess:
         self._errors.close()
 
     def lines(self, seconds: Callable[[], float]) -> Iterator[str]:
-        """What it prints, line by line; it is cut where none comes for as long as `seconds` says after each."""
-        end, begun = time.monotonic() + seconds(), ""
+        """Its output lines. Kills the process if none arrives within `seconds()` of the previous one."""
+        deadline, partial = time.monotonic() + seconds(), ""
         with Path(self._out.name).open() as printed:
             while True:
-                is_over = self._process.poll() is not None  # asked first, so that its last words are read
-                *whole, begun = (begun + printed.read()).split("\n")
-                yield from whole
-                if is_over:
+                has_exited = self._process.poll() is not None  # checked before the read, to get all its output
+                *complete, partial = (partial + printed.read()).split("\n")
+                yield from complete
+                if has_exited:
                     return
-                if whole:
-                    end = time.monotonic() + seconds()
-                elif time.monotonic() > end:
-                    self.was_cut = True
+                if complete:
+                    deadline = time.monotonic() + seconds()
+                elif time.monotonic() > deadline:
+                    self.timed_out = True
                     self._kill()
                 else:
                     time.sleep(0.02)
 
     @property
     def failure(self) -> str | None:
-        """How it ended, with the last line of its errors; None if well."""
+        """Exit status and last line of stderr; None if it succeeded."""
         status = self._process.poll()
         if status == 0:
             return None
         self._errors.seek(0)
         lines = [line for line in self._errors.read().splitlines() if line.strip()]
-        return f"ended with status {status}: {lines[-1] if lines else 'no message'}"
+        return f"exit status {status}: {lines[-1] if lines else 'no message'}"
 
     def _kill(self) -> None:
-        """The whole session, which may outlive its first process."""
+        """Kills the whole session, which may outlive its first process."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

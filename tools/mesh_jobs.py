@@ -1,4 +1,4 @@
-"""Benchmarks of shared sequences start one job for each row of their table: a grid of heads x buckets ranks."""
+"""Launches a benchmark as one job per row of its table, with a mesh of heads x buckets ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-def in_own_job(script: str, grid: str) -> dict[str, Any]:
-    """Runs the script again under torchrun, with --row GRID; the object that its rank 0 prints last."""
-    n_ranks = math.prod(map(int, grid.split("x")))
+def run_job(script: str, mesh: str) -> dict[str, Any]:
+    """Runs the script under torchrun with --row MESH; returns the JSON object that rank 0 prints last."""
+    n_ranks = math.prod(map(int, mesh.split("x")))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    command = [sys.executable, *launch, str(Path(script).resolve()), *sys.argv[1:], "--row", grid]
+    command = [sys.executable, *launch, str(Path(script).resolve()), *sys.argv[1:], "--row", mesh]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"the job of grid {grid} ended with status {done.returncode}")
+        raise SystemExit(f"the job of mesh {mesh} exited with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

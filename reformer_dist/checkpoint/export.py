@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reformer_dist.checkpoint.files import json_bytes, sync, write_bytes
+from reformer_dist.checkpoint.files import json_bytes
 from reformer_dist.checkpoint.fragment import ELEMENT_SIZE
 from reformer_dist.checkpoint.reader import check_shapes
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.errors import CheckpointError
+from reformer_dist.fs.atomic import make_staging, publish, sync, write_synced
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -54,13 +55,13 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
 
     A larger parameter gets a file to itself. Raises CheckpointError if the directory exists.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; name a directory that does not")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = make_staging(folder)
     shapes = source.record.shapes
-    shards = _split_shards({name: ELEMENT_SIZE * math.prod(shape) for name, shape in shapes.items()}, max_shard_bytes)
+    shards = _split_shards(
+        {name: ELEMENT_SIZE * math.prod(shape) for name, shape in shapes.items()}, max_shard_bytes
+    )
     weight_map = {}
     for number, names in enumerate(shards, 1):
         shard_file = WEIGHTS_FILE.replace(".", f"-{number:05d}-of-{len(shards):05d}.")
@@ -74,12 +75,11 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
     if len(shards) > 1:
         total = sum(ELEMENT_SIZE * math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_bytes(partial / INDEX_FILE, json_bytes(index))
+        write_synced(partial / INDEX_FILE, json_bytes(index))
     for name in source.extra_files:
         shutil.copy(source.folder / name, partial / name)
-    write_bytes(partial / CONFIG_FILE, json_bytes({**source.record.to_export_json(), "step": source.step}))
-    sync(partial)
-    partial.rename(folder)
+    write_synced(partial / CONFIG_FILE, json_bytes({**source.record.to_export_json(), "step": source.step}))
+    publish(partial, folder)
 
 
 def _split_shards(sizes: dict[str, int], limit: int | None) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Layout of a checkpoint directory, and durable writes of its files.
+"""Layout of a checkpoint directory.
 
     checkpoints/step-00000100/
         rank-00000.safetensors   fragments of parameters and Adam moments, named "<parameter>|<kind>"
@@ -12,11 +12,11 @@ A directory under its final name is complete: it is written under a temporary na
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from reformer_dist.fs.atomic import file_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,31 +46,10 @@ def rank_file(rank: int, suffix: str) -> str:
     return f"rank-{rank:05d}.{suffix}"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file and syncs it to disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def json_bytes(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
-def sync(path: Path) -> None:
-    """Syncs a file's content, or a directory's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def manifest_entry(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,4 +1,4 @@
-"""Fragments: contiguous ranges of flattened parameters, the unit in which checkpoints store weights and moments."""
+"""Fragments: ranges of flattened parameters, the unit in which checkpoints store weights and moments."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from reformer_dist.config.renamed import translate_saved

@@ -1,4 +1,4 @@
-"""Writes a checkpoint: each rank its fragments, then rank 0 the manifest, and last the rename that publishes it."""
+"""Writes a checkpoint: each rank its fragments, then rank 0 the manifest, then the rename that publishes it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from reformer_dist.checkpoint.files import (
     step_folder,
     step_folders,
     step_of,
-    sync,
-    write_bytes,
 )
 from reformer_dist.checkpoint.fragment import ELEMENT_SIZE, KINDS, Fragment
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import CheckpointError
+from reformer_dist.fs.atomic import publish, sync, write_synced
 
 
 class AsyncSave:
@@ -87,7 +86,7 @@ class AsyncSave:
         return self._runtime.sum([float(self._thread.is_alive())])[0] == 0
 
     def finish(self) -> Path:
-        """Waits for all ranks and renames the checkpoint to its final name; raises an error alike on every rank."""
+        """Waits for all ranks and gives the checkpoint its final name. Raises an error alike on every rank."""
         runtime = self._runtime
         self._thread.join()
         try:
@@ -142,7 +141,7 @@ def _write_rank(folder: Path, rank: int, tensors: dict[str, Tensor], index: byte
     except SafetensorError as error:  # such as a full disk
         raise CheckpointError(f"{weights_path}: can't be written: {error}") from error
     sync(weights_path)
-    write_bytes(index_path, index)
+    write_synced(index_path, index)
     return {path.name: manifest_entry(path) for path in (weights_path, index_path)}
 
 
@@ -173,15 +172,11 @@ def _finish(
     extra_files: dict[str, bytes],
 ) -> None:
     """Writes rank 0's files and the manifest, then renames the directory."""
-    write_bytes(partial / RUN_FILE, record)
+    write_synced(partial / RUN_FILE, record)
     for name, data in extra_files.items():
-        write_bytes(partial / name, data)
+        write_synced(partial / name, data)
     files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
     files.update({name: manifest_entry(partial / name) for name in (RUN_FILE, *extra_files)})
     manifest = {"format": FORMAT, "step": step, "world_size": len(entries), "files": files}
-    write_bytes(partial / MANIFEST, json_bytes(manifest))
-    sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
+    write_synced(partial / MANIFEST, json_bytes(manifest))
+    publish(partial, final)

@@ -81,7 +81,7 @@ class TrainEngine:
             self._engine.step()  # updates nothing, counts the micro-batch
 
     def step(self, lr: float) -> StepResult:
-        """Updates the weights after the step's last micro-batch; skips the update if the gradient is not finite."""
+        """Updates the weights after the step's last micro-batch, unless the gradient is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:

@@ -1,4 +1,4 @@
-"""What feeds a run: from its configuration, and the checkpoint it goes on from, to the batches of a rank."""
+"""Training data of a run: data sets, sampling order, position to resume from, and the log of damaged samples."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from reformer_dist.data import (
 from reformer_dist.distributed.mesh import SequenceMesh
 from reformer_dist.errors import DataError
 from reformer_dist.process.log import logger
+from reformer_dist.tasks import make_task
+from reformer_dist.training.parts import TaskData
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
-    """The run's data sets, with every shard of these splits in place. Raises DataError."""
+    """Opens the run's data sets, and checks that no shard of these splits is missing. Raises DataError."""
     corpus = Corpus.open(data.paths(), data.weights, data.cache_dir, data.cache_gb)
     for split in splits:
         for warning in corpus.check(split, data.max_damaged_fraction):
@@ -39,18 +41,26 @@ def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
 
 
 def open_training_corpus(config: RunConfig) -> Corpus:
-    """The same, with held-out text if the run looks at any. Raises DataError."""
-    looks = config.trainer.eval_every > 0 or config.trainer.sample_every > 0
-    corpus = open_corpus(config.data, ["train", "heldout"] if looks else ["train"])
-    if looks and corpus.total("tokens", "heldout") == 0:
+    """open_corpus with the splits that the run reads: train, and heldout if it evaluates or samples."""
+    needs_heldout = config.trainer.eval_every > 0 or config.trainer.sample_every > 0
+    corpus = open_corpus(config.data, ["train", "heldout"] if needs_heldout else ["train"])
+    if needs_heldout and corpus.total("tokens", "heldout") == 0:
         fix = "write it again with --heldout above 0, or set trainer.eval_every=0 trainer.sample_every=0"
         raise DataError(f"{corpus.where}: no documents are held out for evaluation; {fix}")
     return corpus
 
 
+def open_task_data(config: RunConfig) -> TaskData:
+    """Opens the data sets of a training run and makes their task. Raises DataError if they do not fit."""
+    corpus = open_training_corpus(config)
+    task = make_task(config, corpus.tokenizer, corpus.labels)
+    task.check(corpus)
+    return TaskData(corpus, task)
+
+
 @dataclass(frozen=True)
 class TrainingData:
-    """The order of a run's data, and where in it the run stands."""
+    """The sampling order of a run's data, and the position at which the run starts or resumes."""
 
     corpus: Corpus
     sampler: Sampler
@@ -58,7 +68,7 @@ class TrainingData:
 
     @classmethod
     def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> TrainingData:
-        """Raises DataError where the checkpoint's place is not one in these data."""
+        """Raises DataError if the checkpoint's position does not fit these data."""
         data = config.data
         sampler = Sampler(
             corpus,
@@ -70,21 +80,22 @@ class TrainingData:
         )
         if checkpoint is None:
             return cls(corpus, sampler, LoaderState())
-        changes = describe_changes(checkpoint.run["data"], corpus.record()) if "data" in checkpoint.run else []
+        saved_data = checkpoint.record.data
+        changes = [] if saved_data is None else describe_changes(saved_data, corpus.record())
         saved = merge_states([rank["data"] for rank in checkpoint.rank_states])
         state = read_state(saved, sampler, changes=changes, accept_changed=data.accept_changed)
-        logger.info(f"data go on behind step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
+        logger.info(f"resuming data after step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
         return cls(corpus, sampler, state)
 
     def with_last_step(self, config: RunConfig) -> RunConfig:
-        """The configuration with the step at which data.epochs ends the run, if that comes before another end."""
+        """The configuration with trainer.max_steps lowered to the step at which data.epochs ends the run."""
         if config.data.epochs == 0:
             return config
         first_step, first_pass = self.state.origin
         last = first_step + self.sampler.steps_for(config.data.epochs - first_pass)
         if config.trainer.max_steps < last:
-            ends = f"trainer.max_steps={config.trainer.max_steps} ends the run before"
-            logger.warning(f"{ends} data.epochs={config.data.epochs}, which takes {last} steps")
+            reason = f"data.epochs={config.data.epochs} would take {last} steps"
+            logger.warning(f"trainer.max_steps={config.trainer.max_steps}: ends the run first; {reason}")
             return config
         logger.info(f"data.epochs={config.data.epochs} ends the run at step {last}")
         return replace(config, trainer=replace(config.trainer, max_steps=max(1, last)))
@@ -92,7 +103,7 @@ class TrainingData:
     def loader(
         self, config: RunConfig, mesh: SequenceMesh, micro_batch: int, make_example: MakeExample
     ) -> TrainLoader:
-        """The batches of a data-parallel rank."""
+        """The loader of a data-parallel rank."""
         data = config.data
         n_samples = self.corpus.total("samples", "train")
         return TrainLoader(
@@ -109,16 +120,16 @@ class TrainingData:
 
 
 class QuarantineFile:
-    """Names each damaged sample of a run once, a line of JSON for each; for people to read."""
+    """Lists each damaged sample of a run once, as JSON lines for people to read."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / QUARANTINE_FILE
 
     def add(self, damaged: list[DamagedSample]) -> None:
-        """Says so in the log as well; a disk that is full is no reason to end the run."""
-        for damage in damaged:
-            logger.warning(f"passed over: {damage}")
-        lines = [json.dumps(asdict(damage), sort_keys=True) for damage in damaged]
+        """Also logs a warning for each. A file that can't be written does not end the run."""
+        for sample in damaged:
+            logger.warning(f"skipped damaged sample: {sample}")
+        lines = [json.dumps(asdict(sample), sort_keys=True) for sample in damaged]
         try:
             known = set(self._path.read_text().splitlines()) if self._path.exists() else set()
             with self._path.open("a") as file:

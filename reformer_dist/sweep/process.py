@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -14,14 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from reformer_dist.fs.lock import acquire_lock
+from reformer_dist.process.exit_status import KILLED
+from reformer_dist.process.signals import terminate_with_parent
 from reformer_dist.sweep.placement import Placement
-from reformer_dist.sweep.state import take_lock
 
 LOG, LOCK = "trial.log", "trial.lock"
-PREEMPTED = 75
-KILLED = 128  # a shell reports 128 + n for a process killed by signal n
 LOG_TAIL = 65536
-PR_SET_PDEATHSIG = 1
 
 
 class TrialProcess:
@@ -42,7 +40,7 @@ class TrialProcess:
                 env=os.environ | place.environment,
                 start_new_session=True,
                 pass_fds=[lock],
-                preexec_fn=_set_death_signal(os.getpid()),
+                preexec_fn=_terminate_with_driver(os.getpid()),
             )
         os.close(lock)
 
@@ -74,7 +72,7 @@ class TrialProcess:
 
 def open_lock(folder: Path) -> int | None:
     """Takes the lock of a trial; None while a process of an earlier driver holds it."""
-    return take_lock(folder / LOCK)
+    return acquire_lock(folder / LOCK)
 
 
 def find_error(lines: list[str]) -> str:
@@ -87,15 +85,15 @@ def find_error(lines: list[str]) -> str:
     return output[-1] if output else "no output"
 
 
-def _set_death_signal(driver: int) -> Callable[[], None] | None:
-    """A preexec function that has the kernel send SIGTERM to the process when the driver dies (Linux)."""
-    if not sys.platform.startswith("linux"):
+def _terminate_with_driver(driver: int) -> Callable[[], None] | None:
+    """A preexec function after which the process receives SIGTERM when the driver dies (Linux only)."""
+    terminate = terminate_with_parent()
+    if terminate is None:
         return None
-    libc = ctypes.CDLL(None)
 
-    def set_death_signal() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    def before_exec() -> None:
+        terminate()
         if os.getppid() != driver:
             os._exit(KILLED + signal.SIGTERM)
 
-    return set_death_signal
+    return before_exec

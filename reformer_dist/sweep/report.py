@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 from reformer_dist.errors import UserError
+from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.state import Trial, TrialStatus, write_atomically
+from reformer_dist.sweep.state import Trial, TrialStatus
 
 HPARAMS_FOLDER = "hparams"
 
@@ -19,8 +20,8 @@ def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
     """Writes results.csv, results.json, plots and hparams/ to the sweep's folder, and logs the table."""
     ordered = best_first(trials, objective)
     rows = table(ordered, objective)
-    write_atomically(folder / "results.csv", as_csv(rows))
-    write_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_atomic(folder / "results.csv", as_csv(rows))
+    write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     _write_hparams(folder, [trial for trial in ordered if trial.result])
     logger.info("\n" + as_text(rows))
     try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from reformer_dist.errors import ConfigError
+from reformer_dist.fs.lock import locked
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
 from reformer_dist.sweep.metrics import MetricsRow, series
@@ -176,16 +177,14 @@ class _JournalLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[str] | None = None
+        self._held = ExitStack()
 
     def acquire(self) -> bool:
-        self._file = self._path.open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._held.enter_context(locked(self._path))
         return True
 
     def release(self) -> None:
-        assert self._file is not None
-        self._file.close()
+        self._held.close()
 
 
 def _result_overrides(fixed: list[str]) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from reformer_dist.errors import ConfigError
+from reformer_dist.fs.atomic import write_atomic
+from reformer_dist.fs.lock import acquire_lock
 
 FORMAT = 1
 FILES = "sweep*.json"
@@ -66,11 +65,11 @@ class SweepFile:
     def save(self) -> None:
         """Replaces the file atomically: readers see either the old or the new one, also after a kill."""
         trials = {name: {**asdict(trial), "state": trial.state.value} for name, trial in self.trials.items()}
-        write_atomically(self._path, json.dumps({"format": FORMAT, "trials": trials}, indent=1) + "\n")
+        write_atomic(self._path, json.dumps({"format": FORMAT, "trials": trials}, indent=1) + "\n")
 
     def lock(self) -> int:
         """Locks the sweep until the process ends. Raises ConfigError if another driver holds the lock."""
-        descriptor = take_lock(self._path.with_suffix(".lock"))
+        descriptor = acquire_lock(self._path.with_suffix(".lock"))
         if descriptor is None:
             holder = self._path.with_suffix(".lock").read_text().strip() or "another process"
             raise ConfigError(f"output_dir={self.folder}: {holder} is running this sweep; wait for it, or stop it")
@@ -102,29 +101,3 @@ def _read(path: Path) -> list[Trial]:
         return [Trial(**{**trial, "state": TrialStatus(trial["state"])}) for trial in content["trials"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a sweep file of this version ({error}); move it away") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a temporary file and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def take_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file; None if another process holds it.
-
-    The lock is released when the last process with an inherited copy of the descriptor closes it.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return descriptor

@@ -139,12 +139,12 @@ class BatchReader:
         return MicroBatch.from_rows(rows, self._sequence, labels_per_row=self._labels_per_row)
 
     def _signed_checksum(self, checksum: int) -> int:
-        """A multiple of the checksum that sums to 0 over the ranks that share a sequence if all read the same rows."""
+        """A multiple of the checksum whose sum over the ranks that share a sequence is 0 if all read the same."""
         mesh = self._sequence.mesh
         return checksum * (mesh.size - 1 if mesh.slice_index == 0 else -1) if mesh.size > 1 else 0
 
     def _share_damaged(self, local: Sequence[DamagedSample]) -> None:
-        """Quarantines on every rank what any rank found. Raises an error alike on all of them if it is too much."""
+        """Quarantines on every rank what any rank found. Raises an error alike on all if it is too much."""
         found = {str(each): each for of_rank in self._runtime.gather(list(local)) for each in of_rank}
         damaged = [found[name] for name in sorted(found)]
         self._runtime.on_main(lambda: self._report_damaged(damaged))
@@ -159,7 +159,7 @@ class BatchReader:
 
 
 def _in_background(read: Callable[[], StepBatch]) -> Future[StepBatch]:
-    """Reads in a daemon thread, so that a data source that never answers does not keep the process from exiting."""
+    """Reads in a daemon thread, so that an unresponsive data source does not keep the process alive."""
     pending: Future[StepBatch] = Future()
 
     def run() -> None:

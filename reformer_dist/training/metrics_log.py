@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 from reformer_dist.fs.append import PatientFile
+from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.training.tensorboard import TensorBoardWriter
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
@@ -20,7 +20,9 @@ class MetricsLogger:
     """
 
     def __init__(self, folder: Path, *, is_active: bool, resume_step: int) -> None:
-        self._tensorboard = TensorBoardWriter(folder / TENSORBOARD_FOLDER, is_active=is_active, resume_step=resume_step)
+        self._tensorboard = TensorBoardWriter(
+            folder / TENSORBOARD_FOLDER, is_active=is_active, resume_step=resume_step
+        )
         self._metrics = MetricsFile(folder / METRICS_FILE, resume_step) if is_active else None
 
     def scalars(self, values: dict[str, float], step: int, seconds: float) -> None:
@@ -94,12 +96,7 @@ def _truncate(path: Path, last_step: int) -> dict[str, float | None]:
     if not path.is_file():
         return {}
     kept = [row for row in _read(path) if (row["step"] or 0) <= last_step]
-    shorter = path.with_name(f".{path.name}.partial")
-    with shorter.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    shorter.replace(path)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept[-1] if kept and kept[-1]["step"] == last_step else {}
 
 

@@ -35,7 +35,7 @@ class StepLayout:
 
 
 @dataclass(frozen=True)
-class RunData:
+class TaskData:
     """Data sets of a run, and the task that reads them."""
 
     corpus: Corpus

@@ -1,8 +1,8 @@
 """StopSignal: graceful stop on SIGTERM, SIGINT and SIGHUP, agreed on by all ranks.
 
-Schedulers send SIGTERM some seconds before SIGKILL, and a terminal that closes sends SIGHUP. A thread receives the
-signals even while the main thread waits in a collective. Before rendezvous a signal ends the process at once; after
-it, the ranks agree at the next step or held-out batch, save and exit. A second SIGINT ends the process at once.
+Schedulers send SIGTERM some seconds before SIGKILL, and a terminal that closes sends SIGHUP. A thread receives
+signals even while the main thread waits in a collective. Before rendezvous a signal ends the process at once;
+later, the ranks agree at the next step or held-out batch, save and exit. A second SIGINT ends the process at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import TypeVar
 
 from reformer_dist.distributed.runtime import Preempted, Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.process.signals import INTERRUPTED, SIGNALS
+from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
+from reformer_dist.process.signals import SIGNALS
 
 T = TypeVar("T")
 EXIT_SECONDS = 10.0  # time for the parts of a stopped run to close
@@ -63,8 +64,8 @@ class StopSignal:
         self._is_deferred = True
 
     def exit_soon(self) -> None:
-        """Ends the process after EXIT_SECONDS even if a part does not close, such as an unresponsive data source."""
-        timer = threading.Timer(EXIT_SECONDS, os._exit, args=(os.EX_TEMPFAIL,))
+        """Ends the process after EXIT_SECONDS even if a part does not close, such as a hung data source."""
+        timer = threading.Timer(EXIT_SECONDS, os._exit, args=(PREEMPTED,))
         timer.daemon = True
         timer.start()
 
@@ -100,7 +101,7 @@ class StopSignal:
     def _handle(self, signum: signal.Signals) -> None:
         now = time.monotonic()
         if not self._is_deferred:
-            os._exit(os.EX_TEMPFAIL)
+            os._exit(PREEMPTED)
         if self.is_set and signum is signal.SIGINT and now - self._first > REPEAT_SECONDS:
             os._exit(INTERRUPTED)
         if not self.is_set:

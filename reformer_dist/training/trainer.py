@@ -15,7 +15,7 @@ from reformer_dist.seeds import derive_seed
 from reformer_dist.training.batches import BatchReader, StepInputs
 from reformer_dist.training.metrics import MetricsWindow, bits_per_byte, peak_memory_gib, progress_line
 from reformer_dist.training.metrics_log import MetricsLogger
-from reformer_dist.training.parts import EngineParts, RunContext, RunData
+from reformer_dist.training.parts import EngineParts, RunContext, TaskData
 from reformer_dist.training.validator import Validator
 from reformer_dist.training.watchdog import Watchdog
 
@@ -26,7 +26,7 @@ class Trainer:
     def __init__(
         self,
         run: RunContext,
-        data: RunData,
+        data: TaskData,
         parts: EngineParts,
         batches: BatchReader,
         validator: Validator,

@@ -18,7 +18,7 @@ from reformer_dist.process.log import logger
 from reformer_dist.training.batches import MicroBatch
 from reformer_dist.training.evaluation import evaluate
 from reformer_dist.training.metrics_log import MetricsLogger
-from reformer_dist.training.parts import RunContext, RunData, StepLayout
+from reformer_dist.training.parts import RunContext, StepLayout, TaskData
 
 PROMPT_TOKENS = 64
 STACK_INPUTS = {"source", "source_mask", "tokens", "key_padding_mask"}
@@ -29,7 +29,7 @@ class Validator:
     """Every rank makes the same calls, since ZeRO stage 3 gathers parameters in each of them."""
 
     def __init__(
-        self, run: RunContext, data: RunData, layout: StepLayout, engine: TrainEngine, metrics: MetricsLogger
+        self, run: RunContext, data: TaskData, layout: StepLayout, engine: TrainEngine, metrics: MetricsLogger
     ) -> None:
         self._config, self._runtime, self._stop = run.config, run.runtime, run.stop
         self._data, self._layout, self._engine, self._metrics = data, layout, engine, metrics
@@ -85,7 +85,8 @@ class Validator:
             model(**inputs, **batch.sequences, bucket_stats=bucket_stats)
             if isinstance(model, ReformerModel):
                 stack_inputs: dict[str, Any] = {name: inputs[name] for name in STACK_INPUTS & inputs.keys()}
-                drift = model.reversible_drift(**stack_inputs, **batch.sequences).item()
+                stack_inputs |= batch.sequences
+                drift = model.reversible_drift(**stack_inputs).item()
                 values["reversible/drift"] = max(self._runtime.gather(drift))
         if bucket_stats:
             values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in bucket_stats)

@@ -16,7 +16,7 @@ from checkpoint_helpers import SHAPES, whole, written
 
 from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint
 from reformer_dist.checkpoint.files import manifest_entry
-from reformer_dist.checkpoint.writer import KINDS
+from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError
 
 ODD_VALUES = [None, -1, 0, 2**63, 1e300, "..", "../../etc/passwd", "/etc/passwd", [], {}, [[-1]], True]

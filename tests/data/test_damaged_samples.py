@@ -16,7 +16,7 @@ from support.datasets import (
     damage_sample,
     documents_of,
     folder_of,
-    make_order,
+    make_sampler,
     open_loader,
     read_steps,
     read_world,
@@ -54,7 +54,7 @@ def test_a_damaged_sample_is_passed_over_and_named(copy: Dataset) -> None:
     whole = [bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(copy)]
     ids = [damage_sample(copy, number) for number in (0, 5, 6)]
     changed: dict[str, Any] = {"batch_size": 1, "shuffle": False, "passes": 1}
-    n_steps = make_order(copy, batch_size=1).steps_for(1)
+    n_steps = make_sampler(copy, batch_size=1).steps_for(1)
     batches, state = read_steps(copy, n_steps, **changed)
     found = [damage for batch in batches for damage in batch.damaged]
     assert [damage.id for damage in found] == ids
@@ -81,7 +81,7 @@ def test_a_repaired_sample_stays_in_quarantine(dataset: Dataset, copy: Dataset) 
     for number in (3, 11, 30):
         damage_sample(copy, number)
     changed: dict[str, Any] = {"batch_size": 2}
-    n_steps = make_order(copy, **changed).steps_for(1)
+    n_steps = make_sampler(copy, **changed).steps_for(1)
     expected, _ = read_world(copy, 2 * n_steps, **changed)
     _, state = read_world(copy, n_steps, **changed)
     assert len(state["quarantine"]) == 3
@@ -178,11 +178,11 @@ def test_changed_data_are_refused_unless_accepted(dataset: Dataset, tmp_path: Pa
     before = Corpus([dataset])
     now = other_data(tmp_path / kind, kind)
     _, state = read_world(dataset, 5)
-    order = make_order(now)
+    sampler = make_sampler(now)
     changes = describe_changes(before.record(), now.record())
     with pytest.raises(DataError, match=rf"data\.accept_changed(.|\n)*{words}"):
-        read_state(state, order, changes=changes)
-    start = read_state(state, order, changes=changes, accept_changed=True)
+        read_state(state, sampler, changes=changes)
+    start = read_state(state, sampler, changes=changes, accept_changed=True)
     assert (start.step, start.origin) == (5, (5, 0))
     rows, after = read_world(now, 3, state=state, accept_changed=True)
     fresh, _ = read_world(now, 3)
@@ -198,7 +198,7 @@ def test_other_heldout_text_changes_nothing_in_training(dataset: Dataset, copy: 
     replace_split(folder_of(copy), "heldout", [b"another text"])
     now = Corpus([Dataset.open(folder_of(copy))])
     _, state = read_world(dataset, 5)
-    start = read_state(state, make_order(now), accept_changed=True)
+    start = read_state(state, make_sampler(now), accept_changed=True)
     assert (start.step, start.origin) == (5, (0, 0))
     rows, _ = read_world(now, 3, state=state, accept_changed=True)
     assert torch.equal(rows, read_world(dataset, 8)[0][5:])
@@ -209,7 +209,7 @@ def test_data_sets_that_did_not_change_go_on(dataset: Dataset, tmp_path: Path) -
     other = other_data(tmp_path / "more", "more").datasets[0]
     one, both = Corpus([dataset], [1.0]), Corpus([dataset, other], [1.0, 1.0])
     _, state = read_world(one, 5)
-    start = read_state(state, make_order(both), accept_changed=True)
+    start = read_state(state, make_sampler(both), accept_changed=True)
     assert start.streams is not None
     assert {tuple(positions) for positions, _ in start.streams.values()} == {(5 * 64, 0)}
     lines = describe_changes(one.record(), both.record())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.datasets import write_tar
 
 from reformer_dist.data import SkippedFiles, read_documents
-from reformer_dist.data.prepare.documents import MIN_SECTION_BYTES, MAX_SECTION_BYTES, TARGET_SECTIONS
+from reformer_dist.data.prepare.documents import MAX_SECTION_BYTES, MIN_SECTION_BYTES, TARGET_SECTIONS
 from reformer_dist.errors import DataError
 
 
@@ -77,7 +77,7 @@ def test_webdataset_shards(tmp_path: Path, zipped: bool) -> None:
             assert [text for _, text in read_documents([tmp_path], [suffix])] == [b"first", b"second"]
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -88,17 +88,17 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / ".hidden").symlink_to(tmp_path / "elsewhere")
     (root / "lost.txt").symlink_to(tmp_path / "nowhere")
-    left_out = SkippedFiles()
-    assert [text for _, text in read_documents([root], left_out=left_out)] == [b"text", b"member"]
-    assert left_out == {
+    skipped = SkippedFiles()
+    assert [text for _, text in read_documents([root], skipped=skipped)] == [b"text", b"member"]
+    assert skipped == {
         "binary files, which contain NUL": (2, "root/b.txt"),
         "members of .tar files that are neither .txt nor .json": (3, "root/d.tar/x.cls"),
         "links to folders": (1, str(root / "linked")),
-        "links that lead nowhere, or devices": (1, str(root / "lost.txt")),
+        "broken links or devices": (1, str(root / "lost.txt")),
     }
-    left_out.clear()
-    list(read_documents([root], [".zip", ".tar"], left_out=left_out))
-    assert list(left_out) == ["links to folders", "members of .tar files that are neither .txt nor .json"]
+    skipped.clear()
+    list(read_documents([root], [".zip", ".tar"], skipped=skipped))
+    assert list(skipped) == ["links to folders", "members of .tar files that are neither .txt nor .json"]
 
 
 def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:

@@ -12,29 +12,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.datasets import documents_of, folder_of, make_order, numbered_text, read_world, replace_split
+from support.datasets import documents_of, folder_of, make_sampler, numbered_text, read_world, replace_split
 
-from reformer_dist.data import Corpus, Dataset, SampleRef, TextRows
+from reformer_dist.data import IGNORE_INDEX, Corpus, Dataset, SampleRef, next_token_examples
 from reformer_dist.data.format import index as index_module
 from reformer_dist.data.format.sample_reader import SampleReader
-from reformer_dist.data.loading.packing import Span, TokenStream, make_row
+from reformer_dist.data.loading.packing import Span, TokenStream, pack_spans
 from reformer_dist.data.loading.sampler import permutation, seeded_bits
 
 PROMISED_PERMUTATION = [6, 1, 3, 5, 7, 4, 2, 0]
 
 
-def lengths(number: int, source: SampleRef) -> range:
+def lengths(dataset_index: int, ref: SampleRef) -> range:
     """What stands for the tokens of a sample where only places matter."""
-    return range(source.entry.n_tokens)
+    return range(ref.entry.n_tokens)
 
 
 def tokens_of_stream(dataset: Dataset, stream: int, passes: int = 1, **changed: Any) -> list[Span]:
-    """All pieces of a stream in so many passes."""
-    reader = TokenStream(make_order(dataset, **changed), stream, passes=passes)
-    pieces: list[Span] = []
+    """All spans of a stream in so many passes."""
+    reader = TokenStream(make_sampler(dataset, **changed), stream, passes=passes)
+    spans: list[Span] = []
     while row := reader.next_spans(0, lengths):
-        pieces += row
-    return pieces
+        spans += row
+    return spans
 
 
 def test_permutations_are_those_that_were_promised() -> None:
@@ -43,7 +43,7 @@ def test_permutations_are_those_that_were_promised() -> None:
 
 
 def test_the_order_is_the_one_that_was_promised(dataset: Dataset) -> None:
-    found = [piece.id for piece in tokens_of_stream(dataset, 0)[:4]]
+    found = [span.id for span in tokens_of_stream(dataset, 0)[:4]]
     assert found == [
         "0/train-000001.tar/00000016:0-64",
         "0/train-000001.tar/00000016:64-95",
@@ -73,15 +73,15 @@ def test_a_pass_holds_every_token_once(
     found: Counter[tuple[str, str, int]] = Counter()
     steps = []
     for stream in range(n_streams):
-        pieces = tokens_of_stream(dataset, stream, passes, **changed)
-        for piece in pieces:
-            name = (piece.source.shard.name, piece.source.entry.key)
-            found.update((*name, place) for place in range(piece.start, piece.stop))
-        steps.append(-(-sum(piece.stop - piece.start for piece in pieces) // seq_len))
+        spans = tokens_of_stream(dataset, stream, passes, **changed)
+        for span in spans:
+            name = (span.ref.shard.name, span.ref.entry.key)
+            found.update((*name, place) for place in range(span.start, span.stop))
+        steps.append(-(-sum(span.stop - span.start for span in spans) // seq_len))
     assert set(found.values()) == {passes}
     assert len(found) == dataset.total("tokens", "train")
     # the number of steps that is planned beforehand, and no stream is a row behind another
-    assert max(steps) == make_order(dataset, **changed).steps_for(passes)
+    assert max(steps) == make_sampler(dataset, **changed).steps_for(passes)
     assert max(steps) - min(steps) <= passes
 
 
@@ -97,17 +97,17 @@ def test_a_stream_returns_to_its_place(
 ) -> None:
     """Also where samples are passed over."""
 
-    def open_sample(number: int, source: SampleRef) -> range | None:
-        return None if int(source.entry.key) in lost else range(source.entry.n_tokens)
+    def open_sample(dataset_index: int, ref: SampleRef) -> range | None:
+        return None if int(ref.entry.key) in lost else range(ref.entry.n_tokens)
 
-    order = make_order(dataset, seq_len=seq_len, batch_size=3)
-    first = TokenStream(order, stream)
+    sampler = make_sampler(dataset, seq_len=seq_len, batch_size=3)
+    first = TokenStream(sampler, stream)
     for _ in range(before):
         first.next_spans(0, open_sample)
-    second = TokenStream(order, stream, positions=first.positions, digest=first.digest)
+    second = TokenStream(sampler, stream, positions=first.positions, digest=first.digest)
     for _ in range(5):
-        assert [piece.id for piece in first.next_spans(0, open_sample)] == [
-            piece.id for piece in second.next_spans(0, open_sample)
+        assert [span.id for span in first.next_spans(0, open_sample)] == [
+            span.id for span in second.next_spans(0, open_sample)
         ]
         assert (first.positions, first.digest) == (second.positions, second.digest)
 
@@ -123,8 +123,8 @@ def test_rows_are_the_documents_and_what_is_before_them(dataset: Dataset) -> Non
 
 def test_the_end_of_the_last_pass_is_padding(dataset: Dataset) -> None:
     n_tokens = dataset.total("tokens", "train")
-    order = make_order(dataset, seq_len=500, batch_size=3)
-    rows, _ = read_world(dataset, order.steps_for(2) + 1, seq_len=500, batch_size=3, passes=2)
+    sampler = make_sampler(dataset, seq_len=500, batch_size=3)
+    rows, _ = read_world(dataset, sampler.steps_for(2) + 1, seq_len=500, batch_size=3, passes=2)
     assert int((rows[:, 1] != -100).sum()) == 2 * n_tokens
     assert (rows[-1, 1] == -100).all() and (rows[-1, 0] == 256).all()
 
@@ -134,8 +134,8 @@ def test_samples_are_shuffled_within_and_across_shards(make_dataset: Callable[..
     assert len(dataset.shards("train")) > 3
 
     def keys(passes: int, **changed: Any) -> list[str]:
-        pieces = tokens_of_stream(dataset, 0, passes, batch_size=1, **changed)
-        return [piece.source.entry.key for piece in pieces if piece.start == 0]
+        spans = tokens_of_stream(dataset, 0, passes, batch_size=1, **changed)
+        return [span.ref.entry.key for span in spans if span.start == 0]
 
     plain = keys(1, shuffle=False)
     assert plain == sorted(plain)
@@ -147,9 +147,9 @@ def test_samples_are_shuffled_within_and_across_shards(make_dataset: Callable[..
 
 
 def test_document_starts_are_masked_on_demand(dataset: Dataset) -> None:
-    n_steps = make_order(dataset).steps_for(1) - 1  # within one pass, where no share ends in a document
+    n_steps = make_sampler(dataset).steps_for(1) - 1  # within one pass, where no share ends in a document
     plain, state = read_world(dataset, n_steps)
-    masking = TextRows(64, 256, mask_document_starts=True)
+    masking = next_token_examples(64, 256, mask_document_starts=True)
     masked, masked_state = read_world(dataset, n_steps, make_example=masking)
     inputs, labels, kept = plain[:, 0], plain[:, 1], masked[:, 1]
     assert torch.equal(masked[:, 0], inputs) and state == masked_state
@@ -174,26 +174,26 @@ def test_empty_documents_are_their_end_of_text(make_dataset: Callable[..., Datas
 
 
 def test_a_row_of_nothing_is_padding() -> None:
-    row = make_row([], 3, 256, mask_document_starts=False)
-    assert (row.tokens.tolist(), row.labels.tolist()) == ([256] * 4, [-100] * 3)
+    tokens, labels = pack_spans([], 3, 256)
+    assert (tokens.tolist(), labels.tolist()) == ([256] * 4, [IGNORE_INDEX] * 3)
 
 
 @settings(max_examples=30, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 100), min_size=2, max_size=4), n_streams=st.integers(1, 20))
 def test_mixing_keeps_to_the_weights(dataset: Dataset, weights: list[float], n_streams: int) -> None:
-    order = make_order(Corpus([dataset] * len(weights), weights), batch_size=n_streams)
+    sampler = make_sampler(Corpus([dataset] * len(weights), weights), batch_size=n_streams)
     counts = np.zeros(len(weights))
     due = np.array(weights) / sum(weights) * n_streams
     for step in range(300):
-        of_step = np.bincount(order.pools_of_step(step), minlength=len(weights))
+        of_step = np.bincount(sampler.pools_of_step(step), minlength=len(weights))
         assert (np.abs(of_step - due) < 1.0001).all()
         counts += of_step
     assert (np.abs(counts - 300 * due) < 8).all()
 
 
 def test_every_row_gets_every_data_set(dataset: Dataset) -> None:
-    order = make_order(Corpus([dataset, dataset], [1.0, 3.0]), batch_size=8)
-    shares = np.mean([order.pools_of_step(step) for step in range(2000)], axis=0)
+    sampler = make_sampler(Corpus([dataset, dataset], [1.0, 3.0]), batch_size=8)
+    shares = np.mean([sampler.pools_of_step(step) for step in range(2000)], axis=0)
     assert (np.abs(shares - 0.75) < 0.05).all()
 
 
@@ -210,8 +210,8 @@ def test_bytes_of_a_token_are_those_of_the_mixture(dataset: Dataset, make_datase
 def test_pooled_data_sets_are_read_whole(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
     other = make_dataset([(f"n{n}", b"number %d." % n) for n in range(50)])
     corpus = Corpus([dataset, other])
-    order = make_order(corpus, batch_size=2)
-    rows, _ = read_world(corpus, order.steps_for(1), batch_size=2, passes=1)
+    sampler = make_sampler(corpus, batch_size=2)
+    rows, _ = read_world(corpus, sampler.steps_for(1), batch_size=2, passes=1)
     found = Counter(rows[:, 1].flatten().tolist())
     right = Counter(np.concatenate(documents_of(dataset) + documents_of(other)).tolist())
     assert found - Counter({-100: found[-100]}) == right
@@ -226,7 +226,7 @@ def test_finding_a_place_reads_no_more_after_a_thousand_passes(
     monkeypatch.setattr(index_module, "read_index", lambda *args: reads.update(["index"]) or read_index(*args))
     monkeypatch.setattr(SampleReader, "read", lambda *args: reads.update(["sample"]) or read_sample(*args))
     _, state = read_world(dataset, 1)
-    share = min(make_order(dataset).lanes[0].share(stream)[1] for stream in range(8))
+    share = min(make_sampler(dataset).pools[0].stream_range(stream)[1] for stream in range(8))
     for passes in (0, 1, 1000, 10**9):
         streams = {key: [value[0] + passes * share, value[1]] for key, value in state["streams"].items()}
         reads.clear()

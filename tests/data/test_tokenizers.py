@@ -44,9 +44,9 @@ def test_bpe_keeps_any_text(bpe: BpeTokenizer, text: str, spells_eos: bool) -> N
 @given(st.binary())
 @settings(deadline=None)
 def test_bpe_replaces_what_is_not_utf8(bpe: BpeTokenizer, text: bytes) -> None:
-    normalize = bpe.normalize(text)
+    normalized = bpe.normalize(text)
     assert bpe.decode(bpe.encode(text)) == text.decode("utf-8", errors="replace")
-    assert bpe.token_bytes[bpe.encode(text)].sum() == len(normalize)
+    assert bpe.token_bytes[bpe.encode(text)].sum() == len(normalized)
 
 
 def test_bpe_learns_merges(bpe: BpeTokenizer) -> None:

@@ -18,8 +18,8 @@ from reformer_dist.data import (
     Dataset,
     SampleReader,
     SampleRef,
-    verify_dataset,
     is_heldout,
+    verify_dataset,
     write_dataset,
 )
 from reformer_dist.errors import DataError
@@ -97,9 +97,9 @@ def test_empty_and_unreadable_documents_are_counted(tmp_path: Path) -> None:
     documents = [("empty", b""), ("latin", b"caf\xe9"), *varied_documents()]
     tokenizer = BpeTokenizer.train([b"some text"], 270)
     summary = write_dataset(documents, tmp_path / "bpe", tokenizer, heldout_fraction=0.2)
-    assert (summary.empty, summary.replaced, summary.total("samples")) == (1, 1, 61)
+    assert (summary.empty, summary.normalized, summary.total("samples")) == (1, 1, 61)
     summary = write_dataset(documents, tmp_path / "bytes", ByteTokenizer(), heldout_fraction=0.2)
-    assert (summary.empty, summary.replaced) == (1, 0)
+    assert (summary.empty, summary.normalized) == (1, 0)
     dataset = Dataset.open(tmp_path / "bytes")
     assert b"caf\xe9" in texts_of(dataset, "train") + texts_of(dataset, "heldout")
 

@@ -16,7 +16,7 @@ from support.tiny import tiny_overrides
 
 from reformer_dist.process.exit_status import BROKEN_PIPE, PREEMPTED
 from reformer_dist.process.log import configure, logger
-from reformer_dist.process.stdio import is_unread
+from reformer_dist.process.stdio import is_disconnected
 
 pytestmark = pytest.mark.jobs
 
@@ -93,8 +93,8 @@ def test_errors_are_told_where_they_are_read(tmp_path):
 def test_a_stream_without_another_end_is_not_unread(tmp_path, monkeypatch, capsys):
     """A notebook's, or one that was closed on this side: the log complains as ever, and the program goes on."""
     with (tmp_path / "file").open("w") as file:
-        assert not is_unread(file) and not is_unread(io.StringIO())
-    assert not is_unread(file)
+        assert not is_disconnected(file) and not is_disconnected(io.StringIO())
+    assert not is_disconnected(file)
     before = (list(logger.handlers), logger.propagate)
     monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
     configure()

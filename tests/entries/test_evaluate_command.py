@@ -11,7 +11,7 @@ from support.tiny import WORDS, write_tiny_dataset
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, RawSample, write_dataset, write_samples
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.evaluate import _open, _text, build_parser
+from reformer_dist.evaluate import _heldout_text, _open, build_parser
 from reformer_dist.run.pretrained import LoadedModel
 from reformer_dist.tasks.metrics import order0_bits_per_byte
 
@@ -42,6 +42,6 @@ def test_a_text_that_is_not_utf8_is_held_against_its_own_bytes(
     write_samples(records, tmp_path / "d", ByteTokenizer(), heldout=records)
     arguments, loaded, corpus = opened(trained, tmp_path / "d", job)
     # rows are whole: what is left over at the end is asked of none
-    text = _text(arguments, loaded, corpus)
+    text = _heldout_text(arguments, loaded, corpus)
     assert len(text) >= 256 and document.startswith(text)
     assert order0_bits_per_byte(text) > 7.9

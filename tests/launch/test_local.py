@@ -19,9 +19,10 @@ from support.launch import run_command
 from support.launch import run_ranks as run_under_torchrun
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-from reformer_dist.process.exit_status import KILLED, PREEMPTED
 from reformer_dist.config import LauncherConfig
 from reformer_dist.launch.local import run_ranks, threads_per_rank
+from reformer_dist.process.cores import usable_cores
+from reformer_dist.process.exit_status import KILLED, PREEMPTED
 
 pytestmark = pytest.mark.jobs
 
@@ -66,7 +67,7 @@ def test_ranks_know_who_they_are(obey, tmp_path):
 
 
 def test_threads_are_a_share_of_the_cores():
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     assert threads_per_rank(1) == cores
     assert threads_per_rank(10 * cores) == 1
 

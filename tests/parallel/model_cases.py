@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from model_setup import IGNORE_INDEX, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
-from reformer_dist.checkpoint import AsyncSave
+from reformer_dist.checkpoint import AsyncSave, RunRecord
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
@@ -56,7 +56,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
         STEPS,
         engine.fragments(),
         rank_state={},
-        run={"shapes": shapes},
+        record=RunRecord(config={}, tokenizer={}, vocab_size=0, shapes=shapes),
         extra_files={},
     ).finish()
     engine.close()

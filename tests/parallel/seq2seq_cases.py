@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from seq2seq_setup import CASES, IGNORE_INDEX, LEARNING_RATES, MICRO, STEPS, Case, rows
 
-from reformer_dist.checkpoint import AsyncSave
+from reformer_dist.checkpoint import AsyncSave, RunRecord
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
@@ -43,7 +43,8 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
         norms.append(engine.step(LEARNING_RATES[step]).grad_norm)
         losses.append(job.sum([total])[0] / valid)
     fragments = engine.fragments()
-    AsyncSave(job, out / case.name, STEPS, fragments, rank_state={}, run={"shapes": shapes}, extra_files={}).finish()
+    record = RunRecord(config={}, tokenizer={}, vocab_size=0, shapes=shapes)
+    AsyncSave(job, out / case.name, STEPS, fragments, rank_state={}, record=record, extra_files={}).finish()
     engine.close()
     return {"losses": losses, "norms": norms, "sent": [mesh.stats.bytes_sent["heads"] / STEPS]}
 

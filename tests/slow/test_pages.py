@@ -57,7 +57,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     said = run("python tools/quickstart.py trainer.max_steps=10", folder)
-    for words in ("held-out bits per byte", "order-0 entropy", "gzip", "go on", "TensorBoard", "def "):
+    for words in ("held-out bits per byte", "order-0 entropy", "gzip", "continue", "TensorBoard", "def "):
         assert words in said
     return folder
 

@@ -27,7 +27,8 @@ from reformer_dist.data import (
     merge_states,
     read_state,
 )
-from reformer_dist.data.format.layout import FORMAT_VERSION, file_sha256, json_sha256
+from reformer_dist.data.format.layout import FORMAT_VERSION, json_sha256
+from reformer_dist.fs.atomic import file_sha256
 
 ORDER = {"seed": 3, "batch_size": 8, "seq_len": 64, "shuffle": True}
 
@@ -118,7 +119,7 @@ def documents_of(dataset: Dataset, split: str = "train") -> list[np.ndarray]:
         ]
 
 
-def make_order(data: Dataset | Corpus, **changed: Any) -> Sampler:
+def make_sampler(data: Dataset | Corpus, **changed: Any) -> Sampler:
     corpus = data if isinstance(data, Corpus) else Corpus([data])
     settings = ORDER | {key: value for key, value in changed.items() if key in ORDER}
     return Sampler(corpus, **settings)
@@ -133,11 +134,13 @@ def open_loader(
     **changed: Any,
 ) -> TrainLoader:
     """A loader of ORDER; `changed` may name its keys and those of TrainLoader."""
-    order = make_order(data, **changed)
-    start = LoaderState() if state is None else read_state(state, order, accept_changed=accept_changed)
-    quarantine = Quarantine(order.corpus.total("samples", "train"), max_damaged_fraction, start.quarantine)
+    sampler = make_sampler(data, **changed)
+    resumed = LoaderState() if state is None else read_state(state, sampler, accept_changed=accept_changed)
+    quarantine = Quarantine(
+        sampler.corpus.total("samples", "train"), max_damaged_fraction, resumed.quarantine
+    )
     own = {key: value for key, value in changed.items() if key not in ORDER}
-    return TrainLoader(order, quarantine, start=start, **({"micro_batch_size": 1, "workers": 0} | own))
+    return TrainLoader(sampler, quarantine, state=resumed, **({"micro_batch_size": 1, "workers": 0} | own))
 
 
 def read_steps(data: Dataset | Corpus, n_steps: int, **changed: Any) -> tuple[list[StepBatch], dict[str, Any]]:

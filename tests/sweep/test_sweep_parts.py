@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from reformer_dist.errors import ConfigError, UserError
+from reformer_dist.fs.lock import acquire_lock
 from reformer_dist.sweep import metrics
 from reformer_dist.sweep.metrics import read_metrics, summarise
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.plots import pareto_front, write_plots
 from reformer_dist.sweep.process import find_error
 from reformer_dist.sweep.report import as_text, best_first, table, write_report
-from reformer_dist.fs.lock import acquire_lock
 from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all
 
 GOOD = Trial(

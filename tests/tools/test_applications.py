@@ -1,4 +1,4 @@
-"""Every experiment, tiny, from raw files to its measure, by the commands that a user types."""
+"""Every application at a tiny size, from raw files to evaluation, with tools/application.py."""
 
 from __future__ import annotations
 

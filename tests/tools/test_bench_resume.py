@@ -1,4 +1,4 @@
-"""tools/bench_resume.py still goes through a resume; what it times is for an idle machine."""
+"""tools/bench_resume.py runs; its timings need an idle machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two benchmarks at small sizes: what they print, what they check, and that the check can fail."""
+"""The benchmarks at small sizes: printed rows, and checks that can fail."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_attention_rows() -> None:
         assert row["seconds"] == pytest.approx(row["forward"] + row["backward"], abs=1e-4) and row["seconds"] > 0
     ours, sdpa = rows
     assert ours["hash"] > 0 and ours["sort"] > 0 and sdpa["hash"] is None and sdpa["sort"] is None
-    assert 16 < ours["keys"] < 63 and sdpa["keys"] is None  # of 64 in a bucket on average
+    assert 16 < ours["keys"] < 63 and sdpa["keys"] is None  # with a mean bucket size of 64
 
 
-def test_a_row_that_could_not_run_is_not_called_wrong() -> None:
+def test_a_row_that_could_not_run_is_not_incorrect() -> None:
     # an odd number of buckets is refused
     status, rows = run_tool("bench_attention.py", "--seq-len", "128", "--n-buckets", "3", "--impl", "ours")
     assert status == 2
@@ -48,7 +48,9 @@ def test_a_row_that_could_not_run_is_not_called_wrong() -> None:
     assert rows[0]["error"].startswith("ValueError: n_buckets=3")
 
 
-def test_a_wrong_row_shows_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incorrect_row_shows_no_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench = imported("bench_attention")
     monkeypatch.setattr(bench, "check", lambda row: False)
     bench.run_row(attention_row())
@@ -59,10 +61,10 @@ def test_a_wrong_row_shows_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 class SilentError(Exception):
-    """As Triton's are: of no class but this, and without words."""
+    """An error without a message, like some of Triton's."""
 
 
-def test_rows_behind_one_that_could_not_run(
+def test_rows_after_one_that_could_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = imported("bench_attention")
@@ -75,7 +77,7 @@ def test_rows_behind_one_that_could_not_run(
     assert [row["seq_len"] for row in rows] == list(lengths)
     assert [row["correct"] for row in rows] == [None, None, True, True]
     assert [row.get("error") for row in rows] == ["SilentError", "MemoryError: too much", None, None]
-    assert checked.call_count == 3  # the last two are alike, shortened
+    assert checked.call_count == 3  # the last two are equal once shortened
 
 
 def test_a_lost_device_ends_the_process_of_its_rows(
@@ -108,7 +110,7 @@ def test_inputs_are_drawn_on_the_device_in_their_own_type(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_checked_is_like_what_is_timed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checked_cases_resemble_timed_ones(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = imported("attention_cases")
     row = attention_row(dtype=dtype).shortened()
     assert row.seq_len // row.buckets == 64
@@ -122,7 +124,7 @@ def test_what_is_checked_is_like_what_is_timed(dtype: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("window", [16, 64])
-def test_keys_that_are_met_are_counted(window: int) -> None:
+def test_visible_keys_are_counted(window: int) -> None:
     rows = imported("attention_cases")
     row = attention_row(seq_len=512, window=window, n_buckets=16)
     ids = rows.hash_buckets(row, row.inputs()[0])
@@ -136,7 +138,7 @@ def test_flex_attention_has_as_many_keys_as_ours() -> None:
     q, v, _ = (x.detach() for x in row.inputs())
     n_keys = 4 * rows.mean_visible_keys(row, rows.hash_buckets(replace(row, impl="ours"), q))
     assert 64 < n_keys < 2 * 64 + 8 and rows.flex_reach(row) == round(n_keys)
-    seen = rows.attend_dense(row, torch.zeros_like(q), v)[0, 0, -1]  # alike: a mean
+    seen = rows.attend_dense(row, torch.zeros_like(q), v)[0, 0, -1]  # uniform scores: a mean
     assert torch.allclose(seen, v[0, 0, -round(n_keys) :].mean(0), atol=1e-5)
 
 
@@ -185,7 +187,7 @@ def imported(name: str) -> Any:
         sys.path.remove(str(TOOLS))
 
 
-def test_a_step_that_could_not_run_is_not_called_wrong() -> None:
+def test_a_step_that_could_not_run_is_not_incorrect() -> None:
     status, (row,) = run_tool("bench_step.py", *SMALL_STEP, "model.axial_shape=[2,2]")
     assert status == 2 and row["correct"] is None and "must be at most 4" in row["error"]
 
@@ -210,7 +212,7 @@ def test_decoding_rows() -> None:
         assert min(row["seconds"], row["prefill"], row["forward"], row["cache_mib"]) > 0
 
 
-def test_decoding_that_is_not_the_forward_shows_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_that_differs_from_forward_shows_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = imported("bench_decode")
     work = bench.DecodingCase("ours", [64, 100], 2, 16, 2, 2, 2, 8, 4, 20, 1)
     assert all(row["seconds"] > 0 for row in bench.ours(work))

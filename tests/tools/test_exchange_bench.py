@@ -1,4 +1,4 @@
-"""The benchmarks of shared sequences at small sizes: what they print, and that bytes are those of the formula."""
+"""The sequence parallelism benchmarks at small sizes: printed rows, and bytes against the formula."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_bytes_are_those_of_the_formula() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="live memory on a CPU is read under Linux only")
 def test_memory_falls_with_ranks() -> None:
-    # at this length the fixed sizes of attention's blocks still weigh: the bound is that of 131072 tokens
+    # looser than the limit for 131072 tokens: at this length the fixed block sizes of attention still matter
     sizes = ("--seq-len", "16384", "--dim", "256")
     _, rows = run_tool("bench_sequence_memory.py", *sizes, "--meshes", "1x1", "4x1", "1x4")
     assert [row["ranks"] for row in rows] == [1, 4, 4]

@@ -1,4 +1,4 @@
-"""The report of a GPU: every section runs at toy sizes anywhere, and no speed is shown after a failed check."""
+"""The GPU report: every section runs at toy sizes on any device, and no speed is shown after a failed check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATES = {"rows": [{"bytes_per_s": 1e12, "flops_per_s": 1e14}], "notes": []}
 
 
 def soon(seconds: float = 60) -> float:
-    """The end of a section that has so many seconds."""
+    """The deadline of a section that has `seconds` left."""
     return time.monotonic() + seconds
 
 
@@ -44,7 +44,7 @@ def test_every_section_at_toy_sizes(tmp_path):
 
 
 def report_of(result: str, *verdicts: bool | None) -> dict[str, Any]:
-    """A report whose tests ended so, with rows of attention that did."""
+    """A report with the given test result and verdicts of attention rows."""
     rows = [{"impl": "ours", "seconds": 0.125, "correct": verdict} for verdict in verdicts]
     sections = {"rates": RATES, "attention": {"rows": rows, "notes": []}, "training": {"rows": [], "notes": []}}
     tests = {"rows": [{"result": result, "passed": 1, "failed": 0}], "notes": []}
@@ -54,7 +54,7 @@ def report_of(result: str, *verdicts: bool | None) -> dict[str, Any]:
 def test_no_speed_is_shown_after_failed_tests(tmp_path):
     gpu_report.write(report_of("failed", True), tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert "0.125" not in page and "not shown, as tests failed" in page
+    assert "0.125" not in page and "not shown because tests failed" in page
     for result in ("passed", "not finished"):
         gpu_report.write(report_of(result, True), tmp_path)
         assert "0.125" in (tmp_path / "report.md").read_text()
@@ -69,35 +69,34 @@ def test_no_speed_is_shown_after_failed_tests(tmp_path):
         ("failed", [True], 1),
     ],
 )
-def test_wrong_results_alone_are_failures(result, verdicts, status):
+def test_only_incorrect_results_are_failures(result, verdicts, status):
     assert gpu_report.exit_status(report_of(result, *verdicts)) == status
 
 
-def test_a_section_that_breaks_leaves_the_others_alone(monkeypatch):
+def test_a_failing_section_does_not_stop_the_others(monkeypatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(gpu_report, "rates", broken)
-    section = gpu_report.attempt("rates", "cpu", True, {}, soon())
-    assert section.rows == [] and section.notes == ["ended by RuntimeError: no memory"]
+    section = gpu_report.run_section("rates", "cpu", True, {}, soon())
+    assert section.rows == [] and section.notes == ["failed with RuntimeError: no memory"]
 
 
-def test_a_section_that_is_too_long_is_cut_with_a_note():
+def test_a_section_that_takes_too_long_is_killed_with_a_note():
     section = gpu_report.Section("training", soon(6))
     assert section.row("sleep", [sys.executable, "-c", "import time; time.sleep(60)"]) is None
     assert section.row("next", [sys.executable, "-c", "print(1)"]) is None
-    spent = "the section's time was spent"
-    assert section.notes == [f"sleep: cut, {spent}", f"next: left out, {spent}"]
+    assert section.notes == ["sleep: killed, out of time", "next: skipped, out of time"]
 
 
-def test_a_row_that_fails_leaves_its_last_words():
+def test_a_failing_row_reports_its_error():
     section = gpu_report.Section("training", soon())
     for label, code in (
         ("bad", "raise SystemExit('out of memory')"),
         ("told", """print('{"correct": null, "error": "OutOfMemoryError: 9 GiB"}'); raise SystemExit(2)"""),
     ):
         assert section.row(label, [sys.executable, "-c", code]) is None
-    assert section.notes == ["bad: ended with status 1: out of memory", "told: OutOfMemoryError: 9 GiB"]
+    assert section.notes == ["bad: exit status 1: out of memory", "told: OutOfMemoryError: 9 GiB"]
 
 
 def test_a_wrong_row_stays_in_the_report():
@@ -107,7 +106,7 @@ def test_a_wrong_row_stays_in_the_report():
     assert section.rows == [{"correct": False}] and section.notes == []
 
 
-# a tool that measures rows until one of 13 tokens takes its process along, or of 17 its device
+# a tool that crashes at a row of 13 tokens, and loses its device at a row of 17
 FRAGILE = """
 import json, os, sys
 for row in json.loads(sys.argv[2]):
@@ -123,18 +122,18 @@ for row in json.loads(sys.argv[2]):
 
 @pytest.fixture
 def fragile(tmp_path, monkeypatch):
-    """bench_attention.py is that tool, and five rows are asked of it."""
+    """Replaces bench_attention.py by that tool, with five rows."""
     (tmp_path / "bench_attention.py").write_text(FRAGILE)
     monkeypatch.setattr(gpu_report, "__file__", str(tmp_path / "gpu_report.py"))
-    (row, *_) = gpu_report.wanted_rows("cpu", True)
+    (row, *_) = gpu_report.attention_cases("cpu", True)
     rows = [replace(row, seq_len=seq_len) for seq_len in (11, 13, 17, 19, 13)]
-    monkeypatch.setattr(gpu_report, "wanted_rows", lambda device, small: rows)
+    monkeypatch.setattr(gpu_report, "attention_cases", lambda device, small: rows)
 
 
-def test_rows_behind_one_that_ends_its_process(fragile):
+def test_rows_after_one_that_crashes_its_process(fragile):
     section = gpu_report.attention("cpu", True, {"rates": RATES}, soon())
     found = [(row["seq_len"], row["correct"], row.get("error")) for row in section.rows]
-    killed = "ended with status 1: killed by row 13"
+    killed = "exit status 1: killed by row 13"
     assert found == [
         (11, True, None),
         (13, None, killed),
@@ -145,22 +144,22 @@ def test_rows_behind_one_that_ends_its_process(fragile):
     assert section.notes == []
 
 
-def test_rows_for_which_no_time_is_left_are_named(fragile):
+def test_rows_without_time_left_are_noted(fragile):
     section = gpu_report.attention("cpu", True, {"rates": RATES}, soon(0))
-    assert section.rows == [] and len(section.notes) == 5 and all("left out" in note for note in section.notes)
+    assert section.rows == [] and len(section.notes) == 5 and all("skipped" in note for note in section.notes)
 
 
-def test_what_hangs_is_cut_with_all_that_it_started(tmp_path):
+def test_a_hanging_process_is_killed_with_its_descendants(tmp_path):
     inner = (
         f"import os, pathlib, time; pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid())); time.sleep(60)"
     )
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     written = tmp_path / "pid"
     with ChildProcess([sys.executable, "-c", outer], tmp_path) as child:
-        # until the inner process is there
-        assert list(child.lines(lambda: 3)) == [] and child.was_cut and written.exists()
-        assert child.failure == "ended with status -9: no message"
-    end = soon(10)  # killed, it is gone as soon as its new parent has asked
+        # long enough for the inner process to start
+        assert list(child.lines(lambda: 3)) == [] and child.timed_out and written.exists()
+        assert child.failure == "exit status -9: no message"
+    end = soon(10)  # once killed, it exists until its new parent reaps it
     while is_running(written.read_text().strip()) and time.monotonic() < end:
         time.sleep(0.1)
     assert not is_running(written.read_text().strip())
@@ -174,7 +173,7 @@ def is_running(pid: str) -> bool:
 def test_lines_come_while_the_process_runs(tmp_path):
     code = "import time; print('first'); time.sleep(60)"
     with ChildProcess([sys.executable, "-c", code], tmp_path) as child:
-        assert next(child.lines(lambda: 30)) == "first" and not child.was_cut
+        assert next(child.lines(lambda: 30)) == "first" and not child.timed_out
 
 
 SOME_TESTS = """
@@ -195,7 +194,7 @@ def test_slow(): time.sleep({seconds})
         ("syntax error", 0, "not finished", 0),
     ],
 )
-def test_tests_that_were_cut_have_not_failed(body, seconds, result, passed, tmp_path, monkeypatch):
+def test_killed_tests_have_not_failed(body, seconds, result, passed, tmp_path, monkeypatch):
     folder = tmp_path / "tests" / "kernels"
     folder.mkdir(parents=True)
     (folder / "test_hash_kernel.py").write_text(SOME_TESTS.format(body=body, seconds=seconds))
@@ -210,8 +209,8 @@ def test_tests_that_were_cut_have_not_failed(body, seconds, result, passed, tmp_
         assert (result == "passed") == (section.notes == [])
 
 
-def test_the_work_is_that_of_the_keys_that_are_met():
-    row = gpu_report.wanted_rows("cpu", True)[0]
+def test_roofline_counts_the_visible_keys():
+    row = gpu_report.attention_cases("cpu", True)[0]
     cheap = {"bytes_per_s": 1e30, "flops_per_s": 1e9}
     found = gpu_report.roofline(row, cheap, 1.0, 31.5)
     assert found["flops"] == 7 * 2 * 31.5 * row.heads * row.seq_len * row.n_hashes * row.head_dim

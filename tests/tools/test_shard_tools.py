@@ -1,4 +1,4 @@
-"""tools/make_shards.py and tools/inspect_shards.py, as a user runs them."""
+"""tools/make_shards.py and tools/inspect_shards.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.datasets import damage_sample, make_order, open_loader, varied_documents
+from support.datasets import damage_sample, make_sampler, open_loader, varied_documents
 
-from reformer_dist.data import ByteTokenizer, Corpus, Dataset, Replay, LoaderState, consumed_hash, write_dataset
+from reformer_dist.data import ByteTokenizer, Corpus, Dataset, LoaderState, Replay, consumed_hash, write_dataset
 from reformer_dist.process.exit_status import INTERRUPTED
 from reformer_dist.run.data import QuarantineFile
 
@@ -26,14 +26,14 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    # unbounded threads of BLAS and tokenizers only slow a small machine down
+    # more threads of BLAS and tokenizers would only slow a small machine down
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A folder with 60 Python files, and one that isn't."""
+    """A folder with 60 Python files and one other file."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for name, text in varied_documents():
@@ -61,7 +61,7 @@ def test_folder_to_shards_and_back(texts: Path, tmp_path: Path) -> None:
     shown = run("inspect_shards.py", tmp_path / "d", "--samples", 1, "--verify")
     assert shown.returncode == 0, shown.stderr
     assert "texts/doc" in shown.stdout
-    assert "as they were written" in shown.stdout
+    assert "match their checksums" in shown.stdout
 
     again = run("make_shards.py", *arguments)
     assert (again.returncode, "--overwrite" in again.stderr) == (1, True)
@@ -88,13 +88,13 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
     assert Dataset.open(tmp_path / "b").fingerprint == dataset.fingerprint
 
 
-def test_what_is_left_out_is_said_once(texts: Path, tmp_path: Path) -> None:
-    """Though a tokenizer that is learned reads the text twice."""
+def test_skipped_files_are_counted_once(texts: Path, tmp_path: Path) -> None:
+    """Although training a tokenizer reads the text twice."""
     (texts / "wide.txt").write_bytes("wide".encode("utf-16"))
     learn = ("--tokenizer", "bpe", "--vocab-size", 300, "--heldout", 0.2)
     made = run("make_shards.py", texts, *learn, "--output", tmp_path / "d")
     assert made.returncode == 0, made.stderr
-    assert "left out: 1 binary file" in made.stdout
+    assert "skipped: 1 binary file" in made.stdout
 
 
 def test_verify_names_the_bad_shard(texts: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_verify_names_the_bad_shard(texts: Path, tmp_path: Path) -> None:
         ("inspect_shards.py", ["nowhere"], "make_shards.py"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(
+def test_user_errors_are_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -154,7 +154,7 @@ def test_an_error_of_a_program_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves: its configuration; over a data set of which some samples are damaged."""
+    """A run directory with a configuration, and a data set with some damaged samples."""
     root = tmp_path_factory.mktemp("order")
     write_dataset(varied_documents(), root / "data", ByteTokenizer(), 12_000, 0.2)
     for number in range(5, 40, 5):
@@ -175,7 +175,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_the_samples_of_a_step(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that the loader reads, damage or not, by a run directory or by the data set and its settings."""
+    """The samples that the loader reads, from a run directory or from a data set and overrides."""
     data = run_folder.parent / "data"
     corpus = Corpus.open([data])
     with open_loader(corpus, batch_size=8) as loader:
@@ -190,7 +190,7 @@ def test_the_samples_of_a_step(
     inspect(monkeypatch, run_folder, "--order", 20)
     listed = capsys.readouterr().out.splitlines()
     assert listed == shown.splitlines()[:-1]
-    # the text of each row is that of the places that are listed
+    # the text of each row is that of the listed spans
     texts = dict(varied_documents())
     rows: list[bytes] = []
     for line in listed:
@@ -212,18 +212,18 @@ def test_a_distant_step_is_found_at_once(tmp_path: Path) -> None:
     write_dataset(varied_documents(), tmp_path / "data", ByteTokenizer(), 12_000, 0.2)
     dataset = Dataset.open(tmp_path / "data")
     for corpus in (Corpus([dataset, dataset], [1.0, 2.0]), Corpus([dataset])):
-        order = make_order(corpus)
-        skipped, walked = Replay(order, LoaderState()), Replay(order, LoaderState())
+        sampler = make_sampler(corpus)
+        skipped, walked = Replay(sampler, LoaderState()), Replay(sampler, LoaderState())
         skipped.skip(50)
         for _ in range(50):
             walked.next_step()
-        ids = [[[piece.id for piece in row] for row in each.next_step()] for each in (skipped, walked)]
+        ids = [[[span.id for span in row] for row in each.next_step()] for each in (skipped, walked)]
         assert ids[0] == ids[1]
     skipped.skip(10**12)
     assert all(skipped.next_step())
 
 
-def test_what_fails_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+def test_a_failure_removes_created_folders(tmp_path: Path) -> None:
     empty, there = tmp_path / "empty.txt", tmp_path / "there"
     empty.touch()
     there.mkdir()
@@ -234,7 +234,7 @@ def test_what_fails_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.jobs
-def test_what_is_interrupted_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+def test_an_interrupt_removes_created_folders(tmp_path: Path) -> None:
     source, output = tmp_path / "d.jsonl", tmp_path / "new/data"
     source.write_text("".join(f'{{"text": "line {number}"}}\n' for number in range(200_000)))
     command = [sys.executable, TOOLS / "make_shards.py", source, "--output", output]

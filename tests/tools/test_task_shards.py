@@ -1,4 +1,4 @@
-"""tools/make_shards.py on the raw files of every task, and what it says of files that are wrong."""
+"""tools/make_shards.py on the raw files of every task, and its errors for invalid files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from support.pieces import train_pieces
 
+from reformer_dist.checkpoint import weights as checkpoint_weights
 from reformer_dist.data import Corpus, Dataset, read_split
-from reformer_dist.run import pretrained as load
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def make_shards(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Its exit status, in this process."""
+    """Runs the tool in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TOOLS / "make_shards.py"), run_name="__main__")
@@ -49,7 +49,7 @@ def test_parallel_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     given = ["--source", tmp_path / "a.en.gz", "--target", tmp_path / "a.de", "--output", tmp_path / "data"]
     bpe = ["--tokenizer", "bpe", "--vocab-size", 280]
     assert make_shards(monkeypatch, *given, *bpe, "--heldout-from", tmp_path / "t.en", tmp_path / "t.de") == 0
-    assert "left out: 20 documents" in capsys.readouterr().out
+    assert "skipped: 20 documents" in capsys.readouterr().out
     dataset = Dataset.open(tmp_path / "data")
     assert (dataset.total("samples", "train"), dataset.total("samples", "heldout")) == (40, 1)
     [sample] = read_split(Corpus([dataset]))
@@ -67,7 +67,7 @@ def test_json_lines_with_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert make_shards(monkeypatch, *given, "--heldout", 0.3) == 0
     dataset = Dataset.open(tmp_path / "data")
     assert (dataset.fields, dataset.labels) == (["text"], ["a", "b"])
-    assert {sample.facts["label"] for sample in read_split(Corpus([dataset]))} == {"a", "b"}
+    assert {sample.metadata["label"] for sample in read_split(Corpus([dataset]))} == {"a", "b"}
 
     odd = write_lines(tmp_path / "odd.jsonl", {"text": "x", "kind": "c"})
     assert make_shards(monkeypatch, *given, "--heldout-from", odd, "--overwrite") == 1
@@ -84,7 +84,7 @@ def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> 
     dataset = Dataset.open(tmp_path / "data")
     [sample] = read_split(Corpus([dataset]))
     assert dataset.fields == ["question", "context"]
-    assert sample.facts == {"id": "q1", "answers": [[11, "Bern"]] * 2}  # in bytes: ü takes two
+    assert sample.metadata == {"id": "q1", "answers": [[11, "Bern"]] * 2}  # in bytes: ü takes two
     assert dataset.tokenizer.decode(sample.fields[1][11:15]) == "Bern"
 
     for wrong, words in (
@@ -100,10 +100,10 @@ def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> 
 
 
 def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    """It moves answers, so questions are refused; of plain text it is said what it does."""
+    """It shifts answers, so question answering is rejected; for plain text the change is reported."""
     specification = train_pieces(tmp_path, ["two words of text"] * 9).save(tmp_path)
-    weights = SimpleNamespace(run={"tokenizer": specification}, folder=tmp_path)
-    monkeypatch.setattr(load, "open_weights", lambda path: weights)
+    weights = SimpleNamespace(record=SimpleNamespace(tokenizer=specification), folder=tmp_path)
+    monkeypatch.setattr(checkpoint_weights, "open_weights", lambda path: weights)
     given = ["--tokenizer-of", "MODEL", "--output", tmp_path / "data"]
     assert make_shards(monkeypatch, "--squad", squad(tmp_path / "train.json"), *given) == 1
     assert "MODEL: SentencePiece normalises" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     bpe = ["--tokenizer", "bpe", "--output", tmp_path / "bpe", "--heldout", 0.3]
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", tmp_path / "latin.txt", *bpe) == 0
-    assert "replaced: bytes that are not UTF-8, in 1 document" in capsys.readouterr().out
+    assert "replaced: invalid UTF-8 in 1 document" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

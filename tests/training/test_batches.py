@@ -26,10 +26,10 @@ def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[tor
 
     def of_rank(runtime: Runtime) -> list[torch.Tensor]:
         corpus = Corpus.open([folders[runtime.rank]])
-        order = Sampler(corpus, seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+        sampler = Sampler(corpus, seed=0, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
         quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
         sequence = SlicedSequence(replace(mesh, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
-        with TrainLoader(order, quarantine, micro_batch_size=2) as loader:
+        with TrainLoader(sampler, quarantine, micro_batch_size=2) as loader:
             intake = BatchReader(runtime, sequence, loader)
             rows = [intake.next_rows() for _ in range(n_steps)]
         assert {each.valid_labels for each in rows} == {SEQ_LEN * BATCH_SIZE}

@@ -5,7 +5,7 @@ Loss, every gradient, and what an evaluation tells.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,9 @@ SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
 KINDS = [AttentionKind.local, AttentionKind.lsh]
 
 
-@dataclass(frozen=True)
-class Batch:
-    tensors: dict[str, Tensor]
-
-
 def check(job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
-    batch = MicroBatch.of(rows, sequence, labels_per_row=task.labels_per_row)
-    assert job.sum([float(batch.valid_labels)]) == [float((rows["labels"] != IGNORE_INDEX).sum())]
+    batch = MicroBatch.from_rows(rows, sequence, labels_per_row=task.labels_per_row)
+    assert job.sum([float(batch.n_labels)]) == [float((rows["labels"] != IGNORE_INDEX).sum())]
     check_training(model, rows, batch)
     check_evaluation(job, model.eval(), rows, task, sequence)
     model.train()
@@ -68,10 +63,10 @@ def check_evaluation(
     outputs = model(**{name: x for name, x in rows.items() if name != "labels"})
     said = task.predict(outputs, alone).masked_fill(rows["labels"] == IGNORE_INDEX, IGNORE_INDEX)
     for labels, least in ((rows["labels"], 0.0), (said, 1.0)):
-        batch = Batch(rows | {"labels": labels})
+        batch = rows | {"labels": labels}
         shared = evaluate(model, [batch], task, job, sequence)
         whole = evaluate(model, [batch], task, job, alone)  # by each rank
-        assert shared.labels == whole.labels // job.world_size and shared.accuracy == whole.accuracy
+        assert shared.n_labels == whole.n_labels // job.world_size and shared.accuracy == whole.accuracy
         assert abs(shared.loss - whole.loss) <= 1e-5 * whole.loss and shared.accuracy >= least
 
 
@@ -92,7 +87,7 @@ def check_tasks(job: Runtime, config: ModelConfig, sequence: SlicedSequence) -> 
     check(job, asked, rows | {"labels": answers}, QuestionAnswering(run, ByteTokenizer()), sequence)
     # behind the text, in its padding, in the question: no rank holds an answer there
     rows["labels"] = torch.tensor([[seq_len, seq_len - 1], [2 * seq_len // 3, 2 * seq_len // 3 - 1], [0, 10_000]])
-    check_training(asked.train(), rows, MicroBatch.of(rows, sequence, labels_per_row=True))
+    check_training(asked.train(), rows, MicroBatch.from_rows(rows, sequence, labels_per_row=True))
 
 
 def run_tasks(job: Runtime, heads: int, seq_len: int) -> None:

@@ -36,7 +36,7 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
         valid = float((whole["labels"] != IGNORE_INDEX).sum())
         total = 0.0
         for first in range(0, len(own["labels"]), MICRO):
-            batch = MicroBatch.of({name: x[first : first + MICRO] for name, x in own.items()}, sequence)
+            batch = MicroBatch.from_rows({name: x[first : first + MICRO] for name, x in own.items()}, sequence)
             loss = engine.forward(**batch.tensors, **batch.sequences, step=step, dropout_seed=step)
             total += loss.item()
             engine.backward(loss, valid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from attention_cases import MODES, Case, cases, run_case, run_causality, run_exact_attention
+from exchange_cases import MODES, Case, cases, run_case, run_causality, run_exact_attention
 
 MESHES = [(1, 2), (2, 1), (1, 4), (2, 2)]
 SLOW_MESHES = [(1, 3), (4, 1), (1, 8), (2, 4)]

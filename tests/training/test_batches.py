@@ -1,4 +1,4 @@
-"""What ranks agree on before a step: that all could read, and that those of one sequence read the same."""
+"""BatchReader: all ranks agree before a step that each could read, and that ranks of a sequence read the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEQ_LEN, BATCH_SIZE = 64, 4
 
 
 def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[torch.Tensor] | Exception]:
-    """Labels of each step on ranks that share sequences, each with a disk of its own; or what each raised."""
+    """Labels of each step on ranks that share sequences, each with its own copy of the data; or what each raised."""
 
     def of_rank(runtime: Runtime) -> list[torch.Tensor]:
         corpus = Corpus.open([folders[runtime.rank]])
@@ -30,10 +30,10 @@ def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[tor
         quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
         sequence = SlicedSequence(replace(mesh, buckets=len(folders), bucket_rank=runtime.rank), SEQ_LEN)
         with TrainLoader(sampler, quarantine, micro_batch_size=2) as loader:
-            intake = BatchReader(runtime, sequence, loader)
-            rows = [intake.next_rows() for _ in range(n_steps)]
-        assert {each.valid_labels for each in rows} == {SEQ_LEN * BATCH_SIZE}
-        return [torch.cat([batch.tensors["labels"] for batch in each.micro_batches]) for each in rows]
+            reader = BatchReader(runtime, sequence, loader)
+            steps = [reader.next_step() for _ in range(n_steps)]
+        assert {step.n_labels for step in steps} == {SEQ_LEN * BATCH_SIZE}
+        return [torch.cat([batch.tensors["labels"] for batch in step.micro_batches]) for step in steps]
 
     return on_ranks(len(folders), of_rank)
 
@@ -51,7 +51,7 @@ def test_ranks_of_one_sequence_read_the_same(tiny_data: Path, tmp_path: Path, jo
 
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_disks_that_differ_are_noticed(tiny_data: Path, tmp_path: Path, job: Runtime, odd: int) -> None:
-    """On one of the ranks samples are damaged: the others must not go on with other rows than it has."""
+    """Samples are damaged on one of the ranks: the others must not train on other rows."""
     folders = [tiny_data] * 3
     folders[odd] = damage_samples(tiny_data, tmp_path / "damaged")
     for error in read(folders, make_mesh(job, 1, 1), 40):
@@ -62,7 +62,7 @@ def test_disks_that_differ_are_noticed(tiny_data: Path, tmp_path: Path, job: Run
 def test_an_epoch_of_little_but_damage_ends_as_planned(
     tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
 ) -> None:
-    """Steps that have nothing left to read change no plan and no weights beyond what Adam's moments do."""
+    """Steps that have nothing left to read change neither the plan nor, beyond Adam's moments, the weights."""
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     for path in sorted(data.glob("train-*.tar"))[:-1]:

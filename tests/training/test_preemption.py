@@ -1,4 +1,4 @@
-"""A run that is told to stop saves, ends with status 75, and goes on as if it had not been told."""
+"""A run that receives a stop signal saves, exits with status 75, and resumes as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_source_that_never_answers_is_not_waited_for(job: Runtime) -> None:
     with stop.listen(), pytest.raises(Preempted):
         stop.defer_to_steps()
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        BatchReader(job, None, Silent(), stop=stop).next_rows()  # type: ignore[arg-type]
-    waiting = [thread for thread in threading.enumerate() if thread.name == "intake"]
+        BatchReader(job, None, Silent(), stop=stop).next_step()  # type: ignore[arg-type]
+    waiting = [thread for thread in threading.enumerate() if thread.name == "batch-reader"]
     assert waiting and all(thread.daemon for thread in waiting)  # so that the process can end
     stopped.set()
 
@@ -108,18 +108,18 @@ def test_a_signal_while_the_run_is_built_or_saved(
         save(*args)
 
     def train_until_told(words: str) -> None:
-        with stop.listen(), pytest.raises(Preempted, match=f"^told to stop: {words}"):
+        with stop.listen(), pytest.raises(Preempted, match=f"^stopped by a signal: {words}"):
             stop.defer_to_steps()
             train(job, tiny_data, tmp_path, *LONG, "trainer.save_every=4", stop=stop)
 
     stop = StopSignal()
     monkeypatch.setattr(writer, "save_file", save_when_told)
-    train_until_told("saved step|nothing was done since the checkpoint of step 4")
+    train_until_told("saved step|no step since the checkpoint of step 4")
     assert [words for words in said.messages if words.startswith("saved ")]
     step = max(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
     stop = StopSignal()
     with when_told(resuming_from=tell(signal.SIGTERM)):
-        train_until_told(f"nothing was done since the checkpoint of step {step}$")
+        train_until_told(f"no step since the checkpoint of step {step}$")
     train(job, tiny_data, tmp_path, *LONG)
     assert losses(tmp_path) == losses(uncut)
     assert_same(checkpoint(tmp_path, 12), checkpoint(uncut, 12))
@@ -127,16 +127,16 @@ def test_a_signal_while_the_run_is_built_or_saved(
 
 IMPATIENT = """
 import os, signal, time
-from reformer_dist.training import stopping
-stop = stopping.StopSignal()
+from reformer_dist.training import preemption
+stop = preemption.StopSignal()
 with stop.listen():
     stop.defer_to_steps()
-    stopping.ECHO = 1e9
+    preemption.REPEAT_SECONDS = 1e9
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
     print("waits", stop.is_set, flush=True)
-    stopping.ECHO = 0
+    preemption.REPEAT_SECONDS = 0
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 """
@@ -224,7 +224,7 @@ def test_under_nohup_a_run_outlives_its_terminal(tiny_data: Path, tmp_path: Path
         for signum, step in ((signal.SIGHUP, 4), (signal.SIGTERM, 40)):
             assert any(f" {step}/1000000 | loss" in line for line in process.stdout)
             process.send_signal(signum)
-        stopped = re.search(r"told to stop: saved step (\d+)", process.stdout.read())
+        stopped = re.search(r"stopped by a signal: saved step (\d+)", process.stdout.read())
         assert process.wait(60) == PREEMPTED
     assert stopped is not None and int(stopped[1]) >= 40
 
@@ -246,7 +246,7 @@ def test_a_rank_that_is_told_stops_all(uncut: Path, tiny_data: Path, tmp_path: P
                 break
         said = process.stdout.read()
         assert process.wait(60) == PREEMPTED, said
-    stopped = re.search(r"told to stop: saved step (\d+)", said)
+    stopped = re.search(r"stopped by a signal: saved step (\d+)", said)
     assert stopped is not None, said
     last = 4 * (int(stopped[1]) // 4 + 1)
     train(job, tiny_data, tmp_path, *LONG, f"trainer.max_steps={last}")

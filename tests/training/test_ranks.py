@@ -194,7 +194,7 @@ def test_damage_is_passed_over_by_all_ranks_and_named(
     assert n_damaged > 1
     named = (run / "quarantine.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["id"] for line in named) == state["quarantine"]
-    assert sum("passed over: " in words and "sha256 differs" in words for words in said.messages) == n_damaged
+    assert sum("skipped damaged sample: " in words and "sha256 differs" in words for words in said.messages) == n_damaged
     for name in ("damaged", "damaged-heads"):
         assert data_state(checkpoint(root / name, 6)) == state
         assert sorted((root / name / "quarantine.jsonl").read_text().splitlines()) == sorted(named)

@@ -1,4 +1,4 @@
-"""A run goes on exactly where it was, from the checkpoint that is right, or not at all."""
+"""Runs resume exactly where they stopped, from the right checkpoint, or not at all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from reformer_dist.checkpoint import find_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.training.checkpoint_manager import CheckpointManager
-from reformer_dist.training.trainer import TrainState
+from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
 
 
 def test_resume_is_bitwise(
@@ -76,10 +75,10 @@ def test_a_kill_between_the_metrics_and_the_checkpoint_of_a_step(
     """They are on the disk before a checkpoint begins; what is ahead of the last one, and torn, is taken back."""
     begin = CheckpointManager.begin
 
-    def killed_at_step_6(self: CheckpointManager, progress: TrainState, data_state: dict[str, Any]) -> None:
-        if progress.step == 6:
+    def killed_at_step_6(self: CheckpointManager, state: TrainState, data_state: dict[str, Any]) -> None:
+        if state.step == 6:
             raise KeyboardInterrupt
-        begin(self, progress, data_state)
+        begin(self, state, data_state)
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

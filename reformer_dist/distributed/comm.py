@@ -59,7 +59,7 @@ class Work:
 
 
 class CommGroup:
-    """The ranks of one process group, of which this is rank `index` of `size`. Every rank makes the same calls in order.
+    """Rank `index` of the `size` ranks of one process group. Every rank makes the same calls in the same order.
 
     With a single rank all calls are local, and `group` may be None.
     """

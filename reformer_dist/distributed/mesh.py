@@ -1,7 +1,7 @@
 """The mesh of ranks: data parallel, then heads, then buckets.
 
-Consecutive ranks share a sequence. Among them, consecutive ranks form a bucket group, which moves the most bytes and
-so belongs inside a node. Slices of the sequence are assigned so that each head group holds a contiguous part.
+Consecutive ranks share a sequence. Among them, consecutive ranks form a bucket group, which moves the most bytes
+and so belongs inside a node. Slices of the sequence are assigned so that each head group holds a contiguous part.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def _run(command: Callable[[], None]) -> None:
 
 
 def _drop_local_rank() -> None:
-    """Removes the argument --local_rank=N, which DeepSpeed's launcher adds to the environment variable LOCAL_RANK."""
+    """Removes the argument --local_rank=N, which DeepSpeed's launcher adds besides setting LOCAL_RANK."""
     if "LOCAL_RANK" in os.environ:
         sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
 

@@ -1,4 +1,4 @@
-"""A decoder whose next token depends on the last one alone, by a table that a test can read."""
+"""A decoder whose logits are a table lookup of the last tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TableDecoder:
-    """Logits behind a token, or behind two, are a row of the table."""
+    """Logits after one token, or after two, are a row of the table."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table

@@ -1,4 +1,4 @@
-"""What the next token is drawn from, and that rows do not disturb one another."""
+"""Sampling distributions, and independence of the rows of a batch."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def test_by_hand() -> None:
     assert probabilities(temperature=0) == [0, 1, 0, 0, 0]
     two = plain[1] + plain[2]
     assert probabilities(top_k=2) == pytest.approx([0, plain[1] / two, plain[2] / two, 0, 0])
-    # 0.61 and 0.22 of the mass: the second is needed to reach 0.7, and the third for 0.9
+    # probabilities 0.61 and 0.22: the second is needed to reach 0.7, and the third for 0.9
     assert [p > 0 for p in probabilities(top_p=0.7)] == [False, True, True, False, False]
     assert [p > 0 for p in probabilities(top_p=0.9)] == [True, True, True, False, False]
-    # top-k first: its two hold everything that top-p then counts
+    # top-k is first, and top-p counts the mass of its two tokens only
     assert [p > 0 for p in probabilities(top_k=2, top_p=0.7)] == [False, True, False, False, False]
     penalized = [False, True, False, True, False]
     changed = torch.tensor([1.0, 1.5, 2.0, -2.0, 0.5]).softmax(0).tolist()
@@ -56,9 +56,9 @@ def test_the_extremes_are_greedy(given: dict[str, Any]) -> None:
     assert [p > 0 for p in probabilities(**given)] == [False, True, False, False, False]
 
 
-def test_more_than_there_is_means_all() -> None:
+def test_top_k_above_the_vocabulary_keeps_all() -> None:
     assert probabilities(top_k=99, top_p=1.0) == pytest.approx(LOGITS[0].softmax(0).tolist())
-    # where all are alike, exactly k stay
+    # with ties, exactly k are kept
     assert sum(p > 0 for p in probabilities(logits=torch.zeros(1, 7), top_k=3)) == 3
 
 
@@ -83,7 +83,7 @@ def test_something_can_always_be_drawn(
 def draw(
     prompts: list[list[int]], n_tokens: int, seed: int = 0, ended: dict[int, int] | None = None, **given: Any
 ):
-    """Tokens by row; ended: how many tokens a row has, where not all."""
+    """Tokens by row; ended: number of tokens after which a row finishes."""
     decoder = TableDecoder(random_table(20, 5))
     options = SamplingOptions(temperature=1.0, seed=seed)
     sampler = TextSampler(decoder, [torch.tensor(prompt) for prompt in prompts], options, **given)
@@ -95,13 +95,13 @@ def draw(
     return found, decoder.rows_decoded
 
 
-def test_every_row_has_a_seed_of_its_own() -> None:
+def test_every_row_has_its_own_seed() -> None:
     found, _ = draw([[1, 2], [3]], 12, n_samples=2)
     assert len({tuple(tokens) for tokens in found.values()}) == 4
     assert found == draw([[1, 2], [3]], 12, n_samples=2)[0]
     other, _ = draw([[1, 2], [3]], 12, n_samples=2, seed=1)
     assert all(other[row] != found[row] for row in found)
-    # neither how many samples there are, nor with whom a prompt is read, nor who ends when
+    # independent of the number of samples, of the other prompts, and of when rows finish
     assert draw([[1, 2], [3]], 12, n_samples=1)[0] == {0: found[0], 1: found[2]}
     assert draw([[3]], 12, n_samples=2, first_prompt=1)[0] == {0: found[2], 1: found[3]}
     shorter, n_rows = draw([[1, 2], [3]], 12, n_samples=2, ended={1: 3, 2: 3, 0: 7})
@@ -118,8 +118,8 @@ def test_draws_follow_their_probabilities() -> None:
     torch.testing.assert_close(counts, table[0].softmax(0), atol=0.04, rtol=0)
 
 
-def test_the_penalty_knows_prompt_and_text_but_not_the_end() -> None:
-    """Greedily, with a penalty that nothing withstands, no token comes twice."""
+def test_the_penalty_covers_prompt_and_text_but_not_the_end() -> None:
+    """Greedy decoding with a huge penalty repeats no token."""
     table = torch.arange(6.0).repeat(6, 1) + 1
     options = SamplingOptions(temperature=0, repetition_penalty=1e6)
     sampler = TextSampler(TableDecoder(table), [torch.tensor([5, 4])], options)
@@ -129,8 +129,8 @@ def test_the_penalty_knows_prompt_and_text_but_not_the_end() -> None:
 
 
 @pytest.mark.parametrize("neighbours", list(NeighbourRule))
-def test_batches_of_a_model_are_its_single_texts(neighbours: NeighbourRule) -> None:
-    """With a cache and without: prompts of different lengths, several samples, rows that end early."""
+def test_batched_sampling_matches_single_rows(neighbours: NeighbourRule) -> None:
+    """With and without KV caches: prompts of different lengths, several samples, rows that finish early."""
     layers = [AttentionKind.lsh, AttentionKind.local, AttentionKind.exact]
     config = ModelConfig(
         dim=24, n_layers=3, n_heads=2, layers=layers, n_buckets=2, window=4, local_window=3, neighbours=neighbours
@@ -157,8 +157,8 @@ def test_batches_of_a_model_are_its_single_texts(neighbours: NeighbourRule) -> N
 
 @pytest.mark.parametrize("neighbours", list(NeighbourRule))
 @pytest.mark.parametrize("lengths", [[25, 5, 9], [5, 25, 9]], ids=str)
-def test_a_shorter_prompt_goes_on_to_the_last_position(neighbours: NeighbourRule, lengths: list[int]) -> None:
-    """Rows end at their own limits, the longest first; what it leaves is not in the way of the others."""
+def test_a_shorter_prompt_continues_to_the_last_position(neighbours: NeighbourRule, lengths: list[int]) -> None:
+    """Rows finish at their own limits, the longest first; its padding does not limit the others."""
     config = ModelConfig(
         dim=16, n_layers=2, n_heads=2, n_buckets=2, window=4, neighbours=neighbours, chunk_len=4,
         position=Position.learned, max_seq_len=32,
@@ -181,7 +181,7 @@ def test_a_shorter_prompt_goes_on_to_the_last_position(neighbours: NeighbourRule
     assert together == [texts([prompt], number)[0] for number, prompt in enumerate(prompts)]
 
 
-def test_one_text_is_a_stream() -> None:
+def test_generate_yields_a_stream() -> None:
     tokens = list(generate(TableDecoder(random_table(20, 5)), torch.tensor([1, 2]), 9, SamplingOptions(seed=4)))
     assert len(tokens) == 9
     assert tokens[:5] == list(
@@ -189,7 +189,7 @@ def test_one_text_is_a_stream() -> None:
     )
 
 
-def test_what_can_not_be_drawn_is_said() -> None:
+def test_invalid_logits_and_models_are_refused() -> None:
     sampler = TextSampler(TableDecoder(torch.full((3, 3), torch.nan)), [torch.tensor([1])], SamplingOptions())
     with pytest.raises(UserError, match="not finite"):
         sampler.step()
@@ -208,6 +208,6 @@ def test_what_can_not_be_drawn_is_said() -> None:
     ],
     ids=str,
 )
-def test_senseless_options(given: dict[str, Any], key: str) -> None:
+def test_invalid_options(given: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         SamplingOptions(**given)

@@ -1,4 +1,4 @@
-"""reformer-convert: from a folder of another system to what the commands of this package use, and back."""
+"""reformer-convert: import from other systems and export back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_bytes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     here = loaded(tmp_path / "here")
     text = "Wörter & <tags>".encode()
     tokens = torch.from_numpy(here.tokenizer.encode(text).astype("int64"))[None]
-    assert tokens[0].tolist() == [byte + 2 for byte in text]  # as google/reformer-enwik8 says of itself
+    assert tokens[0].tolist() == [byte + 2 for byte in text]  # as in google/reformer-enwik8
     assert here.tokenizer.decode(tokens[0].tolist()).encode() == text
     assert (here.model(tokens) - logits(there, tokens)).abs().max() < 1e-4
     convert(tmp_path / "here", tmp_path / "back")
@@ -87,7 +87,7 @@ def test_pieces_there_and_back(tmp_path: Path, spiece: Path) -> None:
         ids = tokenizer.encode(text.encode()).tolist()
         assert ids == reference.encode(text)
         assert tokenizer.decode(ids) == tokenizer.normalize(text.encode()).decode()
-        if ids:  # a text begins with a space that it is given
+        if ids:  # SentencePiece prepends a space
             assert tokenizer.token_bytes[ids].sum() == len(tokenizer.normalize(text.encode())) + 1
     convert(tmp_path / "here", tmp_path / "back")
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back", use_fast=False)
@@ -204,7 +204,7 @@ def write_like(tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
-def test_a_converted_model_is_trained_on_and_writes(
+def test_a_converted_model_is_fine_tuned_and_generates(
     tmp_path: Path, job: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build(SMALL | {"vocab_size": 258}).save_pretrained(tmp_path / "there")
@@ -234,7 +234,7 @@ def test_a_converted_model_is_trained_on_and_writes(
     assert capsys.readouterr().out.count("The ") == 1
 
 
-def test_a_run_starts_from_its_own_kind_only(tmp_path: Path) -> None:
+def test_init_from_needs_a_valid_export(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         compose_run([f"init_from={tmp_path}"])
     assert str(tmp_path) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Models of transformers and ours compute the same, read and written, whatever their options."""
+"""Random models of transformers and ours have equal logits, imported and exported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALLEST_MARGIN = 1e-5
 
 
 def converted(model: Any) -> ForeignModel:
-    """Through the files that theirs saves."""
+    """Imports the files that their model saves."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return hugging_face.read(Path(folder))
@@ -40,7 +40,7 @@ def ours(found: ForeignModel) -> ReformerLM:
 
 
 def theirs(model: ReformerLM) -> Any:
-    """Through the options and tensors that we write."""
+    """Exports our model to theirs."""
     named, tensors = model_files(model.config, model.state_dict(), model.vocab_size)
     kind = getattr(transformers, named["architectures"][0])
     there = kind(transformers.ReformerConfig(**named, use_cache=False)).eval()
@@ -59,7 +59,7 @@ def difference(mine: ReformerLM, their_logits: Tensor, tokens: Tensor, mask: Ten
 
 
 def padding(seq_len: int) -> Tensor:
-    """A row without any, and one of which about half is."""
+    """One row without padding, and one that is about half padding."""
     return torch.arange(seq_len) < torch.tensor([[seq_len], [1 + seq_len // 2]])
 
 
@@ -79,8 +79,8 @@ def test_any_model_both_ways(given: dict[str, Any], seq_len: int, seed: int, has
 
 @settings(max_examples=10)
 @given(options(), st.integers(1, 96), st.integers(0, 2**16))
-def test_a_fresh_model_as_it_is(given: dict[str, Any], seq_len: int, seed: int) -> None:
-    """With the small weights that theirs starts from, float32 as they have it is near enough."""
+def test_a_freshly_initialized_model_in_float32(given: dict[str, Any], seq_len: int, seed: int) -> None:
+    """With their initialization, their float32 logits are accurate enough."""
     tokens, mask, model = tokens_of(given["vocab_size"], seq_len, seed), padding(seq_len), build(given, seed=seed)
     assert difference(ours(converted(model)), logits(model, tokens, mask), tokens, mask) < TOLERANCE
 
@@ -95,12 +95,12 @@ def test_the_published_patterns(given: dict[str, Any]) -> None:
         assert (logits(theirs(mine), tokens) - logits(model, tokens)).abs().max() < TOLERANCE
 
 
-def test_the_pattern_of_layers_is_found() -> None:
+def test_the_period_of_layers_is_detected() -> None:
     assert [kind.name for kind in converted(build(ENWIK8)).config.layers] == ["local", "local", "lsh", "local"]
     assert ours(converted(build(ENWIK8))).config.layer_kinds()[6].name == "lsh"
 
 
-def test_buckets_are_those_that_theirs_chooses() -> None:
+def test_default_buckets_match_theirs() -> None:
     for seq_len, chunk_len, longest in ((96, 8, 96), (4096, 64, 4096), (65536, 64, 65536), (128, 16, 2048)):
         given = SMALL | {
             "num_buckets": None,

@@ -1,4 +1,4 @@
-"""Calls in reformer_pytorch's style: those of its README, and every option of its classes."""
+"""The reformer_pytorch API: the examples of its README, and every option of its classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(name: str = "ReformerLM", **options: object) -> ModelConfig:
 
 
 def test_the_readme_s_language_model() -> None:
-    """Its first example, with small sizes, and without the options that have no counterpart."""
+    """Its first example, with small sizes and without the unsupported options."""
     options = {
         "num_tokens": 200,
         "max_seq_len": 128,
@@ -61,7 +61,7 @@ def test_the_readme_s_language_model() -> None:
         "use_full_attn": False,
     }
     model = ReformerLM(**options)
-    tokens = torch.randint(0, 200, (1, 121))  # no multiple of anything
+    tokens = torch.randint(0, 200, (1, 121))  # not a multiple of anything
     logits = model(tokens)
     assert logits.shape == (1, 121, 200)
     logits.sum().backward()
@@ -78,7 +78,7 @@ def test_the_readme_s_stack_and_layer() -> None:
     stack = Reformer(dim=64, depth=2, heads=8, lsh_dropout=0.1, causal=True)
     x = torch.randn(1, 301, 64)
     assert stack(x).shape == x.shape
-    assert not torch.equal(stack(x), stack(x))  # each call of training hashes anew
+    assert not torch.equal(stack(x), stack(x))  # each training forward has new rotations
     stack.eval()
     assert torch.equal(stack(x), stack(x))
     layer = LSHSelfAttention(dim=128, heads=8, bucket_size=64, n_hashes=8, causal=False)
@@ -90,7 +90,7 @@ def test_the_readme_s_stack_and_layer() -> None:
     assert torch.equal(layer(edited, input_mask=mask)[1, :120], layer(x, input_mask=mask)[1, :120])
 
 
-def test_every_option_of_theirs_has_a_row() -> None:
+def test_defaults_match_the_signatures_of_reformer_pytorch() -> None:
     theirs = pytest.importorskip("reformer_pytorch")
     sizes = {"self", "kwargs", "num_tokens", "dim", "depth", "max_seq_len"}
     for name, defaults in DEFAULTS.items():
@@ -102,7 +102,7 @@ def test_every_option_of_theirs_has_a_row() -> None:
         assert defaults == expected, name
 
 
-def test_every_row_is_used_and_defaults_are_accepted() -> None:
+def test_every_option_is_used_and_defaults_are_accepted() -> None:
     assert OPTIONS.keys() == {"num_tokens", "dim", "depth", "max_seq_len"}.union(*DEFAULTS.values())
     for name in DEFAULTS:
         assert config(name).layers == [AttentionKind.lsh]
@@ -182,7 +182,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_keywords_of_a_call(name: str) -> None:
-    """None is none, as there; what is given is refused with the reason, all of it at once."""
+    """None is accepted; other values are refused with the reason, all in one error."""
     model = MODELS[name]().eval()
     x = torch.randint(0, 20, (1, 30)) if name == "ReformerLM" else torch.randn(1, 30, 32)
     assert torch.equal(model(x, **dict.fromkeys(KEYWORDS)), model(x))
@@ -202,7 +202,7 @@ def test_every_keyword_of_theirs_is_known() -> None:
     assert KEYWORDS.keys() == {*layer, *sequence} - {"self", "x", "input_mask", "kwargs"}
 
 
-def test_a_layer_of_ours_makes_rotary_positions_by_itself() -> None:
+def test_a_standalone_layer_applies_rotary_positions() -> None:
     x = torch.randn(1, 30, 32)
     outputs = []
     for position in (Position.sinusoidal, Position.rotary):

@@ -112,7 +112,7 @@ def test_lengths_and_padding(seq_len: int, padded: bool) -> None:
         mask = torch.ones(3, seq_len, dtype=torch.bool)
         mask[0, seq_len // 2 :] = False
         mask[1] = False
-    # without a loss, for one token has no next one
+    # without a loss, since a single token has no next token
     for recompute in (Recompute.none, Recompute.reversible):
         model = with_recompute(plain, recompute)
         out = model(tokens, key_padding_mask=mask, step=0, dropout_seed=1)
@@ -150,7 +150,7 @@ def test_two_forwards_before_a_backward(recompute: Recompute, backward_order: tu
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_a_frozen_embedding_does_not_silence_the_stack(recompute: Recompute) -> None:
+def test_the_stack_trains_under_a_frozen_embedding(recompute: Recompute) -> None:
     plain = small_model(recompute=Recompute.none)
     run(plain, random_tokens())
     frozen = with_recompute(plain, recompute)
@@ -175,7 +175,7 @@ def test_partly_frozen_blocks(trained: str) -> None:
 @pytest.mark.parametrize("is_inside", [False, True])
 @pytest.mark.parametrize("layers", [[LOCAL, LSH], [EXACT]], ids=str)
 def test_bf16_autocast(layers: list[Any], is_inside: bool) -> None:
-    """Backward is called in the autocast context or, as it should be, outside: the recompute has to remember."""
+    """Backward inside the autocast context or, as recommended, outside: the recompute restores autocast."""
     plain = small_model(recompute=Recompute.none, layers=layers, **DROPOUTS)
     losses = []
     for recompute, tolerance in ((Recompute.none, 0.0), (Recompute.checkpoint, 0.0), (Recompute.reversible, 0.03)):
@@ -204,8 +204,8 @@ def test_the_recompute_runs_in_the_dtypes_of_the_forward(recompute: Recompute) -
 
 
 @pytest.mark.parametrize("is_autocast", [False, True])
-def test_streams_are_rebuilt(is_autocast: bool) -> None:
-    """The inverse finds each layer's input again: exactly the sublayers' outputs, also under autocast."""
+def test_streams_are_reconstructed(is_autocast: bool) -> None:
+    """The inverse reconstructs the input of each layer, also under autocast."""
     stack = ReformerStack(small_config(n_layers=6))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
@@ -221,7 +221,7 @@ def test_streams_are_rebuilt(is_autocast: bool) -> None:
             rebuilt = stack.blocks[layer](*rebuilt, context, layer, cache=caches[layer], is_inverse=True)
             for found, expected in zip(rebuilt, streams[layer], strict=True):
                 assert found.dtype == torch.float32
-                # a rounding error of a stream may turn the last bit of a sublayer's bf16 input
+                # a rounding error of a stream may change the last bit of a sublayer's bf16 input
                 assert (found - expected).abs().max() <= (1e-2 if is_autocast else 2e-6)
 
 
@@ -234,7 +234,7 @@ def test_backward_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_the_recompute_takes_the_buckets_of_the_forward(recompute: Recompute) -> None:
+def test_the_recompute_reuses_the_buckets_of_the_forward(recompute: Recompute) -> None:
     model = small_model(recompute=recompute, layers=[LSH, LOCAL], n_layers=4)
     with mock.patch.object(attention, "hash_vectors", wraps=attention.hash_vectors) as hashed:
         loss = model(random_tokens(), shifted(random_tokens()), step=0)

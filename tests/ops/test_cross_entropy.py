@@ -1,4 +1,4 @@
-"""Chunked cross entropy is torch's cross entropy: value and gradients, whatever the chunk."""
+"""Chunked cross entropy matches torch's: value and gradients, for any chunk size."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_value_and_gradients(n: int, chunk: int, ignored: float, has_bias: bool,
     losses = chunked(leaves, labels, chunk), plain(leaves, labels)
     assert losses[0].dtype == torch.float32 and losses[0].shape == ()
     torch.testing.assert_close(*losses)
-    # a scaled loss, as the engine makes it
+    # a scaled loss, as in the engine
     found, expected = (torch.autograd.grad(loss * 0.37, leaves) for loss in losses)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 

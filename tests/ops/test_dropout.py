@@ -1,4 +1,4 @@
-"""Both kinds of dropout: the share that is kept, what the mask depends on, and that nothing else moves."""
+"""Attention and token dropout: keep rate, what the mask depends on, and no use of global random state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_keep_rate(dropout: float) -> None:
     for seed in (0, 1, 2**40 + 7):
         kept = mask(seed, dropout=dropout).float()
         assert kept.mean().item() == pytest.approx(1 - dropout, abs=0.01)
-        # no query and no key is favoured
+        # the same for every query and key
         spread = (dropout * (1 - dropout) / 300) ** 0.5
         for axis in (0, 1):
             assert (kept.mean(axis) - 1 + dropout).abs().max().item() < 5 * spread
@@ -78,7 +78,7 @@ def test_token_dropout(dtype: torch.dtype) -> None:
 
 
 def test_a_tokens_mask_is_its_own() -> None:
-    """Rows and positions taken apart draw what they drew together; no row, position or channel is like another."""
+    """Slices of rows and positions get the masks of the full tensor; rows, positions and channels are independent."""
     x = torch.ones(6, 40, 64)
     whole = token_dropout(x, 0.5, 9, COORDS)
     for rows, positions in ((slice(2, 5), slice(0, 40)), (slice(5, 6), slice(7, 19))):

@@ -136,9 +136,7 @@ def open_loader(
     """A loader of ORDER; `changed` may name its keys and those of TrainLoader."""
     sampler = make_sampler(data, **changed)
     resumed = LoaderState() if state is None else read_state(state, sampler, accept_changed=accept_changed)
-    quarantine = Quarantine(
-        sampler.corpus.total("samples", "train"), max_damaged_fraction, resumed.quarantine
-    )
+    quarantine = Quarantine(sampler.corpus.total("samples", "train"), max_damaged_fraction, resumed.quarantine)
     own = {key: value for key, value in changed.items() if key not in ORDER}
     return TrainLoader(sampler, quarantine, state=resumed, **({"micro_batch_size": 1, "workers": 0} | own))
 

@@ -7,7 +7,6 @@ forked once, from a server that has imported everything, and then run one case a
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -25,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from reformer_dist.distributed.runtime import Runtime
+from support.forks import fork_context
 
 TIMEOUT = 60.0  # seconds per case
 GRACE = 2.0  # seconds that the other ranks have to end a case after one of them failed
 START_TIMEOUT = 120.0
-PRELOAD = ["torch", "torch.distributed", "reformer_dist.models", "reformer_dist.parallel"]
 
 Case = Callable[..., None]
 
@@ -79,9 +78,7 @@ class RankPool:
             self._folder.cleanup()
 
     def _start(self) -> None:
-        # a server that never ran a thread: forking pytest itself could inherit a held lock of OpenMP or torch
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = fork_context()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()

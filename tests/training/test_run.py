@@ -60,7 +60,7 @@ def test_evaluation_and_samples_disturb_nothing(
 def test_progress_is_told(tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture) -> None:
     train(job, tiny_data, tmp_path / "run", "trainer.max_steps=2", "trainer.eval_every=2")
     announced, first, second, heldout, saved = said.messages
-    assert "41,281 parameters | ZeRO stage 0, fp32, 1 rank on cpu | 256 tokens a step in 4 micro-b" in announced
+    assert "41,281 parameters | ZeRO stage 0, fp32, 1 rank on cpu | 256 tokens per step in 4 micro-b" in announced
     for line in (first, second):
         for words in ("/2 | loss ", " | bits per byte ", " tokens/s | ", " | grad norm ", " | lr ", " | ETA "):
             assert words in line

@@ -28,7 +28,7 @@ typedef struct {
     const int32_t *positions;    /* [n_rows] if the rows are not full sequences; null: 0, 1, ... */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
     float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met no key */
-    float *sums;         /* [n_rows] forward: running sum of weights; backward: rowsum(d_out * out), given if out is null */
+    float *sums;         /* [n_rows] forward: sum of weights; backward: rowsum(d_out * out), given if out is null */
     float *key_scales;   /* [n_rows] output 1 / |q| if keys are q / |q|, never materialized: k is q, dk is dq; or null */
     float *along;        /* [n_rows] likewise: accumulates the component of dk along k; or null */
     float *dq, *dk, *dv; /* [n_rows, head_dim] */
@@ -81,9 +81,9 @@ INLINE ints visible_lanes(const Group *g, int key_slot, int first_lane) {
     const Call *call = g->call;
     ints distance = iota(g->first + first_lane - key_slot);
     int window = (int)call->window, nearest = call->causal ? (call->sees_self ? 0 : 1) : 1 - window;
-    ints found = (distance >= nearest) & (distance < window);
-    if (!call->causal && !call->sees_self) found &= distance != 0;
-    return found;
+    ints visible = (distance >= nearest) & (distance < window);
+    if (!call->causal && !call->sees_self) visible &= distance != 0;
+    return visible;
 }
 
 /* 1 / (number of rounds in which a pair meets), or 1 if none: to count pairs once. */
@@ -93,16 +93,16 @@ static void count_once_factors(const Group *g, int first, int n, float *factors)
     int window = (int)call->window;
     for (int j = 0; j < n; j++)
         for (int h = 0; h < GROUP; h += LANES) {
-            ints meetings = {0};
+            ints n_shared = {0};
             for (int round = 0; round < call->n_rounds; round++) {
                 const int32_t *codes = call->codes + round * n_rows;
                 ints distance;
                 for (int i = 0; i < LANES; i++) distance[i] = codes[g->row[h + i]];
                 distance -= codes[g->order[first + j]];
-                meetings -= (distance < window) & (call->causal ? distance >= 0 : distance > -window);
+                n_shared -= (distance < window) & (call->causal ? distance >= 0 : distance > -window);
             }
-            vec found = __builtin_convertvector(meetings, vec);
-            store(factors + j * GROUP + h, 1.0f / vec_max(found, splat(1.0f)));
+            vec count = __builtin_convertvector(n_shared, vec);
+            store(factors + j * GROUP + h, 1.0f / vec_max(count, splat(1.0f)));
         }
 }
 
@@ -313,7 +313,7 @@ static float dot_product(const float *x, const float *y, int64_t dim) {
 }
 
 /* 1 / |q| of a row: `ops.lsh.shared_keys.shared_keys` */
-static float key_factor(const Call *call, int64_t row) {
+static float key_scale(const Call *call, int64_t row) {
     const float *q = call->q + row * call->head_dim;
     float length = sqrtf(dot_product(q, q, call->head_dim));
     return 1.0f / (length < SMALLEST_NORM ? SMALLEST_NORM : length);
@@ -335,7 +335,7 @@ void reformer_attend(const Call *call) {
         for (int64_t row = 0; row < n_rows; row++) {
             call->lse[row] = LOWEST;
             call->sums[row] = 0;
-            if (call->key_scales) call->key_scales[row] = key_factor(call, row);
+            if (call->key_scales) call->key_scales[row] = key_scale(call, row);
             memset(call->out + row * dim, 0, dim * sizeof(float));
         }
         for (int round = 0; round < call->n_rounds; round++) {
@@ -366,7 +366,7 @@ void reformer_attend_backward(const Call *call) {
             int64_t at = row * dim;
             if (call->out) call->sums[row] = dot_product(call->d_out + at, call->out + at, dim);
             if (call->key_scales) {
-                call->key_scales[row] = key_factor(call, row);
+                call->key_scales[row] = key_scale(call, row);
                 call->along[row] = 0;
             }
             memset(call->dq + at, 0, dim * sizeof(float));

@@ -89,10 +89,10 @@ def _cpu_features() -> str:
 
 def _compiler() -> str:
     names = [name for name in (os.environ.get("CC"), *COMPILERS) if name]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
         raise Unavailable("needs a C compiler (gcc); torch needs none")
-    return found
+    return compiler
 
 
 def _compile(target: Path) -> None:

@@ -39,7 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Column:
-    """The pairs of a span whose keys are `offset` tiles before their queries within the bucket."""
+    """The pairs of a span whose keys are `offset` tiles before their queries in the sorted order."""
 
     offset: int
     runs: list[Run]

@@ -88,7 +88,9 @@ def test_pieces_keep_their_spaces(pieces: SentencePieceTokenizer, n_prompt: int)
 def test_beam_search_keeps_the_space_of_its_first_token(pieces: SentencePieceTokenizer) -> None:
     ids = pieces.encode(b"a model of any layer").tolist()
     first = next(n for n in range(1, len(ids)) if pieces.decode(ids[:n]) == "a")
-    ends = [n for n in range(1, len(ids) - first) if _make_stop_check(pieces, ids[:first], [" model"])(ids[first:][:n])]
+    ends = [
+        n for n in range(1, len(ids) - first) if _make_stop_check(pieces, ids[:first], [" model"])(ids[first:][:n])
+    ]
     n_tokens = len(pieces.encode(b"model"))
     assert ends[0] == n_tokens
     # stop strings in the prompt are ignored

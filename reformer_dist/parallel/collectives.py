@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from reformer_dist.distributed.comm import CommGroup
 from reformer_dist.distributed.mesh import SequenceMesh
 
-PHASE = "heads"
+PHASE, GATHER_PHASE = "heads", "gather"
 
 
 def to_heads(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
@@ -55,9 +55,6 @@ def _to_slices(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
     return comm.all_to_all(blocks, PHASE).movedim(0, 1).flatten(1, 2)
 
 
-PHASE = "gather"
-
-
 def gather_slices(x: Tensor, mesh: SequenceMesh) -> Tensor:
     """[P, ...]: x of the rank of each slice, in their order. Differentiable; every rank must go backward."""
     if mesh.size == 1:
@@ -70,7 +67,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: SequenceMesh) -> Tensor:
         ctx.mesh = mesh
-        return mesh.sequence_group.all_gather(x, PHASE)[[mesh.rank_of_slice(index) for index in range(mesh.size)]]
+        return mesh.sequence_group.all_gather(x, GATHER_PHASE)[
+            [mesh.rank_of_slice(index) for index in range(mesh.size)]
+        ]
 
     @staticmethod
     @once_differentiable
@@ -79,4 +78,4 @@ class _Gather(torch.autograd.Function):
         by_rank = torch.empty_like(grads[0])
         for index, grad in enumerate(grads[0]):
             by_rank[mesh.rank_of_slice(index)] = grad
-        return mesh.sequence_group.all_to_all(by_rank, PHASE).sum(dim=0), None
+        return mesh.sequence_group.all_to_all(by_rank, GATHER_PHASE).sum(dim=0), None

@@ -1,4 +1,4 @@
-"""TrialStatus on disk, locks, places, metrics, last words, tables and plots: each alone."""
+"""Status on disk, locks, placements, metrics, errors in logs, tables and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine can check of the layout: which part may import which, no import cycles, short files and functions."""
+"""The layout as far as a machine can check it: allowed imports, no import cycles, short files and functions."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ Each maps [B, S, dim] to [B, S, dim] and knows heads and projections; the mathem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, o
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
+from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import why_not
 from reformer_dist.ops.lsh.hashing import one_bucket
 from reformer_dist.ops.rotary import rotate
@@ -82,20 +85,43 @@ class SelfAttention(nn.Module):
         """Heads' outputs [B, H, S, D]."""
         raise NotImplementedError
 
+    def _options(
+        self,
+        kind: AttentionKind,
+        scale: float,
+        context: ForwardContext,
+        layer: int,
+        *,
+        count_pairs_once: bool = False,
+    ) -> AttentionOptions:
+        """Options of LSH or local attention."""
+        config, rule = self.config, LayerRule.of(self.config, kind)
+        return AttentionOptions(
+            rule=rule.rule,
+            n_buckets=rule.n_buckets,
+            scale=scale,
+            count_pairs_once=count_pairs_once,
+            dropout=context.dropout(config.attention_dropout),
+            dropout_seed=context.seed_for("attention", layer),
+            rows=context.places.rows,
+            implementation=config.attention_implementation.name,
+        )
+
     @staticmethod
-    def _over_sequence(
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
+    def _open_exchange(
+        bucket_ids: Callable[[], Tensor],
         options: AttentionOptions,
         context: ForwardContext,
         layer: int,
         memo: Memo | None,
-    ) -> Tensor:
-        kept = {} if memo is None else memo.plans.setdefault(layer, {})
-        mask = context.key_padding_mask
-        return context.sequence.of_layer(layer).bucket_attention(q, k, v, bucket_ids, options, mask, kept)
+    ) -> Exchange:
+        """The exchange of this call; a recompute gets that of the first run, with its bucket ids."""
+        if memo is not None and layer in memo.exchanges:
+            return memo.exchanges[layer]
+        exchange = context.sequence.open_exchange(bucket_ids(), options, context.key_padding_mask)
+        if memo is not None:
+            memo.exchanges[layer] = exchange
+        return exchange
 
 
 class LSHSelfAttention(SelfAttention):
@@ -107,33 +133,22 @@ class LSHSelfAttention(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
     ) -> Tensor:
         config = self.config
-        bucket_ids = self._hash(q, context, layer, memo)
-        if config.local_round:
-            bucket_ids = F.pad(bucket_ids, (0, 0, 0, 1))  # one more round, in which all share bucket 0
+        options = self._options(
+            AttentionKind.lsh, config.qk_scale, context, layer, count_pairs_once=config.count_pairs_once
+        )
+        exchange = self._open_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, memo)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
-        options = AttentionOptions(
-            rule=LayerRule.of(config, AttentionKind.lsh).rule,
-            n_buckets=config.n_buckets,
-            scale=config.qk_scale,
-            count_pairs_once=config.count_pairs_once,
-            dropout=context.dropout(config.attention_dropout),
-            dropout_seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
-            implementation=config.attention_implementation.name,
-        )
-        return self._over_sequence(q, None, v, bucket_ids, options, context, layer, memo)
+        return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
 
-    def _hash(self, q: Tensor, context: ForwardContext, layer: int, memo: Memo | None) -> Tensor:
-        if memo is not None and layer in memo.bucket_ids:
-            return memo.bucket_ids[layer]
+    def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:
+        """[B, H, R, S] of all rounds, the local one included."""
         config = self.config
         bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
-        if memo is not None:
-            memo.bucket_ids[layer] = bucket_ids
         if context.health is not None:
             context.health.append(context.sequence.health(bucket_ids, config.n_buckets, config.window))
-        return bucket_ids
+        # in the local round, all tokens share bucket 0
+        return F.pad(bucket_ids, (0, 0, 0, 1)) if config.local_round else bucket_ids
 
 
 class LocalSelfAttention(SelfAttention):
@@ -144,16 +159,9 @@ class LocalSelfAttention(SelfAttention):
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        options = AttentionOptions(
-            rule=LayerRule.of(self.config, AttentionKind.local).rule,
-            n_buckets=1,
-            scale=self.head_dim**-0.5,
-            dropout=context.dropout(self.config.attention_dropout),
-            dropout_seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
-            implementation=self.config.attention_implementation.name,
-        )
-        return self._over_sequence(q, k, v, one_bucket(q), options, context, layer, memo)
+        options = self._options(AttentionKind.local, self.head_dim**-0.5, context, layer)
+        exchange = self._open_exchange(lambda: one_bucket(q), options, context, layer, memo)
+        return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 
 
 class ExactSelfAttention(SelfAttention):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from reformer_dist.config import ModelConfig, Position
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.dropout import TokenPlaces
+from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.bucket_stats import LSHHealth
 from reformer_dist.ops.rotary import rotary_tables
 from reformer_dist.seeds import derive_seed
@@ -114,11 +115,9 @@ class Memo:
     A token near the border of two buckets, rebuilt with a rounding error, would fall on the other side.
     """
 
-    bucket_ids: dict[int, Tensor] = field(default_factory=dict)
-    """[B, H, R, S] by layer."""
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+    """By layer: bucket ids, and how their tokens travel between ranks."""
     query_ids: dict[int, Tensor] = field(default_factory=dict)
-    """The same of the queries of LSH cross attention."""
+    """[B, H, R, S] by layer: those of the queries of LSH cross attention."""
     key_ids: dict[int, Tensor] = field(default_factory=dict)
     """[B, H, R, T] of its keys."""
-    plans: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By layer: how tokens travelled between ranks, where they did."""

@@ -8,35 +8,35 @@ import torch
 from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.attention import require_attention
-from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, implementation
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, backends, bucket_attention
 
 CPU = torch.device("cpu")
 
 
 def test_a_cpu_takes_the_library_where_it_can_unless_told():
-    assert implementation.choose("auto", CPU, 64, torch.float64) == "torch"
-    wanted = "native" if implementation.why_unavailable() is None else "torch"
-    assert implementation.choose("auto", CPU, 64, torch.float32) == wanted
-    assert implementation.choose("reference", CPU, 7, torch.float64) == "reference"
+    assert backends.choose("auto", CPU, 64, torch.float64) == "torch"
+    wanted = "native" if backends.why_unavailable() is None else "torch"
+    assert backends.choose("auto", CPU, 64, torch.float32) == wanted
+    assert backends.choose("reference", CPU, 7, torch.float64) == "reference"
 
 
 def test_names_are_those_of_the_configuration():
-    assert {choice.name for choice in AttentionImplementation} == {"auto", *implementation.NAMES}
+    assert {choice.name for choice in AttentionImplementation} == {"auto", *backends.NAMES}
 
 
 def test_reasons(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    why = implementation.why_not
+    why = backends.why_not
     assert "needs a GPU" in why("triton", CPU, 64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why("triton", CPU, 64) is None
     assert "multiple of 16" in why("triton", CPU, 24) and "multiple of 16" in why("triton", CPU, 144)
     assert "float64" in why("triton", CPU, 64, torch.float64)
-    monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in why("triton", CPU, 64)
     assert "must be auto" in why("cuda", CPU, 64)
     with pytest.raises(ValueError, match="attention implementation triton: needs the package"):
-        implementation.choose("triton", CPU, 64, torch.float32)
+        backends.choose("triton", CPU, 64, torch.float32)
 
 
 def test_a_run_is_refused_before_it_is_built(monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import Case, assert_fast_is_oracle, cases, needs_compiler, window_rules
 
-from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, implementation
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, backends, bucket_attention
 from reformer_dist.ops.lsh.native import attention, calls, library
 
 CPU = torch.device("cpu")
@@ -180,24 +180,24 @@ def test_ids_that_are_no_buckets_are_refused(wrong: int) -> None:
 
 
 def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    why = implementation.why_not
-    assert why("native", CPU, 64) is None and implementation.choose("auto", CPU, 64, torch.float32) == "native"
+    why = backends.why_not
+    assert why("native", CPU, 64) is None and backends.choose("auto", CPU, 64, torch.float32) == "native"
     assert "window rule" in why("native", CPU, 64, chunks=True)
     assert "multiple of 16" in why("native", CPU, 24) and "multiple of 16" in why("native", CPU, 272)
     assert "float64" in why("native", CPU, 64, torch.float64)
     assert "not on meta" in why("native", torch.device("meta"), 64)
-    assert implementation.choose("auto", CPU, 64, torch.float32, chunks=True) == "torch"
-    assert implementation.choose("auto", CPU, 24, torch.float32) == "torch"
+    assert backends.choose("auto", CPU, 64, torch.float32, chunks=True) == "torch"
+    assert backends.choose("auto", CPU, 24, torch.float32) == "torch"
     with pytest.raises(ValueError, match="attention implementation native: needs a head_dim"):
-        implementation.choose("native", CPU, 24, torch.float32)
+        backends.choose("native", CPU, 24, torch.float32)
 
 
 def test_without_a_compiler_nothing_is_lost(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert implementation.choose("auto", CPU, 64, torch.float32) == "torch"
+    assert backends.choose("auto", CPU, 64, torch.float32) == "torch"
     with pytest.raises(ValueError, match="native: needs a C compiler"):
-        implementation.choose("native", CPU, 64, torch.float32)
+        backends.choose("native", CPU, 64, torch.float32)
 
 
 def test_a_compiler_that_fails_is_quoted(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,10 +136,10 @@ def attend(
 ) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
-    kept: dict[str, Any] = {}
+    exchange = sequence.open_exchange(ids, case.options(), mask)
     k = None if case.shared else leaves[1]
     for _ in range(2):
-        out = sequence.bucket_attention(leaves[0], k, leaves[-1], ids, case.options(), mask, kept)
+        out = sequence.bucket_attention(leaves[0], k, leaves[-1], exchange)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
@@ -170,7 +169,7 @@ def n_real(sliced: SlicedSequence) -> int:
 def check(case: Case, grid: SequenceGrid, merge_returns: bool) -> None:
     tensors = case.tensors(grid.buckets)
     whole = attend(case, WholeSequence(), *tensors)
-    sliced = SlicedSequence(grid, case.seq_len, merge_returns=merge_returns)
+    sliced = SlicedSequence(grid, case.seq_len, per_round=not merge_returns)
     found = attend(case, sliced, *own_tensors(sliced, *tensors))
     by_tiles = case.implementation == "torch" and isinstance(case.rule, WindowRule)
     is_exact = not merge_returns and by_tiles and case.dtype == torch.float32
@@ -188,7 +187,7 @@ def check_causality(grid: SequenceGrid, merge_returns: bool) -> None:
     """Another future, of other buckets too, leaves what came before as it was, on whatever rank."""
     case = Case("causality", CAUSAL, seq_len=150, n_buckets=2)
     vectors, ids, _, d_out = case.tensors(grid.buckets)
-    sliced = SlicedSequence(grid, case.seq_len, merge_returns=merge_returns)
+    sliced = SlicedSequence(grid, case.seq_len, per_round=not merge_returns)
     start = grid.slice_index * sliced.n_local
     for border in (1, 40, 77, 149):
         outs = []

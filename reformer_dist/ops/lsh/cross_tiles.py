@@ -63,7 +63,8 @@ class _TiledCrossAttention(torch.autograd.Function):
                     sums = _attend_round(group, pairs, *rows)
                     total = sums if total is None else total.merge(sums)
                 assert total is not None
-                o, group_lse = total.output(torch.zeros_like(rows[0]))
+                o, group_lse = total.output()
+                o[torch.isinf(group_lse)] = 0
                 group.queries(out).copy_(o)
                 lse.view(-1)[group.query_rows] = group_lse
         ctx.save_for_backward(q, k, v, query_ids, key_ids, out, lse, key_padding_mask)
@@ -79,7 +80,7 @@ class _TiledCrossAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for group in _groups(query_ids, key_ids, ctx.options, key_padding_mask):
                 do = group.queries(d_out).float()
-                of_rows = lse.view(-1)[group.query_rows] * LOG2_E, (do * group.queries(out).float()).sum(dim=1)
+                of_rows = lse.view(-1)[group.query_rows], (do * group.queries(out).float()).sum(dim=1)
                 rows = group.rows(q, k, v)
                 found = [torch.zeros_like(x) for x in rows]
                 for pairs in group.rounds:
@@ -196,7 +197,7 @@ def _attend_round(group: _Group, pairs: _Pairs, q: Tensor, k: Tensor, v: Tensor)
             p.mul_(group.dropout_factors(pairs, query, key))
         o[at_hand].index_add_(0, of, torch.bmm(p, values[key]))
     home = pairs.queries.bring_home
-    return Sums(home(o), home(top, LOWEST).mul_(LOG_2), home(weight))
+    return Sums(home(o), home(top, LOWEST), home(weight))
 
 
 def _backward_round(

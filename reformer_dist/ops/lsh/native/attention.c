@@ -27,8 +27,8 @@ typedef struct {
     const int32_t *unit_numbers; /* [n_units] for dropout; [n_rows] with positions; or null */
     const int32_t *positions;    /* [n_rows] of rows that are not whole units; or null: then they count from 0 */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
-    float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met nobody */
-    float *sums;         /* [n_rows] forward: weights so far; backward: rowsum(d_out * out), given if out is null */
+    float *out, *lse;    /* [n_rows, head_dim], 0 for queries that met no key; [n_rows] in base 2, inf for those */
+    float *sums;         /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
     float *key_factors;  /* [n_rows] if keys are q / |q|, which nobody writes: gets 1 / |q|; k is q, dk is dq; or null */
     float *along;        /* [n_rows] likewise: gets the sum of what queries add to dk, times k; or null */
     float *dq, *dk, *dv; /* [n_rows, head_dim] */
@@ -346,7 +346,6 @@ void reformer_attend(const Call *call) {
             float *out = call->out + row * dim, weight = call->sums[row];
             if (weight == 0) {
                 call->lse[row] = INFINITY;
-                memcpy(out, call->v + row * dim, dim * sizeof(float));
                 continue;
             }
             call->lse[row] += log2f(weight);
@@ -355,23 +354,17 @@ void reformer_attend(const Call *call) {
     }
 }
 
-/* dq, dk, dv from d_out, and from what reformer_attend gave. */
+/* Adds to dq, dk and dv. */
 void reformer_attend_backward(const Call *call) {
-    int64_t n_rows = call->n_units * call->seq_len, dim = call->head_dim;
+    int64_t n_rows = call->n_units * call->seq_len;
 #pragma omp parallel num_threads(call->n_threads)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n_rows; row++) {
-            int64_t at = row * dim;
-            if (call->out) call->sums[row] = product(call->d_out + at, call->out + at, dim);
             if (call->key_factors) {
                 call->key_factors[row] = key_factor(call, row);
                 call->along[row] = 0;
             }
-            memset(call->dq + at, 0, dim * sizeof(float));
-            memset(call->dk + at, 0, dim * sizeof(float));
-            memset(call->dv + at, 0, dim * sizeof(float));
-            if (call->lse[row] == INFINITY) memcpy(call->dv + at, call->d_out + at, dim * sizeof(float));
         }
         for (int round = 0; round < call->n_rounds; round++) {
             const int32_t *counts = call->span_counts + round * 2;
@@ -386,4 +379,10 @@ void reformer_attend_backward(const Call *call) {
             for (int64_t row = 0; row < n_rows; row++) stay_across_key(call, row);
         }
     }
+}
+
+/* out [n_rows] of a, b [n_rows, dim]. */
+void reformer_row_dot(const float *a, const float *b, float *out, int64_t n_rows, int64_t dim, int64_t n_threads) {
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (int64_t row = 0; row < n_rows; row++) out[row] = product(a + row * dim, b + row * dim, dim);
 }

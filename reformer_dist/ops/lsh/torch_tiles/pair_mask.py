@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, WindowRule
 from reformer_dist.ops.lsh.sorting import are_near
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.tiles import Column
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens that the rows of a group are."""
+
+    unit: Tensor
+    """[n_rows] index of the head: batch row * n_heads + head."""
+    position: Tensor
+    """[n_rows] in the whole sequence."""
+    codes: Tensor | None = None
+    """[R, n_rows] with count_pairs_once: `sorting.place_codes` of every round."""
 
 
 class PairMask:

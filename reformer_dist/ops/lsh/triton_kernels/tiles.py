@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.ops.lsh.held import HeldRows
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, Rule, WindowRule
 from reformer_dist.ops.lsh.triton_kernels.cut import cut
 
@@ -46,7 +46,7 @@ class Constants:
     shared: bool
     """Keys are q / |q|."""
     held: bool
-    """Rows are those that a part holds (`HeldRows`), as one unit."""
+    """Rows are those that a part holds (`Shard`), as one unit."""
 
     @staticmethod
     def of(
@@ -136,15 +136,15 @@ def tile_units(
     return Tiles(block, order, table, _codes(order, in_order, options), numbers)
 
 
-def tile_held(held: HeldRows, options: AttentionOptions, *, largest: int) -> Tiles:
-    """Tiles of held rows as one unit, whose buckets are those of every unit."""
-    assert isinstance(options.rule, WindowRule)
-    bounds, keys = held.query_bounds(options.rule), torch.stack(held.keys).unsqueeze(0)
-    block = block_of(options.rule, held.seq_len, options.n_buckets, largest)
-    n_buckets = bounds.shape[1]
-    order, table, _ = _cut_rounds(keys, n_buckets, options.rule, block, has_padding=False, bounds=bounds)
-    who = torch.stack([held.rows.position, held.rows.unit]).int()
-    return Tiles(block, order, table, held.rows.codes, who, (keys[0] < n_buckets).to(torch.uint8))
+def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
+    """Tiles of a partition as one unit, whose buckets are those of every unit."""
+    assert isinstance(options.rule, WindowRule) and shard.positions is not None
+    bounds = shard.query_bounds(options.rule)
+    block = block_of(options.rule, shard.seq_len, options.n_buckets, largest)
+    n_keys = shard.n_sort_keys
+    order, table, _ = _cut_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
+    who = torch.stack([shard.positions, shard.head_index]).int()
+    return Tiles(block, order, table, shard.position_codes, who, (shard.sort_keys[0] < n_keys).to(torch.uint8))
 
 
 def _cut_rounds(

@@ -91,6 +91,8 @@ def attend_in_parts(
     flat_q, flat_v, flat_d_out = (x.reshape(-1, width) for x in (q, v, d_out))
     flat_k = None if k is None else k.reshape(-1, width)
     backend = backend_for(options, v, partitioned=True)(options, v)
+    # the others compute in float32: nothing is to be rounded but by the caller
+    dtype = v.dtype if options.implementation == "triton" else torch.float32
     orders = [backend.sort(part.shard) for part in parts]
 
     def as_heads(x: Tensor) -> Tensor:
@@ -106,7 +108,8 @@ def attend_in_parts(
     partial = []
     for order, part, part_lses in zip(orders, parts, lses, strict=True):
         rows = rows_of(part)
-        o, lse = torch.empty_like(rows[2]), torch.empty(rows[2].shape[:3], device=v.device)
+        o = torch.empty(rows[2].shape, dtype=dtype, device=v.device)
+        lse = torch.empty(rows[2].shape[:3], device=v.device)
         order.attend(Forward(*rows, o, lse))
         o, lse = o[0, 0], lse[0, 0]
         assert torch.isinf(lse[~part.is_query]).all(), "a row that is no query met a key"
@@ -136,7 +139,7 @@ def attend_in_parts(
                 delta[part.number].masked_fill(silent, 0.0),
             )
         ]
-        found = [None if x is None else torch.zeros_like(x) for x in rows]
+        found = [None if x is None else torch.zeros_like(x, dtype=dtype) for x in rows]
         order.attend_backward(Backward(*rows, *of_rows, *found))
         for grad, of_part in zip(grads, [x for x in found if x is not None], strict=True):
             grad[part.number] += of_part[0, 0].float()

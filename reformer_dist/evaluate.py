@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORED_LABEL, SPLITS, Corpus, Tokenizer, heldout_batches
+from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, Tokenizer, heldout_batches
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
@@ -24,9 +24,9 @@ from reformer_dist.parallel.sequence import share_sequences
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
-from reformer_dist.tasks import Rows
+from reformer_dist.tasks import RowSelection
 from reformer_dist.tasks.metrics import gzip_bits_per_byte, order0_bits_per_byte
-from reformer_dist.training.evaluator import EvalResult, evaluate
+from reformer_dist.training.evaluation import EvalResult, evaluate
 
 MICRO_BATCH = 8
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_evaluation(arguments: argparse.Namespace) -> None:
     """Evaluates as one rank of the job; rank 0 prints."""
     job = runtime.start()
-    with failures.named(job):
+    with failures.detect_lost_ranks(job):
         if arguments.coverage:
             lines = _coverage(arguments, job)
         else:
@@ -119,17 +119,17 @@ def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
         return tokenizer.save(Path(folder))
 
 
-def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> Rows:
+def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> RowSelection:
     if arguments.split != "heldout" and loaded.config.task.packs_text:
         raise ConfigError(f"--split {arguments.split}: is for tasks that read samples; text is measured held out")
-    share = loaded.config.data.max_damaged_share
-    return Rows(arguments.rows, arguments.batch, rank, size, share, arguments.split)
+    share = loaded.config.data.max_damaged_fraction
+    return RowSelection(arguments.rows, arguments.batch, rank, size, share, arguments.split)
 
 
 def _held_out(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
     sequence = share_sequences(loaded.config, job, arguments.batch)
-    task, grid = loaded.task, sequence.grid
-    batches = task.heldout(corpus, _rows(arguments, loaded, grid.dp_rank, grid.dp_size))
+    task, mesh = loaded.task, sequence.mesh
+    batches = task.heldout(corpus, _rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
     return evaluate(loaded.model, batches, task, job, sequence)
 
 
@@ -141,7 +141,7 @@ def _text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) ->
     """The text that was predicted."""
     batches = loaded.task.heldout(corpus, _rows(arguments, loaded, 0, 1))
     labels = (batch.tensors["labels"] for batch in batches)
-    ids = torch.cat([each[each != IGNORED_LABEL] for each in labels])
+    ids = torch.cat([each[each != IGNORE_INDEX] for each in labels])
     return loaded.tokenizer.decode_bytes(ids.numpy())
 
 
@@ -191,16 +191,16 @@ def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
         seq_len=loaded.config.data.seq_len,
         rows=n_rows,
         micro_batch_size=1,
-        max_damaged_share=loaded.config.data.max_damaged_share,
+        max_damaged_fraction=loaded.config.data.max_damaged_fraction,
     )
     for batch in batches:
         sequence = MeasuredSequence()
         inputs, labels = batch.inputs.to(device), batch.labels.to(device)
-        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORED_LABEL, sequence=sequence)
+        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
         totals = totals or [Coverage() for _ in sequence.layers]
         for total, layer in zip(totals, sequence.layers, strict=True):
             total.add(layer)
-    return [total.shares() for total in totals]
+    return [total.fractions() for total in totals]
 
 
 def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
@@ -210,8 +210,8 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     """
     loaded = load_model(arguments.run, arguments.overrides, job.device)
     model = loaded.config.model
-    if model.chunk_wrap:
-        raise ConfigError("model.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
+    if model.compat.chunk_wrap:
+        raise ConfigError("model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
     layers = coverage_of(loaded, arguments.rows)
     if not layers:
         raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_rows import (
+from attention_cases import (
     CPU_ONLY,
     CUDA_ONLY,
     EXACT,
@@ -58,10 +58,10 @@ from attention_rows import (
     OURS,
     PEERS,
     TOLERANCE,
-    Row,
+    BenchCase,
     check,
-    keys_met,
-    our_buckets,
+    mean_visible_keys,
+    hash_buckets,
     our_options,
     run_once,
 )
@@ -81,9 +81,9 @@ MIB = 2**20
 def main() -> int:
     arguments = parse_arguments()
     if arguments.row is not None:
-        return run_row(Row(**json.loads(arguments.row)))
+        return run_row(BenchCase(**json.loads(arguments.row)))
     if arguments.rows is not None:
-        return run_rows([Row(**row) for row in json.loads(arguments.rows)])
+        return run_rows([BenchCase(**row) for row in json.loads(arguments.rows)])
     rows = [found for row in wanted_rows(arguments) if (found := in_own_process(row)) is not None]
     if arguments.json:
         for row in rows:
@@ -122,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def wanted_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+def wanted_rows(arguments: argparse.Namespace) -> Iterator[BenchCase]:
     is_cuda = arguments.device.startswith("cuda")
     others = CPU_ONLY if is_cuda else CUDA_ONLY
     wanted = arguments.impl or [name for name in IMPLEMENTATIONS if name not in others]
@@ -132,13 +132,13 @@ def wanted_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     if missing:
         note = "left out, not installed (pip install 'reformer_dist[peers]')"
         print(f"bench_attention.py: {' and '.join(missing)} {note}", file=sys.stderr)
-    shared = {name: getattr(arguments, name) for name in Row.__dataclass_fields__}
+    shared = {name: getattr(arguments, name) for name in BenchCase.__dataclass_fields__}
     impls = [impl for impl in IMPLEMENTATIONS if impl in wanted and impl not in missing]
     for seq_len, n_hashes, impl in itertools.product(arguments.seq_len, arguments.n_hashes, impls):
-        yield Row(**{**shared, "seq_len": seq_len, "n_hashes": n_hashes, "impl": impl})
+        yield BenchCase(**{**shared, "seq_len": seq_len, "n_hashes": n_hashes, "impl": impl})
 
 
-def in_own_process(row: Row) -> dict[str, Any] | None:
+def in_own_process(row: BenchCase) -> dict[str, Any] | None:
     """What the row's process printed; None where a peer is installed but can't be imported."""
     command = [sys.executable, str(Path(__file__).resolve()), "--row", json.dumps(asdict(row))]
     # threads of every row wait for one another as those of the installed commands do
@@ -158,14 +158,14 @@ def last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1]
 
 
-def report(row: Row, measured: dict[str, float | None] | None, error: str | None = None) -> dict[str, Any]:
+def report(row: BenchCase, measured: dict[str, float | None] | None, error: str | None = None) -> dict[str, Any]:
     """A row as it is printed: without measures it was wrong, or, with an error, it could not run."""
     sizes = {name: getattr(row, name) for name in ("impl", "seq_len", "n_hashes", "heads", "head_dim", "dtype")}
     verdict = {"correct": measured is not None} if error is None else {"correct": None, "error": error}
     return {**sizes, **(measured or dict.fromkeys((*MEASURES, "keys"))), **verdict}
 
 
-def run_row(row: Row) -> int:
+def run_row(row: BenchCase) -> int:
     torch.set_num_threads(row.threads)
     try:
         is_correct = check(row.shortened())
@@ -176,19 +176,19 @@ def run_row(row: Row) -> int:
     return 0
 
 
-def run_rows(rows: list[Row]) -> int:
+def run_rows(rows: list[BenchCase]) -> int:
     """One after another in this process, each told of as soon as it is there: for gpu_report.py.
 
     On CUDA a row's memory is counted by PyTorch, and a process of its own would cost it seconds. Rows of other
     lengths are alike once they are shortened: each kind is checked once.
     """
-    is_right = functools.cache(check)
+    is_correct_for = functools.cache(check)
     for row in rows:
         torch.set_num_threads(row.threads)
         try:
-            found = report(row, measure(row) if is_right(row.shortened()) else None)
+            found = report(row, measure(row) if is_correct_for(row.shortened()) else None)
         except Exception as error:  # Triton's are of no class of their own that could be named here
-            found = report(row, None, words_of(error))
+            found = report(row, None, describe_error(error))
         print(json.dumps(found), flush=True)
         if found["correct"] is None and not is_usable(row.device):
             break  # the rows behind it are for another process
@@ -197,7 +197,7 @@ def run_rows(rows: list[Row]) -> int:
     return 0
 
 
-def words_of(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Its type, and the first line of what it says, if it says anything."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
@@ -211,7 +211,7 @@ def is_usable(device: str) -> bool:
     return True
 
 
-def measure(row: Row) -> dict[str, float | None]:
+def measure(row: BenchCase) -> dict[str, float | None]:
     """Seconds and MiB by the names of MEASURES, and keys; hash, sort and keys are None where there are none."""
     q, v, d_out = row.inputs()
     attend = IMPLEMENTATION[row.impl](row)
@@ -220,7 +220,7 @@ def measure(row: Row) -> dict[str, float | None]:
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        forget_peak()
+        reset_peak()
     runs = []
     for _ in range(row.repeat):
         out, forward = timed(row, lambda: attend(q, v))
@@ -236,11 +236,11 @@ def measure(row: Row) -> dict[str, float | None]:
         *split(row, q),
         round(max(0, peak - before) / MIB, 1),
     ]
-    keys = round(keys_met(row, our_buckets(row, q)), 2) if row.impl in OURS else None
+    keys = round(mean_visible_keys(row, hash_buckets(row, q)), 2) if row.impl in OURS else None
     return {**dict(zip(MEASURES, values, strict=True)), "keys": keys}
 
 
-def timed(row: Row, work: Callable[[], Any]) -> tuple[Any, float]:
+def timed(row: BenchCase, work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     found = work()
     if row.device.startswith("cuda"):
@@ -248,7 +248,7 @@ def timed(row: Row, work: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
-def replay(row: Row, work: Callable[[], Any]) -> float | None:
+def replay(row: BenchCase, work: Callable[[], Any]) -> float | None:
     """Seconds of the work from a CUDA graph, the best of batches of 5; None where it can't be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
@@ -260,11 +260,11 @@ def replay(row: Row, work: Callable[[], Any]) -> float | None:
     return round(min(batches) / 5, 6)
 
 
-def split(row: Row, q: Tensor) -> tuple[float | None, float | None]:
+def split(row: BenchCase, q: Tensor) -> tuple[float | None, float | None]:
     """Seconds of hashing and of laying out the order, of ours on a CPU."""
     if row.impl not in OURS:
         return None, None
-    hashed = [timed(row, lambda: our_buckets(row, q)) for _ in range(row.repeat)]
+    hashed = [timed(row, lambda: hash_buckets(row, q)) for _ in range(row.repeat)]
     hash_seconds = round(min(seconds for _, seconds in hashed), 5)
     if row.device.startswith("cuda"):
         return hash_seconds, None  # there the order is made inside the kernels' launch
@@ -285,7 +285,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """From here on, on Linux, the highest resident size counts anew: what the check needed is not the row's."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What it costs to attend over a sequence that lies on several ranks: seconds and bytes by phase.
 
-Every row is a job of its own: so many ranks on this machine (gloo on a CPU, NCCL on GPUs), in a grid of heads x
+Every row is a job of its own: so many ranks on this machine (gloo on a CPU, NCCL on GPUs), in a mesh of heads x
 buckets. Bytes are those that a rank sends to others in one forward of one LSH layer, the mean over the ranks;
 beside them stand the formula of docs/sequence_parallelism.md, with the number of ranks that tokens really went to,
 and what an all-gather of q and v would have sent. Seconds are those of the slowest rank, phase by phase with the
@@ -21,14 +21,14 @@ import time
 from typing import Any
 
 import torch
-from grid_jobs import in_own_job
+from mesh_jobs import in_own_job
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import make_grid
+from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
-from reformer_dist.ops.lsh.attention import Exchange
+from reformer_dist.ops.lsh.attention import ExchangeMemory
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.parallel.bucket_exchange import BucketExchange
 from reformer_dist.parallel.traffic import LayerShape, all_gather_bytes, bucket_bytes, head_bytes
@@ -44,7 +44,7 @@ def main() -> int:
     if arguments.row is not None:
         run_row(arguments)
         return 0
-    rows = [in_own_job(__file__, grid) for grid in arguments.grids]
+    rows = [in_own_job(__file__, mesh) for mesh in arguments.meshes]
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -56,7 +56,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--grids", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
+    add("--meshes", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
     add("--seq-len", type=int, default=16384, help="of the whole sequence (default: 16384)")
     add("--batch", type=int, default=1)
     add("--n-heads", type=int, default=8)
@@ -77,27 +77,27 @@ def run_row(arguments: argparse.Namespace) -> None:
     job = runtime.start()
     if job.device.type == "cpu":
         torch.set_num_threads(1)
-    row = Row(arguments, job, heads, buckets)
+    row = ExchangeBenchmark(arguments, job, heads, buckets)
     found = row.measure()
     if job.is_main:
         print(json.dumps(found))
     runtime.stop()
 
 
-class Row:
+class ExchangeBenchmark:
     """One LSH attention over slices, on one rank."""
 
     def __init__(self, arguments: argparse.Namespace, job: Runtime, heads: int, buckets: int) -> None:
         self.arguments, self.job = arguments, job
-        self.grids = {overlaps: make_grid(job, heads, buckets, overlaps=overlaps) for overlaps in (True, False)}
-        self.sequence = SlicedSequence(self.grids[False], arguments.seq_len)
+        self.meshes = {overlaps: make_mesh(job, heads, buckets, overlaps=overlaps) for overlaps in (True, False)}
+        self.sequence = SlicedSequence(self.meshes[False], arguments.seq_len)
         self.n_buckets = max(2, arguments.seq_len // arguments.window // 2 * 2)
         self.options = AttentionOptions(WindowRule(arguments.window, causal=True), self.n_buckets, scale=1.0)
         self.shape = (arguments.batch, arguments.n_heads, self.sequence.n_local, arguments.head_dim)
         self.rotations = draw_rotations(
             arguments.n_heads, arguments.head_dim, arguments.n_hashes, self.n_buckets, "rotation", seed=0
         )
-        self.q, self.v, self.d_out = (self.vectors(self.grids[False].slice_index, name) for name in range(3))
+        self.q, self.v, self.d_out = (self.vectors(self.meshes[False].slice_index, name) for name in range(3))
 
     def vectors(self, slice_index: int, name: int) -> Tensor:
         """A slice's tensor, which every rank can draw."""
@@ -108,18 +108,18 @@ class Row:
     def measure(self) -> dict[str, Any]:
         is_correct = self.arguments.skip_check or self.check()
         exchange = self.run(overlaps=False)  # warms up
-        ledger = self.grids[False].ledger
+        stats = self.meshes[False].stats
         best: dict[str, float] = {}
         for _ in range(self.arguments.repeats):
-            ledger.clear()
+            stats.clear()
             start = self.now()
             exchange = self.run(overlaps=False)
-            phases = {phase: ledger.seconds.get(phase, 0.0) for phase in PHASES}
+            phases = {phase: stats.seconds.get(phase, 0.0) for phase in PHASES}
             phases["forward"] = self.now() - start
             slowest = {name: max(self.job.gather(seconds)) for name, seconds in phases.items()}
             if not best or slowest["forward"] < best["forward"]:
                 best = slowest
-        sent = {phase: self.job.sum([n])[0] / self.job.world_size for phase, n in self.bytes_by_phase(ledger)}
+        sent = {phase: self.job.sum([n])[0] / self.job.world_size for phase, n in self.bytes_by_phase(stats)}
         found = self.describe(exchange, sum(sent.values()))
         found |= {"correct": is_correct, "bytes_by_phase": sent, "seconds": None, "step": None}
         if is_correct:
@@ -128,9 +128,9 @@ class Row:
         return found
 
     @staticmethod
-    def bytes_by_phase(ledger: Any) -> list[tuple[str, float]]:
+    def bytes_by_phase(stats: Any) -> list[tuple[str, float]]:
         return [
-            (phase, float(ledger.bytes_sent.get(phase, 0))) for phase in PHASES if phase not in ("hash", "attend")
+            (phase, float(stats.bytes_sent.get(phase, 0))) for phase in PHASES if phase not in ("hash", "attend")
         ]
 
     def now(self) -> float:
@@ -139,10 +139,10 @@ class Row:
         self.job.barrier()
         return time.perf_counter()
 
-    def run(self, *, overlaps: bool, backward: bool = False) -> Exchange:
-        grid = self.grids[overlaps]
-        sequence = SlicedSequence(grid, self.arguments.seq_len)
-        with grid.ledger.timed("hash"):
+    def run(self, *, overlaps: bool, backward: bool = False) -> ExchangeMemory:
+        mesh = self.meshes[overlaps]
+        sequence = SlicedSequence(mesh, self.arguments.seq_len)
+        with mesh.stats.timed("hash"):
             ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
         mask = sequence.key_padding_mask(self.arguments.batch, self.job.device)
         leaves = [t.detach().requires_grad_(backward) for t in (self.q, self.v)]
@@ -166,23 +166,23 @@ class Row:
     def check(self) -> bool:
         """Whether this is what one rank makes of the whole, on every rank."""
         self.run(overlaps=False)
-        grid, sequence = self.grids[False], self.sequence
+        mesh, sequence = self.meshes[False], self.sequence
         whole_q, whole_v = (
-            torch.cat([self.vectors(i, name) for i in range(grid.size)], dim=2)[:, :, : self.arguments.seq_len]
+            torch.cat([self.vectors(i, name) for i in range(mesh.size)], dim=2)[:, :, : self.arguments.seq_len]
             for name in (0, 1)
         )
         ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
-        blocks = grid.sequence_wire.gather(ids, "check")
-        in_order = [blocks[grid.rank_of_slice(i)] for i in range(grid.size)]
+        blocks = mesh.sequence_group.all_gather(ids, "check")
+        in_order = [blocks[mesh.rank_of_slice(i)] for i in range(mesh.size)]
         whole_ids = torch.cat(in_order, dim=3)[..., : self.arguments.seq_len]
         right = bucket_attention(whole_q, None, whole_v, whole_ids, self.options)
-        start = grid.slice_index * sequence.n_local
+        start = mesh.slice_index * sequence.n_local
         right = right[:, :, start : start + sequence.n_local]
         error = (self.out[:, :, : right.shape[2]].float() - right.float()).abs().max().item()
         return max(self.job.gather(error)) <= TOLERANCE[self.arguments.dtype] * right.abs().max().item()
 
-    def describe(self, exchange: Exchange, measured: float) -> dict[str, Any]:
-        arguments, grid = self.arguments, self.grids[False]
+    def describe(self, exchange: ExchangeMemory, measured: float) -> dict[str, Any]:
+        arguments, mesh = self.arguments, self.meshes[False]
         shape = LayerShape(
             rows=arguments.batch,
             slice_len=self.sequence.n_local,
@@ -194,9 +194,9 @@ class Row:
         )
         sent, returned = self.other_ranks(exchange, shape)
         return {
-            "ranks": grid.size,
-            "heads": grid.heads,
-            "buckets": grid.buckets,
+            "ranks": mesh.size,
+            "heads": mesh.heads,
+            "buckets": mesh.buckets,
             "seq_len": arguments.seq_len,
             "n_hashes": arguments.n_hashes,
             "n_buckets": self.n_buckets,
@@ -205,16 +205,16 @@ class Row:
             "sent_to": sent,
             "returned_from": returned,
             "bytes_measured": measured,
-            "bytes_formula": head_bytes(shape, grid.heads)
-            + bucket_bytes(shape, grid.heads, grid.buckets, sent, returned),
-            "bytes_all_gather": all_gather_bytes(shape, grid.size),
+            "bytes_formula": head_bytes(shape, mesh.heads)
+            + bucket_bytes(shape, mesh.heads, mesh.buckets, sent, returned),
+            "bytes_all_gather": all_gather_bytes(shape, mesh.size),
         }
 
-    def other_ranks(self, exchange: Exchange, shape: LayerShape) -> tuple[float, float]:
+    def other_ranks(self, exchange: ExchangeMemory, shape: LayerShape) -> tuple[float, float]:
         """Mean numbers of other ranks to which a token went as a key, and as a query."""
         if not isinstance(exchange, BucketExchange):
             return 0.0, 0.0
-        plan, own = exchange.plan, self.grids[False].bucket_rank
+        plan, own = exchange.plan, self.meshes[False].bucket_rank
         totals = [0.0, 0.0]
         for route in plan.routes:
             for which, selection in enumerate((route.sent, route.sent_queries)):
@@ -229,7 +229,7 @@ def print_table(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> No
         f"rounds, {arguments.dtype}, {rows[0]['device']}; MiB and seconds of one rank, forward"
     )
     print(
-        f"{'grid':>6} {'measured':>9} {'formula':>8} {'of it':>6} {'of all-gather':>13}  "
+        f"{'mesh':>6} {'measured':>9} {'formula':>8} {'of it':>6} {'of all-gather':>13}  "
         + " ".join(f"{phase:>8}" for phase in PHASES)
         + f" {'forward':>8} {'step':>16}"
     )

@@ -14,13 +14,13 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
+from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import why_not
-from reformer_dist.ops.lsh.hashing import one_bucket
+from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -50,29 +50,29 @@ class SelfAttention(nn.Module):
             self.to_k = nn.Linear(config.dim, inner, bias=False)
         self.n_value_heads = 1 if config.one_value_head else self.n_heads
         self.to_v = nn.Linear(config.dim, self.n_value_heads * self.head_dim, bias=False)
-        self.to_out = nn.Linear(inner, config.dim, bias=config.attention_bias)
+        self.to_out = nn.Linear(inner, config.dim, bias=config.compat.attention_bias)
 
     def forward(
         self,
         x: Tensor,
         context: ForwardContext | None = None,
         layer: int = 0,
-        memo: Memo | None = None,
+        cache: RecomputeCache | None = None,
         **options: Unpack[ForwardOptions],
     ) -> Tensor:
         """[B, S, dim] -> [B, S, dim].
 
         layer: its number, which draws rotations and dropout masks of its own. In a stack, `context` is that of
-        the forward call, and `memo` is written on the first run and read by a recompute. A layer that is used
+        the forward call, and `cache` is written on the first run and read by a recompute. A layer that is used
         alone is called without them, as in `layer(x, key_padding_mask=mask, step=step)`.
         """
         if context is None:
             n_tokens, is_training = x.shape[1], self.training
-            context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
+            context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         q = self._heads(self.to_q(x))
         k = self._heads(self.to_k(x)) if self.has_own_keys else q
         v = self._heads(self.to_v(x)).expand(-1, self.n_heads, -1, -1)
-        out = self._attend(q, k, v, context, layer, memo)
+        out = self._attend(q, k, v, context, layer, cache)
         return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         """Heads' outputs [B, H, S, D]."""
         raise NotImplementedError
@@ -103,8 +103,8 @@ class SelfAttention(nn.Module):
             count_pairs_once=count_pairs_once,
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
-            implementation=config.attention_implementation.name,
+            rows=context.coords.rows,
+            backend=config.attention_backend.name,
         )
 
     @staticmethod
@@ -113,14 +113,14 @@ class SelfAttention(nn.Module):
         options: AttentionOptions,
         context: ForwardContext,
         layer: int,
-        memo: Memo | None,
+        cache: RecomputeCache | None,
     ) -> Exchange:
         """The exchange of this call; a recompute gets that of the first run, with its bucket ids."""
-        if memo is not None and layer in memo.exchanges:
-            return memo.exchanges[layer]
+        if cache is not None and layer in cache.exchanges:
+            return cache.exchanges[layer]
         exchange = context.sequence.open_exchange(bucket_ids(), options, context.key_padding_mask)
-        if memo is not None:
-            memo.exchanges[layer] = exchange
+        if cache is not None:
+            cache.exchanges[layer] = exchange
         return exchange
 
 
@@ -130,13 +130,13 @@ class LSHSelfAttention(SelfAttention):
     has_own_keys = False
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         config = self.config
         options = self._options(
             AttentionKind.lsh, config.qk_scale, context, layer, count_pairs_once=config.count_pairs_once
         )
-        exchange = self._open_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, memo)
+        exchange = self._open_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
         return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
@@ -145,8 +145,8 @@ class LSHSelfAttention(SelfAttention):
         """[B, H, R, S] of all rounds, the local one included."""
         config = self.config
         bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
-        if context.health is not None:
-            context.health.append(context.sequence.health(bucket_ids, config.n_buckets, config.window))
+        if context.bucket_stats is not None:
+            context.bucket_stats.append(context.sequence.bucket_stats(bucket_ids, config.n_buckets, config.window))
         # in the local round, all tokens share bucket 0
         return F.pad(bucket_ids, (0, 0, 0, 1)) if config.local_round else bucket_ids
 
@@ -155,12 +155,12 @@ class LocalSelfAttention(SelfAttention):
     """Attention to the nearest positions, own included: one bucket, one round, keys of its own."""
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         options = self._options(AttentionKind.local, self.head_dim**-0.5, context, layer)
-        exchange = self._open_exchange(lambda: one_bucket(q), options, context, layer, memo)
+        exchange = self._open_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 
 
@@ -168,7 +168,7 @@ class ExactSelfAttention(SelfAttention):
     """Attention to every position (or every earlier one), through PyTorch's own kernels."""
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, memo: Memo | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
@@ -176,33 +176,33 @@ class ExactSelfAttention(SelfAttention):
             causal=self.config.causal,
             dropout=context.dropout(self.config.attention_dropout),
             seed=context.seed_for("attention", layer),
-            rows=context.places.rows,
+            rows=context.coords.rows,
         )
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
 
 
 def require_attention(config: ModelConfig, device: torch.device) -> None:
-    """Raises ConfigError where model.attention_implementation can't run on the device."""
+    """Raises ConfigError where model.attention_backend can't run on the device."""
     kinds = set(config.layer_kinds())
     if kinds == {AttentionKind.exact}:
         return
-    name = config.attention_implementation.name
+    name = config.attention_backend.name
     rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
     chunks = any(isinstance(rule, ChunkRule) for rule in rules)
     reason = why_not(name, device, config.resolved_head_dim, chunks=chunks)
     if reason is not None:
-        raise ConfigError(f"model.attention_implementation={name}: {reason}")
+        raise ConfigError(f"model.attention_backend={name}: {reason}")
 
 
 def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
-    """Bucket ids [B, H, R, S] of vectors [B, H, S, D], under rotations of a seed, or of config.hash_seed."""
-    scheme, implementation = config.hash_scheme.name, config.attention_implementation.name
-    factors = None if config.bucket_factors is None else tuple(config.bucket_factors)
+    """Bucket ids [B, H, R, S] of vectors [B, H, S, D], under rotations of a seed, or of config.compat.hash_seed."""
+    scheme, backend = config.hash_scheme.name, config.attention_backend.name
+    factors = None if config.compat.bucket_factors is None else tuple(config.compat.bucket_factors)
     sizes = (vectors.shape[1], vectors.shape[3], config.n_hashes, config.n_buckets)
-    if config.hash_seed is not None:
-        rotations = seeded_rotations(*sizes, config.hash_seed, factors=factors)
+    if config.compat.hash_seed is not None:
+        rotations = seeded_rotations(*sizes, config.compat.hash_seed, factors=factors)
     else:
         rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
     return hash_vectors(
-        vectors, rotations, config.n_buckets, scheme, factors=factors, implementation=implementation
+        vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend
     )

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from reformer_dist.config import ModelConfig, Position
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
-from reformer_dist.ops.dropout import TokenPlaces
+from reformer_dist.ops.dropout import TokenCoords
 from reformer_dist.ops.lsh.attention import Exchange
-from reformer_dist.ops.lsh.bucket_stats import LSHHealth
+from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.ops.rotary import rotary_tables
 from reformer_dist.seeds import derive_seed
 
-WHOLE = WholeSequence()
+WHOLE_SEQUENCE = WholeSequence()
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -30,7 +30,7 @@ class ForwardOptions(TypedDict, total=False):
     """Of this step's dropout in training mode; None draws one from torch's generator."""
     rows: Tensor | None
     """[B] numbers of the rows among those of their step, which dropout masks depend on; None: 0, 1, .."""
-    health: list[LSHHealth] | None
+    bucket_stats: list[BucketStats] | None
     """LSH layers append their statistics."""
     sequence: SequenceAccess
     """Where the tokens are not whole sequences, which part they are (`models.sequence`); a
@@ -38,7 +38,7 @@ class ForwardOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Source:
+class EncodedSource:
     """What an encoder made of the texts that a decoder reads."""
 
     hidden: Tensor
@@ -57,17 +57,17 @@ class ForwardContext:
     """Of this call's dropout masks; None switches dropout off."""
     rotation_seed: int
     """Of this call's hash rotations: one for each training step, a fixed one in evaluation."""
-    places: TokenPlaces
-    """Which tokens of the step are at hand: dropout masks are functions of their places."""
+    coords: TokenCoords
+    """Which tokens of the step are at hand: dropout masks are functions of their coords."""
     sequence: SequenceAccess
     """How attention reaches the rest of the sequence."""
     key_padding_mask: Tensor | None = None
     """[B, S], True for real tokens."""
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
-    health: list[LSHHealth] | None = None
+    bucket_stats: list[BucketStats] | None = None
     """Where LSH layers leave their statistics, if they are wanted."""
-    source: Source | None = None
+    source: EncodedSource | None = None
     """What the layers of a decoder read."""
 
     def seed_for(self, *place: int | str) -> int:
@@ -77,13 +77,13 @@ class ForwardContext:
     def dropout(self, p: float) -> float:
         return 0.0 if self.dropout_seed is None else p
 
-    def leaves_out(self, layer: int, share: float) -> bool:
+    def skips_layer(self, layer: int, share: float) -> bool:
         """Whether this training step goes around a layer; alike on every rank, whose seeds are the same."""
         share = self.dropout(share)
         return share > 0.0 and self.seed_for("layer_drop", layer) < share * 2**63
 
 
-def open_context(
+def build_context(
     config: ModelConfig,
     seed: int,
     n_tokens: int,
@@ -93,8 +93,8 @@ def open_context(
     is_training: bool,
 ) -> ForwardContext:
     """The context of one forward call on rows of n_tokens. seed: the model's; is_training switches dropout on."""
-    sequence, step, mask = options.get("sequence", WHOLE), options.get("step"), options.get("key_padding_mask")
-    places = TokenPlaces(options.get("rows"), sequence.positions(n_tokens, device, mask))
+    sequence, step, mask = options.get("sequence", WHOLE_SEQUENCE), options.get("step"), options.get("key_padding_mask")
+    coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:
         dropout_seed = None
@@ -102,14 +102,14 @@ def open_context(
         dropout_seed = int(torch.randint(2**62, (1,)).item())
     rotary = None
     if config.position is Position.rotary:
-        rotary = rotary_tables(places.positions, config.resolved_head_dim)
+        rotary = rotary_tables(coords.positions, config.resolved_head_dim)
     phase = "evaluation" if step is None else "training"
     rotation_seed = derive_seed("rotations", seed, phase, step or 0)
-    return ForwardContext(dropout_seed, rotation_seed, places, sequence, mask, rotary, options.get("health"))
+    return ForwardContext(dropout_seed, rotation_seed, coords, sequence, mask, rotary, options.get("bucket_stats"))
 
 
 @dataclass
-class Memo:
+class RecomputeCache:
     """What a layer's first run decides and its recompute must not decide anew.
 
     A token near the border of two buckets, rebuilt with a rounding error, would fall on the other side.

@@ -22,14 +22,14 @@ from reformer_dist.ops.lsh import CrossKeys, CrossOptions, WindowRule, cross_att
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 
 
-def why_not_incremental(config: ModelConfig) -> str | None:
+def kv_cache_unsupported_reason(config: ModelConfig) -> str | None:
     """Why such a model can't be decoded token by token; None where it can."""
     if not config.causal:
         return "model.causal=false: what a token sees changes with each one that follows"
     if config.neighbours is NeighbourRule.chunk and AttentionKind.lsh in config.layer_kinds():
         return "model.neighbours=chunk: which earlier tokens a token sees changes with those that follow"
-    if config.local_chunk_len > 0 and AttentionKind.local in config.layer_kinds():
-        return "model.local_chunk_len: only local attention of a sliding window (0) keeps its last tokens"
+    if config.compat.local_chunk_len > 0 and AttentionKind.local in config.layer_kinds():
+        return "model.compat.local_chunk_len: only local attention of a sliding window (0) keeps its last tokens"
     return None
 
 
@@ -41,7 +41,7 @@ class DecodingState(WholeSequence):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        reason = why_not_incremental(config)
+        reason = kv_cache_unsupported_reason(config)
         if reason is not None:
             raise ValueError(reason)
         self._longest = config.max_positions

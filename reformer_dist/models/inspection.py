@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.sequence import LayerAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import attend_locally
@@ -28,7 +28,7 @@ class AttentionView:
 
 @torch.no_grad()
 def inspect_attention(
-    model: TokenModel, tokens: Tensor, *, key_padding_mask: Tensor | None = None, step: int | None = None
+    model: ReformerModel, tokens: Tensor, *, key_padding_mask: Tensor | None = None, step: int | None = None
 ) -> list[AttentionView]:
     """The attention of every layer on tokens [B, S], without dropout; of up to 4096 tokens, since it is dense.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
-from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets
 
 
@@ -82,7 +82,7 @@ class SequenceAccess(Protocol):
         """
         ...
 
-    def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+    def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         """Health of the hashing of the whole sequence."""
         ...
 
@@ -128,9 +128,9 @@ class WholeSequence:
     ) -> Tensor:
         return cross_attention(q, query_ids, keys(), options)
 
-    def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+    def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_health(bucket_ids, counts, window)
+        return measure_bucket_stats(bucket_ids, counts, window)
 
 
 def first_real(key_padding_mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import Delivery, Parcel, Wire
+from reformer_dist.distributed.comm import Work, SplitRows, CommGroup
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.attention import Backward, Forward, Sorter, attend
 from reformer_dist.ops.lsh.backends import backend_for
@@ -30,21 +30,21 @@ class BucketExchange:
     """`ops.lsh.attention.Exchange` among the ranks that made a plan together."""
 
     def __init__(
-        self, plan: ExchangePlan, options: AttentionOptions, wire: Wire, *, per_round: bool = False
+        self, plan: ExchangePlan, options: AttentionOptions, comm: CommGroup, *, per_round: bool = False
     ) -> None:
         """per_round: rounds are combined one by one, which in float32 is bitwise the result of one rank.
 
         Otherwise partial results of a token whose rounds are attended on the same rank are merged there, which
         saves bytes. per_round needs the `torch` backend.
         """
-        self.plan, self.wire, self.per_round, self.options = plan, wire, per_round, options
+        self.plan, self.comm, self.per_round, self.options = plan, comm, per_round, options
 
     def forward(self, tensors: Forward, sorter: Sorter) -> None:
-        dispatcher = TokenDispatcher(self.plan, self.options, self.wire, tensors.q, tensors.k, tensors.v)
+        dispatcher = TokenDispatcher(self.plan, self.options, self.comm, tensors.q, tensors.k, tensors.v)
         combiner: Combiner = (RoundCombiner if self.per_round else MergedCombiner)(dispatcher)
         lses = tensors.lse.unsqueeze(3)
 
-        def attend(route: Route, arrived: list[Tensor]) -> list[Parcel]:
+        def attend(route: Route, arrived: list[Tensor]) -> list[SplitRows]:
             query_rows = None if tensors.k is None else dispatcher.queries.field(arrived[1], "q")
             received = dispatcher.unpack(route, arrived[0], query_rows)
             return [combiner.attend(route, received, sorter)]
@@ -58,40 +58,40 @@ class BucketExchange:
 
     def backward(self, tensors: Backward, sorter: Sorter) -> None:
         tensors = tensors._replace(d_out=tensors.d_out.contiguous())
-        dispatcher = TokenDispatcher(self.plan, self.options, self.wire, tensors.q, tensors.k, tensors.v)
+        dispatcher = TokenDispatcher(self.plan, self.options, self.comm, tensors.q, tensors.k, tensors.v)
         call = _Backward(dispatcher, tensors, sorter)
         self._run(call.pack, call.attend, call.add_gradients)
 
     def _run(
         self,
-        pack: Callable[[Route], list[Parcel]],
-        attend: Callable[[Route, list[Tensor]], list[Parcel]],
+        pack: Callable[[Route], list[SplitRows]],
+        attend: Callable[[Route, list[Tensor]], list[SplitRows]],
         finish: Callable[[Route, list[Tensor]], None],
     ) -> None:
         """Each route is dispatched, attended and combined; the next one travels while this one is attended."""
         self._check_same_plan()
-        routes, wire = self.plan.routes, self.wire
-        timed = wire.ledger.timed
-        dispatched: list[Delivery] = []
-        returned: list[Delivery] = []
+        routes, comm = self.plan.routes, self.comm
+        timed = comm.stats.timed
+        dispatched: list[Work] = []
+        returned: list[Work] = []
         # two more turns: what is dispatched at one is attended at the next, and combined at the one after that
         for turn in range(len(routes) + 2):
             with timed("exchange"):
                 arrived = [delivery.wait() for delivery in dispatched]
                 parcels = pack(routes[turn]) if turn < len(routes) else []
-                dispatched = [wire.send(parcel, "exchange") for parcel in parcels]
+                dispatched = [comm.all_to_all_v(parcel, "exchange") for parcel in parcels]
             with timed("attend"):
                 results = attend(routes[turn - 1], arrived) if arrived else []
             with timed("return"):
                 combined = [delivery.wait() for delivery in returned]
-                returned = [wire.send(parcel, "return") for parcel in results]
+                returned = [comm.all_to_all_v(parcel, "return") for parcel in results]
                 if combined:
                     finish(routes[turn - 2], combined)
 
     def _check_same_plan(self) -> None:
         """All ranks are about to exchange by plans that match, or all of them raise TrainingError."""
         checksum = torch.tensor([self.plan.checksum], device=self.plan.routes[0].bucket_ids.device)
-        difference = int(self.wire.sum(checksum, "count"))
+        difference = int(self.comm.all_reduce(checksum, "count"))
         if difference:
             raise TrainingError(
                 f"bucket exchange: the plans of the ranks do not match (checksums sum to {difference}, not 0); "
@@ -116,14 +116,14 @@ class _Backward:
         self._queries = Record(d_out=vector, lse=number, delta=number, **({"q": vector} if self._has_keys else {}))
         self._grads = dispatcher.keys
 
-    def pack(self, route: Route) -> list[Parcel]:
+    def pack(self, route: Route) -> list[SplitRows]:
         tensors = self._tensors
         values = {"d_out": tensors.d_out, "lse": tensors.lse.unsqueeze(3), "delta": tensors.delta.unsqueeze(3)}
         if self._has_keys:
             values["q"] = tensors.q
         return [self._dispatcher.pack_keys(route), self._dispatcher.pack_queries(route, self._queries, **values)]
 
-    def attend(self, route: Route, arrived: list[Tensor]) -> list[Parcel]:
+    def attend(self, route: Route, arrived: list[Tensor]) -> list[SplitRows]:
         query_rows = self._queries.field(arrived[1], "q") if self._has_keys else None
         received = self._dispatcher.unpack(route, arrived[0], query_rows)
         rows, v = received.tokens.query_rows, received.v[0, 0]
@@ -140,11 +140,11 @@ class _Backward:
         order = self._sorter.sort(received.shard)
         order.attend_backward(Backward(q, k, v, as_heads(d_out), lse, delta, dq, dk, dv))
         of_keys = self._grads.pack(k=(dq if dk is None else dk)[0, 0], v=dv[0, 0])
-        grads = Parcel(of_keys, route.received.splits, route.sent.splits)
+        grads = SplitRows(of_keys, route.received.splits, route.sent.splits)
         if not self._has_keys:
             return [grads]
         of_queries = self._dispatcher.queries.pack(q=dq[0, 0, rows])
-        return [grads, Parcel(of_queries, route.received_queries.splits, route.sent_queries.splits)]
+        return [grads, SplitRows(of_queries, route.received_queries.splits, route.sent_queries.splits)]
 
     def add_gradients(self, route: Route, results: list[Tensor]) -> None:
         tensors = self._tensors

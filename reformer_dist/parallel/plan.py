@@ -5,7 +5,7 @@ precede a rank's own, so each rank knows the slots of its tokens in the sorted o
 holding it, hence the rank that attends them and the ranks that need them as keys (`ops.lsh.partition`). A token is
 sent once to each of those, whatever the number of rounds that are attended there.
 
-Sizes: U heads (batch row x head) of a route, S local tokens of each, R rounds, K buckets, P ranks.
+Sizes: BH heads (batch row x head) of a route, S local tokens of each, R rounds, K buckets, P ranks.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import Parcel, Wire
+from reformer_dist.distributed.comm import SplitRows, CommGroup
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.partition import (
-    Part,
-    Readers,
-    chunk_readers,
-    chunk_run,
-    tiling_of,
-    window_readers,
-    window_run,
+    Partition,
+    Recipients,
+    chunk_recipients,
+    chunk_partition,
+    choose_tiling,
+    window_recipients,
+    window_partition,
 )
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, place_codes, row_keys
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
 from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits
 
 PHASE = "count"
@@ -43,7 +43,7 @@ class Selection:
     """Some local tokens for each rank, or tokens from each rank."""
 
     bits: Tensor
-    """uint8 [P, U, S / 8]"""
+    """uint8 [P, BH, S / 8]"""
     splits: list[int]
     """How many for, or from, each rank."""
 
@@ -53,11 +53,11 @@ class Selection:
         return Selection(bits, ones.sum(dim=(1, 2)).tolist())
 
     def mask(self, n_local: int) -> Tensor:
-        """bool [P, U, S]."""
+        """bool [P, BH, S]."""
         return unpack_bits(self.bits, n_local)
 
     def tokens(self, n_local: int) -> Tensor:
-        """Their indices in [U * S], rank by rank."""
+        """Their indices in [BH * S], rank by rank."""
         return self.mask(n_local).flatten(1).nonzero()[:, 1]
 
 
@@ -78,11 +78,11 @@ class Route:
     bucket_ids: Tensor
     """[L, R] of the L received tokens; n_buckets in rounds in which they are not needed here."""
     position_codes: Tensor | None
-    """[R, L] likewise, with count_pairs_once: see `sorting.place_codes`."""
+    """[R, L] likewise, with count_pairs_once: see `sorting.position_codes`."""
     owners: Tensor | None
-    """int32 [R, U * S] rank that attends each local token, -1 for padding; only if combined round by round."""
+    """int32 [R, BH * S] rank that attends each local token, -1 for padding; only if combined round by round."""
     bucket_sizes: Tensor
-    """int32 [U, R, K] members of each bucket on all ranks."""
+    """int32 [BH, R, K] members of each bucket on all ranks."""
     checksum: int
     """That of what this rank sends less that of what it receives: over all ranks they sum to 0."""
 
@@ -101,32 +101,32 @@ class ExchangePlan:
 
 
 def make_plan(
-    buckets: Tensor, options: AttentionOptions, seq_len: int, wire: Wire, *, per_round: bool = False
+    buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, per_round: bool = False
 ) -> ExchangePlan:
-    """The plan for bucket ids [U, R, S] of the local tokens of all heads, where n_buckets marks padding.
+    """The plan for bucket ids [BH, R, S] of the local tokens of all heads, where n_buckets marks padding.
 
     per_round: rounds will be combined one by one. Raises TrainingError, alike on every rank, where the tokens that
     were received are not those that the counts predict.
     """
-    with wire.ledger.timed(PHASE):
-        return _make_plan(buckets, options, seq_len, wire, keeps_owners=per_round)
+    with comm.stats.timed(PHASE):
+        return _make_plan(buckets, options, seq_len, comm, keeps_owners=per_round)
 
 
 def _make_plan(
-    buckets: Tensor, options: AttentionOptions, seq_len: int, wire: Wire, *, keeps_owners: bool
+    buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, keeps_owners: bool
 ) -> ExchangePlan:
     n_heads, _, n_local = buckets.shape
-    preceding, sizes = _scan(count_buckets(buckets, options.n_buckets), wire)
+    preceding, sizes = _scan(count_buckets(buckets, options.n_buckets), comm)
     group_size = max(1, GROUP_TOKENS["cuda" if buckets.is_cuda else "cpu"] // n_local)
     routes, mismatches = [], 0
     for first in range(0, n_heads, group_size):
         heads = slice(first, min(first + group_size, n_heads))
-        local = _LocalTokens(buckets[heads], preceding[heads], sizes[heads], options, seq_len, wire.size)
-        routes.append(_make_route(heads, local, options, wire, keeps_owners=keeps_owners))
-        mismatches += _count_mismatches(routes[-1], options, seq_len, n_local, wire)
+        local = _LocalTokens(buckets[heads], preceding[heads], sizes[heads], options, seq_len, comm.size)
+        routes.append(_make_route(heads, local, options, comm, keeps_owners=keeps_owners))
+        mismatches += _count_mismatches(routes[-1], options, seq_len, n_local, comm)
     checksum = _wrapped(sum(route.checksum for route in routes))
     sums = torch.tensor([mismatches, checksum], device=buckets.device)
-    mismatches, difference = wire.sum(sums, PHASE).tolist()
+    mismatches, difference = comm.all_reduce(sums, PHASE).tolist()
     if mismatches or difference:
         raise TrainingError(
             f"bucket exchange: {mismatches} received tokens differ from what the bucket counts predict (checksums "
@@ -135,17 +135,17 @@ def _make_plan(
     return ExchangePlan(routes, seq_len, n_local, checksum)
 
 
-def _scan(counts: Tensor, wire: Wire) -> tuple[Tensor, Tensor]:
-    """From [U, R, K] of this rank: the sums over the ranks before it, and over all ranks.
+def _scan(counts: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
+    """From [BH, R, K] of this rank: the sums over the ranks before it, and over all ranks.
 
     Each rank sums K / P of the columns, so that none holds the counts of all ranks.
     """
     n_heads, n_rounds, n_buckets = counts.shape
-    padded = torch.nn.functional.pad(counts, (0, -n_buckets % wire.size))
-    columns = wire.swap(padded.unflatten(2, (wire.size, -1)).permute(2, 0, 1, 3), PHASE)
+    padded = torch.nn.functional.pad(counts, (0, -n_buckets % comm.size))
+    columns = comm.all_to_all(padded.unflatten(2, (comm.size, -1)).permute(2, 0, 1, 3), PHASE)
     inclusive = columns.cumsum(dim=0, dtype=torch.int32)
     both = torch.stack([inclusive - columns, inclusive[-1:].expand_as(inclusive)], dim=1)
-    columns_of_ranks = wire.swap(both, PHASE)  # [P, 2, U, R, K / P]
+    columns_of_ranks = comm.all_to_all(both, PHASE)  # [P, 2, BH, R, K / P]
     preceding, sizes = (
         columns_of_ranks.permute(1, 2, 3, 0, 4).reshape(2, n_heads, n_rounds, -1)[..., :n_buckets].unbind()
     )
@@ -158,36 +158,36 @@ class _LocalTokens:
     def __init__(
         self, buckets: Tensor, preceding: Tensor, sizes: Tensor, options: AttentionOptions, seq_len: int, size: int
     ) -> None:
-        """buckets [U, R, S]; preceding, sizes [U, R, K]: members on the ranks before, and on all ranks."""
+        """buckets [BH, R, S]; preceding, sizes [BH, R, K]: members on the ranks before, and on all ranks."""
         self.buckets, self.sizes, self._size = buckets, sizes, size
         n_heads, n_rounds, n_local = buckets.shape
         self.is_needed = torch.zeros(size, n_heads, n_local, dtype=torch.bool, device=buckets.device)
-        """[P, U, S]: by a rank, as a query or a key."""
+        """[P, BH, S]: by a rank, as a query or a key."""
         self.is_query = torch.zeros_like(self.is_needed)
-        """[P, U, S]: at a rank."""
-        self._readers: list[list[Readers]] = []
+        """[P, BH, S]: at a rank."""
+        self._readers: list[list[Recipients]] = []
         codes, owners = [], []
         rule = options.rule
-        tile_len = tiling_of(rule, seq_len, options.n_buckets).tile_len
+        tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len
         for r in range(n_rounds):
             bucket = buckets[:, r]
             rank = bucket_ranks(bucket, preceding[:, r])
             if isinstance(rule, ChunkRule):
-                owner, readers = chunk_readers(bucket, rank, sizes[:, r], rule, seq_len, size)
+                owner, readers = chunk_recipients(bucket, rank, sizes[:, r], rule, seq_len, size)
             else:
-                owner, readers = window_readers(bucket, rank, sizes[:, r], rule, tile_len, size)
+                owner, readers = window_recipients(bucket, rank, sizes[:, r], rule, tile_len, size)
             self._mark(self.is_query, owner, owner >= 0)
             for some in readers:
-                for reader, reads in some.pairs(size):
+                for reader, reads in some.iter_ranks(size):
                     self._mark(self.is_needed, reader, reads)
             self._readers.append(readers)
             owners.append(owner.flatten().to(torch.int32))
             if options.count_pairs_once:
-                codes.append(place_codes(bucket, rank, sizes[:, r], rule))
+                codes.append(position_codes(bucket, rank, sizes[:, r], rule))
         self.codes = torch.stack(codes, dim=1) if codes else None
-        """[U, R, S]"""
+        """[BH, R, S]"""
         self.owners = torch.stack(owners)
-        """[R, U * S]"""
+        """[R, BH * S]"""
 
     def _mark(self, mask: Tensor, rank: Tensor, reads: Tensor) -> None:
         head, token = reads.nonzero(as_tuple=True)
@@ -208,7 +208,7 @@ class _LocalTokens:
 
 
 def _make_route(
-    heads: slice, local: _LocalTokens, options: AttentionOptions, wire: Wire, *, keeps_owners: bool
+    heads: slice, local: _LocalTokens, options: AttentionOptions, comm: CommGroup, *, keeps_owners: bool
 ) -> Route:
     """Exchanges with every rank which tokens of these heads each will receive, and their bucket ids."""
     bits = torch.stack([pack_bits(local.is_needed), pack_bits(local.is_query)], dim=1)
@@ -220,15 +220,15 @@ def _make_route(
         fields["codes"] = (torch.int32, ids.shape[1])
         values["codes"] = local.codes[head, :, token]
     record = Record(**fields)
-    received_bits = wire.swap(bits, PHASE)
+    received_bits = comm.all_to_all(bits, PHASE)
     sent, sent_queries, received, received_queries = (
         Selection.of(both[:, which].contiguous()) for both in (bits, received_bits) for which in (0, 1)
     )
-    arrived = wire.send(Parcel(record.pack(**values), sent.splits, received.splits), PHASE).wait()
+    arrived = comm.all_to_all_v(SplitRows(record.pack(**values), sent.splits, received.splits), PHASE).wait()
     codes = record.field(arrived, "codes").t().contiguous() if local.codes is not None else None
     received_ids = record.field(arrived, "ids").contiguous()
-    checksum = _checksum(sent, sent_queries, ids, wire, is_sent=True)
-    checksum -= _checksum(received, received_queries, received_ids, wire, is_sent=False)
+    checksum = _checksum(sent, sent_queries, ids, comm, is_sent=True)
+    checksum -= _checksum(received, received_queries, received_ids, comm, is_sent=False)
     owners = local.owners if keeps_owners else None
     selections = (sent, sent_queries, received, received_queries)
     return Route(heads, *selections, received_ids, codes, owners, local.sizes, _wrapped(checksum))
@@ -253,7 +253,7 @@ def received_tokens(route: Route, plan: ExchangePlan) -> ReceivedTokens:
 
 
 def received_shard(
-    route: Route, tokens: ReceivedTokens, plan: ExchangePlan, head_index: Tensor, wire: Wire
+    route: Route, tokens: ReceivedTokens, plan: ExchangePlan, head_index: Tensor, comm: CommGroup
 ) -> Shard:
     """The received tokens as a shard. head_index [B * H]: that of this rank's heads in their step."""
     n_heads, n_rounds, n_buckets = route.bucket_sizes.shape
@@ -265,7 +265,7 @@ def received_shard(
         positions=tokens.positions,
         position_codes=route.position_codes if n_rounds > 1 else None,
         bucket_sizes=route.bucket_sizes,
-        partition=Part(wire.index, wire.size),
+        partition=Partition(comm.index, comm.size),
     )
 
 
@@ -273,12 +273,12 @@ def _sort_keys(route: Route, head: Tensor) -> Iterator[Tensor]:
     """[L] of each round."""
     n_heads, n_rounds, n_buckets = route.bucket_sizes.shape
     for r in range(n_rounds):
-        yield row_keys(head, route.bucket_ids[:, r], n_heads, n_buckets)
+        yield row_sort_keys(head, route.bucket_ids[:, r], n_heads, n_buckets)
 
 
-def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_local: int, wire: Wire) -> int:
+def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_local: int, comm: CommGroup) -> int:
     """How many tokens were received, or are missing, against what the counts of all ranks predict."""
-    part, rule = Part(wire.index, wire.size), options.rule
+    part, rule = Partition(comm.index, comm.size), options.rule
     _, head, _ = route.received.mask(n_local).nonzero(as_tuple=True)
     mismatches = 0
     for r, keys in enumerate(_sort_keys(route, head)):
@@ -286,20 +286,20 @@ def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_l
         counts = torch.bincount(keys, minlength=sizes.numel() + 1)[:-1].view_as(sizes)
         if isinstance(rule, ChunkRule):
             counts = counts.sum(dim=1)
-            run = chunk_run(seq_len, rule, part)
+            run = chunk_partition(seq_len, rule, part)
             first = torch.tensor(run.needed, dtype=torch.int64, device=keys.device) * rule.chunk_len
             predicted = (sizes.sum(dim=1, keepdim=True) - first).clamp(0, rule.chunk_len).sum(dim=1)
         else:
-            run_of = window_run(sizes, rule, tiling_of(rule, seq_len, options.n_buckets).tile_len, part)
+            run_of = window_partition(sizes, rule, choose_tiling(rule, seq_len, options.n_buckets).tile_len, part)
             predicted = run_of.stop - run_of.start
         mismatches += int((counts - predicted).abs().sum())
     return mismatches
 
 
-def _checksum(needed: Selection, queries: Selection, ids: Tensor, wire: Wire, *, is_sent: bool) -> int:
+def _checksum(needed: Selection, queries: Selection, ids: Tensor, comm: CommGroup, *, is_sent: bool) -> int:
     """A checksum of the tokens, and their bucket ids, that this rank sends to or receives from each rank."""
-    other = torch.arange(wire.size, device=ids.device)
-    pair = wire.index * wire.size + other if is_sent else other * wire.size + wire.index
+    other = torch.arange(comm.size, device=ids.device)
+    pair = comm.index * comm.size + other if is_sent else other * comm.size + comm.index
     of_ids = torch.stack([_weighted_sum(part.flatten()) for part in ids.split(needed.splits)])
     of_bits = [_weighted_sum(selection.bits.flatten(1)) for selection in (needed, queries)]
     return int(((of_ids + 3 * of_bits[0] + 5 * of_bits[1]) * (pair + 1)).sum())

@@ -1,6 +1,6 @@
 """A slice of each sequence, and attention that reaches the ranks which hold the others.
 
-Implements `models.sequence.SequenceAccess`: heads are exchanged first, then buckets, as far as the grid has them.
+Implements `models.sequence.SequenceAccess`: heads are exchanged first, then buckets, as far as the mesh has them.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import Precision, RunConfig
-from reformer_dist.distributed.mesh import SequenceGrid, make_grid
+from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.distributed.runtime import Runtime, ranks_per_node
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
-from reformer_dist.ops.lsh.bucket_stats import LSHHealth, measure_health
+from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
 from reformer_dist.parallel.plan import make_plan
-from reformer_dist.parallel.traffic import LayerShape, choose_grid, describe_grid
+from reformer_dist.parallel.traffic import LayerShape, choose_mesh, describe_mesh
 from reformer_dist.process.log import logger
 
 
 class SlicedSequence:
-    """Sequences of seq_len tokens, of which each rank of a grid holds one of `size` equal slices.
+    """Sequences of seq_len tokens, of which each rank of a mesh holds one of `size` equal slices.
 
     Where the length does not divide, the last slices end with padding that nobody sees.
     """
 
-    def __init__(self, grid: SequenceGrid, seq_len: int, *, per_round: bool = False) -> None:
-        self.grid, self.seq_len, self._per_round = grid, seq_len, per_round
-        self.n_local = -(-seq_len // grid.size)
-        self._start = grid.slice_index * self.n_local
+    def __init__(self, mesh: SequenceMesh, seq_len: int, *, per_round: bool = False) -> None:
+        self.mesh, self.seq_len, self._per_round = mesh, seq_len, per_round
+        self.n_local = -(-seq_len // mesh.size)
+        self._start = mesh.slice_index * self.n_local
 
     def of_length(self, seq_len: int) -> SlicedSequence:
         """The same ranks over rows of another length."""
-        return SlicedSequence(self.grid, seq_len, per_round=self._per_round)
+        return SlicedSequence(self.mesh, seq_len, per_round=self._per_round)
 
     def take(self, x: Tensor, fill: float | int) -> Tensor:
         """This rank's slice [B, n_local] of whole rows x [B, seq_len], with `fill` where they have ended."""
@@ -48,17 +48,17 @@ class SlicedSequence:
 
     def key_padding_mask(self, batch: int, device: torch.device) -> Tensor | None:
         """[B, n_local], True for real tokens; None where the slices of all ranks are full."""
-        if self.n_local * self.grid.size == self.seq_len:
+        if self.n_local * self.mesh.size == self.seq_len:
             return None
         places = torch.arange(self._start, self._start + self.n_local, device=device)
         return (places < self.seq_len).expand(batch, -1)
 
     @property
     def n_parts(self) -> int:
-        return self.grid.size
+        return self.mesh.size
 
     def gather(self, x: Tensor) -> Tensor:
-        return gather_slices(x, self.grid)
+        return gather_slices(x, self.mesh)
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         """[n_tokens]; padding must stand behind the text."""
@@ -74,45 +74,45 @@ class SlicedSequence:
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
         """After the head exchange, if any: of whole sequences, or bucket by bucket."""
-        grid, n_heads, mask = self.grid, bucket_ids.shape[1], key_padding_mask
-        options = replace(options, n_heads=n_heads, first_head=grid.head_rank * n_heads // grid.heads)
-        if grid.heads > 1:
-            order = list(range(grid.heads))
-            bucket_ids = to_heads(bucket_ids.transpose(2, 3), grid.head_wire, order).transpose(2, 3).contiguous()
+        mesh, n_heads, mask = self.mesh, bucket_ids.shape[1], key_padding_mask
+        options = replace(options, n_heads=n_heads, first_head=mesh.head_rank * n_heads // mesh.heads)
+        if mesh.heads > 1:
+            order = list(range(mesh.heads))
+            bucket_ids = to_heads(bucket_ids.transpose(2, 3), mesh.head_group, order).transpose(2, 3).contiguous()
             if mask is not None:
-                mask = _join(mask, grid.head_wire.gather(mask.contiguous(), "heads"), dim=1)
-        if grid.buckets == 1:
+                mask = _join(mask, mesh.head_group.all_gather(mask.contiguous(), "heads"), dim=1)
+        if mesh.buckets == 1:
             mask = None if mask is None else mask[:, : self.seq_len]
             return LocalExchange(bucket_ids[..., : self.seq_len], options, mask)
         buckets = mark_padding(bucket_ids, options.n_buckets, mask)
-        plan = make_plan(buckets, options, self.seq_len, grid.bucket_wire, per_round=self._per_round)
-        return BucketExchange(plan, options, grid.bucket_wire, per_round=self._per_round)
+        plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
+        return BucketExchange(plan, options, mesh.bucket_group, per_round=self._per_round)
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
-        grid, order = self.grid, list(range(self.grid.heads))
-        if grid.heads > 1:
+        mesh, order = self.mesh, list(range(self.mesh.heads))
+        if mesh.heads > 1:
             # one by one: the copies that an exchange takes are gone when the next begins
-            q, v = to_heads(q, grid.head_wire, order), to_heads(v, grid.head_wire, order)
-            k = None if k is None else to_heads(k, grid.head_wire, order)
+            q, v = to_heads(q, mesh.head_group, order), to_heads(v, mesh.head_group, order)
+            k = None if k is None else to_heads(k, mesh.head_group, order)
         if isinstance(exchange, BucketExchange):
             out = exchanged_attention(q, k, v, exchange)
         else:
             assert isinstance(exchange, LocalExchange)
-            with grid.ledger.timed("attend"):
+            with mesh.stats.timed("attend"):
                 q, v = self._without_padding(q), self._without_padding(v)
                 k = None if k is None else self._without_padding(k)
-                out = self._with_padding(attend_locally(q, k, v, exchange), grid.heads)
-        return to_slices(out, grid.head_wire, order) if grid.heads > 1 else out
+                out = self._with_padding(attend_locally(q, k, v, exchange), mesh.heads)
+        return to_slices(out, mesh.head_group, order) if mesh.heads > 1 else out
 
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
-        wire, n_heads = self.grid.sequence_wire, q.shape[1]
+        comm, n_heads = self.mesh.sequence_group, q.shape[1]
         q, k, v = (self._whole_heads(x) for x in (q, k, v))
         mask = self._whole_mask(key_padding_mask)
-        first_head = wire.index * n_heads // wire.size
+        first_head = comm.index * n_heads // comm.size
         out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
-        return to_slices(self._with_padding(out, self.grid.size), wire, self._order)
+        return to_slices(self._with_padding(out, self.mesh.size), comm, self._order)
 
     def cross_attention(
         self,
@@ -124,7 +124,7 @@ class SlicedSequence:
     ) -> Tensor:
         if not isinstance(sequence_of_keys, SlicedSequence):
             raise ValueError("source_sequence: must be a slice of the sources, as `sequence` is of the targets")
-        wire, n_heads, other = self.grid.sequence_wire, q.shape[1], sequence_of_keys
+        comm, n_heads, other = self.mesh.sequence_group, q.shape[1], sequence_of_keys
         part = keys()
         whole = CrossKeys(
             other._whole_heads(part.k),
@@ -133,23 +133,23 @@ class SlicedSequence:
             other._whole_mask(part.padding_mask),
         )
         q, query_ids = self._whole_heads(q), self._whole_ids(query_ids)
-        options = replace(options, n_heads=n_heads, first_head=wire.index * n_heads // wire.size)
-        with self.grid.ledger.timed("attend"):
+        options = replace(options, n_heads=n_heads, first_head=comm.index * n_heads // comm.size)
+        with self.mesh.stats.timed("attend"):
             out = cross_attention(q, query_ids, whole, options)
-        return to_slices(self._with_padding(out, self.grid.size), wire, self._order)
+        return to_slices(self._with_padding(out, self.mesh.size), comm, self._order)
 
-    def health(self, bucket_ids: Tensor, n_buckets: int, window: int) -> LSHHealth:
+    def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_health(bucket_ids, self.grid.sequence_wire.sum(counts, "health"), window)
+        return measure_bucket_stats(bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window)
 
     @property
     def _order(self) -> list[int]:
         """The rank of each slice."""
-        return [self.grid.rank_of_slice(index) for index in range(self.grid.size)]
+        return [self.mesh.rank_of_slice(index) for index in range(self.mesh.size)]
 
     def _whole_heads(self, x: Tensor) -> Tensor:
         """[B, H, n_local, ...] -> [B, H / P, seq_len, ...]: all tokens with a share of the heads."""
-        return self._without_padding(to_heads(x, self.grid.sequence_wire, self._order))
+        return self._without_padding(to_heads(x, self.mesh.sequence_group, self._order))
 
     def _whole_ids(self, ids: Tensor | None) -> Tensor | None:
         """[B, H / P, R, seq_len] of [B, H, R, n_local]."""
@@ -159,7 +159,7 @@ class SlicedSequence:
         """[B, seq_len] of [B, n_local]."""
         if mask is None:
             return None
-        slices = self.grid.sequence_wire.gather(mask.contiguous(), "heads")[self._order]
+        slices = self.mesh.sequence_group.all_gather(mask.contiguous(), "heads")[self._order]
         return _join(mask, slices, dim=1)[:, : self.seq_len]
 
     def _without_padding(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _join(part: Tensor, blocks: Tensor, dim: int) -> Tensor:
 
 
 def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
-    """How the ranks share sequences, in the grid that was asked for or the one of least traffic.
+    """How the ranks share sequences, in the mesh that was asked for or the one of least traffic.
 
     Every rank calls this, since it makes process groups. Raises ConfigError where the job has not the ranks.
     """
@@ -192,8 +192,8 @@ def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> Sl
         n_buckets=model.n_buckets,
         element_size=4 if config.trainer.precision is Precision.fp32 else 2,
     )
-    heads, buckets = choose_grid(parallel.grids(), shape, ranks_per_node())
+    heads, buckets = choose_mesh(parallel.meshes(), shape, ranks_per_node())
     if parallel.sequence > 1:
-        logger.info(describe_grid(heads, buckets, shape))
-    grid = make_grid(runtime, heads, buckets, overlaps=parallel.overlap)
-    return SlicedSequence(grid, config.data.seq_len, per_round=not parallel.merge_returns)
+        logger.info(describe_mesh(heads, buckets, shape))
+    mesh = make_mesh(runtime, heads, buckets, overlaps=parallel.overlap)
+    return SlicedSequence(mesh, config.data.seq_len, per_round=not parallel.merges_rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.threads import ThreadWire, on_ranks
+from support.threads import ThreadCommGroup, on_ranks
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
@@ -55,11 +55,11 @@ def test_ranks_attend_as_one(
             return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
     def on_rank(runtime: object) -> list[Tensor]:
-        wire = ThreadWire(runtime.meeting, runtime.rank)
-        buckets = mark_padding(slice_of(ids, wire.index, 3), n_buckets, slice_of(mask, wire.index, 1))
-        plan = make_plan(buckets, options, SEQ_LEN, wire)
-        own = (slice_of(x, wire.index, 2) for x in vectors)
-        return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, BucketExchange(plan, options, wire)))
+        comm = ThreadCommGroup(runtime.meeting, runtime.rank)
+        buckets = mark_padding(slice_of(ids, comm.index, 3), n_buckets, slice_of(mask, comm.index, 1))
+        plan = make_plan(buckets, options, SEQ_LEN, comm)
+        own = (slice_of(x, comm.index, 2) for x in vectors)
+        return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, BucketExchange(plan, options, comm)))
 
     right = attend(*vectors, lambda q, k, v: bucket_attention(q, k, v, ids, options, mask))
     parts = on_ranks(SIZE, on_rank)

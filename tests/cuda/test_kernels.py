@@ -31,7 +31,7 @@ pytestmark = pytest.mark.cuda
 def run(q: Tensor, v: Tensor, d_out: Tensor, ids: Tensor, rule: Rule, n_buckets: int, name: str) -> list[Tensor]:
     """Output and gradients of q and v."""
     leaves = q.detach().requires_grad_(), v.detach().requires_grad_()
-    options = AttentionOptions(rule, n_buckets, 1.0, dropout=0.1, dropout_seed=3, implementation=name)
+    options = AttentionOptions(rule, n_buckets, 1.0, dropout=0.1, dropout_seed=3, backend=name)
     out = bucket_attention(leaves[0], None, leaves[1], ids, options)
     return [out, *torch.autograd.grad(out, leaves, d_out)]
 
@@ -63,7 +63,7 @@ def test_rows_beyond_32_bit_offsets():
     tail = torch.randn(1, 16, 2**19, 128, device="cuda", dtype=torch.bfloat16)
     v[2:] = tail
     ids = torch.zeros(3, 16, 1, 2**19, device="cuda", dtype=torch.uint8)
-    options = AttentionOptions(WindowRule(64, True), 1, 1.0, implementation="triton")
+    options = AttentionOptions(WindowRule(64, True), 1, 1.0, backend="triton")
     whole = bucket_attention(v, None, v, ids, options)[2:]
     alone = bucket_attention(tail, None, tail, ids[2:], options)
     assert torch.equal(whole, alone)
@@ -86,7 +86,7 @@ def test_the_host_never_waits():
 
 def test_the_host_never_waits_for_held_rows():
     ids = torch.randint(0, 64, (2, 4, 4, 3000), generator=torch.Generator().manual_seed(0)).cuda()
-    options = AttentionOptions(WindowRule(64, True), 64, 1.0, dropout=0.1, implementation="triton")
+    options = AttentionOptions(WindowRule(64, True), 64, 1.0, dropout=0.1, backend="triton")
     part = list(parts_of(ids, options, None, 3))[1]
     q, v = (torch.randn(1, 1, len(part.number), 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 

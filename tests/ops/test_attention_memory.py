@@ -48,12 +48,12 @@ def run(rule: Rule, n_hashes: int, **changed: Any) -> tuple[Tensor, Tensor, Tens
     return q, k, bucket_attention(q, k, q, ids, AttentionOptions(rule, N_BUCKETS, scale=1.0, **changed))
 
 
-@pytest.mark.parametrize("implementation", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("changed", [{}, {"count_pairs_once": True}, {"dropout": 0.1}], ids=str)
-def test_no_tensor_holds_all_rounds(rule: Rule, changed: dict[str, Any], implementation: str) -> None:
+def test_no_tensor_holds_all_rounds(rule: Rule, changed: dict[str, Any], backend: str) -> None:
     with LargestTensor() as largest:
-        *_, out = run(rule, N_HASHES, implementation=implementation, **changed)
+        *_, out = run(rule, N_HASHES, backend=backend, **changed)
         out.sum().backward()
     # one round's sorted copy may have as many empty slots as taken ones; a span's scores are as many
     assert SEQ_LEN * HEAD_DIM <= largest.numel <= N_HASHES * SEQ_LEN * HEAD_DIM // 4
@@ -72,13 +72,13 @@ def test_heads_are_attended_group_by_group(rule: Rule) -> None:
     assert sizes[1] == pytest.approx(sizes[0], rel=0.25)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "torch"])
-def test_what_backward_keeps_does_not_grow_with_rounds(implementation: str) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_backward_keeps_does_not_grow_with_rounds(backend: str) -> None:
     kept = []
     for n_hashes in (1, 16):
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            *_, out = run(RULES[0], n_hashes, implementation=implementation)
+            *_, out = run(RULES[0], n_hashes, backend=backend)
         kept.append(sum(t.numel() for t in saved))
         ids = [t for t in tree_leaves(vars(out.grad_fn.exchange)) if isinstance(t, Tensor)]
         assert sum(t.numel() * t.element_size() for t in ids) == n_hashes * SEQ_LEN

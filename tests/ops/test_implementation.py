@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.config import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.attention import require_attention
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, backends, bucket_attention
@@ -21,7 +21,7 @@ def test_a_cpu_takes_the_library_where_it_can_unless_told():
 
 
 def test_names_are_those_of_the_configuration():
-    assert {choice.name for choice in AttentionImplementation} == {"auto", *backends.NAMES}
+    assert {choice.name for choice in AttentionBackend} == {"auto", *backends.NAMES}
 
 
 def test_reasons(monkeypatch):
@@ -35,17 +35,17 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in why("triton", CPU, 64)
     assert "must be auto" in why("cuda", CPU, 64)
-    with pytest.raises(ValueError, match="attention implementation triton: needs the package"):
+    with pytest.raises(ValueError, match="attention backend triton: needs the package"):
         backends.choose("triton", CPU, 64, torch.float32)
 
 
 def test_a_run_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    config = ModelConfig(attention_implementation=AttentionImplementation.triton)
-    with pytest.raises(ConfigError, match=r"model\.attention_implementation=triton: needs a GPU"):
+    config = ModelConfig(attention_backend=AttentionBackend.triton)
+    with pytest.raises(ConfigError, match=r"model\.attention_backend=triton: needs a GPU"):
         require_attention(config, CPU)
     config = ModelConfig(
-        attention_implementation=AttentionImplementation.triton, layers=[AttentionKind.exact], n_heads=1
+        attention_backend=AttentionBackend.triton, layers=[AttentionKind.exact], n_heads=1
     )
     require_attention(config, CPU)
 
@@ -57,7 +57,7 @@ def test_reference_and_torch_agree():
     found = []
     for name in ("reference", "torch"):
         options = AttentionOptions(
-            WindowRule(5, True), 2, 0.5, dropout=0.2, dropout_seed=9, rows=torch.tensor([3]), implementation=name
+            WindowRule(5, True), 2, 0.5, dropout=0.2, dropout_seed=9, rows=torch.tensor([3]), backend=name
         )
         out = bucket_attention(q, None, v, ids, options)
         found.append([out, *torch.autograd.grad(out.square().sum(), (q, v))])

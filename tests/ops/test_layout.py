@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.attention import Shard
-from reformer_dist.ops.lsh.partition import tiling_of
+from reformer_dist.ops.lsh.partition import choose_tiling
 from reformer_dist.ops.lsh.sorting import mark_padding
 from reformer_dist.ops.lsh.torch_tiles import tiles
 from reformer_dist.ops.lsh.torch_tiles.attention import lay_out
@@ -33,18 +33,18 @@ def test_every_token_has_one_home(case: Case) -> None:
     assert len(layouts) == case.n_hashes
     token = torch.arange(ids.shape[0] * case.seq_len)
     for layout in layouts:
-        home = layout.home[real.flatten()]
+        home = layout.slot_of_row[real.flatten()]
         assert home.unique().numel() == home.numel() == int((layout.query_slots >= 0).sum())
         assert torch.equal(layout.query_slots[home], token[real.flatten()])
         # padding has its home in the last tile, which is empty
         last = layout.query_slots.numel() - 1
-        assert (layout.home[~real.flatten()] == last).all()
+        assert (layout.slot_of_row[~real.flatten()] == last).all()
         assert (layout.query_slots.view(layout.n_tiles, -1)[-1] == -1).all()
         assert layout.key_slots.numel() == layout.query_slots.numel()
         if not (isinstance(case.options.rule, ChunkRule) and case.options.rule.wrap):
             # a token stands at the same place as a query and as a key
             assert torch.equal(layout.key_slots, layout.query_slots)
-            assert layout.key_home is not None and torch.equal(layout.key_home, layout.home)
+            assert layout.key_slot_of_row is not None and torch.equal(layout.key_slot_of_row, layout.slot_of_row)
 
 
 @settings(max_examples=100, deadline=None)
@@ -97,7 +97,7 @@ def test_every_pair_in_sight_is_in_one_column(case: Case, span_slots: int) -> No
                     for i in range(run.n_tiles):
                         assert span.start <= run.keys + i < span.stop
                         found[run.queries + i, column.offset] = run.keys + i
-        reach = range(-layout.tiling.front, layout.tiling.back + 1)
+        reach = range(-layout.tiling.n_after, layout.tiling.n_before + 1)
         for (number, rank), tile in of_tile.items():
             for offset in reach:
                 neighbour = of_tile.get((number, rank - offset * tile_len))
@@ -111,7 +111,7 @@ def test_chunks_follow_the_order_by_bucket(case: Case) -> None:
     layouts, ids, real = build(case)
     for round_, layout in enumerate(layouts):
         for head in range(ids.shape[0]):
-            home = layout.home.view(-1, case.seq_len)[head][real[head]]
+            home = layout.slot_of_row.view(-1, case.seq_len)[head][real[head]]
             key = ids[head, round_][real[head]]
             assert torch.equal(home.argsort(), key.argsort(stable=True))
             # heads keep apart, and a head's chunks follow one another without a gap
@@ -121,7 +121,7 @@ def test_chunks_follow_the_order_by_bucket(case: Case) -> None:
 
 @given(st.one_of(window_rules(), chunk_rules()), st.integers(1, 10**6), st.sampled_from([1, 2, 64, 4096]))
 def test_tilings_are_sane(rule: object, seq_len: int, n_buckets: int) -> None:
-    tiling = tiling_of(rule, seq_len, n_buckets)  # type: ignore[arg-type]
+    tiling = choose_tiling(rule, seq_len, n_buckets)  # type: ignore[arg-type]
     if isinstance(rule, WindowRule):
         assert tiling.tile_len in (16, 32, 64)
-        assert tiling.back * tiling.tile_len >= rule.window - 1
+        assert tiling.n_before * tiling.tile_len >= rule.window - 1

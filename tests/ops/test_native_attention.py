@@ -22,7 +22,7 @@ pytestmark = needs_compiler
 
 
 def by_native(case: Case, head_dim: int) -> Case:
-    return replace(case, head_dim=head_dim, options=replace(case.options, implementation="native"))
+    return replace(case, head_dim=head_dim, options=replace(case.options, backend="native"))
 
 
 # a window of 1 leaves one key, whose true dq is 0: what is left is rounding of sums as wide as a head
@@ -71,7 +71,7 @@ def test_every_vector_length(lanes: int, another_build: None, monkeypatch: pytes
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, f"-DLANES={lanes}"))
     for seq_len, head_dim in ((1, 16), (77, 48), (301, 64)):
         options = AttentionOptions(
-            WindowRule(70, True), 2, 0.5, count_pairs_once=True, dropout=0.2, implementation="native"
+            WindowRule(70, True), 2, 0.5, count_pairs_once=True, dropout=0.2, backend="native"
         )
         assert_fast_is_oracle(Case(1, 2, 2, seq_len, head_dim, options, "some", seed=seq_len), tolerance=TOLERANCE)
 
@@ -80,7 +80,7 @@ def shared_query_key(n_threads: int, window: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, v, d_out = (torch.randn(1, 2, 5000, 32, generator=generator) for _ in range(3))
     ids = torch.randint(0, 3, (1, 2, 3, 5000), generator=generator)
-    options = AttentionOptions(WindowRule(window, causal=True), 3, scale=1.0, implementation="native")
+    options = AttentionOptions(WindowRule(window, causal=True), 3, scale=1.0, backend="native")
     leaves = [x.requires_grad_() for x in (q, v)]
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -110,7 +110,7 @@ def test_shared_keys_are_those_of_torch(dtype: torch.dtype) -> None:
     found = []
     for name in ("native", "torch"):
         leaves = [x.clone().requires_grad_() for x in (q, v)]
-        options = AttentionOptions(WindowRule(30, causal=False), 4, scale=1.0, implementation=name)
+        options = AttentionOptions(WindowRule(30, causal=False), 4, scale=1.0, backend=name)
         out = bucket_attention(leaves[0], None, leaves[1], ids, options)
         found.append([out, *torch.autograd.grad(out, leaves, d_out)])
     rows = torch.arange(200) != 5  # as a key, a query of length 0 would have a gradient of any size
@@ -122,7 +122,7 @@ def test_shared_keys_are_those_of_torch(dtype: torch.dtype) -> None:
 
 def test_a_window_beyond_the_sequence() -> None:
     options = AttentionOptions(
-        WindowRule(2**40, causal=True), 3, 1.0, count_pairs_once=True, implementation="native"
+        WindowRule(2**40, causal=True), 3, 1.0, count_pairs_once=True, backend="native"
     )
     assert_fast_is_oracle(Case(1, 1, 3, 100, 16, options, "none", seed=0), tolerance=TOLERANCE)
 
@@ -134,7 +134,7 @@ def test_causal_to_the_last_bit(window: int, once: bool) -> None:
     q, v = (torch.randn(1, 2, 700, 16, generator=generator) for _ in range(2))
     ids = torch.randint(0, 3, (1, 2, 3, 700), generator=generator)
     options = AttentionOptions(
-        WindowRule(window, True), 3, 1.0, count_pairs_once=once, dropout=0.1, implementation="native"
+        WindowRule(window, True), 3, 1.0, count_pairs_once=once, dropout=0.1, backend="native"
     )
     before = bucket_attention(q, None, v, ids, options)
     for t in (1, 15, 16, 333, 699):
@@ -149,7 +149,7 @@ def test_causal_to_the_last_bit(window: int, once: bool) -> None:
 def test_what_is_not_a_number_stays_so() -> None:
     q, v = (torch.randn(1, 1, 40, 16) for _ in range(2))
     ids = torch.zeros(1, 1, 1, 40, dtype=torch.uint8)
-    options = AttentionOptions(WindowRule(40, causal=True), 1, scale=1.0, implementation="native")
+    options = AttentionOptions(WindowRule(40, causal=True), 1, scale=1.0, backend="native")
     q[0, 0, 7] = torch.nan
     out = bucket_attention(q, q, v, ids, options)
     assert out[0, 0, :7].isfinite().all() and out[0, 0, 7:].isnan().all()
@@ -161,7 +161,7 @@ def test_large_scores(scale: float) -> None:
     ids = torch.zeros(1, 1, 2, 300, dtype=torch.uint8)
     found = []
     for name in ("native", "torch"):
-        options = AttentionOptions(WindowRule(50, causal=True), 1, scale, implementation=name)
+        options = AttentionOptions(WindowRule(50, causal=True), 1, scale, backend=name)
         out = bucket_attention(q, k, v, ids, options)
         found.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
         assert all(x.isfinite().all() for x in found[-1])
@@ -174,7 +174,7 @@ def test_ids_that_are_no_buckets_are_refused(wrong: int) -> None:
     v = torch.randn(1, 2, 50, 16)
     ids = torch.zeros(1, 2, 2, 50, dtype=torch.int32)
     ids[0, 1, 1, 7] = wrong
-    options = AttentionOptions(WindowRule(5, causal=True), 8, scale=1.0, implementation="native")
+    options = AttentionOptions(WindowRule(5, causal=True), 8, scale=1.0, backend="native")
     with pytest.raises(ValueError, match=f"bucket_ids: must be from 0 to 7, below n_buckets, not {wrong}"):
         bucket_attention(v, None, v, ids, options)
 
@@ -188,7 +188,7 @@ def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pyte
     assert "not on meta" in why("native", torch.device("meta"), 64)
     assert backends.choose("auto", CPU, 64, torch.float32, chunks=True) == "torch"
     assert backends.choose("auto", CPU, 24, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="attention implementation native: needs a head_dim"):
+    with pytest.raises(ValueError, match="attention backend native: needs a head_dim"):
         backends.choose("native", CPU, 24, torch.float32)
 
 

@@ -58,6 +58,6 @@ def test_a_model_on_a_cpu_hashes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, rotations = torch.randn(1, 1, 8, 16), draw_rotations(1, 16, 1, 4, "rotation", seed=0)
     asked = []
     monkeypatch.setattr(native, "hash_rows", lambda *arguments: asked.append(arguments))
-    for implementation in ("auto", "native", "torch"):
-        hash_vectors(x, rotations, 4, "rotation", implementation=implementation)
+    for backend in ("auto", "native", "torch"):
+        hash_vectors(x, rotations, 4, "rotation", backend=backend)
     assert len(asked) == 2

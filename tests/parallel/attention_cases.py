@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import SequenceGrid, make_grid
+from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule
@@ -36,7 +36,7 @@ class Case:
     padding: str = "none"
     """none, some (random tokens), slice (all of the first rank's), all (the first row)"""
     dtype: torch.dtype = torch.float32
-    implementation: str = "torch"
+    backend: str = "torch"
 
     def tensors(self, size: int) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor]:
         """q, (k), v of the whole sequence, bucket ids, mask, gradient of the output."""
@@ -69,7 +69,7 @@ class Case:
             dropout=self.dropout,
             dropout_seed=77,
             rows=torch.tensor([5, 2])[: self.batch],
-            implementation=self.implementation,
+            backend=self.backend,
         )
 
 
@@ -101,7 +101,7 @@ def cases() -> list[Case]:
         Case("bf16", CAUSAL, dtype=torch.bfloat16),
         Case("bf16, odd width", CAUSAL, dtype=torch.bfloat16, head_dim=5),
     ]
-    by_c = {"implementation": "auto", "head_dim": 16}
+    by_c = {"backend": "auto", "head_dim": 16}
     found += [
         Case("C: causal window", CAUSAL, **by_c),
         Case("C: long buckets", WindowRule(40, causal=True), seq_len=700, n_buckets=1, batch=1, **by_c),
@@ -162,16 +162,16 @@ def own_tensors(
 
 def n_real(sliced: SlicedSequence) -> int:
     """Tokens of this rank's slice that are no padding behind the sequence."""
-    start = sliced.grid.slice_index * sliced.n_local
+    start = sliced.mesh.slice_index * sliced.n_local
     return min(sliced.n_local, max(0, sliced.seq_len - start))
 
 
-def check(case: Case, grid: SequenceGrid, merge_returns: bool) -> None:
-    tensors = case.tensors(grid.buckets)
+def check(case: Case, mesh: SequenceMesh, merge_returns: bool) -> None:
+    tensors = case.tensors(mesh.buckets)
     whole = attend(case, WholeSequence(), *tensors)
-    sliced = SlicedSequence(grid, case.seq_len, per_round=not merge_returns)
+    sliced = SlicedSequence(mesh, case.seq_len, per_round=not merge_returns)
     found = attend(case, sliced, *own_tensors(sliced, *tensors))
-    by_tiles = case.implementation == "torch" and isinstance(case.rule, WindowRule)
+    by_tiles = case.backend == "torch" and isinstance(case.rule, WindowRule)
     is_exact = not merge_returns and by_tiles and case.dtype == torch.float32
     tolerance = 1e-6 if case.dtype == torch.float32 else 0.02
     for number, (right, part) in enumerate(zip(whole, found, strict=True)):
@@ -183,12 +183,12 @@ def check(case: Case, grid: SequenceGrid, merge_returns: bool) -> None:
         assert error <= allowed, f"{case.name}: output or gradient {number} is off by {error}"
 
 
-def check_causality(grid: SequenceGrid, merge_returns: bool) -> None:
+def check_causality(mesh: SequenceMesh, merge_returns: bool) -> None:
     """Another future, of other buckets too, leaves what came before as it was, on whatever rank."""
     case = Case("causality", CAUSAL, seq_len=150, n_buckets=2)
-    vectors, ids, _, d_out = case.tensors(grid.buckets)
-    sliced = SlicedSequence(grid, case.seq_len, per_round=not merge_returns)
-    start = grid.slice_index * sliced.n_local
+    vectors, ids, _, d_out = case.tensors(mesh.buckets)
+    sliced = SlicedSequence(mesh, case.seq_len, per_round=not merge_returns)
+    start = mesh.slice_index * sliced.n_local
     for border in (1, 40, 77, 149):
         outs = []
         for future in (0, 1):
@@ -207,7 +207,7 @@ def check_causality(grid: SequenceGrid, merge_returns: bool) -> None:
             assert torch.equal(outs[0][:, :, past], outs[1][:, :, past]), f"the future from {border} on is seen"
 
 
-def check_exact_attention(grid: SequenceGrid) -> None:
+def check_exact_attention(mesh: SequenceMesh) -> None:
     for seq_len, causal, dropout, padding in (
         (64, True, 0.0, "none"),
         (37, False, 0.0, "some"),
@@ -215,8 +215,8 @@ def check_exact_attention(grid: SequenceGrid) -> None:
     ):
         case = Case("exact", CAUSAL, seq_len=seq_len, n_heads=8, head_dim=4, shared=False, padding=padding)
         options = ExactOptions(causal=causal, dropout=dropout, seed=3, rows=torch.tensor([2, 6]))
-        sliced = SlicedSequence(grid, seq_len)
-        tensors = case.tensors(grid.size)
+        sliced = SlicedSequence(mesh, seq_len)
+        tensors = case.tensors(mesh.size)
         outcomes = []
         for sequence, (vectors, _, mask, d_out) in (
             (WholeSequence(), tensors),
@@ -233,16 +233,16 @@ def check_exact_attention(grid: SequenceGrid) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     job = runtime.start()
-    grids = [tuple(map(int, word.split("x"))) for word in sys.argv[1:]]
-    for heads, buckets in grids:
+    meshes = [tuple(map(int, word.split("x"))) for word in sys.argv[1:]]
+    for heads, buckets in meshes:
         for merge_returns, overlaps, group_tokens in ((True, True, 100), (False, False, 2**14)):
-            grid = make_grid(job, heads, buckets, overlaps=overlaps)
+            mesh = make_mesh(job, heads, buckets, overlaps=overlaps)
             plan.GROUP_TOKENS["cpu"] = group_tokens
             for case in cases():
-                check(case, grid, merge_returns)
-            check_causality(grid, merge_returns)
-        if 8 % grid.size == 0:
-            check_exact_attention(grid)
+                check(case, mesh, merge_returns)
+            check_causality(mesh, merge_returns)
+        if 8 % mesh.size == 0:
+            check_exact_attention(mesh)
     job.barrier()
     if job.is_main:
         print(f"{len(cases())} cases hold")

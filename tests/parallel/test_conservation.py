@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.threads import ThreadWire, on_ranks
+from support.threads import ThreadCommGroup, on_ranks
 from torch import Tensor
 
 from reformer_dist.errors import TrainingError
@@ -25,15 +25,15 @@ N_LOCAL = 64
 OPTIONS = AttentionOptions(WindowRule(4, causal=True), n_buckets=6, scale=0.5)
 
 
-class MistakenWire(ThreadWire):
+class MistakenCommGroup(ThreadCommGroup):
     """The rank takes one of the tokens that come to it for an earlier one, which has not come."""
 
     step = 1
 
-    def swap(self, blocks: Tensor, phase: str) -> Tensor:
-        arrived = super().swap(blocks, phase)
+    def all_to_all(self, blocks: Tensor, phase: str) -> Tensor:
+        arrived = super().all_to_all(blocks, phase)
         if self.index == LIAR and blocks.dtype == torch.uint8:
-            comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, U, S]
+            comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, BH, S]
             was_seen = comes[:, 0].flatten()
             earlier = (was_seen[self.step :] & ~was_seen[: -self.step]).nonzero()[0]
             was_seen[earlier + self.step], was_seen[earlier] = False, True
@@ -42,21 +42,21 @@ class MistakenWire(ThreadWire):
         return arrived
 
 
-class SimilarlyMistakenWire(MistakenWire):
+class SimilarlyMistakenCommGroup(MistakenCommGroup):
     """The tokens' bits stand at the same place of two bytes, so the bytes add up to what was sent."""
 
     step = 8
 
 
-def on_wires(
-    action: Callable[[ThreadWire], object], wire: type[ThreadWire] = ThreadWire, size: int = SIZE
+def on_comm_groups(
+    action: Callable[[ThreadCommGroup], object], comm: type[ThreadCommGroup] = ThreadCommGroup, size: int = SIZE
 ) -> list:
     """What `action` returns, or raises, on each rank; who fails alone does not let others wait."""
 
     def run(runtime):
         torch.set_num_threads(1)  # each thread has its own number
         try:
-            return action(wire(runtime.meeting, runtime.rank))
+            return action(comm(runtime.meeting, runtime.rank))
         except TrainingError:  # all ranks raise it
             raise
         except Exception:
@@ -77,14 +77,14 @@ def slice_of(x: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def slices(seed: int) -> list[Tensor]:
-    """[U, R, S / P] of each rank."""
+    """[BH, R, S / P] of each rank."""
     return [mark_padding(slice_of(whole_ids(seed), rank, 3), OPTIONS.n_buckets, None) for rank in range(SIZE)]
 
 
 def plan_of(
-    wire: ThreadWire, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool
+    comm: ThreadCommGroup, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool
 ) -> ExchangePlan:
-    return make_plan(buckets, options, SIZE * N_LOCAL, wire, **settings)
+    return make_plan(buckets, options, SIZE * N_LOCAL, comm, **settings)
 
 
 def miscount(held: Tensor, counted: Tensor) -> Callable[[Tensor, int], Tensor]:
@@ -126,18 +126,18 @@ def test_slices_are_the_whole(
     for group_tokens in (N_LOCAL, 2**14):
         monkeypatch.setitem(plans.GROUP_TOKENS, "cpu", group_tokens)
 
-        def on_rank(wire: ThreadWire) -> list[Tensor]:
-            own_ids, own_mask = slice_of(ids, wire.index, 3), slice_of(mask, wire.index, 1)
+        def on_rank(comm: ThreadCommGroup) -> list[Tensor]:
+            own_ids, own_mask = slice_of(ids, comm.index, 3), slice_of(mask, comm.index, 1)
             buckets = mark_padding(own_ids, options.n_buckets, own_mask)
-            plan = plan_of(wire, buckets, options, per_round=per_round)
-            exchange = BucketExchange(plan, options, wire, per_round=per_round)
+            plan = plan_of(comm, buckets, options, per_round=per_round)
+            exchange = BucketExchange(plan, options, comm, per_round=per_round)
             return attend(
-                [slice_of(x, wire.index, 2) for x in vectors],
-                slice_of(d_out, wire.index, 2),
+                [slice_of(x, comm.index, 2) for x in vectors],
+                slice_of(d_out, comm.index, 2),
                 lambda q, k, v: exchanged_attention(q, k, v, exchange),
             )
 
-        parts = on_wires(on_rank)
+        parts = on_comm_groups(on_rank)
         assert not [part for part in parts if isinstance(part, Exception)]
         for index, whole in enumerate(right):
             found = torch.cat([part[index] for part in parts], dim=2)
@@ -152,12 +152,12 @@ def test_ranks_that_own_nothing_in_some_rounds() -> None:
     ids = torch.randint(0, 6, (1, 2, 3, size * n_local), generator=draw, dtype=torch.uint8)
     ids[:, :, 1] = 4
 
-    def on_rank(wire: ThreadWire) -> Tensor:
-        here = slice(wire.index * n_local, (wire.index + 1) * n_local)
-        plan = make_plan(ids[0, :, :, here], options, size * n_local, wire)
-        return exchanged_attention(v[:, :, here], None, v[:, :, here], BucketExchange(plan, options, wire))
+    def on_rank(comm: ThreadCommGroup) -> Tensor:
+        here = slice(comm.index * n_local, (comm.index + 1) * n_local)
+        plan = make_plan(ids[0, :, :, here], options, size * n_local, comm)
+        return exchanged_attention(v[:, :, here], None, v[:, :, here], BucketExchange(plan, options, comm))
 
-    found = torch.cat(on_wires(on_rank, size=size), dim=2)
+    found = torch.cat(on_comm_groups(on_rank, size=size), dim=2)
     torch.testing.assert_close(found, bucket_attention(v, None, v, ids, options), atol=1e-5, rtol=1e-5)
 
 
@@ -168,16 +168,16 @@ def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
     v = torch.zeros(2, 2, N_LOCAL, 5, dtype=dtype)
     shape = LayerShape(2, N_LOCAL, 2, 5, n_hashes=3, n_buckets=OPTIONS.n_buckets, element_size=dtype.itemsize)
 
-    def on_rank(wire: ThreadWire) -> tuple[float, float, float]:
-        plan = plan_of(wire, own[wire.index])
-        exchanged_attention(v, None, v, BucketExchange(plan, OPTIONS, wire))
+    def on_rank(comm: ThreadCommGroup) -> tuple[float, float, float]:
+        plan = plan_of(comm, own[comm.index])
+        exchanged_attention(v, None, v, BucketExchange(plan, OPTIONS, comm))
         (route,) = plan.routes
         selections = (route.sent, route.received_queries)
-        per_token = [(sum(s.splits) - s.splits[wire.index]) / shape.tokens for s in selections]
+        per_token = [(sum(s.splits) - s.splits[comm.index]) / shape.tokens for s in selections]
         right = bucket_bytes(shape, 1, SIZE, *per_token)
-        return sum(wire.ledger.bytes_sent.values()), right, bucket_bytes(shape, 1, SIZE)
+        return sum(comm.stats.bytes_sent.values()), right, bucket_bytes(shape, 1, SIZE)
 
-    for found, right, expected in on_wires(on_rank):
+    for found, right, expected in on_comm_groups(on_rank):
         assert found == pytest.approx(right)
         assert found == pytest.approx(expected, rel=0.35)
 
@@ -188,7 +188,7 @@ def test_counts_of_other_ids(changed: int, monkeypatch: pytest.MonkeyPatch) -> N
     own, counted = slices(0), slices(0)[LIAR]
     counted[0, 0, :changed] = (counted[0, 0, :changed] + 1) % OPTIONS.n_buckets
     monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
-    all_raise(on_wires(lambda wire: plan_of(wire, own[wire.index])), MISMATCHES)
+    all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), MISMATCHES)
 
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
@@ -198,7 +198,7 @@ def test_padding_other_than_counted(rule: WindowRule | ChunkRule, monkeypatch: p
     own[LIAR][:, :, :10] = OPTIONS.n_buckets
     monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
     options = replace(OPTIONS, rule=rule)
-    found = on_wires(lambda wire: plan_of(wire, own[wire.index], options))
+    found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], options))
     all_raise(found, MISMATCHES)
 
 
@@ -212,21 +212,21 @@ def test_ids_other_than_held(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.where(ids < OPTIONS.n_buckets, (ids + is_liar) % OPTIONS.n_buckets, ids)
 
     monkeypatch.setattr(plans._LocalTokens, "sent_ids", other_ids)
-    all_raise(on_wires(lambda wire: plan_of(wire, own[wire.index])), MISMATCHES)
+    all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), MISMATCHES)
 
 
 def test_a_rank_with_another_window() -> None:
     own, wider = slices(0), replace(OPTIONS, rule=WindowRule(5, causal=True))
-    found = on_wires(lambda wire: plan_of(wire, own[wire.index], wider if wire.index == LIAR else OPTIONS))
+    found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], wider if comm.index == LIAR else OPTIONS))
     all_raise(found, MISMATCHES)
 
 
-@pytest.mark.parametrize("wire", [MistakenWire, SimilarlyMistakenWire])
+@pytest.mark.parametrize("comm", [MistakenCommGroup, SimilarlyMistakenCommGroup])
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
-def test_a_token_taken_for_another(rule: WindowRule | ChunkRule, wire: type[ThreadWire]) -> None:
+def test_a_token_taken_for_another(rule: WindowRule | ChunkRule, comm: type[ThreadCommGroup]) -> None:
     """Its bucket is as foretold, so none is missed: what tells is the checksum of who was sent and who came."""
     own, options = slices(0), replace(OPTIONS, rule=rule)
-    found = on_wires(lambda wire: plan_of(wire, own[wire.index], options), wire)
+    found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], options), comm)
     all_raise(found, "0 received tokens differ")
 
 
@@ -236,9 +236,9 @@ def test_checksums_of_more_than_64_bits(monkeypatch: pytest.MonkeyPatch) -> None
     for factor in (2**61 + 1, 3**39, 5**27, 7**22):
         monkeypatch.setattr(plans, "_weighted_sum", lambda numbers, factor=factor: weighted(numbers) * factor)
         assert all(
-            isinstance(plan, ExchangePlan) for plan in on_wires(lambda wire: plan_of(wire, own[wire.index]))
+            isinstance(plan, ExchangePlan) for plan in on_comm_groups(lambda comm: plan_of(comm, own[comm.index]))
         )
-        all_raise(on_wires(lambda wire: plan_of(wire, own[wire.index]), MistakenWire), "checksums sum to ")
+        all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index]), MistakenCommGroup), "checksums sum to ")
 
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
@@ -247,18 +247,18 @@ def test_a_plan_of_another_call(rule: WindowRule | ChunkRule) -> None:
     first, second, options = slices(0), slices(1), replace(OPTIONS, rule=rule)
     v = torch.ones(2, 2, N_LOCAL, 5, requires_grad=True)
 
-    def attend(wire: ThreadWire, liars: set[int]) -> Tensor:
-        plan = [plan_of(wire, own[wire.index], options) for own in (first, second)]
-        return exchanged_attention(v, None, v, BucketExchange(plan[wire.index in liars], options, wire))
+    def attend(comm: ThreadCommGroup, liars: set[int]) -> Tensor:
+        plan = [plan_of(comm, own[comm.index], options) for own in (first, second)]
+        return exchanged_attention(v, None, v, BucketExchange(plan[comm.index in liars], options, comm))
 
     words = "plans of the ranks do not match"
-    all_raise(on_wires(lambda wire: attend(wire, {LIAR})), words)
-    all_raise(on_wires(lambda wire: attend(wire, {0, 2})), words)
+    all_raise(on_comm_groups(lambda comm: attend(comm, {LIAR})), words)
+    all_raise(on_comm_groups(lambda comm: attend(comm, {0, 2})), words)
 
-    def both_layers(wire: ThreadWire) -> object:
-        outs = attend(wire, set()), attend(wire, {0, 1, 2})
-        return torch.autograd.grad(outs[wire.index == LIAR].sum(), v)
+    def both_layers(comm: ThreadCommGroup) -> object:
+        outs = attend(comm, set()), attend(comm, {0, 1, 2})
+        return torch.autograd.grad(outs[comm.index == LIAR].sum(), v)
 
-    all_raise(on_wires(both_layers), words)
-    fine = on_wires(lambda wire: torch.autograd.grad(attend(wire, {0, 1, 2}).sum(), v)[0].shape)
+    all_raise(on_comm_groups(both_layers), words)
+    fine = on_comm_groups(lambda comm: torch.autograd.grad(attend(comm, {0, 1, 2}).sum(), v)[0].shape)
     assert fine == [v.shape] * SIZE

@@ -12,8 +12,8 @@ from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
 from reformer_dist.ops.lsh.backends import backend_for
 from reformer_dist.ops.lsh.online_softmax import LOG_2
-from reformer_dist.ops.lsh.partition import Part, tiling_of, window_run
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_keys, whole_codes
+from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
+from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_sort_keys, full_position_codes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ShardPart:
 def parts_of(
     ids: Tensor, options: AttentionOptions, mask: Tensor | None, size: int, *, slice_len: int = 7
 ) -> Iterator[ShardPart]:
-    """Of each round, the members of a bucket that `window_run` names. Rows come slice by slice."""
+    """Of each round, the members of a bucket that `window_partition` names. Rows come slice by slice."""
     assert isinstance(options.rule, WindowRule)
     batch, n_heads, n_rounds, seq_len = ids.shape
     buckets = mark_padding(ids, options.n_buckets, mask)
@@ -36,15 +36,15 @@ def parts_of(
     rank = torch.stack(
         [bucket_ranks(buckets[:, r], torch.zeros_like(total[:, r])) for r in range(n_rounds)], dim=1
     )
-    tile_len = tiling_of(options.rule, seq_len, options.n_buckets).tile_len
-    numbers = options.unit_numbers(batch, n_heads, ids.device)
-    codes = whole_codes(buckets, options.n_buckets, options.rule) if options.count_pairs_once else None
+    tile_len = choose_tiling(options.rule, seq_len, options.n_buckets).tile_len
+    numbers = options.head_indices(batch, n_heads, ids.device)
+    codes = full_position_codes(buckets, options.n_buckets, options.rule) if options.count_pairs_once else None
     own = buckets.long().clamp_max(options.n_buckets - 1)
     is_real = buckets < options.n_buckets
     for index in range(size):
         here, asks = torch.zeros_like(is_real), torch.zeros_like(is_real)
         for r in range(n_rounds):
-            run = window_run(total[:, r], options.rule, tile_len, Part(index, size))
+            run = window_partition(total[:, r], options.rule, tile_len, Partition(index, size))
             start, stop, first, last = (
                 x.gather(1, own[:, r]) for x in (run.start, run.stop, run.query_start, run.query_stop)
             )
@@ -54,7 +54,7 @@ def parts_of(
         by_slice = (token // slice_len).argsort(stable=True)
         unit, token = unit[by_slice], token[by_slice]
         keys = [
-            row_keys(
+            row_sort_keys(
                 unit,
                 torch.where(here[unit, r, token], buckets[unit, r, token].long(), options.n_buckets),
                 batch * n_heads,
@@ -70,7 +70,7 @@ def parts_of(
             positions=token,
             position_codes=codes[:, unit, token].contiguous() if codes is not None and n_rounds > 1 else None,
             bucket_sizes=total,
-            partition=Part(index, size),
+            partition=Partition(index, size),
         )
         yield ShardPart(shard, unit * seq_len + token, asks[unit, :, token].any(dim=1))
 
@@ -92,7 +92,7 @@ def attend_in_parts(
     flat_k = None if k is None else k.reshape(-1, width)
     backend = backend_for(options, v, partitioned=True)(options, v)
     # the others compute in float32: nothing is to be rounded but by the caller
-    dtype = v.dtype if options.implementation == "triton" else torch.float32
+    dtype = v.dtype if options.backend == "triton" else torch.float32
     orders = [backend.sort(part.shard) for part in parts]
 
     def as_heads(x: Tensor) -> Tensor:

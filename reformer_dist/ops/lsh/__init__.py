@@ -1,4 +1,4 @@
-"""LSH attention. `reference` says what it means, `implementation` chooses how it is done."""
+"""LSH attention. `reference` says what it means, `backend` chooses how it is done."""
 
 from reformer_dist.ops.lsh.backends import attend_locally, bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.cross import CrossKeys, cross_attention

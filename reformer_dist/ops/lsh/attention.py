@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
-from reformer_dist.ops.lsh.partition import Part, tiling_of, window_run
+from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
 from reformer_dist.ops.lsh.sorting import mark_padding
 
 
@@ -26,7 +26,7 @@ class Shard:
     """Rows that attend to each other, with the keys that sort them in every round.
 
     Whole sequences: N heads of L tokens each, which are sorted head by head. Or a partition of the sorted order of
-    U heads, whose other rows are on other ranks: N = 1, and L rows in any order that keeps those of a head by
+    BH heads, whose other rows are on other ranks: N = 1, and L rows in any order that keeps those of a head by
     position. In a round, a row of a partition may be a query, a key only, or absent; its softmax is partial.
     """
 
@@ -42,10 +42,10 @@ class Shard:
     positions: Tensor | None = None
     """[L] in the sequence; None for whole sequences."""
     position_codes: Tensor | None = None
-    """[R, L] `sorting.place_codes` of a partition, with count_pairs_once."""
+    """[R, L] `sorting.position_codes` of a partition, with count_pairs_once."""
     bucket_sizes: Tensor | None = None
-    """[U, R, K] tokens of each bucket on all ranks; None for whole sequences."""
-    partition: Part = field(default_factory=Part)
+    """[BH, R, K] tokens of each bucket on all ranks; None for whole sequences."""
+    partition: Partition = field(default_factory=Partition)
     has_padding: bool = True
     """Whether some rows may be absent from all rounds."""
 
@@ -59,12 +59,12 @@ class Shard:
         return self.sort_keys.shape[0] * self.sort_keys.shape[2]
 
     def query_bounds(self, rule: WindowRule) -> Tensor:
-        """int32 [R, U * K, 2]: how many rows of each bucket precede its first query, and its last one's end."""
+        """int32 [R, BH * K, 2]: how many rows of each bucket precede its first query, and its last one's end."""
         assert self.bucket_sizes is not None
-        tile_len = tiling_of(rule, self.seq_len, self.bucket_sizes.shape[2]).tile_len
+        tile_len = choose_tiling(rule, self.seq_len, self.bucket_sizes.shape[2]).tile_len
         bounds = []
         for sizes in self.bucket_sizes.unbind(dim=1):
-            run = window_run(sizes, rule, tile_len, self.partition)
+            run = window_partition(sizes, rule, tile_len, self.partition)
             bounds.append(torch.stack([run.query_start - run.start, run.query_stop - run.start], dim=-1))
         return torch.stack(bounds).flatten(1, 2).int()
 
@@ -109,7 +109,7 @@ class SortedShard(Protocol):
 
 
 class Backend(Protocol):
-    """One implementation of attention, for the options and tensors of one pass."""
+    """One backend of attention, for the options and tensors of one pass."""
 
     keeps_order: bool
     """Whether the sorted shards of the forward are kept for the backward, or made anew."""
@@ -199,7 +199,7 @@ class LocalExchange:
         batch, n_heads, _, seq_len = self.bucket_ids.shape
         heads, n_buckets = slice(first, first + size), self.options.n_buckets
         sort_keys = mark_padding(self.bucket_ids, n_buckets, self.key_padding_mask)[heads]
-        numbers = self.options.unit_numbers(batch, n_heads, self.bucket_ids.device)[heads]
+        numbers = self.options.head_indices(batch, n_heads, self.bucket_ids.device)[heads]
         return Shard(sort_keys, n_buckets, numbers, seq_len, first, has_padding=self.key_padding_mask is not None)
 
 

@@ -32,7 +32,7 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 def why_not(
     name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
 ) -> str | None:
-    """What is amiss where the implementation can't run; None where it can. chunks: under the chunk rule."""
+    """What is amiss where the backend can't run; None where it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     if name == "native":
@@ -75,7 +75,7 @@ def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *
         return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
     reason = why_not(name, device, head_dim, dtype, chunks=chunks)
     if reason is not None:
-        raise ValueError(f"attention implementation {name}: {reason}")
+        raise ValueError(f"attention backend {name}: {reason}")
     return name
 
 
@@ -85,7 +85,7 @@ def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = Fal
     partitioned: a rank's partition of the tokens, which `torch` attends where `reference` is asked for, or chunks.
     """
     chunks = isinstance(options.rule, ChunkRule)
-    name = choose(options.implementation, v.device, v.shape[3], v.dtype, chunks=chunks)
+    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
     return _load("torch" if partitioned and (chunks or name == "reference") else name)
 
 
@@ -109,14 +109,14 @@ def bucket_attention(
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. A query that meets no key attends to itself. Raises ValueError where options.implementation can't run.
+    tokens. A query that meets no key attends to itself. Raises ValueError where options.backend can't run.
     """
     return attend_locally(q, k, v, LocalExchange(bucket_ids, options, key_padding_mask))
 
 
 def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
     """`bucket_attention` with its last three arguments as one."""
-    if exchange.options.implementation == "reference":
+    if exchange.options.backend == "reference":
         return _by_reference(q, k, v, exchange)
     return attend(q, k, v, exchange, backend_for(exchange.options, v))
 
@@ -128,10 +128,10 @@ def hash_vectors(
     scheme: str,
     *,
     factors: tuple[int, ...] | None = None,
-    implementation: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """`hashing.hash_vectors` by the backend that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
-    name = choose(implementation, vectors.device, vectors.shape[3], vectors.dtype)
+    name = choose(backend, vectors.device, vectors.shape[3], vectors.dtype)
     return _load(name).hash(vectors, rotations, n_buckets, scheme, factors)
 
 
@@ -148,5 +148,5 @@ def _by_reference(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchang
         count_pairs_once=options.count_pairs_once,
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
-        unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+        head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
     )

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, Sums
+from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, PartialSoftmax
 from reformer_dist.ops.lsh.options import CrossOptions
-from reformer_dist.ops.lsh.sorting import mark_padding, stable_order
+from reformer_dist.ops.lsh.sorting import mark_padding, radix_argsort
 
 # Tokens of both sequences that are put in order together, and scores that exist at a time.
 GROUP_TOKENS = {"cpu": 2**15, "cuda": 2**20}
@@ -58,7 +58,7 @@ class _TiledCrossAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for group in _groups(query_ids, key_ids, options, key_padding_mask):
                 rows = group.rows(q, k, v)
-                total: Sums | None = None
+                total: PartialSoftmax | None = None
                 for pairs in group.rounds:
                     sums = _attend_round(group, pairs, *rows)
                     total = sums if total is None else total.merge(sums)
@@ -182,7 +182,7 @@ class _Group:
         return kept.float().mul_(1 / (1 - dropout))
 
 
-def _attend_round(group: _Group, pairs: _Pairs, q: Tensor, k: Tensor, v: Tensor) -> Sums:
+def _attend_round(group: _Group, pairs: _Pairs, q: Tensor, k: Tensor, v: Tensor) -> PartialSoftmax:
     """The sums of each query row over the keys of its bucket; q in units of log 2."""
     queries, keys, values = pairs.queries.gather(q), pairs.keys.gather(k), pairs.keys.gather(v)
     o, top = torch.zeros_like(queries), queries.new_full(queries.shape[:2], LOWEST)
@@ -197,7 +197,7 @@ def _attend_round(group: _Group, pairs: _Pairs, q: Tensor, k: Tensor, v: Tensor)
             p.mul_(group.dropout_factors(pairs, query, key))
         o[at_hand].index_add_(0, of, torch.bmm(p, values[key]))
     home = pairs.queries.bring_home
-    return Sums(home(o), home(top, LOWEST), home(weight))
+    return PartialSoftmax(home(o), home(top, LOWEST), home(weight))
 
 
 def _backward_round(
@@ -231,7 +231,7 @@ def _groups(
 ) -> Iterator[_Group]:
     batch, n_heads, n_rounds, n_queries = query_ids.shape
     n_keys, device = key_ids.shape[3], query_ids.device
-    numbers = options.unit_numbers(batch, n_heads, device)
+    numbers = options.head_indices(batch, n_heads, device)
     of_queries = query_ids.flatten(0, 1)
     of_keys = mark_padding(key_ids, options.n_buckets, key_padding_mask)
     kind = "cuda" if query_ids.is_cuda else "cpu"
@@ -261,7 +261,7 @@ def _places(numbers: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 def _pair_up(round_: int, query_ids: Tensor, key_ids: Tensor, n_buckets: int, chunk_scores: int) -> _Pairs:
-    """Tiles of a round's ids [U, S] and [U, T], where n_buckets marks padding, and the pairs of one bucket."""
+    """Tiles of a round's ids [BH, S] and [BH, T], where n_buckets marks padding, and the pairs of one bucket."""
     members = max(1, min(query_ids.shape[1], key_ids.shape[1]) // n_buckets)
     tile_len = 16
     while tile_len < 64 and 4 * tile_len <= members:
@@ -290,7 +290,7 @@ def _pair_up(round_: int, query_ids: Tensor, key_ids: Tensor, n_buckets: int, ch
 
 
 def _tile(ids: Tensor, n_buckets: int, tile_len: int) -> tuple[_Tiles, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Tiles of ids [U, S], bucket after bucket of unit after unit, and how many each (unit, bucket) has."""
+    """Tiles of ids [BH, S], bucket after bucket of unit after unit, and how many each (unit, bucket) has."""
     n_units = ids.shape[0]
     unit = torch.arange(n_units, device=ids.device).unsqueeze(1)
     is_absent = ids == n_buckets
@@ -298,7 +298,7 @@ def _tile(ids: Tensor, n_buckets: int, tile_len: int) -> tuple[_Tiles, np.ndarra
     sort_keys = keys.flatten().cpu().numpy()
     counts = np.bincount(sort_keys, minlength=n_units * n_buckets + 1)[:-1]
     n_present = int(counts.sum())
-    order = stable_order(sort_keys)[:n_present]
+    order = radix_argsort(sort_keys)[:n_present]
     tiles = -(-counts // tile_len)
     n_slots = int(tiles.sum()) * tile_len
     start = (np.cumsum(tiles) - tiles) * tile_len

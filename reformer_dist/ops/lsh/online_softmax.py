@@ -16,7 +16,7 @@ LOG_2 = math.log(2)
 
 
 @dataclass(frozen=True)
-class Sums:
+class PartialSoftmax:
     """A partial softmax of each row: what its scores s have summed up to so far."""
 
     o: Tensor
@@ -26,12 +26,12 @@ class Sums:
     weight: Tensor
     """[n_rows] sum of 2^(s - top); 0 for queries that met no key."""
 
-    def merge(self, other: Sums) -> Sums:
+    def merge(self, other: PartialSoftmax) -> PartialSoftmax:
         """Both as one; this one's memory is used up."""
         top = torch.maximum(self.top, other.top)
         factor, other_factor = (self.top - top).exp2_(), (other.top - top).exp2_()
         o = self.o.mul_(factor.unsqueeze(1)).addcmul_(other.o, other_factor.unsqueeze(1))
-        return Sums(o, top, self.weight.mul_(factor).addcmul_(other.weight, other_factor))
+        return PartialSoftmax(o, top, self.weight.mul_(factor).addcmul_(other.weight, other_factor))
 
     def output(self) -> tuple[Tensor, Tensor]:
         """Output [n_rows, D] and logsumexp [n_rows], float32; nan and inf for queries that met no key.

@@ -14,22 +14,22 @@
 #define SMALLEST_NORM 1e-12f
 #define LN_2 0.69314718055994531
 
-/* Mirrored by `calls.Call`, field by field. Rows are those of n_units units, one unit after another. */
+/* Mirrored by `calls.Call`, field by field. Rows are those of n_batch_heads units, one unit after another. */
 typedef struct {
-    int64_t seq_len, n_units, n_rounds, head_dim, window, causal, sees_self, n_spans, n_threads;
+    int64_t seq_len, n_batch_heads, n_rounds, head_dim, window, causal, sees_self, n_spans, n_threads;
     int64_t dropout_threshold, dropout_seed;
     double scale;          /* of q.k, in units of log 2 */
     double dropout_factor; /* 1 / (1 - dropout) */
-    const int32_t *order;        /* [n_rounds, n_units * seq_len] row at each place */
+    const int32_t *order;        /* [n_rounds, n_batch_heads * seq_len] row at each place */
     const int32_t *spans;        /* [n_rounds, n_spans, 4] places: a bucket's begin and end, a span's begin and end */
     const int32_t *span_counts;  /* [n_rounds, 2] spans in all, and the first of them, none of which share a key */
     const int32_t *codes;        /* [n_rounds, n_rows] to count pairs once: two rows are near where these are; or null */
-    const int32_t *unit_numbers; /* [n_units] for dropout; [n_rows] with positions; or null */
+    const int32_t *head_indices; /* [n_batch_heads] for dropout; [n_rows] with positions; or null */
     const int32_t *positions;    /* [n_rows] of rows that are not whole units; or null: then they count from 0 */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
     float *out, *lse;    /* [n_rows, head_dim], 0 for queries that met no key; [n_rows] in base 2, inf for those */
     float *sums;         /* [n_rows] forward: weights so far; backward: rowsum(d_out * out) */
-    float *key_factors;  /* [n_rows] if keys are q / |q|, which nobody writes: gets 1 / |q|; k is q, dk is dq; or null */
+    float *key_scales;  /* [n_rows] if keys are q / |q|, which nobody writes: gets 1 / |q|; k is q, dk is dq; or null */
     float *along;        /* [n_rows] likewise: gets the sum of what queries add to dk, times k; or null */
     float *dq, *dk, *dv; /* [n_rows, head_dim] */
 } Call;
@@ -45,7 +45,7 @@ typedef struct {
 static Group group_at(const Call *call, int round, const int32_t *span, int place) {
     int window = (int)call->window, begin = span[0], end = span[1], left = span[3] - place;
     Group g = {.call = call, .round = round, .dim = (int)call->head_dim, .first = place};
-    g.order = call->order + round * call->n_units * call->seq_len;
+    g.order = call->order + round * call->n_batch_heads * call->seq_len;
     g.n_queries = left < GROUP ? left : GROUP;
     for (int i = 0; i < GROUP; i++) g.row[i] = g.order[place + (i < g.n_queries ? i : g.n_queries - 1)];
     int seen_from = place - (window - 1), seen_to = place + g.n_queries;
@@ -89,7 +89,7 @@ INLINE ints sees(const Group *g, int key_place, int first_lane) {
 /* 1 / (rounds in which a pair meets), or as it is where it meets in none: for pairs that are to be counted once. */
 static void share_meetings(const Group *g, int first, int n, float *factors) {
     const Call *call = g->call;
-    int64_t n_rows = call->n_units * call->seq_len;
+    int64_t n_rows = call->n_batch_heads * call->seq_len;
     int window = (int)call->window;
     for (int j = 0; j < n; j++)
         for (int h = 0; h < GROUP; h += LANES) {
@@ -121,7 +121,7 @@ static uint32_t token_key(const Group *g, int32_t row, int is_query) {
     int64_t position = call->positions ? call->positions[row] : row % call->seq_len;
     uint32_t key = (uint32_t)position + (salt ^ (is_query ? 0x5BD1E995u : 0u));
     MIX_BITS(key);
-    key ^= (uint32_t)call->unit_numbers[call->positions ? row : row / call->seq_len] * 0x85EBCA6Bu;
+    key ^= (uint32_t)call->head_indices[call->positions ? row : row / call->seq_len] * 0x85EBCA6Bu;
     MIX_BITS(key);
     return key;
 }
@@ -148,9 +148,9 @@ typedef struct {
 } Factors;
 
 static void find_factors(const Group *g, int first, int n, Factors *factors) {
-    const float *known = g->call->key_factors;
+    const float *known = g->call->key_scales;
     factors->shares_pairs = g->call->codes != NULL;
-    factors->drops = g->call->unit_numbers != NULL;
+    factors->drops = g->call->head_indices != NULL;
     for (int j = 0; j < n; j++) factors->keys[j] = known ? known[g->order[first + j]] : 1.0f;
     if (factors->shares_pairs) share_meetings(g, first, n, factors->shares);
     if (factors->drops) draw_dropout(g, first, n, factors->kept);
@@ -188,7 +188,7 @@ static void exponentiate(const Group *g, int first, int n, float *p, Softmax *so
 
 static void attend(const Group *g) {
     const Call *call = g->call;
-    float columns[MOST_DIM * GROUP] ALIGNED, p[PADDED * GROUP] ALIGNED, spare[MOST_DIM];
+    float columns[MAX_DIM * GROUP] ALIGNED, p[PADDED * GROUP] ALIGNED, spare[MAX_DIM];
     const float *queries[GROUP], *keys[PADDED], *values[PADDED];
     float *out[GROUP];
     Softmax softmax;
@@ -251,8 +251,8 @@ static void differentiate(const Group *g, int first, int n, float *p, float *d_p
 
 static void attend_backward(const Group *g) {
     const Call *call = g->call;
-    float q_columns[MOST_DIM * GROUP] ALIGNED, d_out_columns[MOST_DIM * GROUP] ALIGNED;
-    float p[PADDED * GROUP] ALIGNED, ds[PADDED * GROUP] ALIGNED, spare[MOST_DIM];
+    float q_columns[MAX_DIM * GROUP] ALIGNED, d_out_columns[MAX_DIM * GROUP] ALIGNED;
+    float p[PADDED * GROUP] ALIGNED, ds[PADDED * GROUP] ALIGNED, spare[MAX_DIM];
     const float *queries[GROUP], *d_outs[GROUP], *keys[PADDED], *values[PADDED];
     float *dq[GROUP], *dk[PADDED], *dv[PADDED];
     float to_scores = (float)(call->scale * LN_2);
@@ -285,8 +285,8 @@ INLINE void fetch_rows(const Group *g, const float *x, int n) {
 
 INLINE void fetch_next(const Group *g, int is_backward) {
     const Call *call = g->call;
-    int64_t behind = call->n_units * call->seq_len - g->first - GROUP;
-    int n = behind > GROUP ? GROUP : behind > 0 ? (int)behind : 0, shared = call->key_factors != NULL;
+    int64_t behind = call->n_batch_heads * call->seq_len - g->first - GROUP;
+    int n = behind > GROUP ? GROUP : behind > 0 ? (int)behind : 0, shared = call->key_scales != NULL;
     const float *forward[] = {call->q, call->v, call->out, call->k};
     const float *backward[] = {call->q, call->v, call->d_out, call->dq, call->dv, call->k, call->dk};
     for (int x = 0; x < (is_backward ? 7 - 2 * shared : 4 - shared); x++)
@@ -320,21 +320,21 @@ static float key_factor(const Call *call, int64_t row) {
 
 /* Takes from dq what dk had along k, whose length is always 1: `ops.lsh.shared_keys.shared_keys_backward` */
 static void stay_across_key(const Call *call, int64_t row) {
-    float factor = call->key_factors[row], along = (float)LN_2 * call->along[row] * factor * factor;
+    float factor = call->key_scales[row], along = (float)LN_2 * call->along[row] * factor * factor;
     int64_t at = row * call->head_dim;
     for (int64_t d = at; d < at + call->head_dim; d++) call->dq[d] -= along * call->q[d];
 }
 
 /* out and lse of q, k, v. */
 void reformer_attend(const Call *call) {
-    int64_t n_rows = call->n_units * call->seq_len, dim = call->head_dim;
+    int64_t n_rows = call->n_batch_heads * call->seq_len, dim = call->head_dim;
 #pragma omp parallel num_threads(call->n_threads)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n_rows; row++) {
             call->lse[row] = LOWEST;
             call->sums[row] = 0;
-            if (call->key_factors) call->key_factors[row] = key_factor(call, row);
+            if (call->key_scales) call->key_scales[row] = key_factor(call, row);
             memset(call->out + row * dim, 0, dim * sizeof(float));
         }
         for (int round = 0; round < call->n_rounds; round++) {
@@ -356,13 +356,13 @@ void reformer_attend(const Call *call) {
 
 /* Adds to dq, dk and dv. */
 void reformer_attend_backward(const Call *call) {
-    int64_t n_rows = call->n_units * call->seq_len;
+    int64_t n_rows = call->n_batch_heads * call->seq_len;
 #pragma omp parallel num_threads(call->n_threads)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n_rows; row++) {
-            if (call->key_factors) {
-                call->key_factors[row] = key_factor(call, row);
+            if (call->key_scales) {
+                call->key_scales[row] = key_factor(call, row);
                 call->along[row] = 0;
             }
         }

@@ -25,7 +25,7 @@ class HashCall(ctypes.Structure):
     """As in hash.c, which says what each is."""
 
     _fields_ = _fields(
-        (ctypes.c_int64, "seq_len n_units n_heads n_rounds head_dim n_columns n_factors id_bytes n_threads"),
+        (ctypes.c_int64, "seq_len n_batch_heads n_heads n_rounds head_dim n_columns n_factors id_bytes n_threads"),
         (ctypes.c_void_p, "factors x rotations ids"),
     )
 
@@ -34,7 +34,7 @@ class OrderCall(ctypes.Structure):
     """As in order.c, which says what each is."""
 
     _fields_ = _fields(
-        (ctypes.c_int64, "seq_len n_units n_rounds n_buckets span_len n_spans window n_threads"),
+        (ctypes.c_int64, "seq_len n_batch_heads n_rounds n_buckets span_len n_spans window n_threads"),
         (ctypes.c_void_p, "ids queries ends order spans span_counts codes"),
     )
 
@@ -43,13 +43,13 @@ class Call(ctypes.Structure):
     """As in attention.c, which says what each is."""
 
     _fields_ = _fields(
-        (ctypes.c_int64, "seq_len n_units n_rounds head_dim window causal sees_self n_spans n_threads"),
+        (ctypes.c_int64, "seq_len n_batch_heads n_rounds head_dim window causal sees_self n_spans n_threads"),
         (ctypes.c_int64, "dropout_threshold dropout_seed"),
         (ctypes.c_double, "scale dropout_factor"),
         (
             ctypes.c_void_p,
-            "order spans span_counts codes unit_numbers positions "
-            "q k v d_out out lse sums key_factors along dq dk dv",
+            "order spans span_counts codes head_indices positions "
+            "q k v d_out out lse sums key_scales along dq dk dv",
         ),
     )
 
@@ -74,16 +74,16 @@ def hash_rows(x: Tensor, rotations: Tensor, factors: tuple[int, ...], ids: Tenso
 
 @dataclass(frozen=True)
 class Order:
-    """All rounds of U units of S rows, sorted by (unit, bucket, position)."""
+    """All rounds of BH units of S rows, sorted by (unit, bucket, position)."""
 
     order: Tensor
-    """int32 [R, U * S] row at each place."""
+    """int32 [R, BH * S] row at each place."""
     spans: Tensor
     """int32 [R, n_spans, 4]: see attention.c."""
     span_counts: Tensor
     """int32 [R, 2] likewise."""
     codes: Tensor | None
-    """int32 [R, U * S] of each row, with count_pairs_once."""
+    """int32 [R, BH * S] of each row, with count_pairs_once."""
 
 
 def window_of(options: AttentionOptions, seq_len: int) -> int:
@@ -93,26 +93,26 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
 
 
 def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor | None = None) -> Order:
-    """The order of bucket ids [U, R, S], where n_buckets marks absent rows. Raises ValueError for other ids.
+    """The order of bucket ids [BH, R, S], where n_buckets marks absent rows. Raises ValueError for other ids.
 
     query_bounds, of a partition, which counts as one head: [R, n_buckets, 2], see `Shard.query_bounds`. Its codes
     are left to the caller, who knows the whole order.
     """
-    n_units, n_rounds, seq_len = buckets.shape
+    n_batch_heads, n_rounds, seq_len = buckets.shape
     n_buckets = options.n_buckets if query_bounds is None else query_bounds.shape[1]
     window = window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has keys of its own
-    n_spans = n_units * (n_buckets + seq_len // span_len)
+    n_spans = n_batch_heads * (n_buckets + seq_len // span_len)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32)
 
     counts_once = options.count_pairs_once and n_rounds > 1 and query_bounds is None
-    codes = ints(n_rounds, n_units * seq_len) if counts_once else None
-    found = Order(ints(n_rounds, n_units * seq_len), ints(n_rounds, n_spans, 4), ints(n_rounds, 2), codes)
-    ids, ends = buckets.int().contiguous(), ints(n_rounds, n_units, n_buckets + 2)
+    codes = ints(n_rounds, n_batch_heads * seq_len) if counts_once else None
+    found = Order(ints(n_rounds, n_batch_heads * seq_len), ints(n_rounds, n_spans, 4), ints(n_rounds, 2), codes)
+    ids, ends = buckets.int().contiguous(), ints(n_rounds, n_batch_heads, n_buckets + 2)
     call = OrderCall(
-        seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
+        seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
         *_addresses(ids, query_bounds, ends, found.order, found.spans, found.span_counts, found.codes),
     )  # fmt: skip
     if not library().reformer_order(ctypes.byref(call)):
@@ -130,8 +130,8 @@ class Group:
     """Rows of a unit."""
     window: int
     """See `window_of`."""
-    unit_numbers: Tensor
-    """[U] numbers in their step: `DropoutOptions.unit_numbers`; with positions, [rows]."""
+    head_indices: Tensor
+    """[BH] numbers in their step: `DropoutOptions.head_indices`; with positions, [rows]."""
     order: Order
     positions: Tensor | None = None
     """[rows] of rows that are held; None where units are whole."""
@@ -161,7 +161,7 @@ class Group:
         shared, lse = k is None, rows[5]
         factors, along = (torch.empty_like(lse), torch.empty_like(lse)) if shared else (None, None)
         numbers, positions = (
-            None if x is None or options.dropout == 0 else x.int() for x in (self.unit_numbers, self.positions)
+            None if x is None or options.dropout == 0 else x.int() for x in (self.head_indices, self.positions)
         )
         pointers = (order.order, order.spans, order.span_counts, order.codes, numbers, positions)
         n_rounds, n_rows = order.order.shape

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
-from reformer_dist.ops.lsh.online_softmax import Sums
+from reformer_dist.ops.lsh.online_softmax import PartialSoftmax
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
-from reformer_dist.ops.lsh.sorting import count_buckets, row_keys, whole_codes
-from reformer_dist.ops.lsh.torch_tiles.layout import Layout, lay_out_rows
+from reformer_dist.ops.lsh.sorting import count_buckets, row_sort_keys, full_position_codes
+from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
 from reformer_dist.ops.lsh.torch_tiles.pair_mask import Rows
 from reformer_dist.ops.lsh.torch_tiles.rounds import RowGroup, attend, attend_backward, attend_rounds
 from reformer_dist.ops.workspace import Workspace
@@ -71,7 +71,7 @@ class SortedTiles:
         self._flat(tensors.out).copy_(o)
         tensors.lse.view(-1)[self._rows] = lse
 
-    def attend_rounds(self, q: Tensor, k: Tensor | None, v: Tensor) -> Iterator[tuple[Layout, Sums]]:
+    def attend_rounds(self, q: Tensor, k: Tensor | None, v: Tensor) -> Iterator[tuple[Layout, PartialSoftmax]]:
         """Each round's own sums [L, D], in the order of the rounds, and its layout; fills nothing."""
         q, v = self._flat(q), self._flat(v)
         rounds = attend_rounds(self._group, q, self._keys(k, q), v)
@@ -102,12 +102,12 @@ def lay_out(shard: Shard, options: AttentionOptions) -> list[Layout]:
     """The layouts of all rounds, for rows head by head."""
     if shard.bucket_sizes is not None:
         keys = list(shard.sort_keys[0])
-        return lay_out_rows(keys, shard.bucket_sizes, shard.seq_len, options, shard.partition)
+        return build_layouts(keys, shard.bucket_sizes, shard.seq_len, options, shard.partition)
     n_heads, n_rounds, seq_len = shard.sort_keys.shape
     head = torch.arange(n_heads, device=shard.sort_keys.device).repeat_interleave(seq_len)
-    keys = [row_keys(head, shard.sort_keys[:, r].flatten(), n_heads, shard.n_sort_keys) for r in range(n_rounds)]
+    keys = [row_sort_keys(head, shard.sort_keys[:, r].flatten(), n_heads, shard.n_sort_keys) for r in range(n_rounds)]
     sizes = count_buckets(shard.sort_keys, shard.n_sort_keys)
-    return lay_out_rows(keys, sizes, shard.seq_len, options, shard.partition)
+    return build_layouts(keys, sizes, shard.seq_len, options, shard.partition)
 
 
 def _flat_rows(shard: Shard, options: AttentionOptions) -> Rows:
@@ -117,5 +117,5 @@ def _flat_rows(shard: Shard, options: AttentionOptions) -> Rows:
     positions = torch.arange(seq_len, device=shard.sort_keys.device).repeat(n_heads)
     codes = None
     if options.count_pairs_once and n_rounds > 1:
-        codes = whole_codes(shard.sort_keys, shard.n_sort_keys, options.rule).flatten(1)
+        codes = full_position_codes(shard.sort_keys, shard.n_sort_keys, options.rule).flatten(1)
     return Rows(shard.head_index.repeat_interleave(seq_len), positions, codes)

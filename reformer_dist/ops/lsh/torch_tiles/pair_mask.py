@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, WindowRule
-from reformer_dist.ops.lsh.sorting import are_near
+from reformer_dist.ops.lsh.sorting import within_reach
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.tiles import Column
 
@@ -24,7 +24,7 @@ class Rows:
     position: Tensor
     """[n_rows] in the whole sequence."""
     codes: Tensor | None = None
-    """[R, n_rows] with count_pairs_once: `sorting.place_codes` of every round."""
+    """[R, n_rows] with count_pairs_once: `sorting.position_codes` of every round."""
 
 
 class PairMask:
@@ -66,7 +66,7 @@ class PairMask:
         edges, tiles = self._layout.edges, column.queries
         assert edges is not None
         band = _band(rule, self._layout.tiling.tile_len, column.offset, edges.rank.device)
-        if not edges.are_near[tiles].any():
+        if not edges.within_reach[tiles].any():
             return band
         rank = edges.rank[tiles].unsqueeze(1) - _lag(
             self._layout.tiling.tile_len, column.offset, edges.rank.device
@@ -92,7 +92,7 @@ class PairMask:
         queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
         meetings = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
         for round_codes in codes:
-            meetings += are_near(
+            meetings += within_reach(
                 round_codes[queries].unsqueeze(2), round_codes[keys].unsqueeze(1), self._options.rule
             )
         return meetings

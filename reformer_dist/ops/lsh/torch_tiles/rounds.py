@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, Sums
+from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, PartialSoftmax
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.pair_mask import PairMask, Rows
@@ -55,18 +55,18 @@ class RowGroup:
         return torch.mul(q, self.options.scale * LOG2_E, out=out)
 
 
-def attend_rounds(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Sums]:
+def attend_rounds(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Iterator[PartialSoftmax]:
     """Each round's own sums, in the order of the rounds; q, k, v [n_rows, D]."""
     q, k, v = group.scaled(q), k.float(), v.float()
     for layout, mask in group.rounds():
         if q.shape[0] == 0:  # a rank may have nothing to attend
-            yield Sums(v, v.new_empty(0), v.new_empty(0))
+            yield PartialSoftmax(v, v.new_empty(0), v.new_empty(0))
             continue
         o, top, weight = _attend_round(group, layout, mask, q, k, v)
-        yield Sums(gather_rows(o, layout.home), top[layout.home], weight[layout.home])
+        yield PartialSoftmax(gather_rows(o, layout.slot_of_row), top[layout.slot_of_row], weight[layout.slot_of_row])
 
 
-def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Sums:
+def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> PartialSoftmax:
     """The sums over all rounds."""
     rounds = attend_rounds(group, q, k, v)
     total = next(rounds)
@@ -84,14 +84,14 @@ def _attend_round(
     top = torch.full(o.shape[:2], LOWEST, dtype=torch.float32, device=o.device)
     weight = torch.zeros_like(top)
     o[-1] = 0  # the home of those that are no queries
-    query_rows, key_rows = layout.some_rows()
+    query_rows, key_rows = layout.gather_indices()
     for span in layout.spans:
         queries = gather_tiles(q, query_rows, tile_len, span)
         keys, values = (gather_tiles(x, key_rows, tile_len, span) for x in (k, v))
         pairs = Pairs(layout, span, group.scratch)
         p = pairs.buffer("scores")
         for part, column in zip(pairs.by_column(p), span.columns, strict=True):
-            part.copy_(mask.scores(column))
+            part.copy_(mask.bias(column))
         p_runs = pairs.by_run(p)
         add_products(p_runs, pairs.at_queries(queries, span.start), transposed(pairs.at_keys(keys, span.start)))
         own = span.columns[0].queries
@@ -130,13 +130,13 @@ def attend_backward(
     k, v, d_out = k.float(), v.float(), d_out.float()
     for layout, mask in group.rounds() if q.shape[0] else ():
         dq_slots, dk_slots, dv_slots = _backward_round(group, layout, mask, scaled, k, v, d_out, delta, lse)
-        dq += gather_rows(dq_slots, layout.home)
+        dq += gather_rows(dq_slots, layout.slot_of_row)
         for whole, part in ((dk, dk_slots), (dv, dv_slots)):
-            if layout.key_home is None:
+            if layout.key_slot_of_row is None:
                 is_taken = layout.key_slots >= 0
                 whole.index_add_(0, layout.key_slots[is_taken], part[is_taken])
             else:
-                whole += gather_rows(part, layout.key_home)
+                whole += gather_rows(part, layout.key_slot_of_row)
     return dq.mul_(group.options.scale), dk.mul_(LOG_2), dv
 
 
@@ -158,12 +158,12 @@ def _backward_round(
         for name in ("dq", "dk", "dv")
     )
     # where nobody looks ahead, the first run is the first to reach its keys: others come from later ones
-    looks_ahead = layout.tiling.front > 0
+    looks_ahead = layout.tiling.n_after > 0
     add_to_keys = add_products if looks_ahead else sum_products
     for grad in (dq, dk, dv):
         # the last tile is the home of those that are not here
         (grad if looks_ahead else grad[-1]).zero_()
-    query_rows, key_rows = layout.some_rows()
+    query_rows, key_rows = layout.gather_indices()
     # where slots are empty, exp(s - inf) = 0: they give nothing to anybody
     lse = torch.cat([lse, lse.new_full((1,), torch.inf)])
     for span in layout.spans:
@@ -178,7 +178,7 @@ def _backward_round(
         at_queries, at_d_outs = (pairs.at_queries(x, span.start) for x in (queries, d_outs))
         at_keys, at_values = (pairs.at_keys(x, span.start) for x in (keys, values))
         for part, column, its_lse in zip(pairs.by_column(p), span.columns, lses, strict=True):
-            torch.sub(mask.scores(column), its_lse, out=part)
+            torch.sub(mask.bias(column), its_lse, out=part)
         add_products(p_runs, at_queries, transposed(at_keys))
         p.exp2_()
         set_products(ds_runs, at_d_outs, transposed(at_values))

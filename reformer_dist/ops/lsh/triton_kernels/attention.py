@@ -13,9 +13,9 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
-from reformer_dist.ops.lsh.triton_kernels.launch import Units
+from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
 from reformer_dist.ops.lsh.triton_kernels.rowwise import row_products
-from reformer_dist.ops.lsh.triton_kernels.tiles import tile_partition, tile_units
+from reformer_dist.ops.lsh.triton_kernels.tiles import tile_partition, tile_heads
 from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of
 
 # Heads lie along dimensions of grids that are shorter than the first, alone or with their rounds.
@@ -61,10 +61,10 @@ class SortedUnits:
         largest = tuning_of(like.shape[3], like.dtype).block
         if shard.is_whole:
             numbers = shard.head_index.int() if options.dropout > 0 else None
-            tiles = tile_units(shard.sort_keys, numbers, options, largest=largest, has_padding=shard.has_padding)
+            tiles = tile_heads(shard.sort_keys, numbers, options, largest=largest, has_padding=shard.has_padding)
         else:
             tiles = tile_partition(shard, options, largest=largest)
-        self._units = Units(options, tiles, shard.first_head)
+        self._units = HeadGroup(options, tiles, shard.first_head)
 
     def attend(self, tensors: Forward) -> None:
         if tensors.v.numel():  # a rank may have nothing to attend

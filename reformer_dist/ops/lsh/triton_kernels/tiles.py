@@ -15,11 +15,11 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, Rule, WindowRule
-from reformer_dist.ops.lsh.triton_kernels.cut import cut
+from reformer_dist.ops.lsh.triton_kernels.tile_table import cut
 
 
 @dataclass(frozen=True)
-class Constants:
+class KernelConstants:
     """What a kernel is compiled for."""
 
     block: int
@@ -58,10 +58,10 @@ class Constants:
         *,
         shared: bool,
         held: bool,
-    ) -> Constants:
+    ) -> KernelConstants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
-        return Constants(
+        return KernelConstants(
             block=block,
             other_block=other_block,
             head_dim=head_dim,
@@ -85,20 +85,20 @@ class Constants:
 
 @dataclass(frozen=True)
 class Tiles:
-    """All rounds of U units of S rows."""
+    """All rounds of BH units of S rows."""
 
     block: int
     order: Tensor
-    """int32 [U, R, S] row at each place."""
+    """int32 [BH, R, S] row at each place."""
     table: Tensor
-    """int32 [U, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends.
+    """int32 [BH, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends.
 
     Of held rows [.., 6]: where its queries begin, and end.
     """
     codes: Tensor | None
-    """int32 [U, R, S]: with count_pairs_once, code of each row's place (`order.place_codes`)."""
+    """int32 [BH, R, S]: with count_pairs_once, code of each row's place (`order.position_codes`)."""
     who: Tensor | None = None
-    """With dropout, int32 [U] numbers of the units in their step.
+    """With dropout, int32 [BH] numbers of the units in their step.
 
     Of held rows, which are one unit, [2, S]: position, and number of the unit in its step.
     """
@@ -123,10 +123,10 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
     return block
 
 
-def tile_units(
+def tile_heads(
     buckets: Tensor, numbers: Tensor | None, options: AttentionOptions, *, largest: int, has_padding: bool
 ) -> Tiles:
-    """Tiles of bucket ids [U, R, S], in which n_buckets marks padding: tiles of queries that meet nobody.
+    """Tiles of bucket ids [BH, R, S], in which n_buckets marks padding: tiles of queries that meet nobody.
 
     numbers: see `Tiles.who`.
     """
@@ -150,7 +150,7 @@ def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> 
 def _cut_rounds(
     buckets: Tensor, n_buckets: int, rule: Rule, block: int, *, has_padding: bool, bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Order, table and sorted ids of bucket ids [U, R, S]."""
+    """Order, table and sorted ids of bucket ids [BH, R, S]."""
     n_units, n_rounds, seq_len = buckets.shape
     buckets = buckets.to(bucket_dtype(n_buckets))
     in_order, places = buckets, None

@@ -1,7 +1,6 @@
-"""Reformer models, and their distributed trainer.
+"""Reformer models and their distributed trainer.
 
-The names below are loaded when they are first asked for: importing the package loads nothing heavy, and they load
-torch alone.
+Names are imported lazily on first access, so importing the package is cheap; they need torch only.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from reformer_dist.config import (
         Activation,
-        AttentionImplementation,
+        AttentionBackend,
         AttentionKind,
+        CompatConfig,
         CrossAttentionKind,
         HashScheme,
         ModelConfig,
@@ -36,16 +36,17 @@ if TYPE_CHECKING:
         ReformerForSequenceClassification,
         ReformerLM,
         ReformerStack,
-        initialise,
+        init_weights,
         inspect_attention,
     )
     from reformer_dist.ops.lsh import lsh_attention
 
 __all__ = [
     "Activation",
-    "AttentionImplementation",
+    "AttentionBackend",
     "AttentionKind",
     "AttentionView",
+    "CompatConfig",
     "CrossAttentionKind",
     "ExactSelfAttention",
     "HashScheme",
@@ -64,18 +65,18 @@ __all__ = [
     "ReformerStack",
     "StreamMerge",
     "__version__",
-    "initialise",
+    "init_weights",
     "inspect_attention",
     "lsh_attention",
 ]
-_HOMES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
+_EXPORTING_MODULES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in map(import_module, _HOMES):
-            if name in home.__all__:
-                return getattr(home, name)
+        for module in map(import_module, _EXPORTING_MODULES):
+            if name in module.__all__:
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from reformer_dist.process.signals import ended_by_interrupt
+from reformer_dist.process.signals import exit_on_interrupt
 
 SPIN_COUNT = "1000"
 
@@ -27,7 +27,7 @@ def train() -> None:
 
 def evaluate() -> None:
     _wait_patiently()
-    with ended_by_interrupt():
+    with exit_on_interrupt():
         from reformer_dist.evaluate import main
 
     main()
@@ -35,14 +35,14 @@ def evaluate() -> None:
 
 def generate() -> None:
     _wait_patiently()
-    with ended_by_interrupt():
+    with exit_on_interrupt():
         from reformer_dist.generate import main
 
     main()
 
 
 def convert() -> None:
-    with ended_by_interrupt():
+    with exit_on_interrupt():
         from reformer_dist.convert import main
 
     main()
@@ -50,14 +50,14 @@ def convert() -> None:
 
 def doctor() -> None:
     _wait_patiently()
-    with ended_by_interrupt():
+    with exit_on_interrupt():
         from reformer_dist.doctor.__main__ import main
 
     main()
 
 
 def checkpoints() -> None:
-    with ended_by_interrupt():
+    with exit_on_interrupt():
         from reformer_dist.checkpoints import main
 
     main()

@@ -1,24 +1,26 @@
-"""Entry: models of other Reformers to ours, and ours to Hugging Face's. `reformer-convert SOURCE TARGET`."""
+"""reformer-convert: converts models of other Reformer implementations to ours, and ours to Hugging Face's.
+
+`reformer-convert SOURCE TARGET`
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reformer_dist.checkpoint import write_export
+from reformer_dist.checkpoint import RunRecord, write_export
 from reformer_dist.config import DataConfig, RunConfig, TaskConfig, TaskKind, TrainerConfig
 from reformer_dist.errors import CheckpointError
+from reformer_dist.fs.atomic import make_staging, publish
 from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_face, trax
-from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, Head, Options
+from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, ForeignOptions, HeadKind
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.process.command import run_command
 from reformer_dist.run.compose import plain
@@ -38,39 +40,40 @@ examples:
 """
 
 HEADS = {
-    TaskKind.language_model: Head.language_model,
-    TaskKind.completion: Head.language_model,
-    TaskKind.masked_language_model: Head.language_model,
-    TaskKind.sequence_classification: Head.sequence_classification,
-    TaskKind.question_answering: Head.question_answering,
+    TaskKind.language_model: HeadKind.language_model,
+    TaskKind.completion: HeadKind.language_model,
+    TaskKind.masked_language_model: HeadKind.language_model,
+    TaskKind.sequence_classification: HeadKind.sequence_classification,
+    TaskKind.question_answering: HeadKind.question_answering,
 }
-NEVER = -1e4  # a logit that no softmax gives weight to
+NEVER = -1e4  # logit of a token of probability 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-convert",
-        description="Brings models of other Reformers, and takes ours to Hugging Face's. No pickle is executed.",
+        description="Converts models of other Reformer implementations to ours, and ours to Hugging Face's. "
+        "No pickle is executed.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="the folder of a model")
-    parser.add_argument("target", type=Path, help="the folder to write, which must not exist")
+    parser.add_argument("source", type=Path, help="directory of a model")
+    parser.add_argument("target", type=Path, help="directory to write, which must not exist")
     parser.add_argument(
         "--tokenizer",
-        help=f"the model's vocabulary, where its folder holds none: {', '.join(BYTES)} (from id 2, as Trax has "
-        "them), or a tokenizer.json or spiece.model",
+        help=f"vocabulary of a model whose directory has none: {', '.join(BYTES)} (from id 2, as in Trax), "
+        "or a tokenizer.json or spiece.model",
     )
     return parser
 
 
 def run_conversion(arguments: argparse.Namespace) -> None:
-    """Finds out what the source is and converts it. Raises UserError."""
+    """Detects the format of the source and converts it. Raises UserError."""
     source, target = arguments.source, arguments.target
     if target.exists():
-        raise CheckpointError(f"{target}: exists; name a folder that does not")
+        raise CheckpointError(f"{target}: exists; name a directory that does not")
     if not source.is_dir():
-        raise CheckpointError(f"{source}: is no folder; name the folder that holds the model's files")
+        raise CheckpointError(f"{source}: is no directory; name the one with the model's files")
     if _is_ours(source):
         _to_hugging_face(source, target)
     else:
@@ -80,31 +83,31 @@ def run_conversion(arguments: argparse.Namespace) -> None:
 def _is_ours(source: Path) -> bool:
     path = source / CONFIG_FILE
     if not path.is_file():
-        return not trax.is_trax(source)  # a run or a checkpoint, or nothing: loading tells
-    options = Options.read(path)
+        return not trax.is_trax(source)  # a run, a checkpoint, or an error when it is loaded
+    options = ForeignOptions.read(path)
     return "shapes" in options and "config" in options
 
 
 def _read_foreign(source: Path) -> ForeignModel:
     if trax.is_trax(source):
         return trax.read(source)
-    options = Options.read(source / CONFIG_FILE)
+    options = ForeignOptions.read(source / CONFIG_FILE)
     if "model_type" in options:
         return hugging_face.read(source)
     if "num_tokens" in options:
         return reformer_pytorch.read(source)
     raise CheckpointError(
-        f"{options.path}: is of no known system: a model of transformers has model_type in it, one of "
-        "reformer_pytorch the arguments of ReformerLM (num_tokens, ...); Trax has model.pkl.gz beside it"
+        f"{options.path}: is of no known implementation: transformers has model_type in it, reformer_pytorch "
+        "the arguments of ReformerLM (num_tokens, ...), and Trax has a model.pkl.gz next to it"
     )
 
 
 @dataclass(frozen=True)
-class _Loose:
-    """A converted model as `write_export` reads a checkpoint."""
+class _ConvertedWeights:
+    """A converted model as a WeightSource."""
 
     folder: Path
-    run: dict[str, Any]
+    record: RunRecord
     weights: dict[str, Tensor]
     extra_files: list[str]
     step: int = 0
@@ -113,21 +116,21 @@ class _Loose:
         return self.weights[name].flatten()[offset : offset + length]
 
 
-def _from_foreign(model: ForeignModel, source: Path, target: Path, named: str | None) -> None:
-    n_words = model.vocab_size - model.has_mask_token
-    tokenizer = find_tokenizer(source, n_words, named)
+def _from_foreign(model: ForeignModel, source: Path, target: Path, vocabulary: str | None) -> None:
+    vocab_size = model.vocab_size - model.has_mask_token
+    tokenizer = find_tokenizer(source, vocab_size, vocabulary)
     weights = with_mask_token(model) if model.is_masked and not model.has_mask_token else model.weights
     with tempfile.TemporaryDirectory() as scratch:
         specification = tokenizer.save(Path(scratch))
-        run = {
-            "config": plain(run_config(model)),
-            "tokenizer": specification,
-            "vocab_size": n_words,
-            "labels": model.classes,
-            "shapes": {name: list(tensor.shape) for name, tensor in weights.items()},
-        }
+        record = RunRecord(
+            config=plain(run_config(model)),
+            tokenizer=specification,
+            vocab_size=vocab_size,
+            labels=model.classes,
+            shapes={name: list(tensor.shape) for name, tensor in weights.items()},
+        )
         files = sorted(path.name for path in Path(scratch).iterdir())
-        write_export(_Loose(Path(scratch), run, weights, files), target)
+        write_export(_ConvertedWeights(Path(scratch), record, weights, files), target)
     n_parameters = sum(tensor.numel() for tensor in weights.values())
     kind = _task_kind(model).name
     print(f"converted a {kind} of {model.system}, {n_parameters:,} parameters, to {target}")
@@ -136,10 +139,7 @@ def _from_foreign(model: ForeignModel, source: Path, target: Path, named: str | 
 
 
 def with_mask_token(model: ForeignModel) -> dict[str, Tensor]:
-    """Weights with one more token, which our masked language models hide others behind.
-
-    It is the mean of all, and is never predicted.
-    """
+    """Weights with an added mask token: its embedding is the mean of all, and it is never predicted."""
     weights = dict(model.weights)
     table, head, bias = (weights[name] for name in ("embedding.tokens.weight", "head.weight", "head.bias"))
     weights["embedding.tokens.weight"] = torch.cat([table, table.mean(dim=0, keepdim=True)])
@@ -153,7 +153,7 @@ def _task_kind(model: ForeignModel) -> TaskKind:
 
 
 def run_config(model: ForeignModel) -> RunConfig:
-    """A run with that model and its task; all that is not the model's is at its default."""
+    """The configuration of a run with the model and its task, and defaults elsewhere."""
     kind, data, trainer = _task_kind(model), DataConfig(), TrainerConfig()
     longest = model.config.max_positions
     if longest is not None:
@@ -174,13 +174,11 @@ def _to_hugging_face(source: Path, target: Path) -> None:
     )
     if kind is TaskKind.masked_language_model:
         options["mask_token_id"] = n_rows - 1
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = make_staging(target)
     save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
     (partial / CONFIG_FILE).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
     hugging_face_files(tokenizer, partial)
-    partial.rename(target)
+    publish(partial, target)
     print(f"wrote {loaded.checkpoint} to {target}, which transformers reads as a {options['architectures'][0]}")
 
 

@@ -1,16 +1,16 @@
-"""Errors that a user can cause, and mend: their message alone is shown, without a traceback."""
+"""Errors that a user can cause and fix; commands print their message without a traceback."""
 
 
 class UserError(Exception):
-    """Base of all: says what is wrong, where, and what would be right."""
+    """Base class. The message states what is wrong, where, and what would be right."""
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that can't run: the message names the key and the value."""
+    """An invalid configuration; the message names the key and the value."""
 
 
 class DataError(UserError):
-    """A data set that is missing, damaged or too small."""
+    """A dataset that is missing, damaged or too small."""
 
 
 class CheckpointError(UserError):
@@ -18,8 +18,8 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that can't go on, such as one whose loss stays non-finite."""
+    """A run that can't continue, such as one whose loss stays non-finite."""
 
 
 class PeerLost(UserError):
-    """Another process of the job ended or hangs; each rank that is left says which."""
+    """Another process of the job exited or hangs; every remaining rank reports which."""

@@ -1,4 +1,4 @@
-"""Entry: how good a trained model is at its task. `reformer-evaluate RUN [key=value ...]`."""
+"""reformer-evaluate: loss and task metrics of a trained model. `reformer-evaluate RUN [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, Tokenizer, heldout_batches
+from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection, Tokenizer, heldout_text_batches
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
@@ -24,7 +24,6 @@ from reformer_dist.parallel.sequence import share_sequences
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
-from reformer_dist.tasks import RowSelection
 from reformer_dist.tasks.metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluation import EvalResult, evaluate
 
@@ -34,73 +33,77 @@ MICRO_BATCH = 8
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-evaluate",
-        description="What a trained model makes of held-out data: the loss, and the measures of its task.",
+        description="Evaluates a trained model on held-out data: the loss, and the metrics of its task.",
         epilog="example: reformer-evaluate outputs/quickstart --rows 200 model.n_hashes=8",
     )
     parser.add_argument("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=..."
     )
-    parser.add_argument("--rows", type=int, default=0, help="held-out rows to use; 0, the default, means all")
-    parser.add_argument("--batch", type=int, default=MICRO_BATCH, help=f"rows at a time (default: {MICRO_BATCH})")
-    parser.add_argument("--split", choices=SPLITS, default="heldout", help="heldout, or the samples of train")
-    parser.add_argument("--rounds", metavar="N,N,...", help="a table over so many hash rounds, such as 1,2,4,8")
+    parser.add_argument("--rows", type=int, default=0, help="number of held-out rows; 0, the default, means all")
+    parser.add_argument("--batch", type=int, default=MICRO_BATCH, help=f"rows per batch (default: {MICRO_BATCH})")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples"
+    )
+    parser.add_argument(
+        "--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8"
+    )
     parser.add_argument(
         "--coverage",
         action="store_true",
-        help=("the share of exact attention's softmax mass that each LSH layer finds, not the loss"),
+        help="instead of the loss, the fraction of exact attention's softmax mass that each LSH layer covers",
     )
-    parser.add_argument("--output", type=Path, help="with --coverage: also write the result to this JSON file")
+    parser.add_argument("--output", type=Path, help="with --coverage: JSON file to write the result to")
     return parser
 
 
 def run_evaluation(arguments: argparse.Namespace) -> None:
-    """Evaluates as one rank of the job; rank 0 prints."""
+    """Evaluates as one rank of the job; rank 0 prints. Raises UserError, alike on every rank."""
     job = runtime.start()
-    with failures.detect_lost_ranks(job):
+    with failures.named(job):
         if arguments.coverage:
             lines = _coverage(arguments, job)
         else:
-            lines = _table(arguments, job) if arguments.rounds else _evaluate(arguments, job)
+            lines = _rounds_table(arguments, job) if arguments.rounds else _report(arguments, job)
         if job.is_main:
             print("\n".join(lines))
 
 
-def _evaluate(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded, corpus = _open(arguments, [], job)
-    result = _held_out(arguments, loaded, corpus, job)
+    result = _evaluate(arguments, loaded, corpus, job)
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
-        return [*lines, *_of_text(result, _text(arguments, loaded, corpus))]
+        return [*lines, *_text_lines(result, _heldout_text(arguments, loaded, corpus))]
     lines += [
         f"task: {loaded.config.task.kind.name}",
-        *_numbers(result, "held-out" if arguments.split == "heldout" else "training"),
+        *_metric_lines(result, "held-out" if arguments.split == "heldout" else "training"),
     ]
-    own = _rows(arguments, loaded, job.rank, job.world_size)
-    return [*lines, *loaded.task.measure(loaded.model, corpus, own, lambda mine: _joined(job, mine))]
+    rows = _select_rows(arguments, loaded, job.rank, job.world_size)
+    return [*lines, *loaded.task.measure(loaded.model, corpus, rows, lambda local: _all_gather(job, local))]
 
 
-def _table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     lines: list[str] = []
-    for rounds in _read_rounds(arguments.rounds):
+    for rounds in _parse_rounds(arguments.rounds):
         loaded, corpus = _open(arguments, [f"model.n_hashes={rounds}"], job)
-        values = _held_out(arguments, loaded, corpus, job).values()
+        values = _evaluate(arguments, loaded, corpus, job).values()
         if not lines:
             lines = [f"checkpoint: {loaded.checkpoint}", "".join(f"{name:>16}" for name in ("rounds", *values))]
         lines.append(f"{rounds:>16}" + "".join(f"{value:>16.4f}" for value in values.values()))
     return lines
 
 
-def _read_rounds(words: str) -> list[int]:
-    numbers = words.split(",")
+def _parse_rounds(text: str) -> list[int]:
+    numbers = text.split(",")
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise ConfigError(f"--rounds {words}: must be positive numbers with commas between, such as 1,2,4,8")
+        raise ConfigError(f"--rounds {text}: must be positive numbers separated by commas, such as 1,2,4,8")
     return [int(number) for number in numbers]
 
 
 def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> tuple[LoadedModel, Corpus]:
     if arguments.batch < 1 or arguments.rows < 0:
-        raise ConfigError(f"--batch {arguments.batch} --rows {arguments.rows}: must be at least 1, and at least 0")
+        raise ConfigError(f"--batch {arguments.batch} --rows {arguments.rows}: must be at least 1 and 0")
     loaded = job.together(lambda: load_model(arguments.run, [*arguments.overrides, *overrides], job.device))
     return loaded, job.together(lambda: _open_corpus(loaded, arguments.split))
 
@@ -119,35 +122,37 @@ def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
         return tokenizer.save(Path(folder))
 
 
-def _rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> RowSelection:
+def _select_rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> RowSelection:
     if arguments.split != "heldout" and loaded.config.task.packs_text:
-        raise ConfigError(f"--split {arguments.split}: is for tasks that read samples; text is measured held out")
-    share = loaded.config.data.max_damaged_fraction
-    return RowSelection(arguments.rows, arguments.batch, rank, size, share, arguments.split)
+        raise ConfigError(
+            f"--split {arguments.split}: needs a task that reads samples; packed text is evaluated on heldout"
+        )
+    max_damaged = loaded.config.data.max_damaged_fraction
+    return RowSelection(arguments.rows, arguments.batch, rank, size, max_damaged, arguments.split)
 
 
-def _held_out(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
+def _evaluate(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
     sequence = share_sequences(loaded.config, job, arguments.batch)
     task, mesh = loaded.task, sequence.mesh
-    batches = task.heldout(corpus, _rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
+    batches = task.heldout(corpus, _select_rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
     return evaluate(loaded.model, batches, task, job, sequence)
 
 
-def _joined(job: Runtime, mine: list[Any]) -> list[Any]:
-    return [each for of_rank in job.gather(mine) for each in of_rank]
+def _all_gather(job: Runtime, local: list[Any]) -> list[Any]:
+    return [each for of_rank in job.gather(local) for each in of_rank]
 
 
-def _text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) -> bytes:
-    """The text that was predicted."""
-    batches = loaded.task.heldout(corpus, _rows(arguments, loaded, 0, 1))
-    labels = (batch.tensors["labels"] for batch in batches)
+def _heldout_text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) -> bytes:
+    """The text of all labels, for the baselines."""
+    batches = loaded.task.heldout(corpus, _select_rows(arguments, loaded, 0, 1))
+    labels = (batch["labels"] for batch in batches)
     ids = torch.cat([each[each != IGNORE_INDEX] for each in labels])
     return loaded.tokenizer.decode_bytes(ids.numpy())
 
 
-def _of_text(result: EvalResult, text: bytes) -> list[str]:
+def _text_lines(result: EvalResult, text: bytes) -> list[str]:
     return [
-        f"held-out text: {result.text_bytes:,} bytes, {result.labels:,} tokens",
+        f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens",
         f"held-out loss: {result.loss:.4f} nats per token",
         f"held-out bits per byte: {result.bits_per_byte:.4f}",
         f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
@@ -155,48 +160,40 @@ def _of_text(result: EvalResult, text: bytes) -> list[str]:
     ]
 
 
-def _numbers(result: EvalResult, of: str) -> list[str]:
-    lines = [f"{of} loss: {result.loss:.4f} nats, of {result.labels:,} labels"]
+def _metric_lines(result: EvalResult, split: str) -> list[str]:
+    lines = [f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels"]
     if result.bits_per_byte is not None:
-        lines.append(f"{of} bits per byte: {result.bits_per_byte:.4f}")
-    return lines if result.accuracy is None else [*lines, f"{of} accuracy: {100 * result.accuracy:.2f} %"]
+        lines.append(f"{split} bits per byte: {result.bits_per_byte:.4f}")
+    return lines if result.accuracy is None else [*lines, f"{split} accuracy: {100 * result.accuracy:.2f} %"]
 
 
-class MeasuredSequence(WholeSequence):
-    """Attends as ever, and measures on the way what each LSH layer finds of exact attention."""
+class CoverageSequence(WholeSequence):
+    """Measures the coverage of each LSH layer during a forward, which it does not change."""
 
     def __init__(self) -> None:
         self.layers: list[Coverage] = []
-        """Of the last model call, in order."""
+        """Coverage of each LSH layer, in order."""
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
-        if k is None:  # keys of their own are those of local attention, which does not hash
-            self.layers.append(
-                measure_coverage(
-                    q, shared_keys(q), exchange.bucket_ids, exchange.options, exchange.key_padding_mask
-                )
-            )
+        if k is None:  # separate keys are those of local attention, which does not hash
+            ids, options, mask = exchange.bucket_ids, exchange.options, exchange.key_padding_mask
+            self.layers.append(measure_coverage(q, shared_keys(q), ids, options, mask))
         return super().bucket_attention(q, k, v, exchange)
 
 
 @torch.no_grad()
 def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
-    """Shares of each LSH layer over some held-out rows; every head counts alike. Raises UserError."""
+    """Coverage of each LSH layer over held-out rows, a mean over heads. Raises UserError."""
     corpus = open_corpus(loaded.config.data, ["heldout"])
     device = next(loaded.model.parameters()).device
     totals: list[Coverage] = []
-    batches = heldout_batches(
-        corpus,
-        seq_len=loaded.config.data.seq_len,
-        rows=n_rows,
-        micro_batch_size=1,
-        max_damaged_fraction=loaded.config.data.max_damaged_fraction,
-    )
-    for batch in batches:
-        sequence = MeasuredSequence()
-        inputs, labels = batch.inputs.to(device), batch.labels.to(device)
-        loaded.language_model(inputs, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
+    data = loaded.config.data
+    rows = RowSelection(n_rows, max_damaged_fraction=data.max_damaged_fraction)
+    for batch in heldout_text_batches(corpus, rows, seq_len=data.seq_len):
+        sequence = CoverageSequence()
+        tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
+        loaded.language_model(tokens, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
         totals = totals or [Coverage() for _ in sequence.layers]
         for total, layer in zip(totals, sequence.layers, strict=True):
             total.add(layer)
@@ -204,26 +201,25 @@ def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
 
 
 def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
-    """The coverage of each LSH layer, one line each; rank 0 also writes it to `--output` as JSON.
-
-    Raises UserError.
-    """
+    """A line per LSH layer; rank 0 also writes them to `--output` as JSON. Raises UserError."""
     loaded = load_model(arguments.run, arguments.overrides, job.device)
     model = loaded.config.model
     if model.compat.chunk_wrap:
-        raise ConfigError("model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds")
+        raise ConfigError(
+            "model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds"
+        )
     layers = coverage_of(loaded, arguments.rows)
     if not layers:
         raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")
     mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
     if arguments.output is not None and job.is_main:
         arguments.output.write_text(json.dumps({**mean, "layers": layers}, indent=1) + "\n")
-    lines = [f"LSH layer {number}: {_shares(layer)}" for number, layer in enumerate(layers)]
-    return [*lines, f"mean: {_shares(mean)}"]
+    lines = [f"LSH layer {number}: {_fractions(layer)}" for number, layer in enumerate(layers)]
+    return [*lines, f"mean: {_fractions(mean)}"]
 
 
-def _shares(shares: dict[str, float]) -> str:
-    return f"{shares['mass']:.4f} of the softmax mass on {shares['pairs']:.4f} of the pairs"
+def _fractions(fractions: dict[str, float]) -> str:
+    return f"{fractions['mass']:.4f} of the softmax mass on {fractions['pairs']:.4f} of the pairs"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Entry: text from a trained model. `reformer-generate RUN --prompt "..."`."""
+"""reformer-generate: samples text from a trained model. `reformer-generate RUN --prompt "..."`."""
 
 from __future__ import annotations
 
@@ -15,63 +15,77 @@ from reformer_dist.data import Tokenizer
 from reformer_dist.errors import ConfigError
 from reformer_dist.generation import (
     BeamOptions,
-    Sampler,
     SamplingOptions,
+    TextSampler,
     TextStream,
     beam_search,
     make_decoder,
 )
-from reformer_dist.generation.text import CONTEXT
+from reformer_dist.generation.text_stream import CONTEXT
 from reformer_dist.process.command import run_command
 from reformer_dist.run.pretrained import LoadedModel, load_model
 
-ROWS_AT_A_TIME = 16
+MAX_BATCH = 16
 SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.0}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-generate",
-        description="Goes on with texts, printing as it writes.",
+        description="Continues prompts, printing the text as it is sampled.",
         epilog="example: reformer-generate outputs/quickstart --prompt 'def main('",
     )
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="the text to go on from; may be repeated")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
     add(
         "--prompt-file",
         action="append",
         default=[],
         metavar="FILE",
-        help="a file whose whole text is a prompt, which is not printed again; - is standard input",
+        help="file whose text is a prompt, which is not printed; - is standard input; may be repeated",
     )
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
-    add("--samples", type=int, default=1, metavar="N", help="texts to write for each prompt (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it; may be repeated")
-    add("--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: 0.8)")
-    add("--top-k", type=int, metavar="K", help="only the k likeliest tokens (default: 0, all)")
-    add("--top-p", type=float, metavar="P", help="only the likeliest tokens up to this share (default: 0.95)")
-    add("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repetitions (default: 1)")
-    add("--beams", type=int, metavar="N", help="beam search instead of sampling; prints the best texts")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to sample per text (default: 200)")
+    add("--samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
     add(
-        "--length-penalty", type=float, metavar="X", help="of beam search: above 1 favours long texts (default: 1)"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="string that ends a text and is not printed; may be repeated",
     )
-    add("--seed", type=int, default=0, help="of the samples (default: 0)")
+    add("--temperature", type=float, metavar="T", help="0 always takes the most likely token (default: 0.8)")
+    add("--top-k", type=int, metavar="K", help="sample from the k most likely tokens (default: 0, all)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens of this total probability (default: 0.95)",
+    )
+    add("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repetitions (default: 1)")
+    add(
+        "--beams",
+        type=int,
+        metavar="N",
+        help="beam search with N beams instead of sampling; prints the best texts",
+    )
+    add("--length-penalty", type=float, metavar="X", help="of beam search: above 1 favors long texts (default: 1)")
+    add("--seed", type=int, default=0, help="random seed of sampling (default: 0)")
     return parser
 
 
 @dataclass(frozen=True)
 class Prompt:
     name: str
-    """As errors call it."""
+    """Option that gave it, for error messages."""
     text: bytes
     is_shown: bool
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, checked as far as it can be without a model."""
+    """Options of the command line, validated as far as possible without a model."""
 
     prompts: list[Prompt]
     n_tokens: int
@@ -82,47 +96,47 @@ class Request:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    """Checks, loads and writes."""
-    request = _request(arguments)
+    """Validates the options, loads the model and prints texts. Raises UserError."""
+    request = _parse_request(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(arguments.run, arguments.overrides, device)
     if loaded.config.task.kind is TaskKind.sequence_to_sequence:
-        request = _for_sources(request)
+        request = _check_sources(request)
     prompts = [_encode(loaded, prompt, device) for prompt in request.prompts]
     writer = _Writer(request)
     if request.beams is not None:
         _search(loaded, prompts, request, request.beams, writer)
     else:
-        size = max(1, ROWS_AT_A_TIME // request.n_samples)
+        size = max(1, MAX_BATCH // request.n_samples)
         for first in range(0, len(prompts), size):
             _sample(loaded, prompts[first : first + size], first, request, writer)
-    if writer.is_out_of_room:
+    if writer.hit_max_positions:
         longest = loaded.config.model.max_positions
-        sys.stderr.write(f"stopped: the model's positions end at {longest} tokens, prompt included\n")
+        sys.stderr.write(f"stopped: the model has {longest} positions, prompt included\n")
 
 
 class _Writer:
-    """Prints texts one behind the other: the first that is not whole as it grows, later ones when it is."""
+    """Prints texts in order: streams the first unfinished one and buffers later ones."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._n_rows = len(request.prompts) * request.n_samples
-        self._waiting = [""] * self._n_rows
-        self._ended: set[int] = set()
+        self._buffered = [""] * self._n_rows
+        self._finished: set[int] = set()
         self._row = 0
-        self.is_out_of_room = False
+        self.hit_max_positions = False
         self._begin()
 
     def write(self, row: int, text: str) -> None:
         if row != self._row:
-            self._waiting[row] += text
+            self._buffered[row] += text
         elif text:
             sys.stdout.write(text)
             sys.stdout.flush()
 
     def end(self, row: int) -> None:
-        self._ended.add(row)
-        while self._row in self._ended:
+        self._finished.add(row)
+        while self._row in self._finished:
             sys.stdout.write("\n")
             self._row += 1
             self._begin()
@@ -135,7 +149,7 @@ class _Writer:
             sys.stdout.write(f"==> prompt {number + 1}, text {sample + 1} <==\n")
         prompt = self._request.prompts[number]
         self.write(self._row, prompt.text.decode(errors="replace") if prompt.is_shown else "")
-        self.write(self._row, self._waiting[self._row])
+        self.write(self._row, self._buffered[self._row])
 
 
 def _sample(
@@ -143,17 +157,17 @@ def _sample(
 ) -> None:
     tokenizer, n_samples = loaded.tokenizer, request.n_samples
     model, prompts = loaded.begin(prompts)
-    sampler = Sampler(
+    sampler = TextSampler(
         make_decoder(model, loaded.config.model),
         prompts,
         request.sampling,
         n_samples=n_samples,
         first_prompt=first,
-        unpunished=tokenizer.eos_id,
+        unpenalized=tokenizer.eos_id,
     )
     before = [prompt[-CONTEXT:].tolist() for prompt in prompts]
     texts = {row: TextStream(tokenizer.decode, request.stops, before[row // n_samples]) for row in sampler.rows}
-    limits = {row: _limit(loaded, prompts[row // n_samples], request.n_tokens) for row in sampler.rows}
+    limits = {row: _max_tokens(loaded, prompts[row // n_samples], request.n_tokens) for row in sampler.rows}
     n_written = 0
     while sampler.rows:
         ended = set()
@@ -163,11 +177,11 @@ def _sample(
             is_eos = token == tokenizer.eos_id
             writer.write(shown, "" if is_eos else text.add(token))
             if is_eos or text.is_stopped or n_written == limits[row]:
-                writer.write(shown, text.close())
+                writer.write(shown, text.flush())
                 writer.end(shown)
                 ended.add(row)
-                writer.is_out_of_room |= not (is_eos or text.is_stopped) and n_written < request.n_tokens
-        sampler.end(ended)
+                writer.hit_max_positions |= not (is_eos or text.is_stopped) and n_written < request.n_tokens
+        sampler.finish(ended)
 
 
 def _search(
@@ -175,22 +189,24 @@ def _search(
 ) -> None:
     for number, prompt in enumerate(prompts):
         model, [prompt] = loaded.begin([prompt])
-        limit, before = _limit(loaded, prompt, request.n_tokens), prompt[-CONTEXT:].tolist()
-        is_end = _ending(loaded.tokenizer, before, request.stops)
+        limit, before = _max_tokens(loaded, prompt, request.n_tokens), prompt[-CONTEXT:].tolist()
+        is_end = _make_stop_check(loaded.tokenizer, before, request.stops)
         found = beam_search(make_decoder(model, loaded.config.model), prompt, limit, options, is_end)
         for sample in range(request.n_samples):
             row = number * request.n_samples + sample
             if sample < len(found):
                 text = TextStream(loaded.tokenizer.decode, request.stops, before)
                 tokens = found[sample].tokens
-                writer.write(row, "".join(map(text.add, tokens)) + text.close())
-                writer.is_out_of_room |= limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
+                writer.write(row, "".join(map(text.add, tokens)) + text.flush())
+                writer.hit_max_positions |= (
+                    limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
+                )
             writer.end(row)
 
 
-def _ending(tokenizer: Tokenizer, before: list[int], stops: list[str]) -> Callable[[list[int]], bool]:
-    """Whether a text is over with its last token. before: tokens that it goes on from."""
-    # as many tokens as a stop string can lie across, each of a byte
+def _make_stop_check(tokenizer: Tokenizer, before: list[int], stops: list[str]) -> Callable[[list[int]], bool]:
+    """Returns a function that tells whether a text ends with its last token. before: tokens that precede it."""
+    # a stop string spans at most as many tokens as it has bytes
     tail = max((len(stop.encode()) for stop in stops), default=0) + 4
 
     def is_end(tokens: list[int]) -> bool:
@@ -204,7 +220,7 @@ def _ending(tokenizer: Tokenizer, before: list[int], stops: list[str]) -> Callab
     return is_end
 
 
-def _request(arguments: argparse.Namespace) -> Request:
+def _parse_request(arguments: argparse.Namespace) -> Request:
     for name, value in (("max-new-tokens", arguments.max_new_tokens), ("samples", arguments.samples)):
         if value < 1:
             raise ConfigError(f"--{name} {value}: must be positive")
@@ -226,7 +242,7 @@ def _sampling(arguments: argparse.Namespace) -> SamplingOptions:
     given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
     if given and arguments.beams is not None:
         option = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{option} {next(iter(given.values()))}: excludes --beams, which draws nothing")
+        raise ConfigError(f"--{option} {next(iter(given.values()))}: excludes --beams, which does not sample")
     return SamplingOptions(**{**SAMPLING, **given}, seed=arguments.seed)
 
 
@@ -248,34 +264,34 @@ def _read_prompt(name: str) -> Prompt:
     except OSError as error:
         raise ConfigError(f"{option}: can't be read ({error.strerror})") from error
     if not text:
-        raise ConfigError(f"{option}: is empty; it must hold the text to go on from")
+        raise ConfigError(f"{option}: is empty; it must contain the text to continue")
     return Prompt(option, text, False)
 
 
-def _for_sources(request: Request) -> Request:
-    """What is written for a source is not its continuation: the source is not shown before it."""
+def _check_sources(request: Request) -> Request:
+    """Checks prompts that are sources; they are not shown, since the output does not continue them."""
     for prompt in request.prompts:
         if not prompt.text.strip():
-            right = "it must hold the source that a sequence_to_sequence model writes for"
+            right = "it must contain the source of a sequence_to_sequence model"
             raise ConfigError(f"{prompt.name}: is empty; {right}")
     return replace(request, prompts=[replace(prompt, is_shown=False) for prompt in request.prompts])
 
 
 def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> torch.Tensor:
-    """Token ids [S] of an end-of-text token and the prompt: a document begins behind the end of another."""
+    """Token ids [S] of an end-of-text token, as before every document in training, and the prompt."""
     tokenizer = loaded.tokenizer
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist()], device=device)
     longest = loaded.config.model.max_positions
     if longest is not None and ids.numel() >= longest:
         raise ConfigError(
             f"{prompt.name}: has {ids.numel() - 1} tokens, and this model takes at most {longest - 2}; "
-            "shorten it, or train with longer positions"
+            "shorten it, or train with more positions"
         )
     return ids
 
 
-def _limit(loaded: LoadedModel, prompt: torch.Tensor, n_tokens: int) -> int:
-    """Tokens to write behind a prompt [S]."""
+def _max_tokens(loaded: LoadedModel, prompt: torch.Tensor, n_tokens: int) -> int:
+    """Number of tokens to sample after a prompt [S]."""
     longest = loaded.config.model.max_positions
     return n_tokens if longest is None else min(n_tokens, longest - prompt.numel())
 

@@ -1,4 +1,4 @@
-"""Entry: train a model. `reformer-train experiment=... key=value ...`, or under torchrun or deepspeed."""
+"""reformer-train: trains a model, also under torchrun or deepspeed. `reformer-train key=value ...`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.process.signals import end_when_told, stop_with_launcher
+from reformer_dist.process.signals import exit_on_signal, terminate_with_launcher
 
 if TYPE_CHECKING:
     from reformer_dist.sweep.request import SweepRequest
 
 DRY_RUN = "--dry-run"
-ADVICE = "start the same command again to go on from the last checkpoint"
+ADVICE = "run the same command again to resume from the last checkpoint"
 
 
 def train(config: RunConfig) -> None:
-    """Trains as one rank of the job, or starts the ranks that do. Raises UserError, alike on every rank."""
+    """Trains as one rank of the job, or launches its ranks. Raises UserError, alike on every rank."""
     from reformer_dist.distributed import runtime
 
     if not runtime.is_rank():
@@ -27,7 +27,7 @@ def train(config: RunConfig) -> None:
         if config.launcher.kind is not LauncherKind.none:
             _launch(config, sys.argv[1:])
             return
-    # loads torch and DeepSpeed, which --help and a bad override need not wait for
+    # imports torch and DeepSpeed, which --help and a bad override need not wait for
     from reformer_dist.distributed import failures
     from reformer_dist.run.build import build_trainer
     from reformer_dist.training.preemption import StopSignal
@@ -35,17 +35,17 @@ def train(config: RunConfig) -> None:
     stop = StopSignal()
     with stop.listen():
         job = runtime.start(timedelta(seconds=config.parallel.timeout))
-        stop.wait_for_steps()
+        stop.defer_to_steps()
         with ExitStack() as resources, failures.named(job, ADVICE):
             try:
                 build_trainer(config, job, resources, stop).fit()
             except runtime.Preempted:
-                stop.leave_soon()
+                stop.exit_soon()
                 raise
 
 
 def _launch(config: RunConfig, arguments: list[str]) -> None:
-    """Starts the ranks here, or prints the file by which something else starts them."""
+    """Starts the ranks on this machine, or prints the job file of the configured launcher."""
     if config.launcher.kind is LauncherKind.local:
         from reformer_dist.launch.local import run_ranks
 
@@ -56,9 +56,9 @@ def _launch(config: RunConfig, arguments: list[str]) -> None:
 
 
 def sweep(request: SweepRequest) -> None:
-    """Runs the trials of a sweep, each as a job of its own, or prints the script that does.
+    """Runs the trials of a sweep as separate jobs, or prints the script that does.
 
-    Raises ConfigError; ends with the status of the trials.
+    Raises ConfigError; exits with the status of the trials.
     """
     from reformer_dist.distributed import runtime
 
@@ -79,7 +79,7 @@ def _run() -> None:
     if not flags:
         run_or_sweep(train, sweep)
         return
-    sys.argv = [word for word in sys.argv if word not in flags]  # Hydra does not know it
+    sys.argv = [word for word in sys.argv if word not in flags]  # unknown to Hydra
 
     def plan(config: RunConfig) -> None:
         from reformer_dist.run.dry_run import dry_run
@@ -87,15 +87,17 @@ def _run() -> None:
         dry_run(config, flags[-1])
 
     def refuse(request: SweepRequest) -> None:
-        raise ConfigError(f"{DRY_RUN}: describes one run, and this command line asks for a sweep; take one value")
+        raise ConfigError(
+            f"{DRY_RUN}: describes one run, and this command line is a sweep; give each key one value"
+        )
 
     run_or_sweep(plan, refuse)
 
 
 def main() -> None:
-    # before anything is imported that takes long
-    end_when_told()
-    stop_with_launcher()
+    # before any slow import
+    exit_on_signal()
+    terminate_with_launcher()
     from reformer_dist.process.command import run_command
 
     run_command(_run)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from support.rank_pool import RankPool
 from support.tiny import write_tiny_dataset
 
 from reformer_dist.distributed import runtime
@@ -45,3 +47,16 @@ def job() -> Iterator[Runtime]:
     """This process as a job of one."""
     yield runtime.start()
     runtime.stop()
+
+
+@pytest.fixture(scope="session")
+def run_on() -> Iterator[Callable[..., None]]:
+    """run_on(size, case, **params) calls `case(runtime, **params)` on each of `size` ranks, alive for the session."""
+    pools: dict[int, RankPool] = {}
+
+    def run(size: int, case: Callable[..., None], /, **params: Any) -> None:
+        pools.setdefault(size, RankPool(size)).run(case, params)
+
+    yield run
+    for pool in pools.values():
+        pool.close()

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""From raw files to the measure of a task, step by step, each by the command that a user would type.
+"""From raw files to the evaluation of a task; prints the command of each step.
 
   translation         --train train.en train.de --heldout test.en test.de
   question_answering  --train train.json --heldout dev.json, in SQuAD's format
-  summarisation       --train and --heldout of JSON lines of document and summary, or functions of this Python
-  classification      --train and --heldout of JSON lines of text and label, or files of this Python
-  duplication         random texts that are to be said again
+  summarisation       --train and --heldout: JSON lines of document and summary (default: standard library)
+  classification      --train and --heldout: JSON lines of text and label (default: standard library)
+  duplication         random texts to be repeated
 
-Run again, it keeps the data set and resumes the training.
+A second run reuses the data set and resumes training.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart import TOOLS, command, execute, say
+from quickstart import TOOLS, command, execute, print_heading
 
 
 @dataclass(frozen=True)
 class Application:
-    """How raw files become a data set, and how what was trained is measured; conf/experiment/ has the rest."""
+    """Conversion of raw files to a data set, and evaluation of the model; the rest is in conf/experiment/."""
 
-    form: list[str]
-    """Arguments of make_shards.py that say what the inputs are."""
-    ready: list[str] | None = None
-    """Arguments of make_task_data.py where no files are given; None where they must be."""
+    input_format: list[str]
+    """Arguments of make_shards.py that describe the inputs."""
+    generator: list[str] | None = None
+    """Arguments of make_task_data.py, used without --train; None if --train is required."""
     tokenizer: tuple[str, ...] = ()
     heldout: str = "0.05"
-    """Share that is held out where it is not given."""
+    """Held-out fraction, used without --heldout."""
     evaluate: tuple[tuple[str, ...], ...] = ((),)
-    """Arguments of reformer-evaluate, once for each time that it is asked."""
+    """Arguments of each call of reformer-evaluate."""
 
 
 APPLICATIONS = {
@@ -54,7 +54,7 @@ APPLICATIONS = {
 
 
 def main() -> None:
-    # --train and --heldout take all words up to the next option: those with a sign are not files
+    # --train and --heldout consume all arguments up to the next option: overrides are removed first
     overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     arguments = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
     name, application = arguments.name, APPLICATIONS[arguments.name]
@@ -62,9 +62,9 @@ def main() -> None:
     if not (data / "dataset.json").is_file():
         _write_shards(arguments, application, data)
     train = [command("reformer-train"), f"experiment={name}", f"data.path={data}", f"output_dir={output}"]
-    say("Training (the same command resumes)")
+    print_heading("Training (run the same command again to resume)")
     execute([*train, *overrides])
-    say("Measuring")
+    print_heading("Evaluating")
     for options in application.evaluate:
         execute([command("reformer-evaluate"), str(output), "--batch", "32", *options])
 
@@ -73,32 +73,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s NAME [--train FILE ...] [--heldout FILE ...] [key=value ...]",
         description=__doc__,
-        epilog="key=value, such as trainer.max_steps=100, is given on to reformer-train",
+        epilog="overrides such as trainer.max_steps=100 are passed to reformer-train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=sorted(APPLICATIONS))
     parser.add_argument("--train", nargs="+", type=Path, default=[], metavar="FILE", help="raw files to train on")
-    parser.add_argument("--heldout", nargs="+", type=Path, default=[], metavar="FILE", help="and to measure with")
+    parser.add_argument(
+        "--heldout", nargs="+", type=Path, default=[], metavar="FILE", help="raw files to evaluate on"
+    )
     return parser
 
 
 def _write_shards(arguments: argparse.Namespace, application: Application, data: Path) -> None:
     files = [str(path) for path in arguments.train]
     if not files:
-        if application.ready is None:
+        if application.generator is None:
             sys.exit(f"error: {arguments.name} needs --train and --heldout; see --help")
-        made = data.with_suffix(".jsonl")
-        say("Making raw files")
-        execute([sys.executable, str(TOOLS / "make_task_data.py"), *application.ready, "--output", str(made)])
-        files = [str(made)]
-    say(f"Cutting {' and '.join(files)} into shards")
+        generated = data.with_suffix(".jsonl")
+        print_heading("Generating raw files")
+        execute(
+            [sys.executable, str(TOOLS / "make_task_data.py"), *application.generator, "--output", str(generated)]
+        )
+        files = [str(generated)]
+    print_heading(f"Converting {' and '.join(files)} to shards")
     if arguments.name == "translation":
         if len(files) != 2:
-            sys.exit("error: translation needs two files for --train, and two for --heldout: source and target")
+            sys.exit("error: translation needs two files each for --train and --heldout: source and target")
         files = ["--source", files[0], "--target", files[1]]
-    apart = ["--heldout-from", *map(str, arguments.heldout)] if arguments.heldout else []
-    split = apart or ["--heldout", application.heldout]
-    make_shards = [sys.executable, str(TOOLS / "make_shards.py"), *files, *application.form]
+    heldout = ["--heldout-from", *map(str, arguments.heldout)] if arguments.heldout else []
+    split = heldout or ["--heldout", application.heldout]
+    make_shards = [sys.executable, str(TOOLS / "make_shards.py"), *files, *application.input_format]
     execute([*make_shards, *application.tokenizer, *split, "--output", str(data)])
 
 

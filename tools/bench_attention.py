@@ -1,31 +1,31 @@
 #!/usr/bin/env python3
-"""Time and memory of attention, forward and backward: ours beside other Reformers and exact attention.
+"""Time and memory of attention in forward and backward, compared with other Reformers and exact attention.
 
-Every row runs in a process of its own, so its peak memory is its own. Correctness comes first, at a smaller
-length with buckets as full: a row that fails its check shows no speed, and the tool exits 1. A row that could not
-run, out of memory for one, is neither right nor wrong: it says why, and the tool exits 2.
+Each row runs in its own process, so that peak memory is measured per row. Results are checked first, at a shorter
+length with the same mean bucket size: an incorrect row shows no speed, and the tool exits 1. A row that could not
+run (out of memory, for example) is neither correct nor incorrect: it reports the error, and the tool exits 2.
 
-ours             hash, sort and attention over q, v (k = q / |q|), held against the oracle, output and gradients
-ours_torch       the same in plain PyTorch, as it runs where there is no C compiler (CPU)
-reformer_pytorch 1.4.4's LSHAttention on the same q, v, chunks of --window, seq_len / window buckets
-transformers     4.57.6's LSHSelfAttention on the same q, v in place of its projections, chunks of --window, as
-                 many buckets as ours
-transformers_own the same with the buckets that it derives where num_buckets is not given: at 16384 tokens 512, as
+ours             hash, sort and attention over q, v (k = q / |q|), checked against the reference with gradients
+ours_torch       the same in plain PyTorch, the fallback without a C compiler (CPU)
+reformer_pytorch 1.4.4's LSHAttention on the same q, v, with chunks of --window and seq_len / window buckets
+transformers     4.57.6's LSHSelfAttention on the same q, v in place of its projections, with chunks of --window
+                 and the same number of buckets as ours
+transformers_own the same with the number of buckets that it derives without num_buckets: at 16384 tokens 512, as
                  two factors
-sdpa             PyTorch's exact causal attention as it chooses itself, with k = q, held against a dense softmax
-flash, cudnn     the same by one of its kernels (CUDA)
-flex             PyTorch's FlexAttention over as many tokens back as ours meets keys in its rounds on average,
-                 held against a dense softmax (CUDA)
+sdpa             PyTorch's exact causal attention, default kernel, with k = q; checked against a dense softmax
+flash, cudnn     the same with one kernel (CUDA)
+flex             PyTorch's FlexAttention with a causal window of as many keys as a token of ours attends to in all
+                 rounds on average; checked against a dense softmax (CUDA)
 
-All rows are as in training: gradients, no dropout, no projections, and no recompute of a reversible layer around
-them. The peers are optional: pip install 'reformer_dist[peers]'. They have no oracle: for them `correct` says
-only that output and gradients are finite and have the right shape.
+All rows run in training mode: with gradients, without dropout, projections, or the recompute of a reversible
+layer. The peers are optional: pip install 'reformer_dist[peers]'. They have no reference: for them `correct` only
+means that output and gradients are finite and have the right shape.
 
-Peak memory: on a CPU the process's highest resident size less its size once modules are loaded and inputs exist;
-on CUDA the most that PyTorch had allocated, less the inputs. Seconds: the best of --repeat runs, of which the
-first also warms up. hash and sort, part of ours, are timed by themselves too. replayed (CUDA): seconds of the
-same work from a CUDA graph, so without the host's part, which is most of the time of short texts. keys
-(of ours, with --json): how many a token meets in a round, on average.
+Peak memory: on a CPU the largest resident size minus the size after loading modules and creating inputs; on CUDA
+PyTorch's peak allocated memory minus the inputs. Seconds: the best of --repeat runs, including the first, which
+warms up. hash and sort, which are part of ours, are also timed separately. replayed (CUDA): seconds of the same
+work as a CUDA graph, without the host overhead that dominates short sequences. keys (ours, with --json): mean
+number of keys that a token attends to per round.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ from attention_cases import (
     TOLERANCE,
     BenchCase,
     check,
-    mean_visible_keys,
     hash_buckets,
+    mean_visible_keys,
     our_options,
     run_once,
 )
@@ -73,7 +73,7 @@ from reformer_dist.ops.lsh.backends import backend_for
 
 MEASURES = ("seconds", "forward", "backward", "replayed", "hash", "sort", "peak_mib")
 VERDICT = {True: "yes", False: "NO", None: "did not run"}
-LONGEST_REPLAY = 0.5  # seconds; behind them, what the host adds is lost in the rest
+MAX_REPLAY_SECONDS = 0.5  # above, host overhead is negligible
 IMPORT_FAILED = 3
 MIB = 2**20
 
@@ -84,7 +84,7 @@ def main() -> int:
         return run_row(BenchCase(**json.loads(arguments.row)))
     if arguments.rows is not None:
         return run_rows([BenchCase(**row) for row in json.loads(arguments.rows)])
-    rows = [found for row in wanted_rows(arguments) if (found := in_own_process(row)) is not None]
+    rows = [result for row in requested_cases(arguments) if (result := run_in_process(row)) is not None]
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -96,9 +96,9 @@ def main() -> int:
 
 
 def exit_status(rows: list[dict[str, Any]]) -> int:
-    """1 where a result is wrong, 2 where none is but a row could not run."""
-    found = [row["correct"] for row in rows]
-    return 1 if False in found else 2 if None in found else 0
+    """1 if a result is incorrect, else 2 if a row could not run."""
+    verdicts = [row["correct"] for row in rows]
+    return 1 if False in verdicts else 2 if None in verdicts else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -109,20 +109,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--heads", type=int, default=8, help="default: 8")
     add("--head-dim", type=int, default=64, help="default: 64")
     add("--window", type=int, default=64, help="ours: window; peers: chunk length (default: 64)")
-    add("--n-buckets", type=int, help="ours (default: seq_len / window, so that the mean bucket is one window)")
+    add("--n-buckets", type=int, help="ours (default: seq_len / window, a mean bucket size of one window)")
     add("--dtype", choices=sorted(TOLERANCE), default="float32", help="default: float32")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--repeat", type=int, default=4, help="timed runs, of which the best counts (default: 4)")
+    add("--repeat", type=int, default=4, help="timed runs; the best is reported (default: 4)")
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    add("--impl", nargs="+", choices=IMPLEMENTATIONS, help="default: all that the device can run")
-    add("--plot", type=Path, metavar="PNG", help="draw seconds over lengths (needs matplotlib)")
-    add("--json", action="store_true", help="print one JSON object a row instead of the table")
+    add("--impl", nargs="+", choices=IMPLEMENTATIONS, help="default: all that the device supports")
+    add("--plot", type=Path, metavar="PNG", help="plot seconds over length (needs matplotlib)")
+    add("--json", action="store_true", help="print one JSON object per row instead of the table")
     add("--row", help=argparse.SUPPRESS)
     add("--rows", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def wanted_rows(arguments: argparse.Namespace) -> Iterator[BenchCase]:
+def requested_cases(arguments: argparse.Namespace) -> Iterator[BenchCase]:
     is_cuda = arguments.device.startswith("cuda")
     others = CPU_ONLY if is_cuda else CUDA_ONLY
     wanted = arguments.impl or [name for name in IMPLEMENTATIONS if name not in others]
@@ -130,7 +130,7 @@ def wanted_rows(arguments: argparse.Namespace) -> Iterator[BenchCase]:
         row for row, package in PEERS.items() if row in wanted and importlib.util.find_spec(package) is None
     ]
     if missing:
-        note = "left out, not installed (pip install 'reformer_dist[peers]')"
+        note = "skipped: not installed (pip install 'reformer_dist[peers]')"
         print(f"bench_attention.py: {' and '.join(missing)} {note}", file=sys.stderr)
     shared = {name: getattr(arguments, name) for name in BenchCase.__dataclass_fields__}
     impls = [impl for impl in IMPLEMENTATIONS if impl in wanted and impl not in missing]
@@ -138,28 +138,30 @@ def wanted_rows(arguments: argparse.Namespace) -> Iterator[BenchCase]:
         yield BenchCase(**{**shared, "seq_len": seq_len, "n_hashes": n_hashes, "impl": impl})
 
 
-def in_own_process(row: BenchCase) -> dict[str, Any] | None:
-    """What the row's process printed; None where a peer is installed but can't be imported."""
+def run_in_process(row: BenchCase) -> dict[str, Any] | None:
+    """Runs a row in its own process; None if a peer is installed but can't be imported."""
     command = [sys.executable, str(Path(__file__).resolve()), "--row", json.dumps(asdict(row))]
-    # threads of every row wait for one another as those of the installed commands do
+    # the same thread spinning as in the installed commands
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    why = last_line(done.stderr) or f"exit status {done.returncode}"
+    error = last_line(done.stderr) or f"exit status {done.returncode}"
     if done.returncode == IMPORT_FAILED:
-        print(f"bench_attention.py: {row.impl} left out: {why}", file=sys.stderr)
+        print(f"bench_attention.py: {row.impl} skipped: {error}", file=sys.stderr)
         return None
-    print(f"bench_attention.py: {row.impl} failed: {why}", file=sys.stderr)
-    return report(row, None, why)
+    print(f"bench_attention.py: {row.impl} failed: {error}", file=sys.stderr)
+    return result_row(row, None, error)
 
 
 def last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1]
 
 
-def report(row: BenchCase, measured: dict[str, float | None] | None, error: str | None = None) -> dict[str, Any]:
-    """A row as it is printed: without measures it was wrong, or, with an error, it could not run."""
+def result_row(
+    row: BenchCase, measured: dict[str, float | None] | None, error: str | None = None
+) -> dict[str, Any]:
+    """A printed row: incorrect without measurements, or not run if there is an error."""
     sizes = {name: getattr(row, name) for name in ("impl", "seq_len", "n_hashes", "heads", "head_dim", "dtype")}
     verdict = {"correct": measured is not None} if error is None else {"correct": None, "error": error}
     return {**sizes, **(measured or dict.fromkeys((*MEASURES, "keys"))), **verdict}
@@ -172,38 +174,38 @@ def run_row(row: BenchCase) -> int:
     except ImportError as error:
         print(error, file=sys.stderr)
         return IMPORT_FAILED
-    print(json.dumps(report(row, measure(row) if is_correct else None)))
+    print(json.dumps(result_row(row, measure(row) if is_correct else None)))
     return 0
 
 
 def run_rows(rows: list[BenchCase]) -> int:
-    """One after another in this process, each told of as soon as it is there: for gpu_report.py.
+    """Runs rows in this process and prints each as soon as it is measured, for gpu_report.py.
 
-    On CUDA a row's memory is counted by PyTorch, and a process of its own would cost it seconds. Rows of other
-    lengths are alike once they are shortened: each kind is checked once.
+    On CUDA PyTorch counts the memory of a row, and a separate process would cost seconds. Rows that differ only in
+    length are equal once shortened, so each kind is checked once.
     """
-    is_correct_for = functools.cache(check)
+    check_once = functools.cache(check)
     for row in rows:
         torch.set_num_threads(row.threads)
         try:
-            found = report(row, measure(row) if is_correct_for(row.shortened()) else None)
-        except Exception as error:  # Triton's are of no class of their own that could be named here
-            found = report(row, None, describe_error(error))
-        print(json.dumps(found), flush=True)
-        if found["correct"] is None and not is_usable(row.device):
-            break  # the rows behind it are for another process
+            result = result_row(row, measure(row) if check_once(row.shortened()) else None)
+        except Exception as error:  # Triton's errors have no common base class
+            result = result_row(row, None, describe_error(error))
+        print(json.dumps(result), flush=True)
+        if result["correct"] is None and not is_usable(row.device):
+            break  # the remaining rows need a new process
         torch._dynamo.reset()
         torch.cuda.empty_cache()
     return 0
 
 
 def describe_error(error: Exception) -> str:
-    """Its type, and the first line of what it says, if it says anything."""
+    """Its type and the first line of its message, if any."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def is_usable(device: str) -> bool:
-    """False once a kernel wrote where it must not: from then on CUDA refuses all that the process asks for."""
+    """Whether the device still works: after an illegal access CUDA rejects all calls of the process."""
     try:
         torch.ones(1, device=device).item()
     except RuntimeError:
@@ -212,7 +214,7 @@ def is_usable(device: str) -> bool:
 
 
 def measure(row: BenchCase) -> dict[str, float | None]:
-    """Seconds and MiB by the names of MEASURES, and keys; hash, sort and keys are None where there are none."""
+    """Values of MEASURES in seconds and MiB, and keys; hash, sort and keys are None if they don't apply."""
     q, v, d_out = row.inputs()
     attend = IMPLEMENTATION[row.impl](row)
     is_cuda = row.device.startswith("cuda")
@@ -229,7 +231,9 @@ def measure(row: BenchCase) -> dict[str, float | None]:
         del out
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_resident_bytes()
     best = min(runs)
-    replayed = replay(row, lambda: run_once(attend, q, v, d_out)) if is_cuda and best[0] < LONGEST_REPLAY else None
+    replayed = (
+        replay(row, lambda: run_once(attend, q, v, d_out)) if is_cuda and best[0] < MAX_REPLAY_SECONDS else None
+    )
     values = [
         *(round(seconds, 5) for seconds in best),
         replayed,
@@ -242,14 +246,14 @@ def measure(row: BenchCase) -> dict[str, float | None]:
 
 def timed(row: BenchCase, work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
-    found = work()
+    result = work()
     if row.device.startswith("cuda"):
         torch.cuda.synchronize()
-    return found, time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def replay(row: BenchCase, work: Callable[[], Any]) -> float | None:
-    """Seconds of the work from a CUDA graph, the best of batches of 5; None where it can't be captured."""
+    """Seconds of the work as a CUDA graph, the best of batches of 5; None if it can't be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -261,13 +265,13 @@ def replay(row: BenchCase, work: Callable[[], Any]) -> float | None:
 
 
 def split(row: BenchCase, q: Tensor) -> tuple[float | None, float | None]:
-    """Seconds of hashing and of laying out the order, of ours on a CPU."""
+    """Seconds of hashing and, on a CPU, of sorting, for our rows."""
     if row.impl not in OURS:
         return None, None
     hashed = [timed(row, lambda: hash_buckets(row, q)) for _ in range(row.repeat)]
     hash_seconds = round(min(seconds for _, seconds in hashed), 5)
     if row.device.startswith("cuda"):
-        return hash_seconds, None  # there the order is made inside the kernels' launch
+        return hash_seconds, None  # sorting is part of the kernel launch
     units = hashed[0][0].flatten(0, 1)
     options = our_options(row)
     backend = backend_for(options, q)(options, q)
@@ -279,14 +283,14 @@ def split(row: BenchCase, q: Tensor) -> tuple[float | None, float | None]:
 def resident_bytes() -> int:
     if sys.platform != "linux":
         return peak_resident_bytes()
-    # what was freed is given back first, so that it counts when it is used again
+    # returns freed memory to the system first, so that its reuse is counted
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def reset_peak() -> None:
-    """From here on, on Linux, the highest resident size counts anew: what the check needed is not the row's."""
+    """Resets the peak resident size (Linux), which excludes the memory of the check."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -297,7 +301,7 @@ def peak_resident_bytes() -> int:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows with how many times ours is faster and smaller at the same sizes."""
+    """Prints rows with their time and memory relative to ours at the same sizes."""
     heads = (
         "seconds",
         "forward",
@@ -321,7 +325,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         n_hashes = "-" if row["impl"] in EXACT else row["n_hashes"]
         shown = ("-" if cell is None else cell for cell in cells)
         print(line(row["impl"], row["seq_len"], n_hashes, *shown, VERDICT[row["correct"]]))
-    print("time, memory: divided by those of ours at the same length and rounds")
+    print("time, memory: relative to ours at the same length and number of rounds")
 
 
 def ratio(row: dict[str, Any], own: dict[str, Any], key: str) -> str | None:
@@ -329,7 +333,7 @@ def ratio(row: dict[str, Any], own: dict[str, Any], key: str) -> str | None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds over lengths, a line for each implementation and number of rounds."""
+    """Plots seconds over length, a line per implementation and number of rounds."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

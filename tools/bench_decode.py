@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Time per token of decoding at contexts of several lengths: ours beside other Reformers' generation.
+"""Decoding time per token at several context lengths, compared with the generation of other Reformers.
 
-A text is read to the context's length, then --tokens more are decoded one by one, greedily. Ours decodes texts of
-all lengths in turns, a token of each, so that other programs slow them alike; each row of a peer runs in a process
-of its own. Correctness comes first, at a small length: logits of step-by-step decoding must equal those of the
-model's whole forward. Without that no speed is shown, and the tool exits 1.
+After a prefill of the context, --tokens tokens are decoded greedily. Ours decodes texts of all lengths in turn,
+one token each, so that other load affects them equally; each row of a peer runs in its own process. Results are
+checked first at a short length: logits of incremental decoding must equal those of a full forward. Otherwise no
+speed is shown, and the tool exits 1.
 
-ours             a model of alternating local and LSH layers
-reformer_pytorch 1.4.4's generate, which has no cache: each token is a forward over all before it (LSH layers only)
+ours             alternating local and LSH layers
+reformer_pytorch 1.4.4's generate, which has no cache: each token is a full forward (LSH layers only)
 transformers     4.57.6's generate with its cache, alternating local and LSH layers
 
-The two peers are optional: pip install 'reformer_dist[peers]'. Of them only finite logits are asked; `difference`
-says how far transformers' cached logits are from those of its own whole forward, in their standard deviations
-(reformer_pytorch hashes anew in each call, so it has nothing to compare).
+The peers are optional: pip install 'reformer_dist[peers]'. Their logits only need to be finite; `difference` is
+the deviation of transformers' cached logits from those of its own full forward, in standard deviations
+(reformer_pytorch rehashes in each call, so there is nothing to compare).
 
-ms a token: of ours the median of --tokens, of transformers of 4, of reformer_pytorch the mean of 2. prefill:
-seconds until the first token; forward: one whole forward of ours at that length, which a token costs without a
-cache; cache: memory that the state holds.
+ms/token: for ours the median of --tokens, for transformers of 4, for reformer_pytorch the mean of 2. prefill:
+seconds until the first token; forward: one full forward of ours at that length, the cost of a token without a
+cache; cache: memory of the decoding state.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ CHECK_PROMPT, CHECK_TOKENS = 300, 60
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one process measures: a row for each of its contexts."""
+class DecodingCase:
+    """The measurements of one process: a row per context."""
 
     impl: str
     contexts: list[int]
@@ -70,9 +70,9 @@ class Work:
 
     @property
     def longest(self) -> int:
-        """Positions that the model has room for: a multiple of every chunk."""
-        unit = 2 * self.window
-        return -(-(max(*self.contexts, CHECK_PROMPT + CHECK_TOKENS) + self.tokens + 1) // unit) * unit
+        """Maximum length of the model: a multiple of every chunk."""
+        multiple = 2 * self.window
+        return -(-(max(*self.contexts, CHECK_PROMPT + CHECK_TOKENS) + self.tokens + 1) // multiple) * multiple
 
     def text(self, n_tokens: int, seed: int = 0) -> Tensor:
         return torch.randint(1, self.vocab, (1, n_tokens), generator=torch.Generator().manual_seed(seed))
@@ -81,19 +81,19 @@ class Work:
 def main() -> int:
     arguments = parse_arguments()
     if arguments.work is not None:
-        return run_work(Work(**json.loads(arguments.work)))
+        return run_case(DecodingCase(**json.loads(arguments.work)))
     impls = [impl for impl in IMPLEMENTATIONS if impl in arguments.impl]
     for impl in [impl for impl in PEERS if impl in impls and importlib.util.find_spec(impl) is None]:
-        print(f"bench_decode.py: {impl} left out, not installed", file=sys.stderr)
+        print(f"bench_decode.py: {impl} skipped: not installed", file=sys.stderr)
         impls.remove(impl)
-    names = [name for name in Work.__dataclass_fields__ if name not in ("impl", "contexts", "n_buckets")]
+    names = [name for name in DecodingCase.__dataclass_fields__ if name not in ("impl", "contexts", "n_buckets")]
     sizes = {name: getattr(arguments, name) for name in names}
-    # buckets belong to the model: those of the longest context, at every context
+    # the number of buckets is a property of the model: that of the longest context
     sizes["n_buckets"] = arguments.n_buckets or max(2, max(arguments.context) // arguments.window // 2 * 2)
     rows = []
     for impl in impls:
         for contexts in [[context] for context in arguments.context] if impl in PEERS else [arguments.context]:
-            rows += in_own_process(Work(impl=impl, contexts=contexts, **sizes), arguments.timeout)
+            rows += run_in_process(DecodingCase(impl=impl, contexts=contexts, **sizes), arguments.timeout)
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -107,64 +107,64 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     contexts = [1024, 4096, 16384, 65536, 131072]
     add("--context", type=int, nargs="+", default=contexts, help=f"default: {' '.join(map(str, contexts))}")
-    add("--tokens", type=int, default=64, help="decoded and timed by ours; peers: 4 at most (default: 64)")
+    add("--tokens", type=int, default=64, help="decoded tokens; peers: at most 4 (default: 64)")
     add("--dim", type=int, default=256, help="default: 256")
     add("--layers", type=int, default=4, help="default: 4")
     add("--heads", type=int, default=4, help="default: 4")
     add("--n-hashes", type=int, default=4, help="default: 4")
-    add("--window", type=int, default=64, help="of LSH and local layers; peers: chunk length (default: 64)")
+    add("--window", type=int, default=64, help="window of LSH and local layers; peers: chunk length (default: 64)")
     add("--n-buckets", type=int, help="ours (default: the longest context / window)")
     add("--vocab", type=int, default=257, help="default: 257")
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
     add("--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS), help="default: all")
-    add("--timeout", type=float, default=600.0, help="seconds that a row may take (default: 600)")
-    add("--json", action="store_true", help="print one JSON object a row instead of the table")
+    add("--timeout", type=float, default=600.0, help="seconds per row (default: 600)")
+    add("--json", action="store_true", help="print one JSON object per row instead of the table")
     add("--work", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def in_own_process(work: Work, timeout: float) -> list[dict[str, Any]]:
-    """The rows that the process printed; none where a peer can't do it, which is said."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(asdict(work))]
+def run_in_process(case: DecodingCase, timeout: float) -> list[dict[str, Any]]:
+    """Runs a case in its own process and returns its rows; none, with a message, if a peer fails."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(asdict(case))]
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
-    name = f"bench_decode.py: {work.impl} at {work.contexts}"
+    name = f"bench_decode.py: {case.impl} at {case.contexts}"
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment, timeout=timeout
         )
     except subprocess.TimeoutExpired:
-        print(f"{name} left out: takes more than {timeout:.0f} s", file=sys.stderr)
+        print(f"{name} skipped: takes more than {timeout:.0f} s", file=sys.stderr)
         return []
     if done.returncode == 0:
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     last_line = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-    if work.impl in PEERS:
-        print(f"{name} left out: {last_line}", file=sys.stderr)
+    if case.impl in PEERS:
+        print(f"{name} skipped: {last_line}", file=sys.stderr)
         return []
     print(f"{name} failed: {last_line}", file=sys.stderr)
-    return [report(work, context, None) for context in work.contexts]
+    return [result_row(case, context, None) for context in case.contexts]
 
 
-Measured = dict[str, float | None]
+Measurement = dict[str, float | None]
 
 
-def report(work: Work, context: int, measured: Measured | None) -> dict[str, Any]:
-    """A row as it is printed; without measures it was not correct."""
-    sizes = {name: value for name, value in asdict(work).items() if name != "contexts"}
+def result_row(case: DecodingCase, context: int, measured: Measurement | None) -> dict[str, Any]:
+    """A printed row; incorrect without a measurement."""
+    sizes = {name: value for name, value in asdict(case).items() if name != "contexts"}
     return {**sizes, "context": context, **(measured or dict.fromkeys(MEASURES)), "correct": measured is not None}
 
 
-def run_work(work: Work) -> int:
-    torch.set_num_threads(work.threads)
-    torch.manual_seed(0)  # of the peers' weights and hashes
-    measure = {"ours": ours, "reformer_pytorch": reformer_pytorch, "transformers": transformers}[work.impl]
+def run_case(case: DecodingCase) -> int:
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)  # weights and hashes of the peers
+    measure = {"ours": ours, "reformer_pytorch": reformer_pytorch, "transformers": transformers}[case.impl]
     try:
-        found = measure(work)
+        measurements = measure(case)
     except ImportError as error:
         print(error, file=sys.stderr)
         return IMPORT_FAILED
-    for context, measured in zip(work.contexts, found, strict=True):
-        print(json.dumps(report(work, context, measured)))
+    for context, measured in zip(case.contexts, measurements, strict=True):
+        print(json.dumps(result_row(case, context, measured)))
     return 0
 
 
@@ -174,8 +174,8 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-class Text:
-    """One text of ours, read to its context's length."""
+class DecodingRun:
+    """Incremental decoding of one text after its prefill."""
 
     def __init__(self, model: ReformerLM, tokens: Tensor) -> None:
         self.forward = timed(lambda: model(tokens, logits_to_keep=1))
@@ -189,38 +189,38 @@ class Text:
         self._newest = self._model(self._newest, sequence=self._state).argmax(dim=-1)
         self.seconds.append(time.perf_counter() - start)
 
-    def measured(self, difference: float) -> Measured:
-        seconds = statistics.median(self.seconds[2:])  # the first two warm up
+    def measured(self, difference: float) -> Measurement:
+        seconds = statistics.median(self.seconds[2:])  # the first two are warm-up
         return measures(seconds, self.prefill, self.forward, self._state.n_bytes() / MIB, difference)
 
 
 @torch.no_grad()
-def ours(work: Work) -> list[Measured | None]:
+def ours(case: DecodingCase) -> list[Measurement | None]:
     config = ModelConfig(
-        dim=work.dim,
-        n_layers=work.layers,
-        n_heads=work.heads,
+        dim=case.dim,
+        n_layers=case.layers,
+        n_heads=case.heads,
         layers=[AttentionKind.local, AttentionKind.lsh],
-        n_hashes=work.n_hashes,
-        n_buckets=work.n_buckets,
-        window=work.window,
-        local_window=work.window,
-        axial_shape=[work.longest // (2 * work.window), 2 * work.window],
+        n_hashes=case.n_hashes,
+        n_buckets=case.n_buckets,
+        window=case.window,
+        local_window=case.window,
+        axial_shape=[case.longest // (2 * case.window), 2 * case.window],
     )
-    model = ReformerLM(config, work.vocab).eval()
-    # a token that rounding puts into another bucket is attended otherwise: not in each of three texts
-    differences = [difference_of(model, work.text(CHECK_PROMPT + CHECK_TOKENS, seed)) for seed in range(1, 4)]
+    model = ReformerLM(config, case.vocab).eval()
+    # rounding may move a token to another bucket and change its attention, but not in each of three texts
+    differences = [difference_of(model, case.text(CHECK_PROMPT + CHECK_TOKENS, seed)) for seed in range(1, 4)]
     if min(differences) > TOLERANCE:
-        return [None] * len(work.contexts)
-    texts = [Text(model, work.text(context)) for context in work.contexts]
-    for _ in range(work.tokens + 2):
+        return [None] * len(case.contexts)
+    texts = [DecodingRun(model, case.text(context)) for context in case.contexts]
+    for _ in range(case.tokens + 2):
         for text in texts:
             text.step()
     return [text.measured(min(differences)) for text in texts]
 
 
 def difference_of(model: ReformerLM, text: Tensor) -> float:
-    """Largest difference of a logit of step-by-step decoding from the whole forward's, in standard deviations."""
+    """Largest deviation of incremental logits from those of a full forward, in standard deviations."""
     whole = model(text)[:, CHECK_PROMPT:]
     state = DecodingState(model.config)
     model(text[:, :CHECK_PROMPT], sequence=state)
@@ -230,73 +230,73 @@ def difference_of(model: ReformerLM, text: Tensor) -> float:
 
 def measures(
     seconds: float, prefill: float, forward: float | None, cache: float | None, difference: float | None
-) -> Measured:
+) -> Measurement:
     values = (seconds, prefill, forward, cache, difference)
     return dict(zip(MEASURES, (None if v is None else float(f"{v:.5g}") for v in values), strict=True))
 
 
-def reformer_pytorch(work: Work) -> list[Measured | None]:
+def reformer_pytorch(case: DecodingCase) -> list[Measurement | None]:
     from reformer_pytorch import ReformerLM as Peer
     from reformer_pytorch.generative_tools import TrainingWrapper
 
     model = Peer(
-        num_tokens=work.vocab,
-        dim=work.dim,
-        depth=work.layers,
-        heads=work.heads,
-        max_seq_len=work.longest,
-        bucket_size=work.window,
-        n_hashes=work.n_hashes,
+        num_tokens=case.vocab,
+        dim=case.dim,
+        depth=case.layers,
+        heads=case.heads,
+        max_seq_len=case.longest,
+        bucket_size=case.window,
+        n_hashes=case.n_hashes,
         causal=True,
     )
-    writer = TrainingWrapper(model)
-    text = work.text(work.contexts[0])
-    prefill = timed(lambda: writer.generate(text, 1))
-    n_tokens = min(work.tokens, 2)
-    seconds = timed(lambda: writer.generate(text, n_tokens)) / n_tokens
+    generator = TrainingWrapper(model)
+    text = case.text(case.contexts[0])
+    prefill = timed(lambda: generator.generate(text, 1))
+    n_tokens = min(case.tokens, 2)
+    seconds = timed(lambda: generator.generate(text, n_tokens)) / n_tokens
     with torch.no_grad():
-        is_finite = bool(model(work.text(2 * work.window)).isfinite().all())
+        is_finite = bool(model(case.text(2 * case.window)).isfinite().all())
     return [measures(seconds, prefill, None, None, None) if is_finite else None]
 
 
 @torch.no_grad()
-def transformers(work: Work) -> list[Measured | None]:
+def transformers(case: DecodingCase) -> list[Measurement | None]:
     from transformers import ReformerConfig, ReformerModelWithLMHead
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     config = ReformerConfig(
-        attn_layers=["local", "lsh"] * (work.layers // 2) + ["local"] * (work.layers % 2),
-        hidden_size=work.dim,
-        feed_forward_size=4 * work.dim,
-        num_attention_heads=work.heads,
-        attention_head_size=work.dim // work.heads,
-        lsh_attn_chunk_length=work.window,
-        local_attn_chunk_length=work.window,
-        num_hashes=work.n_hashes,
-        vocab_size=work.vocab,
-        axial_pos_shape=[work.longest // (2 * work.window), 2 * work.window],
-        axial_pos_embds_dim=[work.dim // 2, work.dim - work.dim // 2],
-        max_position_embeddings=work.longest,
+        attn_layers=["local", "lsh"] * (case.layers // 2) + ["local"] * (case.layers % 2),
+        hidden_size=case.dim,
+        feed_forward_size=4 * case.dim,
+        num_attention_heads=case.heads,
+        attention_head_size=case.dim // case.heads,
+        lsh_attn_chunk_length=case.window,
+        local_attn_chunk_length=case.window,
+        num_hashes=case.n_hashes,
+        vocab_size=case.vocab,
+        axial_pos_shape=[case.longest // (2 * case.window), 2 * case.window],
+        axial_pos_embds_dim=[case.dim // 2, case.dim - case.dim // 2],
+        max_position_embeddings=case.longest,
         is_decoder=True,
         hash_seed=0,
         eos_token_id=None,
         pad_token_id=0,
     )
     model = ReformerModelWithLMHead(config).eval()
-    found = difference_of_peer(model, work.text(CHECK_PROMPT))
-    model.config.num_buckets = None  # chosen anew, from the context's length
+    difference = difference_of_peer(model, case.text(CHECK_PROMPT))
+    model.config.num_buckets = None  # derived again from the length of the context
     for layer in model.reformer.encoder.layers:
         layer.attention.self_attention.num_buckets = None
-    clock = Clock()
-    generate_by_peer(model, work.text(work.contexts[0]), 1 + min(work.tokens, 4), clock)
-    prefill, *steps = clock.between()
+    timer = TokenTimer()
+    generate_by_peer(model, case.text(case.contexts[0]), 1 + min(case.tokens, 4), timer)
+    prefill, *steps = timer.intervals()
     seconds = statistics.median(steps)
-    return [measures(seconds, prefill, None, None, found) if math.isfinite(found) else None]
+    return [measures(seconds, prefill, None, None, difference) if math.isfinite(difference) else None]
 
 
-class Clock:
-    """What generate hands the prompt to, and then each token: it keeps the times."""
+class TokenTimer:
+    """A streamer for generate that records when it receives the prompt and each token."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -307,12 +307,12 @@ class Clock:
     def end(self) -> None:
         pass
 
-    def between(self) -> list[float]:
-        """Seconds from one to the next; the first are those of the prefill."""
+    def intervals(self) -> list[float]:
+        """Seconds between consecutive calls; the first interval is the prefill."""
         return [after - before for before, after in pairwise(self._times)]
 
 
-def generate_by_peer(model: Any, text: Tensor, n_tokens: int, clock: Clock | None = None) -> Any:
+def generate_by_peer(model: Any, text: Tensor, n_tokens: int, timer: TokenTimer | None = None) -> Any:
     mask = torch.ones_like(text)
     return model.generate(
         text,
@@ -321,21 +321,19 @@ def generate_by_peer(model: Any, text: Tensor, n_tokens: int, clock: Clock | Non
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
-        streamer=clock,
+        streamer=timer,
     )
 
 
 def difference_of_peer(model: Any, text: Tensor) -> float:
-    found = generate_by_peer(model, text, 8)
-    whole = model(found.sequences[:, :-1]).logits[:, text.shape[1] - 1 :]
-    return float((torch.stack(found.logits, dim=1) - whole).abs().max() / whole.std())
+    generated = generate_by_peer(model, text, 8)
+    whole = model(generated.sequences[:, :-1]).logits[:, text.shape[1] - 1 :]
+    return float((torch.stack(generated.logits, dim=1) - whole).abs().max() / whole.std())
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     shortest = {row["impl"]: row["seconds"] for row in reversed(rows)}
-    print(
-        "| implementation | context | ms a token | of the shortest | prefill, s | forward / token | cache, MiB |"
-    )
+    print("| implementation | context | ms/token | vs. shortest | prefill, s | forward / token | cache, MiB |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         if not row["correct"]:
@@ -348,9 +346,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"| {row['impl']} | {row['context']} | {1000 * row['seconds']:.2f} | {growth} | {row['prefill']:.2f} "
             f"| {saved} | {cache} |"
         )
-    found = [row["difference"] for row in rows if row["difference"] is not None and row["impl"] == "transformers"]
-    if found:
-        print(f"\ntransformers: cached logits differ from the whole forward's by {found[0]:.2g} deviations")
+    differences = [
+        row["difference"] for row in rows if row["difference"] is not None and row["impl"] == "transformers"
+    ]
+    if differences:
+        print(f"\ntransformers: cached logits differ from a full forward's by {differences[0]:.2g} deviations")
 
 
 if __name__ == "__main__":

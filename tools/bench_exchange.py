@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What it costs to attend over a sequence that lies on several ranks: seconds and bytes by phase.
+"""Cost of LSH attention over a sequence sharded across ranks: seconds and bytes by phase.
 
-Every row is a job of its own: so many ranks on this machine (gloo on a CPU, NCCL on GPUs), in a mesh of heads x
-buckets. Bytes are those that a rank sends to others in one forward of one LSH layer, the mean over the ranks;
-beside them stand the formula of docs/sequence_parallelism.md, with the number of ranks that tokens really went to,
-and what an all-gather of q and v would have sent. Seconds are those of the slowest rank, phase by phase with the
-overlap of exchange and attention switched off; `step` is forward and backward with overlap and, in brackets,
-without. A row whose result is not that of one rank shows no speed, and the tool then exits 1.
+Each row is a separate job on this machine (gloo on a CPU, NCCL on GPUs) with a mesh of heads x buckets ranks.
+Bytes are those sent per rank in one forward of one LSH layer, the mean over ranks, compared with the formula of
+docs/sequence_parallelism.md for the measured number of destination ranks, and with an all-gather of q and v.
+Seconds are those of the slowest rank, by phase and without overlap of exchange and attention; `step` is forward
+and backward with overlap and, in parentheses, without. A row whose result differs from that of one rank shows no
+speed, and the tool exits 1.
 
-On a CPU, more ranks than cores share cores: read seconds as shares of one row, not across rows.
+If a CPU has fewer cores than ranks, compare seconds within a row, not across rows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import time
 from typing import Any
 
 import torch
-from mesh_jobs import in_own_job
+from mesh_jobs import run_job
 from torch import Tensor
 
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
-from reformer_dist.ops.lsh.attention import ExchangeMemory
+from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.parallel.bucket_exchange import BucketExchange
 from reformer_dist.parallel.traffic import LayerShape, all_gather_bytes, bucket_bytes, head_bytes
@@ -44,7 +44,7 @@ def main() -> int:
     if arguments.row is not None:
         run_row(arguments)
         return 0
-    rows = [in_own_job(__file__, mesh) for mesh in arguments.meshes]
+    rows = [run_job(__file__, mesh) for mesh in arguments.meshes]
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -56,36 +56,41 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--meshes", nargs="+", default=GRIDS, metavar="HxB", help=f"heads x buckets (default: {' '.join(GRIDS)})")
-    add("--seq-len", type=int, default=16384, help="of the whole sequence (default: 16384)")
-    add("--batch", type=int, default=1)
-    add("--n-heads", type=int, default=8)
-    add("--head-dim", type=int, default=64)
-    add("--n-hashes", type=int, default=4)
-    add("--window", type=int, default=64)
-    add("--dtype", choices=sorted(TOLERANCE), default="float32")
-    add("--repeats", type=int, default=3, help="the fastest counts (default: 3)")
-    add("--skip-check", action="store_true", help="for sequences that no single rank can hold; shows no ratio")
-    add("--json", action="store_true", help="print one JSON object a row instead of the table")
+    add(
+        "--meshes",
+        nargs="+",
+        default=GRIDS,
+        metavar="HxB",
+        help=f"meshes of heads x buckets (default: {' '.join(GRIDS)})",
+    )
+    add("--seq-len", type=int, default=16384, help="length of the whole sequence (default: 16384)")
+    add("--batch", type=int, default=1, help="default: 1")
+    add("--n-heads", type=int, default=8, help="default: 8")
+    add("--head-dim", type=int, default=64, help="default: 64")
+    add("--n-hashes", type=int, default=4, help="default: 4")
+    add("--window", type=int, default=64, help="default: 64")
+    add("--dtype", choices=sorted(TOLERANCE), default="float32", help="default: float32")
+    add("--repeats", type=int, default=3, help="timed runs; the best is reported (default: 3)")
+    add("--skip-check", action="store_true", help="for sequences that do not fit on one rank")
+    add("--json", action="store_true", help="print one JSON object per row instead of the table")
     add("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run_row(arguments: argparse.Namespace) -> None:
-    """One rank of a row's job; rank 0 prints it."""
+    """Runs one rank of a row's job; rank 0 prints the row."""
     heads, buckets = map(int, arguments.row.split("x"))
     job = runtime.start()
     if job.device.type == "cpu":
         torch.set_num_threads(1)
-    row = ExchangeBenchmark(arguments, job, heads, buckets)
-    found = row.measure()
+    row = ExchangeBenchmark(arguments, job, heads, buckets).measure()
     if job.is_main:
-        print(json.dumps(found))
+        print(json.dumps(row))
     runtime.stop()
 
 
 class ExchangeBenchmark:
-    """One LSH attention over slices, on one rank."""
+    """One sharded LSH attention, on one rank."""
 
     def __init__(self, arguments: argparse.Namespace, job: Runtime, heads: int, buckets: int) -> None:
         self.arguments, self.job = arguments, job
@@ -100,14 +105,14 @@ class ExchangeBenchmark:
         self.q, self.v, self.d_out = (self.vectors(self.meshes[False].slice_index, name) for name in range(3))
 
     def vectors(self, slice_index: int, name: int) -> Tensor:
-        """A slice's tensor, which every rank can draw."""
+        """The tensor of a slice, which every rank can generate."""
         draw = torch.Generator().manual_seed(1000 * slice_index + name)
         dtype = getattr(torch, self.arguments.dtype)
         return torch.randn(self.shape, generator=draw).to(self.job.device, dtype)
 
     def measure(self) -> dict[str, Any]:
         is_correct = self.arguments.skip_check or self.check()
-        exchange = self.run(overlaps=False)  # warms up
+        exchange = self.run(overlaps=False)  # warm-up
         stats = self.meshes[False].stats
         best: dict[str, float] = {}
         for _ in range(self.arguments.repeats):
@@ -120,12 +125,12 @@ class ExchangeBenchmark:
             if not best or slowest["forward"] < best["forward"]:
                 best = slowest
         sent = {phase: self.job.sum([n])[0] / self.job.world_size for phase, n in self.bytes_by_phase(stats)}
-        found = self.describe(exchange, sum(sent.values()))
-        found |= {"correct": is_correct, "bytes_by_phase": sent, "seconds": None, "step": None}
+        row = self.describe(exchange, sum(sent.values()))
+        row |= {"correct": is_correct, "bytes_by_phase": sent, "seconds": None, "step": None}
         if is_correct:
-            found["seconds"] = best
-            found["step"] = {str(overlaps): self.time_step(overlaps) for overlaps in (True, False)}
-        return found
+            row["seconds"] = best
+            row["step"] = {str(overlaps): self.time_step(overlaps) for overlaps in (True, False)}
+        return row
 
     @staticmethod
     def bytes_by_phase(stats: Any) -> list[tuple[str, float]]:
@@ -139,7 +144,7 @@ class ExchangeBenchmark:
         self.job.barrier()
         return time.perf_counter()
 
-    def run(self, *, overlaps: bool, backward: bool = False) -> ExchangeMemory:
+    def run(self, *, overlaps: bool, backward: bool = False) -> Exchange:
         mesh = self.meshes[overlaps]
         sequence = SlicedSequence(mesh, self.arguments.seq_len)
         with mesh.stats.timed("hash"):
@@ -164,7 +169,7 @@ class ExchangeBenchmark:
         return best
 
     def check(self) -> bool:
-        """Whether this is what one rank makes of the whole, on every rank."""
+        """Whether the result equals that of one rank with the whole sequence, on every rank."""
         self.run(overlaps=False)
         mesh, sequence = self.meshes[False], self.sequence
         whole_q, whole_v = (
@@ -173,15 +178,15 @@ class ExchangeBenchmark:
         )
         ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
         blocks = mesh.sequence_group.all_gather(ids, "check")
-        in_order = [blocks[mesh.rank_of_slice(i)] for i in range(mesh.size)]
-        whole_ids = torch.cat(in_order, dim=3)[..., : self.arguments.seq_len]
-        right = bucket_attention(whole_q, None, whole_v, whole_ids, self.options)
+        slices = [blocks[mesh.rank_of_slice(i)] for i in range(mesh.size)]
+        whole_ids = torch.cat(slices, dim=3)[..., : self.arguments.seq_len]
+        expected = bucket_attention(whole_q, None, whole_v, whole_ids, self.options)
         start = mesh.slice_index * sequence.n_local
-        right = right[:, :, start : start + sequence.n_local]
-        error = (self.out[:, :, : right.shape[2]].float() - right.float()).abs().max().item()
-        return max(self.job.gather(error)) <= TOLERANCE[self.arguments.dtype] * right.abs().max().item()
+        expected = expected[:, :, start : start + sequence.n_local]
+        error = (self.out[:, :, : expected.shape[2]].float() - expected.float()).abs().max().item()
+        return max(self.job.gather(error)) <= TOLERANCE[self.arguments.dtype] * expected.abs().max().item()
 
-    def describe(self, exchange: ExchangeMemory, measured: float) -> dict[str, Any]:
+    def describe(self, exchange: Exchange, measured: float) -> dict[str, Any]:
         arguments, mesh = self.arguments, self.meshes[False]
         shape = LayerShape(
             rows=arguments.batch,
@@ -210,8 +215,8 @@ class ExchangeBenchmark:
             "bytes_all_gather": all_gather_bytes(shape, mesh.size),
         }
 
-    def other_ranks(self, exchange: ExchangeMemory, shape: LayerShape) -> tuple[float, float]:
-        """Mean numbers of other ranks to which a token went as a key, and as a query."""
+    def other_ranks(self, exchange: Exchange, shape: LayerShape) -> tuple[float, float]:
+        """Mean number of other ranks to which a token is sent as a key, and as a query."""
         if not isinstance(exchange, BucketExchange):
             return 0.0, 0.0
         plan, own = exchange.plan, self.meshes[False].bucket_rank
@@ -226,10 +231,10 @@ class ExchangeBenchmark:
 def print_table(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     print(
         f"{arguments.seq_len} tokens, {arguments.n_heads} heads of {arguments.head_dim}, {arguments.n_hashes} "
-        f"rounds, {arguments.dtype}, {rows[0]['device']}; MiB and seconds of one rank, forward"
+        f"rounds, {arguments.dtype}, {rows[0]['device']}; MiB and seconds per rank, forward"
     )
     print(
-        f"{'mesh':>6} {'measured':>9} {'formula':>8} {'of it':>6} {'of all-gather':>13}  "
+        f"{'mesh':>6} {'measured':>9} {'formula':>8} {'ratio':>6} {'vs all-gather':>13}  "
         + " ".join(f"{phase:>8}" for phase in PHASES)
         + f" {'forward':>8} {'step':>16}"
     )
@@ -240,7 +245,7 @@ def print_table(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> No
             f"{measured / formula:>6.3f} {measured / gathered:>13.3f}  "
         )
         if not row["correct"]:
-            print(line + "WRONG RESULT: no speed is shown")
+            print(line + "INCORRECT RESULT: speed not shown")
             continue
         seconds, step = row["seconds"], row["step"]
         line += " ".join(f"{seconds[phase]:>8.4f}" for phase in (*PHASES, "forward"))

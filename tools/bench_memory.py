@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Memory that a model holds between forward and backward, for few layers and for many.
+"""Activation memory held between forward and backward, for 4 and for 16 layers.
 
-Three ways of backward: reversible (activations are rebuilt), checkpoint (recomputed from each layer's input) and
-none (stored). Exits 1 if the reversible model's held memory grows by 10 % or more from 4 to 16 layers.
+Three values of model.recompute: reversible (activations are reconstructed), checkpoint (recomputed from each
+layer's input) and none (stored). Exits 1 if the memory of the reversible model grows by 10 % or more from 4 to 16
+layers.
 
-Every row runs in a process of its own. What is held is the live memory after forward, less what was live before
-it, when the parameters already existed. On CUDA it is PyTorch's count of allocated bytes. A CPU has no such count,
-and its resident size also has what the allocator has kept for itself; so the process first gives freed memory
-back to the system (glibc's malloc_trim), before forward and after it, and the sizes are large enough for the
-rest not to matter. A forward and backward over a short text go before, so that thread pools, the libraries' own
-buffers and the parameters' gradients are not counted.
+Each row runs in its own process. The memory is the live memory after forward minus the live memory before it, with
+parameters already allocated. On CUDA it is PyTorch's allocated memory. On a CPU it is the resident size, after
+freed memory has been returned to the system (glibc's malloc_trim) before and after forward; the sizes are large
+enough for the remaining allocator overhead to be negligible. A warm-up step on a short text excludes thread pools,
+library buffers and the parameters' gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from reformer_dist.config import ModelConfig, Recompute
 from reformer_dist.models import ReformerLM
 
 N_LAYERS = (4, 16)
-LARGEST_GROWTH = 0.10
+MAX_GROWTH = 0.10
 VOCAB_SIZE = 256
 MIB = 2**20
 
@@ -41,15 +41,15 @@ def main() -> int:
         recompute, n_layers = arguments.row
         print(json.dumps(measure(arguments, Recompute(recompute), int(n_layers))))
         return 0
-    rows = [in_own_process(recompute, n_layers) for recompute in Recompute for n_layers in N_LAYERS]
+    rows = [run_in_process(recompute, n_layers) for recompute in Recompute for n_layers in N_LAYERS]
     held = {(row["recompute"], row["n_layers"]): row["held_mib"] for row in rows}
-    growth = {way.value: held[way.value, N_LAYERS[1]] / held[way.value, N_LAYERS[0]] - 1 for way in Recompute}
+    growth = {mode.value: held[mode.value, N_LAYERS[1]] / held[mode.value, N_LAYERS[0]] - 1 for mode in Recompute}
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
     else:
         print_table(held, growth)
-    return 0 if growth[Recompute.reversible.value] < LARGEST_GROWTH else 1
+    return 0 if growth[Recompute.reversible.value] < MAX_GROWTH else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,12 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--n-hashes", type=int, default=2, help="hash rounds of the LSH layers (default: 2)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--json", action="store_true", help="print one JSON object a row instead of the table")
+    add("--json", action="store_true", help="print one JSON object per row instead of the table")
     add("--row", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def in_own_process(recompute: Recompute, n_layers: int) -> dict[str, Any]:
+def run_in_process(recompute: Recompute, n_layers: int) -> dict[str, Any]:
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -101,13 +101,13 @@ def measure(arguments: argparse.Namespace, recompute: Recompute, n_layers: int) 
 
 
 def live_bytes(device: str) -> int:
-    """Bytes in use, once what was freed is given back."""
+    """Bytes in use, after freed memory has been returned to the system."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
     if sys.platform != "linux":
-        raise SystemExit("bench_memory.py: on a CPU, live memory can be read under Linux only")
+        raise SystemExit("bench_memory.py: live memory on a CPU can only be read on Linux")
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -115,8 +115,8 @@ def live_bytes(device: str) -> int:
 def print_table(held: dict[tuple[str, int], float], growth: dict[str, float]) -> None:
     line = "{:<12}{:>14}{:>14}{:>10}".format
     print(line("recompute", *(f"{n} layers" for n in N_LAYERS), "growth"))
-    for way in growth:
-        print(line(way, *(f"{held[way, n]:.1f} MiB" for n in N_LAYERS), f"{growth[way]:+.1%}"))
+    for mode in growth:
+        print(line(mode, *(f"{held[mode, n]:.1f} MiB" for n in N_LAYERS), f"{growth[mode]:+.1%}"))
 
 
 if __name__ == "__main__":

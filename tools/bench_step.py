@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""One training step of a configuration: speed, use of the hardware, memory, and where the time goes.
+"""One training step of a configuration: speed, hardware utilization, memory, and time by component.
 
     python tools/bench_step.py model.dim=512 model.n_layers=6 data.seq_len=16384
 
-ours             the run that the overrides describe, on one process, through DeepSpeed, on random tokens
-reformer_pytorch 1.4.4's ReformerLM of the same sizes, rounds, window and chunks, with AdamW (optional, see README)
+ours             the run described by the overrides, in one process with DeepSpeed, on random tokens
+reformer_pytorch 1.4.4's ReformerLM with the same sizes, rounds, window and chunks, and AdamW (optional dependency)
 
-Correctness comes first: at a short length, loss and every gradient of ours equal those of a stack that stores
-its activations; of the peer, they are finite. A row that fails shows no speed, and the tool exits 1. A row that
-could not run, out of memory for one, is neither right nor wrong: it says why, and the tool exits 2.
+Results are checked first at a short length: our loss and gradients must equal those of a model that stores its
+activations; those of the peer must be finite. An incorrect row shows no speed, and the tool exits 1. A row that
+could not run (out of memory, for example) is neither correct nor incorrect: it reports the error, and the tool
+exits 2.
 
-mfu is the arithmetic that the model needs (planning/flops.py, no recompute) in the step's seconds, over the peak
-rate of the card at this precision, or on other devices over the rate of a large matrix product measured here.
-planned MiB is the planner's formula for the peak (reformer_dist/planning): weights, their states, activations.
-The split is of one more step whose parts are timed one by one, which slows it; recompute counts where it happens.
+mfu is the model FLOPs of the step (planning/flops.py, without recompute) per second, relative to the GPU's peak
+rate at this precision or, on other devices, to the measured rate of a large matrix product. planned MiB is the
+planner's estimate of the peak (reformer_dist/planning): weights, optimizer states and activations. The split is
+measured in one more step, which synchronizes around each component and is therefore slower; recompute counts for
+its component.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh import whole
 from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.torch_tiles import attention as torch_attention
-from reformer_dist.planning import Job, make_plan
+from reformer_dist.planning import JobSpec, make_plan
 from reformer_dist.planning.flops import layer_flops
 from reformer_dist.run.compose import plain, run_config_from
 
@@ -74,7 +76,7 @@ DEFAULTS = [
 ]
 VOCAB_SIZE = 257
 CHECK_SEQ_LEN = 256
-# dense TFLOP/s by NVIDIA's data sheets, of the tensor cores in bf16 and fp16, of the other cores in fp32
+# dense TFLOP/s from NVIDIA's data sheets: tensor cores in bf16 and fp16, CUDA cores in fp32
 PEAK_TFLOPS = {
     "H200": {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
     "H100 PCIe": {"bf16": 756.0, "fp16": 756.0, "fp32": 51.2},
@@ -89,7 +91,7 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.row is not None:
         return run_row(arguments)
-    rows = [row for impl in arguments.impl if (row := in_own_process(impl)) is not None]
+    rows = [row for impl in arguments.impl if (row := run_in_process(impl)) is not None]
     if arguments.json:
         for row in rows:
             print(json.dumps(row))
@@ -101,17 +103,17 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help=f"of the run (default: {' '.join(DEFAULTS)})")
+    add("overrides", nargs="*", metavar="key=value", help=f"overrides of the run (default: {' '.join(DEFAULTS)})")
     add("--impl", nargs="+", choices=IMPLEMENTATIONS, default=("ours",), help="default: ours")
-    add("--repeat", type=int, default=3, help="timed steps, of which the best counts (default: 3)")
+    add("--repeat", type=int, default=3, help="timed steps; the best is reported (default: 3)")
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    add("--json", action="store_true", help="print one JSON object a row instead of the table")
+    add("--json", action="store_true", help="print one JSON object per row instead of the table")
     add("--row", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
 
 
-def in_own_process(impl: str) -> dict[str, Any] | None:
-    """What the row's process printed; None where the peer is not installed."""
+def run_in_process(impl: str) -> dict[str, Any] | None:
+    """Runs a row in its own process; None if the peer is not installed."""
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--row", impl]
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -130,7 +132,7 @@ def run_row(arguments: argparse.Namespace) -> int:
     try:
         bench = (Ours if arguments.row == "ours" else ReformerPytorch)(config, device)
     except ImportError as error:
-        print(f"bench_step.py: {arguments.row} left out: {error}", file=sys.stderr)
+        print(f"bench_step.py: {arguments.row} skipped: {error}", file=sys.stderr)
         return IMPORT_FAILED
     row: dict[str, Any] = {"impl": arguments.row, "correct": bench.check()}
     if row["correct"]:
@@ -141,21 +143,21 @@ def run_row(arguments: argparse.Namespace) -> int:
 
 
 class Ours:
-    """A step of the run through the engine, as the trainer does it."""
+    """A training step of the run with its engine."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config, self._device = config, device
 
     def check(self) -> bool:
-        """Loss and gradients against a stack that stores its activations, in float32 and at a short length."""
+        """Compares loss and gradients with a model that stores activations, in float32 at a short length."""
         tokens = random_tokens(self._config, self._device)[:1, : CHECK_SEQ_LEN + 1]
-        found = []
+        results = []
         for recompute in (self._config.model.recompute.name, "none"):
             changed = run_config_from(plain(self._config), [f"model.recompute={recompute}"])
             model = ReformerLM(changed.model, VOCAB_SIZE, seed=0).to(self._device)
             loss = model(tokens[:, :-1], tokens[:, 1:], step=0)
-            found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-        pairs = zip(*found, strict=True)
+            results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+        pairs = zip(*results, strict=True)
         return all((a - b).abs().max() <= 1e-3 * (1 + b.abs().max()) for a, b in pairs)
 
     def prepare(self) -> None:
@@ -163,8 +165,10 @@ class Ours:
         self._engine = TrainEngine(model, [Block], self._config, world_size=1)
 
     def planned_mib(self) -> float | None:
-        """What planning says of the peak: weights, their states, and activations."""
-        job = Job(self._config, world_size=1, ranks_per_node=1, vocab_size=VOCAB_SIZE, device=self._device.type)
+        """Estimated peak: weights, optimizer states and activations."""
+        job = JobSpec(
+            self._config, world_size=1, ranks_per_node=1, vocab_size=VOCAB_SIZE, device=self._device.type
+        )
         return round(make_plan(job, lambda: ReformerLM(self._config.model, VOCAB_SIZE)).peak.total / MIB, 1)
 
     def step(self, tokens: Tensor) -> None:
@@ -199,7 +203,7 @@ class Ours:
 
 
 class ReformerPytorch:
-    """A step of reformer_pytorch's language model of the same sizes."""
+    """A training step of reformer_pytorch's language model with the same sizes."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         from reformer_pytorch import ReformerLM as PeerLM
@@ -253,7 +257,7 @@ class ReformerPytorch:
 
 
 class Stopwatch:
-    """Seconds by name, each without those of what is timed inside it."""
+    """Exclusive seconds by name: nested timings are subtracted."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -272,7 +276,7 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + own
 
     def wrap(self, owner: Any, attribute: str, name: str | Callable[..., str]) -> Any:
-        """The function, timed under a name or what `name` makes of its arguments."""
+        """The function, timed under a name, or under `name(*args)`."""
         function = getattr(owner, attribute)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -289,7 +293,7 @@ class Stopwatch:
 
 
 def sublayer_of(sublayer: Sublayer, *_: Any) -> str:
-    """A name by which of a block's functions it is; what is timed inside attention leaves its projections."""
+    """Component of a block's sublayer; attention without its nested timings is its projections."""
     return "feed-forward" if isinstance(sublayer, TokenwiseSublayer) else "projections"
 
 
@@ -313,12 +317,12 @@ def measure(bench: Ours | ReformerPytorch, config: RunConfig, device: torch.devi
         times.append(clock._now() - start)
     peak = peak_resident_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated()
     seconds, n_tokens = min(times), config.data.batch_size * config.data.seq_len
-    rate, of = peak_rate(config, device)
+    rate, rate_name = peak_rate(config, device)
     return {
         "seconds": round(seconds, 4),
         "tokens_per_s": round(n_tokens / seconds, 1),
         "mfu": round(model_flops(config) / seconds / rate, 4),
-        "mfu_of": of,
+        "mfu_of": rate_name,
         "peak_mib": round((peak - before) / MIB, 1),
         "planned_mib": bench.planned_mib(),
         "split": {name: round(part, 4) for name, part in bench.split(tokens).items()},
@@ -326,14 +330,14 @@ def measure(bench: Ours | ReformerPytorch, config: RunConfig, device: torch.devi
 
 
 def model_flops(config: RunConfig) -> float:
-    """Of one step: forward, and twice as much backward."""
+    """FLOPs of one step: forward, and backward with twice as many."""
     model, tokens = config.model, config.data.batch_size * config.data.seq_len
     layers = sum(layer_flops(model, kind, config.data.seq_len) for kind in model.layer_kinds())
     return 3 * tokens * (layers + 2 * model.dim * VOCAB_SIZE)
 
 
 def peak_rate(config: RunConfig, device: torch.device) -> tuple[float, str]:
-    """FLOP/s that mfu is a share of, and what it is."""
+    """Reference FLOP/s of mfu, and a description."""
     precision = config.trainer.precision.name
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
@@ -344,8 +348,8 @@ def peak_rate(config: RunConfig, device: torch.device) -> tuple[float, str]:
 
 
 def card_peak(name: str, precision: str) -> float | None:
-    """FLOP/s of a card by its name; None where it is not known."""
-    for card, rates in PEAK_TFLOPS.items():  # the longer names first
+    """Peak FLOP/s of a GPU by its name; None if unknown."""
+    for card, rates in PEAK_TFLOPS.items():  # longer names come first
         if card in name:
             return rates[precision] * 1e12 if precision in rates else None
     return None
@@ -386,7 +390,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             total = sum(row["split"].values())
             parts = " | ".join(f"{name} {part / total:.0%}" for name, part in row["split"].items())
             print(f"{row['impl']}: {parts} ")
-            print(f"mfu of {row['mfu_of']}")
+            print(f"mfu relative to {row['mfu_of']}")
 
 
 if __name__ == "__main__":

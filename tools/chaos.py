@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Kills a small run again and again with SIGKILL, starts it anew each time, and compares it with an uncut one.
+"""Repeatedly kills a small run with SIGKILL, restarts it, and compares it with an uninterrupted run.
 
-Exits 1 unless the losses, gradient norms and evaluations of every step are equal to the last bit, in metrics.jsonl
-and for TensorBoard, each step once; every checkpoint that verifies after a kill holds the tensors and the data
-position of the uncut run; and each attempt goes on from the newest of them. The moments are drawn from --seed:
-some time after a step, or as soon as a save is under way.
+Exits 1 unless all of this holds: losses, gradient norms and evaluations of every step are bitwise equal in
+metrics.jsonl and TensorBoard, with each step logged once; every checkpoint that verifies after a kill has the
+tensors and data position of the uninterrupted run; and each restart resumes from the newest of them. The times of
+the kills are drawn from --seed: some time after a step, or during a save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, is_good
+from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.data import merge_states
 
@@ -37,34 +37,34 @@ from support.weights import differing
 SAVE_EVERY = 5
 CHANGED = (f"trainer.save_every={SAVE_EVERY}", "trainer.eval_every=20", "trainer.micro_batch_size=null")
 CHANGED += ("deepspeed=zero2", "launcher=local")
-UNLIKE = ("time_s", "perf/", "checkpoint/")  # what depends on the clock
+TIMING_TAGS = ("time_s", "perf/", "checkpoint/")
 
 
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
         data = write_tiny_dataset(Path(scratch) / "data")
-        whole, cut = Path(scratch) / "whole", Path(scratch) / "cut"
+        reference, run = Path(scratch) / "reference", Path(scratch) / "killed"
         print("uninterrupted run", flush=True)
-        with start(data, whole, arguments, "trainer.keep_checkpoints=0") as process:
+        with start(data, reference, arguments, "trainer.keep_checkpoints=0") as process:
             output, _ = process.communicate(timeout=1200)
         if process.returncode:
             print(output)
             return 1
-        problems = torment(data, cut, whole, arguments)
-        problems += compare(whole, cut)
+        problems = run_with_kills(data, run, reference, arguments)
+        problems += compare(reference, run)
     for problem in problems:
         print(f"WRONG: {problem}")
-    print("all equal, bit for bit" if not problems else f"{len(problems)} problems")
+    print("all bitwise equal" if not problems else f"{len(problems)} problems")
     return int(bool(problems))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="default: 20")
+    parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    parser.add_argument("--ranks", type=int, default=2, help="default: 2")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills (default: 0)")
     return parser.parse_args()
 
 
@@ -80,60 +80,60 @@ def start(data: Path, run: Path, arguments: argparse.Namespace, *changed: str) -
     )
 
 
-def torment(data: Path, run: Path, whole: Path, arguments: argparse.Namespace) -> list[str]:
-    """Kills the run so many times, then lets it end; what went wrong."""
+def run_with_kills(data: Path, run: Path, reference: Path, arguments: argparse.Namespace) -> list[str]:
+    """Kills the run --kills times, then lets it finish; returns the problems found."""
     draw = random.Random(arguments.seed)
     problems: list[str] = []
-    done_again = kills = 0
+    repeated_steps = kills = 0
     while True:
-        before, saved = last_step(run), newest(run)
+        before, saved = last_step(run), newest_checkpoint(run)
         with start(data, run, arguments) as process:
             if kills < arguments.kills:
                 goal = arguments.steps * (kills + 1) // (arguments.kills + 2)
-                how = wait_for_moment(process, run, draw, goal)
+                moment = wait_for_kill(process, run, draw, goal)
                 victims = ranks_of(process.pid)
                 if draw.random() < 0.5:
-                    how, victims = how + ", one rank", draw.sample(victims, min(1, len(victims)))
+                    moment, victims = moment + ", one rank", draw.sample(victims, min(1, len(victims)))
                 else:
-                    how += ", all ranks"
+                    moment += ", all ranks"
                 for victim in victims:
                     os.kill(victim, signal.SIGKILL)
             output, _ = process.communicate(timeout=600)
-        found = re.search(r"resuming from .* at step (\d+)", output)
-        if found is not None:  # else it was killed before it had said where it resumes
-            begun = int(found[1])
-            if begun != saved:
-                problems.append(f"went back to step {begun} instead of {saved}:\n{output}")
-            done_again += max(0, before - begun)
-        problems += wrong_checkpoints(run, whole)
+        match = re.search(r"resuming from .* at step (\d+)", output)
+        if match is not None:  # else it was killed before it logged the step
+            resumed = int(match[1])
+            if resumed != saved:
+                problems.append(f"resumed at step {resumed} instead of {saved}:\n{output}")
+            repeated_steps += max(0, before - resumed)
+        problems += wrong_checkpoints(run, reference)
         if process.returncode == 0:
             break
         if kills == arguments.kills:
-            return [*problems, f"ended with status {process.returncode}:\n{output}"]
+            return [*problems, f"exit status {process.returncode}:\n{output}"]
         kills += 1
-        print(f"kill {kills}: {how}, after step {last_step(run)}", flush=True)
+        print(f"kill {kills}: {moment}, after step {last_step(run)}", flush=True)
     if kills < arguments.kills:
-        problems.append(f"only {kills} of {arguments.kills} kills came before the end")
-    print(f"{kills} kills, {done_again} steps done again, of {arguments.steps}")
+        problems.append(f"the run finished after {kills} of {arguments.kills} kills")
+    print(f"{kills} kills, {repeated_steps} repeated steps, {arguments.steps} steps in total")
     return problems
 
 
-def wait_for_moment(process: subprocess.Popen[str], run: Path, draw: random.Random, goal: int) -> str:
-    """Returns in the midst of a save, or some time after a step."""
-    in_a_save = draw.random() < 0.4
+def wait_for_kill(process: subprocess.Popen[str], run: Path, draw: random.Random, goal: int) -> str:
+    """Waits until a save is in progress, or until some time after a step; returns which."""
+    during_save = draw.random() < 0.4
     pause = draw.uniform(0, 0.5)
     while process.poll() is None and (last_step(run) < goal or not ranks_of(process.pid)):
         time.sleep(0.01)
-    while process.poll() is None and in_a_save:
+    while process.poll() is None and during_save:
         if list((run / "checkpoints").glob(".step-*.partial")):
             time.sleep(draw.uniform(0, 0.01))
-            return "in a save"
-    time.sleep(0 if in_a_save else pause)
+            return "during a save"
+    time.sleep(0 if during_save else pause)
     return "between saves"
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Processes that the launcher has started."""
+    """Process ids of the ranks of a launcher."""
     with suppress(psutil.Error):
         children = psutil.Process(launcher).children(recursive=True)
         return [child.pid for child in children if "RANK" in child.environ()]
@@ -144,7 +144,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is not whole
+    lines = path.read_text().split("\n")[:-1]  # a line without newline is incomplete
     return [json.loads(line) for line in lines]
 
 
@@ -152,20 +152,20 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in rows(run)), default=0)
 
 
-def newest(run: Path) -> int:
+def newest_checkpoint(run: Path) -> int:
     """The step of the newest checkpoint that verifies."""
-    found, _ = find_checkpoint(run / "checkpoints")
-    return 0 if found is None else step_of(found)
+    folder, _ = find_checkpoint(run / "checkpoints")
+    return 0 if folder is None else step_of(folder)
 
 
-def wrong_checkpoints(run: Path, whole: Path) -> list[str]:
-    """Those that do not verify though they have their name, or verify and are not what the uncut run saved."""
+def wrong_checkpoints(run: Path, reference: Path) -> list[str]:
+    """Completed checkpoints that do not verify, or that differ from those of the uninterrupted run."""
     wrong = [f"a kill left a damaged checkpoint: {words}" for words in find_checkpoint(run / "checkpoints")[1]]
     for folder in (run / "checkpoints").glob("step-*"):
-        if is_good(folder) is None:
-            other = whole / "checkpoints" / folder.name
-            odd = differing(folder, other) + ["data position"] * (data_state(folder) != data_state(other))
-            wrong += [f"{folder.name} verifies and is wrong in {', '.join(odd)}"] * bool(odd)
+        if verify_checkpoint(folder) is None:
+            other = reference / "checkpoints" / folder.name
+            differences = differing(folder, other) + ["data position"] * (data_state(folder) != data_state(other))
+            wrong += [f"{folder.name} verifies but differs in {', '.join(differences)}"] * bool(differences)
     return wrong
 
 
@@ -173,19 +173,21 @@ def data_state(folder: Path) -> dict[str, Any]:
     return merge_states([rank["data"] for rank in CheckpointReader(folder).rank_states])
 
 
-def compare(whole: Path, cut: Path) -> list[str]:
+def compare(reference: Path, run: Path) -> list[str]:
     def curve(run: Path) -> list[dict[str, Any]]:
-        return [{tag: row[tag] for tag in row if not tag.startswith(UNLIKE)} for row in rows(run)]
+        return [{tag: row[tag] for tag in row if not tag.startswith(TIMING_TAGS)} for row in rows(run)]
 
-    expected, found = curve(whole), curve(cut)
-    problems = [f"step {a['step']}: {b} instead of {a}" for a, b in zip(expected, found, strict=False) if a != b]
-    if len(expected) != len(found):
-        problems.append(f"{len(found)} lines of metrics instead of {len(expected)}")
-    tags = read_events(whole).Tags()["scalars"]
-    if read_events(cut).Tags()["scalars"] != tags:
-        problems.append("TensorBoard has other curves")
-    odd = [tag for tag in tags if not tag.startswith(UNLIKE) and scalars(cut, tag) != scalars(whole, tag)]
-    return problems + [f"TensorBoard shows another curve of {tag}" for tag in odd]
+    expected, actual = curve(reference), curve(run)
+    problems = [f"step {a['step']}: {b} instead of {a}" for a, b in zip(expected, actual, strict=False) if a != b]
+    if len(expected) != len(actual):
+        problems.append(f"{len(actual)} lines of metrics instead of {len(expected)}")
+    tags = read_events(reference).Tags()["scalars"]
+    if read_events(run).Tags()["scalars"] != tags:
+        problems.append("TensorBoard has other tags")
+    differing_tags = [
+        tag for tag in tags if not tag.startswith(TIMING_TAGS) and scalars(run, tag) != scalars(reference, tag)
+    ]
+    return problems + [f"TensorBoard has other values of {tag}" for tag in differing_tags]
 
 
 if __name__ == "__main__":

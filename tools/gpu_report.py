@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""One command, under 9 minutes on a GPU: are the kernels right there, how fast, and how far does one card go?
+"""GPU report in under 9 minutes: correctness and speed of the kernels, and the longest sequence on one GPU.
 
-rates      what the card gives at best here: bytes a second of a copy, operations a second of a matrix product
-attention  forward and backward beside PyTorch's exact kernels and FlexAttention (rows of bench_attention.py), with
-           the share of the time that the card's rates say the work needs (the roofline)
-training   steps of a 12-layer model, 1024 wide, at growing lengths until one does not fit (rows of bench_step.py),
-           with their peak memory and what reformer_dist/planning says of it
-tests      the tests of the kernels and those marked `cuda`, on this device
+rates      measured peak rates of the GPU: bytes per second of a copy, FLOP/s of a matrix product
+attention  forward and backward, compared with PyTorch's exact kernels and FlexAttention (rows of
+           bench_attention.py), and the roofline time at the measured rates as a fraction of the measured time
+training   steps of a 12-layer model of width 1024 at increasing lengths, until one does not fit (rows of
+           bench_step.py), with peak memory and the estimate of reformer_dist/planning
+tests      the kernel tests and those marked `cuda`, on this device
 
-Writes report.json, report.md and, where matplotlib is installed, plots. Sections have budgets, and what one leaves
-over is the next one's; what is left out of a long one is named in the report, and the rest goes on. Rows of speed
-check their results first; where a test fails too, report.md shows no speed, and where none did but time ran out,
-it says how many passed. The tool exits 1 if a result was wrong. --small runs every section at toy sizes, also on a
-CPU: it shows that the tool works, and nothing else.
+Writes report.json, report.md and, if matplotlib is installed, plots. Each section has a time budget, and unused
+time goes to the next one; the report lists what was skipped. Benchmark rows check their results first. If a test
+fails, report.md shows no speed; if time runs out before one fails, it shows how many passed. Exits 1 if a result
+was incorrect. --small runs every section at toy sizes on any device, only to test the tool.
 """
 
 from __future__ import annotations
@@ -31,57 +30,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_rows import EXACT, Row
-from bench_attention import plot
-from bench_attention import report as attention_row
-from children import Child
+from attention_cases import EXACT, BenchCase
+from bench_attention import plot, result_row
+from child_process import ChildProcess
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds, in the order of running. Tests come last: they compile most, any time that is left serves them, and rows
-# of speed, which check themselves, wait for nothing that may take longer than it should.
+# Seconds, in order. Tests come last: they compile most and can use all remaining time, and benchmark rows check
+# themselves.
 BUDGETS = {"rates": 20, "attention": 220, "training": 120, "tests": 150}
 SPEEDS = ("attention", "training")
-LONGEST_SILENCE = 90  # seconds for a row of attention: what takes longer hangs, and others wait behind it
-SPENT = "the section's time was spent"
+ROW_TIMEOUT = 90  # seconds for a row of attention
+OUT_OF_TIME = "out of time"
 SOME_TESTS = ["tests/kernels/test_hash_kernel.py", "-k", "one_bucket"]
-# compiling for a card, where there is none, and this tool
-NOT_HERE = ("--ignore=tests/kernels/test_compile.py", "--ignore=tests/kernels/test_gpu_report.py")
-# a line of pytest on one test, by itself or by one of several processes, or in the summary
-OF_A_TEST = re.compile(
+# ahead-of-time compilation for machines without a GPU, and the tests of this tool
+IGNORED = ("--ignore=tests/kernels/test_compile.py", "--ignore=tests/tools/test_gpu_report.py")
+# a line of pytest about one test, with or without xdist, or in the summary
+TEST_LINE = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] )?(?:([A-Z]+) )?(tests/.+?::.+?)(?: ([A-Z]+))?(?: +\[ *\d+%\]| - .*)?"
 )
 FLEX_LENGTHS = (2**14, 2**16)
-LONGEST_FLASH = 2**16
-LONGEST_REPEATED = 2**18  # tokens that exact kernels attend more than once
+MAX_FLASH_LENGTH = 2**16
+MAX_REPEATED_LENGTH = 2**18  # longer rows of exact kernels run once
 
 
 @dataclass
 class Section:
-    """What a part of the report found, and what it left out."""
+    """Results of a section of the report, and notes on what was skipped."""
 
     name: str
-    ends: float
-    """When its time is spent, by time.monotonic()."""
+    deadline: float
+    """By time.monotonic()."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def seconds_left(self) -> float:
-        return self.ends - time.monotonic()
+        return self.deadline - time.monotonic()
 
     @property
-    def is_spent(self) -> bool:
-        return self.seconds_left < 5  # in less, nothing starts
+    def is_out_of_time(self) -> bool:
+        return self.seconds_left < 5  # too little to start anything
 
     def row(self, label: str, command: list[str]) -> dict[str, Any] | None:
-        """The JSON that a process of its own prints last; None, and a note, where it prints none in time."""
-        if self.is_spent:
-            self.notes.append(f"{label}: left out, {SPENT}")
+        """Runs a command and returns the JSON of its last line; None, with a note, if there is none in time."""
+        if self.is_out_of_time:
+            self.notes.append(f"{label}: skipped, {OUT_OF_TIME}")
             return None
-        with Child(command, ROOT) as child:
+        with ChildProcess(command, ROOT) as child:
             printed = list(child.lines(lambda: self.seconds_left))
-            failure = f"cut, {SPENT}" if child.was_cut else child.failure
-        row = json.loads(printed[-1]) if printed and is_row(printed[-1]) and not child.was_cut else {}
+            failure = f"killed, {OUT_OF_TIME}" if child.timed_out else child.failure
+        row = json.loads(printed[-1]) if printed and is_row(printed[-1]) and not child.timed_out else {}
         if "correct" not in row or "error" in row:
             self.notes.append(f"{label}: {row.get('error', failure)}")
             return None
@@ -93,68 +91,75 @@ def is_row(line: str) -> bool:
     return line.startswith("{") and line.endswith("}")
 
 
-Work = Callable[[str, bool, dict[str, Any], float], Section]
+RunSection = Callable[[str, bool, dict[str, Any], float], Section]
 
 
 def main() -> int:
     arguments = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.small:
-        sys.exit("gpu_report.py: no CUDA device here; --small tries the tool out on a CPU")
-    # as an exception, so that a child in a session of its own is not left behind
+        sys.exit("gpu_report.py: no CUDA device; use --small to test the tool on a CPU")
+    # as an exception, so that child processes in their own sessions are killed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    folder = arguments.output or ROOT / "docs" / "benchmarks" / f"{datetime.date.today()}-{slug(card(device))}"
+    folder = (
+        arguments.output or ROOT / "docs" / "benchmarks" / f"{datetime.date.today()}-{slug(device_name(device))}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
-        "card": card(device),
+        "card": device_name(device),
         "date": str(datetime.date.today()),
         "torch": torch.__version__,
         "small": arguments.small,
     }
-    ends = time.monotonic()
+    deadline = time.monotonic()
     for name in BUDGETS:
         print(f"{name} ...", flush=True)
-        ends += BUDGETS[name]
-        section = attempt(name, device, arguments.small, report, ends)
+        deadline += BUDGETS[name]
+        section = run_section(name, device, arguments.small, report, deadline)
         report[name] = {"rows": section.rows, "notes": section.notes}
-        write(report, folder)  # after each, so that nothing found is lost
+        write(report, folder)  # after each section, so that no result is lost
     if not tests_failed(report):
         draw(report, folder)
     print(f"written to {folder}")
     return exit_status(report)
 
 
-def attempt(name: str, device: str, small: bool, report: dict[str, Any], ends: float) -> Section:
-    """A section, or a note of what kept it from its end: the others go on."""
-    work: dict[str, Work] = {"rates": rates, "attention": attention, "training": training, "tests": tests}
+def run_section(name: str, device: str, small: bool, report: dict[str, Any], deadline: float) -> Section:
+    """Runs a section; an exception becomes a note, so that the others still run."""
+    sections: dict[str, RunSection] = {
+        "rates": rates,
+        "attention": attention,
+        "training": training,
+        "tests": tests,
+    }
     try:
-        return work[name](device, small, report, ends)
+        return sections[name](device, small, report, deadline)
     except Exception as error:
-        return Section(name, ends, notes=[f"ended by {type(error).__name__}: {error}"])
+        return Section(name, deadline, notes=[f"failed with {type(error).__name__}: {error}"])
     finally:
         if device == "cuda":
-            torch.cuda.empty_cache()  # processes of the other sections have the card for themselves
+            torch.cuda.empty_cache()  # leaves the GPU's memory to the processes of the other sections
 
 
 def tests_failed(report: dict[str, Any]) -> bool:
-    """Not so where they were cut, or could not begin."""
+    """Whether a test failed; False if they were killed or could not start."""
     return any(row["result"] == "failed" for row in report.get("tests", {"rows": []})["rows"])
 
 
 def exit_status(report: dict[str, Any]) -> int:
-    """1 where a result was wrong; what could not run, or not in time, is named in the report."""
-    wrong = any(row["correct"] is False for name in SPEEDS for row in report[name]["rows"])
-    return 1 if wrong or tests_failed(report) else 0
+    """1 if a result was incorrect, else 0, also if something could not run."""
+    is_incorrect = any(row["correct"] is False for name in SPEEDS for row in report[name]["rows"])
+    return 1 if is_incorrect or tests_failed(report) else 0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder (default: docs/benchmarks/<date>-<card>)")
-    parser.add_argument("--small", action="store_true", help="toy sizes, in seconds, on any device")
+    parser.add_argument("--small", action="store_true", help="toy sizes, to test the tool on any device")
     return parser.parse_args()
 
 
-def card(device: str) -> str:
+def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
 
@@ -162,29 +167,32 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def rates(device: str, small: bool, report: dict[str, Any], ends: float) -> Section:
-    """Bytes a second of a copy (read and write counted) and operations a second of a bf16 matrix product."""
-    section = Section("rates", ends)
+def rates(device: str, small: bool, report: dict[str, Any], deadline: float) -> Section:
+    """Bytes per second of a copy (reads and writes) and FLOP/s of a bf16 matrix product."""
+    section = Section("rates", deadline)
     size, dtype = (2**9, torch.float32) if small else (2**13, torch.bfloat16)
     a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     source = torch.ones(2**20 if small else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy, product = best(device, lambda: target.copy_(source)), best(device, lambda: torch.mm(a, b, out=c))
+    copy, product = (
+        best_seconds(device, lambda: target.copy_(source)),
+        best_seconds(device, lambda: torch.mm(a, b, out=c)),
+    )
     section.rows = [{"bytes_per_s": 2 * source.numel() / copy, "flops_per_s": 2 * size**3 / product}]
     return section
 
 
-def best(device: str, work: Callable[[], Any]) -> float:
-    """Seconds of the best of 10 batches of 5."""
-    found = []
+def best_seconds(device: str, work: Callable[[], Any]) -> float:
+    """Seconds per call, the best of 10 batches of 5."""
+    times = []
     for _ in range(10):
         synchronize(device)
         start = time.perf_counter()
         for _ in range(5):
             work()
         synchronize(device)
-        found.append((time.perf_counter() - start) / 5)
-    return min(found)
+        times.append((time.perf_counter() - start) / 5)
+    return min(times)
 
 
 def synchronize(device: str) -> None:
@@ -192,47 +200,50 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def attention(device: str, small: bool, report: dict[str, Any], ends: float) -> Section:
-    section = Section("attention", ends)
-    wanted = wanted_rows(device, small)
-    while len(section.rows) < len(wanted) and not section.is_spent:
-        measure_rows(section, wanted[len(section.rows) :], report["rates"]["rows"])
-    section.notes += [f"{label(row)}: left out, {SPENT}" for row in wanted[len(section.rows) :]]
+def attention(device: str, small: bool, report: dict[str, Any], deadline: float) -> Section:
+    section = Section("attention", deadline)
+    cases = attention_cases(device, small)
+    while len(section.rows) < len(cases) and not section.is_out_of_time:
+        measure_rows(section, cases[len(section.rows) :], report["rates"]["rows"])
+    section.notes += [f"{label(row)}: skipped, {OUT_OF_TIME}" for row in cases[len(section.rows) :]]
     compare(section.rows)
     return section
 
 
-def measure_rows(section: Section, wanted: list[Row], measured: list[dict[str, float]]) -> None:
-    """Rows of one process, up to one that takes it along: that one gets an error, and the next a new process."""
-    tool, rows = Path(__file__).with_name("bench_attention.py"), iter(wanted)
+def measure_rows(section: Section, cases: list[BenchCase], measured: list[dict[str, float]]) -> None:
+    """Measures rows in one process until one crashes it: that row gets an error, the next a new process."""
+    tool, rows = Path(__file__).with_name("bench_attention.py"), iter(cases)
     n_before = len(section.rows)
-    with Child([sys.executable, str(tool), "--rows", json.dumps([asdict(row) for row in wanted])], ROOT) as child:
-        for line in child.lines(lambda: min(LONGEST_SILENCE, section.seconds_left)):
+    with ChildProcess(
+        [sys.executable, str(tool), "--rows", json.dumps([asdict(row) for row in cases])], ROOT
+    ) as child:
+        for line in child.lines(lambda: min(ROW_TIMEOUT, section.seconds_left)):
             if is_row(line):
-                row, found = next(rows), json.loads(line)
-                if row.impl == "ours" and found["correct"] and measured:
-                    found.update(roofline(row, measured[0], found["replayed"] or found["seconds"], found["keys"]))
-                section.rows.append(found)
-        failure = f"cut after {LONGEST_SILENCE} s" if child.was_cut else child.failure
+                row, result = next(rows), json.loads(line)
+                if row.impl == "ours" and result["correct"] and measured:
+                    seconds = result["replayed"] or result["seconds"]
+                    result.update(roofline(row, measured[0], seconds, result["keys"]))
+                section.rows.append(result)
+        failure = f"killed after {ROW_TIMEOUT} s without output" if child.timed_out else child.failure
     if section.seconds_left <= 0:
-        failure = f"cut, {SPENT}"
-    # a process that lost the device ends well, behind the row that lost it
+        failure = f"killed, {OUT_OF_TIME}"
+    # a process that lost the device exits with status 0 after the row that lost it
     row = next(rows, None)
     if row is not None and (failure is not None or len(section.rows) == n_before):
-        section.rows.append(attention_row(row, None, failure or "printed nothing"))
+        section.rows.append(result_row(row, None, failure or "printed nothing"))
 
 
-def wanted_rows(device: str, small: bool) -> list[Row]:
-    """Ours and the fastest exact kernel first, by length; then the others; then what takes half a minute each."""
+def attention_cases(device: str, small: bool) -> list[BenchCase]:
+    """Ours and the fastest exact kernel by length, then the others, then rows that take half a minute each."""
     lengths = [256] if small else [2**12, 2**14, 2**16, 2**18, 2**20]
     sizes = [(seq_len, head_dim) for seq_len in lengths for head_dim in ([16] if small else [64, 128])]
     exact = "sdpa" if device == "cpu" else "cudnn"
     entries = [(*size, *entry) for size in sizes for entry in (("ours", 4), ("ours", 8), (exact, 8))]
-    entries += [] if small else [(*size, "flash", 8) for size in sizes if size[0] <= LONGEST_FLASH]
+    entries += [] if small else [(*size, "flash", 8) for size in sizes if size[0] <= MAX_FLASH_LENGTH]
     entries += [] if small else [(*size, "flex", 4) for size in sizes if size[0] in FLEX_LENGTHS]
-    entries.sort(key=lambda entry: takes_long(entry[2], entry[0]))
+    entries.sort(key=lambda entry: is_slow(entry[2], entry[0]))
     return [
-        Row(
+        BenchCase(
             impl=impl,
             seq_len=seq_len,
             n_hashes=n_hashes,
@@ -242,23 +253,23 @@ def wanted_rows(device: str, small: bool) -> list[Row]:
             n_buckets=None,
             dtype="float32" if small else "bfloat16",
             device=device,
-            repeat=1 if takes_long(impl, seq_len) else 5,
+            repeat=1 if is_slow(impl, seq_len) else 5,
             threads=2,
         )
         for seq_len, head_dim, impl, n_hashes in entries
     ]
 
 
-def takes_long(impl: str, seq_len: int) -> bool:
-    return impl in EXACT and seq_len > LONGEST_REPEATED
+def is_slow(impl: str, seq_len: int) -> bool:
+    return impl in EXACT and seq_len > MAX_REPEATED_LENGTH
 
 
-def label(row: Row) -> str:
+def label(row: BenchCase) -> str:
     return f"{row.impl}, {row.seq_len} tokens, heads of {row.head_dim}, {row.n_hashes} rounds"
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """How many times faster ours is than the fastest exact kernel at the same sizes; of both without the host."""
+    """Adds the speedup over the fastest exact kernel at the same sizes, both without host overhead."""
 
     def seconds(row: dict[str, Any]) -> float:
         return float(row["replayed"] or row["seconds"])
@@ -270,34 +281,33 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["times_faster_than_exact"] = round(min(exact) / seconds(row), 2)
 
 
-def roofline(row: Row, measured: dict[str, float], seconds: float, keys: float) -> dict[str, float]:
-    """What the work needs, and the share of the time that this would take at the card's measured rates.
+def roofline(row: BenchCase, measured: dict[str, float], seconds: float, keys: float) -> dict[str, float]:
+    """FLOPs and bytes of a row, and its roofline time at the measured rates as a fraction of its time.
 
-    keys: how many a token meets in a round, on average. Forward has 2 products of head_dim for each pair,
-    backward 5. Bytes are those that must be read or written at least once: q, v, out; then q, v, out, dO, dq, dv;
-    and the ids.
+    keys: mean number of keys per token and round. Forward has 2 products of head_dim per pair, backward 5. Bytes
+    are the minimum reads and writes: q, v, out in forward; q, v, out, dO, dq, dv in backward; and the bucket ids.
     """
     flops = 7 * 2 * row.heads * row.seq_len * row.n_hashes * keys * row.head_dim
     width = getattr(torch, row.dtype).itemsize * row.head_dim
     n_bytes = row.heads * row.seq_len * (9 * width + 2 * row.n_hashes * 2)
-    least = max(flops / measured["flops_per_s"], n_bytes / measured["bytes_per_s"])
-    return {"flops": flops, "bytes": n_bytes, "roofline_share": round(least / seconds, 4)}
+    roofline_seconds = max(flops / measured["flops_per_s"], n_bytes / measured["bytes_per_s"])
+    return {"flops": flops, "bytes": n_bytes, "roofline_share": round(roofline_seconds / seconds, 4)}
 
 
-def training(device: str, small: bool, report: dict[str, Any], ends: float) -> Section:
-    section = Section("training", ends)
+def training(device: str, small: bool, report: dict[str, Any], deadline: float) -> Section:
+    section = Section("training", deadline)
     for seq_len in [128] if small else [2**14, 2**18, 2**20]:
         tool = str(Path(__file__).with_name("bench_step.py"))
         command = [sys.executable, tool, "--json", "--repeat", "2", *training_overrides(seq_len, small)]
-        found = section.row(f"{seq_len} tokens", command)
-        if found is None:
+        row = section.row(f"{seq_len} tokens", command)
+        if row is None:
             break
-        section.rows[-1] = {"seq_len": seq_len, **in_one_line(found)}
+        section.rows[-1] = {"seq_len": seq_len, **flatten_row(row)}
     return section
 
 
 def training_overrides(seq_len: int, small: bool) -> list[str]:
-    """Of bench_step.py: the model, the length and the precision."""
+    """Arguments of bench_step.py: model, length and precision."""
     sizes = [
         f"data.seq_len={seq_len}",
         "model.axial_shape=[1024,1024]",
@@ -309,22 +319,22 @@ def training_overrides(seq_len: int, small: bool) -> list[str]:
     return [*sizes, *model, "trainer.precision=bf16"]
 
 
-def in_one_line(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of bench_step.py with the shares of its parts in words; a wrong one has none."""
+def flatten_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of bench_step.py with its split as text; an incorrect row has none."""
     split = row.pop("split", {})
     total = sum(split.values())
     return {**row, "split": ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())}
 
 
-def tests(device: str, small: bool, report: dict[str, Any], ends: float) -> Section:
-    section = Section("tests", ends)
-    which = SOME_TESTS if small else ["tests/kernels", "tests/cuda", *NOT_HERE]
-    command = [sys.executable, "-m", "pytest", "-vv", "--no-header", "-p", "no:cacheprovider", *which]
+def tests(device: str, small: bool, report: dict[str, Any], deadline: float) -> Section:
+    section = Section("tests", deadline)
+    selected = SOME_TESTS if small else ["tests/kernels", "tests/cuda", *IGNORED]
+    command = [sys.executable, "-m", "pytest", "-vv", "--no-header", "-p", "no:cacheprovider", *selected]
     if importlib.util.find_spec("xdist") is not None and not small:
-        command += ["-n", "auto"]  # most of the time goes into compiling
-    with Child(command, ROOT) as child:
+        command += ["-n", "auto"]  # most of the time is spent compiling
+    with ChildProcess(command, ROOT) as child:
         printed = list(child.lines(lambda: section.seconds_left))
-        failure = f"cut, {SPENT}" if child.was_cut else child.failure
+        failure = f"killed, {OUT_OF_TIME}" if child.timed_out else child.failure
     verdicts = verdicts_of(printed)
     counts = {word.lower(): sum(verdict == word for verdict in verdicts.values()) for word in ("PASSED", "FAILED")}
     result = "failed" if counts["failed"] else "passed" if failure is None else "not finished"
@@ -336,13 +346,13 @@ def tests(device: str, small: bool, report: dict[str, Any], ends: float) -> Sect
 
 
 def verdicts_of(printed: list[str]) -> dict[str, str]:
-    """PASSED, FAILED, ERROR or SKIPPED by test, as far as pytest came; its last word on each counts."""
-    found = {}
+    """PASSED, FAILED, ERROR or SKIPPED by test, from pytest's output so far; the last line of a test wins."""
+    verdicts = {}
     for line in printed:
-        told = OF_A_TEST.fullmatch(line.rstrip())
-        if told and (told[1] or told[3]):
-            found[told[2]] = told[1] or told[3]
-    return found
+        match = TEST_LINE.fullmatch(line.rstrip())
+        if match and (match[1] or match[3]):
+            verdicts[match[2]] = match[1] or match[3]
+    return verdicts
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
@@ -353,18 +363,18 @@ def write(report: dict[str, Any], folder: Path) -> None:
         f"PyTorch {report['torch']}. `python tools/gpu_report.py`.",
     ]
     if report["small"]:
-        lines += ["", "Toy sizes (`--small`): these numbers show that the tool works, and nothing else."]
+        lines += ["", "Toy sizes (`--small`): these numbers only show that the tool works."]
     if "tests" not in report:
         lines += [
             "",
-            "Written before the tests ran: each row of speed was checked by itself alone.",
+            "Written before the tests ran: each benchmark row was only checked by itself.",
         ]
     for name in (name for name in BUDGETS if name in report):
         rows, notes = report[name]["rows"], report[name]["notes"]
         if name in SPEEDS and tests_failed(report):
             rows, notes = (
                 [],
-                ["not shown, as tests failed: a wrong result has no speed (report.json has the rows)"],
+                ["not shown because tests failed (see report.json)"],
             )
         lines += ["", f"## {name.capitalize()}", "", *table(rows)]
         lines += ["", *(f"- {note}" for note in notes)] if notes else []
@@ -373,12 +383,12 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    shown = [[f"{row.get(name, '-')}" for name in names] for row in rows]
-    return [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *shown]] if rows else []
+    cells_by_row = [[f"{row.get(name, '-')}" for name in names] for row in rows]
+    return [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *cells_by_row]] if rows else []
 
 
 def draw(report: dict[str, Any], folder: Path) -> None:
-    """Seconds over lengths, a plot for each width of heads."""
+    """Plots seconds over length for each head dimension."""
     rows = [row for row in report.get("attention", {}).get("rows", []) if row["correct"]]
     try:
         import matplotlib  # noqa: F401

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows what a data set holds, checks that it is still what was written, and tells what a step reads."""
+"""Shows the contents of a data set, verifies its checksums, and lists the samples of a training step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from reformer_dist.data import (
     Dataset,
     Replay,
     SampleReader,
-    Source,
+    SampleRef,
     consumed_hash,
-    find_damage,
     merge_states,
+    verify_dataset,
 )
 from reformer_dist.errors import ConfigError, DataError, UserError
-from reformer_dist.process.stdio import quietly
+from reformer_dist.process.stdio import exit_quietly
 from reformer_dist.run.compose import run_config_from
-from reformer_dist.run.data import QUARANTINE_FILE, Feed, open_corpus
+from reformer_dist.run.data import QUARANTINE_FILE, TrainingData, open_corpus
 from reformer_dist.run.directory import CONFIG_FILE
 
 SHOWN_CHARACTERS = 300
@@ -50,8 +50,10 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("folder", metavar="DIR", help="folder or URL that holds dataset.json; for --order also a run directory")
-    add("overrides", nargs="*", metavar="key=value", help="for --order: such as data.batch_size=16 trainer.seed=1")
+    add("folder", metavar="DIR", help="folder or URL that holds dataset.json; or, for --order, a run directory")
+    add(
+        "overrides", nargs="*", metavar="key=value", help="with --order: such as data.batch_size=16 trainer.seed=1"
+    )
     add(
         "--samples",
         type=int,
@@ -62,18 +64,18 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--verify",
         action="store_true",
-        help="check the sha256 of every shard and sample; exit 1 if any is bad",
+        help="verify the sha256 of every shard and sample; exit 1 on a mismatch",
     )
     add(
         "--order",
         type=int,
         metavar="STEP",
-        help="list the samples of a step, counted from 1, of a run of that configuration",
+        help="list the samples of a step (from 1) of a run with the given configuration",
     )
     add(
         "--hash",
         action="store_true",
-        help="for --order: go through all steps up to it, and print the running hash that checkpoints hold",
+        help="with --order: iterate over all steps up to it and print the running hash stored in checkpoints",
     )
     return parser.parse_intermixed_args()
 
@@ -81,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 def show_counts(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     kind = type(tokenizer).__name__
-    print(f"{dataset.folder.address}: {kind} of {tokenizer.vocab_size} tokens, stored as {tokenizer.dtype}")
+    print(f"{dataset.folder.address}: {kind} with {tokenizer.vocab_size} tokens, stored as {tokenizer.dtype}")
     print(f"  fingerprint {dataset.fingerprint}")
     for split in SPLITS:
         samples, n_bytes, tokens = (dataset.total(count, split) for count in ("samples", "text_bytes", "tokens"))
@@ -95,7 +97,7 @@ def show_samples(dataset: Dataset, split: str, n_samples: int) -> None:
     located = ((shard, entry) for shard in dataset.shards(split) for entry in dataset.index(shard).entries)
     reader = SampleReader()
     for shard, entry in islice(located, n_samples):
-        text = dataset.tokenizer.decode(reader.read(Source(dataset, shard, entry)))
+        text = dataset.tokenizer.decode(reader.read(SampleRef(dataset, shard, entry)))
         size = f"{entry.n_bytes:,} bytes, {entry.n_tokens:,} tokens"
         print(f"\n--- {shard.name} {entry.key}: {entry.document}, {size}")
         print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
@@ -103,7 +105,7 @@ def show_samples(dataset: Dataset, split: str, n_samples: int) -> None:
 
 def show_step(arguments: argparse.Namespace) -> None:
     if arguments.order < 1:
-        raise ConfigError(f"--order {arguments.order}: must be at least 1, the first step")
+        raise ConfigError(f"--order {arguments.order}: must be at least 1")
     run = Path(arguments.folder)
     is_run = (run / CONFIG_FILE).is_file()
     saved = yaml.safe_load((run / CONFIG_FILE).read_text()) if is_run else {"data": {"path": arguments.folder}}
@@ -111,54 +113,54 @@ def show_step(arguments: argparse.Namespace) -> None:
     checkpoints = find_checkpoints(run) if is_run else {}
     corpus = open_corpus(config.data, [])
     before = max((step for step in checkpoints if step < arguments.order and not arguments.hash), default=None)
-    feed = Feed.open(config, corpus, None if before is None else checkpoints[before])
-    replay = Replay(feed.order, feed.start, find_quarantine(run), config.data.epochs or None)
+    feed = TrainingData.open(config, corpus, None if before is None else checkpoints[before])
+    replay = Replay(feed.sampler, feed.state, find_quarantine(run), config.data.epochs or None)
     n_skipped = arguments.order - 1 - replay.step
     for _ in range(n_skipped if arguments.hash else 0):
         replay.next_step()
     replay.skip(0 if arguments.hash else n_skipped)
-    for number, pieces in enumerate(replay.next_step()):
-        print(f"step {arguments.order}, row {number}:" + ("" if pieces else " nothing, the last pass has ended"))
-        for piece in pieces:
-            entry = piece.source.entry
-            places = f"tokens {piece.start} to {piece.stop} of {entry.n_tokens}"
-            print(f"  {piece.source.where} ({entry.document}), {places}")
+    for number, spans in enumerate(replay.next_step()):
+        print(f"step {arguments.order}, row {number}:" + ("" if spans else " empty, the last epoch has ended"))
+        for span in spans:
+            entry = span.ref.entry
+            span_range = f"tokens {span.start} to {span.stop} of {entry.n_tokens}"
+            print(f"  {span.ref.where} ({entry.document}), {span_range}")
     if arguments.hash:
         show_hash(replay.hash, checkpoints.get(arguments.order))
 
 
-def show_hash(found: str, checkpoint: CheckpointReader | None) -> None:
-    print(f"hash of all samples so far: {found}")
+def show_hash(computed: str, checkpoint: CheckpointReader | None) -> None:
+    print(f"hash of all samples so far: {computed}")
     if checkpoint is not None:
         saved = consumed_hash(merge_states([rank["data"] for rank in checkpoint.rank_states]))
-        if saved != found:
-            raise DataError(f"{checkpoint.folder}: the run read other samples: its hash is {saved}")
-        print(f"{checkpoint.folder}: the run read the same")
+        if saved != computed:
+            raise DataError(f"{checkpoint.folder}: the run read other samples; its hash is {saved}")
+        print(f"{checkpoint.folder}: the hash matches")
 
 
 def find_checkpoints(run: Path) -> dict[int, CheckpointReader]:
-    """Those of a run that are whole, by step."""
+    """Complete checkpoints of a run by step."""
     folders = sorted((run / "checkpoints").glob("step-*"))
     readers = [CheckpointReader(folder) for folder in folders if (folder / "manifest.json").is_file()]
     return {reader.step: reader for reader in readers}
 
 
 def find_quarantine(run: Path) -> set[tuple[int, str, str]]:
-    """What a run passed over."""
+    """Ids of the samples that a run has skipped."""
     path = run / QUARANTINE_FILE
     lines = path.read_text().splitlines() if path.is_file() else []
     return {(number, shard, key) for number, shard, key in (json.loads(line)["id"] for line in lines)}
 
 
 def verify(dataset: Dataset) -> int:
-    damaged = list(find_damage(dataset))
+    damaged = list(verify_dataset(dataset))
     for line in damaged:
         print(f"inspect_shards.py: error: {line}", file=sys.stderr)
     if not damaged:
-        print("all shards and samples are as they were written")
+        print("all shards and samples match their checksums")
     return 1 if damaged else 0
 
 
 if __name__ == "__main__":
-    with quietly():
+    with exit_quietly():
         sys.exit(main())

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Makes JSON lines for a task out of nothing but this Python's standard library, or a random generator.
+"""Generates JSON lines for a task from Python's standard library or at random.
 
-duplication   "prompt" and "completion" are one random text: the paper's 0w0w, with the end of text as 0
-summaries     "document" is a function without its docstring, "summary" the first sentence of that
-packages      "text" is the beginning of a file, "label" the package that it comes from
+duplication   "prompt" and "completion" are the same random text: 0w0w in the paper, with 0 as the end of text
+summaries     "document" is a function without its docstring, "summary" the docstring's first sentence
+packages      "text" is the beginning of a file, "label" its package
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 LETTERS = [chr(code) for code in range(1, 128)]
-FEWEST_FILES = 20  # of a package that is a class
-NO_PACKAGES = {"test"}  # it is larger than all others together
+MIN_FILES = 20  # per class
+SKIPPED_PACKAGES = {"test"}  # larger than all others combined
 TEXT_BYTES = 4096
 SENTENCE = re.compile(r"(.+?[.!?])(?:\s|$)", re.DOTALL)
 
 
 def main() -> int:
     arguments = _parse()
-    made: dict[str, Iterator[dict[str, str]]] = {
+    generators: dict[str, Iterator[dict[str, str]]] = {
         "duplication": duplicated(arguments.samples, arguments.length, arguments.seed),
         "summaries": summaries(),
         "packages": packages(),
@@ -38,7 +38,7 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     n_lines = 0
     with arguments.output.open("w", encoding="utf-8") as file:
-        for sample in made[arguments.kind]:
+        for sample in generators[arguments.kind]:
             file.write(json.dumps(sample) + "\n")
             n_lines += 1
     print(f"{arguments.output}: {n_lines:,} samples")
@@ -49,9 +49,11 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("duplication", "summaries", "packages"))
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--samples", type=int, default=20_000, help="duplication: how many (default: 20000)")
-    parser.add_argument("--length", type=int, default=63, help="duplication: letters of a text (default: 63)")
-    parser.add_argument("--seed", type=int, default=0, help="duplication: of the random texts")
+    parser.add_argument(
+        "--samples", type=int, default=20_000, help="duplication: number of samples (default: 20000)"
+    )
+    parser.add_argument("--length", type=int, default=63, help="duplication: letters per text (default: 63)")
+    parser.add_argument("--seed", type=int, default=0, help="duplication: random seed (default: 0)")
     return parser.parse_args()
 
 
@@ -63,7 +65,7 @@ def duplicated(samples: int, length: int, seed: int) -> Iterator[dict[str, str]]
 
 
 def summaries() -> Iterator[dict[str, str]]:
-    """Functions that stand several times count once."""
+    """Functions without their docstrings, and their first sentences; duplicates are skipped."""
     seen = set()
     for path in _files():
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -79,7 +81,7 @@ def summaries() -> Iterator[dict[str, str]]:
 def _functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # some files of its tests are wrong on purpose
+    except (SyntaxError, ValueError):  # the test suite has files that are invalid on purpose
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -87,7 +89,7 @@ def _functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> str:
-    """The lines of a function; empty where nothing but its docstring is in it."""
+    """Source lines of a function; empty if it has only a docstring."""
     docstring = node.body[0]
     lines = text.splitlines()
     head, body = lines[node.lineno - 1 : docstring.lineno - 1], lines[docstring.end_lineno : node.end_lineno]
@@ -98,10 +100,10 @@ def packages() -> Iterator[dict[str, str]]:
     by_package = defaultdict(list)
     for path in _files():
         inside = path.relative_to(STDLIB)
-        if len(inside.parts) > 1 and inside.parts[0] not in NO_PACKAGES:
+        if len(inside.parts) > 1 and inside.parts[0] not in SKIPPED_PACKAGES:
             by_package[inside.parts[0]].append(path)
     for package, paths in sorted(by_package.items()):
-        if len(paths) >= FEWEST_FILES:
+        if len(paths) >= MIN_FILES:
             for path in paths:
                 text = path.read_bytes()[:TEXT_BYTES].decode("utf-8", errors="ignore")
                 if text.strip():
@@ -110,7 +112,7 @@ def packages() -> Iterator[dict[str, str]]:
 
 def _files() -> Iterator[Path]:
     for path in sorted(STDLIB.rglob("*.py")):
-        if not LEFT_OUT & set(path.relative_to(STDLIB).parts):
+        if not SKIPPED_FOLDERS & set(path.relative_to(STDLIB).parts):
             yield path
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""From text to a trained model, step by step, each by the command that a user would type.
+"""From text to a trained model in four steps; prints the command of each.
 
-Run again, it keeps the data set and resumes the training.
+A second run reuses the data set and resumes training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 EXPERIMENT = "quickstart"
-# real code that lies on every machine; what pip installed beside it is not the standard library
+# source code that is available on every machine (site-packages in it is skipped)
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -26,45 +26,45 @@ def main() -> None:
     data, run = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():
         suffixes = [] if arguments.text else ["--suffix", ".py"]
-        say(f"Cutting {text} into shards")
+        print_heading(f"Converting {text} to shards")
         make_shards = [sys.executable, str(TOOLS / "make_shards.py"), str(text), *suffixes]
         execute([*make_shards, "--shard-mb", "1", "--heldout", "0.1", "--output", str(data)])
     paths = [f"data.path={data}", f"output_dir={run}"]
     train = [command("reformer-train"), f"experiment={EXPERIMENT}", *paths, *arguments.overrides]
-    say("Training (the same command resumes)")
+    print_heading("Training (run the same command again to resume)")
     execute(train)
-    say("Evaluating on text that was held out")
+    print_heading("Evaluating on held-out text")
     execute([command("reformer-evaluate"), str(run), "--rows", "512"])
-    say("Writing")
+    print_heading("Generating a sample")
     execute([command("reformer-generate"), str(run), "--prompt", arguments.prompt, "--max-new-tokens", "200"])
-    _farewell(data, run, train)
+    _print_summary(data, run, train)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="a file or folder; by default Python's standard library")
-    parser.add_argument("--prompt", default="def ", help="what the sample goes on from")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="given on to reformer-train")
+    parser.add_argument("--text", type=Path, help="a file or folder (default: Python's standard library)")
+    parser.add_argument("--prompt", default="def ", help="prompt of the generated sample (default: 'def ')")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides passed to reformer-train")
     return parser
 
 
 def _source(text: Path | None) -> tuple[Path, str]:
-    """The text, and a name for its data set and run: another text gets other folders."""
+    """The text, and a name for its data set and run that is unique to the text."""
     if text is None:
         return STDLIB, "quickstart"
     if not text.exists():
-        sys.exit(f"error: TEXT={text}: there is no such file or folder")
-    mark = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:8]
-    return text, f"quickstart-{text.resolve().stem}-{mark}"
+        sys.exit(f"error: TEXT={text}: no such file or folder")
+    digest = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:8]
+    return text, f"quickstart-{text.resolve().stem}-{digest}"
 
 
 def command(name: str) -> str:
-    """A command of this environment, whether or not it is on the PATH."""
+    """Path of a command in this environment, which need not be on PATH."""
     return str(Path(sys.executable).parent / name)
 
 
-def say(words: str) -> None:
-    print(f"\n== {words}", flush=True)
+def print_heading(heading: str) -> None:
+    print(f"\n== {heading}", flush=True)
 
 
 def execute(command: list[str]) -> None:
@@ -74,11 +74,11 @@ def execute(command: list[str]) -> None:
         sys.exit(status)
 
 
-def _farewell(data: Path, run: Path, train: list[str]) -> None:
-    say("Done")
+def _print_summary(data: Path, run: Path, train: list[str]) -> None:
+    print_heading("Done")
     print(f"data set     {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
-    print(f"go on        {shlex.join([*train, 'trainer.max_steps=1000'])}")
+    print(f"continue     {shlex.join([*train, 'trainer.max_steps=1000'])}")
     print(f"TensorBoard  {command('tensorboard')} --logdir {run}")
 
 

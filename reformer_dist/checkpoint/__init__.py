@@ -1,17 +1,26 @@
-"""Sharded checkpoints that know neither ZeRO stage nor world size: safetensors and JSON, never pickles."""
+"""Sharded checkpoints independent of ZeRO stage and world size: safetensors and JSON, never pickles."""
 
 from reformer_dist.checkpoint.export import Export, WeightSource, write_export
-from reformer_dist.checkpoint.reader import CheckpointReader, find_checkpoint, is_good, resolve_checkpoint
-from reformer_dist.checkpoint.writer import Saving, prune
+from reformer_dist.checkpoint.fragment import Fragment
+from reformer_dist.checkpoint.reader import (
+    CheckpointReader,
+    find_checkpoint,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from reformer_dist.checkpoint.record import RunRecord
+from reformer_dist.checkpoint.writer import AsyncSave, prune
 
 __all__ = [
+    "AsyncSave",
     "CheckpointReader",
     "Export",
-    "Saving",
+    "Fragment",
+    "RunRecord",
     "WeightSource",
     "find_checkpoint",
-    "is_good",
     "prune",
     "resolve_checkpoint",
+    "verify_checkpoint",
     "write_export",
 ]

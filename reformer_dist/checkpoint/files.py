@@ -1,22 +1,22 @@
-"""What a checkpoint folder holds, and how files get there for good.
+"""Layout of a checkpoint directory.
 
     checkpoints/step-00000100/
         rank-00000.safetensors   fragments of parameters and Adam moments, named "<parameter>|<kind>"
-        rank-00000.json          where each fragment lies in its parameter, and this rank's data position
-        run.json                 resolved configuration, tokenizer, shapes of the parameters
+        rank-00000.json          parameter, offset and length of each fragment; this rank's data position
+        run.json                 RunRecord: resolved configuration, tokenizer, shapes of the parameters
         tokenizer.json           if the tokenizer needs a file
-        manifest.json            step, and size and sha256 of every other file: written last
+        manifest.json            step, and size and sha256 of every other file; written last
 
-A folder under its final name is complete: it is written under another name and renamed after an fsync.
+A directory under its final name is complete: it is written under a temporary name, synced and then renamed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from reformer_dist.fs.atomic import file_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -29,7 +29,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """What lies under the name of a checkpoint, by step."""
+    """All paths with the name of a checkpoint, ordered by step."""
     return sorted((path for path in root.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal()), key=step_of)
 
 
@@ -38,7 +38,7 @@ def step_of(folder: Path) -> int:
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written until it is whole."""
+    """Directory in which the checkpoint of a step is written until it is complete."""
     return root / f".{PREFIX}{step:08d}.partial"
 
 
@@ -46,31 +46,10 @@ def rank_file(rank: int, suffix: str) -> str:
     return f"rank-{rank:05d}.{suffix}"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file and waits until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
-def json_bytes(thing: Any) -> bytes:
-    return json.dumps(thing, indent=1, sort_keys=True).encode()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
+def manifest_entry(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,9 +1,9 @@
-"""Finding a checkpoint that holds, and reading any part of it from whichever ranks' files have it."""
+"""Finds intact checkpoints, and reads any range of a parameter from the rank files that contain it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +14,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reformer_dist.checkpoint.files import FORMAT, MANIFEST, PREFIX, RUN_FILE, fingerprint, rank_file, step_folders
+from reformer_dist.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    PREFIX,
+    RUN_FILE,
+    manifest_entry,
+    rank_file,
+    step_folders,
+)
+from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.errors import CheckpointError
 
+RANK_SUFFIXES = ("safetensors", "json")
+MAX_SHOWN = 5  # differing parameters in an error message
 
-def is_good(folder: Path) -> str | None:
-    """None if every file of the manifest is there and unchanged, else what is wrong."""
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """Checks every file against the manifest; returns the first problem, or None for an intact checkpoint."""
     try:
         if (folder / MANIFEST).is_symlink():
             return f"{MANIFEST} is a link"
@@ -29,21 +41,22 @@ def is_good(folder: Path) -> str | None:
             return f"its format is {manifest['format']}, this version reads {FORMAT}"
         if not isinstance(manifest["step"], int) or not isinstance(manifest["world_size"], int):
             return f"{MANIFEST} has no step or world_size"
-        is_of_run = folder.name.startswith(PREFIX) and folder.name[len(PREFIX) :].isdecimal()
-        if is_of_run and f"{PREFIX}{manifest['step']:08d}" != folder.name:
+        is_step_folder = folder.name.startswith(PREFIX) and folder.name[len(PREFIX) :].isdecimal()
+        if is_step_folder and f"{PREFIX}{manifest['step']:08d}" != folder.name:
             return f"{MANIFEST} is of step {manifest['step']}"
-        needed = {RUN_FILE, *(rank_file(rank, end) for rank in range(manifest["world_size"]) for end in ENDS)}
+        ranks = range(manifest["world_size"])
+        needed = {RUN_FILE, *(rank_file(rank, suffix) for rank in ranks for suffix in RANK_SUFFIXES)}
         if absent := sorted(needed - files.keys()):
-            return f"{MANIFEST} does not name {absent[0]}"
-        for name, mark in files.items():
+            return f"{MANIFEST} does not list {absent[0]}"
+        for name, entry in files.items():
             path = folder / name
             if Path(name).name != name or path.is_symlink():
-                return f"{MANIFEST} names {name!r}, which is no file of the folder's own"
+                return f"{MANIFEST} lists {name!r}, which is not a regular file of this directory"
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != mark["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {mark['bytes']}"
-            if fingerprint(path)["sha256"] != mark["sha256"]:
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if manifest_entry(path)["sha256"] != entry["sha256"]:
                 return f"the content of {name} has changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -53,48 +66,45 @@ def is_good(folder: Path) -> str | None:
 
 
 def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint below `root`, if any, and what is wrong with newer ones."""
-    complaints: list[str] = []
+    """The newest intact checkpoint under `root`, if any, and the problem of each newer one."""
+    problems: list[str] = []
     for folder in reversed(step_folders(root)):
-        wrong = is_good(folder)
-        if wrong is None:
-            return folder, complaints
-        complaints.append(f"{folder}: {wrong}")
-    return None, complaints
+        problem = verify_checkpoint(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder}: {problem}")
+    return None, problems
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by a path: a checkpoint, a run directory, or its checkpoints folder.
+    """The checkpoint at a user's path: a checkpoint, or the newest intact one of a run or checkpoints directory.
 
-    Raises CheckpointError where there is none, or none that is whole.
+    Raises CheckpointError if there is none, or none that is intact.
     """
     if (path / MANIFEST).is_file():
-        wrong = is_good(path)
-        if wrong is not None:
-            raise CheckpointError(f"{path}: this checkpoint is damaged: {wrong}")
+        problem = verify_checkpoint(path)
+        if problem is not None:
+            raise CheckpointError(f"{path}: this checkpoint is damaged: {problem}")
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found, complaints = find_checkpoint(root) if root.is_dir() else (None, [])
-    if found is None:
-        damaged = "".join(f"\n  {words}" for words in complaints)
-        what = f"neither a checkpoint (a folder with {MANIFEST}) nor a run directory that holds one"
-        raise CheckpointError(f"{path}: is {what}{damaged}")
-    return found
-
-
-ENDS = ("safetensors", "json")
+    newest, problems = find_checkpoint(root) if root.is_dir() else (None, [])
+    if newest is None:
+        damaged = "".join(f"\n  {problem}" for problem in problems)
+        kinds = f"neither a checkpoint (a directory with {MANIFEST}) nor a run directory that contains one"
+        raise CheckpointError(f"{path}: is {kinds}{damaged}")
+    return newest
 
 
 @dataclass(frozen=True, order=True)
-class _Piece:
+class _StoredFragment:
     offset: int
     length: int
     file: Path
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Around JSON that is whole, as checksums go, and may yet be no checkpoint's. Raises CheckpointError."""
+def _json_errors(folder: Path) -> Iterator[None]:
+    """Raises CheckpointError for JSON that matches its checksum but is not a checkpoint's."""
     try:
         yield
     except (OSError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,101 +112,107 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 class CheckpointReader:
-    """A checkpoint folder that has been found good."""
+    """Reads a checkpoint directory that has been verified."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with _explained(folder):
+        with _json_errors(folder):
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-            self.run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
+            self.record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text()))
             self.step: int = self.manifest["step"]
             self.world_size: int = self.manifest["world_size"]
 
     @cached_property
     def _ranks(self) -> list[dict[str, Any]]:
-        with _explained(self.folder):
+        with _json_errors(self.folder):
             paths = [self.folder / rank_file(rank, "json") for rank in range(self.world_size)]
             return [json.loads(path.read_text()) for path in paths]
 
     @property
     def adam_step(self) -> int:
-        with _explained(self.folder):
+        with _json_errors(self.folder):
             return max(int(rank["adam_step"]) for rank in self._ranks)
 
     @property
     def rank_states(self) -> list[dict[str, Any]]:
-        """What each rank had to remember, by rank."""
-        with _explained(self.folder):
+        """State saved by each rank, indexed by rank."""
+        with _json_errors(self.folder):
             return [rank["state"] for rank in self._ranks]
 
     @cached_property
-    def _pieces(self) -> dict[str, list[_Piece]]:
-        """By parameter, in the order of their places."""
-        pieces: dict[str, list[_Piece]] = {}
-        with _explained(self.folder):
+    def _fragments(self) -> dict[str, list[_StoredFragment]]:
+        """Fragments of each parameter, ordered by offset."""
+        fragments: dict[str, list[_StoredFragment]] = {}
+        with _json_errors(self.folder):
             for rank, index in enumerate(self._ranks):
                 file = self.folder / rank_file(rank, "safetensors")
-                for place in index["fragments"]:
-                    piece = _Piece(int(place["offset"]), int(place["length"]), file)
-                    pieces.setdefault(place["name"], []).append(piece)
-        return {name: sorted(of_one) for name, of_one in pieces.items()}
+                for entry in index["fragments"]:
+                    fragment = _StoredFragment(int(entry["offset"]), int(entry["length"]), file)
+                    fragments.setdefault(entry["name"], []).append(fragment)
+        return {name: sorted(of_parameter) for name, of_parameter in fragments.items()}
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
         """`length` float32 elements of the flattened parameter `name` from `offset`.
 
-        kind: "fp32" (weights), "exp_avg" or "exp_avg_sq". Raises CheckpointError if not all are there, once each.
+        kind: one of fragment.KINDS. Raises CheckpointError unless each element is stored exactly once.
         """
         parts: list[Tensor] = []
-        found, end = 0, offset + length
-        for piece in self._pieces.get(name, []):
-            first, last = max(offset, piece.offset), min(end, piece.offset + piece.length)
+        n_found, end = 0, offset + length
+        for fragment in self._fragments.get(name, []):
+            first, last = max(offset, fragment.offset), min(end, fragment.offset + fragment.length)
             if first >= last:
                 continue
-            if first < offset + found:
-                raise CheckpointError(f"{piece.file}: element {first} of {name} is in another file as well")
-            parts.append(self._read_piece(piece, f"{name}|{kind}", first, last))
-            found += last - first
-        if found != length:
-            raise CheckpointError(f"{self.folder}: holds {found} of {length} elements of {name} from {offset}")
+            if first < offset + n_found:
+                raise CheckpointError(f"{fragment.file}: element {first} of {name} is in another file as well")
+            parts.append(self._read_fragment(fragment, f"{name}|{kind}", first, last))
+            n_found += last - first
+        if n_found != length:
+            raise CheckpointError(f"{self.folder}: holds {n_found} of {length} elements of {name} from {offset}")
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def _read_piece(self, piece: _Piece, key: str, first: int, last: int) -> Tensor:
+    def _read_fragment(self, fragment: _StoredFragment, key: str, first: int, last: int) -> Tensor:
+        file, length = fragment.file, fragment.length
         try:
-            with safe_open(piece.file, framework="pt") as tensors:
+            with safe_open(file, framework="pt") as tensors:
                 stored = tensors.get_slice(key)
-                shape, kind = stored.get_shape(), stored.get_dtype()
-                if shape != [piece.length] or kind != "F32":
-                    raise CheckpointError(f"{piece.file}: {key} is {kind}{shape} instead of F32[{piece.length}]")
-                return stored[first - piece.offset : last - piece.offset]
+                shape, dtype = stored.get_shape(), stored.get_dtype()
+                if shape != [length] or dtype != "F32":
+                    raise CheckpointError(f"{file}: {key} is {dtype}{shape} instead of F32[{length}]")
+                return stored[first - fragment.offset : last - fragment.offset]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{piece.file}: can't be read: {error}") from error
+            raise CheckpointError(f"{file}: can't be read: {error}") from error
 
-    def load_weights(self, model: torch.nn.Module) -> None:
-        """Fills a plain model's parameters. Raises CheckpointError if they are not those of the checkpoint."""
-        self.check_shapes({name: list(p.shape) for name, p in model.named_parameters()})
+    def load_weights(self, model: torch.nn.Module, ignored: Collection[str] = ()) -> None:
+        """Fills a plain model's parameters from all saved ones but `ignored`.
+
+        Raises CheckpointError if their names or shapes differ.
+        """
+        self.check_shapes({name: list(p.shape) for name, p in model.named_parameters()}, ignored)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.read(name, "fp32", 0, parameter.numel()).view(parameter.shape))
 
-    def check_shapes(self, shapes: dict[str, list[int]]) -> None:
-        """Raises CheckpointError if a model's parameters have other names or shapes than the checkpoint's."""
-        check_shapes(str(self.folder), self.run["shapes"], shapes)
+    def check_shapes(self, shapes: dict[str, list[int]], ignored: Collection[str] = ()) -> None:
+        """Raises CheckpointError if a model's parameters differ in name or shape from the saved ones."""
+        check_shapes(self.folder, self.record.shapes, shapes, ignored)
 
     @property
     def extra_files(self) -> list[str]:
         """Files that belong to no rank, such as the tokenizer's."""
-        ours = {RUN_FILE, *(rank_file(rank, end) for rank in range(self.world_size) for end in ENDS)}
-        return sorted(self.manifest["files"].keys() - ours)
+        known = {RUN_FILE, *(rank_file(rank, end) for rank in range(self.world_size) for end in RANK_SUFFIXES)}
+        return sorted(self.manifest["files"].keys() - known)
 
 
-def check_shapes(folder: str, saved: dict[str, list[int]], shapes: dict[str, list[int]]) -> None:
-    """Raises CheckpointError if a model's parameters have other names or shapes than those saved in `folder`."""
+def check_shapes(
+    folder: Path, saved: dict[str, list[int]], shapes: dict[str, list[int]], ignored: Collection[str] = ()
+) -> None:
+    """Raises CheckpointError if a model's parameters differ in name or shape from those saved in `folder`."""
     differing = sorted(
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {shapes.get(name, 'absent')} here"
-        for name in saved.keys() | shapes.keys()
+        for name in (saved.keys() - set(ignored)) | shapes.keys()
         if saved.get(name) != shapes.get(name)
     )
     if differing:
-        more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
-        lines = "".join(f"\n  {line}" for line in differing[:5])
+        more = f"\n  and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
+        lines = "".join(f"\n  {line}" for line in differing[:MAX_SHOWN])
         raise CheckpointError(f"{folder}: is of another model:{lines}{more}")

@@ -1,4 +1,4 @@
-"""Weights to read, wherever they lie: in a run directory, a checkpoint or an export."""
+"""Opens the weights of a run directory, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from reformer_dist.checkpoint.reader import CheckpointReader, resolve_checkpoint
 
 
 def open_weights(path: Path) -> CheckpointReader | Export:
-    """Of a run directory (its newest good checkpoint), a checkpoint, or an export. Raises CheckpointError."""
+    """Opens a run directory (its newest intact checkpoint), a checkpoint, or an export. Raises CheckpointError."""
     is_export = (path / CONFIG_FILE).is_file()
     return Export(path) if is_export else CheckpointReader(resolve_checkpoint(path))
 
 
 def saved_model_config(path: str) -> dict[str, Any]:
-    """model.* of the weights to start from. Raises CheckpointError."""
-    saved: dict[str, Any] = dict(open_weights(Path(path)).run["config"]["model"])
-    saved.pop("attention_implementation", None)  # what it ran on is of no matter here
+    """model.* of the weights to start from, without the attention backend. Raises CheckpointError."""
+    saved: dict[str, Any] = dict(open_weights(Path(path)).record.config["model"])
+    saved.pop("attention_backend", None)
     return saved

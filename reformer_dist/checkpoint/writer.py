@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its fragments, then rank 0 the manifest, then the rename that makes it true."""
+"""Writes a checkpoint: each rank its fragments, then rank 0 the manifest, then the rename that publishes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,42 +17,26 @@ from reformer_dist.checkpoint.files import (
     FORMAT,
     MANIFEST,
     RUN_FILE,
-    fingerprint,
     json_bytes,
+    manifest_entry,
     partial_folder,
     rank_file,
     step_folder,
     step_folders,
     step_of,
-    sync,
-    write_bytes,
 )
+from reformer_dist.checkpoint.fragment import ELEMENT_SIZE, KINDS, Fragment
+from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import CheckpointError
-
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-
-
-class SavedFragment(Protocol):
-    """A run of a flattened parameter that this rank owns."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def adam_step(self) -> int: ...
-
-    def values(self, kind: str) -> Tensor: ...
+from reformer_dist.fs.atomic import publish, sync, write_synced
 
 
-class Saving:
-    """A checkpoint in the making: copied when this is made, written by a thread, true after `finish`.
+class AsyncSave:
+    """One checkpoint being saved: copied by the constructor, written by a thread, published by `finish`.
 
-    Every rank makes the same calls in the same order. The thread takes part in no collective, so that it can't
-    get between those of training; the ranks agree on what became of it in `is_done` and `finish`.
+    Every rank makes the same calls in the same order. The thread takes part in no collective, so it can't
+    interleave with those of training; the ranks agree on the outcome in `is_done` and `finish`.
     """
 
     def __init__(
@@ -60,55 +44,56 @@ class Saving:
         runtime: Runtime,
         root: Path,
         step: int,
-        fragments: Sequence[SavedFragment],
+        fragments: Sequence[Fragment],
         *,
         rank_state: dict[str, Any],
-        run: dict[str, Any],
+        record: RunRecord,
         extra_files: dict[str, bytes],
-        copies: dict[str, Tensor] | None = None,
+        buffers: dict[str, Tensor] | None = None,
     ) -> None:
-        """rank_state: JSON of this rank; run and extra_files: rank 0's.
+        """rank_state: JSON values of this rank; record and extra_files: rank 0's are written.
 
-        copies: where the tensors are copied to, filled by the first save that is given it and used again by the
-        next, which then need not wait for fresh memory; not to be used while a save is under way.
+        buffers: host tensors for the copies, allocated by the first save and reused by later ones, which saves
+        them the page faults; not to be touched while a save is in progress.
 
-        Raises an error alike on every rank where the folder can't be made or the disk has not the room.
+        Raises an error alike on every rank if the directory can't be created or the disk is too full.
         """
         self.step = step
         self._runtime, self._extra_files = runtime, extra_files
         self._final, self._partial = step_folder(root, step), partial_folder(root, step)
-        needed = runtime.sum([float(sum(fragment.length for fragment in fragments) * len(KINDS) * 4)])[0]
-        runtime.on_main(lambda: _make_room(root, self._partial, int(needed)))
-        self._run = json_bytes(run)
+        n_elements = sum(fragment.length for fragment in fragments) * len(KINDS)
+        needed = runtime.sum([float(n_elements * ELEMENT_SIZE)])[0]
+        runtime.on_main(lambda: _prepare_folder(root, self._partial, int(needed)))
+        self._record = json_bytes(record.to_json())
         self._error: CheckpointError | None = None
-        self._marks: dict[str, Any] = {}
-        tensors = _copy(fragments, {} if copies is None else copies)
+        self._entries: dict[str, Any] = {}
+        tensors = _copy(fragments, {} if buffers is None else buffers)
         index = json_bytes(_index(fragments, rank_state))
         self._thread = threading.Thread(target=self._write, args=(tensors, index), name="checkpoint")
         self._thread.start()
 
     def _write(self, tensors: dict[str, Tensor], index: bytes) -> None:
         try:
-            self._marks = _write_rank(self._partial, self._runtime.rank, tensors, index)
+            self._entries = _write_rank(self._partial, self._runtime.rank, tensors, index)
         except CheckpointError as error:
             self._error = error
-        except Exception as error:  # whatever it is, the main thread has to hear of it
+        except Exception as error:  # any failure must reach the main thread
             self._error = CheckpointError(f"{self._partial}: can't be written: {error or type(error).__name__}")
 
     @property
     def is_done(self) -> bool:
-        """Whether the threads of all ranks have ended, so that `finish` waits for nothing."""
+        """Whether the threads of all ranks have ended, so that `finish` does not block."""
         return self._runtime.sum([float(self._thread.is_alive())])[0] == 0
 
     def finish(self) -> Path:
-        """Waits for all ranks, and gives the checkpoint its name. Raises an error alike on every rank."""
+        """Waits for all ranks and gives the checkpoint its final name. Raises an error alike on every rank."""
         runtime = self._runtime
         self._thread.join()
         try:
             runtime.raise_together(self._error)
-            marks = runtime.gather(self._marks)
+            entries = runtime.gather(self._entries)
             runtime.on_main(
-                lambda: _finish(self._partial, self._final, self.step, marks, self._run, self._extra_files)
+                lambda: _finish(self._partial, self._final, self.step, entries, self._record, self._extra_files)
             )
         except Exception:
             if runtime.is_main:
@@ -117,10 +102,10 @@ class Saving:
         return self._final
 
 
-def _make_room(root: Path, partial: Path, needed: int) -> None:
-    """An empty folder to write into, on a disk with `needed` bytes left; what a killed save left is removed."""
-    for left in root.glob(partial_folder(root, 0).name.replace("0" * 8, "*")):
-        shutil.rmtree(left, ignore_errors=True)
+def _prepare_folder(root: Path, partial: Path, needed: int) -> None:
+    """Creates an empty directory on a disk with `needed` free bytes; removes leftovers of killed saves."""
+    for leftover in root.glob(partial_folder(root, 0).name.replace("0" * 8, "*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
     if free < needed:
@@ -128,49 +113,51 @@ def _make_room(root: Path, partial: Path, needed: int) -> None:
         raise CheckpointError(f"{root}: a checkpoint needs {needed:,} bytes, and {free:,} are free on its disk")
 
 
-def _copy(fragments: Sequence[SavedFragment], copies: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that training does not change, by their names in the file; lies in `copies` where it fits."""
-    kept: dict[str, Tensor] = {}
+def _copy(fragments: Sequence[Fragment], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all fragments by their names in the file, in `buffers` where shapes match."""
+    copies: dict[str, Tensor] = {}
     for fragment in fragments:
         for kind in KINDS:
             key, values = f"{fragment.name}|{kind}", fragment.values(kind).detach()
-            place = copies.get(key)
-            if place is None or place.shape != values.shape:
-                place = torch.empty(values.shape)
-            kept[key] = place.copy_(values)
-    copies.update(kept)
-    return kept
+            buffer = buffers.get(key)
+            if buffer is None or buffer.shape != values.shape:
+                buffer = torch.empty(values.shape)
+            copies[key] = buffer.copy_(values)
+    buffers.update(copies)
+    return copies
 
 
-def _index(fragments: Sequence[SavedFragment], rank_state: dict[str, Any]) -> dict[str, Any]:
-    places = [{"name": each.name, "offset": each.offset, "length": each.length} for each in fragments]
+def _index(fragments: Sequence[Fragment], rank_state: dict[str, Any]) -> dict[str, Any]:
+    entries = [{"name": each.name, "offset": each.offset, "length": each.length} for each in fragments]
     adam_step = max((fragment.adam_step for fragment in fragments), default=0)
-    return {"fragments": places, "adam_step": adam_step, "state": rank_state}
+    return {"fragments": entries, "adam_step": adam_step, "state": rank_state}
 
 
 def _write_rank(folder: Path, rank: int, tensors: dict[str, Tensor], index: bytes) -> dict[str, Any]:
-    """Writes this rank's two files; returns their fingerprints by name."""
-    weights, beside = folder / rank_file(rank, "safetensors"), folder / rank_file(rank, "json")
+    """Writes this rank's two files; returns their manifest entries by name."""
+    weights_path, index_path = folder / rank_file(rank, "safetensors"), folder / rank_file(rank, "json")
     try:
-        save_file(tensors, weights)
+        save_file(tensors, weights_path)
     except SafetensorError as error:  # such as a full disk
-        raise CheckpointError(f"{weights}: can't be written: {error}") from error
-    sync(weights)
-    write_bytes(beside, index)
-    return {path.name: fingerprint(path) for path in (weights, beside)}
+        raise CheckpointError(f"{weights_path}: can't be written: {error}") from error
+    sync(weights_path)
+    write_synced(index_path, index)
+    return {path.name: manifest_entry(path) for path in (weights_path, index_path)}
 
 
-def prune(root: Path, newest: Path, keep: int, keep_every: int, counted: list[Path] | None = None) -> list[Path]:
-    """Removes all but the last `keep` checkpoints up to `newest` (0: none is removed); returns what it removed.
+def prune(
+    root: Path, newest: Path, keep: int, keep_every: int, candidates: list[Path] | None = None
+) -> list[Path]:
+    """Removes all but the last `keep` checkpoints up to `newest` (0: removes none); returns the removed ones.
 
-    Those of steps that `keep_every` divides stay (0: no such). counted: all that are looked at; the others
-    neither count nor go.
+    Steps that `keep_every` divides stay (0: no such rule). Checkpoints other than `candidates` (default: all under
+    `root`) are neither counted nor removed.
     """
     if keep == 0:
         return []
-    # later ones are damaged or of an abandoned course: they must not push this one out
-    course = [folder for folder in counted or step_folders(root) if step_of(folder) <= step_of(newest)]
-    old = [folder for folder in course[:-keep] if not keep_every or step_of(folder) % keep_every]
+    # later ones are damaged or of an abandoned branch of the run: they must not displace this one
+    counted = [folder for folder in candidates or step_folders(root) if step_of(folder) <= step_of(newest)]
+    old = [folder for folder in counted[:-keep] if not keep_every or step_of(folder) % keep_every]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)
     return old
@@ -180,20 +167,16 @@ def _finish(
     partial: Path,
     final: Path,
     step: int,
-    files: list[dict[str, Any]],
-    run: bytes,
+    entries: list[dict[str, Any]],
+    record: bytes,
     extra_files: dict[str, bytes],
 ) -> None:
-    """Rank 0's files, the manifest over all of them, and the rename."""
-    write_bytes(partial / RUN_FILE, run)
+    """Writes rank 0's files and the manifest, then renames the directory."""
+    write_synced(partial / RUN_FILE, record)
     for name, data in extra_files.items():
-        write_bytes(partial / name, data)
-    listed = {name: mark for of_rank in files for name, mark in of_rank.items()}
-    listed.update({name: fingerprint(partial / name) for name in (RUN_FILE, *extra_files)})
-    manifest = {"format": FORMAT, "step": step, "world_size": len(files), "files": listed}
-    write_bytes(partial / MANIFEST, json_bytes(manifest))
-    sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
+        write_synced(partial / name, data)
+    files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
+    files.update({name: manifest_entry(partial / name) for name in (RUN_FILE, *extra_files)})
+    manifest = {"format": FORMAT, "step": step, "world_size": len(entries), "files": files}
+    write_synced(partial / MANIFEST, json_bytes(manifest))
+    publish(partial, final)

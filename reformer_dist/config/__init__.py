@@ -1,10 +1,11 @@
-"""The typed description of a run: plain values, checked at birth; imports nothing else of ours."""
+"""The typed configuration of a run: plain values, checked on construction. Imports no other part but errors."""
 
+from reformer_dist.config.compat import CompatConfig, StreamMerge
 from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig, LauncherKind
 from reformer_dist.config.model import (
     Activation,
-    AttentionImplementation,
+    AttentionBackend,
     AttentionKind,
     CrossAttentionKind,
     HashScheme,
@@ -14,10 +15,9 @@ from reformer_dist.config.model import (
     Pooling,
     Position,
     Recompute,
-    StreamMerge,
 )
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
-from reformer_dist.config.parallel import ParallelConfig
+from reformer_dist.config.parallel import Combine, ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.sweep import SweepConfig, SweepKind
 from reformer_dist.config.task import TaskConfig, TaskKind, TextMetric
@@ -25,8 +25,10 @@ from reformer_dist.config.trainer import Precision, TrainerConfig
 
 __all__ = [
     "Activation",
-    "AttentionImplementation",
+    "AttentionBackend",
     "AttentionKind",
+    "Combine",
+    "CompatConfig",
     "CrossAttentionKind",
     "DataConfig",
     "DeepSpeedConfig",

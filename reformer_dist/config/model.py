@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from reformer_dist.config.checks import at_least, check_types, is_share, require
+from reformer_dist.config.checks import ConfigGroup, bounded, require
+from reformer_dist.config.compat import LARGEST_CHUNK, CompatConfig, StreamMerge
 
-LARGEST_WINDOW = 2**28  # places of an order, and distances between them, have 32 bits
-LARGEST_CHUNK = 2**14  # short texts are filled up to a chunk, and plain PyTorch holds all its pairs at once
+LARGEST_WINDOW = 2**28  # sorted positions, and distances between them, are 32-bit
 
 
 class AttentionKind(Enum):
@@ -40,7 +40,7 @@ class Activation(Enum):
     glu = "glu"
 
 
-class AttentionImplementation(Enum):
+class AttentionBackend(Enum):
     auto = "auto"
     reference = "reference"
     torch = "torch"
@@ -53,11 +53,6 @@ class Position(Enum):
     rotary = "rotary"
     learned = "learned"
     sinusoidal = "sinusoidal"
-
-
-class StreamMerge(Enum):
-    mean = "mean"
-    concat = "concat"
 
 
 class Norm(Enum):
@@ -79,14 +74,14 @@ class Recompute(Enum):
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(ConfigGroup, prefix="model."):
     """A Reformer stack. The size of the vocabulary is the tokenizer's and stands in no config."""
 
-    dim: int = 256
+    dim: int = bounded(256, least=1)
     """Width of each of the two residual streams."""
-    n_layers: int = 4
-    n_heads: int = 4
-    head_dim: int | None = None
+    n_layers: int = bounded(4, least=1)
+    n_heads: int = bounded(4, least=1)
+    head_dim: int | None = bounded(None, least=1)
     """Width of one head; null means dim / n_heads."""
     layers: list[AttentionKind] = field(default_factory=lambda: [AttentionKind.local, AttentionKind.lsh])
     """Attention of each layer, repeated until n_layers: lsh, local or exact."""
@@ -94,121 +89,95 @@ class ModelConfig:
     """True: a language model that sees the past. False: a two-sided stack."""
     share_layers: bool = False
     """True: layers at the same place of the pattern share their parameters (not with ZeRO stage 3)."""
-    n_encoder_layers: int | None = None
+    n_encoder_layers: int | None = bounded(None, least=1)
     """Encoder-decoder: layers of the encoder; null means n_layers, which are those of the decoder."""
     encoder_layers: list[AttentionKind] | None = None
     """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder's."""
     cross_attention: CrossAttentionKind = CrossAttentionKind.exact
     """Encoder-decoder: how the decoder reads the source: exact, or lsh (the keys of a query's bucket)."""
-    embedding_dim: int | None = None
+    embedding_dim: int | None = bounded(None, least=1)
     """Width of token and position vectors, and of the head's table; null means dim. Linear layers lie between."""
     norm: Norm = Norm.layer
     """Of a sublayer's input: layer norm; scale: x / |x| times a learned number; rezero: none, and its output is
     multiplied by a learned number that starts at 0."""
-    layer_drop: float = 0.0
+    layer_drop: float = bounded(0.0, least=0, below=1)
     """Share of layers that a training step leaves out, drawn anew for each step and alike on every rank."""
     one_value_head: bool = False
     """All heads of a layer share their values."""
 
-    n_hashes: int = 4
+    n_hashes: int = bounded(4, least=1)
     """Hash rounds of LSH attention."""
-    n_buckets: int = 64
+    n_buckets: int = bounded(64, least=1)
     """Buckets of one hash round, whatever the length: 1 or even; seq_len / window is a usual choice."""
-    bucket_factors: list[int] | None = None
-    """Even numbers whose product is n_buckets, each hashed by an argmax of its own; null chooses them."""
     hash_scheme: HashScheme = HashScheme.rotation
     """rotation: argmax of [xR, -xR]; floor: floor(Rx / gamma)."""
-    hash_seed: int | None = None
-    """Rotations of every step and layer, drawn as Hugging Face draws those of this seed; null draws new ones."""
     neighbours: NeighbourRule = NeighbourRule.window
     """window: the last members of the bucket, strictly causal; chunk: the published code's rule, which leaks."""
-    window: int = 64
+    window: int = bounded(64, least=1, most=LARGEST_WINDOW)
     """window rule: a token sees members of its bucket at a sorted distance below this."""
-    chunk_len: int = 64
+    chunk_len: int = bounded(64, least=1, most=LARGEST_CHUNK, hint="layers=[exact] attends to more tokens")
     """chunk rule: tokens of one chunk of the sorted order."""
-    n_chunks_before: int = 1
-    n_chunks_after: int = 0
-    chunk_wrap: bool = False
-    """Chunks: the first chunk of a round sees the last of the round before, as in other systems."""
+    n_chunks_before: int = bounded(1, least=0)
+    n_chunks_after: int = bounded(0, least=0)
     local_round: bool = False
     """One more round whose neighbours are the nearest positions, under the same softmax."""
     count_pairs_once: bool = False
     """A pair that meets in several rounds counts once (paper, N(i,j)) instead of once a round."""
-    qk_scale: float = 1.0
+    qk_scale: float = bounded(1.0, above=0)
     """Factor of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
-    local_window: int = 128
+    local_window: int = bounded(128, least=1, most=LARGEST_WINDOW)
     """Local attention: positions seen, its own included."""
-    local_chunk_len: int = 0
-    """Local attention among chunks of so many positions, as in other systems; 0 means local_window."""
-    local_chunks_before: int = 1
-    local_chunks_after: int = 0
-    attention_bias: bool = False
-    """The output projection of attention has a bias."""
-    attention_implementation: AttentionImplementation = AttentionImplementation.auto
+    attention_backend: AttentionBackend = AttentionBackend.auto
     """Of lsh and local layers: triton (GPU kernels), native (C for CPUs, window rule), torch (anything), reference
     (slow, short texts only); auto is triton or native where they can run, else torch."""
 
-    ff_mult: int = 4
+    ff_mult: int = bounded(4, least=1)
     """Inner width of the feed-forward, in units of dim."""
-    ff_dim: int | None = None
+    ff_dim: int | None = bounded(None, least=1)
     """Inner width of the feed-forward; null means ff_mult * dim."""
     activation: Activation = Activation.gelu
-    ff_chunk: int = 0
+    ff_chunk: int = bounded(0, least=0)
     """Tokens that the feed-forward handles at a time; 0 means all."""
-    loss_chunk: int = 1024
+    loss_chunk: int = bounded(1024, least=1)
     """Tokens whose logits exist at a time in the loss."""
     tie_embeddings: bool = False
     """The output head uses the token embedding's table."""
-    merge_streams: StreamMerge = StreamMerge.mean
-    """What the last norm and the head get of the two streams: their mean, or both side by side (2 * dim wide)."""
 
     position: Position = Position.axial
     axial_shape: list[int] = field(default_factory=lambda: [32, 64])
     """axial: sides of the grid that positions fill; their product bounds the length."""
     axial_dims: list[int] | None = None
     """axial: width of each side's embedding, summing to embedding_dim; null splits that evenly."""
-    axial_sum: bool = False
-    """axial: embeddings of the sides are embedding_dim wide and added up, instead of standing side by side."""
-    max_seq_len: int = 2048
+    max_seq_len: int = bounded(2048, least=1)
     """learned: rows of the table. Other kinds ignore it."""
 
     pooling: Pooling = Pooling.mean
     """Classification: the mean of all tokens' vectors decides, or that of the first or last token."""
 
-    dropout: float = 0.0
+    dropout: float = bounded(0.0, least=0, below=1)
     """After the embedding and after each sublayer."""
-    attention_dropout: float = 0.0
-    ff_dropout: float = 0.0
+    attention_dropout: float = bounded(0.0, least=0, below=1)
+    ff_dropout: float = bounded(0.0, least=0, below=1)
     """Inside the feed-forward, after the activation."""
-    norm_eps: float = 1e-5
+    norm_eps: float = bounded(1e-5, least=0)
     recompute: Recompute = Recompute.reversible
-    """Where backward finds activations: reversible (rebuilt), checkpoint (recomputed), none (stored)."""
+    """Source of the activations in backward: reversible (inverted), checkpoint (recomputed), none (stored)."""
+
+    compat: CompatConfig = field(default_factory=CompatConfig)
+    """Behavior of other implementations, for models that were trained with them."""
 
     def __post_init__(self) -> None:
-        check_types(self, "model")
-        at_least(1, model__dim=self.dim, model__n_layers=self.n_layers, model__n_heads=self.n_heads)
-        at_least(1, model__head_dim=self.head_dim, model__n_hashes=self.n_hashes, model__window=self.window)
-        at_least(1, model__n_encoder_layers=self.n_encoder_layers)
-        at_least(1, model__chunk_len=self.chunk_len, model__local_window=self.local_window)
-        at_least(0, model__n_chunks_before=self.n_chunks_before, model__n_chunks_after=self.n_chunks_after)
-        at_least(0, model__ff_chunk=self.ff_chunk, model__norm_eps=self.norm_eps, model__hash_seed=self.hash_seed)
-        at_least(0, model__local_chunk_len=self.local_chunk_len, model__local_chunks_after=self.local_chunks_after)
-        at_least(0, model__local_chunks_before=self.local_chunks_before)
-        at_least(1, model__ff_mult=self.ff_mult, model__ff_dim=self.ff_dim, model__loss_chunk=self.loss_chunk)
-        at_least(1, model__max_seq_len=self.max_seq_len, model__embedding_dim=self.embedding_dim)
-        is_share(model__dropout=self.dropout, model__attention_dropout=self.attention_dropout)
-        is_share(model__ff_dropout=self.ff_dropout, model__layer_drop=self.layer_drop)
+        super().__post_init__()
         require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
         right = "must name at least one of lsh, local, exact, or be null"
         require(self.encoder_layers != [], "model.encoder_layers", self.encoder_layers, right)
-        right = "needs model.causal=false, for the first token of a causal model sees no other"
+        right = "needs model.causal=false, since the first token of a causal model attends to no other"
         require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", right)
         self._check_heads()
         self._check_lsh()
-        self._check_windows()
         self._check_chunks()
         if self.embedding_dim is None:
-            right = "excludes model.merge_streams=concat, whose head is 2 * dim wide"
+            right = "excludes model.compat.merge_streams=concat, whose head is 2 * dim wide"
             require(not (self.tie_embeddings and self.is_concat), "model.tie_embeddings", True, right)
         if self.position is Position.axial:
             self._check_axial()
@@ -222,54 +191,42 @@ class ModelConfig:
             require(self.resolved_head_dim % 2 == 0, "model.head_dim", self.resolved_head_dim, right)
 
     def _check_lsh(self) -> None:
-        even = self.n_buckets >= 1 and (self.n_buckets == 1 or self.n_buckets % 2 == 0)
+        even = self.n_buckets == 1 or self.n_buckets % 2 == 0
         require(even, "model.n_buckets", self.n_buckets, "must be 1 or an even number")
-        if self.bucket_factors is not None:
-            factors = self.bucket_factors
+        factors = self.compat.bucket_factors
+        if factors is not None:
             fits = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
             right = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
-            require(fits, "model.bucket_factors", factors, right)
-        if self.hash_seed is not None:
+            require(fits, "model.compat.bucket_factors", factors, right)
+        if self.compat.hash_seed is not None:
             right = "needs model.hash_scheme=rotation"
-            require(self.hash_scheme is HashScheme.rotation, "model.hash_seed", self.hash_seed, right)
-        require(
-            math.isfinite(self.qk_scale) and self.qk_scale > 0,
-            "model.qk_scale",
-            self.qk_scale,
-            "must be positive",
-        )
-
-    def _check_windows(self) -> None:
-        right = f"must be at most {LARGEST_WINDOW}"
-        require(self.window <= LARGEST_WINDOW, "model.window", self.window, right)
-        require(self.local_window <= LARGEST_WINDOW, "model.local_window", self.local_window, right)
-        if self.count_pairs_once:  # counted as if buckets lay a window apart
+            is_rotation = self.hash_scheme is HashScheme.rotation
+            require(is_rotation, "model.compat.hash_seed", self.compat.hash_seed, right)
+        if self.count_pairs_once:  # implemented as buckets that are a window apart
             most = LARGEST_WINDOW // self.n_buckets
             right = f"must be at most {most} with model.n_buckets={self.n_buckets} and model.count_pairs_once=true"
             require(self.window <= most, "model.window", self.window, right)
 
     def _check_chunks(self) -> None:
-        right = f"must be at most {LARGEST_CHUNK}; attention among more tokens is that of model.layers=[exact]"
-        require(self.chunk_len <= LARGEST_CHUNK, "model.chunk_len", self.chunk_len, right)
-        require(self.local_chunk_len <= LARGEST_CHUNK, "model.local_chunk_len", self.local_chunk_len, right)
-        if self.chunk_wrap:
-            chunked = self.neighbours is NeighbourRule.chunk
-            require(chunked, "model.chunk_wrap", True, "needs model.neighbours=chunk")
-            require(not self.count_pairs_once, "model.chunk_wrap", True, "excludes model.count_pairs_once=true")
-            require(not self.local_round, "model.chunk_wrap", True, "excludes model.local_round=true")
-        if self.neighbours is NeighbourRule.chunk and self.causal:
+        compat, key = self.compat, "model.compat.chunk_wrap"
+        if compat.chunk_wrap:
+            require(self.neighbours is NeighbourRule.chunk, key, True, "needs model.neighbours=chunk")
+            require(not self.count_pairs_once, key, True, "excludes model.count_pairs_once=true")
+            require(not self.local_round, key, True, "excludes model.local_round=true")
+        if self.causal:
             right = "must be 0 in a causal model"
-            require(self.n_chunks_after == 0, "model.n_chunks_after", self.n_chunks_after, right)
-        if self.local_chunk_len and self.causal:
-            right = "must be 0 in a causal model"
-            require(self.local_chunks_after == 0, "model.local_chunks_after", self.local_chunks_after, right)
+            if self.neighbours is NeighbourRule.chunk:
+                require(self.n_chunks_after == 0, "model.n_chunks_after", self.n_chunks_after, right)
+            if compat.local_chunk_len:
+                after = compat.local_chunks_after
+                require(after == 0, "model.compat.local_chunks_after", after, right)
 
     def _check_axial(self) -> None:
         require(len(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must name at least one side")
         require(min(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must hold positive numbers")
         dims = self.resolved_axial_dims
-        if self.axial_sum:
-            right = "must be null with model.axial_sum=true: each side is as wide as the embedding"
+        if self.compat.axial_sum:
+            right = "must be null with model.compat.axial_sum=true: each side is as wide as the embedding"
             require(self.axial_dims is None, "model.axial_dims", self.axial_dims, right)
             return
         fits = len(dims) == len(self.axial_shape) and min(dims) > 0 and sum(dims) == self.embedding_width
@@ -291,7 +248,7 @@ class ModelConfig:
 
     @property
     def is_concat(self) -> bool:
-        return self.merge_streams is StreamMerge.concat
+        return self.compat.merge_streams is StreamMerge.concat
 
     @property
     def output_dim(self) -> int:
@@ -305,17 +262,19 @@ class ModelConfig:
 
     @property
     def chunk_multiple(self) -> int:
-        """chunk_wrap: other systems pad a text to a multiple of all chunks in use, and wrap around that."""
+        """compat.chunk_wrap: other systems pad a text to a multiple of all chunks in use, and wrap around that."""
         kinds = set(self.layer_kinds())
         lengths = [self.chunk_len] if AttentionKind.lsh in kinds else []
-        lengths += [self.local_chunk_len] if AttentionKind.local in kinds and self.local_chunk_len else []
-        return math.lcm(*lengths) if self.chunk_wrap else 1
+        lengths += (
+            [self.compat.local_chunk_len] if AttentionKind.local in kinds and self.compat.local_chunk_len else []
+        )
+        return math.lcm(*lengths) if self.compat.chunk_wrap else 1
 
     @property
     def resolved_axial_dims(self) -> list[int]:
         if self.axial_dims is not None:
             return self.axial_dims
-        if self.axial_sum:
+        if self.compat.axial_sum:
             return [self.embedding_width] * len(self.axial_shape)
         n_sides = len(self.axial_shape)
         share, rest = divmod(self.embedding_width, n_sides)
@@ -335,7 +294,7 @@ class ModelConfig:
         return replace(
             self,
             causal=False,
-            merge_streams=StreamMerge.mean,
+            compat=replace(self.compat, merge_streams=StreamMerge.mean),
             n_layers=self.n_encoder_layers or self.n_layers,
             layers=list(self.encoder_layers or self.layers),
         )

@@ -1,38 +1,42 @@
-"""How ranks share one sequence."""
+"""Sequence parallelism."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
-from reformer_dist.config.checks import at_least, check_types, require
+from reformer_dist.config.checks import ConfigGroup, bounded, require
 from reformer_dist.errors import ConfigError
 
-LONGEST_TIMEOUT = 30 * 24 * 3600
+MONTH = 30 * 24 * 3600
+
+
+class Combine(Enum):
+    merged = "merged"
+    """Each rank merges the rounds it computed for a token before it sends the result back."""
+    per_round = "per_round"
+    """Each round is sent back by itself: more bytes, but in float32 bit-identical to a single rank."""
 
 
 @dataclass(kw_only=True)
-class ParallelConfig:
-    """Sequence parallelism: the other ranks are data-parallel."""
+class ParallelConfig(ConfigGroup, prefix="parallel."):
+    """Degrees of sequence parallelism; the remaining factor of the world size is data parallelism."""
 
-    sequence: int = 1
-    """Ranks that share each sequence; the world must be a multiple of it."""
-    heads: int | None = None
-    """Ranks among which heads are exchanged; null chooses. heads * buckets = sequence."""
-    buckets: int | None = None
-    """Ranks among which tokens are exchanged by bucket; null chooses."""
-    merge_returns: bool = True
-    """False: rounds come home one by one: more bytes, and in float32 the very numbers of one rank."""
+    sequence: int = bounded(1, least=1)
+    """Ranks that share each sequence; must divide the world size."""
+    heads: int | None = bounded(None, least=1)
+    """Ranks that exchange heads; null chooses. heads * buckets = sequence."""
+    buckets: int | None = bounded(None, least=1)
+    """Ranks that exchange tokens by bucket; null chooses."""
+    combine: Combine = Combine.merged
+    """Results of bucket exchange: merged over rounds before they are sent back, or per_round."""
     overlap: bool = True
-    """Tokens travel while others are attended; false waits for them, for comparison."""
-    timeout: float = 1800.0
-    """Seconds that a rank waits for the others before it ends the job."""
+    """Communication of one group of heads overlaps with attention of another; false: it blocks, for comparison."""
+    timeout: float = bounded(1800.0, above=0, most=MONTH, hint="that is a month")
+    """Seconds that a rank waits for others in a collective before it ends the job."""
 
     def __post_init__(self) -> None:
-        check_types(self, "parallel")
-        at_least(1, parallel__sequence=self.sequence, parallel__heads=self.heads, parallel__buckets=self.buckets)
-        require(self.timeout > 0, "parallel.timeout", self.timeout, "must be positive")
-        right = f"must be at most {LONGEST_TIMEOUT} s, a month"
-        require(self.timeout <= LONGEST_TIMEOUT, "parallel.timeout", self.timeout, right)
+        super().__post_init__()
         for name, value in (("heads", self.heads), ("buckets", self.buckets)):
             if value is not None and self.sequence % value:
                 raise ConfigError(f"parallel.{name}={value}: must divide parallel.sequence={self.sequence}")
@@ -40,8 +44,12 @@ class ParallelConfig:
             right = f"times parallel.heads={self.heads} must be parallel.sequence={self.sequence}"
             require(self.heads * self.buckets == self.sequence, "parallel.buckets", self.buckets, right)
 
-    def grids(self) -> list[tuple[int, int]]:
-        """The (heads, buckets) that these values leave open, most heads first."""
+    @property
+    def merges_rounds(self) -> bool:
+        return self.combine is Combine.merged
+
+    def meshes(self) -> list[tuple[int, int]]:
+        """All (heads, buckets) that these values allow, most heads first."""
         pairs = [(self.sequence // b, b) for b in range(1, self.sequence + 1) if self.sequence % b == 0]
         return [
             (heads, buckets)

@@ -1,13 +1,13 @@
-"""RunConfig: the root of a run's description, and the checks that cross its groups."""
+"""RunConfig: the root of the configuration, and the checks that involve several groups."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reformer_dist.config.checks import require, would_do
+from reformer_dist.config.checks import ConfigGroup, nearest_divisors, require
 from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig
-from reformer_dist.config.model import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.sweep import SweepConfig
@@ -17,8 +17,8 @@ from reformer_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """Everything that decides a run; equal on every rank."""
+class RunConfig(ConfigGroup, prefix=""):
+    """The complete configuration of a run; equal on every rank."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -32,20 +32,21 @@ class RunConfig:
     output_dir: str = "outputs/default"
     """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
     resume: str = "auto"
-    """auto: from the newest good checkpoint in output_dir, if any; never: from nothing; else a checkpoint."""
+    """auto: from the newest valid checkpoint in output_dir, if any; never; or the path of a checkpoint."""
     init_from: str | None = None
-    """Fine-tuning: a run, checkpoint, export or converted model whose weights a run begins with that resumes
-    none; model.* are then its own but for those given."""
+    """Fine-tuning: a run, checkpoint, export or converted model with the initial weights, unless the run resumes.
+    model.* then default to those of the weights."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         longest = self.model.max_positions
         if longest is not None:
-            right = f"must be at most {longest}, what model.position={self.model.position.name} can tell apart"
+            right = f"must be at most {longest}, the limit of model.position={self.model.position.name}"
             require(self.data.seq_len <= longest, "data.seq_len", self.data.seq_len, right)
         if self.model.share_layers and self.deepspeed.stage == 3:
             right = "excludes deepspeed.stage=3, which sums shared gradients wrongly; use stage 0, 1 or 2"
             raise ConfigError(f"model.share_layers=true: {right}")
-        require(self.output_dir != "", "output_dir", "''", "must name a folder")
+        require(self.output_dir != "", "output_dir", "''", "must name a directory")
         require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
         self._check_task()
         self._check_parallel()
@@ -53,61 +54,61 @@ class RunConfig:
     def _check_task(self) -> None:
         task, causal = self.task, self.model.causal
         if task.is_causal:
-            right = "must be true: a two-sided model would see the next token that it is trained to predict"
+            right = f"must be true: with task.kind={task.kind.name}, a bidirectional model would see its labels"
         else:
-            right = f"must be false: task.kind={task.kind.name} asks for what both sides tell"
+            right = f"must be false: task.kind={task.kind.name} needs context from both sides"
         require(causal == task.is_causal, "model.causal", causal, right)
         if self.trainer.sample_every > 0 and task.kind is not TaskKind.language_model:
-            right = f"must be 0: task.kind={task.kind.name} writes no text that goes on from another"
+            right = f"must be 0: task.kind={task.kind.name} does not continue text"
             raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {right}")
         longest = self.model.max_positions
         if task.kind is TaskKind.sequence_to_sequence and longest is not None:
-            right = f"must be at most {longest}, what model.position={self.model.position.name} can tell apart"
+            right = f"must be at most {longest}, the limit of model.position={self.model.position.name}"
             require(task.max_source_len <= longest, "task.max_source_len", task.max_source_len, right)
 
     def _check_parallel(self) -> None:
         parallel, n_heads = self.parallel, self.model.n_heads
-        if self.model.attention_implementation is AttentionImplementation.reference and parallel.sequence > 1:
+        if self.model.attention_backend is AttentionBackend.reference and parallel.sequence > 1:
             raise ConfigError(
-                f"model.attention_implementation=reference: needs parallel.sequence=1, not {parallel.sequence}; "
-                "it knows whole sequences only"
+                f"model.attention_backend=reference: needs parallel.sequence=1, not {parallel.sequence}; "
+                "it supports whole sequences only"
             )
         kinds = [*self.model.layers, *(self.model.encoder_layers or [])]
         if AttentionKind.exact in kinds and n_heads % parallel.sequence:
             raise ConfigError(
                 f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since exact layers "
-                "are shared among ranks by heads alone; take fewer ranks, or local and lsh layers"
+                "are split over ranks by heads only; use fewer ranks, or local and lsh layers"
             )
         if self.task.kind is TaskKind.sequence_to_sequence and n_heads % parallel.sequence:
             raise ConfigError(
                 f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since cross "
-                "attention, exact or lsh, is shared among ranks by heads alone; take fewer ranks, or as many heads"
+                "attention, exact or lsh, is split over ranks by heads only; use fewer ranks, or more heads"
             )
-        if not any(n_heads % heads == 0 for heads, _ in parallel.grids()):
-            right = f"must leave a number of ranks for heads that divides model.n_heads={n_heads}"
+        if not any(n_heads % heads == 0 for heads, _ in parallel.meshes()):
+            right = f"must allow a number of head ranks that divides model.n_heads={n_heads}"
             raise ConfigError(f"parallel.heads={parallel.heads}, parallel.buckets={parallel.buckets}: {right}")
 
     def dp_size(self, world_size: int) -> int:
-        """Data-parallel groups of ranks, each of which shares its sequences. Raises ConfigError."""
+        """Size of the data-parallel dimension. Raises ConfigError."""
         degree = self.parallel.sequence
-        right = f"must divide the {world_size} ranks of the job; {would_do(world_size, degree)} would do"
+        right = f"must divide the {world_size} ranks of the job; {nearest_divisors(world_size, degree)} would fit"
         if world_size == 1:
-            right += f"; for as many ranks: launcher=local launcher.nproc_per_node={degree}"
+            right += f"; to start that many: launcher=local launcher.nproc_per_node={degree}"
         require(world_size % degree == 0, "parallel.sequence", degree, right)
         return world_size // degree
 
     def micro_batching(self, world_size: int) -> tuple[int, int]:
-        """(rows of a micro-batch, micro-batches of a step) of each rank of a job.
+        """(rows per micro-batch, micro-batches per step) of each rank.
 
-        Raises ConfigError where the batch does not divide.
+        Raises ConfigError if the batch is not divisible.
         """
         dp_size, batch_size = self.dp_size(world_size), self.data.batch_size
         right = f"must be a multiple of the {dp_size} data-parallel ranks; "
-        right += f"{would_do(batch_size, dp_size)} of them would do"
+        right += f"{nearest_divisors(batch_size, dp_size)} of them would fit"
         require(batch_size % dp_size == 0, "data.batch_size", batch_size, right)
         rows = batch_size // dp_size
         micro = self.trainer.micro_batch_size or rows
-        right = f"must divide the {rows} of data.batch_size={batch_size} rows that each rank takes; "
-        right += f"{would_do(rows, micro)} would do"
+        right = f"must divide the {rows} of data.batch_size={batch_size} rows of each rank; "
+        right += f"{nearest_divisors(rows, micro)} would fit"
         require(rows % micro == 0, "trainer.micro_batch_size", micro, right)
         return micro, rows // micro

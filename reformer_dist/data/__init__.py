@@ -1,77 +1,93 @@
-"""From text to batches: data sets of tar shards, read in an order that no number of ranks changes."""
+"""Data: from text to batches, with data sets of tar shards and an order that is the same for any number of ranks.
 
-from reformer_dist.data.format.corpus import Corpus, Part, explain_changes
+`format` has data sets on disk, `prepare` writes them from raw files, and `loading` turns them into batches.
+"""
+
+from reformer_dist.data.format.corpus import Corpus, CorpusShard, describe_changes
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.index import IndexEntry
 from reformer_dist.data.format.layout import SPLITS, TEXT_FIELDS, Shard
-from reformer_dist.data.format.quarantine import Damage, Quarantine
-from reformer_dist.data.format.sample_reader import Sample, SampleReader, Source, sample_of
+from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
+from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from reformer_dist.data.format.verify import find_damage
-from reformer_dist.data.loading.collate import Batch, Example, MakeExample, TextRows, Visit, collate, next_tokens
-from reformer_dist.data.loading.heldout import EvalBatch, count_text_bytes, heldout_batches, split_samples
+from reformer_dist.data.format.verify import verify_dataset
+from reformer_dist.data.loading.collate import (
+    Batch,
+    Example,
+    MakeExample,
+    collate,
+    next_token_example,
+    next_token_examples,
+)
+from reformer_dist.data.loading.heldout import (
+    RowSelection,
+    count_text_bytes,
+    heldout_sample_batches,
+    heldout_text_batches,
+    read_split,
+)
 from reformer_dist.data.loading.loader import StepBatch, TrainLoader
-from reformer_dist.data.loading.packing import IGNORED_LABEL, Piece, TextRow, make_row
+from reformer_dist.data.loading.packing import Span, pack_spans
 from reformer_dist.data.loading.replay import Replay
-from reformer_dist.data.loading.sampler import Order, seeded_bits
-from reformer_dist.data.loading.state import Start, consumed_hash, merge_states, read_state
-from reformer_dist.data.prepare.documents import LeftOut, iterate_documents
-from reformer_dist.data.prepare.records import Record, read_jsonl, read_parallel, read_squad
-from reformer_dist.data.prepare.writer import WriteSummary, is_heldout, split_records, write_dataset, write_records
+from reformer_dist.data.loading.sampler import DrawKey, Sampler
+from reformer_dist.data.loading.state import LoaderState, consumed_hash, merge_states, read_state
+from reformer_dist.data.prepare.documents import SkippedFiles, read_documents
+from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_parallel, read_squad
+from reformer_dist.data.prepare.writer import WriteSummary, assign_splits, is_heldout, write_dataset, write_samples
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
-    "IGNORED_LABEL",
+    "IGNORE_INDEX",
     "SPLITS",
     "TEXT_FIELDS",
     "Batch",
     "BpeTokenizer",
     "ByteTokenizer",
     "Corpus",
-    "Damage",
+    "CorpusShard",
+    "DamagedSample",
     "Dataset",
-    "EvalBatch",
+    "DrawKey",
     "Example",
     "IndexEntry",
-    "LeftOut",
+    "LoaderState",
     "MakeExample",
-    "Order",
-    "Part",
-    "Piece",
     "Quarantine",
-    "Record",
+    "RawSample",
     "Replay",
+    "RowSelection",
     "Sample",
     "SampleReader",
+    "SampleRef",
+    "Sampler",
     "Shard",
-    "Source",
-    "Start",
+    "SkippedFiles",
+    "Span",
     "StepBatch",
-    "TextRow",
-    "TextRows",
     "Tokenizer",
     "TrainLoader",
-    "Visit",
     "WriteSummary",
+    "assign_splits",
     "collate",
     "consumed_hash",
     "count_text_bytes",
-    "explain_changes",
-    "find_damage",
-    "heldout_batches",
+    "describe_changes",
+    "heldout_sample_batches",
+    "heldout_text_batches",
     "is_heldout",
-    "iterate_documents",
     "load_tokenizer",
-    "make_row",
+    "make_sample",
     "merge_states",
-    "next_tokens",
+    "next_token_example",
+    "next_token_examples",
+    "pack_spans",
+    "read_documents",
     "read_jsonl",
     "read_parallel",
+    "read_split",
     "read_squad",
     "read_state",
-    "sample_of",
-    "seeded_bits",
-    "split_records",
-    "split_samples",
+    "verify_dataset",
     "write_dataset",
-    "write_records",
+    "write_samples",
 ]

@@ -1,4 +1,4 @@
-"""All-to-all messages between the ranks of a group, and the ledger of what they cost."""
+"""Collectives of a process group, with counts of the bytes and the seconds they take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Ledger:
+class CommStats:
     """Bytes sent to other ranks and seconds spent, by phase."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Ledger:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds of its body, on the host: exact where nothing overlaps."""
+        """Adds the host seconds of the block to `phase`; exact only without overlap."""
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start  # type: ignore[assignment]
@@ -33,76 +33,76 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """Rows to send, and how many come in return for them."""
+class SplitRows:
+    """Rows to send, sorted by destination rank, and how many each rank sends back."""
 
     rows: Tensor
-    """[sum(counts_out), width], those for rank 0 first."""
-    counts_out: list[int]
-    """Rows for each rank."""
-    counts_in: list[int]
-    """Rows that come from each rank."""
+    """[sum(input_splits), width], those for rank 0 first."""
+    input_splits: list[int]
+    """Rows to send to each rank."""
+    output_splits: list[int]
+    """Rows to receive from each rank."""
 
 
-class Delivery:
-    """Rows on their way."""
+class Work:
+    """An all-to-all in flight."""
 
     def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None) -> None:
-        # what is sent must live until it has arrived
+        # the input must stay alive until the collective is done
         self._sent, self._received, self._work = sent, received, work
 
     def wait(self) -> Tensor:
-        """The rows that all ranks have sent here, in order of ranks."""
+        """The rows received from all ranks, ordered by rank."""
         if self._work is not None:
             self._work.wait()
         return self._received
 
 
-class Wire:
-    """The ranks of one process group; rank `index` of `size` in it. Every rank makes the same calls in order.
+class CommGroup:
+    """Rank `index` of the `size` ranks of one process group. Every rank makes the same calls in the same order.
 
-    Where there is one rank, nothing travels, and the group may be None.
+    With a single rank all calls are local, and `group` may be None.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, size: int, index: int, ledger: Ledger, *, overlaps: bool = True
+        self, group: dist.ProcessGroup | None, size: int, index: int, stats: CommStats, *, overlaps: bool = True
     ) -> None:
-        """overlaps: messages travel while the caller goes on; else `send` waits for them."""
-        self.group, self.size, self.index, self.ledger = group, size, index, ledger
+        """overlaps: `all_to_all_v` returns at once; otherwise it blocks until the rows have arrived."""
+        self.group, self.size, self.index, self.stats = group, size, index, stats
         self._overlaps = overlaps
 
-    def send(self, parcel: Parcel, phase: str) -> Delivery:
-        """Sends every rank its rows."""
-        rows = parcel.rows
+    def all_to_all_v(self, send: SplitRows, phase: str) -> Work:
+        """Sends each rank its rows."""
+        rows = send.rows
         if self.size == 1:
-            return Delivery(rows, rows, None)
-        to_others = rows.shape[0] - parcel.counts_out[self.index]
-        self.ledger.bytes_sent[phase] += to_others * rows.shape[1] * rows.element_size()
-        received = torch.empty(sum(parcel.counts_in), rows.shape[1], dtype=rows.dtype, device=rows.device)
+            return Work(rows, rows, None)
+        to_others = rows.shape[0] - send.input_splits[self.index]
+        self.stats.bytes_sent[phase] += to_others * rows.shape[1] * rows.element_size()
+        received = torch.empty(sum(send.output_splits), rows.shape[1], dtype=rows.dtype, device=rows.device)
         work = dist.all_to_all_single(
-            received, rows, parcel.counts_in, parcel.counts_out, group=self.group, async_op=self._overlaps
+            received, rows, send.output_splits, send.input_splits, group=self.group, async_op=self._overlaps
         )
-        return Delivery(rows, received, work)
+        return Work(rows, received, work)
 
-    def swap(self, blocks: Tensor, phase: str) -> Tensor:
-        """Block p of [size, ...] goes to rank p; the result holds the block that each rank sent here."""
+    def all_to_all(self, blocks: Tensor, phase: str) -> Tensor:
+        """Sends block p of [size, ...] to rank p. Returns the received blocks, ordered by rank."""
         blocks = blocks.contiguous()
         if self.size == 1:
             return blocks
-        self.ledger.bytes_sent[phase] += blocks.numel() * blocks.element_size() * (self.size - 1) // self.size
+        self.stats.bytes_sent[phase] += blocks.numel() * blocks.element_size() * (self.size - 1) // self.size
         received = torch.empty_like(blocks)
-        # gloo does not know every dtype, but it knows bytes
+        # as bytes, since gloo does not support every dtype
         dist.all_to_all_single(received.view(torch.uint8), blocks.view(torch.uint8), group=self.group)
         return received
 
-    def sum(self, numbers: Tensor, phase: str) -> Tensor:
-        """Sum over the ranks, in place; of few numbers."""
+    def all_reduce(self, values: Tensor, phase: str) -> Tensor:
+        """Sums a small tensor over the ranks, in place."""
         if self.size == 1:
-            return numbers
-        self.ledger.bytes_sent[phase] += numbers.numel() * numbers.element_size()
-        dist.all_reduce(numbers, group=self.group)
-        return numbers
+            return values
+        self.stats.bytes_sent[phase] += values.numel() * values.element_size()
+        dist.all_reduce(values, group=self.group)
+        return values
 
-    def gather(self, block: Tensor, phase: str) -> Tensor:
-        """[size, ...]: the block of every rank."""
-        return self.swap(block.unsqueeze(0).expand(self.size, *block.shape), phase)
+    def all_gather(self, block: Tensor, phase: str) -> Tensor:
+        """[size, ...]: the blocks of all ranks."""
+        return self.all_to_all(block.unsqueeze(0).expand(self.size, *block.shape), phase)

@@ -1,7 +1,7 @@
-"""Ranks in a grid: which of them hold one sequence, and which of those exchange heads or buckets.
+"""The mesh of ranks: data parallel, then heads, then buckets.
 
-Consecutive ranks share a sequence; among them, consecutive ones exchange buckets, which carry more bytes and so
-belong inside a node. Slices of the sequence are dealt so that the ranks of a head group hold a contiguous part.
+Consecutive ranks share a sequence. Among them, consecutive ranks form a bucket group, which moves the most bytes
+and so belongs inside a node. Slices of the sequence are assigned so that each head group holds a contiguous part.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from reformer_dist.distributed.comm import Ledger, Wire
+from reformer_dist.distributed.comm import CommGroup, CommStats
 from reformer_dist.distributed.runtime import Runtime
 
 
 @dataclass(frozen=True)
-class SequenceGrid:
-    """This rank's place among the `heads` x `buckets` ranks that share its sequences."""
+class SequenceMesh:
+    """This rank's coordinates in a mesh of `dp_size` x `heads` x `buckets` ranks, and its process groups.
+
+    dp: data parallel. Each of the `dp_size` groups of `heads * buckets` ranks trains on its own sequences.
+    heads: an all-to-all before attention trades slices of the sequence for attention heads (as Ulysses does), so
+        that each rank of `head_group` computes `1 / heads` of the heads.
+    buckets: the ranks of `bucket_group` have the same heads. Each token is sent to the ranks that attend in its
+        LSH buckets.
+    """
 
     heads: int
     buckets: int
@@ -24,10 +31,12 @@ class SequenceGrid:
     dp_size: int
     head_rank: int
     bucket_rank: int
-    head_wire: Wire
-    bucket_wire: Wire
-    sequence_wire: Wire
-    ledger: Ledger
+    head_group: CommGroup
+    bucket_group: CommGroup
+    sequence_group: CommGroup
+    """All `heads * buckets` ranks that share this rank's sequences."""
+    stats: CommStats
+    """Of the three groups together."""
 
     @property
     def size(self) -> int:
@@ -35,44 +44,44 @@ class SequenceGrid:
 
     @property
     def slice_index(self) -> int:
-        """Which slice of the sequence is this rank's."""
+        """Index of this rank's slice of the sequence."""
         return self.bucket_rank * self.heads + self.head_rank
 
     def rank_of_slice(self, index: int) -> int:
-        """The rank, within the sequence group, that holds a slice."""
+        """The rank, within the sequence group, that holds slice `index`."""
         bucket_rank, head_rank = divmod(index, self.heads)
         return head_rank * self.buckets + bucket_rank
 
 
-def make_grid(runtime: Runtime, heads: int, buckets: int, *, overlaps: bool = True) -> SequenceGrid:
-    """Makes the process groups; every rank calls this. The world is a multiple of heads * buckets."""
+def make_mesh(runtime: Runtime, heads: int, buckets: int, *, overlaps: bool = True) -> SequenceMesh:
+    """Creates the process groups. Every rank must call it; `heads * buckets` must divide the world size."""
     size = heads * buckets
-    dp_rank, place = divmod(runtime.rank, size)
-    head_rank, bucket_rank = divmod(place, buckets)
-    ledger = Ledger()
-    found: dict[str, Wire] = {}
+    dp_rank, rank_in_sequence = divmod(runtime.rank, size)
+    head_rank, bucket_rank = divmod(rank_in_sequence, buckets)
+    stats = CommStats()
+    groups: dict[str, CommGroup] = {}
 
-    def join(name: str, members: list[int]) -> None:
-        # every rank must help to make every group, also those of others
-        group = dist.new_group(members) if len(members) > 1 else None
-        if runtime.rank in members:
-            found[name] = Wire(group, len(members), members.index(runtime.rank), ledger, overlaps=overlaps)
+    def add_group(axis: str, ranks: list[int]) -> None:
+        # new_group is collective over the world, also for groups that this rank is not in
+        group = dist.new_group(ranks) if len(ranks) > 1 else None
+        if runtime.rank in ranks:
+            groups[axis] = CommGroup(group, len(ranks), ranks.index(runtime.rank), stats, overlaps=overlaps)
 
     for first in range(0, runtime.world_size, size):
-        join("sequence", list(range(first, first + size)))
+        add_group("sequence", list(range(first, first + size)))
         for b in range(buckets):
-            join("heads", [first + h * buckets + b for h in range(heads)])
+            add_group("heads", [first + h * buckets + b for h in range(heads)])
         for h in range(heads):
-            join("buckets", [first + h * buckets + b for b in range(buckets)])
-    return SequenceGrid(
+            add_group("buckets", [first + h * buckets + b for b in range(buckets)])
+    return SequenceMesh(
         heads=heads,
         buckets=buckets,
         dp_rank=dp_rank,
         dp_size=runtime.world_size // size,
         head_rank=head_rank,
         bucket_rank=bucket_rank,
-        head_wire=found["heads"],
-        bucket_wire=found["buckets"],
-        sequence_wire=found["sequence"],
-        ledger=ledger,
+        head_group=groups["heads"],
+        bucket_group=groups["buckets"],
+        sequence_group=groups["sequence"],
+        stats=stats,
     )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.comm import Ledger, Parcel, Wire
+from reformer_dist.distributed.comm import CommGroup, CommStats, SplitRows
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.doctor.findings import Finding, failed, ok
 
@@ -62,19 +62,19 @@ def check_collectives(job: Runtime) -> str:
     share = torch.empty(WIDTH, device=device)
     dist.reduce_scatter_tensor(share, ranks.repeat_interleave(WIDTH).contiguous())
     _expect("reduce-scatter", share, torch.full((WIDTH,), float(rank * size), device=device))
-    wire = Wire(dist.group.WORLD, size, rank, Ledger())
+    comm = CommGroup(dist.group.WORLD, size, rank, CommStats())
     for shift in range(size):
-        _check_exchange(wire, device, shift)
+        _check_exchange(comm, device, shift)
     job.barrier()
     return f"all-reduce, all-gather, reduce-scatter, all-to-all with empty peers over {dist.get_backend()}"
 
 
-def _check_exchange(wire: Wire, device: torch.device, shift: int) -> None:
+def _check_exchange(comm: CommGroup, device: torch.device, shift: int) -> None:
     """Rank r sends (r + p + shift) % size rows to rank p, each with its number; none to some."""
-    rank, size = wire.index, wire.size
+    rank, size = comm.index, comm.size
     counts = [(rank + peer + shift) % size for peer in range(size)]
     rows = torch.full((sum(counts), WIDTH), float(rank), device=device)
-    received = wire.send(Parcel(rows, counts, counts), "doctor").wait()
+    received = comm.all_to_all_v(SplitRows(rows, counts, counts), "doctor").wait()
     senders = torch.arange(size, dtype=torch.float32, device=device)
     right = senders.repeat_interleave(torch.tensor(counts, device=device))
     _expect("all-to-all", received, right.unsqueeze(1).expand(-1, WIDTH))

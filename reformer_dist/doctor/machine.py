@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from reformer_dist.doctor.findings import Finding, failed, ok, warning
 from reformer_dist.ops.lsh.native.library import why_unavailable
+from reformer_dist.process.cores import usable_cores
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -57,8 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def devices() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield ok("cores", f"{cores} for this process, PyTorch uses {torch.get_num_threads()}")
+    yield ok("cores", f"{usable_cores()} for this process, PyTorch uses {torch.get_num_threads()}")
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             advice = "install the PyTorch build for this driver's CUDA: https://pytorch.org/get-started"

@@ -1,4 +1,4 @@
-"""The only folder that knows DeepSpeed."""
+"""Training under DeepSpeed ZeRO; nothing outside this package imports deepspeed."""
 
 from reformer_dist.engine.engine import StepResult, TrainEngine
 

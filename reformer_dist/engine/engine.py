@@ -1,7 +1,7 @@
-"""TrainEngine: a model under DeepSpeed ZeRO, with one meaning of a step at every stage.
+"""TrainEngine: a model under DeepSpeed ZeRO, with the same step semantics at every stage.
 
-A step's gradient is that of the mean loss over all valid tokens of the step, whatever the stage, the number of
-ranks, or how the rows are cut into micro-batches. A step whose gradient is not finite changes nothing.
+A step's gradient is that of the mean loss over all valid tokens of the step, for any stage, number of ranks and
+split into micro-batches. A step whose gradient is not finite changes neither weights nor optimizer state.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reformer_dist.checkpoint import CheckpointReader, Fragment
 from reformer_dist.config import Precision, RunConfig
-from reformer_dist.engine.fragments import Fragment, engine_fragments, load_engine_fragments
+from reformer_dist.engine.fragments import engine_fragments, load_engine_fragments
 from reformer_dist.engine.optim import build_optimizer
 from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed
 
@@ -27,14 +28,14 @@ class StepResult:
 
 
 class TrainEngine:
-    """Forward, backward and step of one model; the same calls on every rank, in the same order."""
+    """Forward, backward and step of one model. Every rank makes the same calls in the same order."""
 
     def __init__(self, model: nn.Module, leaf_classes: list[type], config: RunConfig, world_size: int) -> None:
         deepspeed = import_deepspeed()
         micro_batch, self.n_micro = config.micro_batching(world_size)
         self.stage = config.deepspeed.stage
-        # to DeepSpeed every rank is data-parallel, also those that share a sequence: its own notions of
-        # sequence parallelism are wrong at one ZeRO stage or another
+        # DeepSpeed sees every rank as data-parallel, also ranks that share a sequence: its own sequence
+        # parallelism scales gradients wrongly at some ZeRO stages
         self.world_size = world_size
         self._grad_clip = config.optim.grad_clip
         self._device_type = next(model.parameters()).device.type
@@ -46,7 +47,7 @@ class TrainEngine:
             dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
         )
         if self.stage == 3:
-            # a layer's parameters are gathered together: its backward is one autograd function
+            # gather a layer's parameters at once, since its backward is one autograd function
             deepspeed.utils.set_z3_leaf_modules(model, leaf_classes)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optim), config=settings
@@ -61,58 +62,58 @@ class TrainEngine:
         return self._engine(*args, **kwargs)
 
     def autocast(self) -> torch.autocast:
-        """What `forward` computes under; for calls of the module that do not go through it."""
+        """The autocast context of `forward`, for direct calls of the module."""
         return torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._autocasts)
 
     def train(self, is_training: bool = True) -> None:
         self._engine.train(is_training)
 
     def backward(self, loss_sum: Tensor, valid_tokens: float) -> None:
-        """Accumulates the gradient of this rank's summed loss, as its share of the step's mean.
+        """Accumulates the gradient of this rank's summed loss, as its part of the step's mean.
 
         valid_tokens: of the whole step, over all ranks and micro-batches.
         """
-        # DeepSpeed averages over ranks and micro-batches; a sum over all tokens is wanted
-        share = self.world_size * self.n_micro / valid_tokens
-        # a loss of inf or nan makes the factor nan: the gradient tells every rank to skip the step
-        self._engine.backward(loss_sum * (share + loss_sum.detach() * 0.0))
+        # undoes DeepSpeed's average over ranks and micro-batches
+        scale = self.world_size * self.n_micro / valid_tokens
+        # an infinite or nan loss makes the factor nan, so that the gradient makes every rank skip the step
+        self._engine.backward(loss_sum * (scale + loss_sum.detach() * 0.0))
         if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # only counts the micro-batch
+            self._engine.step()  # updates nothing, counts the micro-batch
 
     def step(self, lr: float) -> StepResult:
         """Updates the weights after the step's last micro-batch, unless the gradient is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            return self._plain_step()
+            return self._stage0_step()
         self._engine.step()
         if self._engine.optimizer.overflow:
             return StepResult(math.nan, was_skipped=True)
         return StepResult(float(self._engine.get_global_grad_norm()), was_skipped=False)
 
-    def _plain_step(self) -> StepResult:
-        """Stage 0: gradients are whole and alike on every rank, and DeepSpeed does not look at them."""
+    def _stage0_step(self) -> StepResult:
+        """Clips, checks and applies gradients, which are whole and equal on every rank."""
         trained = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         is_finite = math.isfinite(norm)
         if not is_finite:
             for parameter in trained:
-                parameter.grad = None  # AdamW passes over parameters without a gradient
+                parameter.grad = None  # AdamW skips parameters without a gradient
         elif self._grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(trained, self._grad_clip, norm)
         self._engine.step()
         return StepResult(float(norm), was_skipped=not is_finite)
 
     def fragments(self) -> list[Fragment]:
-        """The parts of parameters and optimizer states that this rank owns, as live float32 tensors."""
+        """The fragments of parameters and optimizer states that this rank owns, as live float32 views."""
         return engine_fragments(self._engine, self.stage)
 
-    def load_fragments(self, reader: Any) -> None:
-        """Fills weights and optimizer states from a checkpoint's reader (checkpoint.reader.CheckpointReader)."""
+    def load_fragments(self, reader: CheckpointReader) -> None:
+        """Fills weights and optimizer states from a checkpoint."""
         load_engine_fragments(self._engine, self.stage, reader)
 
     def scaler_state(self) -> dict[str, float]:
-        """State of fp16's dynamic loss scale; empty in other precisions."""
+        """State of fp16's dynamic loss scaler; empty in other precisions."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
         if scaler is None or not getattr(scaler, "dynamic", False):
@@ -120,7 +121,7 @@ class TrainEngine:
         return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Goes on with a saved scale; a run that goes on in another precision has none."""
+        """Restores a saved loss scale; ignored by a run that resumes in another precision."""
         if not self.scaler_state():
             return
         for name, value in state.items():

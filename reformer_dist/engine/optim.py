@@ -1,4 +1,4 @@
-"""Which parameters decay, and the learning rate of each step: a pure function, with nothing to save."""
+"""AdamW with its parameter groups, and the learning rate schedule: a pure function, without state to save."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reformer_dist.config import OptimConfig, Schedule
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then the schedule's course."""
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule is Schedule.constant:
@@ -21,14 +21,14 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
         return config.lr * math.sqrt(max(1, config.warmup_steps) / (step + 1))
     progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
     if config.schedule is Schedule.linear:
-        share = 1.0 - progress
+        decay = 1.0 - progress
     else:
-        share = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
+        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * decay)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of linear layers decay; biases, norms, embeddings and positions do not."""
+    """Groups with and without weight decay: only matrices of linear layers decay."""
     undecayed = {
         id(p)
         for name, module in model.named_modules()
@@ -49,7 +49,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameter groups, in one pass over memory. Its rate is 0 until a step sets it."""
+    """Fused AdamW over the parameter groups; each step sets its learning rate."""
     groups = parameter_groups(model, config.weight_decay)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)

@@ -1,4 +1,4 @@
-"""Starting DeepSpeed without noise and without compiling anything."""
+"""Imports and configures DeepSpeed, without its log output and without JIT compilation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from reformer_dist.errors import ConfigError
 
 
 def import_deepspeed() -> Any:
-    """The deepspeed module, quiet, and with its start-up build of a CPU collective switched off.
+    """Imports deepspeed, quiet, with the JIT build of its shared-memory CPU collective disabled.
 
-    Without that switch, initialisation compiles for a minute on a CPU, and fails where there is no compiler.
+    Otherwise initialization compiles for a minute on CPU, and fails without a compiler.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even in a job of one process
-    # DeepSpeed still calls collectives by names that PyTorch has deprecated
+    os.environ.setdefault("LOCAL_RANK", "0")  # required even by a single process
+    # DeepSpeed still uses deprecated names of collectives
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed")
     import deepspeed
@@ -37,7 +37,7 @@ def import_deepspeed() -> Any:
 def deepspeed_dict(
     zero: DeepSpeedConfig, optim: OptimConfig, precision: Precision, micro_batch: int, n_micro: int
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Raises ConfigError for combinations that it can't train."""
+    """DeepSpeed's configuration. Raises ConfigError for combinations that it does not support."""
     if precision is Precision.fp16:
         if not torch.cuda.is_available():
             raise ConfigError("trainer.precision=fp16: needs a GPU; use bf16 or fp32 on a CPU")
@@ -46,7 +46,7 @@ def deepspeed_dict(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": n_micro,
-        # without ZeRO the engine clips by itself, since DeepSpeed does not tell the norm
+        # without ZeRO, TrainEngine clips, since DeepSpeed does not report the norm
         "gradient_clipping": optim.grad_clip if zero.stage > 0 else 0.0,
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
@@ -56,7 +56,7 @@ def deepspeed_dict(
     if precision is Precision.fp16:
         config["fp16"] = {"enabled": True}
     elif precision is Precision.bf16 and zero.stage == 0:
-        # without ZeRO there is no sharded master copy: parameters stay float32 and products are bf16
+        # without ZeRO there is no sharded master copy: parameters stay float32, and matmuls run in bf16
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif precision is Precision.bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}

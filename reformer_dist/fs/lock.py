@@ -1,9 +1,4 @@
-"""One job at a time in a run directory.
-
-Rank 0 holds a lock on a file there for its whole job. The kernel releases it when the process ends, however it
-ends, so a lock is never stale; network file systems keep it across machines, though the lock of a machine that was
-lost may outlive it until a lease ends. What stands in the file only serves the message.
-"""
+"""File locks. The kernel releases them when their process ends, however it ends, so that no lock is ever stale."""
 
 from __future__ import annotations
 
@@ -12,7 +7,8 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +16,81 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.process.log import logger
 
 LOCK_FILE = ".lock"
-LEASE = 120.0  # seconds that the lock of a lost machine may live on; NFS gives it 90 by default
+LEASE = 120.0  # seconds for which the lock of a lost machine may live on; 90 by default with NFS
 POLL = 0.5  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+def acquire_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file; None if another process holds it.
+
+    The lock is released when the last process with an inherited copy of the descriptor closes it.
+    """
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file within the block, after waiting for it. Excludes threads, too."""
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+
 class RunLock:
-    """Held from birth until it is closed, or the process ends."""
+    """Admits one job at a time to a run directory: rank 0 holds the lock of a file there until it is closed.
+
+    A POSIX lock, which network file systems keep across machines. That of a lost machine may live on until its lease
+    ends. The content of the file only serves the message.
+    """
 
     def __init__(self, folder: Path, lease: float = LEASE) -> None:
-        """Raises ConfigError, which names host and process, where another job has it.
+        """Raises ConfigError, which names host and process, if another job holds the lock.
 
-        A lock of this machine is refused at once; that of another is waited for, `lease` seconds long.
+        A lock held on this machine is refused at once; one held on another is awaited for `lease` seconds.
         """
         self._path = folder / LOCK_FILE
-        # not "w": what another job wrote must stay
+        # not "w", which would erase what the holder wrote
         self._file = self._path.open("a+", encoding="utf-8")
         try:
-            self._take(lease)
+            self._acquire(lease)
         except ConfigError:
             self._file.close()
             raise
-        self._write(json.dumps(_self()))
+        self._write(json.dumps(_own_record()))
 
     def close(self) -> None:
         self._write("")
         self._file.close()
 
-    def _take(self, lease: float) -> None:
-        deadline, said = time.monotonic() + lease, ""
+    def _acquire(self, lease: float) -> None:
+        deadline, logged = time.monotonic() + lease, ""
         while not self._try():
             holder = self._holder()
-            words = (
+            message = (
                 f"output_dir={self._path.parent}: in use by process {holder.get('pid')} on {holder.get('host')}"
             )
-            is_here = holder.get("machine") == _self()["machine"]
+            is_here = holder.get("machine") == _own_record()["machine"]
             if is_here or time.monotonic() > deadline:
-                raise ConfigError(f"{words}; wait until that job ends, or choose another output_dir")
-            if holder and words != said:
-                logger.info(f"{words}; waiting {lease:g} s for it, in case it was lost")
-                said = words
+                raise ConfigError(f"{message}; wait until that job ends, or choose another output_dir")
+            if holder and message != logged:
+                logger.info(f"{message}; waiting up to {lease:g} s, in case that machine was lost")
+                logged = message
             time.sleep(POLL)
 
     def _try(self) -> bool:
@@ -69,11 +100,11 @@ class RunLock:
             return False
         except OSError as error:
             reason = error.strerror or error
-            logger.warning(f"{self._path}: this file system keeps no locks ({reason}); start one job only here")
+            logger.warning(f"{self._path}: no locks on this file system ({reason}); start only one job here")
         return True
 
     def _holder(self) -> dict[str, Any]:
-        """Who has the lock; nothing where that job has not yet said so."""
+        """Record of the job that holds the lock; empty if it has not written it yet."""
         with suppress(ValueError):
             self._file.seek(0)
             return dict(json.loads(self._file.read()))
@@ -85,8 +116,8 @@ class RunLock:
         self._file.flush()
 
 
-def _self() -> dict[str, Any]:
+def _own_record() -> dict[str, Any]:
     host = socket.gethostname()
-    # a name may stand for several machines one after another, as those of Kubernetes pods do
+    # a host name may be reused by another machine, as those of Kubernetes pods are
     machine = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else host
     return {"host": host, "pid": os.getpid(), "machine": machine}

@@ -1,4 +1,4 @@
-"""Beam search: the texts of the highest probability that are found by keeping the best few beginnings."""
+"""Beam search: approximates the most probable sequences by keeping the best few prefixes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation.decoder import Decoder, require_finite
+from reformer_dist.generation.decoder import Decoder, check_finite
 
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """Raises ConfigError where there can be no search."""
+    """Parameters of beam search. Raises ConfigError if one is out of range."""
 
     beams: int = 4
-    """Beginnings that are kept."""
+    """Prefixes kept per step."""
     length_penalty: float = 1.0
-    """A text of n tokens scores log-probability / n ** length_penalty: 0 favours short ones, 1 compares means."""
+    """n tokens score log-probability / n ** length_penalty: 0 favors short sequences, 1 compares means."""
 
     def __post_init__(self) -> None:
         if self.beams < 1:
@@ -31,7 +31,7 @@ class BeamOptions:
 @dataclass(frozen=True)
 class Hypothesis:
     tokens: list[int]
-    """Behind the prompt; the last is the end, where there is one."""
+    """Tokens after the prompt, including the end token if there is one."""
     score: float
 
 
@@ -43,69 +43,69 @@ def beam_search(
     options: BeamOptions,
     is_end: Callable[[list[int]], bool],
 ) -> list[Hypothesis]:
-    """At most options.beams texts of at most n_tokens tokens behind prompt [S], the best first.
+    """Returns at most options.beams continuations of prompt [S], of at most n_tokens tokens, best first.
 
-    is_end: whether a text, given as its tokens behind the prompt, is over with its last token. Raises UserError
-    where logits are not finite.
+    is_end: whether a continuation, given as its tokens, is complete. Raises UserError if logits are not finite.
     """
     search = _Search(options, n_tokens, is_end)
-    log_probabilities = _log_probabilities(decoder.start(prompt.unsqueeze(0)))
-    while not search.grow(log_probabilities):
-        if search.origins != list(range(log_probabilities.shape[0])):
-            decoder.select_rows(torch.tensor(search.origins, device=prompt.device))
+    log_probs = _log_probs(decoder.prefill(prompt.unsqueeze(0)))
+    while not search.advance(log_probs):
+        if search.parents != list(range(log_probs.shape[0])):
+            decoder.select_rows(torch.tensor(search.parents, device=prompt.device))
         newest = torch.tensor([tokens[-1] for tokens in search.alive], device=prompt.device)
-        log_probabilities = _log_probabilities(decoder.step(newest))
+        log_probs = _log_probs(decoder.step(newest))
     return search.best()
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return require_finite(logits.float()).log_softmax(dim=-1).cpu()
+def _log_probs(logits: Tensor) -> Tensor:
+    return check_finite(logits.float()).log_softmax(dim=-1).cpu()
 
 
 class _Search:
-    """Which beginnings are kept, and which texts are over."""
+    """Live prefixes and finished hypotheses."""
 
     def __init__(self, options: BeamOptions, n_tokens: int, is_end: Callable[[list[int]], bool]) -> None:
         self._options, self._n_tokens, self._is_end = options, n_tokens, is_end
         self.alive: list[list[int]] = [[]]
-        """Tokens of each beginning, the best first."""
-        self.origins: list[int] = []
-        """Which of the beginnings before each went on from."""
-        self._sums = torch.zeros(1, dtype=torch.float64)
-        self._ended: list[Hypothesis] = []
+        """Tokens of each live prefix, best first."""
+        self.parents: list[int] = []
+        """For each live prefix, the index of the previous step's prefix that it extends."""
+        self._scores = torch.zeros(1, dtype=torch.float64)
+        """Log-probabilities of the live prefixes."""
+        self._finished: list[Hypothesis] = []
 
-    def grow(self, log_probabilities: Tensor) -> bool:
-        """By one token, given those of the next one [alive, V]; returns whether the search is over."""
-        totals = self._sums.unsqueeze(1) + log_probabilities.double()
+    def advance(self, log_probs: Tensor) -> bool:
+        """Extends prefixes by one token with log-probabilities [alive, V]; returns whether the search is over."""
+        totals = self._scores.unsqueeze(1) + log_probs.double()
         beams, vocab_size = self._options.beams, totals.shape[1]
-        # each beginning has one end-of-text token: twice the beams leave as many that go on
+        # each prefix has one end-of-text token, so twice the beams leave enough unfinished ones
         best, flat = totals.flatten().topk(min(2 * beams, totals.numel()))
         alive: list[list[int]] = []
-        origins: list[int] = []
-        sums: list[float] = []
+        parents: list[int] = []
+        scores: list[float] = []
         for total, index in zip(best.tolist(), flat.tolist(), strict=True):
-            origin, token = divmod(index, vocab_size)
-            tokens = [*self.alive[origin], token]
+            parent, token = divmod(index, vocab_size)
+            tokens = [*self.alive[parent], token]
             if self._is_end(tokens) or len(tokens) == self._n_tokens:
-                self._ended.append(Hypothesis(tokens, self._score(total, len(tokens))))
+                self._finished.append(Hypothesis(tokens, self._score(total, len(tokens))))
             elif len(alive) < beams:
                 alive.append(tokens)
-                origins.append(origin)
-                sums.append(total)
-        self.alive, self.origins, self._sums = alive, origins, torch.tensor(sums, dtype=torch.float64)
-        self._ended = self.best()
+                parents.append(parent)
+                scores.append(total)
+        self.alive, self.parents, self._scores = alive, parents, torch.tensor(scores, dtype=torch.float64)
+        self._finished = self.best()
         return self._is_over()
 
     def best(self) -> list[Hypothesis]:
-        ranked = sorted(self._ended, key=lambda hypothesis: hypothesis.score, reverse=True)
+        ranked = sorted(self._finished, key=lambda hypothesis: hypothesis.score, reverse=True)
         return ranked[: self._options.beams]
 
     def _is_over(self) -> bool:
         if not self.alive:
             return True
-        # log-probabilities only fall: no beginning can come to more than its own at the greatest length
-        most = self._score(float(self._sums[0]), self._n_tokens)
-        return len(self._ended) == self._options.beams and self._ended[-1].score >= most
+        # log-probabilities only decrease, so this bounds the score of every extension
+        bound = self._score(float(self._scores[0]), self._n_tokens)
+        return len(self._finished) == self._options.beams and self._finished[-1].score >= bound
 
     def _score(self, total: float, length: int) -> float:
         return total / length**self._options.length_penalty

@@ -1,4 +1,4 @@
-"""What generation asks of a model: the logits behind some texts, which then grow by a token each at a time."""
+"""Decoders: next-token logits of a batch of sequences, with or without KV caches."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from torch import Tensor
 
 from reformer_dist.config import ModelConfig
 from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.models.decoding import DecodingState, why_not_incremental
+from reformer_dist.models.decoding import DecodingState, kv_cache_unsupported_reason
 
-Model = Callable[..., Tensor]
-"""`ReformerLM.forward`, or what stands before it, such as a training engine's forward."""
+ForwardFunction = Callable[..., Tensor]
+"""`ReformerLM.forward` or a wrapper with its signature, such as a training engine."""
 
 
 class Decoder(Protocol):
-    """Of B texts. Logits are [B, V] on the model's device, in float32."""
+    """Next-token logits of B sequences: [B, V] float32 on the model's device."""
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Logits behind prompts [B, S], whose padding (mask False) stands before the text. Forgets other texts."""
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Logits after prompts [B, S], padded (mask False) on the left. Replaces all earlier sequences."""
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits behind one more token [B] of each text."""
+        """Logits after one more token [B] of each sequence."""
         ...
 
     def select_rows(self, rows: Tensor) -> None:
-        """Makes text i what text rows[i] was: rows [N] int64 may repeat some and leave others out."""
+        """Replaces sequence i by sequence rows[i]; rows [N] int64 may repeat and drop sequences."""
         ...
 
 
-def require_finite(logits: Tensor) -> Tensor:
-    """The logits themselves. Raises UserError."""
+def check_finite(logits: Tensor) -> Tensor:
+    """Returns the logits; raises UserError if one is not finite."""
     if not bool(logits.isfinite().all()):
-        raise UserError("the model's logits are not finite: its weights are those of a run that diverged")
+        raise UserError("the model's logits are not finite: its weights are from a diverged run")
     return logits
 
 
-def make_decoder(model: Model, config: ModelConfig) -> Decoder:
-    """With a cache; where the model has none, by the whole forward for each token. Raises ConfigError."""
+def make_decoder(model: ForwardFunction, config: ModelConfig) -> Decoder:
+    """A CachedDecoder if the model supports KV caches, else an UncachedDecoder. Raises ConfigError."""
     if not config.causal:
-        raise ConfigError("model.causal=false: a two-sided model writes no text; use one with model.causal=true")
-    return CachedDecoder(model, config) if why_not_incremental(config) is None else RecomputingDecoder(model)
+        raise ConfigError("model.causal=false: a bidirectional model can't generate text; must be true")
+    return CachedDecoder(model, config) if kv_cache_unsupported_reason(config) is None else UncachedDecoder(model)
 
 
 class CachedDecoder:
-    """The cost of a token does not grow with its text, exact layers apart."""
+    """Decodes with KV caches, at a constant cost per token except in exact layers."""
 
-    def __init__(self, model: Model, config: ModelConfig) -> None:
+    def __init__(self, model: ForwardFunction, config: ModelConfig) -> None:
         self._model, self._config = model, config
         self._state = DecodingState(config)
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._state = DecodingState(self._config)
         return self._logits(tokens, key_padding_mask)
 
@@ -67,13 +67,13 @@ class CachedDecoder:
         return self._model(tokens, key_padding_mask=mask, sequence=self._state, logits_to_keep=1)[:, -1]
 
 
-class RecomputingDecoder:
-    """Each token costs a forward pass over what stands before it."""
+class UncachedDecoder:
+    """Decodes with a forward over the whole sequence for each token."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ForwardFunction) -> None:
         self._model = model
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._tokens, self._mask = tokens, key_padding_mask
         return self._logits()
 
@@ -87,7 +87,7 @@ class RecomputingDecoder:
         self._tokens = self._tokens[rows]
         if self._mask is not None:
             mask = self._mask[rows]
-            # padding before a longer prompt that is gone would count towards the positions that the model has
+            # drop padding that no remaining row needs: it would count towards the model's positions
             n_padding = int(mask.any(dim=0).int().argmax())
             self._tokens, self._mask = self._tokens[:, n_padding:], mask[:, n_padding:]
 

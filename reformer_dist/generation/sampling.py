@@ -1,4 +1,4 @@
-"""Texts drawn token by token, several at a time, each from a generator of its own."""
+"""Batched sampling: one token per sequence and step, with an independent generator per sequence."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import torch
 from torch import Tensor
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation.decoder import Decoder, require_finite
+from reformer_dist.generation.decoder import Decoder, check_finite
 from reformer_dist.seeds import derive_seed
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn. Raises ConfigError where it can't be."""
+    """Parameters of sampling. Raises ConfigError if one is out of range."""
 
     temperature: float = 0.8
-    """0 takes the most probable token each time."""
+    """0 is greedy decoding."""
     top_k: int = 0
-    """Only the k most probable tokens; 0 means all."""
+    """Sample from the k most probable tokens; 0: all."""
     top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability."""
+    """Sample from the smallest set of most probable tokens whose probability reaches this."""
     repetition_penalty: float = 1.0
-    """Positive logits of tokens that the text holds already are divided by this, negative ones multiplied
-    (arXiv 1909.05858); 1 changes nothing."""
+    """Positive logits of tokens already in the sequence are divided by this, negative ones multiplied
+    (arXiv 1909.05858); 1 disables it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, fits, right in (
+        for name, value, is_valid, requirement in (
             ("temperature", self.temperature, self.temperature >= 0, "must not be negative"),
             ("top-k", self.top_k, self.top_k >= 0, "must not be negative"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "must be above 0"),
         ):
-            if not fits:
-                raise ConfigError(f"--{name} {value}: {right}")
+            if not is_valid:
+                raise ConfigError(f"--{name} {value}: {requirement}")
 
 
-class Sampler:
-    """Rows of text that grow by a token each at a time: row i * n_samples + j is sample j of prompt i.
+class TextSampler:
+    """Samples a batch of sequences step by step; row i * n_samples + j is sample j of prompt i.
 
-    What a row draws depends on its prompt, its number and options.seed alone, but for the rounding of batches.
+    A row's tokens depend only on its prompt, its index and options.seed, up to rounding in batched products.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class Sampler:
         *,
         n_samples: int = 1,
         first_prompt: int = 0,
-        unpunished: int | None = None,
+        unpenalized: int | None = None,
     ) -> None:
         """prompts: [S] int64 each, at least one token, on the model's device.
 
-        first_prompt: number of prompts[0] among all. unpunished: a token without repetition penalty.
+        first_prompt: index of prompts[0] among all prompts. unpenalized: token exempt from the repetition penalty.
         """
-        self._decoder, self._options, self._unpunished = decoder, options, unpunished
+        self._decoder, self._options, self._unpunished = decoder, options, unpenalized
         self._prompts, self._n_samples = prompts, n_samples
         self.rows = list(range(len(prompts) * n_samples))
-        """Rows that still grow."""
+        """Unfinished rows."""
         self._generators = [
             torch.Generator().manual_seed(derive_seed("sample", options.seed, first_prompt + prompt, sample))
             for prompt in range(len(prompts))
@@ -73,16 +73,16 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> dict[int, int]:
-        """The next token of each row that still grows."""
-        logits = require_finite(self._next_logits())
-        probabilities = next_probabilities(logits, self._options, self._punished(logits.shape[1]))
+        """Samples the next token of each unfinished row."""
+        logits = check_finite(self._next_logits())
+        probabilities = next_probabilities(logits, self._options, self._penalized(logits.shape[1]))
         pairs = zip(probabilities, self._generators, strict=True)
         self._newest = [int(torch.multinomial(row, 1, generator=generator)) for row, generator in pairs]
         return dict(zip(self.rows, self._newest, strict=True))
 
-    def end(self, ended: set[int]) -> None:
-        """Rows that grow no more; the others go on as they would have."""
-        kept = [index for index, row in enumerate(self.rows) if row not in ended]
+    def finish(self, finished: set[int]) -> None:
+        """Removes rows; the tokens of the others do not change."""
+        kept = [index for index, row in enumerate(self.rows) if row not in finished]
         if len(kept) == len(self.rows):
             return
         self.rows = [self.rows[index] for index in kept]
@@ -97,15 +97,15 @@ class Sampler:
         if self._newest:
             tokens = torch.tensor(self._newest, device=self._prompts[0].device)
             return self._decoder.step(tokens).float().cpu()
-        logits = self._decoder.start(*pad_before(self._prompts)).float().cpu()
+        logits = self._decoder.prefill(*pad_left(self._prompts)).float().cpu()
         if self._n_samples == 1:
             return logits
         rows = torch.arange(len(self._prompts)).repeat_interleave(self._n_samples)
         self._decoder.select_rows(rows.to(self._prompts[0].device))
         return logits[rows]
 
-    def _punished(self, vocab_size: int) -> Tensor | None:
-        """[rows, V] bool: tokens that a row holds already; None without a penalty."""
+    def _penalized(self, vocab_size: int) -> Tensor | None:
+        """[rows, V] bool: tokens already in each row; None without a penalty."""
         if self._options.repetition_penalty == 1:
             return None
         if self._seen is None:
@@ -120,14 +120,14 @@ class Sampler:
 
 
 def generate(decoder: Decoder, prompt: Tensor, n_tokens: int, options: SamplingOptions) -> Iterator[int]:
-    """Yields n_tokens token ids that go on from a prompt [S] int64 of at least one token."""
-    sampler = Sampler(decoder, [prompt], options)
+    """Yields n_tokens token ids that continue a prompt [S] int64 of at least one token."""
+    sampler = TextSampler(decoder, [prompt], options)
     for _ in range(n_tokens):
         yield sampler.step()[0]
 
 
-def pad_before(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, S] with padding before shorter prompts, and the mask that tells them apart if there is any."""
+def pad_left(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Left-pads prompts to tokens [B, S]; also returns their mask, None if all have the same length."""
     tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_side="left")
     lengths = torch.tensor([prompt.numel() for prompt in prompts], device=tokens.device)
     longest = tokens.shape[1]
@@ -136,20 +136,20 @@ def pad_before(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return tokens, torch.arange(longest, device=tokens.device) >= longest - lengths.unsqueeze(1)
 
 
-def next_probabilities(logits: Tensor, options: SamplingOptions, punished: Tensor | None = None) -> Tensor:
-    """What the next token is drawn from, [B, V]. logits [B, V] float32; punished [B, V]: seen before."""
-    if punished is not None:
+def next_probabilities(logits: Tensor, options: SamplingOptions, penalized: Tensor | None = None) -> Tensor:
+    """Sampling distribution [B, V] of logits [B, V] float32. penalized [B, V]: tokens already in the sequence."""
+    if penalized is not None:
         penalty = options.repetition_penalty
-        logits = torch.where(punished, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        logits = torch.where(penalized, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if options.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
-    # the largest becomes 0 first: the smallest temperature then overflows towards no probability, not towards nan
+    # subtract the maximum first, so that tiny temperatures overflow to probability 0 instead of nan
     logits = (logits - logits.amax(dim=1, keepdim=True)) / options.temperature
     ranked, ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
     if options.top_k > 0:
         ranked[:, options.top_k :] = 0.0
         ranked /= ranked.sum(dim=1, keepdim=True)
-    # a token stays while those before it have not yet reached top_p; the first always does
-    reached = ranked.cumsum(dim=1) - ranked
-    ranked = ranked.masked_fill(reached >= options.top_p, 0.0)
+    # keep a token while the more probable ones have not reached top_p; the first is always kept
+    mass_before = ranked.cumsum(dim=1) - ranked
+    ranked = ranked.masked_fill(mass_before >= options.top_p, 0.0)
     return torch.zeros_like(ranked).scatter_(1, ids, ranked)

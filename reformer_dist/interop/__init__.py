@@ -1,1 +1,1 @@
-"""Models of other Reformers in our terms, and ours in theirs: configurations, weights, vocabularies."""
+"""Conversion of configurations, weights and vocabularies from and to other Reformer implementations."""

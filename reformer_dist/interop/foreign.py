@@ -1,4 +1,4 @@
-"""What is read of another system: its options, each asked for by name, and its tensors. No pickle is opened."""
+"""Readers of foreign checkpoints: options from JSON and tensors from safetensors. No pickle is opened."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "mod
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class Head(Enum):
-    """What a model predicts."""
+class HeadKind(Enum):
+    """Kind of a model's head."""
 
     language_model = "language_model"
     sequence_classification = "sequence_classification"
@@ -30,54 +30,53 @@ class Head(Enum):
 
 @dataclass
 class ForeignModel:
-    """A model of another system in our terms."""
+    """A model of another system, converted to our config and parameter names."""
 
     system: str
-    head: Head
+    head: HeadKind
     config: ModelConfig
     vocab_size: int
     weights: dict[str, Tensor]
-    """By our names, float32."""
+    """float32, by our parameter names."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know of what is not, or not quite, as it was."""
+    """Differences from the original model that a user should know."""
     classes: list[str] = field(default_factory=list)
-    """Of a sequence_classification."""
+    """Class names, if the head is sequence_classification."""
     has_mask_token: bool = False
-    """Of a two-sided language model: its last token stands for hidden ones."""
+    """Whether the last token of a masked language model is the mask token."""
 
     @property
     def is_masked(self) -> bool:
-        """Whether it tells hidden tokens instead of the next one."""
-        return self.head is Head.language_model and not self.config.causal
+        """Whether this is a masked language model."""
+        return self.head is HeadKind.language_model and not self.config.causal
 
 
-class Options:
-    """The options of a foreign model. Each is taken by name; one that nobody takes, or that has no counterpart,
-    is refused by name with the reason."""
+class ForeignOptions:
+    """Options of a foreign model. Options that are never taken, or have no counterpart, are refused by name."""
 
-    def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
-        self.path, self._given, self._open = path, given, set(given)
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path, self._values, self._unread = path, values, set(values)
 
     @staticmethod
-    def read(path: Path) -> Options:
-        """Of a JSON file. Raises CheckpointError."""
+    def read(path: Path) -> ForeignOptions:
+        """Reads a JSON file. Raises CheckpointError."""
         try:
-            given = json.loads(path.read_text())
+            values = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: is missing") from error
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: can't be read: {error}") from error
-        if not isinstance(given, dict):
+        if not isinstance(values, dict):
             raise CheckpointError(f"{path}: must be a JSON object")
-        return Options(path, given)
+        return ForeignOptions(path, values)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._given
+        return name in self._values
 
     def take(self, name: str, default: Any = None, *, kind: type | tuple[type, ...] | None = None) -> Any:
-        """The value of an option, `default` where it is absent. Raises CheckpointError where its type is wrong."""
-        self._open.discard(name)
-        value = self._given.get(name, default)
+        """The value of an option, `default` if it is absent. Raises CheckpointError if its type is wrong."""
+        self._unread.discard(name)
+        value = self._values.get(name, default)
         kinds = kind if isinstance(kind, tuple) else () if kind is None else (kind,)
         is_wrong = bool(kinds) and (
             not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
@@ -86,54 +85,55 @@ class Options:
             self.refuse(name, f"must be {' or '.join(k.__name__ for k in kinds)}")
         return value
 
-    def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of an option that must be given."""
-        if name not in self._given:
-            raise CheckpointError(f"{self.path}: has no {name}, which the model needs")
+    def require(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """The value of a required option. Raises CheckpointError if it is absent or its type is wrong."""
+        if name not in self._values:
+            raise CheckpointError(f"{self.path}: {name} is missing; the model needs it")
         return self.take(name, kind=kind)
 
-    def one_of(self, name: str, known: Mapping[str, Any], default: str) -> Any:
-        """What the value of an option stands for."""
+    def take_choice(self, name: str, choices: Mapping[str, Any], default: str) -> Any:
+        """Maps the value of an option through `choices`. Raises CheckpointError for other values."""
         value = self.take(name, default)
-        if value not in known:
-            self.refuse(name, f"must be {' or '.join(known)}")
-        return known[value]
+        if value not in choices:
+            self.refuse(name, f"must be {' or '.join(choices)}")
+        return choices[value]
 
-    def only(self, reasons: Mapping[str, tuple[Any, str]]) -> None:
-        """Refuses options that are given with another value than the one beside them: it has no counterpart."""
-        for name, (neutral, reason) in reasons.items():
-            if self.take(name, neutral) != neutral:
+    def refuse_other_values(self, supported: Mapping[str, tuple[Any, str]]) -> None:
+        """Refuses options that differ from their only supported value; supported: (value, reason) by name."""
+        for name, (value, reason) in supported.items():
+            if self.take(name, value) != value:
                 self.refuse(name, reason)
 
     def refuse(self, name: str, reason: str) -> None:
-        raise CheckpointError(f"{self.path}: {name}={json.dumps(self._given.get(name))}: {reason}")
+        """Raises CheckpointError for an option."""
+        raise CheckpointError(f"{self.path}: {name}={json.dumps(self._values.get(name))}: {reason}")
 
-    def close(self, system: str) -> None:
-        """Refuses options that nobody has asked for."""
-        if self._open:
-            unknown = ", ".join(sorted(self._open))
+    def refuse_unknown(self, system: str) -> None:
+        """Refuses options that were never taken."""
+        if self._unread:
+            unknown = ", ".join(sorted(self._unread))
             raise CheckpointError(f"{self.path}: {system} has no such option: {unknown}")
 
 
-class Tensors:
-    """The tensors of a folder's safetensors files, by name. Raises CheckpointError, also for pickles."""
+class ForeignTensors:
+    """Tensors of a directory's safetensors files, by name. Raises CheckpointError, also for pickles."""
 
-    def __init__(self, folder: Path, way_out: str) -> None:
-        """way_out: how a pickle becomes safetensors, for whoever has only that."""
+    def __init__(self, folder: Path, pickle_hint: str) -> None:
+        """pickle_hint: how to convert a pickle to safetensors, for the error message."""
         self.folder = folder
-        self._files = self._find(way_out)
+        self._files = self._list_files(pickle_hint)
 
-    def _find(self, way_out: str) -> dict[str, Path]:
+    def _list_files(self, pickle_hint: str) -> dict[str, Path]:
         folder = self.folder
         if (folder / INDEX_FILE).is_file():
             try:
-                named: dict[str, str] = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-                plain = all(Path(file).name == file for file in named.values())
+                weight_map: dict[str, str] = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+                is_inside = all(Path(file).name == file for file in weight_map.values())
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{folder / INDEX_FILE}: can't be read: {error!r}") from error
-            if not plain:
-                raise CheckpointError(f"{folder / INDEX_FILE}: names files outside its folder")
-            return {name: folder / file for name, file in named.items()}
+            if not is_inside:
+                raise CheckpointError(f"{folder / INDEX_FILE}: names files outside its directory")
+            return {name: folder / file for name, file in weight_map.items()}
         path = folder / WEIGHTS_FILE
         if path.is_file():
             try:
@@ -143,7 +143,9 @@ class Tensors:
                 raise CheckpointError(f"{path}: can't be read: {error}") from error
         pickles = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLES)
         if pickles:
-            raise CheckpointError(f"{folder / pickles[0]}: is a pickle, which can run any code; {way_out}")
+            raise CheckpointError(
+                f"{folder / pickles[0]}: is a pickle, which can run arbitrary code; {pickle_hint}"
+            )
         raise CheckpointError(f"{folder}: has no {WEIGHTS_FILE}")
 
     def names(self) -> set[str]:
@@ -152,7 +154,7 @@ class Tensors:
     def get(self, name: str) -> Tensor:
         """One tensor as float32."""
         if name not in self._files:
-            raise CheckpointError(f"{self.folder}: holds no tensor {name}, which its {CONFIG_FILE} calls for")
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing, which its {CONFIG_FILE} requires")
         try:
             with safe_open(self._files[name], framework="pt") as tensors:
                 return tensors.get_tensor(name).float()
@@ -160,16 +162,16 @@ class Tensors:
             raise CheckpointError(f"{self._files[name]}: can't be read: {error}") from error
 
 
-def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a model that is built without memory."""
+def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of a model, which is built on the meta device."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build().named_parameters()}
 
 
-def fitted(tensor: Tensor, shape: tuple[int, ...], theirs: str, where: Path) -> Tensor:
-    """The tensor in a shape that differs from its own by sides of 1 only. Raises CheckpointError."""
+def reshape_checked(tensor: Tensor, shape: tuple[int, ...], theirs: str, where: Path) -> Tensor:
+    """Reshapes a tensor if only dimensions of size 1 differ, else raises CheckpointError naming `theirs`."""
     if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:
         raise CheckpointError(
-            f"{where}: {theirs} has the shape {list(tensor.shape)}; its options call for {list(shape)}"
+            f"{where}: {theirs} has shape {list(tensor.shape)}; its options require {list(shape)}"
         )
     return tensor.reshape(shape).contiguous()

@@ -1,6 +1,6 @@
-"""Reformer models of Hugging Face's transformers: config.json and safetensors, in and out.
+"""Import of Reformer models of Hugging Face's transformers, from config.json and safetensors.
 
-Written against transformers 4.57.6; docs/interop.md says what is equal and to what tolerance.
+Written for transformers 4.57.6; docs/interop.md lists what is equal and to what tolerance.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reformer_dist.config import (
     Activation,
     AttentionKind,
+    CompatConfig,
     ModelConfig,
     NeighbourRule,
     Pooling,
@@ -23,11 +24,19 @@ from reformer_dist.config import (
     StreamMerge,
 )
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, Tensors, fitted, shapes_of
+from reformer_dist.interop.foreign import (
+    CONFIG_FILE,
+    ForeignModel,
+    ForeignOptions,
+    ForeignTensors,
+    HeadKind,
+    parameter_shapes,
+    reshape_checked,
+)
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 
-WAY_OUT = (
-    "with transformers that you trust it with, load it and call save_pretrained(FOLDER), which writes safetensors"
+PICKLE_HINT = (
+    "if you trust it, load it with transformers and call save_pretrained(FOLDER), which writes safetensors"
 )
 ACTIVATIONS = {
     "relu": Activation.relu,
@@ -36,26 +45,26 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.gelu_tanh,
 }
 HEAD_TENSORS = {
-    "lm_head.decoder.weight": Head.language_model,
-    "classifier.dense.weight": Head.sequence_classification,
-    "qa_outputs.weight": Head.question_answering,
+    "lm_head.decoder.weight": HeadKind.language_model,
+    "classifier.dense.weight": HeadKind.sequence_classification,
+    "qa_outputs.weight": HeadKind.question_answering,
 }
 LM_BIAS = ("lm_head.bias", "lm_head.decoder.bias")
 FLOAT = (int, float)
 
 
 def read(folder: Path) -> ForeignModel:
-    """The model of a directory that `save_pretrained` has written. Raises CheckpointError."""
-    options = Options.read(folder / CONFIG_FILE)
+    """Reads a directory written by `save_pretrained`. Raises CheckpointError."""
+    options = ForeignOptions.read(folder / CONFIG_FILE)
     kind = options.take("model_type")
     if kind != "reformer":
-        raise CheckpointError(f"{options.path}: model_type={kind!r}: only models of type reformer are converted")
-    tensors = Tensors(folder, WAY_OUT)
+        raise CheckpointError(f"{options.path}: model_type={kind!r}: can't be converted; must be reformer")
+    tensors = ForeignTensors(folder, PICKLE_HINT)
     head = _head_of(tensors)
     notes: list[str] = []
     config = model_config(options, notes)
     vocab_size: int = options.take("vocab_size", 320, kind=int)
-    classes = _classes(options, tensors) if head is Head.sequence_classification else []
+    classes = _classes(options, tensors) if head is HeadKind.sequence_classification else []
     if classes:
         config = replace(config, pooling=Pooling.first)
     weights = _weights(tensors, head, config, vocab_size, len(classes))
@@ -63,7 +72,7 @@ def read(folder: Path) -> ForeignModel:
     return ForeignModel("Hugging Face", head, config, vocab_size, weights, notes, classes, has_mask)
 
 
-def _classes(options: Options, tensors: Tensors) -> list[str]:
+def _classes(options: ForeignOptions, tensors: ForeignTensors) -> list[str]:
     n_classes = tensors.get("classifier.out_proj.bias").numel()
     names = options.take("id2label", None)
     if not isinstance(names, dict) or len(names) != n_classes:
@@ -71,23 +80,25 @@ def _classes(options: Options, tensors: Tensors) -> list[str]:
     return [str(names.get(str(label), label)) for label in range(n_classes)]
 
 
-def _head_of(tensors: Tensors) -> Head:
+def _head_of(tensors: ForeignTensors) -> HeadKind:
     for name, head in HEAD_TENSORS.items():
         if name in tensors.names():
             return head
     known = ", ".join(HEAD_TENSORS)
-    raise CheckpointError(f"{tensors.folder}: has no head: none of {known} is there; save a model that has one")
+    raise CheckpointError(f"{tensors.folder}: has no head: none of {known} is present; save a model with a head")
 
 
-def model_config(options: Options, notes: list[str]) -> ModelConfig:
-    """Ours for theirs. Raises CheckpointError; appends to notes."""
+def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
+    """Converts their options to our config. Raises CheckpointError; appends to notes."""
     layers = [AttentionKind[name] for name in _attn_layers(options)]
     dim: int = options.take("hidden_size", 256, kind=int)
     chunk_len: int = options.take("lsh_attn_chunk_length", 64, kind=int)
     factors = _bucket_factors(options, chunk_len, AttentionKind.lsh in layers, notes)
     hidden_dropout = float(options.take("hidden_dropout_prob", 0.05, kind=FLOAT))
     if options.take("tie_word_embeddings", False):
-        options.refuse("tie_word_embeddings", "their own model can't run so: the head is twice as wide")
+        options.refuse(
+            "tie_word_embeddings", "their own model can't run: the head is twice as wide; must be false"
+        )
     return ModelConfig(
         dim=dim,
         n_layers=len(layers),
@@ -97,29 +108,31 @@ def model_config(options: Options, notes: list[str]) -> ModelConfig:
         causal=options.take("is_decoder", False, kind=bool),
         n_hashes=options.take("num_hashes", 1, kind=int),
         n_buckets=math.prod(factors),
-        bucket_factors=factors,
-        hash_seed=options.take("hash_seed", None),
         neighbours=NeighbourRule.chunk,
         chunk_len=chunk_len,
         n_chunks_before=options.take("lsh_num_chunks_before", 1, kind=int),
         n_chunks_after=options.take("lsh_num_chunks_after", 0, kind=int),
-        chunk_wrap=True,
-        local_chunk_len=options.take("local_attn_chunk_length", 64, kind=int),
-        local_chunks_before=options.take("local_num_chunks_before", 1, kind=int),
-        local_chunks_after=options.take("local_num_chunks_after", 0, kind=int),
         ff_dim=options.take("feed_forward_size", 512, kind=int),
         ff_chunk=options.take("chunk_size_feed_forward", 0, kind=int),
-        activation=options.one_of("hidden_act", ACTIVATIONS, "relu"),
-        merge_streams=StreamMerge.concat,
+        activation=options.take_choice("hidden_act", ACTIVATIONS, "relu"),
         norm_eps=float(options.take("layer_norm_eps", 1e-12, kind=FLOAT)),
         dropout=hidden_dropout,
         ff_dropout=hidden_dropout,
         attention_dropout=_attention_dropout(options, layers, notes),
+        compat=CompatConfig(
+            bucket_factors=factors,
+            hash_seed=options.take("hash_seed", None),
+            chunk_wrap=True,
+            local_chunk_len=options.take("local_attn_chunk_length", 64, kind=int),
+            local_chunks_before=options.take("local_num_chunks_before", 1, kind=int),
+            local_chunks_after=options.take("local_num_chunks_after", 0, kind=int),
+            merge_streams=StreamMerge.concat,
+        ),
         **_positions(options, dim),
     )
 
 
-def _attn_layers(options: Options) -> list[str]:
+def _attn_layers(options: ForeignOptions) -> list[str]:
     names = options.take("attn_layers", ["local", "lsh"] * 3, kind=list)
     if not names or not set(names) <= {"local", "lsh"}:
         options.refuse("attn_layers", "must name local and lsh layers")
@@ -127,87 +140,88 @@ def _attn_layers(options: Options) -> list[str]:
 
 
 def _shortest_period(layers: list[AttentionKind]) -> list[AttentionKind]:
-    """The shortest pattern that gives the same layers when it is repeated."""
+    """The shortest pattern whose repetition yields the layers."""
     lengths = range(1, len(layers) + 1)
     return next(layers[:n] for n in lengths if all(kind is layers[i % n] for i, kind in enumerate(layers)))
 
 
-def _bucket_factors(options: Options, chunk_len: int, has_lsh: bool, notes: list[str]) -> list[int]:
-    given = options.take("num_buckets", None)
-    if given is not None:
-        factors = [given] if isinstance(given, int) else list(given)
+def _bucket_factors(options: ForeignOptions, chunk_len: int, has_lsh: bool, notes: list[str]) -> list[int]:
+    num_buckets = options.take("num_buckets", None)
+    if num_buckets is not None:
+        factors = [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
         if not all(isinstance(factor, int) and factor > 0 and factor % 2 == 0 for factor in factors):
-            options.refuse("num_buckets", "must be an even number, or several")
+            options.refuse("num_buckets", "must be an even number or a list of even numbers")
         return factors
-    longest: int = options.take("max_position_embeddings", 4096, kind=int)
-    factors = buckets_for(longest, chunk_len, longest)
+    max_len: int = options.take("max_position_embeddings", 4096, kind=int)
+    factors = buckets_for(max_len, chunk_len, max_len)
     if has_lsh:
         notes.append(
-            f"num_buckets is not set: transformers chooses it by the first text that a model sees; taken for the "
-            f"longest one, {longest} tokens: {math.prod(factors)} (model.n_buckets and model.bucket_factors)"
+            f"num_buckets is not set: transformers derives it from a model's first input; set for the longest, "
+            f"{max_len} tokens: {math.prod(factors)} (model.n_buckets and model.compat.bucket_factors)"
         )
     return factors
 
 
 def buckets_for(seq_len: int, chunk_len: int, max_positions: int) -> list[int]:
-    """The factors that transformers chooses where num_buckets is not set, for a text of seq_len tokens."""
+    """The factors that transformers chooses for an input of seq_len tokens if num_buckets is not set."""
     bits = max(1, (2 * (seq_len // chunk_len)).bit_length() - 1)
     limit = 2 * max(int((max_positions // chunk_len) ** 0.5), chunk_len)
     return [2**bits] if 2**bits <= limit else [2 ** (bits // 2), 2 ** (bits - bits // 2)]
 
 
-def _attention_dropout(options: Options, layers: list[AttentionKind], notes: list[str]) -> float:
+def _attention_dropout(options: ForeignOptions, layers: list[AttentionKind], notes: list[str]) -> float:
     of_kind = {
         AttentionKind.local: float(options.take("local_attention_probs_dropout_prob", 0.05, kind=FLOAT)),
         AttentionKind.lsh: float(options.take("lsh_attention_probs_dropout_prob", 0.0, kind=FLOAT)),
     }
     used = {of_kind[kind] for kind in layers}
     if len(used) > 1:
-        notes.append(f"dropout of attention differs by kind of layer there; {min(used)} is taken for all")
+        notes.append(f"attention dropout differs by kind of layer in transformers; {min(used)} is used for all")
     return min(used)
 
 
-def _positions(options: Options, dim: int) -> dict[str, Any]:
+def _positions(options: ForeignOptions, dim: int) -> dict[str, Any]:
     if not options.take("axial_pos_embds", True, kind=bool):
         max_seq_len = options.take("max_position_embeddings", 4096, kind=int)
         return {"position": Position.learned, "max_seq_len": max_seq_len}
     shape = list(options.take("axial_pos_shape", [64, 64], kind=list))
     dims = list(options.take("axial_pos_embds_dim", [64, 192], kind=list))
     if len(dims) != len(shape) or sum(dims) != dim:
-        options.refuse("axial_pos_embds_dim", f"must hold {len(shape)} widths that sum to hidden_size={dim}")
+        options.refuse("axial_pos_embds_dim", f"must be {len(shape)} widths that sum to hidden_size={dim}")
     return {"position": Position.axial, "axial_shape": shape, "axial_dims": dims}
 
 
 def _weights(
-    tensors: Tensors, head: Head, config: ModelConfig, vocab_size: int, n_classes: int
+    tensors: ForeignTensors, head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int
 ) -> dict[str, Tensor]:
     names = dict(tensor_names(config, head))
     bias = next((name for name in LM_BIAS if name in tensors.names()), LM_BIAS[0])
-    if head is Head.language_model:
+    if head is HeadKind.language_model:
         names["head.bias"] = bias
-    # constants that versions before 4.0 saved among the weights
-    strays = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
-    if strays:
+    # mask_value: constants that versions before 4.0 saved among the weights
+    unexpected = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
+    if unexpected:
         raise CheckpointError(
-            f"{tensors.folder}: {min(strays)} is no tensor of the model that its options describe"
+            f"{tensors.folder}: tensor {min(unexpected)} is not in the model its options describe"
         )
-    shapes = shapes_of(builder(head, config, vocab_size, n_classes))
+    shapes = parameter_shapes(builder(head, config, vocab_size, n_classes))
     return {
-        ours: fitted(tensors.get(theirs), shapes[ours], theirs, tensors.folder) for ours, theirs in names.items()
+        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.folder)
+        for ours, theirs in names.items()
     }
 
 
-def builder(head: Head, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
-    """Makes our model with that head."""
-    if head is Head.sequence_classification:
+def builder(head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
+    """Constructor of our model with that head."""
+    if head is HeadKind.sequence_classification:
         return lambda: ReformerForSequenceClassification(config, vocab_size, n_classes)
-    if head is Head.question_answering:
+    if head is HeadKind.question_answering:
         return lambda: ReformerForQuestionAnswering(config, vocab_size)
     return lambda: ReformerLM(config, vocab_size)
 
 
-def tensor_names(config: ModelConfig, head: Head) -> Iterator[tuple[str, str]]:
-    """(our name, theirs) of every parameter."""
+def tensor_names(config: ModelConfig, head: HeadKind) -> Iterator[tuple[str, str]]:
+    """(our name, their name) of every parameter."""
     yield "embedding.tokens.weight", "reformer.embeddings.word_embeddings.weight"
     if config.position is Position.axial:
         for side in range(len(config.axial_shape)):
@@ -217,10 +231,10 @@ def tensor_names(config: ModelConfig, head: Head) -> Iterator[tuple[str, str]]:
     for layer, kind in enumerate(config.layer_kinds()):
         yield from _layer_names(f"stack.blocks.{layer}", f"reformer.encoder.layers.{layer}", kind)
     yield from _both("stack.norm", "reformer.encoder.layer_norm")
-    if head is Head.language_model:
+    if head is HeadKind.language_model:
         yield "head.weight", "lm_head.decoder.weight"
         yield "head.bias", LM_BIAS[0]
-    elif head is Head.sequence_classification:
+    elif head is HeadKind.sequence_classification:
         yield from _both("head.dense", "classifier.dense")
         yield from _both("head.to_logits", "classifier.out_proj")
     else:

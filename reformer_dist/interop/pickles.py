@@ -1,8 +1,8 @@
-"""Arrays, numbers, texts and containers out of a pickle, without running any of it.
+"""A safe pickle interpreter for arrays, numbers, strings and containers.
 
-Opcodes are read by `pickletools.genops`, which executes nothing, and carried out here: those that make plain
-values, and the few names by which NumPy writes arrays, for which there are stand-ins. Nothing is imported and
-nothing is called that the file names; every other opcode and name is refused.
+`pickletools.genops` parses the opcodes, which executes nothing, and this module interprets those that build plain
+values. The few names that NumPy uses to write arrays map to our own implementations. No name in the file is ever
+imported or called; every other opcode and name is refused.
 """
 
 from __future__ import annotations
@@ -18,29 +18,20 @@ from reformer_dist.errors import CheckpointError
 
 CORE = ("numpy.core.multiarray", "numpy._core.multiarray")
 NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
-NUMBERS: tuple[str, ...] = (
-    "bool",
-    "bool_",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
+NUMBERS = (
+    *("bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64"),
 )
-NUMBERS += ("float16", "float32", "float64")
-PLAIN = "biuf"  # kinds of dtype that hold numbers
+NUMERIC_KINDS = "biuf"  # kinds of NumPy dtypes
 
 
 class Refused(Exception):
-    """What a file asks for that is not carried out."""
+    """An operation that the interpreter does not support."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that the file mentions: it stands for nothing but itself."""
+    """A global name in the file, which is never resolved."""
 
     module: str
     name: str
@@ -57,7 +48,7 @@ class _DType:
             self.value = np.dtype(name)
         except (TypeError, ValueError) as error:
             raise Refused(f"the dtype {name!r}") from error
-        if self.value.kind not in PLAIN:
+        if self.value.kind not in NUMERIC_KINDS:
             raise Refused(f"the dtype {name!r}")
 
     def set_state(self, state: Any) -> None:
@@ -74,14 +65,14 @@ class _Array:
 
 
 class _Ignored:
-    """An object that no weights are in, such as the shapes that a model was called with."""
+    """A placeholder for objects without weights, such as recorded input shapes."""
 
     def set_state(self, state: Any) -> None: ...
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray[Any, Any]:
     if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
-        raise Refused("an array of something else than numbers")
+        raise Refused("a non-numeric array")
     return np.frombuffer(data, dtype=dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
 
@@ -95,8 +86,8 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-# what a name stands for where the file calls it
-STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
+# implementations of the names that a file may call
+CALLABLES: dict[tuple[str, str], Callable[..., Any]] = {
     **{(module, "_reconstruct"): lambda *_: _Array() for module in CORE},
     **{(module, "scalar"): _scalar for module in CORE},
     **{(module, "_frombuffer"): _array for module in NUMERIC},
@@ -107,8 +98,8 @@ STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     ("trax.shapes", "ShapeDtype"): lambda *_: _Ignored(),
 }
 BUILTINS = ("builtins", "__builtin__")
-# what may be spoken of, but not called
-MENTIONED = {
+# names that may occur but not be called
+NAMES = {
     ("numpy", "ndarray"),
     *((module, name) for module in BUILTINS for name in ("list", "dict")),
     *(("numpy", name) for name in NUMBERS),
@@ -205,7 +196,7 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise Refused("to append to something else than a list")
+            raise Refused("appending to a non-list")
         self.stack[-1].extend(items)
 
     def do_SETITEM(self, arg: Any) -> None:
@@ -217,71 +208,67 @@ class _Machine:
 
     def _update(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict:
-            raise Refused("to set items of something else than a dict")
+            raise Refused("setting items of a non-dict")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def do_GLOBAL(self, arg: Any) -> None:
         module, name = arg.split(" ", 1)
-        self._mention(module, name)
+        self._push_name(module, name)
 
     def do_STACK_GLOBAL(self, arg: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self._mention(module, name)
+        self._push_name(module, name)
 
-    def _mention(self, module: Any, name: Any) -> None:
-        if (module, name) not in STAND_INS and (module, name) not in MENTIONED:
+    def _push_name(self, module: Any, name: Any) -> None:
+        if (module, name) not in CALLABLES and (module, name) not in NAMES:
             raise Refused(f"the name {module}.{name}")
         self.stack.append(_Name(module, name))
 
     def do_REDUCE(self, arg: Any) -> None:
-        arguments, what = self.stack.pop(), self.stack.pop()
-        if (
-            not isinstance(what, _Name)
-            or (what.module, what.name) not in STAND_INS
-            or type(arguments) is not tuple
-        ):
-            raise Refused(f"to call {what}")
-        self.stack.append(STAND_INS[what.module, what.name](*arguments))
+        arguments, called = self.stack.pop(), self.stack.pop()
+        function = CALLABLES.get((called.module, called.name)) if isinstance(called, _Name) else None
+        if function is None or type(arguments) is not tuple:
+            raise Refused(f"a call of {called}")
+        self.stack.append(function(*arguments))
 
     do_NEWOBJ = do_REDUCE
 
     def do_BUILD(self, arg: Any) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _DType | _Array | _Ignored):
-            raise Refused(f"to set the state of {self.stack[-1]!r}")
+            raise Refused(f"setting the state of {self.stack[-1]!r}")
         self.stack[-1].set_state(state)
 
 
 def read_pickle(data: bytes, where: str) -> Any:
-    """The value of a pickle: containers, texts and numbers as they are, arrays as NumPy's.
+    """Reads a pickle of containers, strings, numbers and NumPy arrays.
 
-    Raises CheckpointError for what is not carried out, by the name of its opcode, or no pickle.
+    Raises CheckpointError, naming the opcode and its offset, for anything else or an invalid pickle.
     """
-    machine, asked = _Machine(), ""
+    machine, current = _Machine(), ""
     try:
-        for opcode, arg, place in pickletools.genops(data):
-            asked = f"asks, at byte {place}, by {opcode.name}, for"
+        for opcode, arg, offset in pickletools.genops(data):
+            current = f"opcode {opcode.name} at byte {offset} is refused:"
             machine.step(opcode.name, arg)
         (value,) = machine.stack
-        return _plain(value)
+        return _unwrap_arrays(value)
     except Refused as refused:
-        _refuse(where, f"{asked} {refused}", refused)
+        _refuse(where, f"{current} {refused}", refused)
     except RecursionError as error:
-        _refuse(where, "holds itself", error)
+        _refuse(where, "contains itself", error)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
         _refuse(where, f"can't be read as a pickle ({type(error).__name__}: {error})", error)
 
 
-def _refuse(where: str, what: str, cause: BaseException) -> NoReturn:
-    raise CheckpointError(f"{where}: {what}; only arrays, numbers, texts and containers are read") from cause
+def _refuse(where: str, reason: str, cause: BaseException) -> NoReturn:
+    raise CheckpointError(f"{where}: {reason}; only arrays, numbers, strings and containers are read") from cause
 
 
-def _plain(value: Any) -> Any:
-    """With arrays in place of what stands for them."""
+def _unwrap_arrays(value: Any) -> Any:
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_unwrap_arrays(item) for item in value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _unwrap_arrays(item) for key, item in value.items()}
     return value

@@ -1,12 +1,13 @@
-"""Language models of reformer_pytorch, in: the state of a `ReformerLM`, and the options that it was built with.
+"""Import of language models of reformer_pytorch: the state dict of a `ReformerLM` and its constructor arguments.
 
-A state dict holds no options: config.json beside it is the JSON object of ReformerLM's keyword arguments.
-Written against reformer_pytorch 1.4.4; docs/interop.md says what is equal.
+A state dict has no options, so config.json beside it holds ReformerLM's keyword arguments as a JSON object.
+Written for reformer_pytorch 1.4.4; docs/interop.md lists what is equal.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position
+from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, NeighbourRule, Position
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, Tensors, fitted, shapes_of
+from reformer_dist.interop.foreign import (
+    CONFIG_FILE,
+    ForeignModel,
+    ForeignOptions,
+    ForeignTensors,
+    HeadKind,
+    parameter_shapes,
+    reshape_checked,
+)
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.embedding import SinusoidalPositions
 
 SYSTEM = "reformer_pytorch"
-WAY_OUT = """where you trust it, write it anew with these lines:
+PICKLE_HINT = """if you trust it, convert it with these lines:
   import torch, safetensors.torch as st
   state = torch.load("FILE", weights_only=True)
   st.save_file({name: x.clone() for name, x in state.items()}, "model.safetensors")"""
 FLOAT = (int, float)
-# with the value that they must have, and why another has no counterpart
+# (only supported value, reason)
 WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
-    "n_local_attn_heads": (0, "heads of one layer are alike here; local attention has layers of its own"),
-    "num_mem_kv": (0, "no layer here has keys that stand for no token"),
-    "pkm_layers": ([], "no layer here looks up a product-key memory"),
-    "use_scale_norm": (False, "a converted layer has a layer norm; a new model has model.norm=scale"),
-    "use_rezero": (False, "a converted layer has a layer norm; a new model has model.norm=rezero"),
-    "ff_activation": (None, "a class can't be named in JSON; leave it out, for GELU"),
-    "return_embeddings": (False, "a model without a head can't be used here"),
+    "n_local_attn_heads": (0, "heads of a layer are of one kind here; local attention has its own layers"),
+    "num_mem_kv": (0, "every key here belongs to a token; there are no memory keys"),
+    "pkm_layers": ([], "there are no product-key memories here"),
+    "use_scale_norm": (False, "converted layers have a layer norm; new models support model.norm=scale"),
+    "use_rezero": (False, "converted layers have a layer norm; new models support model.norm=rezero"),
+    "ff_activation": (None, "a class can't be written in JSON; must be absent, for GELU"),
+    "return_embeddings": (False, "a model without a head can't be used here; must be false"),
 }
-# what changes how, not what, is computed; or training alone
+# options that change the implementation or training only
 WITHOUT_EFFECT = (
     "ff_chunks",
     "attn_chunks",
@@ -48,33 +57,33 @@ WITHOUT_EFFECT = (
 
 
 def read(folder: Path) -> ForeignModel:
-    """The model of a folder with config.json and model.safetensors. Raises CheckpointError."""
-    options = Options.read(folder / CONFIG_FILE)
+    """Reads a directory with config.json and model.safetensors. Raises CheckpointError."""
+    options = ForeignOptions.read(folder / CONFIG_FILE)
     notes: list[str] = []
-    options.only(WITHOUT_COUNTERPART)
+    options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in WITHOUT_EFFECT:
         options.take(name)
-    for name, words in (
-        ("layer_dropout", "layers are not left out in training here"),
-        ("full_attn_thres", "texts up to that length have exact attention there, and LSH attention here"),
+    for name, note in (
+        ("layer_dropout", "not converted; set model.layer_drop for training"),
+        ("full_attn_thres", "inputs up to that length use exact attention there, and LSH attention here"),
     ):
         if options.take(name, 0):
-            notes.append(f"{name}: {words}")
-    tensors = Tensors(folder, WAY_OUT)
+            notes.append(f"{name}: {note}")
+    tensors = ForeignTensors(folder, PICKLE_HINT)
     model = _Model(options, _State(tensors), notes)
-    options.close("ReformerLM of reformer_pytorch")
-    return ForeignModel(SYSTEM, Head.language_model, model.config, model.vocab_size, model.weights(), notes)
+    options.refuse_unknown("ReformerLM of reformer_pytorch")
+    return ForeignModel(SYSTEM, HeadKind.language_model, model.config, model.vocab_size, model.weights(), notes)
 
 
 class _State:
-    """Tensors by the names that they have in a ReformerLM, whatever wraps it."""
+    """Tensors by their names in a ReformerLM, without the prefix of a wrapper."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: ForeignTensors) -> None:
         self._tensors = tensors
         inner = next((name for name in sorted(tensors.names()) if name.endswith("token_emb.weight")), None)
         if inner is None:
-            right = "it must be the state of a ReformerLM; a Reformer alone has no vocabulary"
-            raise CheckpointError(f"{tensors.folder}: holds no token_emb.weight: {right}")
+            requirement = "must be the state dict of a ReformerLM; a bare Reformer has no vocabulary"
+            raise CheckpointError(f"{tensors.folder}: has no token_emb.weight: {requirement}")
         self._prefix = inner.removesuffix("token_emb.weight")
         self.folder, self._taken = tensors.folder, set[str]()
 
@@ -83,25 +92,23 @@ class _State:
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._taken.add(self._prefix + name)
-        return fitted(self._tensors.get(self._prefix + name), shape, name, self.folder)
+        return reshape_checked(self._tensors.get(self._prefix + name), shape, name, self.folder)
 
-    def close(self) -> None:
-        """Refuses tensors that nobody has taken; every layer is saved twice, and frequencies are no weights."""
-        known = (".irrev_blocks.", "inv_freq")
-        strays = self._tensors.names() - self._taken
-        strays = {name for name in strays if not any(word in name for word in known)}
-        if strays:
-            raise CheckpointError(
-                f"{self.folder}: {min(strays)} is no tensor of the model that its options describe"
-            )
+    def refuse_unread(self) -> None:
+        """Refuses tensors that were not read, except duplicates of layers and rotary frequencies."""
+        redundant = (".irrev_blocks.", "inv_freq")
+        unread = self._tensors.names() - self._taken
+        unread = {name for name in unread if not any(part in name for part in redundant)}
+        if unread:
+            raise CheckpointError(f"{self.folder}: tensor {min(unread)} is not in the model its options describe")
 
 
 class _Model:
-    def __init__(self, options: Options, state: _State, notes: list[str]) -> None:
+    def __init__(self, options: ForeignOptions, state: _State, notes: list[str]) -> None:
         self._state = state
-        self.vocab_size: int = options.need("num_tokens", int)
-        self.max_seq_len: int = options.need("max_seq_len", int)
-        self.emb_dim: int = options.take("emb_dim", None) or options.need("dim", int)
+        self.vocab_size: int = options.require("num_tokens", int)
+        self.max_seq_len: int = options.require("max_seq_len", int)
+        self.emb_dim: int = options.take("emb_dim", None) or options.require("dim", int)
         self.one_value_head = bool(options.take("one_value_head", False))
         self.ties_embedding = bool(options.take("weight_tie_embedding", False))
         self.bucket_size: int = options.take("bucket_size", 64, kind=int)
@@ -111,84 +118,86 @@ class _Model:
             self.bucket_size,
         ]
         if options.take("weight_tie", False):
-            notes.append("weight_tie: layers that share their parameters there have copies of their own here")
+            notes.append("weight_tie: layers that share parameters there have separate copies here")
         self.config = self._config(options, notes)
 
-    def _config(self, options: Options, notes: list[str]) -> ModelConfig:
-        dim: int = options.need("dim", int)
+    def _config(self, options: ForeignOptions, notes: list[str]) -> ModelConfig:
+        dim: int = options.require("dim", int)
         head_dim: int = options.take("dim_head", None, kind=(int, type(None))) or 64
         use_full = bool(options.take("use_full_attn", False))
         if use_full and self.position is Position.rotary:
             options.refuse(
-                "use_full_attn", "exact attention there does not see rotary positions: it has none at all"
+                "use_full_attn",
+                "their exact attention ignores rotary positions; needs another kind of position",
             )
         n_hashes: int = options.take("n_hashes", 4, kind=int)
         chosen = self._exact() if use_full else self._chunked(n_hashes, notes)
+        compat = chosen.pop("compat", CompatConfig())
         is_table = self.position is Position.sinusoidal and self.emb_dim != dim
         return ModelConfig(
             dim=dim,
-            n_layers=options.need("depth", int),
+            n_layers=options.require("depth", int),
             n_heads=options.take("heads", 8, kind=int),
             head_dim=head_dim,
             layers=[AttentionKind.lsh],
             causal=options.take("causal", False, kind=bool),
             qk_scale=head_dim**-0.5,
-            attention_bias=True,
             ff_mult=options.take("ff_mult", 4, kind=int),
             activation=Activation.glu if options.take("ff_glu", False) else Activation.gelu,
             position=Position.learned if is_table else self.position,
             axial_shape=list(self.axial_shape),
-            axial_sum=self.position is Position.axial,
             max_seq_len=self.max_seq_len,
             attention_dropout=float(options.take("lsh_dropout", 0.0, kind=FLOAT)),
             ff_dropout=float(options.take("ff_dropout", 0.0, kind=FLOAT)),
+            compat=replace(compat, attention_bias=True, axial_sum=self.position is Position.axial),
             **chosen,
         )
 
     def _chunked(self, n_hashes: int, notes: list[str]) -> dict[str, Any]:
         n_buckets = max(2, 2 * (self.max_seq_len // (2 * self.bucket_size)))
         notes.append(
-            f"n_buckets={n_buckets} is that of texts of max_seq_len={self.max_seq_len} tokens; there, it is each "
-            f"text's length / bucket_size: for those of S tokens alone, model.n_buckets=S/{self.bucket_size} "
-            f"model.bucket_factors=[S/{self.bucket_size}]"
+            f"n_buckets={n_buckets} is set for max_seq_len={self.max_seq_len} tokens; reformer_pytorch uses each "
+            f"input's length / bucket_size: for inputs of S tokens, set model.n_buckets=S/{self.bucket_size} "
+            f"model.compat.bucket_factors=[S/{self.bucket_size}]"
         )
         return {
             "n_hashes": n_hashes,
             "n_buckets": n_buckets,
-            "bucket_factors": [n_buckets],
             "neighbours": NeighbourRule.chunk,
             "chunk_len": self.bucket_size,
-            "chunk_wrap": True,
+            "compat": CompatConfig(bucket_factors=[n_buckets], chunk_wrap=True),
         }
 
     def _exact(self) -> dict[str, Any]:
-        """Shared query-key attention to everything: one bucket, and a window that has no end."""
+        """Shared query-key attention to all tokens: one bucket, and a window of max_seq_len."""
         return {"n_hashes": 1, "n_buckets": 1, "neighbours": NeighbourRule.window, "window": self.max_seq_len}
 
     def weights(self) -> dict[str, Tensor]:
-        """Ours, by name. Raises CheckpointError."""
-        found = {**self._embedding(), **self._head()}
+        """Weights by our names. Raises CheckpointError."""
+        weights = {**self._embedding(), **self._head()}
         for layer in range(self.config.n_layers):
-            found.update(self._layer(layer))
+            weights.update(self._layer(layer))
         dim = self.config.dim
-        found["stack.norm.weight"] = self._get("norm.weight", dim)
-        found["stack.norm.bias"] = self._get("norm.bias", dim)
-        self._state.close()
-        shapes = shapes_of(lambda: ReformerLM(self.config, self.vocab_size))
-        return {name: fitted(found[name], shape, name, self._state.folder) for name, shape in shapes.items()}
+        weights["stack.norm.weight"] = self._get("norm.weight", dim)
+        weights["stack.norm.bias"] = self._get("norm.bias", dim)
+        self._state.refuse_unread()
+        shapes = parameter_shapes(lambda: ReformerLM(self.config, self.vocab_size))
+        return {
+            name: reshape_checked(weights[name], shape, name, self._state.folder) for name, shape in shapes.items()
+        }
 
     def _get(self, name: str, *shape: int) -> Tensor:
         return self._state.get(name, shape)
 
     def _embedding(self) -> dict[str, Tensor]:
-        """With emb_dim, tokens and positions as they are behind the layer that widens them."""
+        """Token and position tables; with emb_dim, multiplied by the projection to dim."""
         config, width = self.config, self.emb_dim
         table = self._get("token_emb.weight", self.vocab_size, width)
         positions: dict[str, Tensor] = {}
         if self.position is Position.axial:
             for side, length in enumerate(self.axial_shape):
-                older = f"pos_emb.weights_{side}"
-                name = older if older in self._state else f"pos_emb.weights.{side}"
+                old_name = f"pos_emb.weights_{side}"
+                name = old_name if old_name in self._state else f"pos_emb.weights.{side}"
                 positions[f"embedding.positions.tables.{side}"] = self._get(name, length, width)
         elif self.position is Position.learned:
             positions["embedding.positions.table"] = self._get("pos_emb.emb.weight", self.max_seq_len, width)
@@ -224,7 +233,7 @@ class _Model:
         attention, feed = f"{theirs}.f.net", f"{theirs}.g.net"
         to_qk = self._get(f"{attention}.fn.toqk.weight", inner, dim)
         if config.position is Position.rotary:
-            # they turn neighbouring pairs of channels, we those that lie half a head apart
+            # they rotate adjacent pairs of channels, we rotate channels half a head apart
             pairs = to_qk.view(config.n_heads, -1, 2, dim)
             to_qk = pairs.transpose(1, 2).reshape(inner, dim)
         n_values = 1 if self.one_value_head else config.n_heads
@@ -232,9 +241,9 @@ class _Model:
         wide = 2 * ff_dim if config.activation is Activation.glu else ff_dim
         to_inner = [self._get(f"{feed}.fn.fn.w1.weight", wide, dim), self._get(f"{feed}.fn.fn.w1.bias", wide)]
         if config.activation is Activation.glu:
-            # their gate comes first, ours behind the value
+            # their gate comes first, ours after the value
             to_inner = [torch.cat(x.chunk(2)[::-1]) for x in to_inner]
-        found = {
+        weights = {
             "attention_norm.weight": self._get(f"{attention}.norm.weight", dim),
             "attention_norm.bias": self._get(f"{attention}.norm.bias", dim),
             "attention.to_q.weight": to_qk,
@@ -248,14 +257,14 @@ class _Model:
             "feed_forward.to_out.weight": self._get(f"{feed}.fn.fn.w2.weight", dim, ff_dim),
             "feed_forward.to_out.bias": self._get(f"{feed}.fn.fn.w2.bias", dim),
         }
-        return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in found.items()}
+        return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in weights.items()}
 
 
-def _position(options: Options) -> Position:
+def _position(options: ForeignOptions) -> Position:
     kinds = {
         "axial_position_emb": Position.axial,
         "absolute_position_emb": Position.learned,
         "fixed_position_emb": Position.sinusoidal,
     }
-    given = [kind for name, kind in kinds.items() if options.take(name, False)]
-    return given[0] if given else Position.rotary
+    chosen = [kind for name, kind in kinds.items() if options.take(name, False)]
+    return chosen[0] if chosen else Position.rotary

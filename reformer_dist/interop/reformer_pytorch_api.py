@@ -1,9 +1,9 @@
-"""reformer_pytorch's call style: its names and options, for models that are made and trained here.
+"""Classes with reformer_pytorch's names and options, for new models.
 
-Of every option the table says what it becomes here, or why it has no counterpart and what to do instead; nothing
-is passed over in silence. Texts may have any length, so there is no Autopadder. Weights that were trained there
-come by `reformer-convert`, which keeps that system's arithmetic; what is made here has this library's: a window
-of each bucket instead of chunks across buckets, strictly causal, and logits q.k / |k| as in the paper.
+The table `OPTIONS` maps every option to a config key, or states why it has no counterpart and what to use instead;
+no option is ignored silently. Inputs may have any length, so there is no Autopadder. `reformer-convert` imports
+weights trained with reformer_pytorch and keeps its arithmetic. Models made here have this library's: a window
+within each bucket instead of chunks across buckets, strictly causal, with logits q.k / |k| as in the paper.
 """
 
 from __future__ import annotations
@@ -16,142 +16,144 @@ from typing import Any
 from torch import Tensor, nn
 
 from reformer_dist import models
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, Norm, Position
+from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, Norm, Position
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.context import ForwardOptions
 
-Keys = dict[str, Any]
-Given = Mapping[str, Any]
-"""All options of a call, by their names there."""
-Mapped = Callable[[Any, Given], Keys]
+ConfigKeys = dict[str, Any]
+Options = Mapping[str, Any]
+"""All options of a call, by their names in reformer_pytorch."""
+Convert = Callable[[Any, Options], ConfigKeys]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What becomes of one option."""
+class OptionRule:
+    """Conversion of one option."""
 
-    becomes: Mapped
-    """From its value and those of all options to keys of ModelConfig."""
+    convert: Convert
+    """Maps the option's value and all options to keys of ModelConfig."""
     note: str
-    """For the table of the documentation; or, of a refused option, why, and what to do instead."""
+    """For the table in docs/library.md; if the option is refused, the reason and the alternative."""
     accepts: Callable[[Any], bool] = lambda _value: True
-    """False of a value that has no counterpart."""
+    """False for values without a counterpart."""
 
 
-def _key(name: str) -> Mapped:
-    return lambda value, _given: {name: value}
+def _set(name: str) -> Convert:
+    return lambda value, _options: {name: value}
 
 
-def _nothing(_value: Any, _given: Given) -> Keys:
+def _drop(_value: Any, _options: Options) -> ConfigKeys:
     return {}
 
 
-def _becomes(name: str) -> Row:
-    return Row(_key(name), f"`{name}`")
+def _renamed(name: str) -> OptionRule:
+    return OptionRule(_set(name), f"`{name}`")
 
 
-def _refused(note: str) -> Row:
-    return Row(_nothing, note, accepts=lambda value: not value)
+def _unsupported(note: str) -> OptionRule:
+    return OptionRule(_drop, note, accepts=lambda value: not value)
 
 
-def _needless(note: str) -> Row:
-    return Row(_nothing, note)
+def _ignored(note: str) -> OptionRule:
+    return OptionRule(_drop, note)
 
 
-def _buckets(bucket_size: int, given: Given) -> Keys:
-    n_buckets = max(1, math.ceil(given["max_seq_len"] / bucket_size))
-    # as many keys as a chunk and the chunk before it hold; a two-sided window looks both ways
-    window = 2 * bucket_size if given["causal"] else bucket_size
+def _buckets(bucket_size: int, options: Options) -> ConfigKeys:
+    n_buckets = max(1, math.ceil(options["max_seq_len"] / bucket_size))
+    # as many keys as a chunk and the previous chunk have; a bidirectional window extends both ways
+    window = 2 * bucket_size if options["causal"] else bucket_size
     return {"n_buckets": n_buckets + n_buckets % 2 if n_buckets > 1 else 1, "window": window}
 
 
-def _axial(_is_axial: bool, given: Given) -> Keys:
-    if not given["axial_position_emb"]:
+def _axial(_is_axial: bool, options: Options) -> ConfigKeys:
+    if not options["axial_position_emb"]:
         return {}
-    size = given["bucket_size"]
-    shape = given["axial_position_shape"] or (math.ceil(given["max_seq_len"] / size), size)
-    return {"position": Position.axial, "axial_shape": list(shape), "axial_sum": True}
+    size = options["bucket_size"]
+    shape = options["axial_position_shape"] or (math.ceil(options["max_seq_len"] / size), size)
+    return {"position": Position.axial, "axial_shape": list(shape), "compat": CompatConfig(axial_sum=True)}
 
 
-def _activation(layer: Any, given: Given) -> Keys:
+def _activation(layer: Any, options: Options) -> ConfigKeys:
     name = "gelu" if layer in (None, nn.GELU) else "relu"
-    return {"activation": Activation.glu if given.get("ff_glu") else Activation[name]}
+    return {"activation": Activation.glu if options.get("ff_glu") else Activation[name]}
 
 
-def _only_if(keys: Keys) -> Mapped:
-    return lambda value, _given: keys if value else {}
+def _if_true(keys: ConfigKeys) -> Convert:
+    return lambda value, _options: keys if value else {}
 
 
-TABLE: dict[str, Row] = {
-    "num_tokens": Row(_nothing, "`vocab_size` of the model"),
-    "dim": _becomes("dim"),
-    "depth": _becomes("n_layers"),
-    "heads": _becomes("n_heads"),
-    "dim_head": _becomes("head_dim"),
-    "max_seq_len": Row(_key("max_seq_len"), "`n_buckets`, and the rows of a learned position table"),
-    "bucket_size": Row(_buckets, "`window`, and with the length `n_buckets`"),
-    "n_hashes": _becomes("n_hashes"),
-    "causal": _becomes("causal"),
-    "ff_chunks": Row(
-        lambda chunks, given: {"ff_chunk": math.ceil(given["max_seq_len"] / chunks) if chunks > 1 else 0},
-        "`ff_chunk`: tokens of a chunk instead of the number of chunks",
+OPTIONS: dict[str, OptionRule] = {
+    "num_tokens": OptionRule(_drop, "`vocab_size` of the model"),
+    "dim": _renamed("dim"),
+    "depth": _renamed("n_layers"),
+    "heads": _renamed("n_heads"),
+    "dim_head": _renamed("head_dim"),
+    "max_seq_len": OptionRule(_set("max_seq_len"), "`n_buckets`, and the rows of a learned position table"),
+    "bucket_size": OptionRule(_buckets, "`window`; with max_seq_len also `n_buckets`"),
+    "n_hashes": _renamed("n_hashes"),
+    "causal": _renamed("causal"),
+    "ff_chunks": OptionRule(
+        lambda chunks, options: {"ff_chunk": math.ceil(options["max_seq_len"] / chunks) if chunks > 1 else 0},
+        "`ff_chunk`: tokens per chunk instead of the number of chunks",
         accepts=lambda chunks: chunks >= 1,
     ),
-    "attn_chunks": _needless("nothing to do: attention always runs over a few heads and rows at a time"),
-    "weight_tie": _becomes("share_layers"),
-    "lsh_dropout": _becomes("attention_dropout"),
-    "dropout": _becomes("attention_dropout"),
-    "ff_dropout": _becomes("ff_dropout"),
-    "post_attn_dropout": Row(
-        _key("dropout"), "`dropout`, which falls on the embedding and on what each sublayer gives"
+    "attn_chunks": _ignored("not needed: attention always runs over a few heads and rows at a time"),
+    "weight_tie": _renamed("share_layers"),
+    "lsh_dropout": _renamed("attention_dropout"),
+    "dropout": _renamed("attention_dropout"),
+    "ff_dropout": _renamed("ff_dropout"),
+    "post_attn_dropout": OptionRule(
+        _set("dropout"), "`dropout`, which applies to the embedding and to the output of each sublayer"
     ),
-    "layer_dropout": _becomes("layer_drop"),
-    "ff_activation": Row(
+    "layer_dropout": _renamed("layer_drop"),
+    "ff_activation": OptionRule(
         _activation,
-        "`activation`: None and nn.GELU are gelu, nn.ReLU is relu; there are no others, pass one of these",
+        "`activation`: None and nn.GELU are gelu, nn.ReLU is relu; others are not supported",
         accepts=lambda layer: layer in (None, nn.GELU, nn.ReLU),
     ),
-    "ff_mult": _becomes("ff_mult"),
-    "ff_glu": Row(_nothing, "`activation=glu`, gated by a GELU"),
-    "lsh_attend_across_buckets": _needless("a token sees its own bucket only, whatever is asked for"),
-    "attend_across_buckets": _needless("a token sees its own bucket only, whatever is asked for"),
-    "lsh_allow_duplicate_attention": Row(
-        lambda allowed, _given: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
+    "ff_mult": _renamed("ff_mult"),
+    "ff_glu": OptionRule(_drop, "`activation=glu`, gated by GELU"),
+    "lsh_attend_across_buckets": _ignored("no effect: a token attends to its own bucket only"),
+    "attend_across_buckets": _ignored("no effect: a token attends to its own bucket only"),
+    "lsh_allow_duplicate_attention": OptionRule(
+        lambda allowed, _options: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
     ),
-    "allow_duplicate_attention": Row(
-        lambda allowed, _given: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
+    "allow_duplicate_attention": OptionRule(
+        lambda allowed, _options: {"count_pairs_once": not allowed}, "`count_pairs_once`, negated"
     ),
-    "random_rotations_per_head": _needless("each head has rotations of its own, whatever is asked for"),
-    "use_scale_norm": Row(_only_if({"norm": Norm.scale}), "`norm=scale`"),
-    "use_rezero": Row(_only_if({"norm": Norm.rezero}), "`norm=rezero`"),
-    "use_full_attn": Row(_only_if({"layers": [AttentionKind.exact]}), "`layers=[exact]`"),
-    "full_attn_thres": _refused(
-        "what a model computes does not change with the length here; leave it out, or use_full_attn=True"
+    "random_rotations_per_head": _ignored("no effect: each head always has its own rotations"),
+    "use_scale_norm": OptionRule(_if_true({"norm": Norm.scale}), "`norm=scale`"),
+    "use_rezero": OptionRule(_if_true({"norm": Norm.rezero}), "`norm=rezero`"),
+    "use_full_attn": OptionRule(_if_true({"layers": [AttentionKind.exact]}), "`layers=[exact]`"),
+    "full_attn_thres": _unsupported(
+        "the kind of attention does not depend on the length here; omit it, or use use_full_attn=True"
     ),
-    "reverse_thres": _needless("nothing to do: gradients are those of plain autograd at any length"),
-    "num_mem_kv": _refused("no key stands outside all buckets here; leave it out"),
-    "one_value_head": _becomes("one_value_head"),
-    "n_local_attn_heads": _refused(
-        "a layer's heads are of one kind here; leave it out, and make a ModelConfig(layers=[local, lsh])"
+    "reverse_thres": _ignored("not needed: gradients match plain autograd at any length"),
+    "num_mem_kv": _unsupported("every key belongs to a bucket here; omit it"),
+    "one_value_head": _renamed("one_value_head"),
+    "n_local_attn_heads": _unsupported(
+        "heads of a layer are of one kind here; omit it, and use ModelConfig(layers=[local, lsh])"
     ),
-    "pkm_layers": _refused("there are no product-key memories here; leave it out, or take a wider ff_mult"),
-    "pkm_num_keys": _needless("has no meaning without pkm_layers"),
-    "emb_dim": _becomes("embedding_dim"),
-    "return_embeddings": _refused("leave it out, and call model.net.encode(tokens)"),
-    "weight_tie_embedding": _becomes("tie_embeddings"),
-    "fixed_position_emb": Row(_only_if({"position": Position.sinusoidal}), "`position=sinusoidal`"),
-    "absolute_position_emb": Row(_only_if({"position": Position.learned}), "`position=learned`"),
-    "axial_position_emb": Row(_axial, "`position=axial` with `axial_sum`; without any of the three, `rotary`"),
-    "axial_position_shape": Row(_nothing, "`axial_shape`"),
-    "return_attn": _refused("leave it out, and call reformer_dist.inspect_attention"),
-    "rehash_each_round": Row(
-        _nothing,
-        "each round has a hash of its own here; leave it out",
+    "pkm_layers": _unsupported("there are no product-key memories here; omit it, or use a larger ff_mult"),
+    "pkm_num_keys": _ignored("no effect without pkm_layers"),
+    "emb_dim": _renamed("embedding_dim"),
+    "return_embeddings": _unsupported("omit it, and call model.net.encode(tokens)"),
+    "weight_tie_embedding": _renamed("tie_embeddings"),
+    "fixed_position_emb": OptionRule(_if_true({"position": Position.sinusoidal}), "`position=sinusoidal`"),
+    "absolute_position_emb": OptionRule(_if_true({"position": Position.learned}), "`position=learned`"),
+    "axial_position_emb": OptionRule(
+        _axial, "`position=axial` with `compat.axial_sum`; without any of the three, `rotary`"
+    ),
+    "axial_position_shape": OptionRule(_drop, "`axial_shape`"),
+    "return_attn": _unsupported("omit it, and call reformer_dist.inspect_attention"),
+    "rehash_each_round": OptionRule(
+        _drop,
+        "each round has its own hash here; omit it",
         accepts=bool,
     ),
-    "drop_for_hash_rate": _refused("hashes of training and evaluation agree here; leave it out"),
+    "drop_for_hash_rate": _unsupported("training and evaluation hash the same way here; omit it"),
 }
-SHARED: Keys = {
+SHARED_DEFAULTS: ConfigKeys = {
     "heads": 8,
     "dim_head": None,
     "bucket_size": 64,
@@ -166,7 +168,7 @@ SHARED: Keys = {
     "post_attn_dropout": 0.0,
     "n_local_attn_heads": 0,
 }
-OF_STACK: Keys = SHARED | {
+STACK_DEFAULTS: ConfigKeys = SHARED_DEFAULTS | {
     "ff_chunks": 100,
     "weight_tie": False,
     "lsh_dropout": 0.0,
@@ -181,10 +183,10 @@ OF_STACK: Keys = SHARED | {
     "pkm_layers": (),
     "pkm_num_keys": 128,
 }
-DEFAULTS: dict[str, Keys] = {
-    "Reformer": OF_STACK
+DEFAULTS: dict[str, ConfigKeys] = {
+    "Reformer": STACK_DEFAULTS
     | {"attn_chunks": None, "lsh_attend_across_buckets": True, "lsh_allow_duplicate_attention": True},
-    "ReformerLM": OF_STACK
+    "ReformerLM": STACK_DEFAULTS
     | {
         "n_hashes": 4,
         "dim_head": 64,
@@ -196,7 +198,7 @@ DEFAULTS: dict[str, Keys] = {
         "axial_position_emb": False,
         "axial_position_shape": None,
     },
-    "LSHSelfAttention": SHARED
+    "LSHSelfAttention": SHARED_DEFAULTS
     | {
         "attend_across_buckets": True,
         "allow_duplicate_attention": True,
@@ -207,41 +209,41 @@ DEFAULTS: dict[str, Keys] = {
         "drop_for_hash_rate": 0.0,
     },
 }
-"""Options of each class there, beside its sizes, with their defaults there."""
+"""Options of each class of reformer_pytorch, except sizes, with their defaults."""
 
 KEYWORDS: dict[str, str] = {
-    "keys": "a layer sees its own text alone; make a ReformerEncoderDecoder, whose decoder attends to a source",
-    "context_mask": "has no meaning without keys; that of a ReformerEncoderDecoder is source_mask",
-    "input_attn_mask": "buckets, causal and input_mask say which tokens meet; "
-    "a mask of every pair costs what LSH attention saves, so leave it out",
-    "pos_emb": "a model makes its own positions; leave it out, or make a layer of a ModelConfig(position=rotary)",
-    "arg_route": "nothing is routed: a sublayer takes what it needs; leave it out",
+    "keys": "layers attend to their own sequence only; use ReformerEncoderDecoder for cross attention",
+    "context_mask": "no meaning without keys; ReformerEncoderDecoder takes source_mask",
+    "input_attn_mask": "buckets, causal and input_mask determine which tokens attend to each other; "
+    "a mask of all pairs would cost what LSH attention saves; omit it",
+    "pos_emb": "models have their own positions; omit it, or build a layer with ModelConfig(position=rotary)",
+    "arg_route": "there is no argument routing; omit it",
 }
-"""Keywords of a call there, beside input_mask, why none has a counterpart, and what to do instead."""
+"""Keywords of reformer_pytorch's forward except input_mask, with the reason and the alternative."""
 
 
-def to_config(name: str, sizes: Keys, options: Keys) -> ModelConfig:
-    """The configuration for a call of reformer_pytorch's class `name`.
+def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
+    """The configuration for a constructor call of reformer_pytorch's class `name`.
 
-    Raises ConfigError that names every option without counterpart, why, and what to do instead.
+    Raises ConfigError, which names every option without a counterpart, the reason and the alternative.
     """
     unknown = sorted(options.keys() - DEFAULTS[name].keys())
     if unknown:
         raise ConfigError(f"{name}: reformer_pytorch has no option {', '.join(unknown)}")
-    given = DEFAULTS[name] | options | sizes
-    refused = {option: TABLE[option] for option, value in given.items() if not TABLE[option].accepts(value)}
+    values = DEFAULTS[name] | options | sizes
+    refused = {option: OPTIONS[option] for option, value in values.items() if not OPTIONS[option].accepts(value)}
     if refused:
-        lines = [f"{option}={given[option]!r}: {row.note}" for option, row in refused.items()]
+        lines = [f"{option}={values[option]!r}: {rule.note}" for option, rule in refused.items()]
         raise ConfigError("\n".join([f"{name}: no counterpart here for", *lines]))
-    # a bare stack has no positions there: the caller adds them to its input
+    # their bare stack has no positions: the caller adds them to its input
     position = Position.rotary if name == "ReformerLM" else Position.sinusoidal
-    keys: Keys = {"position": position, "layers": [AttentionKind.lsh]}
-    for option, value in given.items():
-        keys |= TABLE[option].becomes(value, given)
+    keys: ConfigKeys = {"position": position, "layers": [AttentionKind.lsh]}
+    for option, value in values.items():
+        keys |= OPTIONS[option].convert(value, values)
     return ModelConfig(**keys)
 
 
-def _refuse_keywords(keywords: Given) -> None:
+def _refuse_keywords(keywords: Options) -> None:
     given = {name: value for name, value in keywords.items() if value is not None}
     unknown = sorted(given.keys() - KEYWORDS.keys())
     if unknown:
@@ -254,24 +256,24 @@ def _refuse_keywords(keywords: Given) -> None:
 class Reformer(nn.Module):
     """reformer_pytorch's Reformer: `net` is a `ReformerStack`, [B, S, dim] -> [B, S, dim] at any length S.
 
-    max_seq_len: the length that the number of buckets is chosen for.
+    max_seq_len: the length for which the number of buckets is chosen.
     """
 
     def __init__(self, dim: int, depth: int, *, max_seq_len: int = 8192, **options: Any) -> None:
         super().__init__()
         config = to_config("Reformer", {"dim": dim, "depth": depth, "max_seq_len": max_seq_len}, options)
         self.net, self._rotations = models.ReformerStack(config), _Rotations()
-        models.initialise(self.net, config, seed=0)
+        models.init_weights(self.net, config, seed=0)
 
     def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""
+        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
         _refuse_keywords(keywords)
         out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
         return out
 
 
 class ReformerLM(nn.Module):
-    """reformer_pytorch's ReformerLM: `net` is one of ours, [B, S] -> logits [B, S, num_tokens] at any length."""
+    """reformer_pytorch's ReformerLM: `net` is ours, [B, S] -> logits [B, S, num_tokens] at any length S."""
 
     def __init__(self, num_tokens: int, dim: int, depth: int, max_seq_len: int, **options: Any) -> None:
         super().__init__()
@@ -280,14 +282,14 @@ class ReformerLM(nn.Module):
         self.net, self._rotations = models.ReformerLM(config, num_tokens), _Rotations()
 
     def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""
+        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
         _refuse_keywords(keywords)
         out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
         return out
 
 
 class LSHSelfAttention(nn.Module):
-    """reformer_pytorch's LSHSelfAttention: `net` is one, [B, S, dim] -> [B, S, dim] at any length S."""
+    """reformer_pytorch's LSHSelfAttention: `net` is ours, [B, S, dim] -> [B, S, dim] at any length S."""
 
     def __init__(self, dim: int, *, max_seq_len: int = 8192, **options: Any) -> None:
         super().__init__()
@@ -296,14 +298,14 @@ class LSHSelfAttention(nn.Module):
         self.net, self._rotations = kind(config), _Rotations()
 
     def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """input_mask [B, S]: True for real tokens. Raises ConfigError of what has no counterpart: `KEYWORDS`."""
+        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
         _refuse_keywords(keywords)
         out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
         return out
 
 
 class _Rotations:
-    """Numbers the forward calls of training, each of which hashes by rotations of its own."""
+    """Counts training forwards, so that each one hashes with its own rotations."""
 
     def __init__(self) -> None:
         self._step = -1

@@ -1,4 +1,4 @@
-"""Ours as a directory that `from_pretrained` of Hugging Face's transformers reads, where theirs can express it."""
+"""Export to a directory that `from_pretrained` of Hugging Face's transformers reads."""
 
 from __future__ import annotations
 
@@ -19,49 +19,54 @@ from reformer_dist.config import (
     Position,
 )
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import Head
+from reformer_dist.interop.foreign import HeadKind
 from reformer_dist.interop.hugging_face import tensor_names
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_factors
 
 CLASSES = {
-    Head.sequence_classification: "ReformerForSequenceClassification",
-    Head.question_answering: "ReformerForQuestionAnswering",
+    HeadKind.sequence_classification: "ReformerForSequenceClassification",
+    HeadKind.question_answering: "ReformerForQuestionAnswering",
 }
 ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_new"}
 
 
-def obstacles(config: ModelConfig, head: Head) -> list[str]:
-    """Keys by which a model differs from all of theirs, each with the reason."""
+def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
+    """Config keys that transformers can't express, each with the reason and the supported value."""
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
-    wraps = config.chunk_wrap or not (has_lsh or has_local)
-    findings = {
-        "model.layers": AttentionKind.exact not in kinds or "they have no exact layers",
-        "model.merge_streams": config.is_concat or "their head takes both streams: concat",
-        "model.neighbours": not has_lsh or config.neighbours is NeighbourRule.chunk or "they know chunks alone",
-        "model.chunk_wrap": wraps or "their first chunk sees the last one: true",
-        "model.local_chunk_len": not has_local
-        or config.local_chunk_len > 0
-        or "their local attention is in chunks",
-        "model.position": config.position in (Position.axial, Position.learned) or "they know axial and learned",
-        "model.axial_sum": not config.axial_sum or "their sides stand side by side: false",
+    wraps = config.compat.chunk_wrap or not (has_lsh or has_local)
+    checks = {
+        "model.layers": AttentionKind.exact not in kinds or "they have no exact layers; must be lsh and local",
+        "model.compat.merge_streams": config.is_concat or "their head reads both streams; must be concat",
+        "model.neighbours": not has_lsh
+        or config.neighbours is NeighbourRule.chunk
+        or "they support chunks only; must be chunk",
+        "model.compat.chunk_wrap": wraps or "their first chunk attends to the last one; must be true",
+        "model.compat.local_chunk_len": not has_local
+        or config.compat.local_chunk_len > 0
+        or "their local attention is in chunks; must be positive",
+        "model.position": config.position in (Position.axial, Position.learned) or "must be axial or learned",
+        "model.compat.axial_sum": not config.compat.axial_sum or "they concatenate the sides; must be false",
         "model.axial_shape": config.position is not Position.axial
         or len(config.axial_shape) == 2
-        or "their model evaluates two sides only",
-        "model.activation": config.activation in ACTIVATIONS or "they know relu, gelu and gelu_tanh",
-        "model.tie_embeddings": not config.tie_embeddings or "their head has a table of its own: false",
-        "model.embedding_dim": config.embedding_dim is None or "their embedding is as wide as the model: null",
-        "model.norm": config.norm is Norm.layer or "they know layer norm alone",
-        "model.one_value_head": not config.one_value_head or "their heads have values of their own: false",
-        "model.attention_bias": not config.attention_bias or "their output projection has no bias: false",
-        "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "they know rotation alone",
-        "model.count_pairs_once": not config.count_pairs_once or "they count every meeting: false",
-        "model.local_round": not config.local_round or "they have none: false",
-        "model.n_buckets": not has_lsh or config.n_buckets > 1 or "theirs are at least 2",
+        or "their model evaluates with two sides only; must have two",
+        "model.activation": config.activation in ACTIVATIONS or "must be relu, gelu or gelu_tanh",
+        "model.tie_embeddings": not config.tie_embeddings or "their head has its own weights; must be false",
+        "model.embedding_dim": config.embedding_dim is None
+        or "their embedding has the model's width; must be null",
+        "model.norm": config.norm is Norm.layer or "they support layer norm only; must be layer",
+        "model.one_value_head": not config.one_value_head
+        or "each of their heads has its own values; must be false",
+        "model.compat.attention_bias": not config.compat.attention_bias
+        or "their output projection has no bias; must be false",
+        "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "must be rotation",
+        "model.count_pairs_once": not config.count_pairs_once or "they count a pair in every round; must be false",
+        "model.local_round": not config.local_round or "they have none; must be false",
+        "model.n_buckets": not has_lsh or config.n_buckets > 1 or "must be at least 2",
     }
-    reasons = [f"{key}: {found}" for key, found in findings.items() if isinstance(found, str)]
-    if head is Head.sequence_classification and config.pooling is not Pooling.first:
-        reasons.append("model.pooling: their class is decided by the first token: first")
+    reasons = [f"{key}: {reason}" for key, reason in checks.items() if isinstance(reason, str)]
+    if head is HeadKind.sequence_classification and config.pooling is not Pooling.first:
+        reasons.append("model.pooling: they classify the first token; must be first")
     return reasons
 
 
@@ -69,48 +74,48 @@ def model_files(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     vocab_size: int,
-    head: Head = Head.language_model,
+    head: HeadKind = HeadKind.language_model,
     *,
     classes: Sequence[str] = (),
     eos_id: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by their names) of our model. Raises CheckpointError where theirs can't express it."""
-    found = obstacles(config, head)
-    if found:
-        lines = "".join(f"\n  {line}" for line in found)
-        raise CheckpointError(f"transformers has no Reformer that computes what this model does:{lines}")
+    """(config.json, tensors by their names). Raises CheckpointError if transformers can't express the model."""
+    reasons = incompatibilities(config, head)
+    if reasons:
+        lines = "".join(f"\n  {line}" for line in reasons)
+        raise CheckpointError(f"transformers can't express this model:{lines}")
     named = {theirs: _tensor(config, ours, weights) for ours, theirs in tensor_names(config, head)}
-    if head is Head.language_model:
+    if head is HeadKind.language_model:
         named["lm_head.decoder.bias"] = named["lm_head.bias"].clone()
     return {**_options(config, head, vocab_size, classes), "eos_token_id": eos_id}, named
 
 
 def _tensor(config: ModelConfig, ours: str, weights: Mapping[str, Tensor]) -> Tensor:
-    tensor = weights[_shared(config, ours)].detach().float()
-    words = ours.split(".")
-    if "tables" in words:
-        side = int(words[-1])
+    tensor = weights[_stored_name(config, ours)].detach().float()
+    path = ours.split(".")
+    if "tables" in path:
+        side = int(path[-1])
         shape = [1] * len(config.axial_shape)
         shape[side] = config.axial_shape[side]
         return tensor.reshape(*shape, -1).clone()
-    if words[-2] == "to_q" and config.layer_kinds()[int(words[2])] is AttentionKind.lsh:
-        # keys are normed, so that the scale of scores is that of queries
+    if path[-2] == "to_q" and config.layer_kinds()[int(path[2])] is AttentionKind.lsh:
+        # keys are normalized, so qk_scale can be folded into the queries
         return tensor * config.qk_scale
     return tensor.clone()
 
 
-def _shared(config: ModelConfig, name: str) -> str:
-    """The name under which a parameter of a layer lies that shares its parameters."""
-    words = name.split(".")
-    if config.share_layers and words[1] == "blocks":
-        words[2] = str(int(words[2]) % len(config.layers))
-    return ".".join(words)
+def _stored_name(config: ModelConfig, name: str) -> str:
+    """The name of the parameter that a layer uses under config.share_layers."""
+    path = name.split(".")
+    if config.share_layers and path[1] == "blocks":
+        path[2] = str(int(path[2]) % len(config.layers))
+    return ".".join(path)
 
 
-def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
+def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:
     lm_class = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
     is_axial = config.position is Position.axial
-    factors = list(config.bucket_factors or bucket_factors(config.n_buckets, LARGEST_FACTOR["rotation"]))
+    factors = list(config.compat.bucket_factors or bucket_factors(config.n_buckets, LARGEST_FACTOR["rotation"]))
     options: dict[str, Any] = {
         "architectures": [CLASSES.get(head, lm_class)],
         "model_type": "reformer",
@@ -119,19 +124,19 @@ def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence
         "axial_pos_embds": is_axial,
         "axial_pos_shape": config.axial_shape,
         "axial_pos_embds_dim": config.resolved_axial_dims if is_axial else [1] * len(config.axial_shape),
-        "chunk_size_feed_forward": 0,  # the same numbers, and there a length must be a multiple of it
+        "chunk_size_feed_forward": 0,  # same results, and transformers requires lengths that are multiples of it
         "chunk_size_lm_head": 0,
         "feed_forward_size": config.resolved_ff_dim,
-        "hash_seed": config.hash_seed,
+        "hash_seed": config.compat.hash_seed,
         "hidden_act": ACTIVATIONS[config.activation],
         "hidden_dropout_prob": config.dropout,
         "hidden_size": config.dim,
         "is_decoder": config.causal,
         "layer_norm_eps": config.norm_eps,
         "local_attention_probs_dropout_prob": config.attention_dropout,
-        "local_attn_chunk_length": config.local_chunk_len or config.chunk_len,
-        "local_num_chunks_before": config.local_chunks_before,
-        "local_num_chunks_after": config.local_chunks_after,
+        "local_attn_chunk_length": config.compat.local_chunk_len or config.chunk_len,
+        "local_num_chunks_before": config.compat.local_chunks_before,
+        "local_num_chunks_after": config.compat.local_chunks_after,
         "lsh_attention_probs_dropout_prob": config.attention_dropout,
         "lsh_attn_chunk_length": config.chunk_len,
         "lsh_num_chunks_before": config.n_chunks_before,
@@ -144,7 +149,7 @@ def _options(config: ModelConfig, head: Head, vocab_size: int, classes: Sequence
         "tie_word_embeddings": False,
         "vocab_size": vocab_size,
     }
-    if head is Head.sequence_classification:
+    if head is HeadKind.sequence_classification:
         options["id2label"] = {str(label): name for label, name in enumerate(classes)}
         options["label2id"] = {name: label for label, name in enumerate(classes)}
     return options

@@ -1,9 +1,9 @@
-"""Language models of Trax, in: the weights of a `ReformerLM`, and the options that gin gave it.
+"""Import of language models of Trax: the weights of a `ReformerLM` and its gin configuration.
 
-The weights lie in model.weights.npy.gz (arrays one behind the other) or, as older versions and `save_to_file`
-have it, in the pickle model.pkl.gz, of which nothing is run. config.json beside them is a JSON object of
-ReformerLM's arguments and of those of its attention layers, such as "LSHSelfAttention.chunk_len".
-Written against Trax's code; docs/interop.md says what is equal.
+The weights are in model.weights.npy.gz (concatenated arrays) or, with older versions and `save_to_file`, in the
+pickle model.pkl.gz, which is read without executing it. config.json beside them is a JSON object of ReformerLM's
+arguments and those of its attention layers, such as "LSHSelfAttention.chunk_len".
+Written against Trax's code; docs/interop.md lists what is equal.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reformer_dist.config import Activation, AttentionKind, ModelConfig, NeighbourRule, Position, StreamMerge
+from reformer_dist.config import (
+    Activation,
+    AttentionKind,
+    CompatConfig,
+    ModelConfig,
+    NeighbourRule,
+    Position,
+    StreamMerge,
+)
 from reformer_dist.errors import CheckpointError
-from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, Head, Options, fitted
+from reformer_dist.interop.foreign import CONFIG_FILE, ForeignModel, ForeignOptions, HeadKind, reshape_checked
 from reformer_dist.interop.pickles import read_pickle
 
 PICKLE, ARRAYS = "model.pkl.gz", "model.weights.npy.gz"
@@ -31,27 +39,23 @@ EPS = 1e-6
 ACTIVATIONS = {"Relu": Activation.relu, "Gelu": Activation.gelu, "FastGelu": Activation.gelu_tanh}
 LAYERS = ("SelfAttention", "LSHSelfAttention")
 WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
-    "pos_type": (None, "positions here are axial, or the table that PositionalEncoding has made"),
-    "ff_use_sru": (0, "no layer here has recurrent units"),
+    "pos_type": (None, "must be null: positions are axial, or the table of PositionalEncoding"),
+    "ff_use_sru": (0, "there are no recurrent units here"),
     "ff_sparsity": (0, "feed-forward layers here are dense"),
     "loss_sparsity": (0, "the head here is dense"),
-    "SelfAttention.share_qk": (False, "local and exact layers here have keys of their own"),
+    "SelfAttention.share_qk": (False, "local and exact layers here have separate keys"),
     "SelfAttention.bias": (False, "projections here have no bias"),
     "LSHSelfAttention.bias": (False, "projections here have no bias"),
 }
-# training alone, or how a thing is computed
+# options that change training or the implementation only
 WITHOUT_EFFECT = (
     *("mode", "dropout", "attention_chunk_size", "pos_start_from_zero_prob", "pos_max_offset_to_add"),
     *("loss_sparsity_type", "loss_d_lowrank", "loss_sparsity_prob"),
 )
-OF_LAYERS: tuple[str, ...] = (
-    "masked",
-    "predict_mem_len",
-    "predict_drop_len",
-    "n_parallel_heads",
-    "use_python_loop",
+LAYER_OPTIONS = (
+    *("masked", "predict_mem_len", "predict_drop_len", "n_parallel_heads", "use_python_loop"),
+    *("attention_dropout", "output_dropout", "use_reference_code", "max_length_for_buckets"),
 )
-OF_LAYERS += ("attention_dropout", "output_dropout", "use_reference_code", "max_length_for_buckets")
 SIZE = (int, type(None))
 
 
@@ -60,24 +64,26 @@ def is_trax(folder: Path) -> bool:
 
 
 def read(folder: Path) -> ForeignModel:
-    """The model of a folder with its weights and config.json. Raises CheckpointError."""
-    options = Options.read(folder / CONFIG_FILE)
-    notes = ["the text that Trax's model sees begins with token 0, which its ShiftRight puts there"]
-    vocab_size: int = options.need("vocab_size", int)
+    """Reads a directory with weights and config.json. Raises CheckpointError."""
+    options = ForeignOptions.read(folder / CONFIG_FILE)
+    notes = ["Trax's ShiftRight prepends token 0 to every input; prepend it yourself here"]
+    vocab_size: int = options.require("vocab_size", int)
     config = model_config(options, notes)
     where, arrays = _arrays(folder)
-    weights = dict(_Flat(where, arrays).named(config, vocab_size))
-    return ForeignModel("Trax", Head.language_model, config, vocab_size, weights, notes)
+    weights = dict(_FlatWeights(where, arrays).named(config, vocab_size))
+    return ForeignModel("Trax", HeadKind.language_model, config, vocab_size, weights, notes)
 
 
-def model_config(options: Options, notes: list[str]) -> ModelConfig:
-    """Ours for theirs. Raises CheckpointError; appends to notes."""
-    options.only(WITHOUT_COUNTERPART)
-    for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in OF_LAYERS)):
+def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
+    """Converts their options to our config. Raises CheckpointError; appends to notes."""
+    options.refuse_other_values(WITHOUT_COUNTERPART)
+    for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in LAYER_OPTIONS)):
         options.take(name)
     head_dim: int = options.take("d_attention_key", 64, kind=int)
     if options.take("d_attention_value", 64, kind=int) != head_dim:
-        options.refuse("d_attention_value", f"must be d_attention_key={head_dim}: queries and values are as wide")
+        options.refuse(
+            "d_attention_value", f"must be d_attention_key={head_dim}: queries and values have one width"
+        )
     max_len: int = options.take("max_len", 2048, kind=int)
     local_chunk: int | None = options.take("SelfAttention.chunk_len", None, kind=SIZE)
     chunk_len: int = options.take("LSHSelfAttention.chunk_len", 128, kind=int)
@@ -91,53 +97,55 @@ def model_config(options: Options, notes: list[str]) -> ModelConfig:
         layers=_layers(options, local_chunk),
         n_hashes=options.take("LSHSelfAttention.n_hashes", 1, kind=int),
         n_buckets=math.prod(factors),
-        bucket_factors=factors,
         neighbours=NeighbourRule.chunk,
         chunk_len=chunk_len,
         n_chunks_before=options.take("LSHSelfAttention.n_chunks_before", 1, kind=int),
         n_chunks_after=options.take("LSHSelfAttention.n_chunks_after", 0, kind=int),
-        chunk_wrap=True,
-        local_chunk_len=local_chunk or 0,
-        local_chunks_before=options.take("SelfAttention.n_chunks_before", 0, kind=int),
-        local_chunks_after=options.take("SelfAttention.n_chunks_after", 0, kind=int),
         ff_chunk=options.take("ff_chunk_size", 0, kind=int),
-        activation=options.one_of("ff_activation", ACTIVATIONS, "FastGelu"),
-        merge_streams=StreamMerge.concat,
+        activation=options.take_choice("ff_activation", ACTIVATIONS, "FastGelu"),
         norm_eps=EPS,
+        compat=CompatConfig(
+            bucket_factors=factors,
+            chunk_wrap=True,
+            local_chunk_len=local_chunk or 0,
+            local_chunks_before=options.take("SelfAttention.n_chunks_before", 0, kind=int),
+            local_chunks_after=options.take("SelfAttention.n_chunks_after", 0, kind=int),
+            merge_streams=StreamMerge.concat,
+        ),
         **_positions(options, max_len),
     )
-    options.close("ReformerLM of Trax")
+    options.refuse_unknown("ReformerLM of Trax")
     return config
 
 
-def _layers(options: Options, local_chunk: int | None) -> list[AttentionKind]:
+def _layers(options: ForeignOptions, local_chunk: int | None) -> list[AttentionKind]:
     kinds = {
         "SelfAttention": AttentionKind.exact if local_chunk is None else AttentionKind.local,
         "LSHSelfAttention": AttentionKind.lsh,
     }
-    given = options.take("attention_type", "SelfAttention", kind=(str, list))
-    names = [str(name).rpartition(".")[2] for name in ([given] if isinstance(given, str) else given)]
+    types = options.take("attention_type", "SelfAttention", kind=(str, list))
+    names = [str(name).rpartition(".")[2] for name in ([types] if isinstance(types, str) else types)]
     if not names or not set(names) <= set(kinds):
         options.refuse("attention_type", f"must name {' and '.join(kinds)}")
     return [kinds[name] for name in names]
 
 
-def _bucket_factors(options: Options, chunk_len: int, max_len: int, notes: list[str]) -> list[int]:
-    given = options.take("LSHSelfAttention.n_buckets", None)
-    if given is not None:
-        factors = [given] if isinstance(given, int) else list(given)
+def _bucket_factors(options: ForeignOptions, chunk_len: int, max_len: int, notes: list[str]) -> list[int]:
+    n_buckets = options.take("LSHSelfAttention.n_buckets", None)
+    if n_buckets is not None:
+        factors = [n_buckets] if isinstance(n_buckets, int) else list(n_buckets)
         if not all(isinstance(factor, int) and factor > 0 and factor % 2 == 0 for factor in factors):
-            options.refuse("LSHSelfAttention.n_buckets", "must be an even number, or several")
+            options.refuse("LSHSelfAttention.n_buckets", "must be an even number or a list of even numbers")
         return factors
     n_buckets = 2 * max(1, max_len // chunk_len)
-    notes.append(f"n_buckets follows the length there; taken for max_len={max_len} tokens: {n_buckets}")
+    notes.append(f"Trax derives n_buckets from the length; set for max_len={max_len} tokens: {n_buckets}")
     if n_buckets <= 128:
         return [n_buckets]
     first = 2 ** math.ceil(math.log2(math.sqrt(n_buckets)))
     return [first, 2 * (n_buckets // (2 * first))]
 
 
-def _positions(options: Options, max_len: int) -> dict[str, Any]:
+def _positions(options: ForeignOptions, max_len: int) -> dict[str, Any]:
     shape, dims = options.take("pos_axial_shape", []), options.take("pos_d_axial_embs", None)
     if not shape:
         return {"position": Position.learned, "max_seq_len": max_len}
@@ -149,69 +157,69 @@ def _positions(options: Options, max_len: int) -> dict[str, Any]:
 
 
 def _arrays(folder: Path) -> tuple[Path, list[NDArray[Any]]]:
-    """The weights in their order, and where they lie. Raises CheckpointError."""
+    """The weights in file order, and their path. Raises CheckpointError."""
     path = folder / ARRAYS
     if path.is_file():
         return path, list(_rows_of_npy(path))
     path = folder / PICKLE
     if not path.is_file():
         raise CheckpointError(f"{folder}: has neither {ARRAYS} nor {PICKLE}")
-    found = read_pickle(_unzipped(path), str(path))
+    saved = read_pickle(_decompress(path), str(path))
     for key in ("flat_weights", "weights"):
-        if isinstance(found, dict) and isinstance(found.get(key), list | tuple):
-            return path, list(_leaves(found[key], str(path)))
-    raise CheckpointError(f"{path}: holds no weights; {ARRAYS} beside it should")
+        if isinstance(saved, dict) and isinstance(saved.get(key), list | tuple):
+            return path, list(_leaves(saved[key], str(path)))
+    raise CheckpointError(f"{path}: contains no weights; they should be in {ARRAYS} beside it")
 
 
-def _unzipped(path: Path) -> bytes:
+def _decompress(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise CheckpointError(f"{path}: can't be unpacked: {error}") from error
+        raise CheckpointError(f"{path}: can't be decompressed: {error}") from error
 
 
 def _rows_of_npy(path: Path) -> Iterator[NDArray[Any]]:
-    data = _unzipped(path)
+    data = _decompress(path)
     file = io.BytesIO(data)
     try:
         while file.tell() < len(data):
-            yield _numbers(np.load(file, allow_pickle=False), str(path))
+            yield _as_float32(np.load(file, allow_pickle=False), str(path))
     except (ValueError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path}: what follows byte {file.tell()} is no array: {error}") from error
+        raise CheckpointError(f"{path}: no valid array after byte {file.tell()}: {error}") from error
 
 
 def _leaves(tree: Any, where: str) -> Iterator[NDArray[Any]]:
-    """Arrays of nested lists and tuples, in their order."""
+    """Arrays of nested lists and tuples, in order."""
     if isinstance(tree, list | tuple):
         for branch in tree:
             yield from _leaves(branch, where)
     elif tree is not None:
-        yield _numbers(tree, where)
+        yield _as_float32(tree, where)
 
 
-def _numbers(value: Any, where: str) -> NDArray[Any]:
+def _as_float32(value: Any, where: str) -> NDArray[Any]:
     if not isinstance(value, np.ndarray):
-        raise CheckpointError(f"{where}: has {type(value).__name__} among its weights, which must be arrays")
-    if value.dtype == np.uint16:  # bfloat16 by its bits
+        raise CheckpointError(f"{where}: has {type(value).__name__} among its weights; all must be arrays")
+    if value.dtype == np.uint16:  # the bits of bfloat16
         return (value.astype(np.uint32) << 16).view(np.float32)
     return value.astype(np.float32)
 
 
-class _Flat:
-    """Weights in the order of the layers of a ReformerLM, taken one after another."""
+class _FlatWeights:
+    """Weights in the order of the layers of a ReformerLM, read sequentially."""
 
     def __init__(self, where: Path, arrays: list[NDArray[Any]]) -> None:
         self._where, self._arrays, self._next = where, arrays, 0
 
-    def take(self, what: str, *shape: int) -> Tensor:
+    def take(self, label: str, *shape: int) -> Tensor:
         if self._next == len(self._arrays):
-            raise CheckpointError(f"{self._where}: ends after {self._next} arrays; {what} should follow")
+            raise CheckpointError(f"{self._where}: ends after {self._next} arrays; {label} should follow")
         array = torch.from_numpy(np.ascontiguousarray(self._arrays[self._next]))
         self._next += 1
-        return fitted(array, shape, f"array {self._next} ({what})", self._where)
+        return reshape_checked(array, shape, f"array {self._next} ({label})", self._where)
 
     def named(self, config: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-        """(our name, weights) of every parameter. Raises CheckpointError where theirs are of another model."""
+        """(our name, weight) of every parameter. Raises CheckpointError if the arrays do not match the config."""
         yield "embedding.tokens.weight", self.take("embedding", vocab_size, config.dim)
         if config.position is Position.axial:
             sides = zip(config.axial_shape, config.resolved_axial_dims, strict=True)
@@ -226,26 +234,24 @@ class _Flat:
         yield from self._dense("head", "the head", config.output_dim, vocab_size)
         if self._next < len(self._arrays):
             n_more = len(self._arrays) - self._next
-            raise CheckpointError(
-                f"{self._where}: has {n_more} arrays more than the model that its options describe"
-            )
+            raise CheckpointError(f"{self._where}: has {n_more} more arrays than the model its options describe")
 
-    def _layer(self, config: ModelConfig, kind: AttentionKind, what: str) -> Iterator[tuple[str, Tensor]]:
+    def _layer(self, config: ModelConfig, kind: AttentionKind, label: str) -> Iterator[tuple[str, Tensor]]:
         dim, n_heads, head_dim = config.dim, config.n_heads, config.resolved_head_dim
-        yield from self._norm("attention_norm", f"{what}, norm of attention", dim)
+        yield from self._norm("attention_norm", f"{label}, norm of attention", dim)
         for name in ("q", "v") if kind is AttentionKind.lsh else ("q", "k", "v"):
-            of_heads = self.take(f"{what}, w_{name}", n_heads, dim, head_dim)
-            yield f"attention.to_{name}.weight", of_heads.transpose(1, 2).reshape(-1, dim).contiguous()
-        to_out = self.take(f"{what}, w_o", n_heads, head_dim, dim)
+            by_head = self.take(f"{label}, w_{name}", n_heads, dim, head_dim)
+            yield f"attention.to_{name}.weight", by_head.transpose(1, 2).reshape(-1, dim).contiguous()
+        to_out = self.take(f"{label}, w_o", n_heads, head_dim, dim)
         yield "attention.to_out.weight", to_out.reshape(-1, dim).T.contiguous()
-        yield from self._norm("feed_forward_norm", f"{what}, norm of feed-forward", dim)
-        yield from self._dense("feed_forward.to_inner", f"{what}, feed-forward", dim, config.resolved_ff_dim)
-        yield from self._dense("feed_forward.to_out", f"{what}, feed-forward", config.resolved_ff_dim, dim)
+        yield from self._norm("feed_forward_norm", f"{label}, norm of feed-forward", dim)
+        yield from self._dense("feed_forward.to_inner", f"{label}, feed-forward", dim, config.resolved_ff_dim)
+        yield from self._dense("feed_forward.to_out", f"{label}, feed-forward", config.resolved_ff_dim, dim)
 
-    def _norm(self, ours: str, what: str, dim: int) -> Iterator[tuple[str, Tensor]]:
+    def _norm(self, ours: str, label: str, dim: int) -> Iterator[tuple[str, Tensor]]:
         for part in ("weight", "bias"):
-            yield f"{ours}.{part}", self.take(what, dim)
+            yield f"{ours}.{part}", self.take(label, dim)
 
-    def _dense(self, ours: str, what: str, n_in: int, n_out: int) -> Iterator[tuple[str, Tensor]]:
-        yield f"{ours}.weight", self.take(what, n_in, n_out).T.contiguous()
-        yield f"{ours}.bias", self.take(f"{what}, bias", n_out)
+    def _dense(self, ours: str, label: str, n_in: int, n_out: int) -> Iterator[tuple[str, Tensor]]:
+        yield f"{ours}.weight", self.take(label, n_in, n_out).T.contiguous()
+        yield f"{ours}.bias", self.take(f"{label}, bias", n_out)

@@ -1,4 +1,4 @@
-"""Which of our tokenizers has the ids of a vocabulary that came with a model, and ours in Hugging Face's files."""
+"""Tokenizers of converted models: detection in their files, and export to Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 from reformer_dist.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.json"
-RESERVED_FIRST, RESERVED_END = 2, 1  # of Trax's and google/reformer-enwik8's bytes: 0 is padding, 1 the end
+RESERVED_FIRST, RESERVED_END = 2, 1  # bytes of Trax and google/reformer-enwik8: 0 is padding, 1 ends a text
 BYTES: dict[str, Callable[[], Tokenizer]] = {
     "bytes": ByteTokenizer,
     "bytes+2": lambda: ByteTokenizer(RESERVED_FIRST, RESERVED_END),
@@ -21,14 +21,14 @@ BYTES: dict[str, Callable[[], Tokenizer]] = {
 
 
 def find_tokenizer(folder: Path, vocab_size: int, named: str | None) -> Tokenizer:
-    """The tokenizer of a model with vocab_size ids: the one named (bytes, bytes+2 or a file), or what lies there.
+    """The tokenizer of a model with vocab_size ids: the one named (bytes, bytes+2 or a file), or found in folder.
 
-    Raises ConfigError for a name that is none, DataError where there is no vocabulary or it doesn't fit.
+    Raises ConfigError for an unknown name, and DataError if no vocabulary is found or its size differs.
     """
     tokenizer = _by_name(named, vocab_size) if named is not None else _by_files(folder, vocab_size)
     if tokenizer.vocab_size != vocab_size:
         origin = named or folder
-        raise DataError(f"{origin}: is a vocabulary of {tokenizer.vocab_size} tokens; the model has {vocab_size}")
+        raise DataError(f"{origin}: has {tokenizer.vocab_size} tokens; must have {vocab_size}, as the model")
     return tokenizer
 
 
@@ -47,15 +47,15 @@ def _by_files(folder: Path, vocab_size: int) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
         return BpeTokenizer.load(folder / TOKENIZER_FILE)
     if vocab_size == 256 + RESERVED_FIRST:
-        return BYTES["bytes+2"]()  # as google/reformer-enwik8, which says so in its description only
+        return BYTES["bytes+2"]()  # google/reformer-enwik8, which documents this only in its model card
     raise DataError(
-        f"{folder}: holds no vocabulary ({SPIECE} or {TOKENIZER_FILE}) for {vocab_size} tokens; "
-        f"name one: --tokenizer {', '.join(BYTES)} or the path of such a file"
+        f"{folder}: has no vocabulary ({SPIECE} or {TOKENIZER_FILE}) for {vocab_size} tokens; "
+        f"pass --tokenizer {', '.join(BYTES)} or the path of such a file"
     )
 
 
 def hugging_face_files(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Writes what AutoTokenizer reads; returns the specification of `Tokenizer.save`."""
+    """Writes files for AutoTokenizer; returns the specification of `Tokenizer.save`."""
     specification = tokenizer.save(folder)
     settings: dict[str, Any] = {}
     if specification["kind"] == "sentencepiece":

@@ -26,7 +26,9 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from reformer_dist.config import LauncherConfig
-from reformer_dist.process import stdio as unread
+from reformer_dist.process import stdio
+from reformer_dist.process.cores import usable_cores
+from reformer_dist.process.exit_status import KILLED, PREEMPTED
 from reformer_dist.process.signals import LAUNCHER
 
 HERE = "127.0.0.1"
@@ -34,7 +36,6 @@ HERE = "127.0.0.1"
 PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGTERM}
 LEFT_TO_THE_AGENT = "SIGQUIT"  # which ends the ranks by the same signal
 POLL = 0.05  # seconds
-KILLED = 128  # a shell's status of a process that signal n ended is 128 + n
 
 
 def n_ranks(launcher: LauncherConfig) -> int:
@@ -64,14 +65,13 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
         if not job.loss or job.was_signalled:
             break
         what_now = advice if restarts_left == 0 else "all ranks start again"
-        unread.say(sys.stderr, f"error: {job.loss}; {what_now}\n")
+        stdio.write(sys.stderr, f"error: {job.loss}; {what_now}\n")
     return status
 
 
 def threads_per_rank(ranks: int) -> int:
     """A fair share of the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)
+    return max(1, usable_cores() // ranks)
 
 
 class _Job:
@@ -114,7 +114,7 @@ class _Job:
         if first.exitcode >= 0:
             return first.exitcode
         if self.was_signalled and -first.exitcode in PASSED_ON.values():
-            return os.EX_TEMPFAIL  # it had not even begun to listen
+            return PREEMPTED  # it had not even begun to listen
         self.loss = f"rank {rank} of {self._ranks} was killed by {signal.Signals(-first.exitcode).name}"
         return KILLED - first.exitcode
 

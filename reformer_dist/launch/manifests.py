@@ -9,7 +9,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from reformer_dist.config import LauncherConfig
-from reformer_dist.launch.scripts import MODULE, PREEMPTED, torchrun_options
+from reformer_dist.launch.scripts import MODULE, torchrun_options
+from reformer_dist.process.exit_status import PREEMPTED
 
 Tree = dict[str, Any]
 FOLDER = "/workspace"  # where the claim is mounted

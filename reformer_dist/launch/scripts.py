@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from reformer_dist.config import LauncherConfig
+from reformer_dist.process.exit_status import PREEMPTED
 
 MODULE = "reformer_dist.train"
-PREEMPTED = 75  # what ranks end with that saved because they were told to end
 PORT = 29400
 REQUEUE = f"""
 if ((status == {PREEMPTED})); then

@@ -1,9 +1,9 @@
-"""Models in plain PyTorch."""
+"""Reformer models in plain PyTorch."""
 
 from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_dist.models.classification import ReformerForSequenceClassification
 from reformer_dist.models.encoder_decoder import ReformerEncoderDecoder
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.inspection import AttentionView, inspect_attention
 from reformer_dist.models.language_model import ReformerLM
 from reformer_dist.models.question_answering import ReformerForQuestionAnswering
@@ -19,6 +19,6 @@ __all__ = [
     "ReformerForSequenceClassification",
     "ReformerLM",
     "ReformerStack",
-    "initialise",
+    "init_weights",
     "inspect_attention",
 ]

@@ -203,6 +203,4 @@ def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
         rotations = seeded_rotations(*sizes, config.compat.hash_seed, factors=factors)
     else:
         rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
-    return hash_vectors(
-        vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend
-    )
+    return hash_vectors(vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend)

@@ -1,4 +1,4 @@
-"""What every model over tokens shares: embedding and reversible stack, from tokens to hidden vectors."""
+"""Base of all models: token embedding and reversible stack, from token ids to hidden states."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.context import WHOLE, ForwardContext, ForwardOptions, open_context
+from reformer_dist.models.context import WHOLE_SEQUENCE, ForwardContext, ForwardOptions, build_context
 from reformer_dist.models.embedding import TokenEmbedding
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.ops.dropout import token_dropout
 
 
-class TokenModel(nn.Module):
-    """A Reformer from tokens to hidden vectors; the models above it add a head.
+class ReformerModel(nn.Module):
+    """A Reformer without a head; subclasses add one.
 
-    `seed` decides initial weights and hash rotations, alike on every rank and device.
+    `seed` determines initial weights and hash rotations, which are the same on every rank and device.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, reads_source: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, seed: int = 0, *, has_cross_attention: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)
-        self.stack = ReformerStack(config, reads_source=reads_source)
+        self.stack = ReformerStack(config, has_cross_attention=has_cross_attention)
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
-        """tokens [B, S] -> hidden vectors [B, S, output_dim] in the dtype of the weights."""
-        return self._hidden(tokens, self._open(tokens, options))
+        """tokens [B, S] -> hidden states [B, S, output_dim] in the dtype of the weights."""
+        return self._hidden(tokens, self._build_context(tokens, options))
 
     def reversible_drift(
-        self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE
+        self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE_SEQUENCE
     ) -> Tensor:
-        """Largest difference between the stack's input and its reconstruction, on tokens [B, S] at hand."""
-        context = self._open(tokens, {"key_padding_mask": key_padding_mask, "sequence": sequence})
+        """Largest difference between the stack's input and its reconstruction, on local tokens [B, S]."""
+        context = self._build_context(tokens, {"key_padding_mask": key_padding_mask, "sequence": sequence})
         return self.stack.reversible_drift(self._embed(tokens, context), context)
 
     def _hidden(self, tokens: Tensor, context: ForwardContext) -> Tensor:
@@ -41,15 +43,15 @@ class TokenModel(nn.Module):
         return hidden
 
     def _embed(self, tokens: Tensor, context: ForwardContext) -> Tensor:
-        longest = self.config.max_positions
-        if longest is not None and tokens.shape[1] > longest:
-            raise ValueError(f"{tokens.shape[1]} tokens: this model's positions end at {longest}")
-        x: Tensor = self.embedding(tokens, context.places.positions)
+        max_positions = self.config.max_positions
+        if max_positions is not None and tokens.shape[1] > max_positions:
+            raise ValueError(f"{tokens.shape[1]} tokens: this model's positions allow at most {max_positions}")
+        x: Tensor = self.embedding(tokens, context.coords.positions)
         return token_dropout(
-            x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.places
+            x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.coords
         )
 
-    def _open(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
+    def _build_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
         """The context of one forward call on tokens [B, S]."""
         n_tokens, device = tokens.shape[1], tokens.device
-        return open_context(self.config, self.seed, n_tokens, device, options, is_training=self.training)
+        return build_context(self.config, self.seed, n_tokens, device, options, is_training=self.training)

@@ -1,4 +1,4 @@
-"""Classification of whole texts: hidden vectors of a text become one, and that becomes logits over classes."""
+"""Sequence classification: pooled hidden states to logits over classes."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Pooling
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
-from reformer_dist.models.initialization import initialise
-from reformer_dist.ops.dropout import TokenPlaces, token_dropout
+from reformer_dist.models.initialization import init_weights
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
+from reformer_dist.ops.dropout import TokenCoords, token_dropout
 
-IGNORED = -100
 
+class ReformerForSequenceClassification(ReformerModel):
+    """Predicts one class per sequence, from hidden states pooled by config.pooling.
 
-class ReformerForSequenceClassification(TokenModel):
-    """One class for each text. config.pooling says which hidden vectors decide.
-
-    Trained on whole sequences or on slices of them (`models.sequence`): every rank then has the labels of the
-    whole rows, and returns its share of the loss.
+    Under sequence parallelism (`models.sequence`), every rank holds the labels of the whole rows and returns an
+    equal fraction of the loss.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, seed: int = 0) -> None:
         super().__init__(config, vocab_size, seed)
         self.n_classes = n_classes
         self.head = ClassificationHead(config, n_classes)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
         """tokens [B, S] -> logits [B, n_classes] float32, or with labels [B] the summed loss in nats.
 
-        A label of -100 is ignored. The keywords are those of `ForwardOptions`.
+        Labels of -100 are ignored. The keywords are those of `ForwardOptions`.
         """
-        context = self._open(tokens, options)
+        context = self._build_context(tokens, options)
         logits: Tensor = self.head(pool(self._hidden(tokens, context), context, self.config.pooling), context)
         if labels is None:
             return logits
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
         return loss / context.sequence.n_parts
 
 
 class ClassificationHead(nn.Module):
-    """Dense, tanh, dense, with dropout before each, as in Hugging Face's head."""
+    """Linear, tanh, linear, with dropout before each linear layer, as in Hugging Face's head."""
 
     def __init__(self, config: ModelConfig, n_classes: int) -> None:
         super().__init__()
@@ -56,24 +55,24 @@ class ClassificationHead(nn.Module):
         dense = self.dense(self._drop(pooled, "pooled", context).to(self.dense.weight.dtype))
         return self.to_logits(self._drop(torch.tanh(dense), "dense", context)).float()
 
-    def _drop(self, x: Tensor, place: str, context: ForwardContext) -> Tensor:
-        only_place = TokenPlaces(context.places.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
-        seed = context.seed_for("head", place)
-        return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, only_place).squeeze(1)
+    def _drop(self, x: Tensor, site: str, context: ForwardContext) -> Tensor:
+        coords = TokenCoords(context.coords.rows, torch.zeros(1, dtype=torch.int64, device=x.device))
+        seed = context.seed_for("head", site)
+        return token_dropout(x.unsqueeze(1), context.dropout(self.dropout), seed, coords).squeeze(1)
 
 
 def pool(hidden: Tensor, context: ForwardContext, pooling: Pooling) -> Tensor:
-    """One vector [B, output_dim] float32 for each row of hidden [B, S, output_dim]; padding counts for nothing."""
-    mask, sequence, positions = context.key_padding_mask, context.sequence, context.places.positions
+    """Pools hidden [B, S, output_dim] to one vector per row, [B, output_dim] float32; padding is ignored."""
+    mask, sequence, positions = context.key_padding_mask, context.sequence, context.coords.positions
     real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask
     if pooling is Pooling.mean:
         n_real = sequence.gather(real.sum(dim=1)).sum(dim=0)
         weights = real / n_real.clamp_min(1).unsqueeze(1)
     elif pooling is Pooling.first:
-        nearest = torch.where(real, positions, torch.iinfo(positions.dtype).max).amin(dim=1)
-        weights = real & (positions == sequence.gather(nearest).amin(dim=0).unsqueeze(1))
+        first = torch.where(real, positions, torch.iinfo(positions.dtype).max).amin(dim=1)
+        weights = real & (positions == sequence.gather(first).amin(dim=0).unsqueeze(1))
     else:
-        farthest = torch.where(real, positions, -1).amax(dim=1)
-        weights = real & (positions == sequence.gather(farthest).amax(dim=0).unsqueeze(1))
-    here = (weights.unsqueeze(1).float() @ hidden.float()).squeeze(1)
-    return sequence.gather(here).sum(dim=0)
+        last = torch.where(real, positions, -1).amax(dim=1)
+        weights = real & (positions == sequence.gather(last).amax(dim=0).unsqueeze(1))
+    local_sum = (weights.unsqueeze(1).float() @ hidden.float()).squeeze(1)
+    return sequence.gather(local_sum).sum(dim=0)

@@ -1,4 +1,4 @@
-"""What one forward call hands to every layer, and what a layer must find again when it is recomputed."""
+"""Per-call state: the context that every layer of a forward call reads, and the cache of its recompute."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ WHOLE_SEQUENCE = WholeSequence()
 
 
 class ForwardOptions(TypedDict, total=False):
-    """The keywords that the forward of every model takes; all may be left out."""
+    """Optional keyword arguments of every model's forward."""
 
     key_padding_mask: Tensor | None
-    """[B, S] bool, True for real tokens, and positions count from the first of each row; None: all are real."""
+    """[B, S] bool, True for real tokens; positions count from the first real token of a row. None: no padding."""
     step: int | None
-    """Training step, which draws that step's hash rotations; None: the fixed ones of evaluation."""
+    """Training step, which seeds that step's hash rotations; None: the fixed rotations of evaluation."""
     dropout_seed: int | None
-    """Of this step's dropout in training mode; None draws one from torch's generator."""
+    """Seed of this step's dropout masks in training mode; None draws one from torch's global generator."""
     rows: Tensor | None
-    """[B] numbers of the rows among those of their step, which dropout masks depend on; None: 0, 1, .."""
+    """[B] indices of the rows in the global batch, which dropout masks depend on; None: 0, 1, .."""
     bucket_stats: list[BucketStats] | None
-    """LSH layers append their statistics."""
+    """List that LSH layers append their bucket statistics to."""
     sequence: SequenceAccess
-    """Where the tokens are not whole sequences, which part they are (`models.sequence`); a
-    `models.decoding.DecodingState` goes on with the texts that it remembers."""
+    """Which part of each sequence the tokens are, if not all of it (`models.sequence`); a
+    `models.decoding.DecodingState` continues the sequences that it caches."""
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """What an encoder made of the texts that a decoder reads."""
+    """Encoder output that a decoder attends to."""
 
     hidden: Tensor
-    """[B, T, dim] float32: gradients of all layers that read it are summed in it."""
+    """[B, T, dim] float32, in which the gradients of all decoder layers are accumulated."""
     key_padding_mask: Tensor | None
     """[B, T], True for real tokens."""
     sequence: SequenceAccess
-    """Which part of each source is at hand."""
+    """Which part of each source is local."""
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Constants of one forward call. Every random draw is a function of them, so a recompute repeats it."""
+    """Constants of one forward call. Every random draw is a function of them, so recomputes repeat it."""
 
     dropout_seed: int | None
-    """Of this call's dropout masks; None switches dropout off."""
+    """Seed of this call's dropout masks; None disables dropout."""
     rotation_seed: int
-    """Of this call's hash rotations: one for each training step, a fixed one in evaluation."""
+    """Seed of this call's hash rotations: one per training step, a fixed one in evaluation."""
     coords: TokenCoords
-    """Which tokens of the step are at hand: dropout masks are functions of their coords."""
+    """Coordinates of the local tokens in the global batch, which dropout masks depend on."""
     sequence: SequenceAccess
     """How attention reaches the rest of the sequence."""
     key_padding_mask: Tensor | None = None
@@ -66,21 +66,22 @@ class ForwardContext:
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
     bucket_stats: list[BucketStats] | None = None
-    """Where LSH layers leave their statistics, if they are wanted."""
+    """List that LSH layers append their bucket statistics to; None: not collected."""
     source: EncodedSource | None = None
-    """What the layers of a decoder read."""
+    """Encoder output of an encoder-decoder."""
 
-    def seed_for(self, *place: int | str) -> int:
-        """Seed of the dropout at a place, such as ("attention", layer)."""
-        return derive_seed("dropout", self.dropout_seed or 0, *place)
+    def seed_for(self, *site: int | str) -> int:
+        """Dropout seed of one site in the model, such as ("attention", layer)."""
+        return derive_seed("dropout", self.dropout_seed or 0, *site)
 
     def dropout(self, p: float) -> float:
+        """p in training, 0 in evaluation."""
         return 0.0 if self.dropout_seed is None else p
 
-    def skips_layer(self, layer: int, share: float) -> bool:
-        """Whether this training step goes around a layer; alike on every rank, whose seeds are the same."""
-        share = self.dropout(share)
-        return share > 0.0 and self.seed_for("layer_drop", layer) < share * 2**63
+    def skips_layer(self, layer: int, p: float) -> bool:
+        """Whether layer drop skips a layer in this step; the same on every rank, since seeds are."""
+        p = self.dropout(p)
+        return p > 0.0 and self.seed_for("layer_drop", layer) < p * 2**63
 
 
 def build_context(
@@ -92,8 +93,12 @@ def build_context(
     *,
     is_training: bool,
 ) -> ForwardContext:
-    """The context of one forward call on rows of n_tokens. seed: the model's; is_training switches dropout on."""
-    sequence, step, mask = options.get("sequence", WHOLE_SEQUENCE), options.get("step"), options.get("key_padding_mask")
+    """Builds the context of a forward call on rows of n_tokens; is_training enables dropout."""
+    sequence, step, mask = (
+        options.get("sequence", WHOLE_SEQUENCE),
+        options.get("step"),
+        options.get("key_padding_mask"),
+    )
     coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:
@@ -110,14 +115,14 @@ def build_context(
 
 @dataclass
 class RecomputeCache:
-    """What a layer's first run decides and its recompute must not decide anew.
+    """Decisions of a layer's forward that its recompute must reuse.
 
-    A token near the border of two buckets, rebuilt with a rounding error, would fall on the other side.
+    Hashing a reconstructed token again could move it to another bucket, since reconstruction rounds.
     """
 
     exchanges: dict[int, Exchange] = field(default_factory=dict)
-    """By layer: bucket ids, and how their tokens travel between ranks."""
+    """Bucket ids, and how tokens travel between ranks, by layer."""
     query_ids: dict[int, Tensor] = field(default_factory=dict)
-    """[B, H, R, S] by layer: those of the queries of LSH cross attention."""
+    """Bucket ids [B, H, R, S] of the queries of LSH cross attention, by layer."""
     key_ids: dict[int, Tensor] = field(default_factory=dict)
-    """[B, H, R, T] of its keys."""
+    """Bucket ids [B, H, R, T] of its keys, by layer."""

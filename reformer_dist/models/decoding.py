@@ -1,10 +1,10 @@
-"""Decoding: a text is read once, and then grows token by token at a cost that does not grow with it.
+"""Incremental decoding with KV caches: prefill once, then a constant cost per token.
 
     state = DecodingState(model.config)
-    logits = model(prompts, key_padding_mask=mask, sequence=state)  # [B, S, V], by the usual fast path
-    logits = model(tokens, sequence=state)  # [B, 1, V] of one more token of each row, and so on
+    logits = model(prompts, key_padding_mask=mask, sequence=state)  # prefill: [B, S, V], the usual forward
+    logits = model(tokens, sequence=state)  # decode: [B, 1, V] for one more token per row, and so on
 
-A model, or a bare `ReformerStack`, knows nothing of it: to attention, the state is the rest of the sequence.
+Models and a standalone `ReformerStack` need no code for this: to attention, the state is the rest of the sequence.
 """
 
 from __future__ import annotations
@@ -23,55 +23,59 @@ from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 
 
 def kv_cache_unsupported_reason(config: ModelConfig) -> str | None:
-    """Why such a model can't be decoded token by token; None where it can."""
+    """Why a model can't be decoded with KV caches; None if it can."""
     if not config.causal:
-        return "model.causal=false: what a token sees changes with each one that follows"
+        return "model.causal=false: tokens attend to later tokens; must be true"
     if config.neighbours is NeighbourRule.chunk and AttentionKind.lsh in config.layer_kinds():
-        return "model.neighbours=chunk: which earlier tokens a token sees changes with those that follow"
+        return "model.neighbours=chunk: which keys a token attends to depends on later tokens; must be window"
     if config.compat.local_chunk_len > 0 and AttentionKind.local in config.layer_kinds():
-        return "model.compat.local_chunk_len: only local attention of a sliding window (0) keeps its last tokens"
+        chunk_len = config.compat.local_chunk_len
+        return f"model.compat.local_chunk_len={chunk_len}: chunked local attention has no KV cache; must be 0"
     return None
 
 
 class DecodingState(WholeSequence):
-    """What the layers remember of B texts. Implements `models.sequence.SequenceAccess`.
+    """KV caches of all layers for B sequences. Implements `models.sequence.SequenceAccess`.
 
-    The first call reads the prompts; their padding, if any, must stand before the text. Each later call takes one
-    token of each row, and no mask. Raises ValueError where the model can't be decoded so.
+    The first call prefills from the prompts, which may be padded on the left. Each later call takes one token per
+    row, and no mask. Raises ValueError if the model can't be decoded with a cache.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         reason = kv_cache_unsupported_reason(config)
         if reason is not None:
             raise ValueError(reason)
-        self._longest = config.max_positions
+        self._max_positions = config.max_positions
         self._layers: dict[int, _LayerState] = {}
-        self._n_places = 0
+        self._length = 0
+        """Of every row, padding included."""
         self._first: Tensor | None = None
+        """[B]: index of each row's first real token; None without padding."""
         self._least_padding = 0
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         if not self._layers:
-            self._begin(key_padding_mask)
-            self._n_places = n_tokens
+            self._read_padding(key_padding_mask)
+            self._length = n_tokens
             return super().positions(n_tokens, device, key_padding_mask)
         if n_tokens != 1 or key_padding_mask is not None:
-            raise ValueError(f"{n_tokens} tokens: behind the prompts, a call takes one token a row and no mask")
-        place = self._n_places
-        if self._longest is not None and place - self._least_padding >= self._longest:
-            raise ValueError(f"{place + 1} tokens: this model's positions end at {self._longest}")
-        self._n_places += 1
+            raise ValueError(f"{n_tokens} tokens: after the prompts, a call takes one token per row and no mask")
+        index = self._length
+        longest = index + 1 - self._least_padding
+        if self._max_positions is not None and longest > self._max_positions:
+            raise ValueError(f"{longest} tokens: this model's positions allow at most {self._max_positions}")
+        self._length += 1
         if self._first is None:
-            return torch.full((1,), place, device=device)
-        return place - self._first.unsqueeze(1)
+            return torch.full((1,), index, device=device)
+        return index - self._first.unsqueeze(1)
 
-    def _begin(self, mask: Tensor | None) -> None:
+    def _read_padding(self, mask: Tensor | None) -> None:
         if mask is None or bool(mask.all()):
             return
         first = first_real(mask)
-        behind = torch.arange(mask.shape[1], device=mask.device) >= first.unsqueeze(1)
-        if not torch.equal(mask, behind):
-            raise ValueError("key_padding_mask: each row must hold a text, with its padding before it")
+        left_padded = torch.arange(mask.shape[1], device=mask.device) >= first.unsqueeze(1)
+        if not torch.equal(mask, left_padded):
+            raise ValueError("key_padding_mask: each row must have a real token, and padding on the left only")
         self._first, self._least_padding = first, int(first.min())
 
     def of_layer(self, layer: int) -> LayerAccess:
@@ -80,7 +84,7 @@ class DecodingState(WholeSequence):
         return self._layers[layer]
 
     def select_rows(self, rows: Tensor) -> None:
-        """Makes row i what row rows[i] was: rows [N] int64 may repeat some and leave others out."""
+        """Replaces row i by row rows[i]; rows [N] int64 may repeat and drop rows."""
         for state in self._layers.values():
             state.select_rows(rows)
         if self._first is not None:
@@ -88,12 +92,12 @@ class DecodingState(WholeSequence):
             self._least_padding = int(self._first.min())
 
     def n_bytes(self) -> int:
-        """Memory that the caches hold."""
+        """Memory of the caches."""
         return sum(state.n_bytes() for state in self._layers.values())
 
 
 class _LayerState(WholeSequence):
-    """Reads a prompt as `WholeSequence` does, and remembers it."""
+    """Attends to a prompt as `WholeSequence` does, and caches its keys and values."""
 
     def __init__(self, first: Tensor | None) -> None:
         self._first = first
@@ -144,7 +148,7 @@ class _LayerState(WholeSequence):
         self._source = None if self._source is None else self._source.select_rows(rows)
 
     def n_bytes(self) -> int:
-        return sum(held.n_bytes() for held in (self._cache, self._source) if held is not None)
+        return sum(cache.n_bytes() for cache in (self._cache, self._source) if cache is not None)
 
 
 def _refuse_dropout(dropout: float) -> None:

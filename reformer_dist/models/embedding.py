@@ -1,4 +1,4 @@
-"""Tokens and their positions as vectors. Positions start at standard deviation 1: smaller ones stall training."""
+"""Token and position embeddings. Positions start at standard deviation 1: smaller ones stall training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reformer_dist.ops.rotary import BASE
 
 
 class TokenEmbedding(nn.Module):
-    """Token vectors plus position vectors: [B, S] -> [B, S, dim] float32.
+    """Sum of token and position embeddings: [B, S] -> [B, S, dim] float32.
 
-    With config.embedding_dim both are as narrow as that, and one linear layer widens their sum.
+    With config.embedding_dim, both have that width and a linear layer projects their sum to dim.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        # a table that is also the output head starts small; its vectors are brought back to size here
+        # tied weights are initialized small for the head; scaling restores unit deviation for the embedding
         self.scale = math.sqrt(config.embedding_width) if config.tie_embeddings else 1.0
         self.tokens = nn.Embedding(vocab_size, config.embedding_width)
         self.positions = build_positions(config)
@@ -35,12 +35,12 @@ class TokenEmbedding(nn.Module):
 
 
 def build_positions(config: ModelConfig) -> nn.Module | None:
-    """What maps positions [..., S] to [..., S, embedding_width].
+    """Module that maps positions [..., S] to vectors [..., S, embedding_width].
 
-    None for rotary ones, which act on queries and keys.
+    None for rotary positions, which act on queries and keys.
     """
     if config.position is Position.axial:
-        return AxialPositions(config.axial_shape, config.resolved_axial_dims, is_sum=config.axial_sum)
+        return AxialPositions(config.axial_shape, config.resolved_axial_dims, is_sum=config.compat.axial_sum)
     if config.position is Position.learned:
         return LearnedPositions(config.max_seq_len, config.embedding_width)
     if config.position is Position.sinusoidal:
@@ -49,9 +49,9 @@ def build_positions(config: ModelConfig) -> nn.Module | None:
 
 
 class AxialPositions(nn.Module):
-    """Position p is a place on a grid; the embeddings of its coordinates are concatenated (paper, section 4).
+    """Axial position embeddings: position p is a grid cell whose coordinates are embedded (paper, section 4).
 
-    With is_sum they are added up.
+    The embeddings of the coordinates are concatenated, or added with is_sum.
     """
 
     def __init__(self, shape: list[int], dims: list[int], *, is_sum: bool = False) -> None:
@@ -61,18 +61,18 @@ class AxialPositions(nn.Module):
         self.tables = nn.ParameterList(nn.Parameter(torch.empty(side, dim)) for side, dim in sides)
 
     def forward(self, positions: Tensor) -> Tensor:
-        parts = []
+        embedded = []
         rest = positions
         for side, table in zip(reversed(self.shape), reversed(list(self.tables)), strict=True):
-            parts.append(table[rest % side])
+            embedded.append(table[rest % side])
             rest = rest // side
         if self.is_sum:
-            return torch.stack(parts).float().sum(dim=0)
-        return torch.cat(parts[::-1], dim=-1).float()
+            return torch.stack(embedded).float().sum(dim=0)
+        return torch.cat(embedded[::-1], dim=-1).float()
 
 
 class LearnedPositions(nn.Module):
-    """A row of a table for each position."""
+    """A trainable table with one row per position."""
 
     def __init__(self, max_seq_len: int, dim: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class LearnedPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of falling frequency (arXiv 1706.03762, section 3.5), for any length."""
+    """Fixed sines and cosines of decreasing frequency (arXiv 1706.03762, section 3.5), for any length."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The encoder-decoder: a two-sided stack reads the source, a causal one that attends to it writes the target."""
+"""Encoder-decoder: a bidirectional stack encodes the source, a causal stack with cross attention decodes."""
 
 from __future__ import annotations
 
@@ -12,89 +12,89 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
 from reformer_dist.config.checks import require
-from reformer_dist.models.base import TokenModel
-from reformer_dist.models.context import WHOLE, ForwardContext, ForwardOptions, Source
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.models.context import WHOLE_SEQUENCE, EncodedSource, ForwardContext, ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.seeds import derive_seed
 
 
-class ReformerEncoderDecoder(TokenModel):
-    """Two stacks of one config (see `ModelConfig.encoder`), which share the embedding of tokens and positions.
+class ReformerEncoderDecoder(ReformerModel):
+    """Two stacks of one config (see `ModelConfig.encoder`) that share token and position embeddings.
 
-    `stack` is the decoder. `seed` decides initial weights and hash rotations, alike on every rank and device.
-    Raises ConfigError where config.causal is not true.
+    `stack` is the decoder. `seed` determines initial weights and hash rotations, which are the same on every rank
+    and device. Raises ConfigError if config.causal is false.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
-        require(config.causal, "model.causal", False, "must be true: the decoder writes from left to right")
-        super().__init__(config, vocab_size, seed, reads_source=True)
+        require(config.causal, "model.causal", False, "must be true: the decoder is autoregressive")
+        super().__init__(config, vocab_size, seed, has_cross_attention=True)
         self.encoder = ReformerStack(config.encoder())
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
         self.head = LanguageModelHead(config, vocab_size, table)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,
-        source: Tensor | Source,
+        source: Tensor | EncodedSource,
         tokens: Tensor,
         labels: Tensor | None = None,
         *,
         source_mask: Tensor | None = None,
-        source_sequence: SequenceAccess = WHOLE,
+        source_sequence: SequenceAccess = WHOLE_SEQUENCE,
         logits_to_keep: int | None = None,
         **options: Unpack[ForwardOptions],
     ) -> Tensor:
         """source [B, T], tokens [B, S] -> logits [B, S, V], or with labels [B, S] the summed loss in nats.
 
-        source: tokens, or what `read` made of them. tokens: what the decoder reads, which is the target behind a
-        first token. Labels of -100 are ignored. source_mask [B, T]: True for real tokens of the source;
-        source_sequence: which part of the sources is at hand. logits_to_keep: of the last tokens only, where no
-        more are wanted. The other keywords are those of `ForwardOptions`, and about the target.
+        source: tokens, or the result of `encode_source`. tokens: the decoder input, which is a start token and the
+        target. Labels of -100 are ignored. source_mask [B, T]: True for real tokens of the source;
+        source_sequence: which part of the sources is local. logits_to_keep: returns logits of the last tokens
+        only. The other keywords are those of `ForwardOptions` and apply to the target.
         """
         if self.training and options.get("dropout_seed") is None:
             options["dropout_seed"] = int(torch.randint(2**62, (1,)).item())
         if isinstance(source, Tensor):
-            source = self.read(source, source_mask, source_sequence, options)
-        hidden = self._hidden(tokens, replace(self._open(tokens, options), source=source))
+            source = self.encode_source(source, source_mask, source_sequence, options)
+        hidden = self._hidden(tokens, replace(self._build_context(tokens, options), source=source))
         if logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:]
         logits_or_loss: Tensor = self.head(hidden, labels)
         return logits_or_loss
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
-        """Tokens of a source [B, T] -> the encoder's hidden vectors [B, T, dim] in the dtype of the weights."""
-        context = self._open_source(tokens, options)
+        """Source tokens [B, T] -> the encoder's hidden states [B, T, dim] in the dtype of the weights."""
+        context = self._build_source_context(tokens, options)
         hidden: Tensor = self.encoder(self._embed(tokens, context), context)
         return hidden
 
     @torch.no_grad()
-    def reversible_drift(  # type: ignore[override]  # what it is asked of are the inputs of its own forward
+    def reversible_drift(  # type: ignore[override]  # takes the inputs of this class's forward
         self,
         source: Tensor,
         tokens: Tensor,
         *,
         source_mask: Tensor | None = None,
-        source_sequence: SequenceAccess = WHOLE,
+        source_sequence: SequenceAccess = WHOLE_SEQUENCE,
         key_padding_mask: Tensor | None = None,
-        sequence: SequenceAccess = WHOLE,
+        sequence: SequenceAccess = WHOLE_SEQUENCE,
     ) -> Tensor:
-        """The larger drift of the two stacks, on source [B, T] and tokens [B, S] at hand."""
-        of_source: ForwardOptions = {"key_padding_mask": source_mask, "sequence": source_sequence}
-        context = self._open_source(source, of_source)
+        """The larger drift of the two stacks, on local source [B, T] and tokens [B, S]."""
+        source_options: ForwardOptions = {"key_padding_mask": source_mask, "sequence": source_sequence}
+        context = self._build_source_context(source, source_options)
         encoder_drift = self.encoder.reversible_drift(self._embed(source, context), context)
-        own: ForwardOptions = {"key_padding_mask": key_padding_mask, "sequence": sequence}
-        read = self.read(source, source_mask, source_sequence)
-        context = replace(self._open(tokens, own), source=read)
+        options: ForwardOptions = {"key_padding_mask": key_padding_mask, "sequence": sequence}
+        encoded = self.encode_source(source, source_mask, source_sequence)
+        context = replace(self._build_context(tokens, options), source=encoded)
         drift = self.stack.reversible_drift(self._embed(tokens, context), context)
         return torch.maximum(encoder_drift, drift)
 
-    def _open_source(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
-        """The encoder's context, whose masks and rotations are others than the decoder's."""
-        context = self._open(tokens, options)
+    def _build_source_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
+        """The encoder's context, with dropout and rotation seeds different from the decoder's."""
+        context = self._build_context(tokens, options)
         seed = context.dropout_seed
         return replace(
             context,
@@ -102,17 +102,21 @@ class ReformerEncoderDecoder(TokenModel):
             rotation_seed=derive_seed("encoder", context.rotation_seed),
         )
 
-    def read(
+    def encode_source(
         self,
         source: Tensor,
         source_mask: Tensor | None = None,
-        source_sequence: SequenceAccess = WHOLE,
+        source_sequence: SequenceAccess = WHOLE_SEQUENCE,
         options: ForwardOptions | None = None,
-    ) -> Source:
-        """What the decoder reads of source [B, T]: the encoder runs here. The arguments are those of `forward`."""
-        own: ForwardOptions = {**(options or {}), "key_padding_mask": source_mask, "sequence": source_sequence}
-        return Source(self.encode(source, **own).float(), source_mask, source_sequence)
+    ) -> EncodedSource:
+        """Runs the encoder on source [B, T], for one or more calls of `forward`; arguments as there."""
+        source_options: ForwardOptions = {
+            **(options or {}),
+            "key_padding_mask": source_mask,
+            "sequence": source_sequence,
+        }
+        return EncodedSource(self.encode(source, **source_options).float(), source_mask, source_sequence)
 
-    def reading(self, source: Tensor, source_mask: Tensor | None = None) -> Callable[..., Tensor]:
-        """The language model of the targets of source [B, T], as generation takes one: it is read here, once."""
-        return partial(self, self.read(source, source_mask))
+    def conditioned_on(self, source: Tensor, source_mask: Tensor | None = None) -> Callable[..., Tensor]:
+        """Encodes source [B, T] once and returns the language model of its targets, for generation."""
+        return partial(self, self.encode_source(source, source_mask))

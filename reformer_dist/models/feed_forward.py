@@ -1,4 +1,4 @@
-"""The feed-forward layer: each token for itself, so its inner width need not exist for all of them at once."""
+"""Feed-forward layer. It is token-wise, so a caller may run it on chunks of tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import Activation, ModelConfig
 from reformer_dist.models.context import ForwardContext
-from reformer_dist.ops.dropout import TokenPlaces, token_dropout
+from reformer_dist.ops.dropout import TokenCoords, token_dropout
 
 
 class FeedForward(nn.Module):
@@ -21,8 +21,8 @@ class FeedForward(nn.Module):
         self.to_inner = nn.Linear(config.dim, 2 * inner if is_gated else inner)
         self.to_out = nn.Linear(inner, config.dim)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int, places: TokenPlaces) -> Tensor:
-        """[B, S, dim] -> [B, S, dim]; places: which tokens these are."""
+    def forward(self, x: Tensor, context: ForwardContext, layer: int, coords: TokenCoords) -> Tensor:
+        """[B, S, dim] -> [B, S, dim]; coords: those of the tokens, for dropout."""
         inner = self.to_inner(x)
         if self.config.activation is Activation.glu:
             value, gate = inner.chunk(2, dim=-1)
@@ -34,4 +34,4 @@ class FeedForward(nn.Module):
         else:
             inner = F.relu(inner)
         dropout = context.dropout(self.config.ff_dropout)
-        return self.to_out(token_dropout(inner, dropout, context.seed_for("feed_forward", layer), places))
+        return self.to_out(token_dropout(inner, dropout, context.seed_for("feed_forward", layer), coords))

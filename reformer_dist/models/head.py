@@ -1,4 +1,4 @@
-"""From hidden vectors to logits, or to the loss without ever holding all logits."""
+"""Language model head: logits, or the loss without materializing all logits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from reformer_dist.ops.cross_entropy import chunked_cross_entropy
 
 
 class LanguageModelHead(nn.Module):
-    """Logits over the vocabulary; with config.tie_embeddings, `table` is the token embedding's.
+    """Projection to the vocabulary; with config.tie_embeddings, its weight is `table`, the token embedding's.
 
-    With config.embedding_dim, one linear layer narrows hidden vectors to the width of the table.
+    With config.embedding_dim, a linear layer first projects hidden states to the width of the table.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, table: nn.Parameter) -> None:
@@ -22,12 +22,12 @@ class LanguageModelHead(nn.Module):
         self.to_table = None
         if config.embedding_dim is not None:
             self.to_table = nn.Linear(config.output_dim, config.embedding_dim)
-        fresh = nn.Parameter(torch.empty(vocab_size, config.table_width))
-        self.weight = table if config.tie_embeddings else fresh
+        untied = nn.Parameter(torch.empty(vocab_size, config.table_width))
+        self.weight = table if config.tie_embeddings else untied
         self.bias = nn.Parameter(torch.empty(vocab_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """hidden [B, S, output_dim] -> logits [B, S, V] float32, or, given labels [B, S], summed loss in nats."""
+        """hidden [B, S, output_dim] -> logits [B, S, V] float32, or with labels [B, S] the summed loss in nats."""
         if self.to_table is not None:
             hidden = self.to_table(hidden)
         if labels is None:

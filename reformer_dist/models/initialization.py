@@ -1,4 +1,4 @@
-"""Initial weights: a function of the seed and the sizes alone."""
+"""Weight initialization, a function of the seed and the sizes only."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HEAD_STD = 0.02
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Initial weights of all modules of a model, from an explicit generator.
+def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Initializes all modules of a model in place, from a generator seeded with `seed`.
 
-    Linear layers: normal with deviation fan_in**-0.5, those that write to a stream divided by the root of
-    the number of writes. Embeddings and positions: deviation 1, which matters (positions at 0.02 stall).
+    Linear layers: normal with standard deviation fan_in**-0.5; output projections of sublayers are divided by the
+    square root of the number of residual writes. Embeddings and positions: 1, since positions at 0.02 stall.
     """
     generator = torch.Generator().manual_seed(derive_seed("weights", seed))
-    writes = _writes(model, config)
+    n_writes = _residual_writes(model, config)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            shrink = writes.get(module, 1) ** 0.5
-            nn.init.normal_(module.weight, 0.0, module.in_features**-0.5 / shrink, generator)
+            divisor = n_writes.get(module, 1) ** 0.5
+            nn.init.normal_(module.weight, 0.0, module.in_features**-0.5 / divisor, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, AxialPositions):
@@ -34,7 +34,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 nn.init.normal_(table, 0.0, 1.0, generator)
         elif isinstance(module, LearnedPositions):
             nn.init.normal_(module.table, 0.0, 1.0, generator)
-    # last, and the head after the table that it may share
+    # last, and the head after the table that may be tied to it
     for module in model.modules():
         if isinstance(module, TokenEmbedding):
             nn.init.normal_(module.tokens.weight, 0.0, 1.0 / module.scale, generator)
@@ -45,15 +45,15 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _writes(model: nn.Module, config: ModelConfig) -> dict[nn.Module, int]:
-    """How often a stream is written to in a forward, by each layer that does."""
-    writes = dict.fromkeys(_outputs(model), 2 * config.n_layers)
+def _residual_writes(model: nn.Module, config: ModelConfig) -> dict[nn.Module, int]:
+    """For each output projection, the number of residual writes per forward in its stack."""
+    n_writes = dict.fromkeys(_output_projections(model), 2 * config.n_layers)
     for stack in model.modules():
         if isinstance(stack, ReformerStack):
-            outputs = _outputs(stack)
-            writes.update(dict.fromkeys(outputs, stack.n_layers * len(outputs) // len(stack.blocks)))
-    return writes
+            projections = _output_projections(stack)
+            n_writes.update(dict.fromkeys(projections, stack.n_layers * len(projections) // len(stack.blocks)))
+    return n_writes
 
 
-def _outputs(model: nn.Module) -> list[nn.Module]:
+def _output_projections(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith("to_out")]

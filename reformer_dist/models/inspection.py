@@ -1,4 +1,4 @@
-"""Looking into attention: which tokens share buckets, and what each token attends to."""
+"""Attention inspection: bucket ids and dense attention weights of every layer."""
 
 from __future__ import annotations
 
@@ -13,54 +13,55 @@ from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import attend_locally
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 
-LONGEST = 4096
+MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class AttentionView:
-    """What one layer's attention did."""
+    """Attention weights and bucket ids of one layer."""
 
     weights: Tensor
-    """[B, H, S, S]: how much of key j's value query i took, over all rounds; rows sum to 1."""
+    """[B, H, S, S]: weight of key j for query i, combined over all rounds; rows sum to 1."""
     bucket_ids: Tensor | None
-    """[B, H, R, S] of an LSH layer (a local round is one more, of zeros); None of the others."""
+    """[B, H, R, S] of an LSH layer, in which a local round is one more round of zeros; None for other kinds."""
 
 
 @torch.no_grad()
 def inspect_attention(
     model: ReformerModel, tokens: Tensor, *, key_padding_mask: Tensor | None = None, step: int | None = None
 ) -> list[AttentionView]:
-    """The attention of every layer on tokens [B, S], without dropout; of up to 4096 tokens, since it is dense.
+    """Attention of every layer on tokens [B, S], without dropout.
 
-    step: whose hash rotations; None: those of evaluation. Raises ValueError for longer texts.
+    step: training step whose hash rotations are used; None: those of evaluation. Raises ValueError for more than
+    4096 tokens, since the weights are dense.
     """
-    if tokens.shape[1] > LONGEST:
-        raise ValueError(f"{tokens.shape[1]} tokens: attention is shown for up to {LONGEST}")
-    watched, was_training = _WatchedSequence(), model.training
+    if tokens.shape[1] > MAX_TOKENS:
+        raise ValueError(f"{tokens.shape[1]} tokens: must be at most {MAX_TOKENS} to inspect attention")
+    recorder, was_training = _RecordingSequence(), model.training
     try:
-        model.eval().encode(tokens, key_padding_mask=key_padding_mask, step=step, sequence=watched)
+        model.eval().encode(tokens, key_padding_mask=key_padding_mask, step=step, sequence=recorder)
     finally:
         model.train(was_training)
-    return [watched.views[layer] for layer in sorted(watched.views)]
+    return [recorder.views[layer] for layer in sorted(recorder.views)]
 
 
-class _WatchedSequence(WholeSequence):
+class _RecordingSequence(WholeSequence):
     def __init__(self) -> None:
         self.views: dict[int, AttentionView] = {}
 
     def of_layer(self, layer: int) -> LayerAccess:
-        return _WatchedLayer(self.views, layer)
+        return _RecordingLayer(self.views, layer)
 
 
-class _WatchedLayer(WholeSequence):
-    """Attends as ever, and once more to the unit vectors as values, whose outputs are the weights themselves."""
+class _RecordingLayer(WholeSequence):
+    """Computes attention as usual, and again with one-hot values, whose outputs are the weights themselves."""
 
     def __init__(self, views: dict[int, AttentionView], layer: int) -> None:
         self._views, self._layer = views, layer
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
-        columns = [attend_locally(q, k, units, exchange) for units in _unit_values(v)]
+        columns = [attend_locally(q, k, values, exchange) for values in _one_hot_values(v)]
         ids = exchange.bucket_ids if k is None else None
         self._views[self._layer] = AttentionView(torch.cat(columns, dim=-1)[..., : v.shape[2]], ids)
         return super().bucket_attention(q, k, v, exchange)
@@ -69,13 +70,13 @@ class _WatchedLayer(WholeSequence):
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
         heads = {"first_head": 0, "n_heads": q.shape[1]}
-        columns = [options.attend(q, k, units, key_padding_mask, **heads) for units in _unit_values(v)]
+        columns = [options.attend(q, k, values, key_padding_mask, **heads) for values in _one_hot_values(v)]
         self._views[self._layer] = AttentionView(torch.cat(columns, dim=-1)[..., : v.shape[2]], None)
         return super().exact_attention(q, k, v, options, key_padding_mask)
 
 
-def _unit_values(v: Tensor) -> list[Tensor]:
-    """Columns of the identity [S, S], as many at a time as values [B, H, S, D] are wide; zeros behind the last."""
+def _one_hot_values(v: Tensor) -> list[Tensor]:
+    """Columns of the identity [S, S] in groups of D, the width of v [B, H, S, D]; the last is zero-padded."""
     seq_len, width = v.shape[2:]
     n_columns = -(-seq_len // width) * width
     identity = torch.eye(seq_len, n_columns, dtype=v.dtype, device=v.device)

@@ -1,4 +1,4 @@
-"""The language model: embedding, reversible stack, head. Plain PyTorch: it runs without any other package."""
+"""Causal and masked language models: embedding, reversible stack, head."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 
 
-class ReformerLM(TokenModel):
-    """A language model: causal, or with config.causal=False two-sided, which is the masked language model.
+class ReformerLM(ReformerModel):
+    """A language model: causal, or masked (bidirectional) with config.causal=False.
 
-    The masked one reads tokens some of which have been replaced, and has labels at those places alone: -100
-    elsewhere. `seed` decides initial weights and hash rotations, alike on every rank and device.
+    A masked language model reads corrupted tokens and has labels at the corrupted positions, -100 elsewhere.
+    `seed` determines initial weights and hash rotations, which are the same on every rank and device.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
@@ -24,7 +24,7 @@ class ReformerLM(TokenModel):
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
         self.head = LanguageModelHead(config, vocab_size, table)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,
@@ -36,8 +36,7 @@ class ReformerLM(TokenModel):
     ) -> Tensor:
         """tokens [B, S] -> logits [B, S, V], or with labels [B, S] the summed loss in nats (-100 is ignored).
 
-        logits_to_keep: of the last tokens only, where no more are wanted. The other keywords are those of
-        `ForwardOptions`.
+        logits_to_keep: returns logits of the last tokens only. The other keywords are those of `ForwardOptions`.
         """
         hidden = self.encode(tokens, **options)
         if logits_to_keep is not None:

@@ -1,4 +1,4 @@
-"""Who meets whom in the LSH and local layers of a configuration."""
+"""Attention rules of the LSH and local layers of a configuration."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from reformer_dist.ops.lsh import ChunkRule, Rule, WindowRule
 
 @dataclass(frozen=True)
 class LayerRule:
-    """The rule of a layer's attention, and the order that it goes by."""
+    """Which keys the queries of a layer attend to, and in what sorted order."""
 
     rule: Rule
     n_rounds: int
     n_buckets: int
-    """Of a round; 1: the order is that of positions."""
+    """Buckets per round; with 1, the sorted order is that of positions."""
     shares_keys: bool
     """Keys are q / |q|."""
 
     @staticmethod
     def of(config: ModelConfig, kind: AttentionKind) -> LayerRule:
         """kind: lsh or local."""
-        wrap, multiple = config.chunk_wrap, config.chunk_multiple
+        wrap, multiple = config.compat.chunk_wrap, config.chunk_multiple
         rule: Rule
         if kind is AttentionKind.local:
             rule = WindowRule(config.local_window, config.causal, sees_self=True)
-            if config.local_chunk_len:
-                before, after = config.local_chunks_before, config.local_chunks_after
-                rule = ChunkRule(config.local_chunk_len, config.causal, before, after, wrap, True, multiple)
+            if config.compat.local_chunk_len:
+                before, after = config.compat.local_chunks_before, config.compat.local_chunks_after
+                rule = ChunkRule(config.compat.local_chunk_len, config.causal, before, after, wrap, True, multiple)
             return LayerRule(rule, n_rounds=1, n_buckets=1, shares_keys=False)
         rule = WindowRule(config.window, config.causal)
         if config.neighbours is NeighbourRule.chunk:

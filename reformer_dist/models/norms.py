@@ -1,4 +1,4 @@
-"""What stands before a sublayer: it reads a float32 stream and gives the dtype of the sublayer's weights."""
+"""Pre-norms of sublayers: they read a float32 stream and return the dtype of the sublayer's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reformer_dist.config import ModelConfig, Norm
 
 
 class StreamNorm(nn.Module):
-    """Layer norm of a float32 stream, given on in the dtype of the sublayer's weights."""
+    """Layer norm of a float32 stream, computed in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class StreamNorm(nn.Module):
         return normed.to(self.weight.dtype)
 
     def after(self, out: Tensor) -> Tensor:
-        """What the stream gets of the sublayer's output."""
+        """Maps the sublayer's output to what is added to the stream."""
         return out
 
 
 class ScaleNorm(nn.Module):
-    """x / |x| times one learned number, at first sqrt(dim) (arXiv 1910.05895)."""
+    """x / |x| times one learned scalar, initially sqrt(dim) (arXiv 1910.05895)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        # one factor for each token: a normed copy would have to be kept for backward
+        # one factor per token: backward would have to keep a normalized copy
         factor = self.weight.float() / x.norm(dim=-1, keepdim=True).clamp_min(self.eps)
         return (x * factor).to(self.weight.dtype)
 
@@ -47,7 +47,7 @@ class ScaleNorm(nn.Module):
 
 
 class ReZero(nn.Module):
-    """No norm; what the sublayer gives is multiplied by one learned number, at first 0 (arXiv 2003.04887)."""
+    """No norm; the sublayer's output is multiplied by one learned scalar, initially 0 (arXiv 2003.04887)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Extractive question answering: where in a text its answer begins and ends."""
+"""Extractive question answering: start and end positions of the answer."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.base import TokenModel
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
-from reformer_dist.models.initialization import initialise
+from reformer_dist.models.initialization import init_weights
 
-EXCLUDED = torch.finfo(torch.float32).min
+MASKED_LOGIT = torch.finfo(torch.float32).min
 
 
-class ReformerForQuestionAnswering(TokenModel):
-    """Two logits for each token: that the answer begins with it, and that it ends with it.
+class ReformerForQuestionAnswering(ReformerModel):
+    """Start and end logits for each token; meant for a bidirectional model (config.causal=False).
 
-    A two-sided model (config.causal=False) is what the task wants. Trained on whole sequences or on slices of
-    them (`models.sequence`): every rank then has the labels of the whole rows, and returns its share of the loss.
+    Under sequence parallelism (`models.sequence`), every rank holds the labels of the whole rows and returns an
+    equal fraction of the loss.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__(config, vocab_size, seed)
         self.head = nn.Linear(config.output_dim, 2)
-        initialise(self, config, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,
@@ -36,16 +36,16 @@ class ReformerForQuestionAnswering(TokenModel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens [B, S] -> logits of the first and of the last token of the answer, [B, S] float32 each.
 
-        With labels [B, 2], first and last position of the answer in its text, whose first real token is at 0:
-        the loss of both in nats, summed. Labels of -100 are ignored, and so is any other where no answer may lie.
-        answer_mask [B, S]: True where one may; the question's tokens, as padding always, get the lowest number
-        there is as a logit. The other keywords are those of `ForwardOptions`.
+        With labels [B, 2], the positions of the first and last token, counted from the first real token of the
+        row: the summed loss of both in nats. Labels of -100 are ignored, and so are labels at masked positions.
+        answer_mask [B, S]: True where an answer may be, such as outside the question. Masked positions and padding
+        get the lowest float32 as logit. The other keywords are those of `ForwardOptions`.
         """
-        context = self._open(tokens, options)
+        context = self._build_context(tokens, options)
         logits = self.head(self._hidden(tokens, context)).float()
         masks = [mask.unsqueeze(-1) for mask in (context.key_padding_mask, answer_mask) if mask is not None]
         for mask in masks:
-            logits = logits.masked_fill(~mask, EXCLUDED)
+            logits = logits.masked_fill(~mask, MASKED_LOGIT)
         if labels is None:
             first, last = logits.unbind(dim=-1)
             return first, last
@@ -55,19 +55,19 @@ class ReformerForQuestionAnswering(TokenModel):
 def _cross_entropy_over_positions(
     logits: Tensor, labels: Tensor, masks: list[Tensor], context: ForwardContext
 ) -> Tensor:
-    """This rank's share of the summed loss; logits [B, S, 2] of the positions at hand, labels [B, 2].
+    """This rank's fraction of the summed loss; logits [B, S, 2] of the local positions, labels [B, 2].
 
-    masks [B, S, 1] each: False where nothing is asked for.
+    masks [B, S, 1] each: False at positions whose labels are ignored.
     """
     sequence = context.sequence
-    is_label = context.places.positions.unsqueeze(-1) == labels.unsqueeze(1)
+    is_label = context.coords.positions.unsqueeze(-1) == labels.unsqueeze(1)
     for mask in masks:
         is_label = is_label & mask
-    # over slices too: each has its own sum of exponentials, and one of them holds the label
-    of_label = torch.where(is_label, logits, 0.0).sum(dim=1)
-    of_label, n_held = (
-        sequence.gather(torch.stack([of_label, is_label.sum(dim=1).float()], dim=-1)).sum(dim=0).unbind(-1)
+    # every slice of the sequence has its own logsumexp, and one of them holds the label
+    label_logit = torch.where(is_label, logits, 0.0).sum(dim=1)
+    label_logit, n_found = (
+        sequence.gather(torch.stack([label_logit, is_label.sum(dim=1).float()], dim=-1)).sum(dim=0).unbind(-1)
     )
-    of_all = sequence.gather(logits.logsumexp(dim=1)).logsumexp(dim=0)
-    # a label that no place holds has no logit that its loss could be bounded by
-    return torch.where(n_held > 0, of_all - of_label, 0.0).sum() / sequence.n_parts
+    logsumexp = sequence.gather(logits.logsumexp(dim=1)).logsumexp(dim=0)
+    # without a logit of the label, the loss would be unbounded
+    return torch.where(n_found > 0, logsumexp - label_logit, 0.0).sum() / sequence.n_parts

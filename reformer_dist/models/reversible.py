@@ -1,11 +1,11 @@
-"""A reversible layer as one autograd function: backward rebuilds its input from its output (paper, section 3).
+"""A reversible layer as one autograd function: backward reconstructs its input from its output (paper, section 3).
 
-All that backward needs is in the autograd context and on a tape that belongs to one forward call: two forwards
-may precede a backward. Parameters are inputs of the function, so that each gradient leaves through the outer
-graph exactly once, which is what ZeRO's hooks count on.
+All state of backward is in the autograd context and on a tape that belongs to one forward call, so two forwards
+may precede a backward. Parameters are inputs of the function, so that each gradient leaves through the outer graph
+exactly once, as ZeRO's hooks expect.
 
-A layer is a chain of steps (a, b) -> (b, a + F(b)), one for each sublayer F. Of two steps the result is
-y1 = x1 + F(x2), y2 = x2 + G(y1), the paper's; a third reads y2 and adds to y1, and the streams change places.
+A layer is a chain of steps (a, b) -> (b, a + F(b)), one per sublayer F. Two steps are the paper's
+y1 = x1 + F(x2), y2 = x2 + G(y1); a third reads y2 and adds to y1, which swaps the streams.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from torch.autograd.function import once_differentiable
 
 
 class Tape:
-    """The streams behind the newest layer that has run: forward writes, backward unwinds."""
+    """Output streams of the most recent layer: forward overwrites them, backward unwinds them."""
 
     def __init__(self) -> None:
         self.streams: tuple[Tensor, Tensor] | None = None
 
     def take(self) -> tuple[Tensor, Tensor]:
         if self.streams is None:
-            raise RuntimeError("a reversible stack can be run backward once; call forward again")
+            raise RuntimeError("a reversible stack can run backward once per forward; call forward again")
         streams, self.streams = self.streams, None
         return streams
 
 
 class Sublayer:
-    """A function of one stream and of other tensors: parameters, or what an encoder gave.
-
-    Calling it again gives the same result.
-    """
+    """A deterministic function of one stream and of other tensors: parameters, or an encoder's output."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], others: Iterable[Tensor]) -> None:
         self.function = function
@@ -46,70 +43,71 @@ class Sublayer:
         return self.function(x)
 
     def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
-        """Runs again from x; returns the output, and gradients of x and of the other tensors that want one."""
-        return self._again(self.function, x, d_out, autocast)
+        """Recomputes from x; returns the output, and the gradients of x and of `trained`."""
+        return self._recompute(self.function, x, d_out, autocast)
 
-    def _again(
+    def _recompute(
         self, function: Callable[[Tensor], Tensor], x: Tensor, d_out: Tensor, autocast: _Autocast
     ) -> tuple[Tensor, list[Tensor | None]]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            # the forward alone: a backward runs in the dtypes that its forward left
-            with autocast.again():
+            # only the forward is under autocast: backward runs in the dtypes that the forward chose
+            with autocast.restore():
                 out = function(x)
-            found = torch.autograd.grad(
+            grads = torch.autograd.grad(
                 out, (x, *self.trained), d_out.to(out.dtype), allow_unused=True, materialize_grads=False
             )
-        return out.detach(), list(found)
+        return out.detach(), list(grads)
 
 
 class TokenwiseSublayer(Sublayer):
-    """A function of each token for itself, so `chunk` tokens can go through at a time (0: all at once).
+    """A token-wise function, which runs on `chunk` tokens at a time (0: all at once).
 
-    Backward too takes one chunk after another: what the recompute of a chunk keeps for its backward is gone before
-    the next chunk runs, and nothing is computed more than once for it.
+    Backward is chunked as well: the activations of one chunk's recompute are freed before the next chunk runs, and
+    nothing is computed more than once.
     """
 
     def __init__(self, function: Callable[[int, Tensor], Tensor], others: Iterable[Tensor], chunk: int) -> None:
-        """function: of the number of the first token at hand, and the tokens [B, n, dim]."""
+        """function: takes the index of the first token, and the tokens [B, n, dim]."""
         super().__init__(partial(function, 0), others)
-        self._part, self._chunk = function, chunk
+        self._chunk_function, self._chunk = function, chunk
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._is_parted(x):
+        if not self._is_chunked(x):
             return self.function(x)
-        return torch.cat([self._part(start, part) for start, part in self._parts(x)], dim=1)
+        return torch.cat([self._chunk_function(start, part) for start, part in self._split(x)], dim=1)
 
     def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
-        if not self._is_parted(x):
+        if not self._is_chunked(x):
             return super().grads(x, d_out, autocast)
         outs, d_inputs, totals = [], [], None
-        for (start, part), (_, d_part) in zip(self._parts(x), self._parts(d_out), strict=True):
-            out, (d_input, *found) = self._again(partial(self._part, start), part, d_part, autocast)
+        for (start, part), (_, d_part) in zip(self._split(x), self._split(d_out), strict=True):
+            function = partial(self._chunk_function, start)
+            out, (d_input, *grads) = self._recompute(function, part, d_part, autocast)
             outs.append(out)
             d_inputs.append(torch.zeros_like(part) if d_input is None else d_input)
-            totals = found if totals is None else [_sum(*pair) for pair in zip(totals, found, strict=True)]
+            totals = grads if totals is None else [_accumulate(*pair) for pair in zip(totals, grads, strict=True)]
         assert totals is not None
         return torch.cat(outs, dim=1), [torch.cat(d_inputs, dim=1), *totals]
 
-    def _is_parted(self, x: Tensor) -> bool:
+    def _is_chunked(self, x: Tensor) -> bool:
         return 0 < self._chunk < x.shape[1]
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The number of the first token of each chunk, and the chunk."""
+    def _split(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The index of the first token of each chunk, and the chunk."""
         return zip(range(0, x.shape[1], self._chunk), x.split(self._chunk, dim=1), strict=True)
 
 
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The total is used up."""
-    return part if total is None else total if part is None else total.add_(part)
+def _accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """The sum, in place of total."""
+    return grad if total is None else total if grad is None else total.add_(grad)
 
 
 def reversible_steps(x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape) -> tuple[Tensor, Tensor]:
-    """A layer: for each of its two or more sublayers F, one step (a, b) -> (b, a + F(b)).
+    """Runs a layer: one step (a, b) -> (b, a + F(b)) for each of its two or more sublayers F.
 
-    Layers must form a chain, and backward run through it once. What an encoder gave is an input of every layer
-    that reads it, so its gradients add up before the encoder's own backward, which runs once.
+    Layers must form a chain, through which backward runs once. An encoder's output is an input of every layer that
+    attends to it, so its gradients are summed before the encoder's own backward, which runs once.
     """
     others = [tensor for sublayer in sublayers for tensor in sublayer.trained]
     y1, y2 = _ReversibleSteps.apply(x1, x2, sublayers, tape, *others)
@@ -117,14 +115,14 @@ def reversible_steps(x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape
 
 
 class _Autocast:
-    """The autocast state of the forward call, which backward has left."""
+    """Autocast state of the forward call, restored for the recompute."""
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type
         self.enabled = torch.is_autocast_enabled(device_type)
         self.dtype = torch.get_autocast_dtype(device_type)
 
-    def again(self) -> torch.autocast:
+    def restore(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
 
@@ -147,12 +145,12 @@ class _ReversibleSteps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.tape.take()
         d_a, d_b = grads
-        of_others: list[Tensor | None] = []
+        d_others: list[Tensor | None] = []
         for sublayer in reversed(ctx.sublayers):
-            out, (through, *its_grads) = sublayer.grads(a, d_b, ctx.autocast)
+            out, (d_x, *d_trained) = sublayer.grads(a, d_b, ctx.autocast)
             a, b = b - out, a
-            d_a, d_b = d_b, d_a if through is None else d_a + through
-            of_others = its_grads + of_others
-        # below the lowest layer nobody takes the streams: a second backward must find none
+            d_a, d_b = d_b, d_a if d_x is None else d_a + d_x
+            d_others = d_trained + d_others
+        # the streams below the lowest layer are dropped, so that a second backward raises
         ctx.tape.streams = None if ctx.is_lowest else (a, b)
-        return (d_a, d_b, None, None, *of_others)
+        return (d_a, d_b, None, None, *d_others)

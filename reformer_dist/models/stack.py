@@ -1,4 +1,4 @@
-"""The layers on top of one another, and the three ways in which backward gets their activations."""
+"""The stack of layers, and the three ways in which backward obtains their activations."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Recompute
 from reformer_dist.models.block import Block, Streams
-from reformer_dist.models.context import ForwardContext, ForwardOptions, Memo, open_context
+from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
 from reformer_dist.models.norms import StreamNorm
 from reformer_dist.models.reversible import Tape
 
 
 class ReformerStack(nn.Module):
-    """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; at the end, what they make is normed.
+    """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; their merged outputs are normalized.
 
-    That is their mean or, with merge_streams=concat, both side by side. With reads_source, every layer
-    attends to the source of its context, too.
+    They are merged by their mean or, with compat.merge_streams=concat, by concatenation. With has_cross_attention,
+    every layer also attends to the source of its context.
     """
 
-    def __init__(self, config: ModelConfig, *, reads_source: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, has_cross_attention: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()
         n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
-        self.blocks = nn.ModuleList(Block(config, kind, reads_source=reads_source) for kind in kinds[:n_blocks])
+        self.blocks = nn.ModuleList(
+            Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds[:n_blocks]
+        )
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)
@@ -34,13 +36,13 @@ class ReformerStack(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext | None = None, **options: Unpack[ForwardOptions]
     ) -> Tensor:
-        """In a model, `context` is that of the forward call; a stack that is used alone takes its keywords."""
+        """`context` is that of the model's forward call; a standalone stack takes `ForwardOptions` instead."""
         if context is None:
             n_tokens, is_training = x.shape[1], self.training
-            context = open_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
+            context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         x = x.float()
         if torch.is_grad_enabled() and not x.requires_grad:
-            # under a frozen embedding the layers must still learn, and ZeRO's hooks fire only on such inputs
+            # with a frozen embedding the layers must still train, and ZeRO's hooks need an input with a gradient
             x = x.detach().requires_grad_()
         y1, y2 = self._run((x, x), context)
         return self.norm(torch.cat([y1, y2], dim=-1) if self.is_concat else (y1 + y2) / 2)
@@ -51,15 +53,15 @@ class ReformerStack(nn.Module):
         return block
 
     def _run(self, streams: Streams, context: ForwardContext) -> Streams:
-        wants_grad = torch.is_grad_enabled()
-        tape = Tape() if wants_grad and self.recompute is Recompute.reversible else None
+        needs_grad = torch.is_grad_enabled()
+        tape = Tape() if needs_grad and self.recompute is Recompute.reversible else None
         for layer in range(self.n_layers):
             block = self._block(layer)
-            if wants_grad and self.recompute is Recompute.checkpoint:
-                memo = Memo()
-                # all randomness comes from the context's seeds: there is no state to preserve
+            if needs_grad and self.recompute is Recompute.checkpoint:
+                cache = RecomputeCache()
+                # all randomness comes from the context's seeds, so there is no RNG state to preserve
                 streams = checkpoint(
-                    block, *streams, context, layer, memo=memo, use_reentrant=False, preserve_rng_state=False
+                    block, *streams, context, layer, cache=cache, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 streams = block(*streams, context, layer, tape=tape)
@@ -67,14 +69,14 @@ class ReformerStack(nn.Module):
 
     @torch.no_grad()
     def reversible_drift(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """Largest difference between the stack's input and what its inverse makes of its output: a scalar.
+        """Largest difference between the stack's input and its reconstruction from the output: a scalar.
 
-        It is what rounding costs the reversible backward at the lowest layer, where it is largest.
+        This is the rounding error of the reversible backward at the lowest layer, where it is largest.
         """
         x = x.float()
-        streams, memos = (x, x), [Memo() for _ in range(self.n_layers)]
+        streams, caches = (x, x), [RecomputeCache() for _ in range(self.n_layers)]
         for layer in range(self.n_layers):
-            streams = self._block(layer)(*streams, context, layer, memo=memos[layer])
+            streams = self._block(layer)(*streams, context, layer, cache=caches[layer])
         for layer in reversed(range(self.n_layers)):
-            streams = self._block(layer)(*streams, context, layer, memo=memos[layer], is_inverse=True)
+            streams = self._block(layer)(*streams, context, layer, cache=caches[layer], is_inverse=True)
         return torch.stack([(stream - x).abs().max() for stream in streams]).max()

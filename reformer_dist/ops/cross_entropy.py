@@ -1,4 +1,4 @@
-"""Cross entropy over chunks of tokens: the logits of a whole sequence never exist (paper, section 3)."""
+"""Chunked cross entropy that never materializes the logits of a whole sequence (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int
 ) -> Tensor:
-    """Sum of -log p(label) in nats over labels that are not IGNORED: a float32 scalar.
+    """Sum of -log p(label) in nats over labels that are not IGNORE_INDEX: a float32 scalar.
 
     hidden [N, dim], weight [V, dim], bias [V], labels [N] int64. At most `chunk` rows of logits [chunk, V]
-    exist at a time; the gradient is found on the way forward, so that no logits are computed twice.
+    exist at a time; gradients are computed in forward, so no logits are computed twice.
     """
-    is_valid = labels != IGNORED
+    is_valid = labels != IGNORE_INDEX
     if not hidden.is_cuda and not is_valid.all():
-        # so padding costs nothing; a GPU would have to wait for the host to learn how much of it there is
+        # skips ignored tokens; on a GPU the data-dependent shape would force a synchronization
         hidden, labels = hidden[is_valid], labels[is_valid]
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk)
     return loss
@@ -41,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = hidden[rows].to(weight.dtype)
             logits = torch.nn.functional.linear(part, weight, bias).float()
             log_p = logits.log_softmax(-1)
-            is_valid = labels[rows] != IGNORED
+            is_valid = labels[rows] != IGNORE_INDEX
             label = labels[rows].clamp_min(0).unsqueeze(1)
             total -= (log_p.gather(1, label).squeeze(1) * is_valid).sum()
             if d_hidden is not None and d_weight is not None and d_bias is not None:

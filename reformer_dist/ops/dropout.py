@@ -1,6 +1,6 @@
-"""Dropout of hidden vectors whose mask is a function of (seed, batch row, position, channel).
+"""Counter-based dropout of hidden states: the mask is a function of (seed, batch row, position, channel).
 
-Nothing else enters: a recompute, another chunk size, micro-batch or number of ranks draws the same mask.
+A recompute, another chunk size, micro-batch size or number of ranks therefore draws the same mask.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenPlaces:
-    """Which tokens of a step are at hand."""
+class TokenCoords:
+    """Coordinates of the local tokens in the global batch."""
 
     rows: Tensor | None
-    """[B] numbers of the batch rows in their step; None: 0, 1, .."""
+    """[B] indices of the rows in the global batch; None: 0, 1, .."""
     positions: Tensor
-    """[S] in the whole sequence, or [B, S] where rows differ."""
+    """[S] positions in the whole sequence, or [B, S] where rows differ."""
 
-    def chunk(self, start: int, stop: int) -> TokenPlaces:
-        return TokenPlaces(self.rows, self.positions[..., start:stop])
+    def chunk(self, start: int, stop: int) -> TokenCoords:
+        return TokenCoords(self.rows, self.positions[..., start:stop])
 
 
-def token_dropout(x: Tensor, dropout: float, seed: int, places: TokenPlaces) -> Tensor:
-    """Zeroes a share `dropout` of x [B, S, C] and scales the rest; no random state is read or moved."""
+def token_dropout(x: Tensor, dropout: float, seed: int, coords: TokenCoords) -> Tensor:
+    """Zeroes a fraction `dropout` of x [B, S, C] and rescales the rest, without touching any random state."""
     if dropout == 0.0:
         return x
-    row = torch.arange(x.shape[0], device=x.device) if places.rows is None else places.rows
-    tokens = token_keys(row.unsqueeze(1), places.positions, 0, seed, is_query=True)
+    row = torch.arange(x.shape[0], device=x.device) if coords.rows is None else coords.rows
+    tokens = token_keys(row.unsqueeze(1), coords.positions, 0, seed, is_query=True)
     channel = torch.arange(x.shape[2], device=x.device)
     channels = token_keys(torch.zeros_like(channel), channel, 0, seed, is_query=False)
     kept = keep_mask(tokens, channels.expand(x.shape[0], -1), dropout)
@@ -53,13 +53,13 @@ def signed32(number: int) -> int:
 
 
 def token_keys(head: Tensor, position: Tensor, round_: int, seed: int, is_query: bool) -> Tensor:
-    """int32 keys of tokens, from the index of their (batch, head) and their position; shapes broadcast."""
+    """int32 keys of tokens from their head index (batch row x head) and position; shapes broadcast."""
     salt = signed32(seed ^ (seed >> 32) ^ (round_ * 0x9E3779B9) ^ (0x5BD1E995 if is_query else 0))
     key = _mix(position.to(torch.int32) + salt)
     return _mix(key ^ (head.to(torch.int32) * signed32(0x85EBCA6B)))
 
 
 def keep_mask(query_keys: Tensor, key_keys: Tensor, dropout: float) -> Tensor:
-    """True where a pair is kept, [..., queries, keys] from [..., queries] and [..., keys] token keys."""
+    """True for kept pairs: [..., queries, keys] from token keys [..., queries] and [..., keys]."""
     pair = _mix(query_keys.unsqueeze(-1) ^ key_keys.unsqueeze(-2))
     return (pair & 0x7FFFFFFF) >= int(dropout * 2**31)

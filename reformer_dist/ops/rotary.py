@@ -1,4 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864): queries and keys turn with their position."""
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rotary_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + D/2]) of [B, H, S, D] by their position's angles, in float32."""
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # alike for all heads
+    """Rotates the pairs (x[i], x[i + D/2]) of [B, H, S, D] by the angles of their positions, in float32."""
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import Work, SplitRows, CommGroup
+from reformer_dist.distributed.comm import CommGroup, SplitRows, Work
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.attention import Backward, Forward, Sorter, attend
 from reformer_dist.ops.lsh.backends import backend_for

@@ -11,72 +11,72 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.distributed.comm import Wire
-from reformer_dist.distributed.mesh import SequenceGrid
+from reformer_dist.distributed.comm import CommGroup
+from reformer_dist.distributed.mesh import SequenceMesh
 
 PHASE = "heads"
 
 
-def to_heads(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
+def to_heads(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
     """[B, H, S, ...] -> [B, H / P, P * S, ...]; order[i]: the rank whose slice is the i-th. Differentiable."""
-    out: Tensor = _HeadExchange.apply(x, wire, order, True)
+    out: Tensor = _HeadExchange.apply(x, comm, order, True)
     return out
 
 
-def to_slices(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
+def to_slices(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
     """The inverse of `to_heads`."""
-    out: Tensor = _HeadExchange.apply(x, wire, order, False)
+    out: Tensor = _HeadExchange.apply(x, comm, order, False)
     return out
 
 
 class _HeadExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wire: Wire, order: list[int], is_to_heads: bool) -> Tensor:
-        ctx.settings = (wire, order, is_to_heads)
-        with wire.ledger.timed(PHASE):
-            return (_to_heads if is_to_heads else _to_slices)(x, wire, order)
+    def forward(ctx: Any, x: Tensor, comm: CommGroup, order: list[int], is_to_heads: bool) -> Tensor:
+        ctx.settings = (comm, order, is_to_heads)
+        with comm.stats.timed(PHASE):
+            return (_to_heads if is_to_heads else _to_slices)(x, comm, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wire, order, is_to_heads = ctx.settings
-        with wire.ledger.timed(PHASE):
-            return (_to_slices if is_to_heads else _to_heads)(grads[0], wire, order), None, None, None
+        comm, order, is_to_heads = ctx.settings
+        with comm.stats.timed(PHASE):
+            return (_to_slices if is_to_heads else _to_heads)(grads[0], comm, order), None, None, None
 
 
-def _to_heads(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
-    received = wire.swap(x.unflatten(1, (wire.size, -1)).movedim(1, 0), PHASE)  # [P, B, H / P, S, ...]
+def _to_heads(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
+    received = comm.all_to_all(x.unflatten(1, (comm.size, -1)).movedim(1, 0), PHASE)  # [P, B, H / P, S, ...]
     return torch.cat([received[rank] for rank in order], dim=2)
 
 
-def _to_slices(x: Tensor, wire: Wire, order: list[int]) -> Tensor:
-    slices = x.chunk(wire.size, dim=2)
-    blocks = torch.stack([slices[order.index(rank)] for rank in range(wire.size)])
-    return wire.swap(blocks, PHASE).movedim(0, 1).flatten(1, 2)
+def _to_slices(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
+    slices = x.chunk(comm.size, dim=2)
+    blocks = torch.stack([slices[order.index(rank)] for rank in range(comm.size)])
+    return comm.all_to_all(blocks, PHASE).movedim(0, 1).flatten(1, 2)
 
 
 PHASE = "gather"
 
 
-def gather_slices(x: Tensor, grid: SequenceGrid) -> Tensor:
+def gather_slices(x: Tensor, mesh: SequenceMesh) -> Tensor:
     """[P, ...]: x of the rank of each slice, in their order. Differentiable; every rank must go backward."""
-    if grid.size == 1:
+    if mesh.size == 1:
         return x.unsqueeze(0)
-    out: Tensor = _Gather.apply(x, grid)
+    out: Tensor = _Gather.apply(x, mesh)
     return out
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: SequenceGrid) -> Tensor:
-        ctx.grid = grid
-        return grid.sequence_wire.gather(x, PHASE)[[grid.rank_of_slice(index) for index in range(grid.size)]]
+    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return mesh.sequence_group.all_gather(x, PHASE)[[mesh.rank_of_slice(index) for index in range(mesh.size)]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grid: SequenceGrid = ctx.grid
+        mesh: SequenceMesh = ctx.mesh
         by_rank = torch.empty_like(grads[0])
         for index, grad in enumerate(grads[0]):
-            by_rank[grid.rank_of_slice(index)] = grad
-        return grid.sequence_wire.swap(by_rank, PHASE).sum(dim=0), None
+            by_rank[mesh.rank_of_slice(index)] = grad
+        return mesh.sequence_group.all_to_all(by_rank, PHASE).sum(dim=0), None

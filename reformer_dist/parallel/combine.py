@@ -28,7 +28,9 @@ class Combiner(Protocol):
 
 def _no_sums(n_rows: int, width: int, device: torch.device) -> PartialSoftmax:
     zeros = torch.zeros(n_rows, width + 1, dtype=torch.float32, device=device)
-    return PartialSoftmax(zeros[:, :width].contiguous(), torch.full_like(zeros[:, 0], LOWEST), zeros[:, width].contiguous())
+    return PartialSoftmax(
+        zeros[:, :width].contiguous(), torch.full_like(zeros[:, 0], LOWEST), zeros[:, width].contiguous()
+    )
 
 
 class MergedCombiner:

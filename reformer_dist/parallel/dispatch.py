@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import SplitRows, CommGroup
+from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.parallel.packing import Record
@@ -30,7 +30,13 @@ class TokenDispatcher:
     """Sends this rank's q, k, v [B, H, S, D], route by route, to the ranks that attend them."""
 
     def __init__(
-        self, plan: ExchangePlan, options: AttentionOptions, comm: CommGroup, q: Tensor, k: Tensor | None, v: Tensor
+        self,
+        plan: ExchangePlan,
+        options: AttentionOptions,
+        comm: CommGroup,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
     ) -> None:
         """k is None for shared query-key attention: q is sent, and keys are computed from it where it arrives."""
         self.plan, self.comm = plan, comm

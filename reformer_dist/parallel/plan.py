@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import SplitRows, CommGroup
+from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.partition import (
     Partition,
     Recipients,
-    chunk_recipients,
-    chunk_partition,
     choose_tiling,
-    window_recipients,
+    chunk_partition,
+    chunk_recipients,
     window_partition,
+    window_recipients,
 )
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
 from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits

@@ -140,7 +140,9 @@ class SlicedSequence:
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_bucket_stats(bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window)
+        return measure_bucket_stats(
+            bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window
+        )
 
     @property
     def _order(self) -> list[int]:

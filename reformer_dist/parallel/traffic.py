@@ -1,4 +1,4 @@
-"""What exchanges cost, by formula, and the grid that costs least. See docs/sequence_parallelism.md."""
+"""What exchanges cost, by formula, and the mesh that costs least. See docs/sequence_parallelism.md."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def all_gather_bytes(shape: LayerShape, n_ranks: int) -> float:
     return shape.tokens * 2 * shape.vector * (n_ranks - 1)
 
 
-def choose_grid(grids: list[tuple[int, int]], shape: LayerShape, ranks_per_node: int) -> tuple[int, int]:
+def choose_mesh(meshes: list[tuple[int, int]], shape: LayerShape, ranks_per_node: int) -> tuple[int, int]:
     """The (heads, buckets) of least cost among those whose heads divide the layer's; ValueError if none does.
 
     Bucket groups are consecutive ranks; a head group spans the whole sequence group. Bytes of a group that
     does not fit into a node count BETWEEN_NODES times.
     """
-    fitting = [(heads, buckets) for heads, buckets in grids if shape.n_heads % heads == 0]
+    fitting = [(heads, buckets) for heads, buckets in meshes if shape.n_heads % heads == 0]
     if not fitting:
-        raise ValueError(f"no grid of {grids} has a number of heads that divides {shape.n_heads}")
+        raise ValueError(f"no mesh of {meshes} has a number of heads that divides {shape.n_heads}")
 
-    def cost(grid: tuple[int, int]) -> float:
-        heads, buckets = grid
+    def cost(mesh: tuple[int, int]) -> float:
+        heads, buckets = mesh
         far_heads = BETWEEN_NODES if heads * buckets > ranks_per_node else 1
         far_buckets = BETWEEN_NODES if buckets > ranks_per_node else 1
         return far_heads * head_bytes(shape, heads) + far_buckets * bucket_bytes(shape, heads, buckets)
@@ -95,7 +95,7 @@ def choose_grid(grids: list[tuple[int, int]], shape: LayerShape, ranks_per_node:
     return min(fitting, key=cost)
 
 
-def describe_grid(heads: int, buckets: int, shape: LayerShape) -> str:
+def describe_mesh(heads: int, buckets: int, shape: LayerShape) -> str:
     """One line for the log."""
     sent = (head_bytes(shape, heads) + bucket_bytes(shape, heads, buckets)) / 2**20
     gathered = all_gather_bytes(shape, heads * buckets) / 2**20

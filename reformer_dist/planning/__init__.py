@@ -1,7 +1,6 @@
-"""What a run will need, from its configuration: memory by part, traffic, arithmetic. See docs/planning.md."""
+"""Estimates of a run's memory, communication and arithmetic from its configuration. See docs/planning.md."""
 
-from reformer_dist.planning.plan import Plan, make_plan
-from reformer_dist.planning.report import describe
-from reformer_dist.planning.sizes import Job
+from reformer_dist.planning.plan import RunPlan, describe, make_plan
+from reformer_dist.planning.sizes import JobSpec
 
-__all__ = ["Job", "Plan", "describe", "make_plan"]
+__all__ = ["JobSpec", "RunPlan", "describe", "make_plan"]

@@ -1,45 +1,45 @@
-"""Memory of one layer's two sublayers on the way forward and back, term by term as autograd holds them."""
+"""Activation memory of a layer's sublayers in forward and backward, by the tensors that autograd saves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from reformer_dist.config import Activation, AttentionKind, Norm
-from reformer_dist.planning.sizes import Job, Sizes, n_projections
+from reformer_dist.planning.sizes import JobSpec, Sizes, n_projections
 
-# int32 numbers and their shifted copies that exist while a dropout mask is drawn
-MASK_DRAW = 12
+# bytes per element of the int32 temporaries while a dropout mask is drawn
+MASK_DRAW_BYTES = 12
 
 
 @dataclass(frozen=True)
-class Sublayers:
+class SublayerMemory:
     """Attention and feed-forward of one micro-batch on one rank."""
 
-    job: Job
+    job: JobSpec
     sizes: Sizes
 
     def attention_saved(self, kind: AttentionKind) -> int:
-        """What autograd holds of an attention sublayer between its forward and its backward."""
+        """Tensors of an attention sublayer saved from forward to backward."""
         s, n_read = self.sizes, n_projections(kind)
-        inputs = s.hidden * (n_read if self.job.autocasts else 1) + self.norm_saved()
+        inputs = s.hidden * (n_read if self.job.uses_autocast else 1) + self.norm_saved()
         heads = s.heads * (n_read + 1)  # q, k, v and the output
         if kind is not AttentionKind.exact and self.job.config.model.n_heads > 1:
-            heads += s.heads  # the output once more, heads side by side
+            heads += s.heads  # the output again, with heads concatenated
         ids = s.ids if kind is AttentionKind.lsh else 0
         pairs = self._pair_mask() if kind is AttentionKind.exact else 0
         return inputs + heads + s.per_head + ids + pairs + self._mask(s.hidden, self.job.config.model.dropout)
 
     def attention_backward(self, kind: AttentionKind) -> int:
-        """What comes on top while the attention itself goes back, less what has been freed by then."""
+        """Additional memory during the backward of attention, less what has been freed by then."""
         s, model = self.sizes, self.job.config.model
         freed = self._mask(s.hidden, model.dropout)
         if kind is not AttentionKind.exact and model.n_heads > 1:
             freed += s.heads
-        d_output = s.heads * (2 if model.n_heads > 1 else 1)  # as it comes, and with heads apart
+        d_output = s.heads * (2 if model.n_heads > 1 else 1)  # as received, and split into heads
         return self.d_result() + d_output + s.heads * n_projections(kind) - freed
 
     def feed_forward_saved(self) -> int:
-        """What autograd holds of a feed-forward sublayer between its forward and its backward, of all tokens."""
+        """Tensors of a feed-forward sublayer saved from forward to backward, for all tokens."""
         s, model = self.sizes, self.job.config.model
         inner = s.inner * {Activation.relu: 1, Activation.glu: 4}.get(model.activation, 2)
         if model.ff_dropout:
@@ -47,31 +47,31 @@ class Sublayers:
         return s.hidden + self.norm_saved() + inner + self._mask(s.hidden, model.dropout)
 
     def feed_forward_backward(self) -> int:
-        """What comes on top of the saved at its highest, less what has been freed by then."""
+        """Additional peak memory in its backward, less what has been freed by then."""
         s, model = self.sizes, self.job.config.model
         grads = {Activation.relu: 1 + 1, Activation.glu: 3}.get(model.activation, 1)
-        at_a_time = self._share_at_a_time()
+        fraction = self._chunk_fraction()
         if model.ff_dropout:
-            draw = s.tokens * model.resolved_ff_dim * MASK_DRAW - s.inner
-            return max(self.d_result() + int(s.inner * grads * at_a_time), int(draw * at_a_time))
-        return self.d_result() + int(s.inner * grads * at_a_time) - self._mask(s.hidden, model.dropout)
+            draw = s.tokens * model.resolved_ff_dim * MASK_DRAW_BYTES - s.inner
+            return max(self.d_result() + int(s.inner * grads * fraction), int(draw * fraction))
+        return self.d_result() + int(s.inner * grads * fraction) - self._mask(s.hidden, model.dropout)
 
-    def feed_forward_rerun(self) -> int:
-        """What is held of the tokens whose recompute goes back, and the input's gradients of those before them."""
-        share = self._share_at_a_time()
-        return int(self.feed_forward_saved() * share) + (self.sizes.stream if share < 1 else 0)
+    def feed_forward_recompute(self) -> int:
+        """Saved tensors of the chunk being recomputed, and the input gradients of the previous chunks."""
+        fraction = self._chunk_fraction()
+        return int(self.feed_forward_saved() * fraction) + (self.sizes.stream if fraction < 1 else 0)
 
     def _pair_mask(self) -> int:
-        """Exact attention's mask over pairs, as numbers, where rows are filled up."""
+        """Additive attention mask of exact attention, if rows are padded."""
         shape, seq_len = self.job.layer_shape, self.job.config.data.seq_len
         return shape.rows * seq_len**2 * shape.element_size if self.job.is_masked else 0
 
     def norm_saved(self) -> int:
-        """What a sublayer's norm keeps beside its result."""
+        """Tensors that a sublayer's norm saves besides its output."""
         s, norm = self.sizes, self.job.config.model.norm
         if norm is Norm.rezero:
-            # the sublayer's output, which its factor multiplies; but in float32 its input is the stream itself
-            return 0 if s.hidden == s.stream and not self.job.autocasts else s.hidden
+            # the sublayer's output, for the gradient of its scale; in float32 its input is the stream itself
+            return 0 if s.hidden == s.stream and not self.job.uses_autocast else s.hidden
         return s.statistics if norm is Norm.layer else s.statistics * 3 // 2
 
     @property
@@ -80,12 +80,12 @@ class Sublayers:
         return self.sizes.hidden
 
     def d_result(self) -> int:
-        """The gradient of a sublayer's output where it is not that of the stream itself."""
+        """Gradient of a sublayer's output, if it is a tensor separate from that of the stream."""
         s, model = self.sizes, self.job.config.model
         masked = s.hidden if model.dropout > 0 else 0
         return masked + (s.hidden if s.hidden < s.stream else 0)
 
-    def _share_at_a_time(self) -> float:
+    def _chunk_fraction(self) -> float:
         model, slice_len = self.job.config.model, self.job.layer_shape.slice_len
         return min(1.0, (model.ff_chunk or slice_len) / slice_len)
 

@@ -1,17 +1,17 @@
-"""The sizes from which everything else is computed: of the job, and of one micro-batch on one of its ranks."""
+"""Sizes of a job, and of the tensors of one micro-batch on one of its ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from reformer_dist.config import Activation, AttentionKind, Precision, RunConfig, TaskConfig, TaskKind
+from reformer_dist.config import AttentionKind, Precision, RunConfig, TaskConfig, TaskKind
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.parallel.traffic import LayerShape, choose_grid
+from reformer_dist.parallel.traffic import LayerShape, choose_mesh
 
 
 @dataclass(frozen=True)
-class Job:
-    """A configuration on so many ranks."""
+class JobSpec:
+    """A configuration with a number of ranks."""
 
     config: RunConfig
     world_size: int
@@ -22,18 +22,18 @@ class Job:
 
     @property
     def n_micro(self) -> int:
-        """Micro-batches of a step. Raises ConfigError where the batch does not divide."""
+        """Micro-batches per step. Raises ConfigError if the batch does not divide."""
         return self.config.micro_batching(self.world_size)[1]
 
     @property
-    def autocasts(self) -> bool:
-        """Weights are float32, and products are made of bf16 copies."""
+    def uses_autocast(self) -> bool:
+        """Whether weights are float32 and matrix products run in bf16 under autocast."""
         return self.config.deepspeed.stage == 0 and self.config.trainer.precision is Precision.bf16
 
     @property
     def weight_bytes(self) -> int:
-        """Of one weight or gradient, as the model holds it."""
-        return 4 if self.config.trainer.precision is Precision.fp32 or self.autocasts else 2
+        """Bytes per weight or gradient of the model."""
+        return 4 if self.config.trainer.precision is Precision.fp32 or self.uses_autocast else 2
 
     @property
     def layer_shape(self) -> LayerShape:
@@ -49,39 +49,39 @@ class Job:
         )
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(heads, buckets) of the ranks that share a sequence, as `share.py` chooses them."""
-        return choose_grid(self.config.parallel.grids(), self.layer_shape, self.ranks_per_node)
+    def mesh_shape(self) -> tuple[int, int]:
+        """(heads, buckets) of the ranks that share a sequence, chosen as in training."""
+        return choose_mesh(self.config.parallel.meshes(), self.layer_shape, self.ranks_per_node)
 
     @property
-    def encoder(self) -> Job | None:
-        """What an encoder-decoder does with its sources, as the job of a two-sided model of its own."""
+    def encoder(self) -> JobSpec | None:
+        """The encoder of an encoder-decoder, as the job of a bidirectional model over the sources."""
         config = self.config
         if config.task.kind is not TaskKind.sequence_to_sequence:
             return None
-        heads, buckets = self.grid
-        of_sources = replace(
+        heads, buckets = self.mesh_shape
+        encoder_config = replace(
             config,
             task=TaskConfig(kind=TaskKind.sequence_classification),
             model=config.model.encoder(),
             data=replace(config.data, seq_len=config.task.max_source_len),
             parallel=replace(config.parallel, heads=heads, buckets=buckets),
         )
-        return replace(self, config=of_sources)
+        return replace(self, config=encoder_config)
 
     @property
     def is_masked(self) -> bool:
-        """Whether rows are filled up behind a mask, of which exact attention makes a matrix."""
+        """Whether rows are padded, so that exact attention needs a mask matrix."""
         return not self.config.task.packs_text and self.config.task.kind is not TaskKind.completion
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the tensors of one micro-batch on one rank."""
+    """Bytes of each kind of tensor of one micro-batch on one rank."""
 
     tokens: int
     stream: int
-    """A residual stream: [tokens, dim] float32."""
+    """One residual stream: [tokens, dim] float32."""
     hidden: int
     """[tokens, dim] in the dtype of the sublayers."""
     heads: int
@@ -93,10 +93,10 @@ class Sizes:
     ids: int
     """Bucket ids of one LSH layer."""
     statistics: int
-    """Mean and deviation of a layer norm."""
+    """Mean and standard deviation of a layer norm."""
 
     @staticmethod
-    def of(job: Job) -> Sizes:
+    def of(job: JobSpec) -> Sizes:
         shape, model = job.layer_shape, job.config.model
         tokens, width = shape.rows * shape.slice_len, shape.element_size
         return Sizes(
@@ -112,9 +112,5 @@ class Sizes:
 
 
 def n_projections(kind: AttentionKind) -> int:
-    """Linear layers that read a layer's input: q and v, and k where keys are not the queries."""
+    """Projections of a layer's input: q and v, and k if keys are not shared with the queries."""
     return 2 if kind is AttentionKind.lsh else 3
-
-
-def is_gated(job: Job) -> bool:
-    return job.config.model.activation is Activation.glu

@@ -1,4 +1,4 @@
-"""Memory of one stack of layers: what its lower layers keep, and what one that goes back takes."""
+"""Memory of one stack of layers: activations stored by the lower layers, and the backward of one layer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from reformer_dist.config import AttentionKind, Recompute
 from reformer_dist.models.layer_rule import LayerRule
-from reformer_dist.planning.activations import Sublayers
-from reformer_dist.planning.attention import workspace
-from reformer_dist.planning.cross_attention import CrossAttentionPlan
-from reformer_dist.planning.exchange import Exchange
-from reformer_dist.planning.parameters import BlockCount
-from reformer_dist.planning.sizes import Job, Sizes
-from reformer_dist.planning.states import Parts
+from reformer_dist.planning.activations import SublayerMemory
+from reformer_dist.planning.attention import ExchangeMemory, workspace
+from reformer_dist.planning.cross_attention import CrossAttentionMemory
+from reformer_dist.planning.sizes import JobSpec, Sizes
+from reformer_dist.planning.states import BlockCount, MemoryBreakdown
 
 STREAMS, STORED, LAYER = "residual streams", "stored activations", "one layer's backward"
 WORKSPACE = "attention workspace"
@@ -20,10 +18,10 @@ FEED_FORWARD, CROSS, ATTENTION = "feed-forward", "cross attention", "attention"
 
 
 @dataclass(frozen=True)
-class StackPlan:
+class StackMemory:
     """The layers of one micro-batch on one rank."""
 
-    job: Job
+    job: JobSpec
     blocks: list[BlockCount]
 
     @property
@@ -34,12 +32,12 @@ class StackPlan:
     def n_layers(self) -> int:
         return self.job.config.model.n_layers
 
-    def new_weights(self, layer: int) -> int:
-        """Weights of a layer that no layer below it has, too."""
+    def unshared_parameters(self, layer: int) -> int:
+        """Parameters of a layer that no lower layer shares."""
         return self.blocks[layer].total if layer < len(self.blocks) else 0
 
-    def going_back(self, layer: int) -> list[tuple[str, int]]:
-        """Sublayers as backward meets them, and how many weights of the layer have gradients by then."""
+    def backward_order(self, layer: int) -> list[tuple[str, int]]:
+        """Sublayers in the order of backward, each with the layer's parameters that have gradients by then."""
         block = self.blocks[layer % len(self.blocks)]
         if self._cross is None:
             return [(FEED_FORWARD, 0), (ATTENTION, block.feed_forward)]
@@ -47,31 +45,33 @@ class StackPlan:
         return [(FEED_FORWARD, 0), (CROSS, block.feed_forward), (ATTENTION, after_cross)]
 
     def stored(self, n_layers: int) -> float:
-        """What the lowest n layers keep for backward."""
+        """Activations that the lowest `n_layers` layers store for backward."""
         recompute, stream = self._recompute, self.sizes.stream
         if recompute is Recompute.reversible:
-            return sum(self._remembered(layer) for layer in range(n_layers))
+            return sum(self._saved_for_recompute(layer) for layer in range(n_layers))
         if recompute is Recompute.checkpoint:
-            return sum(2 * stream + self._remembered(layer) for layer in range(n_layers))
-        # each norm keeps the stream that it reads
+            return sum(2 * stream + self._saved_for_recompute(layer) for layer in range(n_layers))
+        # each norm saves its input stream
         n_norms = 2 if self._cross is None else 3
         return sum(n_norms * stream + self._saved(layer) for layer in range(n_layers))
 
-    def backward(self, layer: int, sublayer: str) -> Parts:
-        """While a sublayer of a layer goes back."""
-        sizes, lower = self.sizes, self._sublayers
-        parts: Parts = {WORKSPACE: self._workspace(layer, sublayer)}
+    def backward(self, layer: int, sublayer: str) -> MemoryBreakdown:
+        """Memory during the backward of a sublayer."""
+        sizes, sublayers = self.sizes, self._sublayers
+        parts: MemoryBreakdown = {WORKSPACE: self._workspace(layer, sublayer)}
         if self._recompute is Recompute.reversible:
-            is_parted = sublayer == FEED_FORWARD
-            saved = lower.feed_forward_rerun() if is_parted else self._saved_of(layer, sublayer)
-            # gradients of both outputs, the outputs, and then the rebuilt input and what the other half gave
-            streams = 4.0 * sizes.stream if is_parted else 7.0 * sizes.stream + sizes.hidden
+            is_chunked = sublayer == FEED_FORWARD
+            saved = sublayers.feed_forward_recompute() if is_chunked else self._saved_of(layer, sublayer)
+            # gradients of both outputs, the outputs, the reconstructed input and the output of the other half
+            streams = 4.0 * sizes.stream if is_chunked else 7.0 * sizes.stream + sizes.hidden
             stored = self.stored(layer)
-            layer_bytes = saved + self._on_top(layer, sublayer) + lower.result
+            layer_bytes = saved + self._backward_extra(layer, sublayer) + sublayers.result
         else:
-            names = [name for name, _ in self.going_back(layer)]
-            still_there = names[names.index(sublayer) :]
-            layer_bytes = sum(self._saved_of(layer, name) for name in still_there) + self._on_top(layer, sublayer)
+            names = [name for name, _ in self.backward_order(layer)]
+            remaining = names[names.index(sublayer) :]
+            layer_bytes = sum(self._saved_of(layer, name) for name in remaining) + self._backward_extra(
+                layer, sublayer
+            )
             streams = 3.0 * sizes.stream
             stored = self.stored(layer) + 2 * sizes.stream
         return parts | {STREAMS: streams, STORED: stored, LAYER: float(layer_bytes)}
@@ -81,43 +81,43 @@ class StackPlan:
         return self.job.config.model.recompute
 
     @property
-    def _sublayers(self) -> Sublayers:
-        return Sublayers(self.job, self.sizes)
+    def _sublayers(self) -> SublayerMemory:
+        return SublayerMemory(self.job, self.sizes)
 
     @property
-    def _cross(self) -> CrossAttentionPlan | None:
-        return None if self.job.encoder is None else CrossAttentionPlan(self.job, self.job.encoder)
+    def _cross(self) -> CrossAttentionMemory | None:
+        return None if self.job.encoder is None else CrossAttentionMemory(self.job, self.job.encoder)
 
     def _kind(self, layer: int) -> AttentionKind:
         return self.job.config.model.layer_kinds()[layer]
 
-    def _remembered(self, layer: int) -> float:
-        """Bucket ids, and the plan of an exchange, which a recompute must find again."""
+    def _saved_for_recompute(self, layer: int) -> float:
+        """Bucket ids and the exchange plan, saved for the recompute."""
         kind = self._kind(layer)
-        own = self.sizes.ids if kind is AttentionKind.lsh else 0
-        return own + self._exchange_plan(kind) + (self._cross.ids if self._cross else 0)
+        ids = self.sizes.ids if kind is AttentionKind.lsh else 0
+        return ids + self._exchange_plan(kind) + (self._cross.ids if self._cross else 0)
 
     def _exchange_plan(self, kind: AttentionKind) -> float:
-        is_exchanged = kind is not AttentionKind.exact and self.job.grid[1] > 1
-        return self._exchange(kind).remembered() if is_exchanged else 0.0
+        is_exchanged = kind is not AttentionKind.exact and self.job.mesh_shape[1] > 1
+        return self._exchange(kind).saved_plan() if is_exchanged else 0.0
 
     def _attention_workspace(self, kind: AttentionKind) -> float:
         if kind is AttentionKind.exact:
             return 0.0
         exchange = self._exchange(kind)
-        if self.job.grid[1] > 1:
+        if self.job.mesh_shape[1] > 1:
             return exchange.workspace()
-        return workspace(self.job, exchange.layer, exchange.units, exchange.seq_len)
+        return workspace(self.job, exchange.layer, exchange.n_heads, exchange.seq_len)
 
-    def _exchange(self, kind: AttentionKind) -> Exchange:
-        """Of the whole units that a layer's attention sees here, once heads have been exchanged."""
-        shape, (heads, buckets) = self.job.layer_shape, self.job.grid
+    def _exchange(self, kind: AttentionKind) -> ExchangeMemory:
+        """Exchange of the whole sequences that this rank attends to after the exchange of heads."""
+        shape, (heads, buckets) = self.job.layer_shape, self.job.mesh_shape
         seq_len = min(shape.slice_len * heads * buckets, self.job.config.data.seq_len)
         layer = LayerRule.of(self.job.config.model, kind)
-        return Exchange(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
+        return ExchangeMemory(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
 
     def _saved(self, layer: int) -> float:
-        return sum(self._saved_of(layer, name) for name, _ in self.going_back(layer))
+        return sum(self._saved_of(layer, name) for name, _ in self.backward_order(layer))
 
     def _saved_of(self, layer: int, sublayer: str) -> float:
         if sublayer == FEED_FORWARD:
@@ -128,7 +128,7 @@ class StackPlan:
         assert self._cross is not None
         return self._cross.saved()
 
-    def _on_top(self, layer: int, sublayer: str) -> int:
+    def _backward_extra(self, layer: int, sublayer: str) -> int:
         if sublayer == FEED_FORWARD:
             return self._sublayers.feed_forward_backward()
         if sublayer == ATTENTION:

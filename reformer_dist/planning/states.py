@@ -1,30 +1,96 @@
-"""Memory of weights, gradients and optimizer states on one rank, at each ZeRO stage: what DeepSpeed 0.19.8 holds.
+"""Parameter counts, and memory of weights, gradients and optimizer states on one rank with DeepSpeed 0.19.8.
 
-The names below are those of docs/planning.md: N elements, N_p of them owned by this rank, e bytes of a weight.
+Notation as in docs/planning.md: N parameters, N_p of them owned by this rank, e bytes per weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from reformer_dist.planning.parameters import ParameterCount
-from reformer_dist.planning.sizes import Job
+import torch
+from torch import nn
 
-Parts = dict[str, float]
+from reformer_dist.engine.optim import parameter_groups
+from reformer_dist.models import ReformerEncoderDecoder
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.models.block import Block
+from reformer_dist.planning.sizes import JobSpec
+
+MemoryBreakdown = dict[str, float]
 
 WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimizer states", "ZeRO buffers"
-SAVED = "copy of the last save"
-# DeepSpeed's own sizes, which the configuration does not set
-STAGE0_REDUCED_AT_ONCE = 500_000_000
+CHECKPOINT_COPY = "checkpoint buffer"
+# DeepSpeed's defaults for sizes that the configuration does not set
+STAGE0_REDUCE_ELEMENTS = 500_000_000
 STAGE3_LIVE_PARAMETERS = 1_000_000_000
-ALIGNMENT = 2  # elements, for each rank
+ALIGNMENT = 2  # elements per rank
 
 
 @dataclass(frozen=True)
-class States:
-    """States of one rank of a job."""
+class BlockCount:
+    """Parameters of one layer, norms included."""
 
-    job: Job
+    attention: int
+    feed_forward: int
+    cross_attention: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.cross_attention + self.feed_forward
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    total: int
+    embedding: int
+    blocks: list[BlockCount]
+    """Per distinct block: fewer than layers with model.share_layers."""
+    above: int
+    """The last norm and the head, without a tied embedding."""
+    groups: list[list[int]]
+    """Elements of each tensor, by optimizer parameter group."""
+    encoder_blocks: list[BlockCount]
+    """Blocks of the encoder of an encoder-decoder; its last norm is `above_encoder`."""
+    above_encoder: int
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(max(group) for group in self.groups)
+
+
+def count_parameters(build_model: Callable[[], nn.Module]) -> ParameterCount:
+    """Parameter counts of a model, which is built on the meta device."""
+    with torch.device("meta"):
+        model = build_model()
+    assert isinstance(model, ReformerModel)
+    encoder = model.encoder if isinstance(model, ReformerEncoderDecoder) else None
+    blocks = [_count_block(block) for block in model.stack.blocks]
+    encoder_blocks = [_count_block(block) for block in encoder.blocks] if encoder else []
+    above_encoder = _count(encoder.norm) if encoder else 0
+    total, embedding = _count(model), _count(model.embedding)
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(model, weight_decay=0.0)]
+    above = total - embedding - above_encoder - sum(block.total for block in blocks + encoder_blocks)
+    return ParameterCount(total, embedding, blocks, above, groups, encoder_blocks, above_encoder)
+
+
+def _count_block(block: nn.Module) -> BlockCount:
+    assert isinstance(block, Block)
+    attention = _count(block.attention_norm) + _count(block.attention)
+    cross = _count(block.cross_attention_norm) + _count(block.cross_attention) if block.has_cross_attention else 0
+    return BlockCount(attention, _count(block) - attention - cross, cross)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class ModelStateMemory:
+    """Weights, gradients and optimizer states of one rank."""
+
+    job: JobSpec
     count: ParameterCount
 
     @property
@@ -33,12 +99,12 @@ class States:
 
     @property
     def width(self) -> int:
-        """e: bytes of a weight or gradient."""
+        """e: bytes per weight or gradient."""
         return self.job.weight_bytes
 
     @property
     def owned(self) -> list[int]:
-        """Elements of each optimizer group on this rank, padding included."""
+        """N_p: elements of each optimizer group on this rank, padding included."""
         world = self.job.world_size
         if self.stage == 0:
             return [sum(group) for group in self.count.groups]
@@ -48,28 +114,28 @@ class States:
 
     @property
     def whole(self) -> int:
-        """Elements of all groups, padded as the stage pads them."""
+        """Elements of all groups over all ranks, with the padding of the stage."""
         return sum(self.owned) * (1 if self.stage == 0 else self.job.world_size)
 
-    def held(self) -> Parts:
-        """What lives from the first step, or the first save, to the end."""
-        return self._trained() | self._saved()
+    def held(self) -> MemoryBreakdown:
+        """Persistent memory, allocated at the first step or the first save."""
+        return self._weights_and_optimizer() | self._checkpoint_copy()
 
-    def _saved(self) -> Parts:
-        """What this rank writes of weights and moments, copied so that training need not wait; in host memory."""
+    def _checkpoint_copy(self) -> MemoryBreakdown:
+        """Host copy of the weights and moments that this rank saves, for asynchronous checkpoints."""
         if self.job.device != "cpu" or self.job.config.trainer.save_every == 0:
             return {}
-        shares = self.job.world_size if self.stage == 0 else 1
-        return {SAVED: 12.0 * sum(self.owned) / shares}
+        n_shards = self.job.world_size if self.stage == 0 else 1
+        return {CHECKPOINT_COPY: 12.0 * sum(self.owned) / n_shards}
 
-    def _trained(self) -> Parts:
+    def _weights_and_optimizer(self) -> MemoryBreakdown:
         n_owned, e = sum(self.owned), self.width
         if self.stage == 0:
             return {WEIGHTS: 4.0 * self.count.total, OPTIMIZER: 8.0 * n_owned}
-        parts: Parts = {WEIGHTS: e * self.whole, OPTIMIZER: 12.0 * n_owned, BUFFERS: 0.0}
+        parts: MemoryBreakdown = {WEIGHTS: e * self.whole, OPTIMIZER: 12.0 * n_owned, BUFFERS: 0.0}
         offloads = self.job.config.deepspeed.offload_optimizer
         if self.stage == 3:
-            # gathered weights stay until this many are alive
+            # gathered weights are kept up to this number of live parameters
             parts[WEIGHTS] = e * (n_owned + min(self.count.total, STAGE3_LIVE_PARAMETERS))
             parts[GRADIENTS] = e * n_owned
         elif offloads:
@@ -78,46 +144,46 @@ class States:
             parts[GRADIENTS] = parts.get(GRADIENTS, 0.0) + 4.0 * n_owned
         return parts
 
-    def during_backward(self, done: int, fresh: int) -> Parts:
-        """Gradients when those of `done` elements are reduced or accumulated, and `fresh` have just been made."""
+    def during_backward(self, reduced: int, fresh: int) -> MemoryBreakdown:
+        """Gradients when `reduced` elements are reduced or accumulated and `fresh` have just been computed."""
         accumulates = self.job.n_micro > 1
         fresh_bytes = self.width * fresh
         if self.stage == 0:
-            return {GRADIENTS: 4.0 * (self.count.total if accumulates else done) + fresh_bytes}
-        parts: Parts = {GRADIENTS: fresh_bytes, BUFFERS: self._bucket(done)}
+            return {GRADIENTS: 4.0 * (self.count.total if accumulates else reduced) + fresh_bytes}
+        parts: MemoryBreakdown = {GRADIENTS: fresh_bytes, BUFFERS: self._bucket(reduced)}
         if self.stage == 1 and accumulates:
-            parts[GRADIENTS] += self.width * (self.count.total - done)
-        if self.stage in (1, 2) and (done > self._bucket_elements or (self.stage == 2 and accumulates)):
+            parts[GRADIENTS] += self.width * (self.count.total - reduced)
+        if self.stage in (1, 2) and (reduced > self._bucket_elements or (self.stage == 2 and accumulates)):
             parts[GRADIENTS] += self.width * sum(self.owned)
         return parts
 
-    def during_reduction(self) -> Parts:
-        """When the last gradients of a step are summed over the ranks."""
+    def in_reduction(self) -> MemoryBreakdown:
+        """While the last gradients of a step are reduced over the ranks."""
         total, owned, e = self.count.total, sum(self.owned), self.width
         if self.stage == 0:
-            flat = 4.0 * min(total, STAGE0_REDUCED_AT_ONCE) if self.job.world_size > 1 else 0.0
+            flat = 4.0 * min(total, STAGE0_REDUCE_ELEMENTS) if self.job.world_size > 1 else 0.0
             return {GRADIENTS: 4.0 * total, BUFFERS: flat}
         in_bucket = min(total, self._bucket_elements)
         if self.stage == 3:
             return {BUFFERS: self._bucket(total) + e * in_bucket * (1 + 1 / self.job.world_size)}
         return {GRADIENTS: e * owned, BUFFERS: self._bucket(total) + e * in_bucket}
 
-    def during_step(self) -> Parts:
-        """When AdamW moves the weights: fused, it has no temporaries."""
+    def during_step(self) -> MemoryBreakdown:
+        """During the fused AdamW step, which has no temporaries."""
         e, largest_group = self.width, max(self.owned)
         if self.stage == 0:
             return {GRADIENTS: 4.0 * self.count.total}
         in_float32 = 4.0 * largest_group if e != 4 or self.stage != 3 else 0.0
-        parts: Parts = {GRADIENTS: in_float32, BUFFERS: 0.0}
+        parts: MemoryBreakdown = {GRADIENTS: in_float32, BUFFERS: 0.0}
         if self.stage == 3:
             parts[BUFFERS] = self._bucket(self.count.total)
-            parts[WEIGHTS] = -e * min(self.count.total, STAGE3_LIVE_PARAMETERS)  # let go after backward
+            parts[WEIGHTS] = -e * min(self.count.total, STAGE3_LIVE_PARAMETERS)  # released after backward
         else:
             parts[GRADIENTS] += e * sum(self.owned)
         return parts
 
-    def gathering(self) -> Parts:
-        """Stage 3: when weights come from all ranks, in one buffer from which they are copied."""
+    def gathering(self) -> MemoryBreakdown:
+        """Stage 3: during the all-gather of weights into one flat buffer."""
         if self.stage < 3:
             return {}
         return {BUFFERS: self.width * min(self.count.total, STAGE3_LIVE_PARAMETERS) + self._bucket(0)}
@@ -127,6 +193,6 @@ class States:
         return self.job.config.deepspeed.reduce_bucket_size
 
     def _bucket(self, filled: int) -> float:
-        """The buffer in which gradients are collected. A CPU's memory is taken up as it is filled."""
-        whole = self._bucket_elements
-        return self.width * (whole if self.job.device == "cuda" else min(filled, whole))
+        """The gradient bucket. On a CPU only its filled part is resident."""
+        size = self._bucket_elements
+        return self.width * (size if self.job.device == "cuda" else min(filled, size))

@@ -1,6 +1,6 @@
-"""Bytes that a rank sends to others in one step: ZeRO's collectives, and the exchange of shared sequences.
+"""Bytes that a rank sends in one step: ZeRO's collectives and sequence parallelism.
 
-An all-reduce of n bytes over w ranks sends 2 n (w - 1) / w from each, a reduce-scatter or all-gather half of it.
+In an all-reduce of n bytes over w ranks each sends 2 n (w - 1) / w, in a reduce-scatter or all-gather half of it.
 """
 
 from __future__ import annotations
@@ -9,31 +9,29 @@ from dataclasses import dataclass, replace
 
 from reformer_dist.config import AttentionKind, CrossAttentionKind, Recompute
 from reformer_dist.parallel.traffic import bucket_bytes, head_bytes, mean_other_ranks
-from reformer_dist.planning.parameters import ParameterCount
-from reformer_dist.planning.sizes import Job, n_projections
-from reformer_dist.planning.states import STAGE3_LIVE_PARAMETERS
+from reformer_dist.planning.sizes import JobSpec, n_projections
+from reformer_dist.planning.states import STAGE3_LIVE_PARAMETERS, ParameterCount
 
 Traffic = dict[str, float]
 GRADIENTS, WEIGHTS, HEADS, BUCKETS = "gradients", "weights", "exchange of heads", "exchange of buckets"
 
 
-def zero_traffic(job: Job, count: ParameterCount) -> Traffic:
-    """What ZeRO sends for gradients and weights."""
+def zero_traffic(job: JobSpec, count: ParameterCount) -> Traffic:
+    """Traffic of ZeRO for gradients and weights."""
     world, stage = job.world_size, job.config.deepspeed.stage
     one_way = job.weight_bytes * count.total * (world - 1) / world
     if stage == 0:
         return {GRADIENTS: 2 * one_way}
     if stage < 3:
-        # stage 2 keeps no gradients of others, so it sums those of every micro-batch
+        # stage 2 does not keep the gradients of other ranks' partitions, so it reduces after every micro-batch
         return {GRADIENTS: 2 * one_way * (job.n_micro if stage == 2 else 1), WEIGHTS: one_way}
-    gathers = (
-        1 if count.total <= STAGE3_LIVE_PARAMETERS else 2
-    )  # forward, and backward unless they are still there
-    return {GRADIENTS: one_way * job.n_micro, WEIGHTS: gathers * one_way * job.n_micro}
+    # in forward, and again in backward unless the gathered weights are still in memory
+    n_gathers = 1 if count.total <= STAGE3_LIVE_PARAMETERS else 2
+    return {GRADIENTS: one_way * job.n_micro, WEIGHTS: n_gathers * one_way * job.n_micro}
 
 
-def exchange_traffic(job: Job) -> Traffic:
-    """What the ranks of a sequence send one another; empty where sequences are not shared."""
+def exchange_traffic(job: JobSpec) -> Traffic:
+    """Traffic of sequence parallelism; empty without it."""
     parts = {HEADS: 0.0, BUCKETS: 0.0}
     for stack in [job, job.encoder] if job.encoder else [job]:
         for kind in stack.config.model.layer_kinds():
@@ -45,30 +43,30 @@ def exchange_traffic(job: Job) -> Traffic:
     return {name: amount for name, amount in parts.items() if amount}
 
 
-def forwards(job: Job) -> int:
-    """Runs of a layer in a step: a recompute sends q, k, v and o again, but no ids, bits or counts."""
+def forwards(job: JobSpec) -> int:
+    """Forward passes of a layer per step. A recompute sends q, k, v and o again, but no ids, masks or counts."""
     return 1 if job.config.model.recompute is Recompute.none else 2
 
 
-def cross_attention_bytes(job: Job, encoder: Job) -> float:
-    """Of one layer and micro-batch: q and o of the targets, k and v of the sources, and their gradients.
+def cross_attention_bytes(job: JobSpec, encoder: JobSpec) -> float:
+    """Traffic of one layer and micro-batch: q and o of the targets, k and v of the sources, and their gradients.
 
-    A recompute sends bucket ids, which each rank remembers for its own slice, once more.
+    A recompute sends the bucket ids again, since each rank saves only those of its slice.
     """
     n_ranks, targets, sources = job.config.parallel.sequence, job.layer_shape, encoder.layer_shape
     vectors = 2 * (targets.tokens + sources.tokens) * targets.vector
     ids = 0
     if job.config.model.cross_attention is CrossAttentionKind.lsh:
-        # not those of a local round, which only self-attention has
+        # without the local round, which only self-attention has
         ids = (targets.tokens + sources.tokens) * replace(targets, n_hashes=job.config.model.n_hashes).ids
     return (vectors * (forwards(job) + 1) + ids * forwards(job)) * (n_ranks - 1) / n_ranks
 
 
 @dataclass(frozen=True)
 class LayerTraffic:
-    """Forward, recompute and backward of one layer and micro-batch."""
+    """Traffic of one layer and micro-batch in forward, recompute and backward."""
 
-    job: Job
+    job: JobSpec
     kind: AttentionKind
 
     @property
@@ -77,24 +75,26 @@ class LayerTraffic:
 
     def heads(self) -> float:
         shape = self.job.layer_shape
-        heads = self.job.config.parallel.sequence if self.kind is AttentionKind.exact else self.job.grid[0]
+        heads = self.job.config.parallel.sequence if self.kind is AttentionKind.exact else self.job.mesh_shape[0]
         vectors = shape.tokens * shape.vector * (heads - 1) / heads
         ids = head_bytes(shape, heads) - 3 * vectors if self.kind is AttentionKind.lsh else 0.0
-        each_way = n_projections(self.kind) + 1  # q, k, v and o; or their gradients
-        return vectors * each_way * (self._forwards + 1) + ids
+        n_vectors = n_projections(self.kind) + 1  # q, k, v and o; or their gradients
+        return vectors * n_vectors * (self._forwards + 1) + ids
 
     def buckets(self) -> float:
-        shape, (heads, buckets) = self.job.layer_shape, self.job.grid
+        shape, (heads, buckets) = self.job.layer_shape, self.job.mesh_shape
         if buckets == 1 or self.kind is AttentionKind.exact:
             return 0.0
         if self.kind is AttentionKind.local:
-            # what reaches over the border of a slice: keys and values, and their gradients back
+            # keys and values of the neighbouring slices within the window, and their gradients
             model = self.job.config.model
-            chunks = model.local_chunk_len * (1 + model.local_chunks_before + model.local_chunks_after)
+            chunks = model.compat.local_chunk_len * (
+                1 + model.compat.local_chunks_before + model.compat.local_chunks_after
+            )
             window, slice_len = chunks or model.local_window, shape.slice_len * heads
             reach = min(buckets - 1.0, (window - 1) / slice_len) * (buckets - 1) / buckets
             return reach * shape.tokens * 2 * shape.vector * (self._forwards + 2)
         sent = mean_other_ranks(buckets, shape.n_hashes)
-        again = sent * shape.tokens * (2 * shape.vector + shape.vector + 4)
-        back = sent * shape.tokens * (2 * shape.vector + shape.vector + 8 + 2 * shape.vector)
-        return bucket_bytes(shape, heads, buckets) + again * (self._forwards - 1) + back
+        recompute = sent * shape.tokens * (2 * shape.vector + shape.vector + 4)
+        backward = sent * shape.tokens * (2 * shape.vector + shape.vector + 8 + 2 * shape.vector)
+        return bucket_bytes(shape, heads, buckets) + recompute * (self._forwards - 1) + backward

@@ -1,4 +1,4 @@
-"""What all commands share: a user's error is one message on standard error and exit status 1."""
+"""run_command: a user error is one message on standard error and an exit status."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import NoReturn
 
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.process import log
-from reformer_dist.process import stdio as unread
-from reformer_dist.process.signals import INTERRUPTED
+from reformer_dist.process import log, stdio
+from reformer_dist.process.exit_status import FAILED, INTERRUPTED, PREEMPTED
 
-PREEMPTED = os.EX_TEMPFAIL  # 75: told to end by a signal, and saved; the same command goes on
-HEAR_OUT = 10.0  # seconds that silent ranks leave to rank 0, which speaks for all
+REPORT_SECONDS = 10.0  # time for rank 0 to report an error of all ranks before the others exit
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command to its end, or exits with one message.
+    """Runs a command, or exits with one message.
 
-    What every rank finds alike (a bad override, an error that the ranks agreed on) only rank 0 tells.
+    An error that is the same on all ranks (an invalid override, an error that the ranks agreed on) is reported by
+    rank 0 only.
     """
     log.configure()
     _drop_local_rank()
-    with unread.quietly():
+    with stdio.exit_quietly():
         _run(command)
 
 
@@ -33,49 +32,49 @@ def _run(command: Callable[[], None]) -> None:
     try:
         command()
     except runtime.Preempted as stopped:
-        unread.say(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
-        _leave(PREEMPTED)
+        stdio.write(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
+        _exit(PREEMPTED)
     except (ConfigError, runtime.SharedError) as error:
         runtime.stop()
-        _exit(error, speaks=runtime.env_rank() == 0)
+        _fail(error, is_reporter=runtime.env_rank() == 0)
     except UserError as error:
-        # this rank alone knows, or others are lost: nothing that waits for them may come now
-        _exit(error, speaks=True)
+        # of this rank alone, or peers are lost: no collective may follow
+        _fail(error, is_reporter=True)
     except KeyboardInterrupt:
-        _leave(INTERRUPTED)
+        _exit(INTERRUPTED)
     except Exception:
         if runtime.env_world_size() == 1:
             raise
         sys.excepthook(*sys.exc_info())
-        _leave(1)
+        _exit(FAILED)
     runtime.stop()
     if runtime.env_world_size() > 1:
-        _leave(0)
+        _exit(0)
 
 
 def _drop_local_rank() -> None:
-    """DeepSpeed's launcher gives each rank its number twice: LOCAL_RANK, and an argument that is no user's."""
+    """Removes the argument --local_rank=N, which DeepSpeed's launcher adds besides setting LOCAL_RANK."""
     if "LOCAL_RANK" in os.environ:
-        sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
 
 
-def _leave(status: int) -> NoReturn:
-    """Ends a rank of a job of several without the interpreter's farewell.
+def _exit(status: int) -> NoReturn:
+    """Ends a rank of a job with several ranks without the interpreter's cleanup.
 
-    DeepSpeed keeps process groups alive; a thread of gloo that drops a tensor while the interpreter goes down
-    aborts the process, and a group with a lost rank may never go down.
+    DeepSpeed keeps process groups alive. A gloo thread that frees a tensor during interpreter shutdown aborts the
+    process, and destroying a group with a lost rank may hang.
     """
-    unread.flush()
+    stdio.flush()
     if runtime.env_world_size() > 1:
         os._exit(status)
     sys.exit(status)
 
 
-def _exit(error: UserError, speaks: bool) -> NoReturn:
-    if speaks:
-        unread.say(sys.stdout, "")
-        unread.say(sys.stderr, f"error: {error}\n")
+def _fail(error: UserError, *, is_reporter: bool) -> NoReturn:
+    if is_reporter:
+        stdio.write(sys.stdout, "")
+        stdio.write(sys.stderr, f"error: {error}\n")
     else:
-        # a launcher ends all ranks as soon as one has ended: let it be the one that speaks
-        time.sleep(HEAR_OUT)
-    _leave(1)
+        # a launcher kills all ranks once one has exited: the reporter must be the first
+        time.sleep(REPORT_SECONDS)
+    _exit(FAILED)

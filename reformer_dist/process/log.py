@@ -1,4 +1,4 @@
-"""One logger; only rank 0 speaks, unless something is wrong."""
+"""The logger: rank 0 logs at INFO, other ranks only errors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sys
 from typing import TextIO
 
 from reformer_dist.distributed.runtime import env_rank
-from reformer_dist.process import stdio as unread
+from reformer_dist.process import stdio
 
 logger = logging.getLogger("reformer_dist")
 
 
 class _Handler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Falls silent for good where nobody reads any more; logging would print a page about each line."""
-        if unread.is_unread(self.stream):
-            unread.silence(self.stream)
+        """Discards further output if the reader is gone, where logging would print a traceback for each line."""
+        if stdio.is_disconnected(self.stream):
+            stdio.silence(self.stream)
         else:
             super().handleError(record)
 
 
 def configure() -> None:
-    """Plain lines on standard output: progress is what a user came for."""
+    """Logs plain lines to standard output."""
     logger.handlers.clear()
     handler = _Handler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,6 +1,6 @@
-"""What SIGTERM, SIGINT and SIGHUP mean to a process that has not begun to work: it ends, and may be started again.
+"""SIGTERM, SIGINT and SIGHUP before training begins: they end the process, which can simply be started again.
 
-Imports nothing slow, since PyTorch and DeepSpeed take seconds to load, and a scheduler may not wait for them.
+Imports nothing slow: PyTorch and DeepSpeed take seconds to load, and signals must be handled meanwhile.
 """
 
 from __future__ import annotations
@@ -9,40 +9,51 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 128 + signal.SIGINT
+from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAUNCHER = "REFORMER_LAUNCHER"  # environment variable of a rank: pid of the process that started it
+PR_SET_PDEATHSIG = 1  # of Linux
 
 
-def end_when_told() -> None:
-    """From now on each of them ends the process with status 75; in the main thread only.
+def exit_on_signal() -> None:
+    """From now on each of SIGNALS ends the process with PREEMPTED. Only for the main thread.
 
-    A signal that is ignored, as SIGINT is in the background of a shell and SIGHUP under nohup, stays so.
+    A signal that is ignored stays ignored, as SIGINT is in background jobs of a shell, and SIGHUP under nohup.
     """
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda *_: os._exit(os.EX_TEMPFAIL))
+            signal.signal(signum, lambda *_: os._exit(PREEMPTED))
 
 
 @contextmanager
-def ended_by_interrupt() -> Iterator[None]:
-    """Within, while a command loads what it needs, SIGINT ends the process with status 130, without a trace."""
-    found = signal.getsignal(signal.SIGINT)
-    if found is not signal.SIG_IGN:
+def exit_on_interrupt() -> Iterator[None]:
+    """SIGINT within the block ends the process with INTERRUPTED and no traceback. For the imports of a command."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, found)
+        signal.signal(signal.SIGINT, handler)
 
 
-LAUNCHER = "REFORMER_LAUNCHER"  # in a rank's environment: the process that started it
-PR_SET_PDEATHSIG = 1  # of Linux
+def terminate_with_launcher() -> None:
+    """From now on this rank receives SIGTERM when its launcher exits, even if that was killed. Linux only."""
+    terminate = terminate_with_parent()
+    if terminate is not None and os.environ.get(LAUNCHER) == str(os.getppid()):
+        terminate()
 
 
-def stop_with_launcher() -> None:
-    """From now on this rank gets SIGTERM when its launcher ends, even if that was killed; on Linux only."""
-    if sys.platform == "linux" and os.environ.get(LAUNCHER) == str(os.getppid()):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def terminate_with_parent() -> Callable[[], None] | None:
+    """A function after which the calling process receives SIGTERM when its parent exits; None if not on Linux.
+
+    libc is loaded here, so that the function itself may be called between fork and exec.
+    """
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

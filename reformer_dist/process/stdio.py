@@ -1,6 +1,6 @@
-"""Standard output and error that nobody reads any more: `| head` ended, Ctrl-C ended `| tee`, a terminal closed.
+"""Standard output and error whose reader is gone: `| head` exited, Ctrl-C ended `| tee`, a terminal was closed.
 
-Work goes on, and what would be said goes nowhere. Imports nothing slow.
+The process continues, and its output is discarded. Imports nothing slow.
 """
 
 from __future__ import annotations
@@ -12,57 +12,57 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from reformer_dist.process.signals import INTERRUPTED
-
-# what a shell says of a program that SIGPIPE ended. Only a command that nobody read to its end has it: one that
-# was done all the same, or trains on without a reader, ends with the status of its own
-UNREAD = 141
+from reformer_dist.process.exit_status import BROKEN_PIPE, INTERRUPTED
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Within, a command that nobody reads to its end, or that Ctrl-C interrupts, ends without a trace."""
+def exit_quietly() -> Iterator[None]:
+    """Ends a command without a traceback on Ctrl-C, or if the reader of its output is gone.
+
+    The status is BROKEN_PIPE only if the command was cut short: one that was done, or that trains on without a
+    reader, exits with its own status.
+    """
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        if not any(map(is_unread, (sys.stdout, sys.stderr))):
+        if not any(map(is_disconnected, (sys.stdout, sys.stderr))):
             raise
-        sys.exit(UNREAD)
+        sys.exit(BROKEN_PIPE)
     finally:
         flush()
 
 
-def is_unread(stream: TextIO) -> bool:
-    """Whether the other end of its pipe or terminal is closed; False of a stream that has none."""
+def is_disconnected(stream: TextIO) -> bool:
+    """Whether the other end of a pipe or terminal is closed; False for other streams."""
     poll = select.poll()
     try:
-        poll.register(stream, 0)  # no event asked for: what is told all the same is that the other end is gone
-    except (OSError, ValueError):  # it is in memory, or closed on this side
+        poll.register(stream, 0)  # hang-ups and errors are reported even without an event mask
+    except (OSError, ValueError):  # in memory, or closed on this side
         return False
     return bool(poll.poll(0))
 
 
 def silence(stream: TextIO) -> None:
-    """What waits in it, and all that is written to it from now on, goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Discards buffered and all future output."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
-def say(stream: TextIO, words: str) -> None:
-    """Writes, and does not mind if nobody reads."""
+def write(stream: TextIO, text: str) -> None:
+    """Writes and flushes; discards the text if the reader is gone."""
     try:
-        stream.write(words)
+        stream.write(text)
         stream.flush()
     except OSError:
-        if not is_unread(stream):
+        if not is_disconnected(stream):
             raise
         silence(stream)
 
 
 def flush() -> None:
-    """Lets the interpreter end with the command's own status: a flush of its own that fails makes it 120."""
+    """Flushes both streams, since the interpreter would exit with 120 if its own flush failed."""
     for stream in (sys.stdout, sys.stderr):
-        say(stream, "")
+        write(stream, "")

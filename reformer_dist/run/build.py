@@ -1,17 +1,16 @@
-"""The composition root: from a RunConfig to everything that trains. It alone knows all parts."""
+"""Builds the trainer of a run from its RunConfig, in four stages: layout, data, run directory, engine."""
 
 from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from reformer_dist.checkpoint import CheckpointReader
-from reformer_dist.config import RunConfig, TaskKind
+from reformer_dist.checkpoint import CheckpointReader, RunRecord
+from reformer_dist.config import RunConfig
 from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
@@ -21,103 +20,130 @@ from reformer_dist.models.block import Block
 from reformer_dist.parallel.sequence import share_sequences
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import plain
-from reformer_dist.run.data import Feed, QuarantineFile, open_training_corpus
-from reformer_dist.run.directory import changed_keys, make_run_folder, require_same_config, write_config
-from reformer_dist.run.pretrained import start_from
-from reformer_dist.run.validator import Probes
-from reformer_dist.tasks import Task, make_task
-from reformer_dist.training.batches import Intake
-from reformer_dist.training.checkpoints import Checkpoints, find_start
-from reformer_dist.training.metrics_log import Journal
+from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
+from reformer_dist.run.directory import (
+    RunDirectory,
+    changed_keys,
+    lock_run_directory,
+    require_same_config,
+    write_config,
+)
+from reformer_dist.run.pretrained import load_initial_weights
+from reformer_dist.training.batches import BatchReader
+from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, find_resume_checkpoint
+from reformer_dist.training.metrics_log import MetricsLogger
+from reformer_dist.training.parts import EngineParts, RunContext, StepLayout, TaskData
 from reformer_dist.training.preemption import StopSignal
-from reformer_dist.training.trainer import Progress, Trainer
+from reformer_dist.training.trainer import Trainer
+from reformer_dist.training.validator import Validator
 
 
 def build_trainer(
     config: RunConfig, runtime: Runtime, resources: ExitStack, stop: StopSignal | None = None
 ) -> Trainer:
-    """Checks everything that can be checked, builds all parts, and resumes if there is something to resume.
+    """Validates the configuration, builds all parts, and resumes from a checkpoint if there is one.
 
-    What must be closed at the end of the run is pushed on `resources`; `stop` tells when to end early.
-    Raises UserError, alike on every rank.
+    resources: receives what must be closed at the end of the run; stop: ends it early. Raises UserError alike on
+    every rank.
     """
-    stop = stop or StopSignal()
     require_same_config(config, runtime)
+    layout = make_layout(config, runtime)
+    data = open_data(config, runtime)
+    directory = open_run_directory(config, runtime, resources)
+    training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
+    run = RunContext(training_data.with_last_step(config), runtime, stop or StopSignal())
+    parts = build_engine(run, data, directory, resources)
+
+    make_example, step = data.task.make_example, parts.state.step
+    loader = training_data.loader(run.config, layout.sequence.mesh, layout.micro_batch, make_example)
+    resources.callback(loader.close)
+    if step < run.config.trainer.max_steps:  # otherwise it would record overrides that trained nothing
+        write_config(run.config, runtime)
+    path, is_main = directory.path, runtime.is_main
+    metrics = runtime.together(lambda: MetricsLogger(path, is_active=is_main, resume_step=step))
+    resources.callback(metrics.close)
+    batches = BatchReader(
+        runtime,
+        layout.sequence,
+        loader,
+        QuarantineFile(path).add,
+        run.stop,
+        labels_per_row=data.task.labels_per_row,
+    )
+    validator = Validator(run, data, layout, parts.engine, metrics)
+    _log_run(run, layout, data, parts.engine)
+    return Trainer(run, data, parts, batches, validator, metrics)
+
+
+def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
+    """Makes the sequence mesh, and divides the step's rows. Raises ConfigError, alike on every rank."""
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     runtime.together(lambda: require_attention(config.model, runtime.device))
-    corpus = runtime.together(lambda: open_training_corpus(config))
-    task = runtime.together(lambda: _make_task(config, corpus))
-    sequence = share_sequences(config, runtime, micro_batch)
-    folder = make_run_folder(config, runtime, resources)
-    start = find_start(config, runtime)  # after that: no other job may add checkpoints any more
+    return StepLayout(share_sequences(config, runtime, micro_batch), micro_batch, n_micro)
 
-    feed = runtime.together(lambda: Feed.open(config, corpus, start))
-    config = feed.with_last_step(config)
-    model = task.build_model().to(runtime.device)
-    description, tokenizer_files = _describe(config, corpus, model)
-    if config.init_from is not None and start is None:
-        path, tokenizer = config.init_from, description["tokenizer"]
-        runtime.together(lambda: start_from(path, model, tokenizer))
+
+def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
+    """Opens the data sets and makes their task. Raises UserError, alike on every rank."""
+    return runtime.together(lambda: open_task_data(config))
+
+
+def open_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack) -> RunDirectory:
+    """Locks output_dir and selects the checkpoint to resume from. Raises UserError, alike on every rank."""
+    path = lock_run_directory(config, runtime, resources)
+    # under the lock: no other job can add checkpoints any more
+    return RunDirectory(path, find_resume_checkpoint(config, runtime))
+
+
+def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resources: ExitStack) -> EngineParts:
+    """Builds the engine with its initial or resumed state. Raises UserError, alike on every rank."""
+    config, runtime, resume_from = run.config, run.runtime, directory.resume_from
+    model = data.task.build_model().to(runtime.device)
+    record, tokenizer_files = _describe_run(config, data.corpus, model)
+    if config.init_from is not None and resume_from is None:
+        path = config.init_from
+        runtime.together(lambda: load_initial_weights(path, model, record.tokenizer))
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
-    checkpoints = Checkpoints(config, runtime, engine, description=description, extra_files=tokenizer_files)
-    if start is not None:
-        _announce_resume(start, config, runtime)
-    progress = checkpoints.restore(start) if start is not None else Progress()
-    loader = feed.loader(config, sequence.grid, micro_batch, task.make_example)
-    resources.callback(loader.close)
-    if progress.step < config.trainer.max_steps:  # else overrides would be recorded that trained nothing
-        write_config(config, runtime)
-    journal = runtime.together(lambda: Journal(folder, is_active=runtime.is_main, first_step=progress.step))
-    resources.callback(journal.close)
-    probes = Probes(config, runtime, engine, sequence, corpus, task, journal, stop)
-    _announce(config, runtime, corpus, description["shapes"], n_micro)
-    bytes_per_token = corpus.bytes_per_token if config.task.kind is TaskKind.language_model else None
-    report, of_rows = QuarantineFile(folder).add, task.labels_of_rows
-    intake = Intake(runtime, sequence, loader, report, stop, labels_of_rows=of_rows)
-    return Trainer(config, runtime, engine, intake, checkpoints, probes, journal, progress, bytes_per_token)
+    checkpoints = CheckpointManager(config, runtime, engine, record=record, extra_files=tokenizer_files)
+    if resume_from is None:
+        return EngineParts(engine, checkpoints, TrainState())
+    _log_resume(resume_from, config, runtime)
+    return EngineParts(engine, checkpoints, checkpoints.restore(resume_from))
 
 
-def _make_task(config: RunConfig, corpus: Corpus) -> Task:
-    task = make_task(config, corpus.tokenizer, corpus.labels)
-    task.check(corpus)
-    return task
-
-
-def _describe(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What a checkpoint says of its run, and the files, if any, that its tokenizer needs to be loaded again."""
+def _describe_run(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[RunRecord, dict[str, bytes]]:
+    """The record that checkpoints carry, and the files that their tokenizer needs."""
     with tempfile.TemporaryDirectory() as folder:
         specification = corpus.tokenizer.save(Path(folder))
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    description = {
-        "config": plain(config),
-        "tokenizer": specification,
-        "vocab_size": corpus.tokenizer.vocab_size,
-        "labels": corpus.labels,
-        "data": corpus.record(),
-        "shapes": parameter_shapes(model),
-    }
-    return description, files
+    record = RunRecord(
+        config=plain(config),
+        tokenizer=specification,
+        vocab_size=corpus.tokenizer.vocab_size,
+        labels=corpus.labels,
+        data=corpus.record(),
+        shapes=parameter_shapes(model),
+    )
+    return record, files
 
 
-def _announce_resume(start: CheckpointReader, config: RunConfig, runtime: Runtime) -> None:
-    logger.info(f"resuming from {start.folder} at step {start.step}")
-    ranks = [f"ranks of the job: {start.world_size} -> {runtime.world_size}"]
-    changed = ranks if start.world_size != runtime.world_size else []
-    for line in changed + changed_keys(start.run["config"], config):
+def _log_resume(reader: CheckpointReader, config: RunConfig, runtime: Runtime) -> None:
+    logger.info(f"resuming from {reader.folder} at step {reader.step}")
+    ranks = [f"ranks of the job: {reader.world_size} -> {runtime.world_size}"]
+    changed = ranks if reader.world_size != runtime.world_size else []
+    for line in changed + changed_keys(reader.record.config, config):
         logger.info(f"  changed since: {line}")
 
 
-def _announce(
-    config: RunConfig, runtime: Runtime, corpus: Corpus, shapes: dict[str, list[int]], n_micro: int
-) -> None:
-    n_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+def _log_run(run: RunContext, layout: StepLayout, data: TaskData, engine: TrainEngine) -> None:
+    config, world_size, n_micro = run.config, run.runtime.world_size, layout.n_micro
+    n_parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(engine.module).values())
     rows = config.data.batch_size
     size = f"{rows * config.data.seq_len:,} tokens" if config.task.packs_text else f"{rows:,} samples"
-    ranks = f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}"
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''} on {run.runtime.device.type}"
     logger.info(
         f"{n_parameters:,} parameters | ZeRO stage {config.deepspeed.stage}, "
-        f"{config.trainer.precision.name}, {ranks} | {size} a step in {n_micro} micro-batch"
-        f"{'es' if n_micro > 1 else ''} | {corpus.total('tokens', 'train'):,} training tokens in "
-        f"{len(corpus.parts('train'))} shards"
+        f"{config.trainer.precision.name}, {ranks} | {size} per step in {n_micro} micro-batch"
+        f"{'es' if n_micro > 1 else ''} | {data.corpus.total('tokens', 'train'):,} training tokens in "
+        f"{len(data.corpus.shards('train'))} shards"
     )

@@ -1,6 +1,6 @@
-"""From conf/ and the command line to a RunConfig: Hydra composes, the dataclasses judge.
+"""Composes a RunConfig from conf/ and the command line with Hydra; the dataclasses validate it.
 
-No yaml names Python code: there is no `_target_`, and the schema refuses keys that it does not know.
+No yaml names Python code: there is no `_target_`, and the schema refuses unknown keys.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import one_of
+from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
 from reformer_dist.errors import ConfigError
 
 CONFIG_NAME = "train"
 
-# what the libraries say of a value, with the value in the first group, and what would be right
-WRONG_VALUES = (
+# error messages of the libraries, with the value in the first group, and the requirement to report instead
+VALUE_ERRORS = (
     (re.compile(r"Value '(.*)' of type '.*' could not be converted to Integer"), "must be a whole number"),
     (re.compile(r"Value '(.*)' of type '.*' could not be converted to Float"), "must be a number"),
     (re.compile(r"Value '(.*)' is not a valid bool"), "must be true or false"),
     (re.compile(r"Invalid value '(.*)', expected one of \[(.*)\]"), "must be one of {1}"),
 )
-NO_LIST = re.compile(r"is not a ListConfig, list or tuple")
-NO_CHOICE = re.compile(r"Could not find '(.*)/(.*)'\s+Available options in '.*':\n((?:\t.*\n?)*)")
+NOT_A_LIST = re.compile(r"is not a ListConfig, list or tuple")
+UNKNOWN_CHOICE = re.compile(r"Could not find '(.*)/(.*)'\s+Available options in '.*':\n((?:\t.*\n?)*)")
 
 
 def conf_folder() -> Path:
-    """conf/ of the checkout that this package lies in, else the copy that the wheel installed."""
+    """conf/ of the checkout that contains this package, or the copy installed by the wheel."""
     package = Path(__file__).resolve().parents[1]
     checkout = package.parent / "conf"
     return checkout if (package.parent / "pyproject.toml").is_file() else package / "conf"
@@ -55,10 +56,11 @@ def register_schema() -> None:
 
 
 def hydra_entry(task: Callable[[RunConfig], None]) -> None:
-    """Runs `task` with the configuration that the command line describes. Raises ConfigError."""
+    """Runs `task` with the configuration of the command line. Raises ConfigError."""
     register_schema()
-    # without it, Hydra would print errors in its own way and exit
+    # otherwise Hydra prints errors in its own format and exits
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    refuse_renamed_overrides(command_line_overrides(sys.argv[1:]))
     composed: list[DictConfig] = []
     compose = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=CONFIG_NAME)
     try:
@@ -66,48 +68,48 @@ def hydra_entry(task: Callable[[RunConfig], None]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     if composed:  # --help, --cfg and the like describe no run
-        task(to_run_config(_with_start(composed[0], command_line_overrides(sys.argv[1:]))))
+        task(to_run_config(_with_initial_model(composed[0], command_line_overrides(sys.argv[1:]))))
 
 
 def compose_run(overrides: list[str]) -> RunConfig:
-    """What a command line of these overrides would run. Raises ConfigError."""
+    """The configuration that a command line of these overrides would run. Raises ConfigError."""
     register_schema()
     with hydra_context():
-        return to_run_config(_with_start(compose_config(overrides), overrides))
+        return to_run_config(_with_initial_model(compose_config(overrides), overrides))
 
 
 def command_line_overrides(arguments: list[str]) -> list[str]:
-    """The overrides of a command line."""
+    """The overrides among the arguments of a command line."""
     overrides: list[str] = get_args_parser().parse_known_intermixed_args(arguments)[0].overrides
     return overrides
 
 
 @contextmanager
 def hydra_context() -> Iterator[ConfigLoader]:
-    """Hydra with conf/ at hand."""
+    """Initializes Hydra with conf/."""
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
+    refuse_renamed_overrides(overrides)
     try:
         return hydra.compose(CONFIG_NAME, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 
 
-def _with_start(composed: DictConfig, words: list[str]) -> DictConfig:
-    """With init_from, model.* are those of the weights to start from, but for those that `words` set."""
+def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """With init_from, takes model.* from the weights to start from, except for keys that `overrides` set."""
     if composed.init_from is None:
         return composed
-    from reformer_dist.checkpoint.weights import (
-        saved_model_config,  # loads torch, which other commands need not wait for
-    )
+    # imports torch, which commands without init_from need not wait for
+    from reformer_dist.checkpoint.weights import saved_model_config
 
-    given = [word.lstrip("+") for word in words if word.lstrip("+").startswith("model.")]
+    kept = [each.lstrip("+") for each in overrides if each.lstrip("+").startswith("model.")]
     try:
         merged = OmegaConf.merge(
-            composed, {"model": saved_model_config(composed.init_from)}, OmegaConf.from_dotlist(given)
+            composed, {"model": saved_model_config(composed.init_from)}, OmegaConf.from_dotlist(kept)
         )
     except OmegaConfBaseException as error:
         raise ConfigError(f"init_from={composed.init_from}: {explain(error)}") from error
@@ -116,7 +118,7 @@ def _with_start(composed: DictConfig, words: list[str]) -> DictConfig:
 
 
 def to_run_config(composed: Any) -> RunConfig:
-    """The real dataclasses, whose checks run as they are made. Raises ConfigError."""
+    """Converts to the dataclasses, which check their values. Raises ConfigError."""
     refuse_unknown(OmegaConf.to_container(composed, enum_to_str=True), RunConfig(), "")
     try:
         config = OmegaConf.to_object(composed)
@@ -126,22 +128,24 @@ def to_run_config(composed: Any) -> RunConfig:
     return config
 
 
-def refuse_unknown(given: Any, known: Any, prefix: str) -> None:
-    """Hydra's `+key=value` gets past the schema; a key that no dataclass has must not be dropped in silence."""
+def refuse_unknown(values: Any, known: Any, prefix: str) -> None:
+    """Raises ConfigError for keys that no dataclass has: Hydra's `+key=value` bypasses the schema."""
     if not is_dataclass(known):
         return
     names = {field.name for field in fields(known)}
-    for key, value in given.items():
+    for key, value in values.items():
+        refuse_renamed(f"{prefix}{key}", value)
         if key not in names:
             raise ConfigError(f"{prefix}{key}={value}: there is no such key{_suggest(key, type(known))}")
         refuse_unknown(value, getattr(known, key), f"{prefix}{key}.")
 
 
 def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
-    """A saved configuration with `key=value` overrides, checked as at the start of a run. Raises ConfigError."""
+    """A saved configuration with `key=value` overrides, validated as at the start of a run. Raises ConfigError."""
+    refuse_renamed_overrides(overrides)
     try:
         schema = OmegaConf.structured(RunConfig)
-        merged = OmegaConf.merge(schema, saved, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(schema, translate_saved(saved), OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     except YAMLError as error:
@@ -150,7 +154,7 @@ def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
 
 
 def plain(config: Any) -> Any:
-    """A configuration as JSON can hold it: enums by name."""
+    """A configuration as JSON values, enums by name."""
     if is_dataclass(config) and not isinstance(config, type):
         return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
     if isinstance(config, Enum):
@@ -165,20 +169,22 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """The innermost useful message, with the nearest known key where the key is unknown."""
+    """The innermost useful message, with the nearest known key if the key is unknown."""
     cause: BaseException | None = error
     found: OmegaConfBaseException | None = None
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
             found = cause
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     if found is None:
         return _explain_choice(str(error))
     first_line = (found.msg or str(found)).splitlines()[0]
     key = str(found.full_key or found.key or "")
-    if NO_LIST.search(first_line):
+    if key in RENAMED:  # in a yaml file; the value is unknown here
+        return f"{key}: {RENAMED[key]}"
+    if NOT_A_LIST.search(first_line):
         return f"{key}: must be a list, such as {key}={_example(key)}"
-    for wrong, right in WRONG_VALUES:
+    for wrong, right in VALUE_ERRORS:
         if matched := wrong.match(first_line):
             return f"{key}={matched[1]}: {right.format(*matched.groups())}"
     named = first_line if not key or key in first_line else f"{key}: {first_line}"
@@ -186,8 +192,8 @@ def explain(error: BaseException) -> str:
 
 
 def _explain_choice(message: str) -> str:
-    """Hydra's message, but of a choice that a group does not have: not where Hydra looked for it."""
-    found = NO_CHOICE.search(message)
+    """Hydra's message; for an unknown choice of a group, the known ones instead of the search path."""
+    found = UNKNOWN_CHOICE.search(message)
     if found is None:
         return message
     group, choice, listed = found.groups()
@@ -197,7 +203,7 @@ def _explain_choice(message: str) -> str:
 
 
 def _example(key: str) -> str:
-    """A list that would do: that of the defaults, if they have one."""
+    """An example of a list: the default value, if it has one."""
     value: Any = RunConfig()
     for name in key.split("."):
         value = getattr(value, name, None)

@@ -1,4 +1,4 @@
-"""What feeds a run: from its configuration, and the checkpoint it goes on from, to the batches of a rank."""
+"""Training data of a run: data sets, sampling order, position to resume from, and the log of damaged samples."""
 
 from __future__ import annotations
 
@@ -11,56 +11,66 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import DataConfig, RunConfig
 from reformer_dist.data import (
     Corpus,
-    Damage,
+    DamagedSample,
+    LoaderState,
     MakeExample,
-    Order,
     Quarantine,
-    Start,
+    Sampler,
     TrainLoader,
     consumed_hash,
-    explain_changes,
+    describe_changes,
     merge_states,
     read_state,
 )
-from reformer_dist.distributed.mesh import SequenceGrid
+from reformer_dist.distributed.mesh import SequenceMesh
 from reformer_dist.errors import DataError
 from reformer_dist.process.log import logger
+from reformer_dist.tasks import make_task
+from reformer_dist.training.parts import TaskData
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
-    """The run's data sets, with every shard of these splits in place. Raises DataError."""
+    """Opens the run's data sets, and checks that no shard of these splits is missing. Raises DataError."""
     corpus = Corpus.open(data.paths(), data.weights, data.cache_dir, data.cache_gb)
     for split in splits:
-        for warning in corpus.check(split, data.max_damaged_share):
+        for warning in corpus.check(split, data.max_damaged_fraction):
             logger.warning(warning)
     return corpus
 
 
 def open_training_corpus(config: RunConfig) -> Corpus:
-    """The same, with held-out text if the run looks at any. Raises DataError."""
-    looks = config.trainer.eval_every > 0 or config.trainer.sample_every > 0
-    corpus = open_corpus(config.data, ["train", "heldout"] if looks else ["train"])
-    if looks and corpus.total("tokens", "heldout") == 0:
+    """open_corpus with the splits that the run reads: train, and heldout if it evaluates or samples."""
+    needs_heldout = config.trainer.eval_every > 0 or config.trainer.sample_every > 0
+    corpus = open_corpus(config.data, ["train", "heldout"] if needs_heldout else ["train"])
+    if needs_heldout and corpus.total("tokens", "heldout") == 0:
         fix = "write it again with --heldout above 0, or set trainer.eval_every=0 trainer.sample_every=0"
         raise DataError(f"{corpus.where}: no documents are held out for evaluation; {fix}")
     return corpus
 
 
+def open_task_data(config: RunConfig) -> TaskData:
+    """Opens the data sets of a training run and makes their task. Raises DataError if they do not fit."""
+    corpus = open_training_corpus(config)
+    task = make_task(config, corpus.tokenizer, corpus.labels)
+    task.check(corpus)
+    return TaskData(corpus, task)
+
+
 @dataclass(frozen=True)
-class Feed:
-    """The order of a run's data, and where in it the run stands."""
+class TrainingData:
+    """The sampling order of a run's data, and the position at which the run starts or resumes."""
 
     corpus: Corpus
-    order: Order
-    start: Start
+    sampler: Sampler
+    state: LoaderState
 
     @classmethod
-    def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> Feed:
-        """Raises DataError where the checkpoint's place is not one in these data."""
+    def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> TrainingData:
+        """Raises DataError if the checkpoint's position does not fit these data."""
         data = config.data
-        order = Order(
+        sampler = Sampler(
             corpus,
             seed=config.trainer.seed,
             batch_size=data.batch_size,
@@ -69,39 +79,40 @@ class Feed:
             by_sample=not config.task.packs_text,
         )
         if checkpoint is None:
-            return cls(corpus, order, Start())
-        changes = explain_changes(checkpoint.run["data"], corpus.record()) if "data" in checkpoint.run else []
-        state = merge_states([rank["data"] for rank in checkpoint.rank_states])
-        start = read_state(state, order, changes=changes, accept_changed=data.accept_changed)
-        logger.info(f"data go on behind step {start.step}; hash of all samples so far: {consumed_hash(state)}")
-        return cls(corpus, order, start)
+            return cls(corpus, sampler, LoaderState())
+        saved_data = checkpoint.record.data
+        changes = [] if saved_data is None else describe_changes(saved_data, corpus.record())
+        saved = merge_states([rank["data"] for rank in checkpoint.rank_states])
+        state = read_state(saved, sampler, changes=changes, accept_changed=data.accept_changed)
+        logger.info(f"resuming data after step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
+        return cls(corpus, sampler, state)
 
     def with_last_step(self, config: RunConfig) -> RunConfig:
-        """The configuration with the step at which data.epochs ends the run, if that comes before another end."""
+        """The configuration with trainer.max_steps lowered to the step at which data.epochs ends the run."""
         if config.data.epochs == 0:
             return config
-        first_step, first_pass = self.start.origin
-        last = first_step + self.order.steps_of(config.data.epochs - first_pass)
+        first_step, first_pass = self.state.origin
+        last = first_step + self.sampler.steps_for(config.data.epochs - first_pass)
         if config.trainer.max_steps < last:
-            ends = f"trainer.max_steps={config.trainer.max_steps} ends the run before"
-            logger.warning(f"{ends} data.epochs={config.data.epochs}, which takes {last} steps")
+            reason = f"data.epochs={config.data.epochs} would take {last} steps"
+            logger.warning(f"trainer.max_steps={config.trainer.max_steps}: ends the run first; {reason}")
             return config
         logger.info(f"data.epochs={config.data.epochs} ends the run at step {last}")
         return replace(config, trainer=replace(config.trainer, max_steps=max(1, last)))
 
     def loader(
-        self, config: RunConfig, grid: SequenceGrid, micro_batch: int, make_example: MakeExample
+        self, config: RunConfig, mesh: SequenceMesh, micro_batch: int, make_example: MakeExample
     ) -> TrainLoader:
-        """The batches of a data-parallel rank."""
+        """The loader of a data-parallel rank."""
         data = config.data
         n_samples = self.corpus.total("samples", "train")
         return TrainLoader(
-            self.order,
-            Quarantine(n_samples, data.max_damaged_share, self.start.quarantine),
+            self.sampler,
+            Quarantine(n_samples, data.max_damaged_fraction, self.state.quarantine),
             micro_batch_size=micro_batch,
-            dp_rank=grid.dp_rank,
-            dp_size=grid.dp_size,
-            start=self.start,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            state=self.state,
             passes=data.epochs or None,
             make_example=make_example,
             workers=data.workers,
@@ -109,16 +120,16 @@ class Feed:
 
 
 class QuarantineFile:
-    """Names each damaged sample of a run once, a line of JSON for each; for people to read."""
+    """Lists each damaged sample of a run once, as JSON lines for people to read."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / QUARANTINE_FILE
 
-    def add(self, damaged: list[Damage]) -> None:
-        """Says so in the log as well; a disk that is full is no reason to end the run."""
-        for damage in damaged:
-            logger.warning(f"passed over: {damage}")
-        lines = [json.dumps(asdict(damage), sort_keys=True) for damage in damaged]
+    def add(self, damaged: list[DamagedSample]) -> None:
+        """Also logs a warning for each. A file that can't be written does not end the run."""
+        for sample in damaged:
+            logger.warning(f"skipped damaged sample: {sample}")
+        lines = [json.dumps(asdict(sample), sort_keys=True) for sample in damaged]
         try:
             known = set(self._path.read_text().splitlines()) if self._path.exists() else set()
             with self._path.open("a") as file:

@@ -1,1 +1,1 @@
-"""Sweeps: one driver, outside of every job, starts each trial as a job of its own and reads what it leaves."""
+"""Sweeps: a driver process launches each trial as a separate job and reads its metrics and exit status."""

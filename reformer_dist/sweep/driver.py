@@ -1,4 +1,4 @@
-"""The driver: keeps the places busy with trials, watches them, and writes down what became of each."""
+"""The driver of a sweep: starts trials as resources become free, monitors them and records their results."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from reformer_dist.process.exit_status import KILLED, PREEMPTED
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.metrics import Row, read_metrics
-from reformer_dist.sweep.places import Place
-from reformer_dist.sweep.process import KILLED, PREEMPTED, TrialProcess, open_lock
-from reformer_dist.sweep.state import DONE, State, SweepFile, Trial
+from reformer_dist.sweep.metrics import MetricsRow, read_metrics
+from reformer_dist.sweep.placement import Placement
+from reformer_dist.sweep.process import TrialProcess, open_lock
+from reformer_dist.sweep.state import ENDED, SweepFile, Trial, TrialStatus
 
-TICK = 0.2  # seconds
-LOOK_EVERY = 2.0  # seconds between looks into the metrics of running trials
-PATIENCE = 600.0  # seconds that trials have for their last save before they are killed
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_INTERVAL = 0.2  # seconds
+METRICS_INTERVAL = 2.0  # seconds between reads of a running trial's metrics
+SAVE_TIMEOUT = 600.0  # seconds that stopped trials have for their last save before they are killed
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Plan(Protocol):
-    """Which trials there are, and what to make of them."""
+class SearchStrategy(Protocol):
+    """Proposes trials and receives their results."""
 
     def describe(self) -> str:
-        """How much there is to do, in words."""
+        """The number of trials, for the log."""
         ...
 
-    def next(self) -> Trial | None:
-        """A trial to start, or None while, or because, there is none."""
+    def next_trial(self) -> Trial | None:
+        """The next trial to start; None if there is none, now or at all."""
         ...
 
-    def is_hopeless(self, trial: Trial, rows: list[Row]) -> bool:
-        """Whether a running trial, by what it has written, should be stopped."""
+    def should_prune(self, trial: Trial, rows: list[MetricsRow]) -> bool:
+        """Whether to stop a running trial early, given its metrics so far."""
         ...
 
-    def ended(self, trial: Trial) -> None:
-        """Takes note of the state in which a trial ended."""
+    def trial_ended(self, trial: Trial) -> None:
+        """Records the final status of a trial."""
         ...
 
 
@@ -47,51 +48,55 @@ Command = Callable[[Trial], list[str]]
 
 
 @dataclass
-class _Running:
+class _RunningTrial:
     trial: Trial
     process: TrialProcess
-    place: Place
-    steps_before: int
-    after: list[Command]
-    """What else is to run in the trial's place once it has succeeded."""
-    rows: list[Row] = field(default_factory=list)
-    looked: float = 0.0
+    placement: Placement
+    initial_step: int
+    pending: list[Command]
+    """Commands to run in the same placement after the current one succeeds."""
+    rows: list[MetricsRow] = field(default_factory=list)
+    last_read: float = 0.0
 
 
 class Driver:
-    """Runs the trials of one plan; a single thread, so that children die with it and with nothing else."""
+    """Runs the trials of one strategy, in one thread: a child is signalled when its parent thread ends."""
 
     def __init__(
-        self, file: SweepFile, places: list[Place], commands: list[Command], summarise: Callable[[Trial], None]
+        self,
+        file: SweepFile,
+        placements: list[Placement],
+        commands: list[Command],
+        summarise: Callable[[Trial], None],
     ) -> None:
-        """commands: arguments of python for a trial, one after the other; summarise: fills in its result."""
-        self._file, self._free, self._commands, self._summarise = file, list(places), commands, summarise
-        self._running: list[_Running] = []
+        """commands: Python arguments of a trial's processes, run in sequence; summarise: sets `trial.result`."""
+        self._file, self._free, self._commands, self._summarise = file, list(placements), commands, summarise
+        self._running: list[_RunningTrial] = []
         self._blocked: list[Trial] = []
         self._signal: int | None = None
-        self._signals = 0
+        self._n_signals = 0
 
-    def run(self, plan: Plan) -> int | None:
-        """Runs the plan to its end; returns the signal that cut it, if one did."""
+    def run(self, strategy: SearchStrategy) -> int | None:
+        """Runs until the strategy has no more trials; returns the signal that stopped it early, if any."""
         with self._catching_signals():
             while True:
                 if self._signal is not None:
-                    self._stop_all(plan)
+                    self._stop_all(strategy)
                     return self._signal
-                self._fill(plan)
+                self._start_trials(strategy)
                 if not self._running and not self._blocked:
                     return None
-                time.sleep(TICK)
-                self._look(plan)
+                time.sleep(POLL_INTERVAL)
+                self._poll(strategy)
 
-    def _folder(self, trial: Trial) -> Path:
+    def _trial_folder(self, trial: Trial) -> Path:
         return self._file.folder / trial.name
 
-    def _fill(self, plan: Plan) -> None:
-        """Starts trials while there is a place for one."""
+    def _start_trials(self, strategy: SearchStrategy) -> None:
+        """Starts trials while placements are free."""
         retried, self._blocked = self._blocked, []
         while self._free:
-            trial = retried.pop(0) if retried else plan.next()
+            trial = retried.pop(0) if retried else strategy.next_trial()
             if trial is None:
                 break
             if not self._start(trial):
@@ -101,129 +106,131 @@ class Driver:
         self._blocked += retried
 
     def _start(self, trial: Trial) -> bool:
-        """False while a process of an earlier driver is at work in the trial's folder."""
-        folder = self._folder(trial)
+        """Starts a trial; returns False if a process of an earlier driver still runs in its folder."""
+        folder = self._trial_folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_lock(folder)
         if lock is None:
             if trial.reason == "":
-                logger.info(f"{trial.name}: waits for the process of an earlier driver to end")
-                trial.reason = "waits for the process of an earlier driver"
+                trial.reason = "waiting for the process of an earlier driver to end"
+                logger.info(f"{trial.name}: {trial.reason}")
             return False
-        verb = "goes on" if trial.starts else "starts"
-        trial.starts, trial.state, trial.reason = trial.starts + 1, State.running, ""
-        self._file.save()  # first: whoever finds the folder finds it named
-        place = self._free.pop()
-        steps = _steps(read_metrics(folder))
-        first, *after = self._commands
-        process = TrialProcess(first(trial), folder, place, lock)
-        self._running.append(_Running(trial, process, place, steps, after))
+        verb = "resumed" if trial.starts else "started"
+        trial.starts, trial.state, trial.reason = trial.starts + 1, TrialStatus.running, ""
+        self._file.save()  # before the process starts, so that every trial folder is listed in the file
+        placement = self._free.pop()
+        step = _last_step(read_metrics(folder))
+        first, *pending = self._commands
+        process = TrialProcess(first(trial), folder, placement, lock)
+        self._running.append(_RunningTrial(trial, process, placement, step, pending))
         logger.info(f"{trial.name}: {verb}, {process.log}")
         return True
 
-    def _look(self, plan: Plan) -> None:
+    def _poll(self, strategy: SearchStrategy) -> None:
         for running in list(self._running):
             status = running.process.status()
             if status is not None:
-                self._end(running, status, plan)
-            elif time.monotonic() - running.looked > LOOK_EVERY:
-                running.looked = time.monotonic()
-                self._judge(running, plan)
+                self._process_ended(running, status, strategy)
+            elif time.monotonic() - running.last_read > METRICS_INTERVAL:
+                running.last_read = time.monotonic()
+                self._maybe_prune(running, strategy)
 
-    def _judge(self, running: _Running, plan: Plan) -> None:
+    def _maybe_prune(self, running: _RunningTrial, strategy: SearchStrategy) -> None:
         trial = running.trial
-        if trial.state is State.pruned or len(running.after) < len(self._commands) - 1:
+        is_training = len(running.pending) == len(self._commands) - 1
+        if trial.state is TrialStatus.pruned or not is_training:
             return
-        rows = read_metrics(self._folder(trial))
+        rows = read_metrics(self._trial_folder(trial))
         if len(rows) > len(running.rows):
             running.rows = rows
-            if plan.is_hopeless(trial, rows):
-                trial.state = State.pruned
+            if strategy.should_prune(trial, rows):
+                trial.state = TrialStatus.pruned
                 running.process.stop()
 
-    def _end(self, running: _Running, status: int, plan: Plan) -> None:
-        trial, folder = running.trial, self._folder(running.trial)
-        if status == 0 and running.after and self._signal is None:
-            self._go_on(running)
+    def _process_ended(self, running: _RunningTrial, status: int, strategy: SearchStrategy) -> None:
+        """Starts the trial's next command, or records how the trial ended."""
+        trial = running.trial
+        if status == 0 and running.pending and self._signal is None:
+            self._start_next_command(running)
             return
         self._running.remove(running)
-        self._free.append(running.place)
-        rows = read_metrics(folder)
-        if status == 0 and not running.after:
-            trial.state = State.finished
-        elif trial.state is State.pruned:
-            trial.reason = f"at step {_steps(rows)}"
+        self._free.append(running.placement)
+        step = _last_step(read_metrics(self._trial_folder(trial)))
+        if status == 0 and not running.pending:
+            trial.state = TrialStatus.finished
+        elif trial.state is TrialStatus.pruned:
+            trial.reason = f"at step {step}"
         elif self._signal is not None:
-            trial.state, trial.reason = State.cut, f"at step {_steps(rows)}"
-        elif status == PREEMPTED and _steps(rows) > running.steps_before:
-            trial.state, trial.reason = State.cut, f"preempted at step {_steps(rows)}"
+            trial.state, trial.reason = TrialStatus.interrupted, f"at step {step}"
+        elif status == PREEMPTED and step > running.initial_step:
+            trial.state, trial.reason = TrialStatus.interrupted, f"preempted at step {step}"
         else:
-            trial.state, trial.reason = State.failed, _why(status, running.process)
-        if trial.state in DONE:
+            trial.state, trial.reason = TrialStatus.failed, _failure_reason(status, running.process)
+        if trial.state in ENDED:
             self._summarise(trial)
         elif self._signal is None:
-            self._blocked.append(trial)  # it goes on when there is a place
+            self._blocked.append(trial)  # resumes when a placement is free
         self._file.save()
-        if trial.state in DONE:
-            plan.ended(trial)
-        logger.info(f"{trial.name}: {_said(trial, running.process.log)}")
+        if trial.state in ENDED:
+            strategy.trial_ended(trial)
+        logger.info(f"{trial.name}: {_outcome(trial, running.process.log)}")
 
-    def _go_on(self, running: _Running) -> None:
-        """Starts the next command of a trial; a later look tries again where the last one holds the lock yet."""
-        folder = self._folder(running.trial)
+    def _start_next_command(self, running: _RunningTrial) -> None:
+        """Starts the next command of a trial; if the last process still holds the lock, the next poll retries."""
+        folder = self._trial_folder(running.trial)
         lock = open_lock(folder)
         if lock is not None:
-            command = running.after.pop(0)
-            running.process = TrialProcess(command(running.trial), folder, running.place, lock)
+            command = running.pending.pop(0)
+            running.process = TrialProcess(command(running.trial), folder, running.placement, lock)
 
-    def _stop_all(self, plan: Plan) -> None:
-        """Lets every trial save and end; a second signal, or too long a time, kills."""
+    def _stop_all(self, strategy: SearchStrategy) -> None:
+        """Stops every trial after a save; a second signal or the timeout kills them."""
         if self._running:
             names = ", ".join(running.trial.name for running in self._running)
-            logger.info(f"stopping {names}: each saves and ends; the same command goes on with them")
+            logger.info(f"stopping {names} after a save; run the same command again to resume")
         for running in self._running:
             running.process.stop()
-        deadline, signals = time.monotonic() + PATIENCE, self._signals
+        deadline, n_signals = time.monotonic() + SAVE_TIMEOUT, self._n_signals
         while self._running:
-            if self._signals > signals or time.monotonic() > deadline:
-                deadline, signals = time.monotonic() + PATIENCE, self._signals
+            if self._n_signals > n_signals or time.monotonic() > deadline:
+                deadline, n_signals = time.monotonic() + SAVE_TIMEOUT, self._n_signals
                 for running in self._running:
                     running.process.kill()
             for running in list(self._running):
                 status = running.process.status()
                 if status is not None:
-                    self._end(running, status, plan)
-            time.sleep(TICK / 4)
+                    self._process_ended(running, status, strategy)
+            time.sleep(POLL_INTERVAL / 4)
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        def note(signum: int, _: FrameType | None) -> None:
-            self._signal, self._signals = self._signal or signum, self._signals + 1
+        def handle(signum: int, _: FrameType | None) -> None:
+            self._signal, self._n_signals = self._signal or signum, self._n_signals + 1
 
-        # under nohup, SIGHUP stays ignored
-        heard = [signum for signum in STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
-        before = {signum: signal.signal(signum, note) for signum in heard}
+        # SIGHUP stays ignored under nohup
+        handled = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        previous = {signum: signal.signal(signum, handle) for signum in handled}
         try:
             yield
         finally:
-            for signum, handler in before.items():
+            for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
 
-def _steps(rows: list[Row]) -> int:
+def _last_step(rows: list[MetricsRow]) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def _why(status: int, process: TrialProcess) -> str:
-    words = process.last_words()
+def _failure_reason(status: int, process: TrialProcess) -> str:
+    error = process.last_error()
     names = {KILLED + each: each.name for each in signal.Signals}
     name = names.get(status)
-    return words if name is None or name in words else f"killed by {name}"
+    return error if name is None or name in error else f"killed by {name}"
 
 
-def _said(trial: Trial, log: Path) -> str:
-    words = trial.state.value + (f": {trial.reason}" if trial.reason else "")
-    if trial.state is State.failed:
-        return f"{words} ({log})"
-    numbers = ", ".join(f"{tag} {value:,.4g}" for tag, value in trial.result.items())
-    return f"{words}{': ' if numbers else ''}{numbers}"
+def _outcome(trial: Trial, log: Path) -> str:
+    text = trial.state.value + (f": {trial.reason}" if trial.reason else "")
+    if trial.state is TrialStatus.failed:
+        return f"{text} ({log})"
+    results = ", ".join(f"{tag} {value:,.4g}" for tag, value in trial.result.items())
+    return f"{text}{': ' if results else ''}{results}"

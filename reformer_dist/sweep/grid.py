@@ -1,4 +1,4 @@
-"""A grid: every combination once, in order, each with a name of its own."""
+"""Grid search: every combination of values once, in order, each with a unique trial name."""
 
 from __future__ import annotations
 
@@ -8,59 +8,60 @@ from hashlib import blake2b
 from itertools import product
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.sweep.metrics import Row
-from reformer_dist.sweep.space import Interval, Space
-from reformer_dist.sweep.state import DONE, Trial
+from reformer_dist.sweep.metrics import MetricsRow
+from reformer_dist.sweep.space import Interval, SearchSpace
+from reformer_dist.sweep.state import ENDED, Trial
 
-LONGEST_NAME = 120
+MAX_NAME_LENGTH = 120
 
 
-def combinations(space: Space) -> list[dict[str, str]]:
-    """Every combination, the last key changing fastest, each once. Raises ConfigError for an open interval."""
+def combinations(space: SearchSpace) -> list[dict[str, str]]:
+    """Distinct combinations; the last key varies fastest. Raises ConfigError for an interval without a step."""
     columns = []
     for key, dimension in space.items():
         if isinstance(dimension, Interval):
             if dimension.step is None:
-                words = f"interval({dimension.low:g},{dimension.high:g})"
-                right = "has no end of values: give choices such as 1,2,4 or range(1,9), or search by sweep=optuna"
-                raise ConfigError(f"{key}={words}: {right}")
+                interval = f"interval({dimension.low:g},{dimension.high:g})"
+                problem = "a grid needs a finite set of values"
+                fix = "give choices such as 1,2,4 or range(1,9), or search with sweep=optuna"
+                raise ConfigError(f"{key}={interval}: {problem}; {fix}")
             columns.append(dimension.values())
         else:
             columns.append(dimension.values)
-    found = [dict(zip(space, values, strict=True)) for values in product(*columns)]
-    return list({tuple(each.items()): each for each in found}.values())
+    rows = [dict(zip(space, values, strict=True)) for values in product(*columns)]
+    return list({tuple(row.items()): row for row in rows}.values())
 
 
 def trial_name(changed: dict[str, str]) -> str:
-    """Folder name of a trial: its overrides, in characters that neither a shell nor Hydra's grammar reads.
+    """Folder name of a trial: its overrides, in characters that need no quoting in a shell or in Hydra's grammar.
 
-    `model.n_hashes-4+optim.lr-0.001`. Where characters had to go, or the name is too long, a mark of the whole
-    is put behind it.
+    `model.n_hashes-4+optim.lr-0.001`. If characters had to be replaced or the name is too long, it ends with a
+    hash of the overrides.
     """
-    whole = "+".join(f"{key.lstrip('+')}={value}" for key, value in changed.items())
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", whole.replace("=", "-")).strip("-")
-    is_lossy = re.search(r"[^A-Za-z0-9_.+=-]", whole) is not None
-    if not is_lossy and len(plain) <= LONGEST_NAME:
-        return plain
-    return f"{plain[:LONGEST_NAME]}-{blake2b(whole.encode(), digest_size=4).hexdigest()}"
+    overrides = "+".join(f"{key.lstrip('+')}={value}" for key, value in changed.items())
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", overrides.replace("=", "-")).strip("-")
+    is_lossy = re.search(r"[^A-Za-z0-9_.+=-]", overrides) is not None
+    if not is_lossy and len(name) <= MAX_NAME_LENGTH:
+        return name
+    return f"{name[:MAX_NAME_LENGTH]}-{blake2b(overrides.encode(), digest_size=4).hexdigest()}"
 
 
-class GridPlan:
-    """Runs the trials that are still to run."""
+class GridSearch:
+    """Runs a list of trials."""
 
     def __init__(self, trials: list[Trial]) -> None:
-        """trials: all of this driver; those that are done are passed over."""
-        self._waiting = deque(trial for trial in trials if trial.state not in DONE)
-        self._n_done = len(trials) - len(self._waiting)
+        """trials: all trials of this driver; those that have ended are skipped."""
+        self._waiting = deque(trial for trial in trials if trial.state not in ENDED)
+        self._n_ended = len(trials) - len(self._waiting)
 
     def describe(self) -> str:
-        return f"{len(self._waiting) + self._n_done} trials, {len(self._waiting)} of them to run"
+        return f"{len(self._waiting) + self._n_ended} trials, {len(self._waiting)} to run"
 
-    def next(self) -> Trial | None:
+    def next_trial(self) -> Trial | None:
         return self._waiting.popleft() if self._waiting else None
 
-    def is_hopeless(self, trial: Trial, rows: list[Row]) -> bool:
+    def should_prune(self, trial: Trial, rows: list[MetricsRow]) -> bool:
         return False
 
-    def ended(self, trial: Trial) -> None:
+    def trial_ended(self, trial: Trial) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What a trial wrote into its metrics.jsonl, and what is left of it in a table."""
+"""Metrics that a trial has written to metrics.jsonl, and their summary for the results table."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from statistics import median
 FILE, COVERAGE = "metrics.jsonl", "coverage.json"
 TIME, TRAIN_LOSS, SPEED = "time_s", "train/loss", "perf/tokens_per_s"
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]  # metrics of one step by tag
 
 
-def read_metrics(folder: Path) -> list[Row]:
-    """What a trial has written, by step; torn lines are left out, and what is written again counts."""
+def read_metrics(folder: Path) -> list[MetricsRow]:
+    """Metrics by step, in order. Skips incomplete lines; for repeated steps the last value of a tag wins."""
     try:
         lines = (folder / FILE).read_text().splitlines()
     except OSError:
         return []
-    by_step: dict[float, Row] = {}
+    by_step: dict[float, MetricsRow] = {}
     for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int | float):
-            # null is a value that was not finite
-            numbers = {tag: math.nan if value is None else value for tag, value in row.items()}
-            by_step.setdefault(row["step"], {}).update(numbers)
+            # non-finite values are written as null
+            values = {tag: math.nan if value is None else value for tag, value in row.items()}
+            by_step.setdefault(row["step"], {}).update(values)
     return [by_step[step] for step in sorted(by_step)]
 
 
-def series(rows: list[Row], tag: str) -> list[tuple[int, float]]:
-    """(step, value) of a tag."""
+def series(rows: list[MetricsRow], tag: str) -> list[tuple[int, float]]:
+    """(step, value) pairs of a tag."""
     return [(int(row["step"]), row[tag]) for row in rows if tag in row]
 
 
-def last(rows: list[Row], tag: str) -> float | None:
-    """Last value of a tag that is a number."""
+def last(rows: list[MetricsRow], tag: str) -> float | None:
+    """Last finite value of a tag."""
     values = [value for _, value in series(rows, tag) if math.isfinite(value)]
     return values[-1] if values else None
 
 
-def summarise(rows: list[Row], objective: str) -> dict[str, float]:
-    """The last step, the last value of the objective and of the losses, and the median speed."""
+def summarise(rows: list[MetricsRow], objective: str) -> dict[str, float]:
+    """The last step, the last values of the objective and the losses, and the median speed."""
     if not rows:
         return {}
     tags = dict.fromkeys((objective, "eval/loss", "eval/bits_per_byte", TRAIN_LOSS))
-    found = {tag: last(rows, tag) for tag in tags}
+    summary = {tag: last(rows, tag) for tag in tags}
     speeds = [value for _, value in series(rows, SPEED)]
     if speeds:
-        found[SPEED] = median(speeds)
-    return {"step": rows[-1]["step"], **{tag: value for tag, value in found.items() if value is not None}}
+        summary[SPEED] = median(speeds)
+    return {"step": rows[-1]["step"], **{tag: value for tag, value in summary.items() if value is not None}}
 
 
 def read_coverage(folder: Path) -> dict[str, float]:
-    """What reformer_dist.evaluate found, if it was asked."""
+    """Attention coverage as written by `reformer_dist.evaluate`; empty if it was not measured."""
     try:
-        found = json.loads((folder / COVERAGE).read_text())
+        coverage = json.loads((folder / COVERAGE).read_text())
     except (OSError, ValueError):
         return {}
-    return {f"coverage/{name}": found[name] for name in ("mass", "pairs")}
+    return {f"coverage/{name}": coverage[name] for name in ("mass", "pairs")}

@@ -1,4 +1,4 @@
-"""Plots of a sweep: loss against time, and which trials no other beats in both loss and speed."""
+"""Plots of a sweep: loss over time, and Pareto fronts of loss against speed and coverage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.errors import UserError
-from reformer_dist.sweep.metrics import SPEED, TIME, TRAIN_LOSS, Row, read_metrics
+from reformer_dist.sweep.metrics import SPEED, TIME, TRAIN_LOSS, MetricsRow, read_metrics
 from reformer_dist.sweep.state import Trial
 
-MOST_NAMED = 12
+MAX_LEGEND_ENTRIES = 12
 
 
 def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
@@ -34,7 +34,7 @@ def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the points (gain, loss) that no other point beats in one and equals or beats in the other."""
+    """Names of the non-dominated points (gain, loss); higher gain and lower loss are better."""
     front: list[str] = []
     best = float("inf")
     for name, (_, loss) in sorted(points.items(), key=lambda item: (-item[1][0], item[1][1])):
@@ -46,14 +46,14 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
 
 def _matplotlib() -> Any:
     try:
-        from matplotlib.figure import Figure  # no pyplot: it would look for a screen
+        from matplotlib.figure import Figure  # not pyplot, which selects a display backend
     except ImportError as error:
-        raise UserError("no plots: matplotlib is missing; pip install 'reformer_dist[sweep]'") from error
+        raise UserError("no plots: matplotlib is not installed; pip install 'reformer_dist[sweep]'") from error
     return Figure
 
 
-def _curve(rows: list[Row], objective: str) -> list[tuple[float, float]]:
-    """(minutes, loss), of the objective where it was measured twice, else of training."""
+def _curve(rows: list[MetricsRow], objective: str) -> list[tuple[float, float]]:
+    """(minutes, loss) of the objective if it was measured at least twice, else of the training loss."""
     for tag in (objective, TRAIN_LOSS):
         points = [(row[TIME] / 60, row[tag]) for row in rows if TIME in row and tag in row]
         if len(points) > 1:
@@ -64,10 +64,10 @@ def _curve(rows: list[Row], objective: str) -> list[tuple[float, float]]:
 def _plot_curves(figure: Any, curves: dict[str, list[tuple[float, float]]], objective: str, target: Path) -> str:
     axes = figure.subplots()
     for number, (name, points) in enumerate(curves.items()):
-        label = name if number < MOST_NAMED else None  # best first
+        label = name if number < MAX_LEGEND_ENTRIES else None  # the best trials come first
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
-    axes.set(xlabel="minutes", ylabel=f"{objective} (training loss where it was measured once)")
+    axes.set(xlabel="minutes", ylabel=f"{objective} (training loss if measured only once)")
     axes.legend(fontsize="x-small")
     return _save(figure, target)
 
@@ -81,13 +81,13 @@ def _plot_pareto(
     axes.plot(*zip(*(points[name] for name in front), strict=True), marker="o", linewidth=1)
     for name in front:
         axes.annotate(name, points[name], fontsize="x-small", xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel=label, ylabel=objective, title="no trial is better in both than those on the line")
+    axes.set(xlabel=label, ylabel=objective, title="Pareto front")
     return _save(figure, target)
 
 
 def _save(figure: Any, target: Path) -> str:
     figure.tight_layout()
-    aside = target.with_name(f".{target.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(target)
+    temporary = target.with_name(f".{target.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(target)
     return target.name

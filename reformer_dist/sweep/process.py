@@ -1,8 +1,7 @@
-"""A trial's process: the command that a user would type, with a log, a lock, and an end at the driver's end."""
+"""The process of a trial: runs its command line with a log and a lock, and stops if the driver dies."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -14,21 +13,20 @@ from pathlib import Path
 
 import psutil
 
-from reformer_dist.sweep.places import Place
-from reformer_dist.sweep.state import take_lock
+from reformer_dist.fs.lock import acquire_lock
+from reformer_dist.process.exit_status import KILLED
+from reformer_dist.process.signals import terminate_with_parent
+from reformer_dist.sweep.placement import Placement
 
 LOG, LOCK = "trial.log", "trial.lock"
-PREEMPTED = 75
-KILLED = 128  # a shell's status of a process that signal n ended is 128 + n
 LOG_TAIL = 65536
-SET_DEATH_SIGNAL = 1  # of prctl
 
 
 class TrialProcess:
-    """Runs in a session of its own, so that the terminal's Ctrl-C comes to the driver alone."""
+    """Runs in its own session, so that Ctrl-C in the terminal reaches only the driver."""
 
-    def __init__(self, arguments: list[str], folder: Path, place: Place, lock: int) -> None:
-        """arguments: what follows `python`; lock: of the trial, which the process holds on after the driver."""
+    def __init__(self, arguments: list[str], folder: Path, place: Placement, lock: int) -> None:
+        """arguments: Python arguments; lock: descriptor of the trial's lock, inherited by the process."""
         self.log = folder / LOG
         with self.log.open("ab") as log:
             log.write(f"$ python {' '.join(arguments)}\n".encode())
@@ -42,60 +40,60 @@ class TrialProcess:
                 env=os.environ | place.environment,
                 start_new_session=True,
                 pass_fds=[lock],
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=_terminate_with_driver(os.getpid()),
             )
         os.close(lock)
 
     def status(self) -> int | None:
-        """Exit status as a shell gives it; None while the process runs."""
+        """Exit status as a shell reports it; None while the process runs."""
         code = self._process.poll()
         return code if code is None or code >= 0 else KILLED - code
 
     def stop(self) -> None:
-        """Asks for a save and the end."""
+        """Requests a save and exit."""
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends the process and whatever it started, at once."""
+        """Kills the process and its descendants."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._process.pid)
             for each in [*process.children(recursive=True), process]:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
 
-    def last_words(self) -> str:
-        """Why it ended, by its log: its error, or its last line."""
+    def last_error(self) -> str:
+        """The error in the log of this process, or its last line."""
         with self.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - LOG_TAIL))
             lines = log.read().decode(errors="replace").splitlines()
-        return last_error(lines)
+        return find_error(lines)
 
 
 def open_lock(folder: Path) -> int | None:
-    """The lock of a trial, None while a process of an earlier driver holds it."""
-    return take_lock(folder / LOCK)
+    """Takes the lock of a trial; None while a process of an earlier driver holds it."""
+    return acquire_lock(folder / LOCK)
 
 
-def last_error(lines: list[str]) -> str:
-    """The last line that tells an error, else the last line."""
-    said = [line.strip() for line in lines if line.strip()]
+def find_error(lines: list[str]) -> str:
+    """The last line that reports an error, else the last line."""
+    output = [line.strip() for line in lines if line.strip()]
     for pattern in (r"error: ", r"[\w.]*(Error|Exception|Interrupt)\b"):
-        for line in reversed(said):
+        for line in reversed(output):
             if re.match(pattern, line):
                 return line.removeprefix("error: ")
-    return said[-1] if said else "it said nothing"
+    return output[-1] if output else "no output"
 
 
-def _die_with(driver: int) -> Callable[[], None] | None:
-    """What a new process does first: it asks the kernel for SIGTERM at the driver's death (Linux)."""
-    if not sys.platform.startswith("linux"):
+def _terminate_with_driver(driver: int) -> Callable[[], None] | None:
+    """A preexec function after which the process receives SIGTERM when the driver dies (Linux only)."""
+    terminate = terminate_with_parent()
+    if terminate is None:
         return None
-    libc = ctypes.CDLL(None)
 
-    def ask() -> None:
-        libc.prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+    def before_exec() -> None:
+        terminate()
         if os.getppid() != driver:
             os._exit(KILLED + signal.SIGTERM)
 
-    return ask
+    return before_exec

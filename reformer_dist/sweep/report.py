@@ -1,4 +1,4 @@
-"""What a sweep found: a table as text, CSV and JSON, plots, and TensorBoard's page of hyperparameters."""
+"""Results of a sweep: a table as text, CSV and JSON, plots, and TensorBoard hyperparameters."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import shutil
 from pathlib import Path
 
 from reformer_dist.errors import UserError
+from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.state import State, Trial, write_whole
+from reformer_dist.sweep.state import Trial, TrialStatus
 
 HPARAMS_FOLDER = "hparams"
 
 
 def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
-    """Writes results.csv, results.json, plots and hparams/ into the sweep's folder, and prints the table."""
+    """Writes results.csv, results.json, plots and hparams/ to the sweep's folder, and logs the table."""
     ordered = best_first(trials, objective)
     rows = table(ordered, objective)
-    write_whole(folder / "results.csv", as_csv(rows))
-    write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_atomic(folder / "results.csv", as_csv(rows))
+    write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     _write_hparams(folder, [trial for trial in ordered if trial.result])
     logger.info("\n" + as_text(rows))
     try:
@@ -31,20 +32,20 @@ def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
         logger.warning(str(error))
         plots = []
     names = ["results.csv", "results.json", *plots]
-    logger.info(f"\nin {folder}: {', '.join(names)}; tensorboard --logdir {folder} has a page HPARAMS")
+    logger.info(f"\nwritten to {folder}: {', '.join(names)}; see the HPARAMS tab of tensorboard --logdir {folder}")
 
 
 def best_first(trials: list[Trial], objective: str) -> list[Trial]:
-    """Finished ones by the objective, then the others by name."""
+    """Finished trials by objective, then the others by name."""
 
     def key(trial: Trial) -> tuple[bool, float, str]:
-        return trial.state is not State.finished, trial.result.get(objective, float("inf")), trial.name
+        return trial.state is not TrialStatus.finished, trial.result.get(objective, float("inf")), trial.name
 
     return sorted(trials, key=key)
 
 
 def table(trials: list[Trial], objective: str) -> list[dict[str, str | float | None]]:
-    """One row a trial: name, state, the keys that it changes, its numbers, and why it failed."""
+    """One row per trial: name, state, overrides, results, and the reason of a failure."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.changed))
     tags = list(dict.fromkeys([objective, *(tag for trial in trials for tag in trial.result)]))
     return [
@@ -68,16 +69,16 @@ def as_csv(rows: list[dict[str, str | float | None]]) -> str:
 
 
 def as_text(rows: list[dict[str, str | float | None]]) -> str:
-    """Columns side by side; the trial's name is left out, since its keys say the same."""
+    """Aligned columns, without the name of the trial, which repeats its overrides."""
     if not rows:
-        return "no trial has run"
+        return "no trials"
     columns = [name for name in rows[0] if name != "trial"]
-    lines = [columns, *([_words(row[name]) for name in columns] for row in rows)]
+    lines = [columns, *([_format_cell(row[name]) for name in columns] for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _words(value: str | float | None) -> str:
+def _format_cell(value: str | float | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
@@ -86,18 +87,18 @@ def _words(value: str | float | None) -> str:
 
 
 def _write_hparams(folder: Path, trials: list[Trial]) -> None:
-    """Anew each time, beside the trials' own events."""
+    """Rewrites hparams/, which is separate from the event files of the trials."""
     from reformer_dist.training.tensorboard import write_hparams
 
     target = folder / HPARAMS_FOLDER
     shutil.rmtree(target, ignore_errors=True)
     for trial in trials:
-        values = {key.lstrip("+"): number_or_word(value) for key, value in trial.changed.items()}
+        values = {key.lstrip("+"): parse_value(value) for key, value in trial.changed.items()}
         write_hparams(target / trial.name, values, trial.result)
 
 
-def number_or_word(value: str) -> float | str | bool:
-    """What an override's value is: 4.0 of "4", "rotary" of "rotary"."""
+def parse_value(value: str) -> float | str | bool:
+    """Value of an override: 4.0 for "4", "rotary" for "rotary"."""
     if value in ("true", "false"):
         return value == "true"
     try:

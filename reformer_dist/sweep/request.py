@@ -1,4 +1,4 @@
-"""What `--multirun` asks for, parsed by Hydra's own grammar: fixed overrides, and keys with several values."""
+"""Sweep requests: parses `--multirun` with Hydra's grammar into fixed overrides and a search space."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reformer_dist.config import LauncherConfig, RunConfig, SweepConfig
+from reformer_dist.config.renamed import refuse_renamed_overrides
 from reformer_dist.errors import ConfigError
 from reformer_dist.run.compose import (
     command_line_overrides,
@@ -27,55 +28,55 @@ from reformer_dist.run.compose import (
     refuse_unknown,
     register_schema,
 )
-from reformer_dist.sweep.space import Choices, Dimension, Interval, Space
+from reformer_dist.sweep.space import Choices, Dimension, Interval, SearchSpace
 
 SWEEP = "sweep"
-# keys whose values a sweep sets itself
-OWN_KEYS = ("output_dir", "resume")
+# keys that a sweep sets for its trials
+RESERVED_KEYS = ("output_dir", "resume")
 
 
 @dataclass(frozen=True)
-class Overrides:
-    """Of one command line, as typed."""
+class SweepOverrides:
+    """The overrides of a command line by their role, as typed."""
 
     fixed: list[str]
-    """Those of one value, for every trial alike."""
+    """Overrides with a single value, passed to every trial."""
     settings: list[str]
-    """sweep=... and sweep.key=..., which trials do not see."""
-    space: Space
-    """Those of several values."""
+    """sweep=... and sweep.key=..., not passed to trials."""
+    space: SearchSpace
+    """Overrides with several values."""
 
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What `--multirun` asks for."""
+    """A sweep as requested on the command line."""
 
     settings: SweepConfig
     launcher: LauncherConfig
     folder: Path
-    """output_dir, in which each trial has a folder of its own."""
+    """output_dir; each trial has a subfolder."""
     fixed: list[str]
-    """Overrides that every trial gets."""
-    space: Space
+    """Overrides of every trial."""
+    space: SearchSpace
 
 
 def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepRequest], None]) -> None:
-    """Runs `task` with the configuration that the command line describes, or `sweep` if it asks for a sweep.
+    """Runs `task` with the configuration of the command line, or `sweep` if it requests a sweep.
 
-    Raises ConfigError for a command line that describes neither.
+    Raises ConfigError for an invalid command line.
     """
-    if asks_for_sweep(sys.argv[1:]):
-        sweep(read_request(command_line_overrides(sys.argv[1:])))
+    if is_sweep(sys.argv[1:]):
+        sweep(parse_request(command_line_overrides(sys.argv[1:])))
     else:
         hydra_entry(task)
 
 
-def read_request(words: list[str]) -> SweepRequest:
-    """Keys of one value are read as far as a sweep needs them; together with others, they may yet be wrong."""
+def parse_request(arguments: list[str]) -> SweepRequest:
+    """Parses overrides. Fixed keys are only partly checked: trials may still be invalid. Raises ConfigError."""
     register_schema()
     with hydra_context() as loader:
-        given = read_overrides(words, loader)
-        composed = compose_config([*given.fixed, *given.settings])
+        overrides = classify_overrides(arguments, loader)
+        composed = compose_config([*overrides.fixed, *overrides.settings])
         refuse_unknown(OmegaConf.to_container(composed.sweep), SweepConfig(), "sweep.")
         try:
             settings, launcher = OmegaConf.to_object(composed.sweep), OmegaConf.to_object(composed.launcher)
@@ -83,67 +84,70 @@ def read_request(words: list[str]) -> SweepRequest:
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error)) from error
         assert isinstance(settings, SweepConfig) and isinstance(launcher, LauncherConfig)
-        named = {word.partition("=")[0] for word in given.fixed}
-        params = {key: value for key, value in settings.params.items() if key not in named}
-        space = read_params(params, loader) | given.space
-    return SweepRequest(settings, launcher, folder, given.fixed, space)
+        fixed_keys = {override.partition("=")[0] for override in overrides.fixed}
+        params = {key: value for key, value in settings.params.items() if key not in fixed_keys}
+        space = parse_params(params, loader) | overrides.space
+    return SweepRequest(settings, launcher, folder, overrides.fixed, space)
 
 
-def asks_for_sweep(arguments: list[str]) -> bool:
-    """Whether a command line says --multirun or sweep=..., and is not only to show something (--cfg, --help).
+def is_sweep(arguments: list[str]) -> bool:
+    """Whether a command line has --multirun or sweep=... and no informational flag such as --cfg or --help.
 
-    Raises ConfigError where it has settings of a sweep for one run.
+    Raises ConfigError for sweep settings without a sweep.
     """
-    given, unknown = get_args_parser().parse_known_intermixed_args(arguments)
-    if unknown or given.help or given.hydra_help or given.cfg or given.info or given.shell_completion:
+    parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+    if unknown or parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         return False
-    keys = [word.partition("=")[0].lstrip("+") for word in given.overrides]
-    if given.multirun or SWEEP in keys:
+    keys = [word.partition("=")[0].lstrip("+") for word in parsed.overrides]
+    if parsed.multirun or SWEEP in keys:
         return True
-    for key, word in zip(keys, given.overrides, strict=True):
+    for key, word in zip(keys, parsed.overrides, strict=True):
         if key.startswith(f"{SWEEP}."):
-            raise ConfigError(f"{word}: is for a sweep; add --multirun, or sweep=grid, optuna or lsh")
+            raise ConfigError(f"{word}: only valid in a sweep; add --multirun, or sweep=grid, optuna or lsh")
     return False
 
 
-def read_overrides(words: list[str], loader: ConfigLoader | None = None) -> Overrides:
-    """Sorts overrides. loader: finds the choices of `group=glob(*)`. Raises ConfigError."""
+def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> SweepOverrides:
+    """Classifies overrides by role. loader: resolves the options of `group=glob(*)`. Raises ConfigError."""
     fixed: list[str] = []
     settings: list[str] = []
-    space: Space = {}
+    space: SearchSpace = {}
     for word, override in zip(words, _parse(words, loader), strict=True):
         key = override.get_key_element()
-        bare = override.key_or_group
+        name = override.key_or_group
         if override.is_hydra_override():
-            raise ConfigError(f"{word}: a sweep does without Hydra's own settings; see sweep=... and launcher=...")
-        if bare == SWEEP or bare.startswith(f"{SWEEP}."):
+            raise ConfigError(
+                f"{word}: Hydra's own settings do not apply to a sweep; see sweep=... and launcher=..."
+            )
+        if name == SWEEP or name.startswith(f"{SWEEP}."):
             if override.is_sweep_override():
-                raise ConfigError(f"{word}: a sweep has one value of each of its settings")
+                raise ConfigError(f"{word}: settings of the sweep take one value each")
             settings.append(word)
         elif not override.is_sweep_override():
-            space.pop(key, None)  # of a key that is given twice, the last counts
+            space.pop(key, None)  # the last override of a key wins
             fixed.append(word)
-        elif bare in OWN_KEYS:
-            raise ConfigError(f"{word}: a sweep makes a folder in output_dir for each trial; give one value")
+        elif name in RESERVED_KEYS:
+            raise ConfigError(f"{word}: each trial has its own folder in output_dir; give one value")
         else:
-            space[key] = _dimension(override, word)
-            fixed = without(fixed, bare)
-    return Overrides(fixed, settings, space)
+            space[key] = _parse_dimension(override, word)
+            fixed = drop_key(fixed, name)
+    return SweepOverrides(fixed, settings, space)
 
 
-def read_params(params: dict[str, str], loader: ConfigLoader | None = None) -> Space:
-    """The space that sweep.params spells, each value as in an override. Raises ConfigError."""
-    space: Space = {}
+def parse_params(params: dict[str, str], loader: ConfigLoader | None = None) -> SearchSpace:
+    """The search space of sweep.params, with values in the syntax of overrides. Raises ConfigError."""
+    space: SearchSpace = {}
     for key, value in params.items():
         (override,) = _parse([f"{key}={value}"], loader)
         if override.is_sweep_override():
-            space[key] = _dimension(override, f"sweep.params: {key}={value}")
+            space[key] = _parse_dimension(override, f"sweep.params: {key}={value}")
         else:
             space[key] = Choices((value,))
     return space
 
 
 def _parse(words: list[str], loader: ConfigLoader | None) -> list[Override]:
+    refuse_renamed_overrides(words)
     try:
         parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)
     except HydraException as error:
@@ -151,36 +155,38 @@ def _parse(words: list[str], loader: ConfigLoader | None) -> list[Override]:
     return parsed
 
 
-def _dimension(override: Override, word: str) -> Dimension:
+def _parse_dimension(override: Override, word: str) -> Dimension:
     value = override.value()
     if isinstance(value, IntervalSweep):
         assert value.start is not None and value.end is not None
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        is_integer = isinstance(value.start, int) and isinstance(value.end, int)
         low, high, is_log = float(value.start), float(value.end), "log" in value.tags
         if not low < high or (is_log and low <= 0):
-            raise ConfigError(f"{word}: an interval goes up{', from above 0 if logarithmic' if is_log else ''}")
-        return Interval(low, high, is_integer=whole, is_log=is_log)
+            raise ConfigError(
+                f"{word}: an interval must be increasing{' and start above 0 if logarithmic' if is_log else ''}"
+            )
+        return Interval(low, high, is_integer=is_integer, is_log=is_log)
     if getattr(value, "shuffle", False):
-        raise ConfigError(f"{word}: a shuffled order would be another one in each start; leave shuffle out")
+        raise ConfigError(f"{word}: the order would differ at each start; leave shuffle out")
     if isinstance(value, RangeSweep):
-        return _range(value, word)
+        return _parse_range(value, word)
     values = tuple(dict.fromkeys(override.sweep_string_iterator()))
     if not values:
-        raise ConfigError(f"{word}: names no value")
+        raise ConfigError(f"{word}: has no values; give at least one")
     return Choices(values)
 
 
-def _range(value: RangeSweep, word: str) -> Interval:
+def _parse_range(value: RangeSweep, word: str) -> Interval:
     values = list(value.range())
     if not values:
-        raise ConfigError(f"{word}: the range is empty")
+        raise ConfigError(f"{word}: the range is empty; give at least one value")
     low, high = min(values), max(values)
-    whole = all(isinstance(each, int) for each in values)
-    return Interval(float(low), float(high), abs(float(value.step)), whole, "log" in value.tags)
+    is_integer = all(isinstance(each, int) for each in values)
+    return Interval(float(low), float(high), abs(float(value.step)), is_integer, "log" in value.tags)
 
 
 def as_override(key: str, value: str) -> str:
-    """key=value for any text, quoted where Hydra's grammar would read it as something else."""
+    """key=value for any string, quoted if Hydra's grammar would parse it differently."""
     word = f"{key}={value}"
     try:
         override = OverridesParser.create().parse_override(word)
@@ -192,6 +198,6 @@ def as_override(key: str, value: str) -> str:
     return f"{key}='{quoted}'"
 
 
-def without(words: Iterable[str], key: str) -> list[str]:
+def drop_key(words: Iterable[str], key: str) -> list[str]:
     """The overrides that do not set `key`."""
     return [word for word in words if word.partition("=")[0].lstrip("+~") != key]

@@ -1,4 +1,4 @@
-"""What a sweep tries: for each key of the configuration some choices, or an interval."""
+"""Search space of a sweep: choices or an interval for each configuration key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Choices:
     values: tuple[str, ...]
-    """As they stand in an override."""
+    """In the syntax of an override."""
 
 
 @dataclass(frozen=True)
@@ -16,20 +16,20 @@ class Interval:
     low: float
     high: float
     step: float | None = None
-    """None: any number between, both ends included."""
+    """None: any number in the closed interval."""
     is_integer: bool = False
     is_log: bool = False
 
-    def word(self, value: float) -> str:
-        """A value as it stands in an override."""
+    def format(self, value: float) -> str:
+        """A value in the syntax of an override."""
         return str(round(value)) if self.is_integer else repr(float(value))
 
     def values(self) -> tuple[str, ...]:
-        """Every value of an interval that has a step."""
+        """All values of an interval with a step."""
         assert self.step is not None
         count = int((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.word(round(self.low + index * self.step, 12)) for index in range(count))
+        return tuple(self.format(round(self.low + index * self.step, 12)) for index in range(count))
 
 
 Dimension = Choices | Interval
-Space = dict[str, Dimension]
+SearchSpace = dict[str, Dimension]

@@ -1,15 +1,20 @@
-"""What a run trains on and is measured by: a file for each kind of task."""
+"""Tasks: what a run trains on and how it is evaluated.
+
+`base` is the interface. Each TaskKind has a file of its name. `metrics` has the metrics of generated texts and
+answers.
+"""
 
 from collections.abc import Sequence
 
 from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Tokenizer
-from reformer_dist.tasks.classification import SequenceClassification
+from reformer_dist.tasks.base import Task
 from reformer_dist.tasks.completion import Completion
-from reformer_dist.tasks.language_modeling import LanguageModel, MaskedLanguageModel
+from reformer_dist.tasks.language_model import LanguageModel
+from reformer_dist.tasks.masked_language_model import MaskedLanguageModel
 from reformer_dist.tasks.question_answering import QuestionAnswering
+from reformer_dist.tasks.sequence_classification import SequenceClassification
 from reformer_dist.tasks.sequence_to_sequence import SequenceToSequence
-from reformer_dist.tasks.task import HeldoutBatch, Rows, Task
 
 KINDS: dict[TaskKind, type[Task]] = {
     TaskKind.language_model: LanguageModel,
@@ -22,8 +27,8 @@ KINDS: dict[TaskKind, type[Task]] = {
 
 
 def make_task(config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Task:
-    """The task of config.task.kind; `labels` are those of its data set, where it classifies."""
+    """The task of config.task.kind; `labels` are those of its data set, for classification."""
     return KINDS[config.task.kind](config, tokenizer, labels)
 
 
-__all__ = ["HeldoutBatch", "Rows", "SequenceToSequence", "Task", "make_task"]
+__all__ = ["SequenceToSequence", "Task", "make_task"]

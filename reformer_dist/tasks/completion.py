@@ -1,32 +1,32 @@
-"""Completion: a causal model of samples whose last field is asked for, such as the second half of a copy."""
+"""Completion: a causal language model of samples with a prompt, such as a text to be copied."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from reformer_dist.data import IGNORED_LABEL, Example, Sample, Visit
+from reformer_dist.data import IGNORE_INDEX, DrawKey, Example, Sample
 from reformer_dist.models import ReformerLM
-from reformer_dist.tasks.task import SampleTask, row_of
+from reformer_dist.tasks.base import SampleTask, concat_ids
 
 
 class Completion(SampleTask):
-    """A row is prompt, end of text, completion, end of text; the last two are asked for."""
+    """A row is end-of-text, prompt, end-of-text, completion; labels are the completion and a final end-of-text."""
 
-    needs = ("prompt", "completion")
-    made_by = "FILE.jsonl --fields prompt completion"
+    field_names = ("prompt", "completion")
+    make_shards_args = "FILE.jsonl --fields prompt completion"
 
     def build_model(self) -> nn.Module:
         return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
 
-    def example(self, sample: Sample, visit: Visit) -> Example:
-        """What is too long loses the beginning of its prompt; the completion its end, if it alone is."""
+    def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
+        """Rows that are too long lose the beginning of the prompt, and then the end of the completion."""
         seq_len, eos = self.config.data.seq_len, [self.tokenizer.eos_id]
         prompt, completion = sample.fields
-        asked = row_of(completion, eos)[: seq_len - 1]
-        given = row_of(eos, prompt, eos)[-(seq_len - len(asked) + 1) :]
-        labels = row_of([IGNORED_LABEL] * (len(given) - 1), asked)
-        return {"tokens": row_of(given, asked[:-1]), "labels": labels}
+        targets = concat_ids(completion, eos)[: seq_len - 1]
+        context = concat_ids(eos, prompt, eos)[-(seq_len - len(targets) + 1) :]
+        labels = concat_ids([IGNORE_INDEX] * (len(context) - 1), targets)
+        return {"tokens": concat_ids(context, targets[:-1]), "labels": labels}
 
     @property
     def token_bytes(self) -> Tensor | None:

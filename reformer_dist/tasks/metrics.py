@@ -1,4 +1,4 @@
-"""Measures of texts, each by the definition that others use."""
+"""Metrics of texts, each with its standard definition."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ PUNCTUATION = frozenset(string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and extra space: what SQuAD's official evaluation compares."""
+    """The text in lower case without punctuation, articles and extra spaces, as in SQuAD's official evaluation."""
     plain = "".join(letter for letter in text.lower() if letter not in PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", plain).split())
 
 
 def exact_match(answer: str, truth: str) -> float:
-    """1 or 0, of normalized answers."""
+    """1 if the normalized answers are equal, else 0."""
     return float(normalize_answer(answer) == normalize_answer(truth))
 
 
 def answer_f1(answer: str, truth: str) -> float:
     """Harmonic mean of precision and recall over the words of normalized answers, 0 to 1."""
-    found, right = normalize_answer(answer).split(), normalize_answer(truth).split()
-    n_same = sum((Counter(found) & Counter(right)).values())
+    words, true_words = normalize_answer(answer).split(), normalize_answer(truth).split()
+    n_same = sum((Counter(words) & Counter(true_words)).values())
     if n_same == 0:
         return 0.0
-    precision, recall = n_same / len(found), n_same / len(right)
+    precision, recall = n_same / len(words), n_same / len(true_words)
     return 2 * precision * recall / (precision + recall)
 
 
 def best_over(measure: Callable[[str, str], float], answer: str, truths: Sequence[str]) -> float:
-    """Against whichever of the true answers fits best."""
+    """The highest score over all true answers."""
     return max(measure(answer, truth) for truth in truths)
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """(corpus BLEU from 0 to 100, signature that says how it was computed), by sacreBLEU's defaults."""
+    """(corpus BLEU from 0 to 100, sacreBLEU's signature of how it was computed), with its defaults."""
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
@@ -56,13 +56,13 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, s
 
 
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L from 0 to 100, with stemming, by rouge-score."""
+    """Mean F1 of ROUGE-1, -2 and -L from 0 to 100, with stemming, from rouge-score."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise UserError(f"ROUGE needs the package rouge-score: {INSTALL}") from error
     scorer: Any = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(truth, found) for found, truth in zip(hypotheses, references, strict=True)]
+    scores = [scorer.score(truth, text) for text, truth in zip(hypotheses, references, strict=True)]
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     return {
         shown: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name, shown in names.items()
@@ -70,12 +70,12 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
 
 
 def order0_bits_per_byte(text: bytes) -> float:
-    """Entropy of the text's own byte frequencies."""
+    """Entropy of the byte frequencies of a text."""
     counts = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
-    shares = counts[counts > 0] / max(1, len(text))
-    return float(-(shares * np.log2(shares)).sum())
+    frequencies = counts[counts > 0] / max(1, len(text))
+    return float(-(frequencies * np.log2(frequencies)).sum())
 
 
 def gzip_bits_per_byte(text: bytes) -> float:
-    """Size under gzip's best compression."""
+    """Size after gzip -9."""
     return 8 * len(gzip.compress(text, compresslevel=9)) / max(1, len(text))

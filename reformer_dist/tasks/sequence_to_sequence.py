@@ -1,4 +1,4 @@
-"""Sequence to sequence: a target is written for a source, such as a translation or a summary."""
+"""Sequence to sequence: generates a target for a source, such as a translation or a summary."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from reformer_dist.config import TextMetric
-from reformer_dist.data import Corpus, Example, Sample, Visit, collate
+from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, collate
 from reformer_dist.generation import BeamOptions, beam_search, make_decoder
 from reformer_dist.models import ReformerEncoderDecoder
+from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
 from reformer_dist.tasks.metrics import bleu, rouge
-from reformer_dist.tasks.task import Gather, Rows, SampleTask, device_of, row_of
 
-SHOWN = 3
+SHOWN_SAMPLES = 3
 
 
 class SequenceToSequence(SampleTask):
-    """The source ends with an end of text; the target begins and ends with one. What is too long is cut."""
+    """A source ends with end-of-text, a target begins and ends with it. Both are truncated to a maximum length."""
 
-    needs = ("source", "target")
-    made_by = "--source FILE --target FILE"
+    field_names = ("source", "target")
+    make_shards_args = "--source FILE --target FILE"
 
     def build_model(self) -> nn.Module:
         return ReformerEncoderDecoder(self.config.model, self.vocab_size, self.config.trainer.seed)
 
-    def example(self, sample: Sample, visit: Visit) -> Example:
+    def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
         eos, (source, target) = [self.tokenizer.eos_id], sample.fields
-        source = row_of(source[: self.config.task.max_source_len - 1], eos)
-        target = row_of(eos, target, eos)[: self.config.data.seq_len + 1]
+        source = concat_ids(source[: self.config.task.max_source_len - 1], eos)
+        target = concat_ids(eos, target, eos)[: self.config.data.seq_len + 1]
         return {
             "source": source,
             "source_mask": np.ones(len(source), dtype=bool),
@@ -41,37 +41,35 @@ class SequenceToSequence(SampleTask):
         }
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, corpus: Corpus, rows: Rows, gather: Gather) -> list[str]:
-        written: list[tuple[str, str, str]] = []
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
+        results: list[tuple[str, str, str]] = []
         samples = self.samples(corpus, rows)
-        while some := list(islice(samples, rows.micro_batch)):
-            outputs = self.write(model, some)
-            texts = ([self.tokenizer.decode(field) for field in sample.fields] for sample in some)
-            written += [(source, target, out) for (source, target), out in zip(texts, outputs, strict=True)]
-        written = gather(written)
-        references, hypotheses = [each[1] for each in written], [each[2] for each in written]
-        lines = [f"samples: {len(written):,}", *self._scores(hypotheses, references)]
-        for source, target, out in written[:SHOWN]:
+        while group := list(islice(samples, rows.micro_batch_size)):
+            outputs = self.generate(model, group)
+            texts = ([self.tokenizer.decode(field) for field in sample.fields] for sample in group)
+            results += [(source, target, out) for (source, target), out in zip(texts, outputs, strict=True)]
+        results = gather(results)
+        references, hypotheses = [each[1] for each in results], [each[2] for each in results]
+        lines = [f"samples: {len(results):,}", *self._scores(hypotheses, references)]
+        for source, target, out in results[:SHOWN_SAMPLES]:
             lines += [f"  source:  {_short(source)}", f"  target:  {_short(target)}", f"  written: {_short(out)}"]
         return lines
 
-    def write(self, model: nn.Module, samples: Sequence[Sample]) -> list[str]:
-        """What the model writes for the sources of samples: by beam search if task.beams is above 1."""
+    def generate(self, model: nn.Module, samples: Sequence[Sample]) -> list[str]:
+        """Texts generated for the sources of samples: greedily, or by beam search if task.beams is above 1."""
         assert isinstance(model, ReformerEncoderDecoder)
         n_tokens = self.config.data.seq_len
         if self.config.task.beams == 1:
-            written = self._likeliest(model, samples, n_tokens)
+            generated = self._greedy(model, samples, n_tokens)
         else:
-            written = [self._search(model, sample, n_tokens) for sample in samples]
-        return [self.tokenizer.decode(tokens).strip() for tokens in written]
+            generated = [self._beam_search(model, sample, n_tokens) for sample in samples]
+        return [self.tokenizer.decode(tokens).strip() for tokens in generated]
 
-    def _likeliest(
-        self, model: ReformerEncoderDecoder, samples: Sequence[Sample], n_tokens: int
-    ) -> list[list[int]]:
-        """The most probable token at each step, for all samples together."""
+    def _greedy(self, model: ReformerEncoderDecoder, samples: Sequence[Sample], n_tokens: int) -> list[list[int]]:
+        """Tokens [n_samples, <= n_tokens] after end-of-text, the most probable at each step."""
         eos, device = self.tokenizer.eos_id, device_of(model)
-        decoder = make_decoder(self._reading(model, samples), self.config.model)
-        logits = decoder.start(torch.full((len(samples), 1), eos, device=device))
+        decoder = make_decoder(self._conditioned(model, samples), self.config.model)
+        logits = decoder.prefill(torch.full((len(samples), 1), eos, device=device))
         tokens: list[Tensor] = []
         ended = torch.zeros(len(samples), dtype=torch.bool, device=device)
         while True:
@@ -81,24 +79,24 @@ class SequenceToSequence(SampleTask):
                 return torch.stack(tokens, dim=1).tolist()
             logits = decoder.step(tokens[-1])
 
-    def begin(self, model: nn.Module, prompts: Sequence[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
-        """(language model of the targets, what each begins with) for sources [S] behind an end of text."""
+    def condition(self, model: nn.Module, prompts: Sequence[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+        """(language model of the targets, first tokens of each) for sources [S] after an end-of-text token."""
         assert isinstance(model, ReformerEncoderDecoder)
-        nothing = np.zeros(0, np.int64)
-        samples = [Sample("", (prompt[1:].cpu().numpy(), nothing)) for prompt in prompts]
-        return self._reading(model, samples), [prompt[:1] for prompt in prompts]
+        empty = np.zeros(0, np.int64)
+        samples = [Sample("", (prompt[1:].cpu().numpy(), empty)) for prompt in prompts]
+        return self._conditioned(model, samples), [prompt[:1] for prompt in prompts]
 
-    def _search(self, model: ReformerEncoderDecoder, sample: Sample, n_tokens: int) -> list[int]:
+    def _beam_search(self, model: ReformerEncoderDecoder, sample: Sample, n_tokens: int) -> list[int]:
         eos, device = self.tokenizer.eos_id, device_of(model)
-        decoder = make_decoder(self._reading(model, [sample]), self.config.model)
+        decoder = make_decoder(self._conditioned(model, [sample]), self.config.model)
         options = BeamOptions(self.config.task.beams)
         prompt = torch.tensor([eos], device=device)
         return beam_search(decoder, prompt, n_tokens, options, lambda tokens: tokens[-1] == eos)[0].tokens
 
-    def _reading(self, model: ReformerEncoderDecoder, samples: Sequence[Sample]) -> Callable[..., Tensor]:
-        """The language model of the targets of samples."""
-        batch, device = collate([self.example(sample, (0, 0, 0)) for sample in samples]), device_of(model)
-        return model.reading(batch["source"].to(device), batch["source_mask"].to(device))
+    def _conditioned(self, model: ReformerEncoderDecoder, samples: Sequence[Sample]) -> Callable[..., Tensor]:
+        """Language model of the targets, conditioned on the sources of samples."""
+        batch, device = collate([self.encode(sample, DrawKey(0, 0, 0)) for sample in samples]), device_of(model)
+        return model.conditioned_on(batch["source"].to(device), batch["source_mask"].to(device))
 
     def _scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[str]:
         if self.config.task.metric is TextMetric.rouge:

@@ -1,210 +1,172 @@
-"""What comes in: a rank's slices of the rows of each step, read alike or refused alike by all ranks."""
+"""Training batches: each rank's slices of the rows of a step, with errors and damage agreed on by all ranks."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from reformer_dist.data import DamagedSample, StepBatch, TrainLoader
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.preemption import StopSignal
 
-IGNORED = -100
-OF_SOURCE = ("source", "source_mask")
-FILLS = {"labels": IGNORED}
-"""What a slice holds where the row has ended; 0 for all that is not named."""
-LOOK_UP = 0.2  # seconds between two looks at the stop signal, while data is waited for
-
-
-class StepBatch(Protocol):
-    """A data-parallel rank's rows of one step."""
-
-    @property
-    def micro_batches(self) -> list[dict[str, Tensor]]:
-        """Whole rows by the names that the model takes; labels are -100 where nothing is asked for.
-
-        `rows` numbers them among those of their step.
-        """
-        ...
-
-    @property
-    def checksum(self) -> int:
-        """32 bits of all that was read so far, equal on ranks that share sequences."""
-        ...
-
-    @property
-    def damaged(self) -> Sequence[Any]:
-        """Samples that were found damaged for the first time; each says so as a string."""
-        ...
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Where the loader stands behind this batch; asked for before the next batch is."""
-        ...
-
-
-class Batches(Protocol):
-    """The loader."""
-
-    @property
-    def n_damaged(self) -> int: ...
-
-    def __next__(self) -> StepBatch: ...
-
-    def learn(self, damages: Iterable[Any]) -> None:
-        """Passes over samples that any rank found damaged. Raises DataError where there are too many."""
-        ...
+SOURCE_INPUTS = ("source", "source_mask")
+PADDING = {"labels": IGNORE_INDEX}
+"""Fill value of a slice after the end of the row, by input name; 0 for others."""
+POLL_SECONDS = 0.2  # interval at which the stop signal is checked while waiting for data
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's slices of some rows: what the model's forward is given."""
+    """This rank's slices of some rows: the inputs of one forward."""
 
     tensors: dict[str, Tensor]
-    """[rows, tokens at hand] each, or without tokens where there is one answer to a row."""
+    """[rows, local tokens] each, or [rows] where a label is per row."""
     sequences: dict[str, SlicedSequence]
-    """By the names that the model takes: which part of the rows is at hand, and of their sources."""
-    labels_of_rows: bool = False
-    """Whether labels are of whole rows, and the same on all ranks that share them; else they are of tokens."""
+    """Position of the slices in the rows, and in their sources, by the names that the model's forward takes."""
+    labels_per_row: bool = False
+    """Whether labels are per row, equal on all ranks that share it, rather than per token."""
 
     @classmethod
-    def of(
-        cls, rows: Mapping[str, Tensor], sequence: SlicedSequence, *, labels_of_rows: bool = False
+    def from_rows(
+        cls, rows: Mapping[str, Tensor], sequence: SlicedSequence, *, labels_per_row: bool = False
     ) -> MicroBatch:
-        """rows: whole ones, alike on the ranks that share them by `sequence`."""
+        """Slices whole rows, which are equal on the ranks that share them by `sequence`."""
         tensors, tokens = dict(rows), rows["tokens"]
         sequences = {"sequence": sequence.of_length(tokens.shape[1])}
         if "source" in rows:
             sequences["source_sequence"] = sequence.of_length(rows["source"].shape[1])
-        if sequence.grid.size > 1:
+        if sequence.mesh.size > 1:
             for name, tensor in rows.items():
-                if name == "rows" or (name == "labels" and labels_of_rows):
+                if name == "rows" or (name == "labels" and labels_per_row):
                     continue
-                shared = sequences["source_sequence" if name in OF_SOURCE else "sequence"]
-                tensors[name] = shared.take(tensor, FILLS.get(name, 0))
+                sliced = sequences["source_sequence" if name in SOURCE_INPUTS else "sequence"]
+                tensors[name] = sliced.take(tensor, PADDING.get(name, 0))
         mask = sequences["sequence"].key_padding_mask(len(tokens), tokens.device)
         if mask is not None:
             tensors.setdefault("key_padding_mask", mask)
-        return cls(tensors, sequences, labels_of_rows)
+        return cls(tensors, sequences, labels_per_row)
 
     @property
-    def asked(self) -> Tensor:
-        """Which labels count on this rank: of those that several ranks have, the first rank's."""
-        asked = self.tensors["labels"] != IGNORED
-        is_first = self.sequences["sequence"].grid.slice_index == 0
-        return asked if is_first or not self.labels_of_rows else torch.zeros_like(asked)
+    def label_mask(self) -> Tensor:
+        """Labels that this rank counts; labels per row are counted by the first of the ranks that share them."""
+        mask = self.tensors["labels"] != IGNORE_INDEX
+        is_first = self.sequences["sequence"].mesh.slice_index == 0
+        return mask if is_first or not self.labels_per_row else torch.zeros_like(mask)
 
     @property
-    def valid_labels(self) -> int:
-        return int(self.asked.sum())
+    def n_labels(self) -> int:
+        return int(self.label_mask.sum())
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A rank's part of a step."""
+class StepInputs:
+    """This rank's micro-batches of a step."""
 
     micro_batches: list[MicroBatch]
-    valid_labels: float
-    """Labels of the step over all ranks, those of -100 left out; 1 where damage has left nothing but padding."""
+    n_labels: float
+    """Labels of the step over all ranks, without ignored ones; 1 if damage left only padding."""
     batch: StepBatch
 
     @property
-    def state(self) -> dict[str, Any]:
-        """Where the loader stands behind these rows, as JSON values; asked for before the next rows are."""
+    def data_state(self) -> dict[str, Any]:
+        """The loader's state after this step, as JSON values; valid until the next step is read."""
         return self.batch.state
 
 
-class Intake:
-    """Every rank makes the same calls, since they agree on each step before they begin it."""
+class BatchReader:
+    """Reads steps. Every rank makes the same calls, since all agree on each step before they begin it."""
 
     def __init__(
         self,
         runtime: Runtime,
         sequence: SlicedSequence,
-        batches: Batches,
-        report: Callable[[list[Any]], None] = lambda damaged: None,
+        loader: TrainLoader,
+        report_damaged: Callable[[list[DamagedSample]], None] = lambda damaged: None,
         stop: StopSignal | None = None,
         *,
-        labels_of_rows: bool = False,
+        labels_per_row: bool = False,
     ) -> None:
-        """report: told on rank 0 of the samples that any rank found damaged; labels_of_rows: see `MicroBatch`."""
-        self._runtime, self._sequence, self._batches, self._report = runtime, sequence, batches, report
-        self._stop, self._labels_of_rows = stop or StopSignal(), labels_of_rows
+        """report_damaged: called on rank 0 with the samples that any rank found damaged."""
+        self._runtime, self._sequence, self._loader = runtime, sequence, loader
+        self._report_damaged, self._stop = report_damaged, stop or StopSignal()
+        self._labels_per_row = labels_per_row
 
     @property
     def n_damaged(self) -> int:
-        """Samples that were found damaged so far, on all ranks."""
-        return self._batches.n_damaged
+        """Samples found damaged so far, on all ranks."""
+        return self._loader.n_damaged
 
-    def next_rows(self) -> Rows:
-        """This rank's rows of the next step.
+    def next_step(self) -> StepInputs:
+        """This rank's inputs of the next step.
 
-        Raises alike on every rank: Preempted if any was told to stop, an error if any can't read its rows.
+        Raises alike on every rank: Preempted if any received a stop signal, an error if any can't read its rows.
         """
         batch, micro_batches, error = None, [], None
         try:
-            batch = self._wait_for(_in_background(lambda: next(self._batches)))
+            batch = self._wait_for(_in_background(lambda: next(self._loader)))
             if batch is not None:
-                micro_batches = [self._take(rows) for rows in batch.micro_batches]
+                micro_batches = [self._slice(rows) for rows in batch.micro_batches]
         except (DataError, OSError) as caught:
             error = caught
-        valid = sum(each.valid_labels for each in micro_batches)
-        n_damaged, odds = (len(batch.damaged), self._odds(batch.checksum)) if batch is not None else (0, 0)
-        mine = [error is not None, self._stop.is_set, valid, n_damaged, odds]
-        failed, stopped, valid_labels, n_damaged_of_all, odds_of_all = self._runtime.sum([*map(float, mine)])
+        n_labels = sum(each.n_labels for each in micro_batches)
+        n_damaged, difference = (len(batch.damaged), self._signed_checksum(batch.checksum)) if batch else (0, 0)
+        local = [error is not None, self._stop.is_set, n_labels, n_damaged, difference]
+        failed, stopped, n_labels_total, n_damaged_total, differs = self._runtime.sum([*map(float, local)])
         if stopped:
-            raise Preempted("told to stop")
+            raise Preempted("stopped by a signal")
         if failed:
             self._runtime.raise_together(error)
         assert batch is not None
-        if odds_of_all:
+        if differs:
             raise SharedError("ranks that share sequences read different rows; compare their copies of the data")
-        if n_damaged_of_all:
-            self._share_damage(batch.damaged)
-        return Rows(micro_batches, max(1.0, valid_labels), batch)
+        if n_damaged_total:
+            self._share_damaged(batch.damaged)
+        return StepInputs(micro_batches, max(1.0, n_labels_total), batch)
 
-    def _take(self, rows: Mapping[str, Tensor]) -> MicroBatch:
-        return MicroBatch.of(rows, self._sequence, labels_of_rows=self._labels_of_rows)
+    def _slice(self, rows: Mapping[str, Tensor]) -> MicroBatch:
+        return MicroBatch.from_rows(rows, self._sequence, labels_per_row=self._labels_per_row)
 
-    def _odds(self, checksum: int) -> int:
-        """What sums to 0 over the ranks that share a sequence if they read the same, and to chance if not."""
-        grid = self._sequence.grid
-        return checksum * (grid.size - 1 if grid.slice_index == 0 else -1) if grid.size > 1 else 0
+    def _signed_checksum(self, checksum: int) -> int:
+        """A multiple of the checksum whose sum over the ranks that share a sequence is 0 if all read the same."""
+        mesh = self._sequence.mesh
+        return checksum * (mesh.size - 1 if mesh.slice_index == 0 else -1) if mesh.size > 1 else 0
 
-    def _share_damage(self, mine: Sequence[Any]) -> None:
-        """Every rank learns of what any rank found. Raises an error alike on all of them if that is too much."""
-        found = {str(each): each for of_rank in self._runtime.gather(list(mine)) for each in of_rank}
-        damaged = [found[words] for words in sorted(found)]
-        self._runtime.on_main(lambda: self._report(damaged))
-        self._runtime.together(lambda: self._batches.learn(damaged))
+    def _share_damaged(self, local: Sequence[DamagedSample]) -> None:
+        """Quarantines on every rank what any rank found. Raises an error alike on all if it is too much."""
+        found = {str(each): each for of_rank in self._runtime.gather(list(local)) for each in of_rank}
+        damaged = [found[name] for name in sorted(found)]
+        self._runtime.on_main(lambda: self._report_damaged(damaged))
+        self._runtime.together(lambda: self._loader.add_damaged(damaged))
 
-    def _wait_for(self, coming: Future[StepBatch]) -> StepBatch | None:
-        """The batch, or None if this process is told to stop before it comes."""
+    def _wait_for(self, pending: Future[StepBatch]) -> StepBatch | None:
+        """The batch, or None if this process receives a stop signal first."""
         while not self._stop.is_set:
-            if wait([coming], timeout=LOOK_UP).done:
-                return coming.result()
+            if wait([pending], timeout=POLL_SECONDS).done:
+                return pending.result()
         return None
 
 
 def _in_background(read: Callable[[], StepBatch]) -> Future[StepBatch]:
-    """By a thread that may wait for a source which never answers, and yet lets the process end."""
-    coming: Future[StepBatch] = Future()
+    """Reads in a daemon thread, so that an unresponsive data source does not keep the process alive."""
+    pending: Future[StepBatch] = Future()
 
     def run() -> None:
         try:
-            coming.set_result(read())
+            pending.set_result(read())
         except BaseException as error:
-            coming.set_exception(error)
+            pending.set_exception(error)
 
-    threading.Thread(target=run, name="intake", daemon=True).start()
-    return coming
+    threading.Thread(target=run, name="batch-reader", daemon=True).start()
+    return pending

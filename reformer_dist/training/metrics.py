@@ -1,4 +1,4 @@
-"""Numbers of the run: loss over a window of steps, speed, memory, and the line that shows them."""
+"""Training metrics: loss over a window of steps, throughput, memory, and the progress line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory so far: of the GPU, or of this process."""
+    """Peak memory of the GPU, or the peak resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -24,7 +24,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def duration(seconds: float) -> str:
-    """1h02m, 3m20s or 45s."""
+    """Formats seconds as 1h02m, 3m20s or 45s."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:
@@ -33,15 +33,15 @@ def duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class WindowResult:
+class WindowMetrics:
     loss: float
-    """Mean loss in nats per token over the steps that counted; nan if none did."""
+    """Mean loss in nats per token over the steps that were not skipped; nan if there are none."""
     tokens_per_s: float
     seconds_per_step: float
 
 
-class Window:
-    """Steps since the last report. Sums stay on the device: a step waits for nothing."""
+class MetricsWindow:
+    """Metrics of the steps since the last report. Sums stay on the device, so adding does not synchronize."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,20 +50,20 @@ class Window:
 
     def reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._counted, self._tokens, self._steps = 0.0, 0.0, 0
+        self._counted_tokens, self._tokens, self._steps = 0.0, 0.0, 0
         self._start = time.perf_counter()
         self._paused = 0.0
 
     def add(self, loss_sum: torch.Tensor, tokens: float, *, was_skipped: bool) -> None:
-        """One step: this rank's summed loss, and the valid tokens of all ranks."""
+        """Adds a step: this rank's summed loss, and the valid tokens of all ranks."""
         self._steps += 1
         self._tokens += tokens
         if not was_skipped:
             self._loss += loss_sum
-            self._counted += tokens
+            self._counted_tokens += tokens
 
     def pause(self, seconds: float) -> None:
-        """Takes time spent on evaluation, samples or checkpoints out of the speed."""
+        """Excludes time spent on evaluation, samples or checkpoints from throughput."""
         self._paused += seconds
 
     @property
@@ -72,42 +72,42 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        """Spent on steps since the last report."""
+        """Time spent on steps since the last report."""
         return time.perf_counter() - self._start - self._paused
 
     @property
     def state(self) -> dict[str, float]:
-        """What a resumed run needs to report the window as if it had not been cut: this rank's, as JSON values."""
+        """This rank's sums, as JSON values, from which a resumed run continues the window."""
         return {
             "loss": self.local_loss,
-            "counted": self._counted,
+            "counted": self._counted_tokens,
             "tokens": self._tokens,
             "steps": self._steps,
             "seconds": self.seconds,
         }
 
-    def go_on(self, state: dict[str, float]) -> None:
-        """Begins anew where a saved window was."""
+    def load_state(self, state: dict[str, float]) -> None:
+        """Restarts the window from a saved `state`."""
         self.reset()
         self._loss += state["loss"]
-        self._counted, self._tokens, self._steps = state["counted"], state["tokens"], int(state["steps"])
+        self._counted_tokens, self._tokens, self._steps = state["counted"], state["tokens"], int(state["steps"])
         self._paused = -state["seconds"]
 
     @property
     def local_loss(self) -> float:
         return float(self._loss)
 
-    def result(self, loss_sum: float) -> WindowResult:
+    def result(self, loss_sum: float) -> WindowMetrics:
         """loss_sum: local_loss summed over the ranks."""
         seconds = max(1e-9, self.seconds)
-        loss = loss_sum / self._counted if self._counted else math.nan
-        return WindowResult(loss, self._tokens / seconds, seconds / max(1, self._steps))
+        loss = loss_sum / self._counted_tokens if self._counted_tokens else math.nan
+        return WindowMetrics(loss, self._tokens / seconds, seconds / max(1, self._steps))
 
 
 def progress_line(
     step: int,
     max_steps: int,
-    window: WindowResult,
+    window: WindowMetrics,
     *,
     bpb: float | None,
     grad_norm: float,

@@ -1,8 +1,8 @@
-"""Being told to stop: SIGTERM, SIGINT and SIGHUP are heard whatever the main thread does; all ranks obey alike.
+"""StopSignal: graceful stop on SIGTERM, SIGINT and SIGHUP, agreed on by all ranks.
 
-Schedulers send SIGTERM some seconds before they kill, a terminal that closes sends SIGHUP. A thread hears them
-even while the main thread waits in a collective. Before the job has come together the process ends at once; after
-that, the ranks agree at the next step or held-out batch, save, and end. A second SIGINT ends the process at once.
+Schedulers send SIGTERM some seconds before SIGKILL, and a terminal that closes sends SIGHUP. A thread receives
+signals even while the main thread waits in a collective. Before rendezvous a signal ends the process at once;
+later, the ranks agree at the next step or held-out batch, save and exit. A second SIGINT ends the process at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from typing import TypeVar
 
 from reformer_dist.distributed.runtime import Preempted, Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.process.signals import INTERRUPTED, SIGNALS
+from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
+from reformer_dist.process.signals import SIGNALS
 
 T = TypeVar("T")
-LINGER = 10.0  # seconds that the parts of a stopped run may take to close
-ECHO = 1.0  # seconds in which a second SIGINT is the first one, sent by the terminal and by a launcher
+EXIT_SECONDS = 10.0  # time for the parts of a stopped run to close
+REPEAT_SECONDS = 1.0  # a second SIGINT within it is the first one, sent by both the terminal and a launcher
 
 
 class StopSignal:
-    """Whether this process was told to stop; before `listen`, it never is."""
+    """Whether this process received a stop signal; never set before `listen`."""
 
     def __init__(self) -> None:
         self._name = ""
-        self._is_awaited = False
+        self._is_deferred = False
         self._first = 0.0
 
     @property
@@ -39,77 +40,77 @@ class StopSignal:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Hears signals from now on; in the main thread only. Until `wait_for_steps` they end the process."""
-        near, far = socket.socketpair()
-        far.setblocking(False)
+        """Receives signals, in the main thread only. Until `defer_to_steps` they end the process."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
         # under nohup, SIGHUP stays ignored
-        is_deaf_to_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [signum for signum in SIGNALS if signum is not signal.SIGHUP or not is_deaf_to_hangup]
-        before = {signum: signal.signal(signum, lambda *_: None) for signum in heard}
-        wakeup = signal.set_wakeup_fd(far.fileno())
-        threading.Thread(target=self._hear, args=(near,), name="signals", daemon=True).start()
+        ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [signum for signum in SIGNALS if signum is not signal.SIGHUP or not ignores_hangup]
+        before = {signum: signal.signal(signum, lambda *_: None) for signum in handled}
+        wakeup = signal.set_wakeup_fd(writer.fileno())
+        threading.Thread(target=self._receive, args=(reader,), name="signals", daemon=True).start()
         owner = os.getpid()
-        os.register_at_fork(after_in_child=lambda: _be_deaf(owner, heard))
+        os.register_at_fork(after_in_child=lambda: _restore_defaults(owner, handled))
         try:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-            far.close()
+            writer.close()
 
-    def wait_for_steps(self) -> None:
-        """From now on a signal is obeyed between steps."""
-        self._is_awaited = True
+    def defer_to_steps(self) -> None:
+        """From now on a signal takes effect between steps."""
+        self._is_deferred = True
 
-    def leave_soon(self) -> None:
-        """Ends the process within seconds even if a part does not close, such as a source that never answers."""
-        timer = threading.Timer(LINGER, os._exit, args=(os.EX_TEMPFAIL,))
+    def exit_soon(self) -> None:
+        """Ends the process after EXIT_SECONDS even if a part does not close, such as a hung data source."""
+        timer = threading.Timer(EXIT_SECONDS, os._exit, args=(PREEMPTED,))
         timer.daemon = True
         timer.start()
 
-    def until_stopped(self, things: Iterable[T], runtime: Runtime) -> Iterator[T]:
-        """Passes on as many things on every rank.
+    def until_stopped(self, items: Iterable[T], runtime: Runtime) -> Iterator[T]:
+        """Yields the items, of which every rank has the same number.
 
-        Between two of them raises alike on every rank: Preempted if any was told to stop, or the error that any
-        had with its next thing.
+        Before each, raises alike on every rank: Preempted if any received a stop signal, or the error of any rank
+        that failed to produce its item.
         """
-        source = iter(things)
+        source = iter(items)
         while True:
-            following: list[T] = []
+            next_item: list[T] = []
             error = None
             try:
-                following = [next(source)]
+                next_item = [next(source)]
             except StopIteration:
                 return
             except (UserError, OSError) as caught:
                 error = caught
             stopped, failed = runtime.sum([float(self.is_set), float(error is not None)])
             if stopped:
-                raise Preempted("told to stop")
+                raise Preempted("stopped by a signal")
             if failed:
                 runtime.raise_together(error)
-            yield from following
+            yield from next_item
 
-    def _hear(self, near: socket.socket) -> None:
-        with near:
-            while heard := near.recv(1):
-                if heard[0] in SIGNALS:
-                    self._obey(signal.Signals(heard[0]))
+    def _receive(self, reader: socket.socket) -> None:
+        with reader:
+            while received := reader.recv(1):
+                if received[0] in SIGNALS:
+                    self._handle(signal.Signals(received[0]))
 
-    def _obey(self, signum: signal.Signals) -> None:
+    def _handle(self, signum: signal.Signals) -> None:
         now = time.monotonic()
-        if not self._is_awaited:
-            os._exit(os.EX_TEMPFAIL)
-        if self.is_set and signum is signal.SIGINT and now - self._first > ECHO:
+        if not self._is_deferred:
+            os._exit(PREEMPTED)
+        if self.is_set and signum is signal.SIGINT and now - self._first > REPEAT_SECONDS:
             os._exit(INTERRUPTED)
         if not self.is_set:
             self._first, self._name = now, signum.name
 
 
-def _be_deaf(owner: int, heard: list[signal.Signals]) -> None:
-    """A forked child is ended by signals as any process, and does not tell its parent of them."""
+def _restore_defaults(owner: int, handled: list[signal.Signals]) -> None:
+    """In a forked child, signals end the process as usual and are not reported to the parent."""
     if os.getpid() != owner:
         signal.set_wakeup_fd(-1)
-        for signum in heard:
+        for signum in handled:
             signal.signal(signum, signal.SIG_DFL)

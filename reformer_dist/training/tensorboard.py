@@ -1,4 +1,4 @@
-"""TensorBoard, written by rank 0 alone."""
+"""TensorBoardWriter: event files that survive a full disk, written by rank 0."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 from reformer_dist.fs.append import PatientFile
 
-VERSION = "brain.Event:2"  # what a file of events begins with
+VERSION = "brain.Event:2"  # of the first event of a file
 
 
-class Board:
-    """Scalars and texts by step; on ranks other than 0 it does nothing.
+class TensorBoardWriter:
+    """Writes scalars and texts by step; does nothing on ranks other than 0.
 
-    PyTorch's SummaryWriter gives up for good where its thread meets a full disk.
+    PyTorch's SummaryWriter stops for good when its thread gets an error from a full disk.
     """
 
-    def __init__(self, folder: Path, *, is_active: bool, first_step: int) -> None:
+    def __init__(self, folder: Path, *, is_active: bool, resume_step: int) -> None:
         self._file: PatientFile | None = None
         if is_active:
             from tensorboard.compat.proto.event_pb2 import SessionLog
 
             folder.mkdir(parents=True, exist_ok=True)
-            # readers take the files in the order of their names
+            # readers order the files by name
             name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
             self._file = PatientFile(folder / name)
             self._add(file_version=VERSION)
-            # what an interrupted run wrote beyond its checkpoint is taken back
-            self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+            # makes readers drop what an interrupted run wrote after its checkpoint
+            self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._file is not None:
@@ -41,13 +41,13 @@ class Board:
 
     def text(self, name: str, text: str, step: int) -> None:
         if self._file is not None:
-            from torch.utils.tensorboard.summary import text as summary_of
+            from torch.utils.tensorboard.summary import text as text_summary
 
-            indented = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown for "as it is"
-            self._add(step=step, summary=summary_of(name, indented))
+            indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
+            self._add(step=step, summary=text_summary(name, indented))
 
     def flush(self) -> None:
-        """All is on the disk. Raises OSError where it can't be."""
+        """Syncs everything to disk. Raises OSError if that fails."""
         if self._file is not None:
             self._file.sync()
 
@@ -63,11 +63,11 @@ class Board:
 
 
 def write_hparams(folder: Path, values: dict[str, float | str | bool], metrics: dict[str, float]) -> None:
-    """A line of TensorBoard's page HPARAMS: what a run was given, and what came of it."""
+    """Writes a run's hyperparameters and final metrics for TensorBoard's HPARAMS page."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    # tags of their own: the curves keep theirs
+    # separate tags, so that the curves are not touched
     named = {f"result/{tag}": value for tag, value in metrics.items()}
     with SummaryWriter(str(folder)) as writer:
         assert writer.file_writer is not None

@@ -1,4 +1,4 @@
-"""Says which rank is slow, and at what, when a part of a step takes longer than trainer.step_timeout."""
+"""Watchdog: logs the rank and source line when part of a step takes longer than trainer.step_timeout."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.process.log import logger
 
-LOOKS = 4  # in each time limit
+CHECKS_PER_LIMIT = 4
 
 
 class Watchdog:
-    """A thread that looks at what the main thread does; it ends nothing (parallel.timeout does that)."""
+    """A thread that observes the main thread; it ends nothing (parallel.timeout does)."""
 
     def __init__(self, runtime: Runtime, limit: float) -> None:
-        """limit: in seconds; 0 means never."""
-        self._who, self._limit = f"rank {runtime.rank} of {runtime.world_size}", limit
+        """limit: in seconds; 0 disables the watchdog."""
+        self._rank, self._limit = f"rank {runtime.rank} of {runtime.world_size}", limit
         self._main = threading.get_ident()
         self._phase: tuple[str, float] | None = None
         self._end = threading.Event()
@@ -36,30 +36,30 @@ class Watchdog:
             self._end.set()
 
     @contextmanager
-    def phase(self, words: str) -> Iterator[None]:
-        """words: what the main thread is doing, such as "waiting for data"."""
-        self._phase = (words, time.monotonic())
+    def phase(self, activity: str) -> Iterator[None]:
+        """activity: of the main thread, such as "waiting for data"."""
+        self._phase = (activity, time.monotonic())
         try:
             yield
         finally:
             self._phase = None
 
     def _watch(self) -> None:
-        told: tuple[str, float] | None = None
-        while not self._end.wait(self._limit / LOOKS):
+        reported: tuple[str, float] | None = None
+        while not self._end.wait(self._limit / CHECKS_PER_LIMIT):
             phase = self._phase
-            if phase is None or phase == told or time.monotonic() - phase[1] < self._limit:
+            if phase is None or phase == reported or time.monotonic() - phase[1] < self._limit:
                 continue
-            told = phase
+            reported = phase
             logger.error(
-                f"{self._who} is {phase[0]} for more than {self._limit:g} s (trainer.step_timeout), "
-                f"at {self._place()}"
+                f"{self._rank} has been {phase[0]} for more than {self._limit:g} s (trainer.step_timeout), "
+                f"at {self._source_line()}"
             )
 
-    def _place(self) -> str:
+    def _source_line(self) -> str:
         frame = sys._current_frames().get(self._main)
         if frame is None:
             return "its end"
-        ours = [each for each in traceback.extract_stack(frame) if "reformer_dist" in each.filename]
-        line = (ours or traceback.extract_stack(frame))[-1]
+        stack = traceback.extract_stack(frame)
+        line = ([each for each in stack if "reformer_dist" in each.filename] or stack)[-1]
         return f"{Path(line.filename).name}:{line.lineno} in {line.name}"

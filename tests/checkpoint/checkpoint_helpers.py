@@ -1,10 +1,9 @@
-"""Checkpoints of invented parameters, cut over ranks in any way."""
+"""Checkpoints of synthetic parameters, split over ranks in any way."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +11,58 @@ import torch
 from support.threads import on_ranks
 from torch import Tensor
 
-from reformer_dist.checkpoint import Saving, prune
-from reformer_dist.checkpoint.writer import KINDS
+from reformer_dist.checkpoint import AsyncSave, Fragment, RunRecord, prune
+from reformer_dist.checkpoint.fragment import KINDS, MOMENTS
 from reformer_dist.distributed.runtime import Runtime
 
 SHAPES = {"matrix": [4, 6], "bias": [5], "scalar": []}
+RECORD = RunRecord(config={"data": {"path": "a"}}, tokenizer={"kind": "bytes"}, vocab_size=257, shapes=SHAPES)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A fragment as the engine would offer it."""
-
-    name: str
-    offset: int
-    length: int
-    adam_step: int = 7
-
-    def values(self, kind: str) -> Tensor:
-        return whole(self.name, kind)[self.offset : self.offset + self.length]
+def fragment(name: str, offset: int, length: int, adam_step: int = 7) -> Fragment:
+    """A fragment as the engine returns it."""
+    state = {kind: whole(name, kind) for kind in MOMENTS} | {"step": torch.tensor(float(adam_step))}
+    return Fragment(name, offset, length, whole(name, "fp32"), offset, state)
 
 
 def whole(name: str, kind: str) -> Tensor:
     """All elements of a parameter or moment, each different from all others."""
-    place = list(SHAPES).index(name) * len(KINDS) + KINDS.index(kind)
-    return torch.arange(math.prod(SHAPES[name]), dtype=torch.float32) / 64 + 1000 * place
+    number = list(SHAPES).index(name) * len(KINDS) + KINDS.index(kind)
+    return torch.arange(math.prod(SHAPES[name]), dtype=torch.float32) / 64 + 1000 * number
 
 
-def cut_evenly(world_size: int) -> list[list[Piece]]:
-    """Each parameter cut over all ranks, some of which get nothing of the small ones."""
-    ranks: list[list[Piece]] = [[] for _ in range(world_size)]
+def split_evenly(world_size: int) -> list[list[Fragment]]:
+    """Each parameter split over all ranks, some of which get nothing of the small ones."""
+    ranks: list[list[Fragment]] = [[] for _ in range(world_size)]
     for name, shape in SHAPES.items():
         size = math.prod(shape)
         for rank in range(world_size):
             low, high = size * rank // world_size, size * (rank + 1) // world_size
             if low < high:
-                ranks[rank].append(Piece(name, low, high - low))
+                ranks[rank].append(fragment(name, low, high - low))
     return ranks
 
 
 def write(
     root: Path,
     step: int = 1,
-    pieces: Sequence[Sequence[Piece]] | None = None,
+    fragments: Sequence[Sequence[Fragment]] | None = None,
     *,
     keep: int = 0,
     keep_every: int = 0,
     extra_files: dict[str, bytes] | None = None,
 ) -> list[Path | Exception]:
-    """The folder, or what was or raised on each rank; by default there are two."""
-    ranks = cut_evenly(2) if pieces is None else pieces
+    """The directory or error of each rank; by default there are two ranks."""
+    ranks = split_evenly(2) if fragments is None else fragments
 
     def write_one(runtime: Runtime) -> Path:
-        run: dict[str, Any] = {"shapes": SHAPES, "made at": step}
-        saving = Saving(
+        saving = AsyncSave(
             runtime,
             root,
             step,
             ranks[runtime.rank],
             rank_state={"rank": runtime.rank},
-            run=run,
+            record=RECORD,
             extra_files=extra_files or {},
         )
         folder = saving.finish()
@@ -82,7 +74,7 @@ def write(
 
 
 def written(root: Path, step: int = 1, **options: Any) -> Path:
-    """The folder of a checkpoint that every rank wrote."""
+    """The directory of a checkpoint that every rank wrote."""
     folders = write(root, step, **options)
     assert all(folder == folders[0] for folder in folders)
     assert isinstance(folders[0], Path)

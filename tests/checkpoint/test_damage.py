@@ -9,10 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import Piece, cut_evenly, write, written
+from checkpoint_helpers import fragment, split_evenly, write, written
 from safetensors import SafetensorError
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, is_good, resolve_checkpoint, writer
+from reformer_dist.checkpoint import (
+    CheckpointReader,
+    find_checkpoint,
+    resolve_checkpoint,
+    verify_checkpoint,
+    writer,
+)
 from reformer_dist.distributed.runtime import SharedError
 from reformer_dist.errors import CheckpointError
 
@@ -61,7 +67,7 @@ def test_the_newest_good_one_is_found(tmp_path: Path, damage: Callable[[Path], o
     newest = tmp_path / "step-00000100"
     assert find_checkpoint(tmp_path) == (newest, [])
     damage(newest)
-    wrong = is_good(newest)
+    wrong = verify_checkpoint(newest)
     assert wrong is not None
     assert re.search(words, wrong)
     found, complaints = find_checkpoint(tmp_path)
@@ -91,16 +97,16 @@ def test_paths_that_users_give(tmp_path: Path) -> None:
     assert resolve_checkpoint(old) == old
     flip(new)
     assert resolve_checkpoint(tmp_path) == old
-    with pytest.raises(CheckpointError, match=f"damaged: the content of {WEIGHTS}"):
+    with pytest.raises(CheckpointError, match=f"{new}.*: .*{WEIGHTS}"):
         resolve_checkpoint(new)
     flip(old)
-    with pytest.raises(CheckpointError, match=f"neither a checkpoint.*\n.*{new.name}: .*\n.*{old.name}: "):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*\n.*{new.name}: .*\n.*{old.name}: "):
         resolve_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: is neither a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"nowhere: .*checkpoint"):
         resolve_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("place", ["_finish", "_write_rank", "write_bytes", "sync"])
+@pytest.mark.parametrize("place", ["_finish", "_write_rank", "write_synced", "publish"])
 def test_a_crash_leaves_the_old_one_and_no_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -127,7 +133,7 @@ def test_a_kill_before_the_rename_is_no_checkpoint(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", die)
         with pytest.raises(KeyboardInterrupt):
-            write(tmp_path, 2, pieces=cut_evenly(1))
+            write(tmp_path, 2, fragments=split_evenly(1))
     assert (tmp_path / ".step-00000002.partial" / "manifest.json").is_file()
     assert find_checkpoint(tmp_path) == (old, [])
     assert written(tmp_path, 2) == find_checkpoint(tmp_path)[0]
@@ -154,8 +160,8 @@ def test_one_rank_that_fails_fails_all(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_good_checkpoint_is_replaced_by_a_newer_of_the_same_step(tmp_path: Path) -> None:
     written(tmp_path, 3)
-    again = written(tmp_path, 3, pieces=[[Piece("bias", 0, 5, adam_step=2)]])
-    assert is_good(again) is None
+    again = written(tmp_path, 3, fragments=[[fragment("bias", 0, 5, adam_step=2)]])
+    assert verify_checkpoint(again) is None
     assert CheckpointReader(again).adam_step == 2
 
 

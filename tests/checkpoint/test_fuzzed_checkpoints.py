@@ -14,9 +14,9 @@ import pytest
 import torch
 from checkpoint_helpers import SHAPES, whole, written
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, is_good
-from reformer_dist.checkpoint.files import fingerprint
-from reformer_dist.checkpoint.writer import KINDS
+from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint
+from reformer_dist.checkpoint.files import manifest_entry
+from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError
 
 ODD_VALUES = [None, -1, 0, 2**63, 1e300, "..", "../../etc/passwd", "/etc/passwd", [], {}, [[-1]], True]
@@ -85,7 +85,7 @@ def edit_and_sign(draw: random.Random, folder: Path) -> None:
     manifest = folder / "manifest.json"
     try:
         document = json.loads(manifest.read_text())
-        document["files"] = {name: fingerprint(folder / name) for name in document["files"]}
+        document["files"] = {name: manifest_entry(folder / name) for name in document["files"]}
     except (OSError, KeyError, TypeError):
         return
     manifest.write_text(json.dumps(document))
@@ -122,7 +122,7 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path: Path, damage: Callable[..
     for seed in range(25):
         shutil.copytree(copy, pristine)
         damage(random.Random(seed), pristine)
-        wrong = is_good(pristine)
+        wrong = verify_checkpoint(pristine)
         if wrong is None:
             # signed by whoever edited it, or of no consequence: refused when it is read, or read rightly
             assert damage is edit_and_sign or damage is edit or damage is flip

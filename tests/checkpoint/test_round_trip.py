@@ -1,36 +1,38 @@
-"""What is read is what was written, whichever rank wrote it and whoever reads it."""
+"""Checkpoints read back as written, for any split over ranks."""
 
 from __future__ import annotations
 
 import json
 import math
 import pickle
+import re
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import SHAPES, Piece, cut_evenly, whole, written
+from checkpoint_helpers import RECORD, SHAPES, fragment, split_evenly, whole, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reformer_dist.checkpoint import CheckpointReader, is_good
-from reformer_dist.checkpoint.writer import KINDS
+from reformer_dist.checkpoint import CheckpointReader, Fragment, verify_checkpoint
+from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_round_trip(tmp_path: Path, world_size: int) -> None:
     extra = {"tokenizer.json": b"{}"}
-    folder = written(tmp_path, 12, pieces=cut_evenly(world_size), extra_files=extra)
+    folder = written(tmp_path, 12, fragments=split_evenly(world_size), extra_files=extra)
     assert folder == tmp_path / "step-00000012"
-    assert is_good(folder) is None
+    assert verify_checkpoint(folder) is None
     reader = CheckpointReader(folder)
     assert (reader.step, reader.adam_step) == (12, 7)
     assert reader.rank_states == [{"rank": rank} for rank in range(world_size)]
-    assert reader.run == {"shapes": SHAPES, "made at": 12}
+    assert reader.record == RECORD
     assert (folder / "tokenizer.json").read_bytes() == b"{}"
     for name, shape in SHAPES.items():
         for kind in KINDS:
@@ -51,29 +53,29 @@ def test_nothing_else_is_left_behind(tmp_path: Path) -> None:
 
 
 @st.composite
-def cuts(draw: st.DrawFn) -> list[list[Piece]]:
-    """Every parameter cut anywhere, its pieces dealt to any ranks in any order."""
-    pieces = []
+def splits(draw: st.DrawFn) -> list[list[Fragment]]:
+    """Every parameter split anywhere, its fragments assigned to any ranks in any order."""
+    fragments = []
     for name, shape in SHAPES.items():
         size = math.prod(shape)
-        places = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=5))})
-        pieces += [Piece(name, low, high - low) for low, high in pairwise(places)]
-    ranks: list[list[Piece]] = [[] for _ in range(draw(st.integers(1, 3)))]
-    for piece in draw(st.permutations(pieces)):
+        bounds = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=5))})
+        fragments += [fragment(name, low, high - low) for low, high in pairwise(bounds)]
+    ranks: list[list[Fragment]] = [[] for _ in range(draw(st.integers(1, 3)))]
+    for each in draw(st.permutations(fragments)):
         rank = draw(st.integers(0, len(ranks) - 1))
-        # a rank's fragment of a parameter is one run
-        if all(other.name != piece.name for other in ranks[rank]):
-            ranks[rank].append(piece)
+        # a rank has at most one fragment of a parameter
+        if all(other.name != each.name for other in ranks[rank]):
+            ranks[rank].append(each)
         else:
-            ranks.append([piece])
+            ranks.append([each])
     return ranks
 
 
 @settings(max_examples=25, deadline=None)
-@given(pieces=cuts(), data=st.data())
-def test_any_run_of_any_cut(pieces: list[list[Piece]], data: st.DataObject) -> None:
+@given(fragments=splits(), data=st.data())
+def test_any_range_of_any_split(fragments: list[list[Fragment]], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as root:
-        reader = CheckpointReader(written(Path(root), pieces=pieces))
+        reader = CheckpointReader(written(Path(root), fragments=fragments))
         for name, shape in SHAPES.items():
             offset = data.draw(st.integers(0, math.prod(shape)))
             length = data.draw(st.integers(0, math.prod(shape) - offset))
@@ -83,34 +85,26 @@ def test_any_run_of_any_cut(pieces: list[list[Piece]], data: st.DataObject) -> N
 
 
 def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
-    pieces = [[Piece("matrix", 0, 10)], [Piece("matrix", 12, 12)]]
-    reader = CheckpointReader(written(tmp_path, pieces=pieces))
+    fragments = [[fragment("matrix", 0, 10)], [fragment("matrix", 12, 12)]]
+    reader = CheckpointReader(written(tmp_path, fragments=fragments))
     assert reader.read("matrix", "fp32", 13, 5).numel() == 5
-    with pytest.raises(CheckpointError, match="holds 22 of 24 elements of matrix"):
+    with pytest.raises(CheckpointError, match="22 of 24 elements of matrix"):
         reader.read("matrix", "fp32", 0, 24)
-    with pytest.raises(CheckpointError, match="holds 0 of 5 elements of bias"):
+    with pytest.raises(CheckpointError, match="0 of 5 elements of bias"):
         reader.read("bias", "fp32", 0, 5)
 
 
 def test_bf16_fragments_are_stored_as_float32(tmp_path: Path) -> None:
-    class Rounded(Piece):
-        def values(self, kind: str) -> torch.Tensor:
-            return super().values(kind).bfloat16()
-
-    reader = CheckpointReader(written(tmp_path, pieces=[[Rounded("bias", 0, 5)]]))
+    rounded = replace(fragment("bias", 0, 5), state={"exp_avg": whole("bias", "exp_avg").bfloat16()})
+    reader = CheckpointReader(written(tmp_path, fragments=[[rounded]]))
     found = reader.read("bias", "exp_avg", 0, 5)
     assert found.dtype == torch.float32
     assert torch.equal(found, whole("bias", "exp_avg").bfloat16().float())
 
 
 def test_fragments_of_a_large_tensor_take_only_their_own_room(tmp_path: Path) -> None:
-    flat = torch.zeros(1_000_000)
-
-    class View(Piece):
-        def values(self, kind: str) -> torch.Tensor:
-            return flat[:5]
-
-    folder = written(tmp_path, pieces=[[View("bias", 0, 5)]])
+    view = replace(fragment("bias", 0, 5), master=torch.zeros(1_000_000))
+    folder = written(tmp_path, fragments=[[view]])
     assert (folder / "rank-00000.safetensors").stat().st_size < 10_000
 
 
@@ -128,16 +122,14 @@ def test_loading_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         reader.load_weights(module)
     message = str(caught.value)
-    assert "another model" in message
-    assert "bias: [5] in the checkpoint, [6] here" in message
-    assert "other: absent in the checkpoint, [2] here" in message
-    assert "scalar: [] in the checkpoint, absent here" in message
+    for line in (r"bias: \[5\] .*\[6\]", r"other: absent .*\[2\]", r"scalar: \[\] .*absent"):
+        assert re.search(line, message)
     assert "matrix" not in message
 
 
 def test_many_differing_parameters_are_summed_up(tmp_path: Path) -> None:
     reader = CheckpointReader(written(tmp_path))
-    with pytest.raises(CheckpointError, match="and 7 more"):
+    with pytest.raises(CheckpointError, match=r"\b7 more"):
         reader.check_shapes({**SHAPES, **{f"layer{number}": [1] for number in range(12)}})
 
 
@@ -149,7 +141,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, refuse)
-    assert is_good(folder) is None
+    assert verify_checkpoint(folder) is None
     reader = CheckpointReader(folder)
     assert reader.read("matrix", "fp32", 0, 24).numel() == 24
     assert reader.rank_states

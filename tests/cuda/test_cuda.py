@@ -1,4 +1,4 @@
-"""The same mathematics on a GPU: fast path against the oracle, reversible against plain, training end to end."""
+"""On a GPU: fast path against the reference, reversible against plain layers, training end to end."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ pytestmark = pytest.mark.cuda
 @pytest.mark.parametrize("rule", [WindowRule(32, True), WindowRule(16, False), ChunkRule(16, True)], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_fast_path_is_the_oracle(rule, dtype, tolerance, dropout):
+def test_fast_path_equals_reference(rule, dtype, tolerance, dropout):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 203, 32, device="cuda", dtype=dtype).requires_grad_() for _ in range(3))
     ids = torch.randint(0, 8, (2, 3, 4, 203), device="cuda")
     mask = torch.rand(2, 203, device="cuda") > 0.2
-    given = {"count_pairs_once": True, "dropout": dropout, "dropout_seed": 7}
-    expected = reference_attention(q, k, v, ids, rule, scale=0.5, key_padding_mask=mask, **given)
-    found = bucket_attention(q, k, v, ids, AttentionOptions(rule, 8, 0.5, **given), mask)
-    weight = torch.randn_like(found)
+    settings = {"count_pairs_once": True, "dropout": dropout, "dropout_seed": 7}
+    expected = reference_attention(q, k, v, ids, rule, scale=0.5, key_padding_mask=mask, **settings)
+    actual = bucket_attention(q, k, v, ids, AttentionOptions(rule, 8, 0.5, **settings), mask)
+    weight = torch.randn_like(actual)
     expected_grads = torch.autograd.grad(expected, (q, k, v), weight)
-    found_grads = torch.autograd.grad(found, (q, k, v), weight)
-    for a, b in zip((expected, *expected_grads), (found, *found_grads), strict=True):
+    actual_grads = torch.autograd.grad(actual, (q, k, v), weight)
+    for a, b in zip((expected, *expected_grads), (actual, *actual_grads), strict=True):
         assert (a - b).float().abs().max() <= tolerance * max(1.0, float(a.float().abs().max()))
 
 
-def test_buckets_are_those_of_the_cpu():
+def test_buckets_equal_those_of_the_cpu():
     vectors = torch.randn(1, 4, 500, 64)
     rotations = draw_rotations(4, 64, 4, 64, "rotation", 0)
     on_cpu = hash_vectors(vectors, rotations, 64, "rotation")
     on_gpu = hash_vectors(vectors.cuda(), rotations, 64, "rotation").cpu()
-    assert (on_cpu != on_gpu).float().mean() < 1e-3  # an argmax near a tie may fall on the other side
+    assert (on_cpu != on_gpu).float().mean() < 1e-3  # an argmax near a tie may differ
 
 
 def test_strict_causality_is_bitwise():
@@ -62,7 +62,7 @@ def test_strict_causality_is_bitwise():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_reversible_is_plain(autocast):
+def test_reversible_equals_plain(autocast):
     def gradients(recompute: Recompute) -> dict[str, torch.Tensor]:
         config = ModelConfig(
             dim=64,

@@ -1,4 +1,4 @@
-"""Bucket exchange on a GPU: three ranks, which are threads that share the card, attend by the kernels."""
+"""Bucket exchange on a GPU: three ranks, as threads that share the card, attend by the kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE, SEQ_LEN = 3, 3 * 700
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("n_rounds", "n_buckets"), [(4, 30), (1, 1), (3, 3000)])
-def test_ranks_attend_as_one(
+def test_exchange_equals_one_rank(
     dtype: torch.dtype,
     tolerance: float,
     shared: bool,
@@ -34,7 +34,7 @@ def test_ranks_attend_as_one(
     n_buckets: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In several messages."""
+    """With the rows of a round split over several messages."""
     monkeypatch.setitem(plan_module.GROUP_TOKENS, DEVICE, 2 * SEQ_LEN // SIZE)
     draw = torch.Generator().manual_seed(0)
     vectors = [torch.randn(2, 2, SEQ_LEN, 64, generator=draw).to(DEVICE, dtype) for _ in range(4)]
@@ -50,7 +50,7 @@ def test_ranks_attend_as_one(
     def attend(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, action: object) -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in ((q, v) if shared else (q, k, v))]
         out = action(leaves[0], None if shared else leaves[1], leaves[-1])
-        # on the thread of its rank, since the others' backwards wait for it
+        # on the rank's own thread, since the backward of the other ranks waits for it
         with torch.autograd.set_multithreading_enabled(False):
             return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
@@ -61,9 +61,9 @@ def test_ranks_attend_as_one(
         own = (slice_of(x, comm.index, 2) for x in vectors)
         return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, BucketExchange(plan, options, comm)))
 
-    right = attend(*vectors, lambda q, k, v: bucket_attention(q, k, v, ids, options, mask))
+    expected = attend(*vectors, lambda q, k, v: bucket_attention(q, k, v, ids, options, mask))
     parts = on_ranks(SIZE, on_rank)
     assert not [part for part in parts if isinstance(part, Exception)], parts
-    for index, whole in enumerate(right):
-        found = torch.cat([part[index] for part in parts], dim=2)
-        assert (found - whole).abs().max() <= tolerance * max(1.0, whole.abs().max())
+    for index, whole in enumerate(expected):
+        actual = torch.cat([part[index] for part in parts], dim=2)
+        assert (actual - whole).abs().max() <= tolerance * max(1.0, whole.abs().max())

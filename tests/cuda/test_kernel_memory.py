@@ -1,4 +1,4 @@
-"""What the kernels hold beside inputs and results is what planning says of them."""
+"""The working memory of the kernels is what planning estimates."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from support.tiny import tiny_config
 
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
-from reformer_dist.planning import Job
-from reformer_dist.planning.attention import kernel_backward
+from reformer_dist.planning import JobSpec
+from reformer_dist.planning.attention import triton_backward
 
 pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize(("n_hashes", "shared"), [(1, True), (3, True), (3, False)])
-def test_backward_holds_what_is_planned(n_hashes, shared, tmp_path):
+def test_backward_memory_is_planned(n_hashes, shared, tmp_path):
     shape, n_buckets, rule = (1, 2, 4096, 128), 64, WindowRule(32, True)
     config = tiny_config(tmp_path, tmp_path, "model.n_heads=2", "model.head_dim=128", "model.dim=32")
     layer = LayerRule(rule, n_hashes, n_buckets, shares_keys=shared)
-    planned = kernel_backward(Job(config, 1, 1, 257, "cuda"), layer, shape[1], shape[2])
+    planned = triton_backward(JobSpec(config, 1, 1, 257, "cuda"), layer, shape[1], shape[2])
     q, k, v, d_out = (torch.randn(shape, device="cuda") for _ in range(4))
     leaves = [x.requires_grad_() for x in ((q, v) if shared else (q, k, v))]
     ids = torch.randint(0, n_buckets, (1, 2, n_hashes, shape[2]), dtype=torch.uint8, device="cuda")
-    options = AttentionOptions(rule, n_buckets, 1.0, implementation="triton")
+    options = AttentionOptions(rule, n_buckets, 1.0, backend="triton")
     before = torch.cuda.memory_allocated()
     out = bucket_attention(q, None if shared else k, v, ids, options)
     torch.cuda.reset_peak_memory_stats()
     grads = torch.autograd.grad(out, leaves, d_out)
-    results = [out, out[..., 0], *grads]  # and logsumexp
+    results = [out, out[..., 0], *grads]  # out[..., 0] has the size of lse
     held = torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in results)
     assert held == pytest.approx(planned, rel=0.05)

@@ -1,6 +1,6 @@
-"""The kernels on a real device: at real sizes, and without the host ever waiting.
+"""The kernels on a GPU: real sizes, and no host synchronization.
 
-The small cases of `tests/kernels` run on the device too, where there is one.
+The small cases of `tests/kernels` run on the GPU too, if there is one.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def test_real_sizes(rule, head_dim, dtype, tolerance):
         torch.randn(2, 4, 8191, head_dim, device="cuda", dtype=dtype, generator=generator) for _ in range(3)
     )
     ids = hash_vectors(q, draw_rotations(4, head_dim, 4, 128, "rotation", 0), 128, "rotation")
-    right = run(*(x.float() for x in (q, v, d_out)), ids, rule, 128, "torch")
-    found = run(q, v, d_out, ids, rule, 128, "triton")
+    expected = run(*(x.float() for x in (q, v, d_out)), ids, rule, 128, "torch")
+    actual = run(q, v, d_out, ids, rule, 128, "triton")
     again = run(q, v, d_out, ids, rule, 128, "triton")
-    for a, b, c in zip(found, right, again, strict=True):
+    for a, b, c in zip(actual, expected, again, strict=True):
         assert torch.equal(a, c)
         assert (a.float() - b).abs().max() <= tolerance * (1 + b.abs().max())
 
 
 def test_rows_beyond_32_bit_offsets():
-    """3 * 2^30 numbers of v: rows at the end are found as those at the beginning are."""
+    """v of 3 * 2^30 elements: rows at its end are addressed correctly."""
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of free memory")
     v = torch.zeros(3, 16, 2**19, 128, device="cuda", dtype=torch.bfloat16)
@@ -69,7 +69,7 @@ def test_rows_beyond_32_bit_offsets():
     assert torch.equal(whole, alone)
 
 
-def test_the_host_never_waits():
+def test_no_host_sync():
     def step() -> list[Tensor]:
         rotations = draw_rotations(4, 64, 4, 64, "rotation", 0)
         ids = F.pad(hash_vectors(q, rotations, 64, "rotation"), (0, 0, 0, 1))
@@ -81,10 +81,10 @@ def test_the_host_never_waits():
 
     q, v = (torch.randn(2, 4, 3000, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     mask = torch.rand(2, 3000, device="cuda") > 0.1
-    assert_no_wait(step)
+    assert_no_host_sync(step)
 
 
-def test_the_host_never_waits_for_held_rows():
+def test_shard_without_host_sync():
     ids = torch.randint(0, 64, (2, 4, 4, 3000), generator=torch.Generator().manual_seed(0)).cuda()
     options = AttentionOptions(WindowRule(64, True), 64, 1.0, dropout=0.1, backend="triton")
     part = list(parts_of(ids, options, None, 3))[1]
@@ -96,11 +96,11 @@ def test_the_host_never_waits_for_held_rows():
         order.attend(Forward(q, None, v, out, lse))
         order.attend_backward(Backward(q, None, v, out, lse, lse, torch.zeros_like(q), None, torch.zeros_like(v)))
 
-    assert_no_wait(step)
+    assert_no_host_sync(step)
 
 
-def assert_no_wait(step: Callable[[], object]) -> None:
-    step()  # kernels are compiled
+def assert_no_host_sync(step: Callable[[], object]) -> None:
+    step()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import varied_documents
+from support.datasets import varied_documents
 
 from reformer_dist.data import ByteTokenizer, Dataset, write_dataset
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import (
+from support.datasets import (
     damage_sample,
     documents_of,
     folder_of,
-    make_order,
+    make_sampler,
     open_loader,
     read_steps,
     read_world,
@@ -29,8 +29,8 @@ from reformer_dist.data import (
     Corpus,
     Dataset,
     Quarantine,
-    Source,
-    explain_changes,
+    SampleRef,
+    describe_changes,
     read_state,
     write_dataset,
 )
@@ -54,7 +54,7 @@ def test_a_damaged_sample_is_passed_over_and_named(copy: Dataset) -> None:
     whole = [bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(copy)]
     ids = [damage_sample(copy, number) for number in (0, 5, 6)]
     changed: dict[str, Any] = {"batch_size": 1, "shuffle": False, "passes": 1}
-    n_steps = make_order(copy, batch_size=1).steps_of(1)
+    n_steps = make_sampler(copy, batch_size=1).steps_for(1)
     batches, state = read_steps(copy, n_steps, **changed)
     found = [damage for batch in batches for damage in batch.damaged]
     assert [damage.id for damage in found] == ids
@@ -81,7 +81,7 @@ def test_a_repaired_sample_stays_in_quarantine(dataset: Dataset, copy: Dataset) 
     for number in (3, 11, 30):
         damage_sample(copy, number)
     changed: dict[str, Any] = {"batch_size": 2}
-    n_steps = make_order(copy, **changed).steps_of(1)
+    n_steps = make_sampler(copy, **changed).steps_for(1)
     expected, _ = read_world(copy, 2 * n_steps, **changed)
     _, state = read_world(copy, n_steps, **changed)
     assert len(state["quarantine"]) == 3
@@ -96,7 +96,7 @@ def test_a_rank_learns_what_others_found(copy: Dataset) -> None:
     [finder], _ = read_steps(copy, 1, batch_size=1, shuffle=False)
     assert finder.damaged
     with open_loader(copy, workers=0) as loader:
-        loader.learn(finder.damaged)
+        loader.add_damaged(finder.damaged)
         assert (loader.n_damaged, next(loader).damaged) == (1, [])
 
 
@@ -106,12 +106,12 @@ def test_more_damage_than_may_be_is_an_error(copy: Dataset, workers: int) -> Non
         damage_sample(copy, number)
     n_samples = copy.total("samples", "train")
     settings: dict[str, Any] = {"batch_size": 2, "workers": workers}
-    with open_loader(copy, max_damaged_share=6 / n_samples + 1e-9, **settings) as loader:
+    with open_loader(copy, max_damaged_fraction=6 / n_samples + 1e-9, **settings) as loader:
         for _ in range(80):
             next(loader)
         assert loader.n_damaged == 6
-    words = rf"train-\d+\.tar: sample .* 6 of {n_samples} samples are damaged, and data\.max_damaged_share="
-    loader = open_loader(copy, max_damaged_share=5 / n_samples + 1e-9, **settings)
+    words = rf"train-\d+\.tar: sample .*\b6 of {n_samples} samples.*data\.max_damaged_fraction="
+    loader = open_loader(copy, max_damaged_fraction=5 / n_samples + 1e-9, **settings)
     with pytest.raises(DataError, match=words):
         for _ in range(80):
             next(loader)
@@ -121,8 +121,8 @@ def test_a_data_set_of_damage_ends(copy: Dataset) -> None:
     for shard in copy.shards("train"):
         (folder_of(copy) / shard.name).write_bytes(bytes(shard.size))
     with (
-        pytest.raises(DataError, match="samples are damaged"),
-        open_loader(copy, max_damaged_share=0.99) as loader,
+        pytest.raises(DataError, match=r"data\.max_damaged_\w+=0\.99"),
+        open_loader(copy, max_damaged_fraction=0.99) as loader,
     ):
         next(loader)
 
@@ -136,7 +136,7 @@ def test_a_share_of_damage_without_shuffling_is_an_error(
     dataset = make_dataset(long, heldout_fraction=0, shard_bytes=100_000)
     damage_sample(dataset, 60)
     with (
-        pytest.raises(DataError, match=r"data\.shuffle=false: all that row [345] of a step reads is damaged"),
+        pytest.raises(DataError, match=r"data\.shuffle=false: .*row [345] .*damaged"),
         open_loader(dataset, shuffle=False, workers=by_threads) as loader,
     ):
         for _ in range(100):
@@ -148,7 +148,7 @@ def test_a_share_of_damage_without_shuffling_is_an_error(
 
 def test_streams_share_the_tokens_of_a_long_document(dataset: Dataset) -> None:
     shard = dataset.shards("train")[0]
-    source = Source(dataset, shard, dataset.index(shard).entries[0])
+    source = SampleRef(dataset, shard, dataset.index(shard).entries[0])
     with closing(CheckedReader(Quarantine(1, 0.0))) as reader:
         first = reader.open(0, source)
         assert first.dtype == np.uint16 and reader.open(0, source) is first
@@ -170,7 +170,7 @@ def other_data(folder: Path, kind: str) -> Corpus:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("altered", r"(train|heldout)-00000\d\.tar was altered \(\d+ samples"),
+        ("altered", r"(train|heldout)-00000\d\.tar was altered"),
         ("more", r"train-00000\d\.tar was added"),
     ],
 )
@@ -178,11 +178,11 @@ def test_changed_data_are_refused_unless_accepted(dataset: Dataset, tmp_path: Pa
     before = Corpus([dataset])
     now = other_data(tmp_path / kind, kind)
     _, state = read_world(dataset, 5)
-    order = make_order(now)
-    changes = explain_changes(before.record(), now.record())
-    with pytest.raises(DataError, match=rf"not those that the run began with.*accept_changed(.|\n)*{words}"):
-        read_state(state, order, changes=changes)
-    start = read_state(state, order, changes=changes, accept_changed=True)
+    sampler = make_sampler(now)
+    changes = describe_changes(before.record(), now.record())
+    with pytest.raises(DataError, match=rf"data\.accept_changed(.|\n)*{words}"):
+        read_state(state, sampler, changes=changes)
+    start = read_state(state, sampler, changes=changes, accept_changed=True)
     assert (start.step, start.origin) == (5, (5, 0))
     rows, after = read_world(now, 3, state=state, accept_changed=True)
     fresh, _ = read_world(now, 3)
@@ -198,7 +198,7 @@ def test_other_heldout_text_changes_nothing_in_training(dataset: Dataset, copy: 
     replace_split(folder_of(copy), "heldout", [b"another text"])
     now = Corpus([Dataset.open(folder_of(copy))])
     _, state = read_world(dataset, 5)
-    start = read_state(state, make_order(now), accept_changed=True)
+    start = read_state(state, make_sampler(now), accept_changed=True)
     assert (start.step, start.origin) == (5, (0, 0))
     rows, _ = read_world(now, 3, state=state, accept_changed=True)
     assert torch.equal(rows, read_world(dataset, 8)[0][5:])
@@ -209,13 +209,13 @@ def test_data_sets_that_did_not_change_go_on(dataset: Dataset, tmp_path: Path) -
     other = other_data(tmp_path / "more", "more").datasets[0]
     one, both = Corpus([dataset], [1.0]), Corpus([dataset, other], [1.0, 1.0])
     _, state = read_world(one, 5)
-    start = read_state(state, make_order(both), accept_changed=True)
+    start = read_state(state, make_sampler(both), accept_changed=True)
     assert start.streams is not None
     assert {tuple(positions) for positions, _ in start.streams.values()} == {(5 * 64, 0)}
-    lines = explain_changes(one.record(), both.record())
+    lines = describe_changes(one.record(), both.record())
     assert lines[0] == "data.weights were [1.0] and are [0.5, 0.5]"
     assert lines[1] == f"data set {other.folder.address} was added"
-    assert explain_changes(both.record(), one.record())[1].endswith("was removed")
+    assert describe_changes(both.record(), one.record())[1].endswith("was removed")
 
 
 def test_a_data_set_may_move(dataset: Dataset, copy: Dataset) -> None:
@@ -225,5 +225,5 @@ def test_a_data_set_may_move(dataset: Dataset, copy: Dataset) -> None:
 
 
 def test_many_changes_are_cut_short(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
-    lines = explain_changes(Corpus([dataset]).record(), Corpus([make_dataset(shard_bytes=800)]).record())
+    lines = describe_changes(Corpus([dataset]).record(), Corpus([make_dataset(shard_bytes=800)]).record())
     assert len(lines) == 9 and lines[-1].endswith(" more")

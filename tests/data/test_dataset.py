@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
+from support.datasets import damage_sample, documents_of, edit_index, edit_record, folder_of, write_tar
 
-from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, Shard, Source, find_damage
-from reformer_dist.data.format.sample_reader import SampleDamaged
+from reformer_dist.data import BpeTokenizer, Corpus, Dataset, SampleReader, SampleRef, Shard, verify_dataset
+from reformer_dist.data.format.sample_reader import DamagedSampleError
 from reformer_dist.errors import DataError
 
 
@@ -30,7 +31,7 @@ def read_first_sample(folder: Path) -> Any:
     dataset = Dataset.open(folder)
     shard = dataset.shards("train")[0]
     with closing(SampleReader()) as reader:
-        return reader.read(Source(dataset, shard, dataset.index(shard).entries[0]))
+        return reader.read(SampleRef(dataset, shard, dataset.index(shard).entries[0]))
 
 
 def test_no_data_set_tells_how_to_make_one(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_no_data_set_tells_how_to_make_one(tmp_path: Path) -> None:
 
 def test_a_relative_path_tells_from_where_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = rf"^nothing: .*read from the working directory, {tmp_path}; give data\.path="
+    words = rf"^nothing: .*working directory, {tmp_path}\b"
     with pytest.raises(DataError, match=words):
         Dataset.open("nothing")
     with pytest.raises(DataError) as absolute:
@@ -51,10 +52,10 @@ def test_a_relative_path_tells_from_where_it_was_read(tmp_path: Path, monkeypatc
 def test_broken_json(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text()[:100])
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match=r"dataset\.json: .*JSON"):
         Dataset.open(copy)
     path.write_text("[]")
-    with pytest.raises(DataError, match="JSON object"):
+    with pytest.raises(DataError, match=r"dataset\.json: .*JSON object"):
         Dataset.open(copy)
 
 
@@ -68,10 +69,10 @@ def _set_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record.update(format=1), "format 1 is not 2, .*make_shards"),
-        (lambda record: record.pop("format"), "format None is not 2"),
+        (lambda record: record.update(format=1), "format 1 .*make_shards"),
+        (lambda record: record.pop("format"), "format None "),
         (lambda record: record.pop("splits"), "splits train, heldout"),
-        (lambda record: record["splits"].update(train=3), "must be a list"),
+        (lambda record: record["splits"].update(train=3), "list"),
         (lambda record: record.update(tokenizer={"kind": "words"}), "kind 'words'"),
         (lambda record: record.update(vocab_size=300), "vocab_size is 300"),
         (_set_shard("name", "/etc/passwd"), "refused"),
@@ -95,26 +96,26 @@ def test_bad_records(copy: Path, change: Callable[[dict[str, Any]], None], messa
 def test_a_record_that_was_edited_is_refused(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace('"text_bytes": ', '"text_bytes": 1', 1))
-    with pytest.raises(DataError, match="not as it was written"):
+    with pytest.raises(DataError, match=r"dataset\.json: "):
         Dataset.open(copy)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda samples: samples.pop(), "lists .* samples"),
+        (lambda samples: samples.pop(), "samples"),
         (lambda samples: samples[0].update(offset=0), "begins at 0"),
         (lambda samples: samples[0].update(offset=513), "begins at 513"),
         (lambda samples: samples[1].update(offset=512), "begins at 512"),
-        (lambda samples: samples[-1].update(offset=1 << 40), "behind the shard's"),
-        (lambda samples: samples[0].update(size=1 << 40, n_tokens=(1 << 40) + 1), "none may hold above"),
+        (lambda samples: samples[-1].update(offset=1 << 40), f"{(1 << 40) // 1000}.*20480"),
+        (lambda samples: samples[0].update(size=1 << 40, n_tokens=(1 << 40) + 1), f"{1 << 40}"),
         (lambda samples: samples[0].update(n_tokens=3), "3 tokens"),
         (lambda samples: samples[0].update(n_bytes=3), "bytes of text"),
         (lambda samples: samples[0].update(key="../x"), "refused"),
-        (lambda samples: samples[1].update(key=samples[0]["key"]), "a key twice"),
-        (lambda samples: samples[0].update(sha256="0"), "64 hexadecimal"),
-        (lambda samples: samples[0].update(document=None), "document of a sample is None"),
-        (lambda samples: samples.append(3), "must be a"),
+        (lambda samples: samples[1].update(key=samples[0]["key"]), "twice"),
+        (lambda samples: samples[0].update(sha256="0"), "sha256.*'0'"),
+        (lambda samples: samples[0].update(document=None), "document .*None"),
+        (lambda samples: samples.append(3), "document .*None"),
     ],
 )
 def test_bad_indexes(copy: Path, change: Callable[[list[dict[str, Any]]], None], message: str) -> None:
@@ -126,7 +127,7 @@ def test_bad_indexes(copy: Path, change: Callable[[list[dict[str, Any]]], None],
 def test_an_index_that_was_edited_is_refused(copy: Path) -> None:
     path = copy / "train-000000.json"
     path.write_text(path.read_text().replace('"offset": 512', '"offset": 1024'))
-    with pytest.raises(DataError, match=r"train-000000\.json: is not the index that was written"):
+    with pytest.raises(DataError, match=r"train-000000\.json: .*index"):
         read_first_sample(copy)
     path.unlink()
     with pytest.raises(DataError, match=r"train-000000\.json: is missing"):
@@ -139,12 +140,12 @@ def test_check_names_missing_and_torn_shards(copy: Path) -> None:
     path = copy / "train-000001.tar"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=rf"train-000001\.tar: shard holds 1000 bytes, expected {size}.*lost"):
+    with pytest.raises(DataError, match=rf"train-000001\.tar: .*\b1000 bytes.*\b{size}\b"):
         list(corpus.check("train", 0.0))
     [warning] = corpus.check("train", 0.9)
-    assert "train-000001.tar" in warning and "passed over" in warning
+    assert "train-000001.tar" in warning
     path.unlink()
-    with pytest.raises(DataError, match=rf"train-000001\.tar: shard is missing.*{size}"):
+    with pytest.raises(DataError, match=rf"train-000001\.tar: .*missing.*\b{size}\b"):
         list(corpus.check("train", 0.9))
 
 
@@ -153,14 +154,14 @@ def test_torn_samples_are_damaged(copy: Path, cut: int) -> None:
     path = copy / "train-000000.tar"
     assert len(read_first_sample(copy)) > 1
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(SampleDamaged, match="is torn"):
+    with pytest.raises(DamagedSampleError, match="is torn"):
         read_first_sample(copy)
 
 
 def test_a_shard_that_is_no_tar(copy: Path) -> None:
     path = copy / "train-000000.tar"
     path.write_bytes(b"not a tar file" * 1000)
-    with pytest.raises(SampleDamaged, match="tar header is broken"):
+    with pytest.raises(DamagedSampleError, match="tar header is broken"):
         read_first_sample(copy)
     path.unlink()
     with pytest.raises(DataError, match=r"train-000000\.tar: is missing"):
@@ -173,7 +174,7 @@ def test_a_shard_that_is_no_tar(copy: Path) -> None:
 @pytest.mark.parametrize("name", ["00000000.pkl", "x.pickle", "/00.txt", "../00.txt", "a/../00.txt", "a\\00.txt"])
 def test_bad_members_are_refused(copy: Path, name: str) -> None:
     write_tar(copy / "train-000000.tar", [(name, pickle.dumps("x")), ("more.txt", bytes(20_000))])
-    with pytest.raises(DataError, match=r"train-000000\.tar: sample \d+ is named"):
+    with pytest.raises(DataError, match=r"train-000000\.tar: sample \d+ .*named"):
         read_first_sample(copy)
 
 
@@ -185,7 +186,7 @@ def test_links_and_devices_are_refused(copy: Path, kind: bytes) -> None:
     member.type, member.linkname = kind, "/etc/passwd"
     with tarfile.open(copy / "train-000000.tar", "w") as tar:
         tar.addfile(member)
-    with pytest.raises(DataError, match="is a link, device or folder"):
+    with pytest.raises(DataError, match=r"train-000000\.tar: sample \d+ .*link, device or "):
         read_first_sample(copy)
 
 
@@ -194,13 +195,13 @@ def test_oversized_members_are_refused(copy: Path) -> None:
     member.size = 1 << 40
     path = copy / "train-000000.tar"
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + path.read_bytes()[512:])
-    with pytest.raises(DataError, match=f"claims {1 << 40} bytes"):
+    with pytest.raises(DataError, match=rf"\b{1 << 40} bytes"):
         read_first_sample(copy)
 
 
 def test_another_member_in_the_place_is_damage(copy: Path) -> None:
     write_tar(copy / "train-000000.tar", [("other.txt", bytes(20_000))])
-    with pytest.raises(SampleDamaged, match=r"'other\.txt' of 20000 bytes is in its place"):
+    with pytest.raises(DamagedSampleError, match=r"'other\.txt' of 20000 bytes"):
         read_first_sample(copy)
 
 
@@ -212,7 +213,7 @@ def test_bad_token_ids(make_dataset: Callable[..., Dataset]) -> None:
     write_tar(path, [("00000000.u16", content), ("more", bytes(20_000))])
     digest = hashlib.sha256(content).hexdigest()
     edit_index(folder, "train-000000.json", lambda samples: samples[0].update(sha256=digest))
-    with pytest.raises(DataError, match="sample 00000000 holds token 65535"):
+    with pytest.raises(DataError, match=r"sample 00000000 .*token 65535"):
         read_first_sample(folder)
 
 
@@ -233,7 +234,7 @@ def shard_of(folder: Path) -> Shard:
     ],
 )
 def test_other_addresses_are_refused(address: str) -> None:
-    with pytest.raises(DataError, match=r"data\.path=.*refused; it must be"):
+    with pytest.raises(DataError, match=rf"data\.path={re.escape(address)}: "):
         Dataset.open(address)
 
 
@@ -244,15 +245,15 @@ def test_file_addresses(copy: Path) -> None:
 
 
 def test_damage_is_found_and_named(copy: Path) -> None:
-    assert list(find_damage(Dataset.open(copy))) == []
+    assert list(verify_dataset(Dataset.open(copy))) == []
     dataset = Dataset.open(copy)
     _, name, key = damage_sample(dataset, 30)
     (copy / "train-000000.tar").unlink()
     (copy / "heldout-000000.json").unlink()
-    damage = list(find_damage(Dataset.open(copy)))
+    damage = list(verify_dataset(Dataset.open(copy)))
     assert len(damage) == 4
     assert "train-000000.tar: is missing" in damage[0]
-    assert f"{name}: shard is not" in damage[1]
+    assert f"{name}: shard" in damage[1]
     assert f"{name}: sample {key}" in damage[2] and "altered" in damage[2]
     assert "heldout-000000.json" in damage[3]
 
@@ -261,5 +262,5 @@ def test_data_sets_of_different_tokenizers_do_not_mix(
     dataset: Dataset, make_dataset: Callable[..., Dataset]
 ) -> None:
     other = make_dataset(tokenizer=BpeTokenizer.train([b"text"], 270))
-    with pytest.raises(DataError, match=r"the tokenizer of .* must be that of"):
+    with pytest.raises(DataError, match=rf"tokenizer of {folder_of(other)}"):
         Corpus([dataset, other])

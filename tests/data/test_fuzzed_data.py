@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import documents_of, edit_index, edit_record, folder_of, make_order
 from support.damage import BYTES, edit_json, edit_json_file
+from support.datasets import documents_of, edit_index, edit_record, folder_of, make_sampler
 
-from reformer_dist.data import Corpus, Dataset, Quarantine, SampleReader, Source
+from reformer_dist.data import Corpus, Dataset, Quarantine, SampleReader, SampleRef
 from reformer_dist.data.format.quarantine import CheckedReader
 from reformer_dist.data.loading.packing import TokenStream
 from reformer_dist.errors import DataError
@@ -99,17 +99,17 @@ def read_all(folder: Path) -> tuple[Counter[bytes], set[str], set[str]]:
     list(corpus.check("train", 0.9))
     quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
     reader = CheckedReader(quarantine)
-    stream = TokenStream(make_order(corpus, batch_size=1, seq_len=1000), 0, passes=1)
+    stream = TokenStream(make_sampler(corpus, batch_size=1, seq_len=1000), 0, passes=1)
     texts: Counter[bytes] = Counter()
     read: set[str] = set()
     try:
-        while pieces := stream.next_pieces(0, reader.open):
-            for piece in (piece for piece in pieces if piece.start == 0):
-                texts[bytes(piece.tokens[:-1].astype("uint8"))] += 1
-                read.add(f"{piece.source.shard.name}/{piece.source.entry.key}")
+        while spans := stream.next_spans(0, reader.open):
+            for span in (span for span in spans if span.start == 0):
+                texts[bytes(span.tokens[:-1].astype("uint8"))] += 1
+                read.add(f"{span.ref.shard.name}/{span.ref.entry.key}")
     finally:
         reader.close()
-    return texts, read, {f"{shard}/{key}" for _, shard, key in reader.passed_over}
+    return texts, read, {f"{shard}/{key}" for _, shard, key in reader.skipped_samples}
 
 
 def outcome(folder: Path, whole: Counter[bytes]) -> str:
@@ -166,13 +166,13 @@ def test_a_check_that_is_left_out_is_noticed(
     path.write_bytes(content)
     assert outcome(folder, whole) == "passed over"
 
-    def believe(reader: Any, source: Source) -> Any:
+    def believe(reader: Any, source: SampleRef) -> Any:
         payload = reader._read_bytes(source)[512:]
         fake = source.entry.__class__(
             **{name: getattr(source.entry, name) for name in source.entry.__slots__}
             | {"sha256": hashlib.sha256(payload).hexdigest()}
         )
-        return read(reader, Source(source.dataset, source.shard, fake))
+        return read(reader, SampleRef(source.dataset, source.shard, fake))
 
     read = SampleReader.read
     monkeypatch.setattr(SampleReader, "read", believe)

@@ -8,28 +8,43 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import damage_sample, documents_of, folder_of, numbered_text, replace_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.datasets import damage_sample, documents_of, folder_of, numbered_text, replace_split
 
-from reformer_dist.data import BpeTokenizer, Corpus, Damage, Dataset, EvalBatch, count_text_bytes, heldout_batches
+from reformer_dist.data import (
+    IGNORE_INDEX,
+    Batch,
+    BpeTokenizer,
+    Corpus,
+    DamagedSample,
+    Dataset,
+    RowSelection,
+    count_text_bytes,
+    heldout_text_batches,
+)
 from reformer_dist.errors import DataError
 
 
-def read(dataset: Dataset, **changed: Any) -> list[EvalBatch]:
-    settings = {"seq_len": 50, "rows": 0, "micro_batch_size": 3, "dp_rank": 0, "dp_size": 1}
-    return list(heldout_batches(Corpus([dataset]), **(settings | changed)))
+def read(
+    dataset: Dataset,
+    seq_len: int = 50,
+    report: Callable[[DamagedSample], None] = lambda sample: None,
+    **changed: Any,
+) -> list[Batch]:
+    rows = RowSelection(**({"micro_batch_size": 3} | changed))
+    return list(heldout_text_batches(Corpus([dataset]), rows, seq_len=seq_len, report=report))
 
 
 def all_tokens(dataset: Dataset) -> list[int]:
     return [int(token) for document in documents_of(dataset, "heldout") for token in document]
 
 
-def labels_in_order(ranks: list[list[EvalBatch]]) -> list[int]:
+def labels_in_order(ranks: list[list[Batch]]) -> list[int]:
     """Labels of rows 0, 1, 2, ... where row i is on rank i % dp_size."""
-    by_rank = [torch.cat([batch.labels for batch in batches]) for batches in ranks]
+    by_rank = [torch.cat([batch["labels"] for batch in batches]) for batches in ranks]
     rows = torch.stack(by_rank, dim=1).flatten(0, 1)
-    return rows[rows != -100].tolist()
+    return rows[rows != IGNORE_INDEX].tolist()
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,22 +55,22 @@ def test_each_token_is_predicted_once(dataset: Dataset, seq_len: int, dp_size: i
     assert len({len(batches) for batches in ranks}) == 1
     assert labels_in_order(ranks) == all_tokens(dataset)
     for batch in (batch for batches in ranks for batch in batches):
-        assert batch.tokens.shape == (micro_batch_size, seq_len + 1)
-        assert batch.labels.shape == batch.inputs.shape == (micro_batch_size, seq_len)
-        kept = batch.labels != -100
-        assert torch.equal(batch.tokens[:, 1:][kept], batch.labels[kept])
-        assert (batch.tokens[:, 1:][~kept] == dataset.tokenizer.eos_id).all()
+        tokens, labels = batch["tokens"], batch["labels"]
+        assert tokens.shape == labels.shape == (micro_batch_size, seq_len)
+        kept = labels != IGNORE_INDEX
+        assert torch.equal(tokens[:, 1:][kept[:, :-1]], labels[:, :-1][kept[:, :-1]])
+        assert (tokens[:, 1:][~kept[:, :-1]] == dataset.tokenizer.eos_id).all()
 
 
 def test_inputs_are_the_tokens_before_the_labels(dataset: Dataset) -> None:
     batches = read(dataset, micro_batch_size=1)
-    inputs = torch.cat([batch.inputs[batch.labels != -100] for batch in batches])
+    inputs = torch.cat([batch["tokens"][batch["labels"] != IGNORE_INDEX] for batch in batches])
     assert inputs.tolist() == [256, *all_tokens(dataset)[:-1]]
 
 
 @pytest.mark.parametrize(("rows", "dp_size"), [(1, 1), (5, 2), (7, 4), (2, 4), (10_000, 3)])
 def test_the_first_rows(dataset: Dataset, rows: int, dp_size: int) -> None:
-    ranks = [read(dataset, rows=rows, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    ranks = [read(dataset, max_rows=rows, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
     n_rows = min(rows, -(-dataset.total("tokens", "heldout") // 50))
     assert {len(batches) for batches in ranks} == {-(-n_rows // (3 * dp_size))}
     assert labels_in_order(ranks) == all_tokens(dataset)[: rows * 50]
@@ -66,7 +81,7 @@ def test_text_bytes_are_those_of_the_split(make_dataset: Callable[..., Dataset],
     changed = {"tokenizer": BpeTokenizer.train([numbered_text(1, 5000)], 290)} if kind == "bpe" else {}
     dataset = make_dataset(**changed)
     token_bytes = dataset.tokenizer.token_bytes
-    counted = sum(count_text_bytes(batch.labels, token_bytes) for batch in read(dataset))
+    counted = sum(count_text_bytes(batch["labels"], token_bytes) for batch in read(dataset))
     assert counted == dataset.total("text_bytes", "heldout")
 
 
@@ -79,20 +94,20 @@ def test_empty_documents(make_dataset: Callable[..., Dataset]) -> None:
 def test_nothing_held_out_is_an_error_at_once(make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset(heldout_fraction=0.0)
     with pytest.raises(DataError, match="--heldout"):
-        heldout_batches(Corpus([dataset]), seq_len=8, rows=0, micro_batch_size=1)
+        heldout_text_batches(Corpus([dataset]), RowSelection(), seq_len=8)
 
 
 def test_damaged_documents_are_left_out_and_named(make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset()
     text = documents_of(dataset, "heldout")
     damage_sample(dataset, 1, "heldout")
-    found: list[Damage] = []
+    found: list[DamagedSample] = []
     ranks = [
-        read(dataset, max_damaged_share=0.2, report=found.append, dp_rank=rank, dp_size=2) for rank in range(2)
+        read(dataset, max_damaged_fraction=0.2, report=found.append, dp_rank=rank, dp_size=2) for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1])
     assert labels_in_order(ranks) == np.concatenate([text[0], *text[2:]]).tolist()
     assert len(found) == 2 and found[0] == found[1]
     assert "heldout-000000.tar: sample 00000001" in str(found[0])
-    with pytest.raises(DataError, match=r"heldout-000000\.tar: sample 00000001 .*max_damaged_share=0 allows 0"):
+    with pytest.raises(DataError, match=r"heldout-000000\.tar: sample 00000001 .*max_damaged_\w+=0\b"):
         read(dataset)

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import webdataset
-from data_helpers import folder_of, varied_documents
+from support.datasets import folder_of, varied_documents
 
 from reformer_dist.data import (
     BpeTokenizer,
     ByteTokenizer,
     Dataset,
     SampleReader,
-    Source,
-    find_damage,
+    SampleRef,
     is_heldout,
+    verify_dataset,
     write_dataset,
 )
 from reformer_dist.errors import DataError
@@ -64,7 +64,7 @@ def test_index_finds_every_sample(make_dataset: Callable[..., Dataset], kind: st
         for shard in dataset.shards(split):
             for entry in dataset.index(shard).entries:
                 names.add(entry.document)
-                ids = reader.read(Source(dataset, shard, entry))[:-1]
+                ids = reader.read(SampleRef(dataset, shard, entry))[:-1]
                 assert dataset.tokenizer.decode(ids) == documents[entry.document].decode()
                 assert (entry.n_tokens, entry.n_bytes) == (len(ids) + 1, len(documents[entry.document]))
     reader.close()
@@ -97,9 +97,9 @@ def test_empty_and_unreadable_documents_are_counted(tmp_path: Path) -> None:
     documents = [("empty", b""), ("latin", b"caf\xe9"), *varied_documents()]
     tokenizer = BpeTokenizer.train([b"some text"], 270)
     summary = write_dataset(documents, tmp_path / "bpe", tokenizer, heldout_fraction=0.2)
-    assert (summary.empty, summary.replaced, summary.total("samples")) == (1, 1, 61)
+    assert (summary.empty, summary.normalized, summary.total("samples")) == (1, 1, 61)
     summary = write_dataset(documents, tmp_path / "bytes", ByteTokenizer(), heldout_fraction=0.2)
-    assert (summary.empty, summary.replaced) == (1, 0)
+    assert (summary.empty, summary.normalized) == (1, 0)
     dataset = Dataset.open(tmp_path / "bytes")
     assert b"caf\xe9" in texts_of(dataset, "train") + texts_of(dataset, "heldout")
 
@@ -115,7 +115,7 @@ def test_overwrite_replaces_all_and_nothing_else(tmp_path: Path) -> None:
     tars = {path.name for path in tmp_path.glob("*.tar")}
     assert tars == {"train-000000.tar", "heldout-000000.tar"}
     assert (tmp_path / "train-notes.txt").read_text() == "mine"
-    assert not list(find_damage(Dataset.open(tmp_path)))
+    assert not list(verify_dataset(Dataset.open(tmp_path)))
 
 
 def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("documents", "fraction", "message"),
     [
-        ([], 0.05, "no text: no document was given"),
-        ([("a", b""), ("b", b"")], 0.05, "no text: 2 documents, all empty"),
-        ([("a", b"text")], 1e-9, "no document of 1 was held out"),
-        ([("a", b"text")], 1 - 1e-9, "all 1 documents were held out"),
+        ([], 0.05, "no text: no document"),
+        ([("a", b""), ("b", b"")], 0.05, "no text: 2 documents"),
+        ([("a", b"text")], 1e-9, "no document of 1 "),
+        ([("a", b"text")], 1 - 1e-9, "all 1 document"),
         ([("a", b"text")], 1.0, "heldout_fraction=1.0"),
         ([("a", b"text")], float("nan"), "heldout_fraction=nan"),
     ],
@@ -152,5 +152,5 @@ def test_too_little_text(
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="can't be written"):
+    with pytest.raises(DataError, match=f"{tmp_path / 'file'}.*: .*written"):
         write_dataset(varied_documents(), tmp_path / "file", ByteTokenizer())

@@ -1,4 +1,4 @@
-"""Texts decoded token by token, and how near a model's tokens stand to the border of two buckets."""
+"""Token-by-token decoding, and the distance of tokens from bucket boundaries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from reformer_dist.models import ReformerLM, hashing
+from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.decoding import DecodingState
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_factors
 
@@ -17,13 +17,13 @@ INFINITY = float("inf")
 
 
 def left_padding(lengths: list[int], seq_len: int) -> Tensor:
-    """[B, S] mask of texts of these lengths, padding before them."""
+    """[B, S] mask of left-padded rows of these lengths."""
     return torch.arange(seq_len) >= seq_len - torch.tensor(lengths).unsqueeze(1)
 
 
 @torch.no_grad()
 def decoded_logits(model: ReformerLM, tokens: Tensor, n_prompt: int, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] of tokens [B, S], of which n_prompt are read at once and the others one by one."""
+    """Logits [B, S, V] of tokens [B, S]: prefill of n_prompt tokens, then one token at a time."""
     return logits_of_steps(model, DecodingState(model.config), tokens, n_prompt, mask)
 
 
@@ -31,7 +31,7 @@ def decoded_logits(model: ReformerLM, tokens: Tensor, n_prompt: int, mask: Tenso
 def logits_of_steps(
     model: Callable[..., Tensor], state: DecodingState, tokens: Tensor, n_prompt: int, mask: Tensor | None
 ) -> Tensor:
-    """The same of anything that is called as a language model is."""
+    """`decoded_logits` of any callable with a language model's signature."""
     prompt_mask = None if mask is None else mask[:, :n_prompt]
     logits = [model(tokens[:, :n_prompt], key_padding_mask=prompt_mask, sequence=state)]
     logits += [model(token, sequence=state) for token in tokens[:, n_prompt:].split(1, dim=1)]
@@ -42,14 +42,13 @@ def logits_of_steps(
 def logits_and_margin(
     model: Callable[..., Tensor], tokens: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """Logits of the whole forward, and how far the nearest real token is from the border of two buckets.
+    """Logits of the whole forward, and the smallest distance of a real token from a bucket boundary.
 
-    A token nearer than rounding may fall on either side, and is then attended otherwise. Units: of a projection
-    of its query on a random direction (rotation), or of a cell's width (floor). Keys of a source, which are made
-    once and have another length, are not looked at.
+    A token closer than rounding may fall on either side. Units: of a projection of its query on a random direction
+    (rotation), or of a cell's width (floor). Keys of a source, which have another length, are ignored.
     """
     margins = [INFINITY]
-    hash_vectors = hashing.hash_vectors
+    hash_vectors = attention.hash_vectors
 
     def look(vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, **given: Any) -> Tensor:
         real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
@@ -59,13 +58,13 @@ def logits_and_margin(
             margins.append(gaps.masked_fill(~real[:, None, :, None], INFINITY).min().item())
         return hash_vectors(vectors, rotations, n_buckets, scheme, **given)
 
-    with mock.patch.object(hashing, "hash_vectors", look):
+    with mock.patch.object(attention, "hash_vectors", look):
         logits = model(tokens, key_padding_mask=mask)
     return logits, min(margins)
 
 
 def _gaps(vectors: Tensor, rotation: Tensor, n_buckets: int, scheme: str) -> Tensor:
-    """[B, H, S, factors]: of each digit of a token's bucket in one round."""
+    """[B, H, S, factors]: distance from the boundary, for each digit of a token's bucket in one round."""
     factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme])
     if not factors:
         return torch.full((*vectors.shape[:3], 1), INFINITY)

@@ -1,4 +1,4 @@
-"""A cache, given one token at a time, does what attention over the whole text does: the oracle decides."""
+"""KV caches, one token at a time, match reference attention over the whole sequence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reformer_dist.ops.lsh.shared_keys import shared_keys
 
 @dataclass(frozen=True)
 class Text:
-    """Sizes of some rows whose first n_prompt places are read at once."""
+    """Sizes of random rows whose first n_prompt tokens are the prompt."""
 
     batch: int
     n_heads: int
@@ -67,7 +67,7 @@ TEXTS = st.builds(
 
 
 def step_by_step(attend: Any, text: Text, *tensors: Tensor) -> Tensor:
-    """Outputs of the tokens behind the prompt, [B, H, n_more, D]; the last two dimensions may be ids'."""
+    """Outputs of the tokens after the prompt, [B, H, n_more, D]."""
     places = range(text.n_prompt, text.seq_len)
     return torch.cat([attend(*(x[..., p : p + 1, :] for x in tensors)) for p in places], dim=2)
 
@@ -100,8 +100,8 @@ def test_buckets(text: Text, counts_once: bool, scale: float) -> None:
     torch.testing.assert_close(found, expected[:, :, text.n_prompt :], atol=2e-6, rtol=1e-5)
 
 
-def test_places_of_a_ring_that_hold_nobody_are_no_meetings() -> None:
-    """They read as the pool's first place, whose token is in other rings indeed."""
+def test_unused_ring_slots_do_not_count_as_keys() -> None:
+    """They contain pool slot 0, whose token is in other rings."""
     text = Text(2, 1, 2, 2, window=50, n_prompt=10, n_more=5, head_dim=4, is_padded=False, seed=0)
     q, _, v, ids, _ = text.draw()
     options = AttentionOptions(WindowRule(text.window, causal=True), 2, 1.0, count_pairs_once=True)
@@ -141,13 +141,13 @@ def test_in_bfloat16_scores_and_sums_are_float32() -> None:
     found = through_buckets(text, options, q, v, ids, mask)
     expected = reference_attention(q, shared_keys(q), v, ids, options.rule, scale=1.0, key_padding_mask=mask)
     assert found.dtype is torch.bfloat16
-    # what is left is one rounding of the result
+    # the only difference is one rounding of the result
     torch.testing.assert_close(found, expected[:, :, text.n_prompt :], atol=0, rtol=2**-7)
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 0], [1, 0], [2], [2, 2, 0, 1, 1]], ids=str)
-def test_rows_are_repeated_moved_and_left_out(rows: list[int]) -> None:
-    """What a row remembers goes with it, and rows from one text go different ways."""
+def test_rows_are_repeated_reordered_and_dropped(rows: list[int]) -> None:
+    """Cache entries follow their rows, and copies of one row diverge."""
     text = Text(3, 2, 2, 2, 6, n_prompt=20, n_more=12, head_dim=4, is_padded=True, seed=3)
     q, k, v, ids, mask = text.draw()
     assert mask is not None
@@ -168,7 +168,7 @@ def test_rows_are_repeated_moved_and_left_out(rows: list[int]) -> None:
         for place in range(n, half):
             attend(*(x[..., place : place + 1, :] for x in tensors))
         cache.select_rows(index)
-        # from here on the rows differ, also those that were one
+        # from here on all rows differ, including copies of one row
         generator = torch.Generator().manual_seed(1)
         moved = [x[index].clone() for x in tensors]
         for x in moved:
@@ -196,7 +196,7 @@ def _whole(cache: Any, tensors: list[Tensor], mask: Tensor, text: Text, options:
 
 
 def test_a_token_costs_the_same_however_long_the_text() -> None:
-    """No tensor that a step makes grows with the text, but where the pool grows."""
+    """No tensor allocated by a step grows with the sequence, except when the pool grows."""
     sizes = []
     for n_prompt in (70, 1100):
         text = Text(1, 2, 3, 4, 9, n_prompt=n_prompt, n_more=1, head_dim=8, is_padded=False, seed=0)
@@ -210,7 +210,7 @@ def test_a_token_costs_the_same_however_long_the_text() -> None:
 
 
 class _Largest(torch.overrides.TorchFunctionMode):
-    """Watches the largest tensor that is not a view of what was there."""
+    """Records the size of the largest tensor that is not a view."""
 
     numel = 0
 
@@ -222,7 +222,7 @@ class _Largest(torch.overrides.TorchFunctionMode):
 
 
 def test_a_bucket_attends_to_its_newest_members_alone() -> None:
-    """By hand: one bucket, a window of 3: the mean of the last two values, where all scores are equal."""
+    """By hand: one bucket, a window of 3 and equal scores yield the mean of the last two values."""
     v = torch.arange(8.0).view(1, 1, 8, 1)
     q = torch.zeros(1, 1, 8, 1)
     ids = torch.zeros(1, 1, 1, 8, dtype=torch.uint8)

@@ -19,6 +19,8 @@ from support.launch import run_ranks
 from reformer_dist.distributed import failures
 from reformer_dist.distributed.failures import Kind, Note, _has_ended, _look_at, judge
 
+pytestmark = pytest.mark.jobs
+
 TIMEOUT = 6  # seconds of the jobs that wait for it
 LONG = 300  # of those that do not
 GONE = "ended without a word, or does not answer"

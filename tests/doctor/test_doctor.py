@@ -25,6 +25,7 @@ def states(findings) -> list[State]:
     return [finding.state for finding in findings]
 
 
+@pytest.mark.jobs
 def test_a_healthy_machine_is_well(tmp_path):
     folder = write_tiny_dataset(tmp_path / "data")
     said = json.loads(
@@ -36,6 +37,7 @@ def test_a_healthy_machine_is_well(tmp_path):
     assert all(finding["advice"] for finding in said["findings"] if finding["state"] != "ok")
 
 
+@pytest.mark.jobs
 def test_under_torchrun_it_examines_the_job():
     said = run_ranks("reformer_dist.doctor", 2)
     assert said.count("2 ranks of this job: all-reduce") == 1 and "0 failed" in said
@@ -111,7 +113,7 @@ def test_what_breaks_is_a_finding_and_ends_nothing():
 
 def test_a_wrong_number_from_a_collective_is_an_error():
     _expect("all-reduce", torch.ones(2), torch.ones(2))
-    with pytest.raises(RuntimeError, match="all-reduce: something else arrives"):
+    with pytest.raises(RuntimeError, match="all-reduce: "):
         _expect("all-reduce", torch.ones(2), torch.zeros(2))
 
 

@@ -33,6 +33,8 @@ from zero_setup import (
 
 from reformer_dist.checkpoint.files import step_folder
 
+pytestmark = pytest.mark.jobs
+
 WORLDS = (1, 2)
 ALL = [(world, case) for world in WORLDS for case in (*PROVED[world], *TRAINED[world])]
 FP32 = [(world, case) for world, case in ALL if case.precision == "fp32"]

@@ -20,6 +20,7 @@ from zero_setup import (
     STEPS,
     TRAINED,
     VALID,
+    VOCAB,
     Case,
     Outcome,
     micro_batches,
@@ -27,7 +28,7 @@ from zero_setup import (
     rows,
 )
 
-from reformer_dist.checkpoint import CheckpointReader, Saving
+from reformer_dist.checkpoint import AsyncSave, CheckpointReader, RunRecord
 from reformer_dist.checkpoint.files import step_folder
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
@@ -53,13 +54,13 @@ class Run:
         self.done = reader.step
 
     def save(self) -> None:
-        Saving(
+        AsyncSave(
             self.job,
             self.folder,
             self.done,
             self.engine.fragments(),
             rank_state={},
-            run={"shapes": self.shapes},
+            record=RunRecord(config={}, tokenizer={}, vocab_size=VOCAB, shapes=self.shapes),
             extra_files={},
         ).finish()
 

@@ -13,6 +13,8 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_overrides, write_tiny_dataset
 
+pytestmark = pytest.mark.jobs
+
 TRAIN = "reformer_dist.train"
 BIN = Path(sys.executable).parent
 
@@ -84,7 +86,7 @@ def test_keys_of_a_launcher_without_one(monkeypatch, key):
 
     monkeypatch.delenv("RANK", raising=False)
     config = run_config_from({}, [f"launcher.{key}"])
-    with pytest.raises(ConfigError, match=rf"^launcher\.{re.escape(key)}: needs launcher=local \(or torchrun, "):
+    with pytest.raises(ConfigError, match=rf"^launcher\.{re.escape(key)}: .*launcher=local"):
         train(config)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -95,13 +97,13 @@ def test_no_heldout_documents(tmp_path):
     data = write_tiny_dataset(tmp_path / "data", heldout_fraction=0.0)
     overrides = tiny_overrides(data, tmp_path / "run", "trainer.eval_every=3")
     words = complaint(run_ranks(TRAIN, 2, overrides, fails=True))
-    assert "held out" in words and "trainer.eval_every=0" in words
+    assert "trainer.eval_every=0" in words
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dimm=3", ["model.dimm", "did you mean dim"]),
+        ("model.dimm=3", ["model.dimm", "mean dim"]),
         ("data.seq_len=4000", ["data.seq_len=4000", "128"]),
         ("data.batch_size=3", ["data.batch_size=3", "2"]),
         ("trainer.micro_batch_size=3", ["trainer.micro_batch_size=3"]),
@@ -117,7 +119,7 @@ def test_bad_override_on_two_ranks(tiny_data, tmp_path, override, expected):
 def test_ranks_that_were_given_different_configurations(tiny_data, tmp_path):
     script = Path(__file__).with_name("odd_rank.py")
     words = complaint(run_ranks(script, 2, tiny_overrides(tiny_data, tmp_path / "run"), fails=True))
-    assert "ranks 1" in words and "another configuration" in words
+    assert "ranks 1" in words and "configuration" in words
     assert not (tmp_path / "run").exists()
 
 
@@ -138,7 +140,7 @@ def test_checkpoint_of_another_model_leaves_the_run_as_it_was(tiny_data, trained
     overrides = tiny_overrides(tiny_data, trained, "model.dim=64")
     output = run_ranks(TRAIN, 2, overrides, fails=True)
     words = complaint(output)
-    assert "another model" in words and "model.dim: 32 -> 64" in output
+    assert "model" in words and "model.dim: 32 -> 64" in output
     assert content(trained) == before
 
 
@@ -146,7 +148,7 @@ def test_run_directory_that_can_not_be_written(tiny_data, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("a file where a folder should be")
     words = complaint(run_ranks(TRAIN, 2, tiny_overrides(tiny_data, blocker / "run"), fails=True))
-    assert "output_dir=" in words and "can't be written" in words
+    assert f"output_dir={blocker / 'run'}" in words and "written" in words
 
 
 def command(*parts: object) -> subprocess.CompletedProcess[str]:
@@ -200,7 +202,7 @@ def test_generate_refuses_an_empty_prompt_file_and_unknown_options(tmp_path, cap
 
     empty = tmp_path / "empty.txt"
     empty.touch()
-    with pytest.raises(ConfigError, match=r"empty\.txt: is empty"):
+    with pytest.raises(ConfigError, match=r"empty\.txt: .*empty"):
         run_generation(build_parser().parse_args(["nowhere", "--prompt-file", str(empty)]))
     with pytest.raises(SystemExit):
         build_parser().parse_intermixed_args(["nowhere", "--beam-width", "3"])

@@ -33,21 +33,21 @@ def step(run_folder: Path, number: int) -> Path:
 
 def test_ls_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("verify", copy)
-    assert capsys.readouterr().out == f"{step(copy, 3)}: good\n{step(copy, 6)}: good\n"
+    assert capsys.readouterr().out == f"{step(copy, 3)}: intact\n{step(copy, 6)}: intact\n"
     (step(copy, 3) / "run.json").write_text("{}")
     run("ls", copy)
     damaged, good = capsys.readouterr().out.splitlines()
     assert damaged.startswith(f"{step(copy, 3)} | damaged: run.json has 2 bytes")
     assert good.startswith(f"{step(copy, 6)} | step 6 | 1 ranks | ZeRO stage 0 | ")
-    with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints"):
         run("verify", copy)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"{copy.parent}: .*no checkpoint"):
         run("ls", copy.parent)
 
 
 def test_diff(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("diff", trained, step(trained, 6))
-    assert capsys.readouterr().out.splitlines()[-1] == "weights and moments are the same"
+    assert "identical" in capsys.readouterr().out.splitlines()[-1]
     run("diff", step(trained, 3), step(trained, 6))
     said = capsys.readouterr().out
     assert said.startswith("step: 3 -> 6; Adam's step: 3 -> 6\n")
@@ -58,7 +58,7 @@ def test_prune_counts_good_ones(copy: Path) -> None:
     shutil.copytree(step(copy, 6), step(copy, 9))  # its manifest is of step 6
     run("prune", copy, "--keep", 1)
     assert [path.name for path in sorted((copy / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
-    with pytest.raises(ConfigError, match="--keep 0: must be at least 1"):
+    with pytest.raises(ConfigError, match="--keep 0: "):
         run("prune", copy, "--keep", 0)
 
 
@@ -67,8 +67,8 @@ def test_paths_from_within_a_run(
 ) -> None:
     monkeypatch.chdir(step(copy, 3))
     run("verify", ".")
-    assert capsys.readouterr().out == f"{step(copy, 3)}: good\n"
-    with pytest.raises(CheckpointError, match=r"step-00000003: exists; name a folder that does not"):
+    assert capsys.readouterr().out == f"{step(copy, 3)}: intact\n"
+    with pytest.raises(CheckpointError, match=r"step-00000003: .*exists"):
         run("export", copy, ".")
     (tmp_path / "link").symlink_to(copy / "checkpoints")
     locked = []
@@ -83,7 +83,7 @@ def test_paths_from_within_a_run(
 def test_a_copy_under_a_name_of_its_own_is_good(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = Path(shutil.copytree(step(copy, 3), copy / "checkpoints" / "step-00000003-best"))
     run("verify", best)
-    assert capsys.readouterr().out == f"{best}: good\n"
+    assert capsys.readouterr().out == f"{best}: intact\n"
 
 
 @pytest.mark.parametrize("size", [[], ["--max-shard-size", "40KB"]])
@@ -99,17 +99,17 @@ def test_an_export_is_the_model(trained: Path, tmp_path: Path, size: list[str]) 
     if size:
         index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
         assert len(files) > 1 and {path.name for path in files} == set(index["weight_map"].values())
-        shapes = CheckpointReader(step(trained, 6)).run["shapes"]
+        shapes = CheckpointReader(step(trained, 6)).record.shapes
         assert index["metadata"]["total_size"] == 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     else:
         assert [path.name for path in files] == ["model.safetensors"]
-    with pytest.raises(CheckpointError, match="exists; name a folder that does not"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'exported'}: .*exists"):
         run("export", trained, tmp_path / "exported", *size)
 
 
 @pytest.mark.parametrize("words", ["0", "2XB", "-1"])
 def test_sizes(trained: Path, tmp_path: Path, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"--max-shard-size {words}: must be"):
+    with pytest.raises(ConfigError, match=f"--max-shard-size {words}: "):
         run("export", trained, tmp_path / "exported", f"--max-shard-size={words}")
 
 
@@ -120,11 +120,11 @@ def test_a_damaged_export_is_refused(trained: Path, tmp_path: Path) -> None:
     document = json.loads(index.read_text())
     name = next(iter(document["weight_map"]))
     index.write_text(json.dumps({"weight_map": document["weight_map"] | {name: "../x.safetensors"}}))
-    with pytest.raises(CheckpointError, match="is no name of a file beside it"):
+    with pytest.raises(CheckpointError, match=r"\.\./x\.safetensors"):
         load_model(folder, [], torch.device("cpu"))
     index.write_text(json.dumps({"weight_map": document["weight_map"] | {name: "absent.safetensors"}}))
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors"):
         load_model(folder, [], torch.device("cpu"))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no export of a model"):
+    with pytest.raises(CheckpointError, match=f"{folder}/?.*: .*export"):
         load_model(folder, [], torch.device("cpu"))

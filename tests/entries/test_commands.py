@@ -13,7 +13,9 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_overrides
 
-from reformer_dist.process.signals import INTERRUPTED
+from reformer_dist.process.exit_status import INTERRUPTED
+
+pytestmark = pytest.mark.jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

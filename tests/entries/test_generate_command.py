@@ -117,7 +117,7 @@ def test_it_writes_up_to_the_last_position(trained, capsys):
 def test_a_prompt_that_is_too_long_is_named(write, tmp_path):
     file = tmp_path / "long.txt"
     file.write_bytes(b"x" * 127)
-    with pytest.raises(ConfigError, match=r"long\.txt: has 127 tokens, and this model takes at most 126"):
+    with pytest.raises(ConfigError, match=r"long\.txt: .*\b127 tokens.*\b126\b"):
         write("--prompt-file", str(file))
 
 

@@ -1,4 +1,4 @@
-"""A decoder whose next token depends on the last one alone, by a table that a test can read."""
+"""A decoder whose logits are a table lookup of the last tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class TableDecoder:
-    """Logits behind a token, or behind two, are a row of the table."""
+    """Logits after one token, or after two, are a row of the table."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
         """[V, V] or, for the last two tokens, [V, V, V]."""
         self.rows_decoded: list[int] = []
 
-    def start(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._tokens = tokens
         return self._logits()
 

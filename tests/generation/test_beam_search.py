@@ -1,4 +1,4 @@
-"""Beam search against every text that there is, and against itself without a cache."""
+"""Beam search against exhaustive search, and with against without KV caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError, UserError
-from reformer_dist.generation import BeamOptions, CachedDecoder, RecomputingDecoder, beam_search
+from reformer_dist.generation import BeamOptions, CachedDecoder, UncachedDecoder, beam_search
 from reformer_dist.models import ReformerLM
 
 EOS = 0
@@ -25,7 +25,7 @@ def ends(tokens: list[int]) -> bool:
 def every_text(
     table: torch.Tensor, prompt: list[int], n_tokens: int, penalty: float
 ) -> dict[tuple[int, ...], float]:
-    """Score of each text: it ends with EOS, or is n_tokens long without one."""
+    """Score of every text that ends with EOS, or has n_tokens tokens without one."""
     log_probabilities = table.log_softmax(-1).tolist()
     vocab_size = table.shape[0]
     scores = {}
@@ -47,7 +47,7 @@ def every_text(
     penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
     seed=st.integers(0, 1000),
 )
-def test_with_beams_for_all_it_finds_the_best_of_all_texts(
+def test_enough_beams_find_the_best_of_all_texts(
     vocab_size: int, n_tokens: int, penalty: float, seed: int
 ) -> None:
     table = random_table(vocab_size, seed, order=3)
@@ -63,8 +63,8 @@ def test_with_beams_for_all_it_finds_the_best_of_all_texts(
 
 
 @given(beams=st.integers(1, 5), n_tokens=st.integers(1, 6), seed=st.integers(0, 1000))
-def test_few_beams_keep_the_best_beginnings(beams: int, n_tokens: int, seed: int) -> None:
-    """Against a search written down plainly, which never stops early."""
+def test_few_beams_keep_the_best_prefixes(beams: int, n_tokens: int, seed: int) -> None:
+    """Against a naive beam search without early stopping."""
     table = random_table(5, seed, order=3)
     log_probabilities = table.log_softmax(-1)
     alive, over = [([1, 1], 0.0)], []
@@ -97,7 +97,7 @@ def test_one_beam_is_greedy() -> None:
 
 
 def test_the_cache_follows_the_beams() -> None:
-    """A real model: beams change places, and what each remembers goes with it."""
+    """With a real model: when beams are reordered, their caches are too."""
     layers = [AttentionKind.lsh, AttentionKind.local, AttentionKind.exact]
     config = ModelConfig(dim=24, n_layers=3, n_heads=2, layers=layers, n_buckets=2, window=4, local_window=3)
     model = ReformerLM(config, 12).eval()
@@ -105,7 +105,7 @@ def test_the_cache_follows_the_beams() -> None:
         model.head.weight.mul_(20)  # sharp enough that scores differ by more than rounding
     prompt = torch.randint(0, 12, (9,), generator=torch.Generator().manual_seed(0))
     options = BeamOptions(4, 1.0)
-    plain = beam_search(RecomputingDecoder(model), prompt, 12, options, ends)
+    plain = beam_search(UncachedDecoder(model), prompt, 12, options, ends)
     moves = []
     cached = CachedDecoder(model, config)
     select = cached.select_rows
@@ -118,7 +118,7 @@ def test_the_cache_follows_the_beams() -> None:
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [1, 0], ids=["at once", "later"])
-def test_a_model_that_diverged_writes_nothing(worst: float, place: int) -> None:
+def test_a_diverged_model_is_refused(worst: float, place: int) -> None:
     table = torch.tensor([[0.0, 1.0, 2.0], [9.0, 1.0, 2.0], [9.0, 1.0, 2.0]])
     table[place, 2] = worst
     with pytest.raises(UserError, match="not finite"):

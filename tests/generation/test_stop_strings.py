@@ -1,4 +1,4 @@
-"""A text shown while it grows: never too much, never torn characters, and it ends where it must."""
+"""Streaming detokenization: complete characters only, nothing past a stop string."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from support.pieces import train_pieces
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer
 from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
-from reformer_dist.generate import _ending
+from reformer_dist.generate import _make_stop_check
 from reformer_dist.generation import TextStream
-from reformer_dist.generation.text import CONTEXT
+from reformer_dist.generation.text_stream import CONTEXT
 
 BYTES = ByteTokenizer()
 
@@ -21,14 +21,14 @@ BYTES = ByteTokenizer()
 def shown(
     tokens: list[int], stops: list[str], decode=BYTES.decode, prompt: Sequence[int] = ()
 ) -> tuple[list[str], bool]:
-    """What comes with each token and at the end, and whether a stop string came."""
+    """Text printed for each token and at the end, and whether a stop string was found."""
     stream = TextStream(decode, stops, prompt)
     parts = []
     for token in tokens:
         parts.append(stream.add(token))
         if stream.is_stopped:
             break
-    return [*parts, stream.close()], stream.is_stopped
+    return [*parts, stream.flush()], stream.is_stopped
 
 
 def test_a_stop_string_across_tokens() -> None:
@@ -36,7 +36,7 @@ def test_a_stop_string_across_tokens() -> None:
     assert is_stopped and parts == ["o", "n", "e", " ", "", "", "", ""]
 
 
-def test_what_only_begins_like_one_is_shown_when_that_is_clear() -> None:
+def test_a_partial_match_is_held_back_until_it_fails() -> None:
     parts, is_stopped = shown(list(b"aENaE"), ["END"])
     assert not is_stopped and parts == ["a", "", "", "ENa", "", "E"]
 
@@ -49,12 +49,12 @@ def test_the_first_of_several_ends_the_text() -> None:
 def test_characters_are_shown_whole() -> None:
     parts, _ = shown(list("né\N{GRINNING FACE}!".encode()), [])
     assert parts == ["n", "", "é", "", "", "", "\N{GRINNING FACE}", "!", ""]
-    # bytes that are no character are shown as such when something follows, or at the end
+    # invalid bytes are printed when something follows, or at the end
     assert "".join(shown([0xFF, 0x41, 0xC3], [])[0]) == "\ufffdA\ufffd"
 
 
 def test_tokens_of_bpe() -> None:
-    """Stop strings lie inside tokens and across them, and a token may hold half a character."""
+    """Stop strings within and across tokens; a token may contain part of a character."""
     text = "the cat sat on the mat. été, \N{GRINNING FACE} naïve " * 20
     tokenizer = BpeTokenizer.train([text.encode()], 290)
     ids = tokenizer.encode(text.encode()).tolist()
@@ -74,7 +74,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
 
 @pytest.mark.parametrize("n_prompt", [0, 1, 5, 20])
 def test_pieces_keep_their_spaces(pieces: SentencePieceTokenizer, n_prompt: int) -> None:
-    """A space before a word is the word's own, which SentencePiece leaves out where a text begins."""
+    """A space before a word belongs to the word, and SentencePiece drops it at the beginning of a text."""
     ids = pieces.encode(SENTENCE.encode()).tolist()
     assert len(ids) > n_prompt + 2 * CONTEXT and pieces.decode(ids) == SENTENCE
     prompt, rest = ids[:n_prompt], ids[n_prompt:]
@@ -85,18 +85,20 @@ def test_pieces_keep_their_spaces(pieces: SentencePieceTokenizer, n_prompt: int)
         assert is_stopped and "".join(parts) == text[: text.index(stop)]
 
 
-def test_a_search_knows_the_space_that_its_first_token_begins_with(pieces: SentencePieceTokenizer) -> None:
+def test_beam_search_keeps_the_space_of_its_first_token(pieces: SentencePieceTokenizer) -> None:
     ids = pieces.encode(b"a model of any layer").tolist()
     first = next(n for n in range(1, len(ids)) if pieces.decode(ids[:n]) == "a")
-    ends = [n for n in range(1, len(ids) - first) if _ending(pieces, ids[:first], [" model"])(ids[first:][:n])]
+    ends = [
+        n for n in range(1, len(ids) - first) if _make_stop_check(pieces, ids[:first], [" model"])(ids[first:][:n])
+    ]
     n_tokens = len(pieces.encode(b"model"))
     assert ends[0] == n_tokens
-    # what the prompt holds ends nothing
-    assert not _ending(pieces, ids[:-1], [" model", "an"])(ids[-1:])
+    # stop strings in the prompt are ignored
+    assert not _make_stop_check(pieces, ids[:-1], [" model", "an"])(ids[-1:])
 
 
 def test_the_cost_of_a_token_does_not_grow() -> None:
-    """Nor with bytes that are no character, of which none follows that would make them one."""
+    """Also with a run of invalid bytes that never become a character."""
     lengths: list[int] = []
 
     def decode(ids: Sequence[int]) -> str:
@@ -125,7 +127,7 @@ def test_any_bytes(tokens: list[int]) -> None:
 )
 def test_any_text(text: str, stops: list[str]) -> None:
     parts, is_stopped = shown(list(text.encode()), stops)
-    # the stop string that is whole first ends the text, at the first place where it or another then stands
+    # the stop string that is complete first ends the text, at the first match of any stop string by then
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     assert is_stopped == bool(ends)
     whole = text[: min(ends)] if ends else text

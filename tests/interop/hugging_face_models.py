@@ -1,4 +1,4 @@
-"""Models of transformers, small and random, and what they compute."""
+"""Small random models of transformers, and their logits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CRIME_AND_PUNISHMENT = SMALL | {
 
 @st.composite
 def options(draw: st.DrawFn) -> dict[str, Any]:
-    """Of a random model."""
+    """Options of a random model."""
     is_decoder = draw(st.booleans())
     after = st.just(0) if is_decoder else st.integers(0, 2)
     chunks = st.sampled_from([4, 6, 8])
@@ -85,7 +85,7 @@ def build(given: dict[str, Any], kind: str | None = None, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     name = kind or ("ReformerModelWithLMHead" if given["is_decoder"] else "ReformerForMaskedLM")
     model = getattr(transformers, name)(transformers.ReformerConfig(**given)).eval()
-    with torch.no_grad():  # theirs start at 1 and 0, which would hide a mistake
+    with torch.no_grad():  # they start at 1 and 0, which would hide mistakes
         for parameter in (p for p in model.parameters() if p.dim() == 1):
             parameter += 0.1 * torch.randn_like(parameter)
     return model
@@ -98,7 +98,7 @@ def logits(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def exactly(model: Any) -> Iterator[list[float]]:
-    """The model in float64, hashing by the rotations that it draws in float32.
+    """Runs the model in float64 with the rotations that it draws in float32.
 
     In float32, theirs gives a token that meets nobody a row of attention that sums to 0.996 to 1.004: its
     logsumexp is taken near -1e5, where numbers lie 0.008 apart. Yields a list that gets the smallest relative

@@ -1,4 +1,4 @@
-"""Language models of reformer_pytorch compute the same here, at equal rotations."""
+"""Imported language models of reformer_pytorch have equal logits with equal rotations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop import reformer_pytorch
-from reformer_dist.models import ReformerLM, hashing
+from reformer_dist.models import ReformerLM, attention
 
 theirs = pytest.importorskip("reformer_pytorch")
 
@@ -57,7 +57,7 @@ def build(seed: int = 0, **options: Any) -> Any:
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:
-    """As docs/interop.md says: the state as safetensors, the arguments as JSON."""
+    """Saves state dict and arguments as docs/interop.md describes."""
     folder.mkdir(exist_ok=True)
     save_file({name: x.clone() for name, x in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**SMALL, **options}))
@@ -65,7 +65,7 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
 
 
 def same_rotations(monkeypatch: pytest.MonkeyPatch, *, is_rotary: bool) -> None:
-    """Both draw the numbers of one generator, layer by layer; theirs are the same for all heads and rows."""
+    """Both draw from one generator, layer by layer; their rotations are the same for all heads and rows."""
 
     generate = torch.randn
 
@@ -75,7 +75,7 @@ def same_rotations(monkeypatch: pytest.MonkeyPatch, *, is_rotary: bool) -> None:
     def ours(n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, *_: Any, **__: Any) -> Tensor:
         ours.calls += 1
         rotations = drawn(ours.calls, head_dim, n_hashes, n_buckets // 2).transpose(0, 1)
-        if is_rotary:  # channels of a head stand in another order here
+        if is_rotary:  # channels of a head are in another order here
             rotations = torch.cat([rotations[:, 0::2], rotations[:, 1::2]], dim=1)
         return rotations.expand(n_heads, -1, -1, -1).contiguous()
 
@@ -84,7 +84,7 @@ def same_rotations(monkeypatch: pytest.MonkeyPatch, *, is_rotary: bool) -> None:
         return drawn(randn.calls, *shape[1:]).to(dtype).expand(shape)
 
     ours.calls = randn.calls = 0
-    monkeypatch.setattr(hashing, "draw_rotations", ours)
+    monkeypatch.setattr(attention, "draw_rotations", ours)
     monkeypatch.setattr(theirs.reformer_pytorch.torch, "randn", randn)
 
 
@@ -101,7 +101,7 @@ def test_the_same_logits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         same_rotations(patched, is_rotary=is_rotary)
         logits = mine(tokens)
-        # in float32, their row of a token that meets nobody does not sum to 1: a logsumexp near -5e4
+        # float64, since in float32 their attention row of a query without keys does not sum to 1
         right = there.double()(tokens)
     assert (logits - right).abs().max() < TOLERANCE
     assert right.std() > 0.1
@@ -117,14 +117,14 @@ def test_wrapped_and_cast(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "n_local_attn_heads": (1, "layers of its own"),
+    "n_local_attn_heads": (1, "layers"),
     "num_mem_kv": (4, "keys"),
     "pkm_layers": ([1], "product-key"),
     "use_scale_norm": (True, "layer norm"),
     "use_rezero": (True, "layer norm"),
     "use_full_attn": (True, "rotary"),
     "ff_activation": ("relu", "GELU"),
-    "attends_twice": (1, "no such option"),
+    "attends_twice": (1, "option"),
     "heads": ("two", "int"),
 }
 
@@ -146,19 +146,19 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
             assert word in str(caught.value)
 
     save(build(), tmp_path, depth=3)
-    complains("reformer.layers.blocks.2", "holds no tensor")
+    complains("reformer.layers.blocks.2", "missing")
     save(build(), tmp_path, depth=1)
-    complains("reformer.layers.blocks.1", "is no tensor")
+    complains("reformer.layers.blocks.1", "not in the model")
     save(build(), tmp_path, dim=32)
     complains("token_emb.weight", "[40, 24]", "[40, 32]")
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     complains("token_emb.weight", "ReformerLM")
     (tmp_path / "model.safetensors").unlink()
     torch.save(build().state_dict(), tmp_path / "model.pt")
-    complains("model.pt", "is a pickle", "save_file", "weights_only=True")
+    complains("model.pt", "pickle", "save_file", "weights_only=True")
 
 
-def test_what_is_said_of_options_that_count_in_training_alone(tmp_path: Path) -> None:
+def test_options_that_affect_training_only_are_noted(tmp_path: Path) -> None:
     save(build(), tmp_path, layer_dropout=0.1, full_attn_thres=32, ff_dropout=0.2, lsh_dropout=0.3)
     found = reformer_pytorch.read(tmp_path)
     assert (found.config.ff_dropout, found.config.attention_dropout) == (0.2, 0.3)

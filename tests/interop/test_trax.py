@@ -1,4 +1,4 @@
-"""Weights in Trax's files: read without running anything, and put where they belong."""
+"""Import of Trax's files: no code is executed, and every weight is mapped correctly."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def flat_weights(options: dict[str, Any], seed: int = 0) -> list[NDArray[Any]]:
 
 
 def nested(flat: list[NDArray[Any]]) -> Any:
-    """The same as older versions have it: tuples of tuples, empty where a layer has no weights."""
+    """The same weights as older versions nest them: in tuples, empty for layers without weights."""
     return ((), flat[0], [tuple(flat[1:3]), ()], (), [tuple(flat[3:9]), (tuple(flat[9:]), ())])
 
 
@@ -101,8 +101,8 @@ def test_all_ways_of_saving_give_the_same_weights(tmp_path: Path) -> None:
         assert all(torch.equal(weights[name], found[0][name]) for name in weights)
 
 
-def test_every_weight_is_where_it_belongs(tmp_path: Path) -> None:
-    """Against the sums that Trax's layers write down, head by head and array by array."""
+def test_every_weight_is_mapped_correctly(tmp_path: Path) -> None:
+    """Against the formulas of Trax's layers, head by head and array by array."""
     write(tmp_path)
     flat = flat_weights(SMALL)
     write_arrays(tmp_path, flat)
@@ -133,13 +133,18 @@ def test_every_weight_is_where_it_belongs(tmp_path: Path) -> None:
     assert torch.equal(model.stack.norm.weight, torch.from_numpy(flat[-4]))
     assert torch.equal(model.head.weight, torch.from_numpy(flat[-2]).T)
     config = found.config
-    assert (config.norm_eps, config.is_concat, config.chunk_wrap, config.qk_scale) == (1e-6, True, True, 1.0)
+    assert (config.norm_eps, config.is_concat, config.compat.chunk_wrap, config.qk_scale) == (
+        1e-6,
+        True,
+        True,
+        1.0,
+    )
     assert [kind.name for kind in config.layers] == ["local", "lsh"]
     assert model(torch.zeros(1, 40, dtype=torch.int64)).isfinite().all()
 
 
 def test_a_model_of_trax_is_one_of_hugging_face(tmp_path: Path) -> None:
-    """The published weights of Hugging Face were Trax's: the one way gives what the other gives."""
+    """Hugging Face's published weights were converted from Trax, so both conversions must agree."""
     from reformer_dist.interop.to_hugging_face import model_files
 
     write(tmp_path)
@@ -149,7 +154,7 @@ def test_a_model_of_trax_is_one_of_hugging_face(tmp_path: Path) -> None:
     options, tensors = model_files(found.config, found.weights, found.vocab_size)
     assert options["num_buckets"] == [4, 2] and options["attn_layers"] == ["local", "lsh"]
     layer = "reformer.encoder.layers.1.attention"
-    # as transformers' own converter has it: heads behind one another, transposed
+    # as in transformers' own converter: concatenated heads, transposed
     right = torch.from_numpy(flat[17]).transpose(1, 2).reshape(-1, 12)
     assert torch.equal(tensors[f"{layer}.self_attention.query_key.weight"], right)
     assert torch.equal(tensors[f"{layer}.output.dense.weight"], torch.from_numpy(flat[19]).reshape(-1, 12).T)
@@ -166,7 +171,7 @@ def test_other_positions_activations_and_layers(tmp_path: Path) -> None:
     assert found.config.n_buckets == 16 and any("n_buckets" in note for note in found.notes)
 
 
-def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
+def test_bfloat16_is_supported(tmp_path: Path) -> None:
     write(tmp_path)
     exact = [torch.from_numpy(array).bfloat16() for array in flat_weights(SMALL)]
     write_arrays(tmp_path, [tensor.view(torch.uint16).numpy() for tensor in exact])
@@ -179,17 +184,17 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     write_arrays(tmp_path, flat[:-1])
     complains(tmp_path, "ends after", "the head, bias")
     write_arrays(tmp_path, [*flat, flat[0]])
-    complains(tmp_path, "1 arrays more")
+    complains(tmp_path, "1 more arrays")
     write_arrays(tmp_path, [*flat[:5], flat[4], *flat[6:]])
     complains(tmp_path, "array 6 (layer 0, w_q)", "[12]", "[2, 12, 6]")
     (tmp_path / "model.weights.npy.gz").write_bytes(gzip.compress(b"\x93NUMPY nothing"))
-    complains(tmp_path, "model.weights.npy.gz", "no array")
+    complains(tmp_path, "model.weights.npy.gz", "no valid array")
     (tmp_path / "model.weights.npy.gz").write_bytes(b"nothing")
-    complains(tmp_path, "can't be unpacked")
+    complains(tmp_path, "can't be decompressed")
     (tmp_path / "model.weights.npy.gz").unlink()
     complains(tmp_path, "has neither")
     write_pickle(tmp_path, {"flat_weights": 2})
-    complains(tmp_path, "holds no weights", "model.weights.npy.gz")
+    complains(tmp_path, "no weights", "model.weights.npy.gz")
     write(tmp_path, ff_use_sru=1)
     complains(tmp_path, "ff_use_sru=1", "recurrent")
     write(tmp_path, reversible=True)
@@ -199,7 +204,7 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
 
 
 class Runs:
-    """A pickle of it runs what it holds."""
+    """Its pickle runs a function when it is loaded."""
 
     def __init__(self, what: Any, *arguments: Any) -> None:
         self.call = (what, arguments)
@@ -209,7 +214,7 @@ class Runs:
 
 
 def hostile(marker: Path) -> dict[str, bytes]:
-    """Pickles that would make the marker, or do what else must not be done, and the opcode that asks for it."""
+    """Malicious or invalid pickles by the opcode to be refused; some would create the marker file."""
     command, touch = f"touch {marker}", f"S'touch {marker}'\n".encode()
     return {
         "STACK_GLOBAL: a command": pickle.dumps(Runs(os.system, command)),
@@ -241,7 +246,7 @@ def test_hostile_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
         read_pickle(hostile(marker)[kind], "model.pkl.gz")
     opcode = kind.partition(":")[0]
     assert str(caught.value).startswith("model.pkl.gz: ")
-    assert not opcode or f"by {opcode}, for" in str(caught.value)
+    assert not opcode or opcode in str(caught.value)
     assert not marker.exists()
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of kernels."""
+"""Fixtures of the kernel tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Memory that nobody has written holds nan, so that whoever reads it is found out."""
+    """Fills uninitialized memory with nan, so that reading it shows in the results."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(x):

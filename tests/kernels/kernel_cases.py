@@ -1,4 +1,4 @@
-"""Small attention calls that between them reach every branch of the kernels, and what each must equal."""
+"""Small attention calls that together reach every branch of the kernels, with errors against the reference."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class KernelCase:
     once: bool = False
     dropout: float = 0.0
     padding: bool = False
-    """Of some tokens in the first row, and of all in the second."""
+    """Masks some tokens of the first batch row and all of the second."""
     shared: bool = False
     crowded: bool = False
-    """All tokens of the first round share the last bucket: the others are empty."""
+    """In the first round all tokens are in the last bucket, and the others are empty."""
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
 
     def tensors(self, device: str) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """q, k, v [2, 2, S, D] as rows of [2, S, 2, D] (those of a projection), ids [2, 2, R, S], mask [2, S]."""
+        """q, k, v [2, 2, S, D] as views of [2, S, 2, D] (a projection), ids [2, 2, R, S], mask [2, S]."""
         generator = torch.Generator().manual_seed(0)
         shape = (2, self.seq_len, 2, self.head_dim)
         drawn = [torch.randn(shape, generator=generator).to(self.dtype).transpose(1, 2) for _ in range(3)]
@@ -43,7 +43,7 @@ class KernelCase:
             mask[1] = False
             mask = mask.to(device)
         if self.shared:
-            drawn[0][0, 0, 3] = 0.0  # a query without direction
+            drawn[0][0, 0, 3] = 0.0  # a zero query has no direction
         return [x.to(device) for x in drawn], ids.to(device, torch.uint8), mask
 
 
@@ -90,31 +90,31 @@ CASES = {
 
 
 def errors(case: KernelCase, device: str) -> dict[str, float]:
-    """Of the output and of each gradient, relative to the largest right number; the right is in float64."""
+    """Errors of the output and of each gradient relative to the largest value of the reference, in float64."""
     inputs, ids, mask = case.tensors(device)
-    given = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
+    settings = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
     rows = torch.tensor([5, 2], device=device)
-    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **given, rows=rows, implementation="triton")
+    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **settings, rows=rows, backend="triton")
     d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
 
     q, k, v = (x.detach().requires_grad_() for x in inputs)
     leaves = (q, v) if case.shared else (q, k, v)
-    found = bucket_attention(q, None if case.shared else k, v, ids, options, mask)
-    found_grads = torch.autograd.grad(found, leaves, d_out)
-    assert found.dtype == case.dtype and all(x.dtype == case.dtype for x in found_grads)
+    out = bucket_attention(q, None if case.shared else k, v, ids, options, mask)
+    grads = torch.autograd.grad(out, leaves, d_out)
+    assert out.dtype == case.dtype and all(x.dtype == case.dtype for x in grads)
 
     q, k, v = (x.detach().double().requires_grad_() for x in inputs)
     keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
-    if case.shared:  # the same rounding of keys
+    if case.shared:  # round the keys as the kernels do
         keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
-    given["unit_numbers"] = options.unit_numbers(2, 2, inputs[0].device)
-    right = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **given)
-    right_grads = torch.autograd.grad(right, (q, v) if case.shared else (q, k, v), d_out.double())
+    settings["head_indices"] = options.head_indices(2, 2, inputs[0].device)
+    expected = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **settings)
+    expected_grads = torch.autograd.grad(expected, (q, v) if case.shared else (q, k, v), d_out.double())
     if case.shared:
-        # a zero query's key has no derivative; both sides call it something finite
-        found_grads[0][0, 0, 3] = 0
-        right_grads[0][0, 0, 3] = 0
-    pairs = zip((found, *found_grads), (right, *right_grads), strict=True)
+        # the key of a zero query has no derivative
+        grads[0][0, 0, 3] = 0
+        expected_grads[0][0, 0, 3] = 0
+    pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
     names = ("output", "dq", "dv") if case.shared else ("output", "dq", "dk", "dv")
     return {
         name: ((a.detach().double() - b.detach()).abs().max() / (1 + b.detach().abs().max())).item()

@@ -1,4 +1,4 @@
-"""The kernels are the oracle, outputs and gradients: under Triton's interpreter, or on a GPU if there is one."""
+"""Outputs and gradients of the kernels equal the reference, under Triton's interpreter or on a GPU if present."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_outputs_and_gradients(case: KernelCase):
-    found = errors(case, DEVICE)
-    assert all(error <= case.tolerance for error in found.values()), found
+    measured = errors(case, DEVICE)
+    assert all(error <= case.tolerance for error in measured.values()), measured
 
 
-def test_groups_of_units(monkeypatch):
+def test_groups_of_heads(monkeypatch):
     from reformer_dist.ops.lsh.triton_kernels import attention
 
-    monkeypatch.setattr(attention, "GROUP_TOKENS", 200)  # groups of two units, of four at hand
-    found = errors(CASES["shared keys"], DEVICE)
-    assert all(error <= 1e-5 for error in found.values()), found
+    monkeypatch.setattr(attention, "GROUP_TOKENS", 200)  # two groups of two heads
+    measured = errors(CASES["shared keys"], DEVICE)
+    assert all(error <= 1e-5 for error in measured.values()), measured
 
 
-def test_the_future_changes_no_bit_of_the_past():
+def test_causality_is_bitwise():
     generator = torch.Generator().manual_seed(0)
     q, v = (torch.randn(1, 2, 90, 16, generator=generator).to(DEVICE) for _ in range(2))
     ids = torch.randint(0, 3, (1, 2, 2, 90), generator=generator).to(DEVICE)
-    options = AttentionOptions(WindowRule(20, True), 4, 0.5, implementation="triton")
+    options = AttentionOptions(WindowRule(20, True), 4, 0.5, backend="triton")
     before = bucket_attention(q, None, v, ids, options)
     edited = [x.clone() for x in (q, v, ids)]
     for x in edited[:2]:
@@ -44,12 +44,12 @@ def test_the_future_changes_no_bit_of_the_past():
     assert not torch.equal(before[:, :, 50:], after[:, :, 50:])
 
 
-def test_two_runs_agree_to_the_last_bit():
+def test_backward_is_deterministic():
     def run():
         generator = torch.Generator().manual_seed(0)
         q, v = (torch.randn(1, 1, 60, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
         ids = torch.randint(0, 2, (1, 1, 2, 60), generator=generator).to(DEVICE)
-        options = AttentionOptions(WindowRule(9, True), 2, 0.5, implementation="triton")
+        options = AttentionOptions(WindowRule(9, True), 2, 0.5, backend="triton")
         out = bucket_attention(q, None, v, ids, options)
         return [out, *torch.autograd.grad(out.square().sum(), (q, v))]
 

@@ -1,4 +1,4 @@
-"""The kernels compile for a real GPU, also where there is none: a compiler is stricter than the interpreter."""
+"""The kernels compile for a real GPU, without one: the compiler is stricter than the interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-SHARED_BYTES_OF_A_BLOCK = 227 * 1024  # compute capability 9.0
+MAX_SHARED_BYTES = 227 * 1024  # compute capability 9.0
 
 
 @pytest.mark.slow
@@ -19,8 +19,8 @@ def test_all_compile(tmp_path):
     script = Path(__file__).with_name("compile_all.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == 15
-    assert all(row["shared_bytes"] <= SHARED_BYTES_OF_A_BLOCK for row in rows)
+    assert all(row["shared_bytes"] <= MAX_SHARED_BYTES for row in rows)

@@ -1,4 +1,4 @@
-"""Parts of the order that the kernels attend each by itself are the whole: outputs and every gradient."""
+"""Attention over the shards of the sorted order adds up to the whole: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
-def test_parts_are_the_whole(case: KernelCase) -> None:
+def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
-        rows=torch.tensor([3, 1], device=DEVICE), implementation="triton",
+        rows=torch.tensor([3, 1], device=DEVICE), backend="triton",
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
-    found = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
+    actual = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
     leaves = [x.detach().float().clone().requires_grad_() for x in ((q, v) if case.shared else (q, k, v))]
-    right = reference_attention(
+    expected = reference_attention(
         leaves[0],
         shared_keys(leaves[0]) if case.shared else leaves[1],
         leaves[-1],
@@ -42,21 +42,21 @@ def test_parts_are_the_whole(case: KernelCase) -> None:
         count_pairs_once=case.once,
         dropout=case.dropout,
         dropout_seed=7,
-        unit_numbers=options.unit_numbers(2, 2, v.device),
+        head_indices=options.head_indices(2, 2, v.device),
     )
-    right = [right.detach(), *torch.autograd.grad(right, leaves, d_out.float())]
-    if case.shared:  # of a query without direction
-        right[1][0, 0, 3] = found[1][0, 0, 3] = 0.0
-    for one, other in zip(found, right, strict=True):
+    expected = [expected.detach(), *torch.autograd.grad(expected, leaves, d_out.float())]
+    if case.shared:  # the key of a zero query has no derivative
+        expected[1][0, 0, 3] = actual[1][0, 0, 3] = 0.0
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() <= case.tolerance * max(1.0, other.abs().max())
 
 
-def test_a_part_without_rows() -> None:
+def test_shard_without_rows() -> None:
     case = replace(CASES["window"], seq_len=3)
     (q, _, v), ids, _ = case.tensors(DEVICE)
-    found = [
-        attend_in_parts(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, implementation=name), None, v, 12)
+    actual = [
+        attend_in_parts(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, backend=name), None, v, 12)
         for name in ("triton", "torch")
     ]
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

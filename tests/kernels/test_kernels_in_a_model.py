@@ -1,4 +1,4 @@
-"""A whole model on the kernels, hash included: loss and gradients are those on plain PyTorch."""
+"""A whole model on the kernels, hash included: loss and gradients equal those of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.config import AttentionImplementation, AttentionKind, ModelConfig
+from reformer_dist.config import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.models import ReformerLM
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def loss_and_grads(implementation: AttentionImplementation) -> dict[str, Tensor]:
+def loss_and_grads(backend: AttentionBackend) -> dict[str, Tensor]:
     config = ModelConfig(
         dim=32,
         n_heads=2,
@@ -26,20 +26,18 @@ def loss_and_grads(implementation: AttentionImplementation) -> dict[str, Tensor]
         local_round=True,
         axial_shape=[8, 8],
         attention_dropout=0.2,
-        attention_implementation=implementation,
+        attention_backend=backend,
     )
     model = ReformerLM(config, 20, seed=3).to(DEVICE)
     tokens = torch.randint(0, 20, (2, 38), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     loss = model(tokens[:, :-1], labels=tokens[:, 1:], step=1, dropout_seed=2)
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
 
 
 def test_loss_and_gradients():
-    kernels, torch_ = (
-        loss_and_grads(name) for name in (AttentionImplementation.triton, AttentionImplementation.torch)
-    )
+    kernels, torch_ = (loss_and_grads(name) for name in (AttentionBackend.triton, AttentionBackend.torch))
     assert kernels.keys() == torch_.keys() and len(kernels) > 10
-    for name, right in torch_.items():
-        torch.testing.assert_close(kernels[name], right, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    for name, grad in torch_.items():
+        torch.testing.assert_close(kernels[name], grad, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

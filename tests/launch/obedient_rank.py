@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from reformer_dist.process.signals import stop_with_launcher
+from reformer_dist.process.signals import terminate_with_launcher
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(int(number))
 
     if name == "wait":
-        stop_with_launcher()
+        terminate_with_launcher()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, save_and_leave)
     (folder / f"rank{rank}.{attempts}.json").write_text(json.dumps({key: os.environ.get(key) for key in kept}))

@@ -21,9 +21,12 @@ from support.tiny import tiny_overrides, write_tiny_dataset
 
 from reformer_dist.config import LauncherConfig
 from reformer_dist.launch.local import run_ranks, threads_per_rank
+from reformer_dist.process.cores import usable_cores
+from reformer_dist.process.exit_status import KILLED, PREEMPTED
 
-PREEMPTED = 75
-KILLED = 128 + signal.SIGKILL
+pytestmark = pytest.mark.jobs
+
+KILLED_BY_SIGKILL = KILLED + signal.SIGKILL
 PATHS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
 START = """
 import sys
@@ -64,7 +67,7 @@ def test_ranks_know_who_they_are(obey, tmp_path):
 
 
 def test_threads_are_a_share_of_the_cores():
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     assert threads_per_rank(1) == cores
     assert threads_per_rank(10 * cores) == 1
 
@@ -127,7 +130,7 @@ def test_ranks_of_a_killed_launcher_are_told_to_stop(tmp_path):
 
 
 def test_a_killed_rank_is_named(obey, capfd):
-    assert obey("wait=1", "die") == KILLED
+    assert obey("wait=1", "die") == KILLED_BY_SIGKILL
     assert capfd.readouterr() == ("", "error: rank 1 of 2 was killed by SIGKILL; begin again\n")
 
 
@@ -138,7 +141,7 @@ def test_a_killed_rank_starts_again_with_all_others(obey, tmp_path, capfd):
 
 
 def test_restarts_come_to_an_end(obey, tmp_path):
-    assert obey("die", max_restarts=1) == KILLED
+    assert obey("die", max_restarts=1) == KILLED_BY_SIGKILL
     assert len(list(tmp_path.glob("rank0.*.json"))) == 2
 
 

@@ -1,4 +1,4 @@
-"""`from reformer_dist import ...` in anyone's own PyTorch code."""
+"""`from reformer_dist import ...` in plain PyTorch code."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_importing_the_library_takes_torch_only() -> None:
 def test_every_name_is_there_and_typed() -> None:
     for name in reformer_dist.__all__:
         assert getattr(reformer_dist, name) is not None and name in dir(reformer_dist)
-    for home in reformer_dist._HOMES:
+    for home in reformer_dist._EXPORTING_MODULES:
         assert getattr(import_module(home), "__all__", None)
     with pytest.raises(AttributeError, match="no attribute 'Reformar'"):
         _ = reformer_dist.Reformar
     assert resources.files(reformer_dist).joinpath("py.typed").is_file()
 
 
-def test_the_function_is_the_definition() -> None:
+def test_lsh_attention_matches_the_reference() -> None:
     qk, v = torch.randn(2, 2, 3, 41, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
     mask = torch.arange(41) < torch.tensor([[41], [30]])
     for causal in (True, False):
@@ -75,13 +75,13 @@ def test_the_function_is_the_definition() -> None:
     hashed = {seed: lsh_attention(qk, v, n_buckets=8, window=5, seed=seed) for seed in (0, 0, 1)}
     assert hashed[0].shape == v.shape and not torch.equal(hashed[0], hashed[1])
     torch.testing.assert_close(
-        hashed[0], lsh_attention(qk, v, n_buckets=8, window=5, implementation="reference"), rtol=1e-4, atol=1e-5
+        hashed[0], lsh_attention(qk, v, n_buckets=8, window=5, backend="reference"), rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("layer_type", [LSHSelfAttention, LocalSelfAttention, ExactSelfAttention])
 @pytest.mark.parametrize("position", [Position.axial, Position.rotary])
-def test_an_attention_layer_alone(layer_type: type[torch.nn.Module], position: Position) -> None:
+def test_a_standalone_attention_layer(layer_type: type[torch.nn.Module], position: Position) -> None:
     layer = layer_type(ModelConfig(**SIZES, position=position, causal=False, attention_dropout=0.1))
     x = torch.randn(2, 300, 24)
     mask = torch.arange(300) < torch.tensor([[300], [200]])
@@ -91,13 +91,13 @@ def test_an_attention_layer_alone(layer_type: type[torch.nn.Module], position: P
     assert torch.equal(out, layer(x, key_padding_mask=mask, step=1, dropout_seed=2))
     layer.eval()
     edited = x.clone()
-    edited[1, 250] += 1  # padding, which nobody sees
+    edited[1, 250] += 1  # padding, to which no token attends
     assert torch.equal(layer(x, key_padding_mask=mask)[:, :200], layer(edited, key_padding_mask=mask)[:, :200])
     if layer_type is LSHSelfAttention:
         assert not torch.equal(layer(x, layer=0), layer(x, layer=1))
 
 
-def test_a_stack_alone() -> None:
+def test_a_standalone_stack() -> None:
     stack = ReformerStack(ModelConfig(**SIZES))
     out = stack(torch.randn(2, 50, 24), step=0)
     out.square().sum().backward()
@@ -106,7 +106,7 @@ def test_a_stack_alone() -> None:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_plain_loop_trains(precision: torch.dtype) -> None:
-    """torch alone: optimizer, autocast, a module of one's own around layers and stack."""
+    """Plain torch: optimizer, autocast, and a custom module around layers and stack."""
 
     class Mine(torch.nn.Module):
         def __init__(self) -> None:
@@ -123,7 +123,7 @@ def test_a_plain_loop_trains(precision: torch.dtype) -> None:
     torch.manual_seed(0)
     model = Mine()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    tokens = torch.arange(60).repeat(4, 1) % 7  # what follows is what came seven before
+    tokens = torch.arange(60).repeat(4, 1) % 7  # each token repeats the one seven before
     losses = []
     for step in range(30):
         with torch.autocast("cpu", dtype=precision, enabled=precision is not torch.float32):

@@ -1,4 +1,4 @@
-"""docs/library.md: its examples run as they stand, its shapes are true, and its table is that of the code."""
+"""docs/library.md: its examples run, its shapes are correct, and its tables match the code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from reformer_dist.interop.reformer_pytorch_api import KEYWORDS, TABLE
+from reformer_dist.interop.reformer_pytorch_api import KEYWORDS, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
@@ -18,18 +18,20 @@ def shape_of(value: Any) -> list[int]:
     return list((value[0] if isinstance(value, tuple) else value).shape)
 
 
-def test_its_examples_run_and_give_the_shapes_that_it_says() -> None:
+def test_its_examples_run_with_the_documented_shapes() -> None:
     names: dict[str, Any] = {}
     checked = 0
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(block, names)
         for line in block.splitlines():
-            said = re.match(r"(?:(?P<names>[\w, ]+) = )?(?P<value>.*?)  # (?P<shape>\[\d.*?\])", line)
-            if said is None:
+            documented = re.match(r"(?:(?P<names>[\w, ]+) = )?(?P<value>.*?)  # (?P<shape>\[\d.*?\])", line)
+            if documented is None:
                 continue
             with torch.no_grad():
-                found = eval(said["names"].split(",")[0] if said["names"] else said["value"], names)
-            assert shape_of(found) == eval(said["shape"]), line
+                found = eval(
+                    documented["names"].split(",")[0] if documented["names"] else documented["value"], names
+                )
+            assert shape_of(found) == eval(documented["shape"]), line
             checked += 1
     assert checked == 7
 
@@ -39,12 +41,12 @@ def table_below(head: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
 
 
-def test_its_tables_are_those_of_the_code() -> None:
-    assert table_below("| there | here |") == {name: row.note for name, row in TABLE.items()}
-    assert table_below("| keyword of a call | why it is refused |") == KEYWORDS
+def test_its_tables_match_the_code() -> None:
+    assert table_below("| there | here |") == {name: row.note for name, row in OPTIONS.items()}
+    assert table_below("| keyword of a call | reason |") == KEYWORDS
 
 
-def test_the_readme_leads_to_it_and_its_example_runs() -> None:
+def test_the_readme_links_to_it_and_its_example_runs() -> None:
     part = (ROOT / "README.md").read_text().partition("## As a library")[2].partition("\n## ")[0]
     assert "(docs/library.md)" in part
     exec(re.search(r"```python\n(.*?)```", part, flags=re.DOTALL)[1], {})

@@ -1,4 +1,4 @@
-"""Small models, tokens for them, and gradients by name."""
+"""Helpers: small models, random tokens, and gradients by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small_model(vocab_size: int = VOCAB, seed: int = 0, **changed: Any) -> Refor
 
 
 def with_recompute(model: ReformerLM, recompute: Recompute) -> ReformerLM:
-    """A copy with the same weights and another way of backward."""
+    """A copy with the same weights and another recompute mode."""
     other = ReformerLM(dataclasses.replace(model.config, recompute=recompute), model.vocab_size, model.seed)
     other.load_state_dict(model.state_dict())
     for name, parameter in other.named_parameters():
@@ -51,7 +51,7 @@ def random_tokens(batch: int = 2, seq_len: int = 37, seed: int = 0, vocab_size: 
 
 
 def shifted(tokens: Tensor) -> Tensor:
-    """Labels: each position's next token; the last has none."""
+    """Labels: the next token at each position; -100 at the last."""
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
 
 
@@ -62,7 +62,7 @@ def grads_of(model: torch.nn.Module) -> dict[str, Tensor]:
 def assert_grads_agree(model: torch.nn.Module, plain: torch.nn.Module, tolerance: float) -> None:
     found, expected = grads_of(model), grads_of(plain)
     assert found.keys() == expected.keys() and found
-    # what is zero but for rounding has no relative error of its own
+    # gradients that are zero up to rounding have no meaningful relative error
     largest = max(grad.norm().item() for grad in expected.values())
     for name in expected:
         error = (found[name] - expected[name]).norm().item()
@@ -74,14 +74,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def source_bytes() -> Tensor:
-    """This repository's own code as a long row of bytes."""
+    """The source code of this package as one row of bytes."""
     package = Path(__file__).parents[2] / "reformer_dist"
     text = b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))
     return torch.tensor(list(text))
 
 
 def train(model: ReformerLM, steps: int, seq_len: int, *, lr: float = 3e-3, batch: int = 2) -> list[float]:
-    """A few steps of AdamW on the repository's bytes; the loss in nats per token of each step."""
+    """Runs AdamW on the package's bytes; returns the loss in nats per token of each step."""
     data = source_bytes()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(0)

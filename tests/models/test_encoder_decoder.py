@@ -1,4 +1,4 @@
-"""The encoder-decoder: gradients, one pass through the encoder, padding, causality, and decoding with a cache."""
+"""Encoder-decoder: gradients, a single encoder pass, padding, causality, and decoding with KV caches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def again(model: ReformerEncoderDecoder, **changed: Any) -> ReformerEncoderDecod
 
 
 def masks(batch: int, source_len: int, target_len: int) -> dict[str, Tensor]:
-    """One source padded behind, one before, and a target padded behind."""
+    """One source padded on the right, one on the left, and a target padded on the right."""
     source_mask = torch.ones(batch, source_len, dtype=torch.bool)
     source_mask[0, source_len // 2 + 1 :] = False
     source_mask[1, : source_len // 3] = False
@@ -89,7 +89,7 @@ def test_two_forwards_before_a_backward() -> None:
 def test_the_encoder_runs_once_forward_and_once_backward(
     depth: int, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention is called once in forward and once more in backward by each encoder block, at any depth."""
+    """Each encoder block calls its attention once in forward and once in backward, at any decoder depth."""
     model = small(n_layers=depth, recompute=recompute)
     calls = {"encoder": 0, "decoder": 0, "through": 0}
     for name, stack in (("encoder", model.encoder), ("decoder", model.stack)):
@@ -106,7 +106,7 @@ def test_the_encoder_runs_once_forward_and_once_backward(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind: CrossAttentionKind) -> None:
-    """On either side of either text."""
+    """On either side of source and target."""
     model = small(cross_attention=kind).eval()
     source, tokens = random_tokens(1, 13), random_tokens(1, 11, seed=1)
     right = model(source, tokens)
@@ -121,7 +121,7 @@ def test_padding_changes_nothing(kind: CrossAttentionKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_target_is_causal_and_the_source_is_seen_whole(kind: CrossAttentionKind) -> None:
+def test_the_target_is_causal_and_attends_to_the_whole_source(kind: CrossAttentionKind) -> None:
     model = small(cross_attention=kind, layers=[LSH, LOCAL], window=64, n_buckets=2).eval()
     source, tokens = random_tokens(1, 40), random_tokens(1, 33, seed=1)
     right = model(source, tokens)
@@ -137,7 +137,7 @@ def test_the_target_is_causal_and_the_source_is_seen_whole(kind: CrossAttentionK
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_hashes", [1, 4, 8])
 def test_decoding_is_forward(kind: CrossAttentionKind, n_hashes: int) -> None:
-    """Step by step behind prompts of different lengths; the encoder and the keys of the source run once."""
+    """Token by token after prompts of different lengths; the encoder and the source keys are computed once."""
     model = small(
         cross_attention=kind, n_hashes=n_hashes, layers=[LSH, LOCAL, EXACT], n_layers=3, axial_shape=[8, 16]
     ).eval()
@@ -157,13 +157,13 @@ def test_decoding_is_forward(kind: CrossAttentionKind, n_hashes: int) -> None:
     with torch.no_grad():
         right = model(source, tokens, source_mask=source_mask, key_padding_mask=mask)
         n_keys = 0
-        reader, state = model.reading(source, source_mask), DecodingState(model.config)
+        reader, state = model.conditioned_on(source, source_mask), DecodingState(model.config)
         found = [reader(tokens[:, :6], key_padding_mask=mask[:, :6], sequence=state)]
         found += [reader(tokens[:, place : place + 1], sequence=state) for place in range(6, 60)]
         assert n_keys == len(model.stack.blocks)
         differences = (torch.cat(found, dim=1) - right).abs()[mask]
         assert differences.max() <= 1e-5
-        # rows change places, as in a beam search
+        # rows are reordered, as in a beam search
         rows = torch.tensor([2, 0, 2])
         state.select_rows(rows)
         step = reader(tokens[rows, -1:], sequence=state)
@@ -187,7 +187,7 @@ def test_rezero_starts_as_the_identity_in_every_sublayer() -> None:
         )
 
 
-def test_a_step_that_goes_around_the_whole_decoder_gives_every_weight_a_gradient() -> None:
+def test_a_step_that_skips_the_whole_decoder_has_a_gradient_for_every_weight() -> None:
     model = small(layer_drop=0.5)
     for block in model.stack.blocks:
         assert isinstance(block, Block)
@@ -198,7 +198,7 @@ def test_a_step_that_goes_around_the_whole_decoder_gives_every_weight_a_gradient
 
 
 def test_bf16_is_close_to_float32() -> None:
-    # without LSH, where the rounding of a vector turns its bucket
+    # without LSH, where rounding a vector changes its bucket
     plain = small(recompute=Recompute.none, layers=[LOCAL, EXACT], encoder_layers=[LOCAL, EXACT])
     source, tokens = random_tokens(2, 21), random_tokens(2, 17)
     expected = run(plain, source, tokens)
@@ -212,7 +212,7 @@ def test_bf16_is_close_to_float32() -> None:
 
 
 def test_reversible_drift_is_that_of_the_worse_stack() -> None:
-    """A layer that were rebuilt with anything else than it ran with would not come back."""
+    """A layer recomputed with other masks or rotations than in forward would not be reconstructed."""
     model = small(cross_attention=CrossAttentionKind.lsh)
     source, tokens = random_tokens(3, 21), random_tokens(3, 17)
     given = masks(3, 21, 17)
@@ -224,7 +224,7 @@ def test_reversible_drift_is_that_of_the_worse_stack() -> None:
             assert model.reversible_drift(source, tokens, **given) == 7
 
 
-def test_an_empty_source_gives_nothing() -> None:
+def test_an_empty_source_contributes_nothing() -> None:
     model = small().eval()
     source, tokens = random_tokens(2, 9), random_tokens(2, 7)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -244,7 +244,7 @@ def test_refusals() -> None:
         small(encoder_layers=[])
 
 
-def test_the_encoder_of_a_language_models_config_is_two_sided() -> None:
+def test_the_encoder_of_a_language_models_config_is_bidirectional() -> None:
     config = ModelConfig(**SMALL)
     encoder = config.encoder()
     assert (encoder.causal, encoder.n_layers, encoder.layers) == (False, config.n_layers, config.layers)

@@ -1,4 +1,4 @@
-"""Norms, narrow embeddings, layer drop, shared values: what each means, and that attention can be looked into."""
+"""Norms, factorized embeddings, layer drop, shared value heads, and attention inspection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_scale_norm() -> None:
 @pytest.mark.parametrize(
     ("norm", "kind"), [(Norm.layer, StreamNorm), (Norm.scale, ScaleNorm), (Norm.rezero, ReZero)]
 )
-def test_every_sublayer_has_the_norm_that_is_asked_for(norm: Norm, kind: type) -> None:
+def test_every_sublayer_has_the_configured_norm(norm: Norm, kind: type) -> None:
     for block in small_model(norm=norm).stack.blocks:
         assert type(block.attention_norm) is type(block.feed_forward_norm) is kind
 
@@ -49,7 +49,7 @@ def test_rezero_has_the_gradients_of_plain_autograd(recompute: Recompute) -> Non
         model = small_model(norm=Norm.rezero, recompute=each, **DROPOUTS)
         for module in model.modules():
             if isinstance(module, ReZero):
-                module.weight.data.fill_(0.4)  # at 0, sublayers would have no gradient to compare
+                module.weight.data.fill_(0.4)  # at 0, sublayers have no gradients to compare
         model(random_tokens(), shifted(random_tokens()), step=0, dropout_seed=1).backward()
         found.append(grads_of(model))
     assert len(found[0]) == len(found[1]) == len(list(model.parameters()))
@@ -69,14 +69,14 @@ def test_a_narrow_embedding(tie: bool, position: Position) -> None:
     assert logits.shape == (2, 37, VOCAB)
     expected = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
     torch.testing.assert_close(model(random_tokens(), labels), expected)
-    if tie:  # logits begin as large as what the head reads, whatever the model's width
+    if tie:  # initial logits have the scale of the head's input, whatever the model's width
         assert model.head.weight.norm(dim=1).mean() == pytest.approx(1.0, abs=0.15)
     assert model.embedding(random_tokens(), torch.arange(37)).std() == pytest.approx(1.4, abs=0.4)
 
 
 @torch.no_grad()
-def test_a_narrow_embedding_is_widened_and_narrowed_by_whole_linear_layers() -> None:
-    """Their biases start at 0, so a model that left them out would begin alike."""
+def test_a_narrow_embedding_is_projected_with_biases() -> None:
+    """The biases start at 0, so a model without them would be the same initially."""
     model = small_model(embedding_dim=10, position=Position.rotary).eval()
     assert model.embedding.to_dim is not None and model.head.to_table is not None
     for layer in (model.embedding.to_dim, model.head.to_table):
@@ -107,23 +107,23 @@ def test_layer_drop_is_a_function_of_seed_and_layer() -> None:
     model = small_model(layers=[LOCAL], n_layers=6, layer_drop=0.4)
     counts: Counter[str] = Counter()
     for seed in range(40):
-        torch.manual_seed(seed % 3)  # which must not matter
+        torch.manual_seed(seed % 3)  # must not matter
         model.zero_grad()
         model(random_tokens(), shifted(random_tokens()), step=seed, dropout_seed=seed).backward()
-        # a layer that was left out has gradients all the same: zeros
-        left_out = [i for i, block in enumerate(model.stack.blocks) if not block.attention.to_v.weight.grad.any()]
+        # a skipped layer has gradients, which are zero
+        skipped = [i for i, block in enumerate(model.stack.blocks) if not block.attention.to_v.weight.grad.any()]
         assert len(grads_of(model)) == len(list(model.parameters()))
-        counts.update(left_out)
-        assert left_out == [i for i in range(6) if _would_leave_out(seed, i, 0.4)]
+        counts.update(skipped)
+        assert skipped == [i for i in range(6) if _is_skipped(seed, i, 0.4)]
     assert len(counts) == 6 and sum(counts.values()) == pytest.approx(0.4 * 240, abs=25)
 
 
-def _would_leave_out(seed: int, layer: int, share: float) -> bool:
-    return derive_seed("dropout", seed, "layer_drop", layer) / 2**63 < share
+def _is_skipped(seed: int, layer: int, p: float) -> bool:
+    return derive_seed("dropout", seed, "layer_drop", layer) / 2**63 < p
 
 
 @torch.no_grad()
-def test_layer_drop_is_for_training_alone_and_leaves_streams_alone() -> None:
+def test_layer_drop_is_for_training_only_and_keeps_streams() -> None:
     model = small_model(layer_drop=0.5)
     without = small_model()
     assert torch.equal(model.eval()(random_tokens()), without.eval()(random_tokens()))
@@ -136,7 +136,7 @@ def test_layer_drop_is_for_training_alone_and_leaves_streams_alone() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_is_shown(causal: bool) -> None:
+def test_inspected_attention(causal: bool) -> None:
     model = small_model(layers=[LSH, LOCAL, EXACT], n_layers=3, causal=causal, local_round=True).eval()
     tokens = random_tokens(2, 50)
     mask = torch.arange(50) < torch.tensor([[50], [40]])
@@ -148,10 +148,10 @@ def test_attention_is_shown(causal: bool) -> None:
     for view in views:
         assert view.weights.shape == (2, 3, 50, 50)
         torch.testing.assert_close(view.weights.sum(dim=-1), torch.ones(2, 3, 50))
-        assert not view.weights[1, :, :40, 40:].any()  # nobody looks at padding
+        assert not view.weights[1, :, :40, 40:].any()  # no query attends to padding
         if causal:
             assert not view.weights.triu(1).any()
-    # without a local round, whoever is looked at shares a bucket in some round
+    # without a local round, every key shares a bucket with its query in some round
     model = small_model(layers=[LSH], n_layers=1, causal=causal).eval()
     (view,) = inspect_attention(model, tokens)
     ids = view.bucket_ids.long()
@@ -160,7 +160,7 @@ def test_attention_is_shown(causal: bool) -> None:
 
 
 @torch.no_grad()
-def test_weights_shown_are_those_that_values_are_summed_by() -> None:
+def test_inspected_weights_reproduce_the_output() -> None:
     config = small_model(layers=[LSH], n_layers=1, neighbours=NeighbourRule.chunk).config
     model = ReformerForSequenceClassification(config, VOCAB, 3).eval()
     tokens = random_tokens(2, 45)
@@ -176,6 +176,6 @@ def test_weights_shown_are_those_that_values_are_summed_by() -> None:
     torch.testing.assert_close((view.weights @ v).transpose(1, 2).flatten(2), outs[0])
 
 
-def test_long_texts_are_not_shown() -> None:
-    with pytest.raises(ValueError, match="5000 tokens: attention is shown for up to 4096"):
+def test_long_inputs_are_not_inspected() -> None:
+    with pytest.raises(ValueError, match=r"\b5000 tokens: .*\b4096\b"):
         inspect_attention(small_model(position=Position.rotary), torch.zeros(1, 5000, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""ff_chunk bounds what a reversible layer's recompute keeps of the feed-forward for its backward."""
+"""ff_chunk bounds the feed-forward activations that a reversible layer's recompute keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reformer_dist.config import Recompute
 
 
 class Kept:
-    """A tensor that some backward is to use, counted while it is held."""
+    """A tensor saved for backward, counted while it is alive."""
 
     bytes = most = 0
 

@@ -1,4 +1,4 @@
-"""What models do with hidden vectors: masked language model, classification, question answering."""
+"""Heads: masked language model, classification, question answering."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from model_helpers import EXACT, LOCAL, LSH, VOCAB, grads_of, random_tokens, relative_error, small_config
 from torch import Tensor
 
-from reformer_dist.config import ModelConfig, Pooling, Recompute, StreamMerge
+from reformer_dist.config import CompatConfig, ModelConfig, Pooling, Recompute, StreamMerge
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
-from reformer_dist.models.base import TokenModel
-from reformer_dist.models.question_answering import EXCLUDED
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.models.question_answering import MASKED_LOGIT
 
 TWO_SIDED: dict[str, Any] = {"causal": False, "layers": [LSH, LOCAL, EXACT], "n_layers": 3}
-CONCAT = {"merge_streams": StreamMerge.concat}
+CONCAT = {"compat": CompatConfig(merge_streams=StreamMerge.concat)}
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
 N_CLASSES = 5
 CLASSES = torch.tensor([3, 0, -100])
 ANSWERS = torch.tensor([[4, 9], [0, 2], [-100, -100]])
-MAKERS: dict[str, Callable[[ModelConfig], TokenModel]] = {
+MAKERS: dict[str, Callable[[ModelConfig], ReformerModel]] = {
     "masked": lambda config: ReformerLM(config, VOCAB),
     "classes": lambda config: ReformerForSequenceClassification(config, VOCAB, N_CLASSES),
     "answers": lambda config: ReformerForQuestionAnswering(config, VOCAB),
@@ -59,7 +59,7 @@ def test_backward_is_that_of_plain_autograd(task: str) -> None:
 
 
 @torch.no_grad()
-def test_a_masked_language_model_sees_both_sides() -> None:
+def test_a_masked_language_model_attends_to_both_sides() -> None:
     model = ReformerLM(small_config(**TWO_SIDED), VOCAB).eval()
     tokens = random_tokens(3)
     edited = tokens.clone()
@@ -78,7 +78,7 @@ def test_classification(pooling: Pooling) -> None:
     tokens, mask = random_tokens(3), padding()
     logits = model(tokens, key_padding_mask=mask)
     assert logits.shape == (3, N_CLASSES) and logits.dtype == torch.float32
-    # the head by hand: on the vectors of real tokens
+    # the head by hand, on the hidden states of real tokens
     hidden = model.encode(tokens, key_padding_mask=mask)
     for row in range(3):
         real = hidden[row, mask[row]]
@@ -87,13 +87,13 @@ def test_classification(pooling: Pooling) -> None:
         torch.testing.assert_close(logits[row], expected)
     expected_loss = F.cross_entropy(logits, CLASSES, reduction="sum", ignore_index=-100)
     torch.testing.assert_close(model(tokens, CLASSES, key_padding_mask=mask), expected_loss)
-    # what stands in the padding changes nothing
+    # tokens in the padding have no effect
     padded = torch.where(mask, tokens, 7)
     assert torch.equal(model(padded, key_padding_mask=mask), logits)
 
 
-def test_the_first_token_of_a_causal_model_decides_nothing() -> None:
-    with pytest.raises(ConfigError, match=r"model\.pooling=first: needs model\.causal=false"):
+def test_first_token_pooling_needs_a_bidirectional_model() -> None:
+    with pytest.raises(ConfigError, match=r"model\.pooling=first: .*model\.causal=false"):
         small_config(pooling=Pooling.first)
     config = small_config(pooling=Pooling.last, layers=[EXACT])
     model = ReformerForSequenceClassification(config, VOCAB, N_CLASSES).eval()
@@ -112,8 +112,8 @@ def test_question_answering() -> None:
     ends = model(tokens, **options)
     assert all(logits.shape == (3, 37) and logits.dtype == torch.float32 for logits in ends)
     for logits in ends:
-        assert torch.equal(logits == EXCLUDED, question | ~mask)
-    columns = ANSWERS + torch.tensor([[0], [9], [0]])  # positions begin behind the padding of the second row
+        assert torch.equal(logits == MASKED_LOGIT, question | ~mask)
+    columns = ANSWERS + torch.tensor([[0], [9], [0]])  # positions of the second row start after its padding
     expected = sum(
         F.cross_entropy(logits, columns[:, end], reduction="sum", ignore_index=-100)
         for end, logits in enumerate(ends)
@@ -121,13 +121,13 @@ def test_question_answering() -> None:
     torch.testing.assert_close(model(tokens, ANSWERS, **options), expected)
 
 
-def test_a_label_where_no_answer_may_lie_is_not_asked_for() -> None:
-    """Behind the text, in its padding, in the question: no training on it has an end, or even a finite loss."""
+def test_labels_at_masked_positions_are_ignored() -> None:
+    """After the text, in its padding, in the question: their loss would be unbounded or infinite."""
     model = ReformerForQuestionAnswering(small_config(**TWO_SIDED), VOCAB).eval()
     tokens, mask = random_tokens(3), padding()
     answers = torch.arange(37).expand(3, -1) >= 10
     options = {"key_padding_mask": mask, "answer_mask": answers}
-    # the first row has 20 tokens, the second begins behind nine, so that its first answer may lie at 1
+    # the first row has 20 tokens, the second starts after nine padded ones, so its first valid answer is at 1
     of_last = model(tokens, torch.tensor([[-100, 15], [-100, 1], [-100, 36]]), **options)
     assert of_last > 0
     for wrong in ([20, 0, 37], [9, 28, 9], [-1, 10_000, 0]):
@@ -136,7 +136,7 @@ def test_a_label_where_no_answer_may_lie_is_not_asked_for() -> None:
     assert model(tokens, torch.full((3, 2), 37)) == 0  # without any mask
 
 
-def test_a_row_without_any_place_for_an_answer_does_no_harm() -> None:
+def test_a_row_without_a_valid_answer_position_has_finite_gradients() -> None:
     model = ReformerForQuestionAnswering(small_config(**TWO_SIDED), VOCAB)
     nowhere = torch.ones(3, 37, dtype=torch.bool)
     nowhere[2] = False
@@ -145,8 +145,8 @@ def test_a_row_without_any_place_for_an_answer_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("task", ["classes", "answers"])
-def test_it_learns_which_or_where(task: str) -> None:
-    """Which token below N_CLASSES stands at every fourth place, or where one of them stands."""
+def test_training_reduces_the_loss(task: str) -> None:
+    """Classify the token below N_CLASSES at every fourth position, or find the position of one."""
     model = MAKERS[task](small_config(**TWO_SIDED | {"layers": [LSH, LOCAL], "n_layers": 2}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     draw = torch.Generator().manual_seed(0)
@@ -167,7 +167,7 @@ def test_it_learns_which_or_where(task: str) -> None:
 
 
 def test_dropout_of_the_head_is_a_function_of_row_and_seed() -> None:
-    """Micro-batches and slices must draw the masks of the whole batch."""
+    """Micro-batches and slices must draw the same masks as the whole batch."""
     model = MAKERS["classes"](small_config(**TWO_SIDED | DROPOUTS))
     tokens = random_tokens(3)
     whole = model(tokens, step=0, dropout_seed=1)

@@ -1,4 +1,4 @@
-"""A trained causal model's logits don't depend on the future, to the last bit; a two-sided one's do."""
+"""Logits of a trained causal model are bitwise independent of later tokens; a bidirectional model's are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained_model(**changed: Any) -> ReformerLM:
 
 @torch.no_grad()
 def largest_leak(model: ReformerLM) -> float:
-    """Largest change of a logit before t after the tokens at and behind t were changed, over several t."""
+    """Largest change of a logit before t when tokens from t on change, over several t."""
     tokens = source_bytes()[-SEQ_LEN:].unsqueeze(0)
     logits = model(tokens)
     leak = 0.0
@@ -56,7 +56,7 @@ def test_chunk_rule_leaks() -> None:
 
 
 @pytest.mark.parametrize("layers", [[LOCAL], [LSH], [EXACT]], ids=str)
-def test_a_two_sided_model_sees_the_future(layers: list[Any]) -> None:
+def test_a_bidirectional_model_attends_to_later_tokens(layers: list[Any]) -> None:
     model = small_model(layers=layers, causal=False).eval()
     tokens = random_tokens()
     edited = tokens.clone()
@@ -79,6 +79,6 @@ def test_padding_does_not_matter(causal: bool, layers: list[Any], neighbours: Ne
     logits = model(tokens, key_padding_mask=mask)
     other = torch.where(mask, tokens, (tokens + 7) % 50)
     assert torch.equal(model(other, key_padding_mask=mask)[mask], logits[mask])
-    # and padding at the end is as good as a shorter text
+    # padding on the right is equivalent to a shorter row
     alone = model(tokens[:1, :41])
     torch.testing.assert_close(alone, logits[:1, :41], atol=1e-4, rtol=1e-4)

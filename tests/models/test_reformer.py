@@ -1,4 +1,4 @@
-"""The language model: what decides its draws, dtypes, lengths and positions."""
+"""Language model: randomness, dtypes, lengths and positions."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_a_step_draws_its_rotations() -> None:
     assert loss_of(model, step=1).item() == losses[1]
 
 
-def test_layers_draw_rotations_of_their_own() -> None:
+def test_layers_draw_their_own_rotations() -> None:
     model = small_model(layers=[LSH], share_layers=True, n_layers=2).eval()
     alone, other = (model.stack.blocks[0].attention for _ in range(2))
     x = torch.randn(2, 37, 24)
-    context = model._open(random_tokens(), {"step": 0})
+    context = model._build_context(random_tokens(), {"step": 0})
     assert not torch.equal(alone(x, context, 0, None), other(x, context, 1, None))
 
 
@@ -60,7 +60,7 @@ def test_dropout_is_a_function_of_its_seed() -> None:
     assert torch.equal(loss, loss_of(model, step=0, dropout_seed=1))
     assert not torch.equal(loss, loss_of(model, step=0, dropout_seed=2))
     assert torch.equal(state, torch.random.get_rng_state())
-    # evaluation knows no dropout; training without a seed draws one
+    # evaluation has no dropout; training without a seed draws one
     assert torch.equal(loss_of(model.eval(), dropout_seed=1), loss_of(model.eval(), dropout_seed=2))
     torch.manual_seed(0)
     assert not torch.equal(loss_of(model.train(), step=0), loss_of(model, step=0))
@@ -75,7 +75,7 @@ def test_backward_leaves_the_global_random_state(recompute: Recompute) -> None:
 
 
 def test_streams_stay_float32_in_bf16() -> None:
-    """Half precision streams lose what layers add, and drift when they are rebuilt."""
+    """Half-precision streams would lose small updates, and drift in reconstruction."""
     model = small_model(n_layers=6)
     expected = loss_of(model, step=0)
     drift = model.reversible_drift(random_tokens())
@@ -103,25 +103,25 @@ def test_bf16_gradients_of_reversible_and_plain_agree() -> None:
 
 
 @pytest.mark.parametrize("position", [Position.axial, Position.learned])
-def test_too_long_a_text_is_refused(position: Position) -> None:
+def test_too_long_inputs_are_refused(position: Position) -> None:
     model = small_model(position=position, axial_shape=[4, 10], max_seq_len=40)
     model(random_tokens(1, 40))
-    with pytest.raises(ValueError, match=r"41 tokens.* end at 40"):
+    with pytest.raises(ValueError, match=r"\b41 tokens.*\b40\b"):
         model(random_tokens(1, 41))
 
 
 @pytest.mark.parametrize("position", [Position.rotary, Position.sinusoidal])
-def test_other_positions_know_no_end(position: Position) -> None:
+def test_other_positions_have_no_limit(position: Position) -> None:
     assert small_model(position=position)(random_tokens(1, 300)).shape == (1, 300, 50)
 
 
-def test_positions_are_told_apart() -> None:
+def test_positions_are_distinct() -> None:
     axial = AxialPositions([3, 4, 5], [2, 3, 4])
     for table in axial.tables:
         torch.nn.init.normal_(table)
     for vectors in (axial(torch.arange(60)), SinusoidalPositions(7)(torch.arange(60))):
         assert vectors.unique(dim=0).shape[0] == 60
-    # the last side turns fastest, and a side's vectors repeat
+    # the last side varies fastest, and the vectors of a side repeat
     assert axial(torch.arange(60)).shape == (60, 9)
     assert torch.equal(axial(torch.tensor([0, 20]))[0, 2:], axial(torch.tensor([0, 20]))[1, 2:])
 
@@ -138,11 +138,13 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     assert all(table.std().item() == pytest.approx(1, abs=0.1) for table in model.embedding.positions.tables)
 
 
-def test_health_of_lsh_layers_is_reported() -> None:
-    health: list[Any] = []
+def test_bucket_stats_of_lsh_layers_are_collected() -> None:
+    bucket_stats: list[Any] = []
     model = small_model(layers=[LOCAL, LSH], n_layers=4)
-    model(random_tokens(), shifted(random_tokens()), step=0, health=health).backward()
-    assert len(health) == 2 and all(h.largest_over_mean >= 1 and 0 <= h.full_windows <= 1 for h in health)
+    model(random_tokens(), shifted(random_tokens()), step=0, bucket_stats=bucket_stats).backward()
+    assert len(bucket_stats) == 2 and all(
+        h.largest_over_mean >= 1 and 0 <= h.full_windows <= 1 for h in bucket_stats
+    )
 
 
 def test_it_learns() -> None:

@@ -22,12 +22,21 @@ from model_helpers import (
 )
 from torch import Tensor
 
-from reformer_dist.config import Activation, HashScheme, NeighbourRule, Norm, Position, Recompute, StreamMerge
-from reformer_dist.models import ReformerLM, hashing
-from reformer_dist.models.context import ForwardContext, Memo
+from reformer_dist.config import (
+    Activation,
+    CompatConfig,
+    HashScheme,
+    NeighbourRule,
+    Norm,
+    Position,
+    Recompute,
+    StreamMerge,
+)
+from reformer_dist.models import ReformerLM, attention
+from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.models.stack import ReformerStack
-from reformer_dist.ops.dropout import TokenPlaces
+from reformer_dist.ops.dropout import TokenCoords
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
 CHANGES: list[dict[str, Any]] = [
@@ -48,14 +57,21 @@ CHANGES: list[dict[str, Any]] = [
     {"activation": Activation.glu},
     {"ff_chunk": 10, **DROPOUTS},
     {"neighbours": NeighbourRule.chunk},
-    {"neighbours": NeighbourRule.chunk, "causal": False, "n_chunks_after": 1, "chunk_wrap": True, **DROPOUTS},
     {
         "neighbours": NeighbourRule.chunk,
-        "chunk_wrap": True,
-        "local_chunk_len": 6,
-        "merge_streams": StreamMerge.concat,
+        "causal": False,
+        "n_chunks_after": 1,
+        "compat": CompatConfig(chunk_wrap=True),
+        **DROPOUTS,
     },
-    {"bucket_factors": [2, 2], "hash_seed": 7, "attention_bias": True, "ff_dim": 30, "axial_sum": True},
+    {
+        "neighbours": NeighbourRule.chunk,
+        "compat": CompatConfig(chunk_wrap=True, local_chunk_len=6, merge_streams=StreamMerge.concat),
+    },
+    {
+        "ff_dim": 30,
+        "compat": CompatConfig(bucket_factors=[2, 2], hash_seed=7, attention_bias=True, axial_sum=True),
+    },
     {"activation": Activation.gelu_tanh},
     {"local_round": True, "count_pairs_once": True, **DROPOUTS},
     {"hash_scheme": HashScheme.floor},
@@ -96,7 +112,7 @@ def test_lengths_and_padding(seq_len: int, padded: bool) -> None:
         mask = torch.ones(3, seq_len, dtype=torch.bool)
         mask[0, seq_len // 2 :] = False
         mask[1] = False
-    # without a loss, for one token has no next one
+    # without a loss, since a single token has no next token
     for recompute in (Recompute.none, Recompute.reversible):
         model = with_recompute(plain, recompute)
         out = model(tokens, key_padding_mask=mask, step=0, dropout_seed=1)
@@ -134,7 +150,7 @@ def test_two_forwards_before_a_backward(recompute: Recompute, backward_order: tu
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_a_frozen_embedding_does_not_silence_the_stack(recompute: Recompute) -> None:
+def test_the_stack_trains_under_a_frozen_embedding(recompute: Recompute) -> None:
     plain = small_model(recompute=Recompute.none)
     run(plain, random_tokens())
     frozen = with_recompute(plain, recompute)
@@ -159,7 +175,7 @@ def test_partly_frozen_blocks(trained: str) -> None:
 @pytest.mark.parametrize("is_inside", [False, True])
 @pytest.mark.parametrize("layers", [[LOCAL, LSH], [EXACT]], ids=str)
 def test_bf16_autocast(layers: list[Any], is_inside: bool) -> None:
-    """Backward is called in the autocast context or, as it should be, outside: the recompute has to remember."""
+    """Backward inside the autocast context or, as recommended, outside: the recompute restores autocast."""
     plain = small_model(recompute=Recompute.none, layers=layers, **DROPOUTS)
     losses = []
     for recompute, tolerance in ((Recompute.none, 0.0), (Recompute.checkpoint, 0.0), (Recompute.reversible, 0.03)):
@@ -188,24 +204,24 @@ def test_the_recompute_runs_in_the_dtypes_of_the_forward(recompute: Recompute) -
 
 
 @pytest.mark.parametrize("is_autocast", [False, True])
-def test_streams_are_rebuilt(is_autocast: bool) -> None:
-    """The inverse finds each layer's input again: exactly the sublayers' outputs, also under autocast."""
+def test_streams_are_reconstructed(is_autocast: bool) -> None:
+    """The inverse reconstructs the input of each layer, also under autocast."""
     stack = ReformerStack(small_config(n_layers=6))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
-    places = TokenPlaces(None, torch.arange(37))
-    context = ForwardContext(dropout_seed=None, rotation_seed=1, places=places, sequence=WholeSequence())
-    memos = [Memo() for _ in range(6)]
+    coords = TokenCoords(None, torch.arange(37))
+    context = ForwardContext(dropout_seed=None, rotation_seed=1, coords=coords, sequence=WholeSequence())
+    caches = [RecomputeCache() for _ in range(6)]
     streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
         for layer, block in enumerate(stack.blocks):
-            streams.append(block(*streams[-1], context, layer, memo=memos[layer]))
+            streams.append(block(*streams[-1], context, layer, cache=caches[layer]))
         rebuilt = streams[-1]
         for layer in reversed(range(6)):
-            rebuilt = stack.blocks[layer](*rebuilt, context, layer, memo=memos[layer], is_inverse=True)
+            rebuilt = stack.blocks[layer](*rebuilt, context, layer, cache=caches[layer], is_inverse=True)
             for found, expected in zip(rebuilt, streams[layer], strict=True):
                 assert found.dtype == torch.float32
-                # a rounding error of a stream may turn the last bit of a sublayer's bf16 input
+                # a rounding error of a stream may change the last bit of a sublayer's bf16 input
                 assert (found - expected).abs().max() <= (1e-2 if is_autocast else 2e-6)
 
 
@@ -218,9 +234,9 @@ def test_backward_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_the_recompute_takes_the_buckets_of_the_forward(recompute: Recompute) -> None:
+def test_the_recompute_reuses_the_buckets_of_the_forward(recompute: Recompute) -> None:
     model = small_model(recompute=recompute, layers=[LSH, LOCAL], n_layers=4)
-    with mock.patch.object(hashing, "hash_vectors", wraps=hashing.hash_vectors) as hashed:
+    with mock.patch.object(attention, "hash_vectors", wraps=attention.hash_vectors) as hashed:
         loss = model(random_tokens(), shifted(random_tokens()), step=0)
         assert hashed.call_count == 2
         loss.backward()

@@ -1,4 +1,4 @@
-"""Random attention inputs, drawn by hypothesis as sizes and a seed, and how they are compared."""
+"""Random attention inputs, drawn by hypothesis as sizes and a seed, and their comparison."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def random_inputs(*shape: int, seed: int = 0) -> list[Tensor]:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Softmax over the visible keys; a query that sees none takes its own value."""
+    """Softmax over the visible keys; the output of a query without any is its own value."""
     own = torch.eye(visible.shape[-1], dtype=torch.bool)
     visible = visible | (own & ~visible.any(-1, keepdim=True))
     scores = (scale * q @ k.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
@@ -47,7 +47,7 @@ def test_pairs_counted_once_is_softmax_over_the_union(rule: Rule) -> None:
     torch.testing.assert_close(out, dense(q, k, v, met_in_any, 0.5), atol=1e-5, rtol=1e-5)
 
 
-def test_equal_rounds_change_nothing() -> None:
+def test_repeated_rounds_change_nothing() -> None:
     q, k, v = random_inputs(1, 2, 70, 8)
     one = torch.randint(0, 4, (1, 2, 1, 70), generator=torch.Generator().manual_seed(1))
     for once in (True, False):
@@ -82,7 +82,7 @@ def test_rows_sum_to_one(dtype: torch.dtype, rule: Rule, scale: float) -> None:
     assert (out - 1).abs().max() <= ulp
 
 
-def test_large_logits_are_no_problem() -> None:
+def test_large_logits_stay_finite() -> None:
     q, k, v = (100 * x for x in random_inputs(1, 1, 64, 8))
     ids = torch.zeros(1, 1, 2, 64, dtype=torch.uint8)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -91,8 +91,8 @@ def test_large_logits_are_no_problem() -> None:
     assert all(torch.isfinite(x).all() for x in (out, *grads))
 
 
-def test_a_shorter_text_is_a_prefix_of_a_longer_one() -> None:
-    """Tiles depend on the length, so this holds to rounding: it is what incremental decoding leans on."""
+def test_a_prefix_has_the_outputs_of_the_full_sequence() -> None:
+    """Incremental decoding relies on this. It holds to rounding, since tile sizes depend on the length."""
     q, k, v = random_inputs(1, 2, 700, 16)
     ids = torch.randint(0, 8, (1, 2, 4, 700), generator=torch.Generator().manual_seed(1))
     options = AttentionOptions(WindowRule(12, causal=True), 8, scale=0.5)

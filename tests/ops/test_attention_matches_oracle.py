@@ -1,4 +1,4 @@
-"""The fast path is the oracle: outputs and gradients of q, k and v, over drawn shapes, rules and options."""
+"""The torch backend matches the reference: outputs and gradients, over drawn shapes, rules and options."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def test_many_groups_spans_and_deep_buckets(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.GROUP_TOKENS, "cpu", group_tokens)
         patch.setitem(tiles.SPAN_SLOTS, "cpu", span_slots)
-        patch.setattr(tiles, "DEEPEST_LEVEL", deepest_level)
+        patch.setattr(tiles, "MAX_SHALLOW_TILES", deepest_level)
         assert_fast_is_oracle(case)
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases(st.one_of(window_rules(), chunk_rules())))
 def test_bf16(case: Case) -> None:
-    # the backward takes rowsum(dO * o) from an output rounded to 8 bits, up to 16 wide and some units large:
-    # where the true dq is 0 (a single key), that rounding is all there is
+    # the backward computes rowsum(dO * o) from an output rounded to 8 bits, over up to 16 dimensions:
+    # where the true dq is 0 (a single key), only that rounding remains
     assert_fast_is_oracle(case, torch.bfloat16, tolerance=0.1)
 
 

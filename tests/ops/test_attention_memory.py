@@ -1,4 +1,4 @@
-"""Nothing of size n_hashes * seq_len * head_dim ever exists, and what backward keeps doesn't grow with rounds."""
+"""No tensor has size n_hashes * seq_len * head_dim, and what is saved for backward does not grow with rounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RULES = [WindowRule(64, causal=True), WindowRule(64, causal=False), ChunkRule(64
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of a float tensor's storage that any operation gave back."""
+    """Records the largest storage of a float tensor returned by any operation, in elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ def test_no_tensor_holds_all_rounds(rule: Rule, changed: dict[str, Any], backend
     with LargestTensor() as largest:
         *_, out = run(rule, N_HASHES, backend=backend, **changed)
         out.sum().backward()
-    # one round's sorted copy may have as many empty slots as taken ones; a span's scores are as many
+    # the sorted copy of a round may be half empty slots; the scores of a span have a similar size
     assert SEQ_LEN * HEAD_DIM <= largest.numel <= N_HASHES * SEQ_LEN * HEAD_DIM // 4
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_heads_are_attended_group_by_group(rule: Rule) -> None:
+def test_heads_are_processed_in_groups(rule: Rule) -> None:
     """Scratch memory is that of a group, however many heads there are."""
     sizes = []
     for n_heads in (8, 32):
@@ -73,13 +73,13 @@ def test_heads_are_attended_group_by_group(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_what_backward_keeps_does_not_grow_with_rounds(backend: str) -> None:
-    kept = []
+def test_saved_tensors_do_not_grow_with_rounds(backend: str) -> None:
+    saved_sizes = []
     for n_hashes in (1, 16):
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             *_, out = run(RULES[0], n_hashes, backend=backend)
-        kept.append(sum(t.numel() for t in saved))
+        saved_sizes.append(sum(t.numel() for t in saved))
         ids = [t for t in tree_leaves(vars(out.grad_fn.exchange)) if isinstance(t, Tensor)]
         assert sum(t.numel() * t.element_size() for t in ids) == n_hashes * SEQ_LEN
-    assert kept[0] == kept[1]
+    assert saved_sizes[0] == saved_sizes[1]

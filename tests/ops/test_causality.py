@@ -1,4 +1,4 @@
-"""The window rule is causal to the last bit, hashing included; the chunk rule leaks, so these tests can fail."""
+"""The window rule is causal to the last bit, hashing included. The chunk rule leaks, so these tests can fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hash_and_attend(q: Tensor, v: Tensor, options: AttentionOptions, scheme: str
 def leaks(
     options: AttentionOptions, seq_len: int, dtype: torch.dtype = torch.float32, scheme: str = "rotation"
 ) -> int:
-    """Outputs before t that differ after q and v at and behind t were changed, over several t."""
+    """Number of outputs before t that change if q and v change from t on, over several t."""
     generator = torch.Generator().manual_seed(seq_len)
     shape = (1, 3, seq_len, 8)
     q, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
@@ -43,7 +43,7 @@ def leaks(
     for t in sorted({0, 1, seq_len // 3, seq_len // 2, seq_len - 17, seq_len - 1}):
         if not 0 <= t < seq_len:
             continue
-        # one direction for all: every bucket's count changes, and one bucket becomes very full
+        # all in one direction: the size of every bucket changes, and one becomes very full
         other_q, other_v = q.clone(), v.clone()
         other_q[:, :, t:] = torch.randn(1, 3, 1, 8, generator=generator).to(dtype)
         other_v[:, :, t:] *= -100
@@ -81,7 +81,7 @@ def test_chunk_rule_leaks(seq_len: int) -> None:
 
 
 @pytest.mark.parametrize("rule", [WindowRule(16, causal=True), ChunkRule(16, causal=True)])
-def test_gradients_of_the_past_alone(rule: Rule) -> None:
+def test_gradients_are_causal(rule: Rule) -> None:
     """With hashing left out, no gradient flows from an output to a later token, under either rule."""
     q, k, v = (torch.randn(1, 2, 200, 8, requires_grad=True) for _ in range(3))
     ids = torch.randint(0, 8, (1, 2, 3, 200))

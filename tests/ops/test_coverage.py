@@ -1,4 +1,4 @@
-"""Attention coverage against dense matrices: the oracle's pairs, and a softmax over all of them."""
+"""Attention coverage against dense matrices: the pairs of the reference, and a softmax over all pairs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inputs(seed: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, padded: bool, seed: int) -> None:
-    monkeypatch.setattr(module, "QUERIES_AT_A_TIME", 16)
+    monkeypatch.setattr(module, "QUERY_CHUNK", 16)
     q, k, bucket_ids = inputs(seed, rounds=3)
     mask = torch.ones(BATCH, SEQ_LEN, dtype=torch.bool)
     if padded:
@@ -56,27 +56,27 @@ def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, pad
 def test_one_bucket_without_a_window_finds_everything(causal: bool) -> None:
     q, k, bucket_ids = inputs(0, rounds=1)
     options = AttentionOptions(WindowRule(SEQ_LEN, causal), 1, scale=1.0)
-    shares = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).shares()
-    assert shares == {"mass": pytest.approx(1.0, abs=1e-6), "pairs": 1.0}
+    fractions = measure_coverage(q, k, torch.zeros_like(bucket_ids), options).fractions()
+    assert fractions == {"mass": pytest.approx(1.0, abs=1e-6), "pairs": 1.0}
 
 
 def test_hashing_finds_more_than_chance() -> None:
-    """With alike vectors in one bucket, the mass is far above the share of pairs; with random ids it is not."""
+    """The mass far exceeds the fraction of pairs if a bucket has similar vectors, but not with random ids."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(BUCKETS, DIM, generator=generator), dim=-1)
     kind = torch.randint(BUCKETS, (1, 1, 1, 200), generator=generator)
     q = 5 * centres[kind[:, :, 0]]
     options = AttentionOptions(WindowRule(200, causal=True), BUCKETS, scale=1.0)
-    hashed = measure_coverage(q, shared_keys(q), kind, options).shares()
+    hashed = measure_coverage(q, shared_keys(q), kind, options).fractions()
     random_ids = kind[..., torch.randperm(200, generator=generator)]
-    chance = measure_coverage(q, shared_keys(q), random_ids, options).shares()
+    chance = measure_coverage(q, shared_keys(q), random_ids, options).fractions()
     assert hashed["mass"] > 2.5 * hashed["pairs"]
     assert chance["mass"] == pytest.approx(chance["pairs"], abs=0.08)
 
 
-def test_sums_add_up() -> None:
+def test_coverages_add_up() -> None:
     total = Coverage()
     for number in (1, 2):
         total.add(Coverage(mass=0.5 * number, queries=number, pairs_met=number, pairs=4 * number))
-    assert total.shares() == {"mass": 0.5, "pairs": 0.25}
-    assert Coverage().shares() == {"mass": 0.0, "pairs": 0.0}
+    assert total.fractions() == {"mass": 0.5, "pairs": 0.25}
+    assert Coverage().fractions() == {"mass": 0.0, "pairs": 0.0}

@@ -1,4 +1,4 @@
-"""Attention to another sequence is its oracle: outputs and gradients, dense and by tiles, at any two lengths."""
+"""Cross attention matches its reference: outputs and gradients, dense and tiled, for any two lengths."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def by_oracle(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         count_pairs_once=options.count_pairs_once,
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
-        unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+        head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
     )
 
 
@@ -105,10 +105,10 @@ def assert_is_oracle(case: Case, dtype: torch.dtype = torch.float32, tolerance: 
     inputs = [x.to(dtype) for x in inputs]
     fast, slow = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
     out = run(*fast, ids, case.options, mask)
-    right = by_oracle(case, *slow)
+    expected_out = by_oracle(case, *slow)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(case.seed + 1)).to(dtype)
     found = [out, *torch.autograd.grad(out, fast, d_out)]
-    expected = [right, *torch.autograd.grad(right, slow, d_out.double())]
+    expected = [expected_out, *torch.autograd.grad(expected_out, slow, d_out.double())]
     for name, ours, theirs in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         assert ours.dtype == dtype
         error = (ours.double() - theirs).abs().max().item()
@@ -149,18 +149,18 @@ def test_bf16(dropout: float) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("shape", [(5, 9), (300, 200)])
-def test_without_ids_every_key_is_seen(shape: tuple[int, int], dropout: float) -> None:
+def test_without_ids_a_query_attends_to_every_key(shape: tuple[int, int], dropout: float) -> None:
     options = CrossOptions(1, 0.3, dropout=dropout, dropout_seed=3)
     case = Case(*shape, 1, options, padding="row")
     qkv, _, mask = case.tensors()
     found = run(*qkv, None, options, mask)
     assert torch.allclose(found, by_oracle(case, *qkv), atol=1e-6)
-    assert found[0].abs().max() == 0  # an empty source gives nothing
+    assert found[0].abs().max() == 0  # an empty source has zero output
     assert found[1].abs().min() > 0
 
 
-def test_a_query_sees_its_bucket_alone() -> None:
-    """By hand: two keys of the query's bucket, one of another, one of its bucket that is padding."""
+def test_a_query_attends_to_its_bucket_only() -> None:
+    """Worked example: two keys in the query's bucket, one in another, one in its bucket that is padding."""
     q, k = torch.ones(1, 1, 2, 1), torch.tensor([0.0, 1.0, 5.0, 7.0]).view(1, 1, 4, 1)
     v = torch.tensor([1.0, 2.0, 40.0, 80.0]).view(1, 1, 4, 1)
     ids = torch.tensor([3, 0]).view(1, 1, 1, 2), torch.tensor([3, 3, 1, 3]).view(1, 1, 1, 4)

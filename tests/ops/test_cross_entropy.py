@@ -1,4 +1,4 @@
-"""Chunked cross entropy is torch's cross entropy: value and gradients, whatever the chunk."""
+"""Chunked cross entropy matches torch's: value and gradients, for any chunk size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reformer_dist.ops.cross_entropy import IGNORED, chunked_cross_entropy
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 
 DIM, VOCAB = 12, 31
 
@@ -22,13 +22,13 @@ def draw(n: int, dtype: torch.dtype, ignored: float, has_bias: bool, seed: int) 
     shapes = [(n, DIM), (VOCAB, DIM), (VOCAB,)][: 3 if has_bias else 2]
     leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     labels = torch.randint(0, VOCAB, (n,), generator=generator)
-    return leaves, labels.masked_fill(torch.rand(n, generator=generator) < ignored, IGNORED)
+    return leaves, labels.masked_fill(torch.rand(n, generator=generator) < ignored, IGNORE_INDEX)
 
 
 def plain(leaves: list[Tensor], labels: Tensor) -> Tensor:
     hidden, weight, *bias = (x.float() for x in leaves)
     logits = F.linear(hidden, weight, bias[0] if bias else None)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def chunked(leaves: list[Tensor], labels: Tensor, chunk: int) -> Tensor:
@@ -49,7 +49,7 @@ def test_value_and_gradients(n: int, chunk: int, ignored: float, has_bias: bool,
     losses = chunked(leaves, labels, chunk), plain(leaves, labels)
     assert losses[0].dtype == torch.float32 and losses[0].shape == ()
     torch.testing.assert_close(*losses)
-    # a scaled loss, as the engine makes it
+    # a scaled loss, as in the engine
     found, expected = (torch.autograd.grad(loss * 0.37, leaves) for loss in losses)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 

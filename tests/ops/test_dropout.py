@@ -1,4 +1,4 @@
-"""Both kinds of dropout: the share that is kept, what the mask depends on, and that nothing else moves."""
+"""Attention and token dropout: keep rate, what the mask depends on, and no use of global random state."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.dropout import TokenPlaces, keep_mask, token_dropout, token_keys
+from reformer_dist.ops.dropout import TokenCoords, keep_mask, token_dropout, token_keys
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.seeds import derive_seed
 
-PLACES = TokenPlaces(rows=torch.tensor([3, 9, 0, 7, 5, 4]), positions=torch.arange(100, 140))
+COORDS = TokenCoords(rows=torch.tensor([3, 9, 0, 7, 5, 4]), positions=torch.arange(100, 140))
 
 
 def mask(seed: int = 0, head: int = 0, round_: int = 0, n: int = 300, dropout: float = 0.5) -> Tensor:
@@ -27,7 +27,7 @@ def test_keep_rate(dropout: float) -> None:
     for seed in (0, 1, 2**40 + 7):
         kept = mask(seed, dropout=dropout).float()
         assert kept.mean().item() == pytest.approx(1 - dropout, abs=0.01)
-        # no query and no key is favoured
+        # the same for every query and key
         spread = (dropout * (1 - dropout) / 300) ** 0.5
         for axis in (0, 1):
             assert (kept.mean(axis) - 1 + dropout).abs().max().item() < 5 * spread
@@ -68,23 +68,23 @@ def test_expectation_of_attention_dropout_is_attention() -> None:
 def test_token_dropout(dtype: torch.dtype) -> None:
     x = torch.ones(6, 40, 500, dtype=dtype)
     state = torch.random.get_rng_state()
-    out = token_dropout(x, 0.2, 3, PLACES)
+    out = token_dropout(x, 0.2, 3, COORDS)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert out.dtype == dtype and torch.equal(out, token_dropout(x, 0.2, 3, PLACES))
-    assert not torch.equal(out, token_dropout(x, 0.2, 4, PLACES))
+    assert out.dtype == dtype and torch.equal(out, token_dropout(x, 0.2, 3, COORDS))
+    assert not torch.equal(out, token_dropout(x, 0.2, 4, COORDS))
     assert (out == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert out.float().mean().item() == pytest.approx(1.0, abs=0.02)
     assert out.unique().numel() == 2
 
 
 def test_a_tokens_mask_is_its_own() -> None:
-    """Rows and positions taken apart draw what they drew together; no row, position or channel is like another."""
+    """Slices of rows and positions get the masks of the full tensor; rows, positions, channels are independent."""
     x = torch.ones(6, 40, 64)
-    whole = token_dropout(x, 0.5, 9, PLACES)
+    whole = token_dropout(x, 0.5, 9, COORDS)
     for rows, positions in ((slice(2, 5), slice(0, 40)), (slice(5, 6), slice(7, 19))):
-        assert PLACES.rows is not None
-        places = TokenPlaces(PLACES.rows[rows], PLACES.positions[positions])
-        assert torch.equal(token_dropout(x[rows, positions], 0.5, 9, places), whole[rows, positions])
+        assert COORDS.rows is not None
+        coords = TokenCoords(COORDS.rows[rows], COORDS.positions[positions])
+        assert torch.equal(token_dropout(x[rows, positions], 0.5, 9, coords), whole[rows, positions])
     for axis in range(3):
         first, second = whole.movedim(axis, 0)[:2]
         assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.06)
@@ -92,4 +92,4 @@ def test_a_tokens_mask_is_its_own() -> None:
 
 def test_no_dropout_is_the_input_itself() -> None:
     x = torch.ones(1, 3, 2)
-    assert token_dropout(x, 0.0, 0, PLACES) is x
+    assert token_dropout(x, 0.0, 0, COORDS) is x

@@ -1,4 +1,4 @@
-"""Exact attention against a dense softmax; its dropout: what masks depend on, and that nothing else moves."""
+"""Exact attention against a dense softmax, and its dropout: what masks depend on, no global random state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(*shape: int, seed: int = 0) -> list[Tensor]:
 
 
 def dense_weights(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    """[B, H, S, S]; a padded query sees itself alone."""
+    """[B, H, S, S]; a padded query attends to itself only."""
     batch, _, seq_len, head_dim = q.shape
     real = torch.ones(batch, seq_len, dtype=torch.bool) if mask is None else mask
     sees = (real.unsqueeze(2) & real.unsqueeze(1)) | torch.diag_embed(~real)
@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: ExactO
 
 
 def dropped_weights(q: Tensor, k: Tensor, mask: Tensor | None, options: ExactOptions = OPTIONS) -> Tensor:
-    """[B, H, S, S]: where the values are columns of the identity, the output is those columns of the weights."""
+    """[B, H, S, S]: with columns of the identity as values, the output is those columns of the weights."""
     seq_len, head_dim = q.shape[2:]
     columns = torch.eye(seq_len, seq_len + -seq_len % head_dim).split(head_dim, dim=1)
     weights = [attend(q, k, some.expand(*q.shape[:2], -1, -1), mask, options) for some in columns]
@@ -58,7 +58,7 @@ def dropped_weights(q: Tensor, k: Tensor, mask: Tensor | None, options: ExactOpt
 def test_a_dense_softmax(
     seq_len: int, head_dim: int, causal: bool, padding: str, dropout: float, seed: int
 ) -> None:
-    """Outputs and gradients; with dropout, of the weights that it has kept."""
+    """Outputs and gradients; with dropout, for the weights that it kept."""
     vectors = inputs(2, 3, seq_len, head_dim, seed=seed)
     mask = None
     if padding != "none":
@@ -85,7 +85,7 @@ def test_a_padded_token_attends_to_itself_alone() -> None:
     for causal in (True, False):
         out = exact_attention(q, k, v, causal=causal, key_padding_mask=mask.expand(2, -1))
         torch.testing.assert_close(out[:, :, ~mask], v[:, :, ~mask])
-        # and nobody else sees it
+        # and no other token attends to it
         v_other = torch.where(mask.unsqueeze(1), v, 99.0)
         other = exact_attention(q, k, v_other, causal=causal, key_padding_mask=mask.expand(2, -1))
         assert torch.equal(out[:, :, mask], other[:, :, mask])
@@ -93,9 +93,9 @@ def test_a_padded_token_attends_to_itself_alone() -> None:
 
 @pytest.mark.parametrize("dropout", [0.1, 0.4, 0.8])
 def test_expectation_of_dropout(dropout: float) -> None:
-    """A kept weight is scaled, so the mean over steps is the weight; nothing is kept more often than the rest.
+    """Kept weights are scaled, so the mean over steps is the weight. All weights have the same keep rate.
 
-    Seeds are derived as those of a run are: neighbouring numbers make the kernels' generators alike.
+    Seeds are derived as in training: consecutive numbers make the kernels' generators similar.
     """
     q, k, _ = inputs(1, 2, 12, 12)
     right = dense_weights(q, k, False, None)
@@ -114,8 +114,8 @@ def test_expectation_of_dropout(dropout: float) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_a_block_of_rows_and_heads_is_that_of_the_whole(dropout: float, padded: bool) -> None:
-    """Whatever rows of the batch and heads of the layer are at hand, their masks are their own."""
+def test_a_block_of_rows_and_heads_matches_the_full_tensor(dropout: float, padded: bool) -> None:
+    """Masks do not depend on which batch rows and heads are local."""
     q, k, v = inputs(4, N_HEADS, 30, 8)
     mask = torch.rand(4, 30, generator=torch.Generator().manual_seed(5)) < 0.7 if padded else None
     numbers = torch.tensor([3, 9, 0, 7])
@@ -133,8 +133,8 @@ def test_a_block_of_rows_and_heads_is_that_of_the_whole(dropout: float, padded: 
         torch.testing.assert_close(block, whole[rows, heads], atol=1e-6, rtol=1e-6)
 
 
-def test_units_and_seeds_draw_apart() -> None:
-    """No (row, head) of a step draws what another does, and two that are asked twice draw the same."""
+def test_masks_differ_by_head_and_seed() -> None:
+    """Masks of the (row, head) pairs of a step are independent and reproducible."""
     zeros = torch.zeros(3, 4, 60, 30)
     options = replace(OPTIONS, causal=False, dropout=0.5)
     units = (dropped_weights(zeros, zeros, None, options) > 0).flatten(0, 1)
@@ -146,12 +146,12 @@ def test_units_and_seeds_draw_apart() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
-def test_any_seed_of_the_run_will_do(seed: int) -> None:
+def test_any_seed_is_valid(seed: int) -> None:
     q, k, v = inputs(1, 2, 5, 4)
     assert attend(q, k, v, None, replace(OPTIONS, seed=seed)).isfinite().all()
 
 
-def test_the_global_random_state_stays() -> None:
+def test_the_global_random_state_is_unchanged() -> None:
     leaves = [x.requires_grad_() for x in inputs(2, 3, 10, 4)]
     state = torch.random.get_rng_state()
     attend(*leaves, None).sum().backward()

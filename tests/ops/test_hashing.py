@@ -1,4 +1,4 @@
-"""Bucket ids: in range, balanced over factors, a function of direction and seed alone, and locality-sensitive."""
+"""Bucket ids: in range, balanced over factors, a function of direction and seed only, locality-sensitive."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_ids_are_in_range(scheme: str, n_buckets: int) -> None:
     ids = hashed(random_vectors(2, 3, 400, 16), n_buckets, scheme)
     assert ids.shape == (2, 3, 4, 400) and ids.dtype == bucket_dtype(n_buckets)
     assert int(ids.min()) >= 0 and int(ids.max()) < n_buckets
-    # a few hundred tokens of each head and round find all of a few buckets
+    # a few hundred tokens per head and round fill all of a few buckets
     if n_buckets <= 4:
         assert all(row.unique().numel() == n_buckets for row in ids.flatten(0, 2).unbind())
 
@@ -70,7 +70,7 @@ def test_odd_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("n_buckets", [8, 256])
-def test_direction_alone_decides(scheme: str, n_buckets: int) -> None:
+def test_ids_depend_on_the_direction_only(scheme: str, n_buckets: int) -> None:
     x = random_vectors(1, 2, 300, 16)
     ids = hashed(x, n_buckets, scheme)
     same = torch.cat([x, x.flip(2)], dim=2)
@@ -79,7 +79,7 @@ def test_direction_alone_decides(scheme: str, n_buckets: int) -> None:
         assert torch.equal(hashed(factor * x, n_buckets, scheme), ids)
 
 
-def test_opposite_vectors_fall_on_opposite_sides() -> None:
+def test_opposite_vectors_get_opposite_buckets() -> None:
     x = random_vectors(1, 2, 300, 16)
     ids, opposite = hashed(x, 8, "rotation").long(), hashed(-x, 8, "rotation").long()
     assert torch.equal((ids + 4) % 8, opposite)
@@ -98,13 +98,13 @@ def test_rotations_are_a_function_of_the_seed(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_near_vectors_meet_more_often(scheme: str) -> None:
+def test_near_vectors_share_a_bucket_more_often(scheme: str) -> None:
     x = torch.nn.functional.normalize(random_vectors(1, 2, 2000, 32), dim=-1)
     noise = torch.nn.functional.normalize(random_vectors(1, 2, 2000, 32, seed=1), dim=-1)
     ids = hashed(x, 64, scheme)
     rates = []
-    for share in (0.05, 0.3, 1.0):
-        other = hashed(x + share * noise, 64, scheme)
+    for noise_scale in (0.05, 0.3, 1.0):
+        other = hashed(x + noise_scale * noise, 64, scheme)
         rates.append((ids == other).float().mean().item())
     rates.append((ids == hashed(noise, 64, scheme)).float().mean().item())
     assert rates[0] > 0.75 and rates == sorted(rates, reverse=True)
@@ -126,7 +126,7 @@ def test_no_gradient_flows() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "times_the_mean"), [("rotation", 1.3), ("floor", 6)])
-def test_no_bucket_takes_most_random_vectors(scheme: str, times_the_mean: float) -> None:
+def test_no_bucket_gets_most_random_vectors(scheme: str, times_the_mean: float) -> None:
     ids = hashed(random_vectors(1, 1, 64 * 200, 32), 64, scheme, n_hashes=1).flatten().long()
     counts = torch.bincount(ids, minlength=64).float()
     assert counts.max() < times_the_mean * 200
@@ -134,7 +134,7 @@ def test_no_bucket_takes_most_random_vectors(scheme: str, times_the_mean: float)
 
 @pytest.mark.parametrize("n_buckets", [256, 512])  # in all 16 and 24 columns, of two factors
 def test_rotations_fill_buckets_as_chance_would(n_buckets: int) -> None:
-    """Of independent columns the variance is several times as large."""
+    """With independent columns the variance is several times as large."""
     ids = hashed(random_vectors(1, 4, n_buckets * 64, 32), n_buckets, "rotation").long()
     counts = torch.stack([torch.bincount(x, minlength=n_buckets) for x in ids.flatten(0, 2)]).double()
     assert 0.9 < float(counts.var() / counts.mean()) < 1.2
@@ -150,8 +150,8 @@ def test_columns_are_those_of_rotations(head_dim: int, n_buckets: int) -> None:
         torch.testing.assert_close(products, identity, atol=1e-5, rtol=0)
 
 
-def test_dependent_columns_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random ones come near to it once in some million draws."""
+def test_dependent_columns_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random columns come close to it once in millions of draws."""
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.ones(shape))
-    draw = draw_rotations.__wrapped__  # what it gives is not to be kept for others
+    draw = draw_rotations.__wrapped__  # bypasses the cache
     assert draw(1, 16, 1, 32, "rotation", seed=0).isfinite().all()

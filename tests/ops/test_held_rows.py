@@ -29,11 +29,11 @@ def assert_parts_are_the_whole(
         ids[:, :, -1] = 0
     q, k, v = (x.to(dtype) for x in (q, k, v))
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(case.seed)).to(dtype)
-    reference = replace(case.options, implementation="reference")
+    reference = replace(case.options, backend="reference")
     leaves = [x.float().clone().requires_grad_() for x in ((q, v) if shared else (q, k, v))]
     right = bucket_attention(leaves[0], None if shared else leaves[1], leaves[-1], ids, reference, mask)
     right = [right.detach(), *torch.autograd.grad(right, leaves, d_out.float())]
-    options = replace(case.options, implementation=name)
+    options = replace(case.options, backend=name)
     found = attend_in_parts(q, None if shared else k, v, ids, options, mask, d_out, size)
     for one, other in zip(found, right, strict=True):
         assert (one - other).abs().max() <= 5e-5 * max(1.0, other.abs().max())

@@ -1,4 +1,4 @@
-"""What every layout promises: a home for each token, order by (bucket, position), tiles that keep to a bucket."""
+"""Invariants of layouts: one slot per token, order by (bucket, position), tiles within a bucket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 
 
 def build(case: Case) -> tuple[list[Layout], Tensor, Tensor]:
-    """Layouts of all rounds, ids [heads, R, S] and whether each token of each head is real [heads, S]."""
+    """Layouts of all rounds, ids [BH, R, S] and whether each token of each head is real [BH, S]."""
     _, _, _, ids, mask = case.tensors()
     buckets = mark_padding(ids, case.options.n_buckets, mask)
     shard = Shard(buckets, case.options.n_buckets, torch.arange(len(buckets)), case.seq_len)
@@ -28,21 +28,21 @@ def build(case: Case) -> tuple[list[Layout], Tensor, Tensor]:
 
 @settings(max_examples=100, deadline=None)
 @given(cases(st.one_of(window_rules(), chunk_rules())))
-def test_every_token_has_one_home(case: Case) -> None:
+def test_every_token_has_one_slot(case: Case) -> None:
     layouts, ids, real = build(case)
     assert len(layouts) == case.n_hashes
     token = torch.arange(ids.shape[0] * case.seq_len)
     for layout in layouts:
-        home = layout.slot_of_row[real.flatten()]
-        assert home.unique().numel() == home.numel() == int((layout.query_slots >= 0).sum())
-        assert torch.equal(layout.query_slots[home], token[real.flatten()])
-        # padding has its home in the last tile, which is empty
+        slot = layout.slot_of_row[real.flatten()]
+        assert slot.unique().numel() == slot.numel() == int((layout.query_slots >= 0).sum())
+        assert torch.equal(layout.query_slots[slot], token[real.flatten()])
+        # padding points to the last tile, which is empty
         last = layout.query_slots.numel() - 1
         assert (layout.slot_of_row[~real.flatten()] == last).all()
         assert (layout.query_slots.view(layout.n_tiles, -1)[-1] == -1).all()
         assert layout.key_slots.numel() == layout.query_slots.numel()
         if not (isinstance(case.options.rule, ChunkRule) and case.options.rule.wrap):
-            # a token stands at the same place as a query and as a key
+            # a token has the same slot as a query and as a key
             assert torch.equal(layout.key_slots, layout.query_slots)
             assert layout.key_slot_of_row is not None and torch.equal(layout.key_slot_of_row, layout.slot_of_row)
 
@@ -63,11 +63,11 @@ def test_buckets_start_on_tile_borders(case: Case) -> None:
             if not taken:
                 assert count == 0
                 continue
-            (number,) = {int(bucket[t]) for t in taken}
+            (bucket_index,) = {int(bucket[t]) for t in taken}
             assert tile[: len(taken)] == taken and rank % tile_len == 0
-            assert count == int((bucket == number).sum())
-            assert number % (case.options.n_buckets + 1) < case.options.n_buckets
-            members.setdefault(number, {})[rank] = taken
+            assert count == int((bucket == bucket_index).sum())
+            assert bucket_index % (case.options.n_buckets + 1) < case.options.n_buckets
+            members.setdefault(bucket_index, {})[rank] = taken
         for by_rank in members.values():
             tokens = [token for rank in sorted(by_rank) for token in by_rank[rank]]
             assert tokens == sorted(tokens)
@@ -76,19 +76,19 @@ def test_buckets_start_on_tile_borders(case: Case) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(cases(window_rules()), st.sampled_from([1, 40, 1000]))
-def test_every_pair_in_sight_is_in_one_column(case: Case, span_slots: int) -> None:
-    """Whatever the order of the tiles, each tile of queries finds its neighbours, each at its own distance."""
+def test_every_pair_within_reach_is_in_one_column(case: Case, span_slots: int) -> None:
+    """For any order of the tiles, each query tile is paired with its neighbours, each in its column."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiles.SPAN_SLOTS, "cpu", span_slots)
         layouts, ids, _ = build(case)
-    unit = torch.arange(ids.shape[0]).unsqueeze(1) * case.options.n_buckets
+    head_offset = torch.arange(ids.shape[0]).unsqueeze(1) * case.options.n_buckets
     for round_, layout in enumerate(layouts):
         assert layout.edges is not None
         tile_len = layout.tiling.tile_len
-        bucket = (ids[:, round_].long() + unit).flatten().tolist()
+        bucket = (ids[:, round_].long() + head_offset).flatten().tolist()
         firsts = layout.query_slots.view(layout.n_tiles, tile_len)[:, 0].tolist()
         ranks = layout.edges.rank.tolist()
-        of_tile = {(bucket[row], ranks[tile]): tile for tile, row in enumerate(firsts) if row >= 0}
+        tile_at = {(bucket[row], ranks[tile]): tile for tile, row in enumerate(firsts) if row >= 0}
         found = {}
         for span in layout.spans:
             assert span.columns[0].offset == 0
@@ -98,9 +98,9 @@ def test_every_pair_in_sight_is_in_one_column(case: Case, span_slots: int) -> No
                         assert span.start <= run.keys + i < span.stop
                         found[run.queries + i, column.offset] = run.keys + i
         reach = range(-layout.tiling.n_after, layout.tiling.n_before + 1)
-        for (number, rank), tile in of_tile.items():
+        for (bucket_index, rank), tile in tile_at.items():
             for offset in reach:
-                neighbour = of_tile.get((number, rank - offset * tile_len))
+                neighbour = tile_at.get((bucket_index, rank - offset * tile_len))
                 if neighbour is not None:
                     assert found[tile, offset] == neighbour
 
@@ -111,12 +111,12 @@ def test_chunks_follow_the_order_by_bucket(case: Case) -> None:
     layouts, ids, real = build(case)
     for round_, layout in enumerate(layouts):
         for head in range(ids.shape[0]):
-            home = layout.slot_of_row.view(-1, case.seq_len)[head][real[head]]
+            slot = layout.slot_of_row.view(-1, case.seq_len)[head][real[head]]
             key = ids[head, round_][real[head]]
-            assert torch.equal(home.argsort(), key.argsort(stable=True))
-            # heads keep apart, and a head's chunks follow one another without a gap
-            if home.numel():
-                assert int(home.max() - home.min()) == home.numel() - 1
+            assert torch.equal(slot.argsort(), key.argsort(stable=True))
+            # the chunks of a head are contiguous
+            if slot.numel():
+                assert int(slot.max() - slot.min()) == slot.numel() - 1
 
 
 @given(st.one_of(window_rules(), chunk_rules()), st.integers(1, 10**6), st.sampled_from([1, 2, 64, 4096]))

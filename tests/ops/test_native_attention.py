@@ -1,4 +1,4 @@
-"""The C library is the oracle: outputs and every gradient, whatever the options, widths, vectors and threads."""
+"""The C library matches the reference: outputs and all gradients, for all options, widths, vectors and threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def by_native(case: Case, head_dim: int) -> Case:
     return replace(case, head_dim=head_dim, options=replace(case.options, backend="native"))
 
 
-# a window of 1 leaves one key, whose true dq is 0: what is left is rounding of sums as wide as a head
+# a window of 1 leaves one key, with a true dq of 0: only the rounding of sums over head_dim remains
 TOLERANCE = 5e-5
 
 
@@ -38,7 +38,7 @@ def test_every_option_and_width(case: Case, head_dim: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(cases(window_rules(), longest=700, n_hashes=2), st.sampled_from([1, 300]))
 def test_long_buckets_and_many_groups(case: Case, group_tokens: int) -> None:
-    """Windows beyond the keys whose scores exist at a time, buckets of several spans, calls of several groups."""
+    """Windows larger than a block of keys, buckets of several spans, calls of several groups."""
     rule = replace(case.options.rule, window=1 + case.seed % 400)
     case = replace(case, options=replace(case.options, rule=rule, n_buckets=1 + case.seed % 3))
     with pytest.MonkeyPatch.context() as patch:
@@ -54,8 +54,8 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The library is compiled again, into a cache of its own."""
+def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiles the library again, into a separate cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.library.cache_clear()
     library.why_unavailable.cache_clear()
@@ -66,8 +66,8 @@ def another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_every_vector_length(lanes: int, another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compilers take vectors that are longer than the machine's apart."""
+def test_every_vector_length(lanes: int, fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers split vectors that are longer than the machine's."""
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, f"-DLANES={lanes}"))
     for seq_len, head_dim in ((1, 16), (77, 48), (301, 64)):
         options = AttentionOptions(
@@ -93,7 +93,7 @@ def shared_query_key(n_threads: int, window: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("window", [100, 400])
 def test_threads_change_no_bit(window: int) -> None:
-    """Two that add to one key at a time would."""
+    """Concurrent additions to the same key would."""
     alone = shared_query_key(1, window)
     for n_threads in (2, 3, 2):
         assert all(torch.equal(a, b) for a, b in zip(alone, shared_query_key(n_threads, window), strict=True))
@@ -101,7 +101,7 @@ def test_threads_change_no_bit(window: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shared_keys_are_those_of_torch(dtype: torch.dtype) -> None:
-    """q alone: its gradient has a part as a key, of length 1 whatever its own, or none where it is 0."""
+    """Shared query-key: the gradient of q includes that of its normalized key, which is undefined for q = 0."""
     generator = torch.Generator().manual_seed(3)
     q, v, d_out = (torch.randn(2, 2, 200, 32, generator=generator).to(dtype) for _ in range(3))
     q *= torch.rand(200, 1, generator=generator).to(dtype) * 3
@@ -113,7 +113,7 @@ def test_shared_keys_are_those_of_torch(dtype: torch.dtype) -> None:
         options = AttentionOptions(WindowRule(30, causal=False), 4, scale=1.0, backend=name)
         out = bucket_attention(leaves[0], None, leaves[1], ids, options)
         found.append([out, *torch.autograd.grad(out, leaves, d_out)])
-    rows = torch.arange(200) != 5  # as a key, a query of length 0 would have a gradient of any size
+    rows = torch.arange(200) != 5  # the gradient of a normalized zero vector is undefined
     for one, other in zip(*found, strict=True):
         assert one.isfinite().all() and one.dtype == dtype
         error = (one - other)[:, :, rows].abs().max() / other[:, :, rows].abs().max()
@@ -121,9 +121,7 @@ def test_shared_keys_are_those_of_torch(dtype: torch.dtype) -> None:
 
 
 def test_a_window_beyond_the_sequence() -> None:
-    options = AttentionOptions(
-        WindowRule(2**40, causal=True), 3, 1.0, count_pairs_once=True, backend="native"
-    )
+    options = AttentionOptions(WindowRule(2**40, causal=True), 3, 1.0, count_pairs_once=True, backend="native")
     assert_fast_is_oracle(Case(1, 1, 3, 100, 16, options, "none", seed=0), tolerance=TOLERANCE)
 
 
@@ -146,7 +144,7 @@ def test_causal_to_the_last_bit(window: int, once: bool) -> None:
         assert torch.equal(after[:, :, :t], before[:, :, :t]) and not torch.equal(after, before)
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+def test_nan_propagates() -> None:
     q, v = (torch.randn(1, 1, 40, 16) for _ in range(2))
     ids = torch.zeros(1, 1, 1, 40, dtype=torch.uint8)
     options = AttentionOptions(WindowRule(40, causal=True), 1, scale=1.0, backend="native")
@@ -169,17 +167,17 @@ def test_large_scores(scale: float) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 9, 2**31 - 1])
-def test_ids_that_are_no_buckets_are_refused(wrong: int) -> None:
-    """In C they would be written to any address."""
+def test_ids_out_of_range_are_refused(wrong: int) -> None:
+    """In C they would write out of bounds."""
     v = torch.randn(1, 2, 50, 16)
     ids = torch.zeros(1, 2, 2, 50, dtype=torch.int32)
     ids[0, 1, 1, 7] = wrong
     options = AttentionOptions(WindowRule(5, causal=True), 8, scale=1.0, backend="native")
-    with pytest.raises(ValueError, match=f"bucket_ids: must be from 0 to 7, below n_buckets, not {wrong}"):
+    with pytest.raises(ValueError, match=rf"bucket_ids: .*\b0 to 7\b.*{wrong}$"):
         bucket_attention(v, None, v, ids, options)
 
 
-def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_refused_and_auto_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     why = backends.why_not
     assert why("native", CPU, 64) is None and backends.choose("auto", CPU, 64, torch.float32) == "native"
     assert "window rule" in why("native", CPU, 64, chunks=True)
@@ -188,44 +186,44 @@ def test_what_it_does_not_know_is_refused_and_auto_takes_torch(monkeypatch: pyte
     assert "not on meta" in why("native", torch.device("meta"), 64)
     assert backends.choose("auto", CPU, 64, torch.float32, chunks=True) == "torch"
     assert backends.choose("auto", CPU, 24, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="attention backend native: needs a head_dim"):
+    with pytest.raises(ValueError, match=r"\bnative: .*head_dim"):
         backends.choose("native", CPU, 24, torch.float32)
 
 
-def test_without_a_compiler_nothing_is_lost(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_to_torch_without_a_compiler(fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     assert backends.choose("auto", CPU, 64, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="native: needs a C compiler"):
+    with pytest.raises(ValueError, match=r"native: .*C compiler"):
         backends.choose("native", CPU, 64, torch.float32)
 
 
-def test_a_compiler_that_fails_is_quoted(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_error_is_reported(fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DGROUP=nothing", "-Dvec=?"))
     reason = library.why_unavailable()
     assert reason is not None and "could not compile it" in reason and "error" in reason
 
 
-def test_what_was_compiled_is_kept_and_a_torn_file_made_again(another_build: None) -> None:
+def test_the_library_is_cached_and_a_truncated_file_replaced(fresh_build: None) -> None:
     library.library()
-    (kept,) = library.cache_folder().iterdir()
-    whole = kept.read_bytes()
-    kept.unlink()
-    kept.write_bytes(whole[:1000])
+    (cached,) = library.cache_directory().iterdir()
+    whole = cached.read_bytes()
+    cached.unlink()
+    cached.write_bytes(whole[:1000])
     library.library.cache_clear()
     library.library()
-    assert kept.stat().st_size == len(whole)
+    assert cached.stat().st_size == len(whole)
 
 
-def test_a_full_disk_keeps_no_part_of_it(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_file(fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(self: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fill)
     assert library.why_unavailable() is None
-    assert not list(library.cache_folder().iterdir())
+    assert not list(library.cache_directory().iterdir())
 
 
-def test_a_home_that_can_not_be_written_to(another_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_can_not_be_written_to(fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert library.why_unavailable() is None

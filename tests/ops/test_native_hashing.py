@@ -1,4 +1,4 @@
-"""The C library hashes as plain PyTorch does, to the last bit where sums are exact, and each vector by itself."""
+"""The C library hashes like PyTorch, bit by bit where sums are exact, and each vector independently."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_factors_and_other_rotations() -> None:
 
 
 def test_an_id_depends_on_its_vector_alone() -> None:
-    """Decoding hashes one token at a time, a rank its slice."""
+    """Decoding hashes one token at a time, and a rank only its slice."""
     x = torch.randn(1, 2, 101, 48, generator=torch.Generator().manual_seed(1))
     rotations = draw_rotations(2, 48, 4, 128, "rotation", seed=3)
     whole = NativeBackend.hash(x, rotations, 128, "rotation", None)
@@ -54,10 +54,10 @@ def test_an_id_depends_on_its_vector_alone() -> None:
         assert torch.equal(part, whole[..., first:last])
 
 
-def test_a_model_on_a_cpu_hashes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, rotations = torch.randn(1, 1, 8, 16), draw_rotations(1, 16, 1, 4, "rotation", seed=0)
-    asked = []
-    monkeypatch.setattr(native, "hash_rows", lambda *arguments: asked.append(arguments))
+    calls = []
+    monkeypatch.setattr(native, "hash_rows", lambda *arguments: calls.append(arguments))
     for backend in ("auto", "native", "torch"):
         hash_vectors(x, rotations, 4, "rotation", backend=backend)
-    assert len(asked) == 2
+    assert len(calls) == 2

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
+from model_setup import IGNORE_INDEX, JOBS, LEARNING_RATES, MICRO, STEPS, Case, rows
 
-from reformer_dist.checkpoint import Saving
+from reformer_dist.checkpoint import AsyncSave, RunRecord
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import make_grid
+from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
@@ -26,14 +26,14 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     model = case.model()
     shapes = parameter_shapes(model)
     engine = TrainEngine(model, [Block], case.config(), job.world_size)
-    grid = make_grid(job, case.heads, case.buckets)
-    sequence = SlicedSequence(grid, case.seq_len)
+    mesh = make_mesh(job, case.heads, case.buckets)
+    sequence = SlicedSequence(mesh, case.seq_len)
     mask = sequence.key_padding_mask(MICRO, job.device)
     losses, norms = [], []
     for step in range(STEPS):
-        inputs, labels = (x.chunk(grid.dp_size)[grid.dp_rank] for x in rows(step, case.seq_len))
-        inputs, labels = sequence.take(inputs, 0), sequence.take(labels, IGNORED)
-        valid = job.sum([float((labels != IGNORED).sum())])[0]
+        inputs, labels = (x.chunk(mesh.dp_size)[mesh.dp_rank] for x in rows(step, case.seq_len))
+        inputs, labels = sequence.take(inputs, 0), sequence.take(labels, IGNORE_INDEX)
+        valid = job.sum([float((labels != IGNORE_INDEX).sum())])[0]
         total = 0.0
         for first in range(0, len(inputs), MICRO):
             micro = slice(first, first + MICRO)
@@ -43,20 +43,20 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
                 key_padding_mask=mask,
                 step=step,
                 dropout_seed=step,
-                rows=torch.arange(MICRO) + grid.dp_rank * len(inputs) + first,
+                rows=torch.arange(MICRO) + mesh.dp_rank * len(inputs) + first,
                 sequence=sequence,
             )
             total += loss.item()
             engine.backward(loss, valid)
         norms.append(engine.step(LEARNING_RATES[step]).grad_norm)
         losses.append(job.sum([total])[0] / valid)
-    Saving(
+    AsyncSave(
         job,
         out / case.name,
         STEPS,
         engine.fragments(),
         rank_state={},
-        run={"shapes": shapes},
+        record=RunRecord(config={}, tokenizer={}, vocab_size=0, shapes=shapes),
         extra_files={},
     ).finish()
     engine.close()

@@ -20,7 +20,7 @@ from reformer_dist.config import (
 )
 from reformer_dist.models import ReformerLM
 
-STEPS, ROWS, MICRO, VOCAB, IGNORED = 5, 4, 1, 50, -100
+STEPS, ROWS, MICRO, VOCAB, IGNORE_INDEX = 5, 4, 1, 50, -100
 LEARNING_RATES = (0.01, 0.02, 0.01, 0.005, 0.01)
 
 
@@ -79,7 +79,7 @@ def rows(step: int, seq_len: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (ROWS, seq_len + 1), generator=draw)
     labels = tokens[:, 1:].clone()
-    labels[torch.arange(seq_len) < torch.randint(0, seq_len, (ROWS, 1), generator=draw)] = IGNORED
+    labels[torch.arange(seq_len) < torch.randint(0, seq_len, (ROWS, 1), generator=draw)] = IGNORE_INDEX
     return tokens[:, :-1], labels
 
 

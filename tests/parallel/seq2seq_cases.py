@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from seq2seq_setup import CASES, IGNORED, LEARNING_RATES, MICRO, STEPS, Case, rows
+from seq2seq_setup import CASES, IGNORE_INDEX, LEARNING_RATES, MICRO, STEPS, Case, rows
 
-from reformer_dist.checkpoint import Saving
+from reformer_dist.checkpoint import AsyncSave, RunRecord
 from reformer_dist.distributed import runtime
-from reformer_dist.distributed.mesh import make_grid
+from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
@@ -27,25 +27,26 @@ def train(job: Runtime, case: Case, out: Path) -> dict[str, list[float]]:
     model, config = case.model(), case.config()
     shapes = parameter_shapes(model)
     engine = TrainEngine(model, [Block], config, job.world_size)
-    grid = make_grid(job, case.heads, case.buckets)
-    sequence = SlicedSequence(grid, config.data.seq_len)
+    mesh = make_mesh(job, case.heads, case.buckets)
+    sequence = SlicedSequence(mesh, config.data.seq_len)
     losses, norms = [], []
     for step in range(STEPS):
         whole = rows(step)
-        own = {name: tensor.chunk(grid.dp_size)[grid.dp_rank] for name, tensor in whole.items()}
-        valid = float((whole["labels"] != IGNORED).sum())
+        own = {name: tensor.chunk(mesh.dp_size)[mesh.dp_rank] for name, tensor in whole.items()}
+        valid = float((whole["labels"] != IGNORE_INDEX).sum())
         total = 0.0
         for first in range(0, len(own["labels"]), MICRO):
-            batch = MicroBatch.of({name: x[first : first + MICRO] for name, x in own.items()}, sequence)
+            batch = MicroBatch.from_rows({name: x[first : first + MICRO] for name, x in own.items()}, sequence)
             loss = engine.forward(**batch.tensors, **batch.sequences, step=step, dropout_seed=step)
             total += loss.item()
             engine.backward(loss, valid)
         norms.append(engine.step(LEARNING_RATES[step]).grad_norm)
         losses.append(job.sum([total])[0] / valid)
     fragments = engine.fragments()
-    Saving(job, out / case.name, STEPS, fragments, rank_state={}, run={"shapes": shapes}, extra_files={}).finish()
+    record = RunRecord(config={}, tokenizer={}, vocab_size=0, shapes=shapes)
+    AsyncSave(job, out / case.name, STEPS, fragments, rank_state={}, record=record, extra_files={}).finish()
     engine.close()
-    return {"losses": losses, "norms": norms, "sent": [grid.ledger.bytes_sent["heads"] / STEPS]}
+    return {"losses": losses, "norms": norms, "sent": [mesh.stats.bytes_sent["heads"] / STEPS]}
 
 
 def main(out: Path) -> None:

@@ -23,7 +23,7 @@ from reformer_dist.config import (
 )
 from reformer_dist.models import ReformerEncoderDecoder
 
-STEPS, ROWS, MICRO, VOCAB, IGNORED = 3, 4, 1, 50, -100
+STEPS, ROWS, MICRO, VOCAB, IGNORE_INDEX = 3, 4, 1, 50, -100
 SOURCE_LEN, TARGET_LEN = 47, 39  # no number of ranks here divides them
 LEARNING_RATES = (0.01, 0.02, 0.01)
 
@@ -92,7 +92,7 @@ def rows(step: int) -> dict[str, Tensor]:
         "source_mask": source_mask,
         "tokens": target[:, :-1],
         "key_padding_mask": mask,
-        "labels": target[:, 1:].masked_fill(~mask, IGNORED),
+        "labels": target[:, 1:].masked_fill(~mask, IGNORE_INDEX),
         "rows": torch.arange(ROWS),
     }
 

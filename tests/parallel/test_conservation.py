@@ -155,7 +155,8 @@ def test_ranks_that_own_nothing_in_some_rounds() -> None:
     def on_rank(comm: ThreadCommGroup) -> Tensor:
         here = slice(comm.index * n_local, (comm.index + 1) * n_local)
         plan = make_plan(ids[0, :, :, here], options, size * n_local, comm)
-        return exchanged_attention(v[:, :, here], None, v[:, :, here], BucketExchange(plan, options, comm))
+        own = v[:, :, here]
+        return exchanged_attention(own, None, own, BucketExchange(plan, options, comm))
 
     found = torch.cat(on_comm_groups(on_rank, size=size), dim=2)
     torch.testing.assert_close(found, bucket_attention(v, None, v, ids, options), atol=1e-5, rtol=1e-5)
@@ -238,7 +239,9 @@ def test_checksums_of_more_than_64_bits(monkeypatch: pytest.MonkeyPatch) -> None
         assert all(
             isinstance(plan, ExchangePlan) for plan in on_comm_groups(lambda comm: plan_of(comm, own[comm.index]))
         )
-        all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index]), MistakenCommGroup), "checksums sum to ")
+        all_raise(
+            on_comm_groups(lambda comm: plan_of(comm, own[comm.index]), MistakenCommGroup), "checksums sum to "
+        )
 
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
@@ -249,7 +252,8 @@ def test_a_plan_of_another_call(rule: WindowRule | ChunkRule) -> None:
 
     def attend(comm: ThreadCommGroup, liars: set[int]) -> Tensor:
         plan = [plan_of(comm, own[comm.index], options) for own in (first, second)]
-        return exchanged_attention(v, None, v, BucketExchange(plan[comm.index in liars], options, comm))
+        exchange = BucketExchange(plan[comm.index in liars], options, comm)
+        return exchanged_attention(v, None, v, exchange)
 
     words = "plans of the ranks do not match"
     all_raise(on_comm_groups(lambda comm: attend(comm, {LIAR})), words)

@@ -1,4 +1,4 @@
-"""A whole model trained on slices, by grids of ranks and ZeRO stages, against one process with whole sequences."""
+"""A whole model trained on slices, by meshes of ranks and ZeRO stages, against one process with whole sequences."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_setup import IGNORED, JOBS, LEARNING_RATES, MICRO, SLOW, STEPS, Case, rows
+from model_setup import IGNORE_INDEX, JOBS, LEARNING_RATES, MICRO, SLOW, STEPS, Case, rows
 from support.launch import run_ranks
 from support.plain_adamw import train_plainly
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.checkpoint.files import step_folder
+
+pytestmark = pytest.mark.jobs
 
 ALL = [
     pytest.param(name, case, marks=[pytest.mark.slow] if name in SLOW else [], id=f"{name}-{case.name}")
@@ -50,7 +52,7 @@ def one_process(case: Case) -> tuple[list[float], list[float], dict[str, Tensor]
         numbers = torch.arange(len(inputs))
         given = {"step": step, "dropout_seed": step}
         sums = (model(inputs[its], labels[its], rows=numbers[its], **given) for its in pieces)
-        return float((labels != IGNORED).sum()), sums
+        return float((labels != IGNORE_INDEX).sum()), sums
 
     losses, norms = train_plainly(model, case.config().optim, LEARNING_RATES, micro_batches)
     return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}

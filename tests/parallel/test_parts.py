@@ -16,8 +16,8 @@ from reformer_dist.parallel.traffic import (
     LayerShape,
     all_gather_bytes,
     bucket_bytes,
-    choose_grid,
-    describe_grid,
+    choose_mesh,
+    describe_mesh,
     head_bytes,
     mean_other_ranks,
 )
@@ -114,42 +114,42 @@ def test_what_bytes_cost() -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_heads_inside_a_node(size: int) -> None:
     """Inside a node heads alone cost least; where only some fit, what is best depends on the rounds."""
-    grids = ParallelConfig(sequence=size).grids()
+    meshes = ParallelConfig(sequence=size).meshes()
     for n_hashes in (1, 2, 8):
-        assert choose_grid(grids, replace(LAYER, n_hashes=n_hashes), ranks_per_node=8) == (size, 1)
+        assert choose_mesh(meshes, replace(LAYER, n_hashes=n_hashes), ranks_per_node=8) == (size, 1)
     two_heads = replace(LAYER, n_heads=6)
-    assert choose_grid(grids, two_heads, ranks_per_node=8) == (2, size // 2)
+    assert choose_mesh(meshes, two_heads, ranks_per_node=8) == (2, size // 2)
     # with one round, a token goes to one rank at most, be there as many as there may
-    one_round = choose_grid(grids, replace(two_heads, n_hashes=1), ranks_per_node=8)
+    one_round = choose_mesh(meshes, replace(two_heads, n_hashes=1), ranks_per_node=8)
     assert one_round == ((2, 1) if size == 2 else (1, size))
 
 
 def test_heads_over_nodes() -> None:
     """Buckets stay inside a node; what is a node's share decides."""
-    two_nodes = ParallelConfig(sequence=16).grids()
-    assert choose_grid(two_nodes, LAYER, ranks_per_node=8) == (8, 2)
-    assert choose_grid(two_nodes, replace(LAYER, n_heads=2), ranks_per_node=8) == (2, 8)
+    two_nodes = ParallelConfig(sequence=16).meshes()
+    assert choose_mesh(two_nodes, LAYER, ranks_per_node=8) == (8, 2)
+    assert choose_mesh(two_nodes, replace(LAYER, n_heads=2), ranks_per_node=8) == (2, 8)
     # a head group spans the nodes even where it has no more ranks than one of them
-    assert choose_grid(two_nodes, replace(LAYER, n_hashes=1), ranks_per_node=8) == (2, 8)
-    two_rounds, grids = replace(LAYER, n_hashes=2), ParallelConfig(sequence=4).grids()
-    assert choose_grid(grids, two_rounds, ranks_per_node=4) == (4, 1)
-    assert choose_grid(grids, two_rounds, ranks_per_node=2) == (2, 2)
+    assert choose_mesh(two_nodes, replace(LAYER, n_hashes=1), ranks_per_node=8) == (2, 8)
+    two_rounds, meshes = replace(LAYER, n_hashes=2), ParallelConfig(sequence=4).meshes()
+    assert choose_mesh(meshes, two_rounds, ranks_per_node=4) == (4, 1)
+    assert choose_mesh(meshes, two_rounds, ranks_per_node=2) == (2, 2)
 
 
 def test_ranks_that_do_not_divide_heads_exchange_buckets() -> None:
-    assert choose_grid(ParallelConfig(sequence=3).grids(), LAYER, ranks_per_node=8) == (1, 3)
-    assert choose_grid(ParallelConfig(sequence=6).grids(), LAYER, ranks_per_node=8) == (2, 3)
-    assert choose_grid(ParallelConfig().grids(), LAYER, ranks_per_node=8) == (1, 1)
+    assert choose_mesh(ParallelConfig(sequence=3).meshes(), LAYER, ranks_per_node=8) == (1, 3)
+    assert choose_mesh(ParallelConfig(sequence=6).meshes(), LAYER, ranks_per_node=8) == (2, 3)
+    assert choose_mesh(ParallelConfig().meshes(), LAYER, ranks_per_node=8) == (1, 1)
 
 
-def test_no_grid_fits() -> None:
+def test_no_mesh_fits() -> None:
     with pytest.raises(ValueError, match=r"\(3, 1\).* 8"):
-        choose_grid([(3, 1)], LAYER, ranks_per_node=8)
+        choose_mesh([(3, 1)], LAYER, ranks_per_node=8)
 
 
 def test_a_line_for_the_log() -> None:
     """It names the ranks each way, and the bytes beside those of an all-gather."""
-    line = describe_grid(4, 2, LAYER)
+    line = describe_mesh(4, 2, LAYER)
     sent = (head_bytes(LAYER, 4) + bucket_bytes(LAYER, 4, 2)) / 2**20
     for words in (
         "over 8 ranks",

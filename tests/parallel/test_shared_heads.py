@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
-from support.launch import run_ranks
+import pytest
+from head_cases import SEQ_LEN, run_tasks
 
 
-def test_heads_over_slices_are_those_over_whole_sequences() -> None:
-    run_ranks(Path(__file__).with_name("head_cases.py"), 4, [])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("seq_len", [SEQ_LEN, 3])  # some ranks hold no token of the shorter rows
+def test_heads_over_slices_are_those_over_whole_sequences(
+    run_on: Callable[..., None], heads: int, seq_len: int
+) -> None:
+    run_on(4, run_tasks, heads=heads, seq_len=seq_len)

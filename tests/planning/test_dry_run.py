@@ -1,4 +1,4 @@
-"""`--dry-run` as users type it."""
+"""The `--dry-run` command and its traffic estimates."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from support.tiny import tiny_config, tiny_overrides
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel.traffic import head_bytes
-from reformer_dist.planning.libraries import measure_libraries
-from reformer_dist.planning.parameters import count_parameters
-from reformer_dist.planning.sizes import Job
+from reformer_dist.planning.plan import measure_libraries
+from reformer_dist.planning.sizes import JobSpec
+from reformer_dist.planning.states import count_parameters
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
 from reformer_dist.run.dry_run import dry_run, read_memory
 
 
-def test_it_prints_the_plan_and_leaves_nothing_behind(tiny_data, tmp_path):
+@pytest.mark.jobs
+def test_it_prints_the_plan_and_writes_nothing(tiny_data, tmp_path):
     words = ["launcher=local", "launcher.nproc_per_node=4", "parallel.sequence=2", "deepspeed=zero2"]
     overrides = tiny_overrides(tiny_data, tmp_path / "run", *words, "--dry-run=80GiB")
-    said = run_ranks("reformer_dist.train", 1, overrides)
-    for line in ("4 ranks on cuda, 4 on a machine; 2 data-parallel", "it fits in 80.00 GiB", "exchange of heads"):
-        assert line in said
+    output = run_ranks("reformer_dist.train", 1, overrides)
+    for line in ("4 ranks on cuda, 4 per node; 2 data-parallel", "  fits in 80.00 GiB", "exchange of heads"):
+        assert line in output
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
+def test_a_run_that_is_too_large_is_reported(tiny_data, tmp_path, capsys):
     config = tiny_config(tiny_data, tmp_path, "data.seq_len=4096", "model.axial_shape=[64,64]")
     dry_run(config, "--dry-run=1MiB")
-    assert "DOES NOT FIT in 1.0 MiB" in capsys.readouterr().out
+    assert "NOT FIT in 1.0 MiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -38,27 +39,27 @@ def test_a_run_that_is_too_large_is_told(tiny_data, tmp_path, capsys):
     [
         (
             ["launcher.kind=local", "launcher.nproc_per_node=3"],
-            "data.batch_size=4: must be a multiple of the 3 data-parallel ranks",
+            r"data\.batch_size=4: .*\b3 data-parallel ranks",
         ),
-        (["launcher.nproc_per_node=2"], "launcher.nproc_per_node=2: needs launcher=local"),
-        (["trainer.precision=fp16"], "trainer.precision=fp16: needs a GPU"),
+        (["launcher.nproc_per_node=2"], r"launcher\.nproc_per_node=2: .*launcher=local"),
+        (["trainer.precision=fp16"], r"trainer\.precision=fp16: .*GPU"),
         (["data.path=nowhere"], "nowhere"),
     ],
 )
-def test_bad_runs_give_the_errors_of_a_run(words, message, tiny_data, tmp_path):
+def test_invalid_runs_raise_the_errors_of_a_run(words, message, tiny_data, tmp_path):
     with pytest.raises(UserError, match=message):
         dry_run(tiny_config(tiny_data, tmp_path, *words), "--dry-run")
 
 
 @pytest.mark.parametrize("flag", ["--dry-run=", "--dry-run=80", "--dry-run=many GiB", "--dry-run=0GiB"])
 def test_memory_needs_a_number_and_a_unit(flag):
-    with pytest.raises(ConfigError, match="such as --dry-run=80GiB"):
+    with pytest.raises(ConfigError, match="--dry-run=80GiB"):
         read_memory(flag)
 
 
 def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
-    def job(*words: str) -> Job:
-        return Job(tiny_config(tiny_data, tmp_path, "parallel.sequence=2", *words), 4, 4, 257, "cpu")
+    def job(*words: str) -> JobSpec:
+        return JobSpec(tiny_config(tiny_data, tmp_path, "parallel.sequence=2", *words), 4, 4, 257, "cpu")
 
     one = job("deepspeed.stage=1")
     count = count_parameters(lambda: ReformerLM(one.config.model, 257))
@@ -74,9 +75,9 @@ def test_traffic_follows_the_stage_and_the_recompute(tiny_data, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_libraries_are_measured_for_the_stage(tiny_data, tmp_path):
-    """DeepSpeed imports more where it partitions."""
+    """DeepSpeed imports more modules for higher stages."""
     plain, partitioned = (
-        measure_libraries(Job(tiny_config(tiny_data, tmp_path, f"deepspeed.stage={stage}"), 1, 1, 257, "cpu"))
+        measure_libraries(JobSpec(tiny_config(tiny_data, tmp_path, f"deepspeed.stage={stage}"), 1, 1, 257, "cpu"))
         for stage in (0, 3)
     )
     assert 100 * 2**20 < plain < partitioned < 2**30

@@ -1,4 +1,4 @@
-"""The formulas against what a real model and a real engine hold, counted tensor by tensor."""
+"""The memory formulas against a real model and engine, counted tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from torch import nn
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute
 from reformer_dist.data import ByteTokenizer
 from reformer_dist.models import ReformerLM
-from reformer_dist.planning.memory import STORED, MemoryPlan
-from reformer_dist.planning.parameters import ParameterCount, count_parameters
-from reformer_dist.planning.sizes import Job
-from reformer_dist.planning.states import OPTIMIZER, States
+from reformer_dist.planning.memory import STORED, StepMemory
+from reformer_dist.planning.sizes import JobSpec
+from reformer_dist.planning.states import OPTIMIZER, ModelStateMemory, ParameterCount, count_parameters
 from reformer_dist.run.build import build_trainer
 from reformer_dist.tasks import Task, make_task
 
@@ -33,8 +32,8 @@ WIDE = (
     "model.local_window=64",
     "model.dropout=0",
 )
-# kinds whose model is no ReformerLM, and what they need
-OF_OTHERS = {
+# task kinds whose model is not ReformerLM, and the overrides that they need
+OTHER_KINDS = {
     "sequence_classification": ("model.causal=false",),
     "question_answering": ("model.causal=false",),
     "sequence_to_sequence": ("task.max_source_len=64", "model.n_encoder_layers=3"),
@@ -48,7 +47,7 @@ def count_of(model: ModelConfig) -> ParameterCount:
 
 
 def other_task(kind: str, data: Path, output: Path, *words: str) -> Task:
-    config = tiny_config(data, output, f"task.kind={kind}", *OF_OTHERS[kind], *words)
+    config = tiny_config(data, output, f"task.kind={kind}", *OTHER_KINDS[kind], *words)
     return make_task(config, ByteTokenizer(), ["red", "green", "blue"])
 
 
@@ -79,7 +78,7 @@ def check_count(build_model: Callable[[], nn.Module]) -> ParameterCount:
     return count
 
 
-@pytest.mark.parametrize("kind", OF_OTHERS)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_parameters_of_other_models(kind, tiny_data, tmp_path):
     count = check_count(other_task(kind, tiny_data, tmp_path).build_model)
     assert len(count.encoder_blocks) == (3 if kind == "sequence_to_sequence" else 0)
@@ -99,8 +98,8 @@ def test_parameters_of_other_models(kind, tiny_data, tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("activation", ["gelu", "relu", "glu"])
-def test_what_autograd_holds_of_a_layer(recompute, changed, activation, tiny_data, tmp_path):
-    """Held between forward and backward, of three layers more."""
+def test_activations_of_a_layer(recompute, changed, activation, tiny_data, tmp_path):
+    """Tensors held between forward and backward by three additional layers."""
     changed = changed | {"activation": activation, "recompute": recompute.value}
     words = [f"model.{key}={str(value).replace(' ', '')}".replace("'", "") for key, value in changed.items()]
 
@@ -108,14 +107,14 @@ def test_what_autograd_holds_of_a_layer(recompute, changed, activation, tiny_dat
         config = tiny_config(
             tiny_data, tmp_path, *LONG, *words, f"model.n_layers={n_layers}", "model.n_buckets=16"
         )
-        plan = MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
-        loss_moment = next(moment for moment in plan.moments() if moment.name == "loss")
+        plan = StepMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
+        loss_snapshot = next(snapshot for snapshot in plan.snapshots() if snapshot.name == "loss")
         model, tokens = ReformerLM(config.model, VOCAB), torch.zeros(2, 2048, dtype=torch.int64)
         with LiveMemory() as live:
             loss = model(tokens, tokens, step=0, dropout_seed=1)
             held = live.now
         del loss
-        return held, loss_moment.parts.get(STORED, 0.0)
+        return held, loss_snapshot.parts.get(STORED, 0.0)
 
     (few, planned_few), (many, planned_many) = measure(1), measure(4)
     assert many - few == pytest.approx(planned_many - planned_few, rel=0.01, abs=2e4)
@@ -131,7 +130,7 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
         masters = {id(fragment.master): fragment for fragment in fragments}.values()
         moments = sum(f.state[name].nbytes for f in masters for name in ("exp_avg", "exp_avg_sq"))
         held = moments + (sum(f.master.nbytes for f in masters) if stage else 0)
-    states = States(Job(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
+    states = ModelStateMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
     assert states.held()[OPTIMIZER] == held
 
 
@@ -143,19 +142,19 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
         ("model.recompute=none",),
         ("model.recompute=checkpoint", "model.n_layers=4"),
         ("trainer.precision=bf16", "model.position=rotary"),
-        ("model.attention_implementation=torch", "model.recompute=none"),
-        ("model.attention_implementation=torch", "trainer.precision=bf16", "model.position=rotary"),
+        ("model.attention_backend=torch", "model.recompute=none"),
+        ("model.attention_backend=torch", "trainer.precision=bf16", "model.position=rotary"),
         ("deepspeed.stage=2", "model.n_layers=6", "data.batch_size=1", "trainer.save_every=1"),
     ],
     ids=str,
 )
-def test_peak_of_a_step_is_foretold(words, tiny_data, tmp_path, job):
+def test_peak_of_a_step_is_predicted(words, tiny_data, tmp_path, job):
     config = tiny_config(tiny_data, tmp_path / "run", *QUIET, *WIDE, "model.dropout=0", *words)
     count = count_of(config.model)
-    config.deepspeed.reduce_bucket_size = count.total + 4096  # which is counted whole here
+    config.deepspeed.reduce_bucket_size = count.total + 4096  # the bucket is counted in full here
     with ExitStack() as resources, LiveMemory() as live:
         build_trainer(config, job, resources).fit()
-    planned = MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count).peak()
+    planned = StepMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count).peak()
     assert planned.total == pytest.approx(live.peak, rel=0.1)
 
 
@@ -175,14 +174,16 @@ def test_peak_of_a_step_is_foretold(words, tiny_data, tmp_path, job):
     ],
     ids=str,
 )
-def test_peak_of_other_models_is_foretold(kind, words, tiny_data, tmp_path):
-    """Weights, activations and gradients, of rows that are full but for a few tokens."""
+def test_peak_of_other_models_is_predicted(kind, words, tiny_data, tmp_path):
+    """Weights, activations and gradients, with rows that are full except for a few tokens."""
     task = other_task(kind, tiny_data, tmp_path, *WIDE, "task.max_source_len=512", *QUIET, *words)
     with LiveMemory() as live:
         model, rows = task.build_model(), full_rows(task)
         model(**rows, step=0, dropout_seed=1).backward()
-    moments = MemoryPlan(Job(task.config, 1, 1, VOCAB, "cpu"), count_parameters(task.build_model)).moments()
-    planned = max(moment.total - moment.parts[OPTIMIZER] for moment in moments)
+    snapshots = StepMemory(
+        JobSpec(task.config, 1, 1, VOCAB, "cpu"), count_parameters(task.build_model)
+    ).snapshots()
+    planned = max(snapshot.total - snapshot.parts[OPTIMIZER] for snapshot in snapshots)
     assert planned == pytest.approx(live.peak, rel=0.1)
 
 
@@ -191,15 +192,15 @@ def test_peak_of_other_models_is_foretold(kind, words, tiny_data, tmp_path):
     [(), ("model.cross_attention=lsh",), ("model.attention_dropout=0.1",), ("model.cross_attention=lsh", SHORT)],
     ids=str,
 )
-def test_what_autograd_holds_of_a_decoder_s_layer(words, tiny_data, tmp_path):
-    """Held between forward and backward, of three layers more; on short texts, of pairs in dense matrices."""
+def test_activations_of_a_decoder_layer(words, tiny_data, tmp_path):
+    """Tensors held by three additional layers; short sequences hold dense (query, key) matrices."""
 
     def measure(n_layers: int) -> tuple[int, float]:
         changed = ("model.recompute=none", "task.max_source_len=512", *words, f"model.n_layers={n_layers}")
         task = other_task("sequence_to_sequence", tiny_data, tmp_path, *WIDE, *changed)
-        job = Job(task.config, 1, 1, VOCAB, "cpu")
-        moments = MemoryPlan(job, count_parameters(task.build_model)).moments()
-        planned = next(moment for moment in moments if moment.name == "loss").parts[STORED]
+        job = JobSpec(task.config, 1, 1, VOCAB, "cpu")
+        snapshots = StepMemory(job, count_parameters(task.build_model)).snapshots()
+        planned = next(snapshot for snapshot in snapshots if snapshot.name == "loss").parts[STORED]
         model, rows = task.build_model(), full_rows(task)
         with LiveMemory() as live:
             loss = model(**rows, step=0, dropout_seed=1)
@@ -212,7 +213,7 @@ def test_what_autograd_holds_of_a_decoder_s_layer(words, tiny_data, tmp_path):
 
 
 def full_rows(task: Task) -> dict[str, torch.Tensor]:
-    """One micro-batch of a task, by the names that its model takes."""
+    """One micro-batch of a task, as keyword arguments of its model."""
     draw = torch.Generator().manual_seed(0)
     n_rows, kind = task.config.data.batch_size, task.config.task.kind.name
 
@@ -236,7 +237,7 @@ def test_reversible_memory_does_not_grow_with_depth_and_a_stored_one_does():
 
         model = ModelConfig(n_layers=n_layers, layers=[AttentionKind.local], recompute=recompute)
         config = RunConfig(model=model, data=DataConfig(batch_size=1))
-        return MemoryPlan(Job(config, 1, 1, VOCAB, "cpu"), count_of(model)).decoder.stored(n_layers)
+        return StepMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count_of(model)).decoder.stored(n_layers)
 
     assert stored(Recompute.reversible, 16) == stored(Recompute.reversible, 4) == 0
     assert stored(Recompute.none, 16) == 4 * stored(Recompute.none, 4)

@@ -24,16 +24,16 @@ from safetensors.torch import load_file, save_file
 from support.tiny import tiny_config
 from torch import Tensor
 
+from reformer_dist.checkpoint import Fragment
 from reformer_dist.checkpoint.files import step_folder
+from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
-from reformer_dist.engine.fragments import MOMENTS, Fragment
 from reformer_dist.run import build
 
 SAVED, LAST = 3, 8
-KINDS = ("fp32", *MOMENTS)
 # Adam's usual eps makes whole steps out of the rounding of gradients that are nearly 0
 SETTINGS = ("optim.eps=1e-5", "optim.schedule=constant", "trainer.micro_batch_size=null")
 SETTINGS += (f"trainer.max_steps={LAST}", "trainer.keep_checkpoints=0", "model.n_layers=1")

@@ -14,7 +14,7 @@ from support.tiny import tiny_overrides, write_tiny_dataset
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.data import consumed_hash, merge_states
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 SCRIPT = Path(__file__).parents[1] / "training" / "two_ranks.py"
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 2)}
 """Sequence degrees that are tried with so many processes."""

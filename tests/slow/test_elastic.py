@@ -10,7 +10,7 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import write_tiny_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 SCRIPT = Path(__file__).with_name("elastic_ranks.py")
 WORLDS = (1, 2, 4)
 SAVED, LAST = 3, 8

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 BOUND = 60  # seconds, of a busy machine
 
 

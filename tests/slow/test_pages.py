@@ -23,16 +23,16 @@ NOT_RUN = {
     "make quickstart": "makes an environment; what it calls, tools/quickstart.py, has run before each page",
     "make test": "runs these tests; .ci/run does",
     "tensorboard --logdir outputs": "serves until it is stopped",
-    "python tools/bench_attention.py": SMALL + "tests/models/test_bench_tools.py",
-    "python tools/bench_step.py --impl ours reformer_pytorch": SMALL + "tests/models/test_bench_tools.py",
-    "python tools/bench_decode.py": SMALL + "tests/models/test_bench_tools.py",
-    "python tools/bench_memory.py": SMALL + "tests/models/test_bench_tools.py",
-    "python tools/bench_exchange.py": SMALL + "tests/parallel/test_exchange_bench.py",
-    "python tools/bench_sequence_memory.py": SMALL + "tests/parallel/test_exchange_bench.py",
+    "python tools/bench_attention.py": SMALL + "tests/tools/test_bench_tools.py",
+    "python tools/bench_step.py --impl ours reformer_pytorch": SMALL + "tests/tools/test_bench_tools.py",
+    "python tools/bench_decode.py": SMALL + "tests/tools/test_bench_tools.py",
+    "python tools/bench_memory.py": SMALL + "tests/tools/test_bench_tools.py",
+    "python tools/bench_exchange.py": SMALL + "tests/tools/test_exchange_bench.py",
+    "python tools/bench_sequence_memory.py": SMALL + "tests/tools/test_exchange_bench.py",
     "python tools/bench_resume.py": "fails by times, which need an idle machine; run small by "
-    + "tests/slow/test_bench_resume.py",
-    "python tools/gpu_report.py": SMALL + "tests/kernels/test_gpu_report.py",
-    "python tools/chaos.py": "takes half an hour; tests/slow/test_chaos.py runs fewer rounds",
+    + "tests/tools/test_bench_resume.py",
+    "python tools/gpu_report.py": SMALL + "tests/tools/test_gpu_report.py",
+    "python tools/chaos.py": "takes half an hour; tests/tools/test_chaos.py runs fewer rounds",
     "reformer-train experiment=translation data.path=data/en-de": "needs parallel text of the reader's own",
     "reformer-evaluate outputs/translation": "needs that run",
     'reformer-generate outputs/translation --prompt "A dog runs." --temperature 0': "needs that run",
@@ -44,7 +44,7 @@ NOT_RUN = {
     "python tools/application.py question_answering --train train.json --heldout dev.json": FULL,
     "reformer-convert reformer-enwik8 outputs/enwik8": "needs google/reformer-enwik8, fetched by the reader",
     'reformer-generate outputs/enwik8 --prompt "In 1965, Brooks left IBM"': "needs that model",
-    "python tools/check_plan.py": "takes minutes; run by tests/slow/test_check_plan.py",
+    "python tools/check_plan.py": "takes minutes; run by tests/tools/test_check_plan.py",
 }
 COPIED = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "conf", "docs", "launch", "tools")
 
@@ -57,7 +57,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     said = run("python tools/quickstart.py trainer.max_steps=10", folder)
-    for words in ("held-out bits per byte", "order-0 entropy", "gzip", "go on", "TensorBoard", "def "):
+    for words in ("held-out bits per byte", "order-0 entropy", "gzip", "continue", "TensorBoard", "def "):
         assert words in said
     return folder
 

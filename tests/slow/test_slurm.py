@@ -15,7 +15,7 @@ from support.launch import BIN, free_port, run_command, run_ranks
 from support.slurm import Slurm, cluster
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-from reformer_dist.sweep.request import without
+from reformer_dist.sweep.request import drop_key
 
 lacks = slurm.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lacks), reason=lacks)]
@@ -72,7 +72,7 @@ def test_a_preempted_job_ends_as_if_nothing_had_been(queue: Slurm, data: Path, t
 
 def test_the_tasks_of_an_array_share_a_sweep(queue: Slurm, data: Path, tmp_path: Path) -> None:
     array = ("launcher.nproc_per_node=1", "launcher.array=2")
-    overrides = without(tiny_overrides(data, tmp_path / "sweep"), "model.n_hashes")
+    overrides = drop_key(tiny_overrides(data, tmp_path / "sweep"), "model.n_hashes")
     job = submit(queue, tmp_path, *array, "--multirun", "model.n_hashes=1,2", *overrides)
     for task in range(2):
         queue.wait_for(f"{job}_{task}", "COMPLETED", BOUND)

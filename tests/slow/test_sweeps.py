@@ -16,7 +16,7 @@ import pytest
 from support.launch import BIN, run_command, run_ranks
 from support.tiny import tiny_overrides, write_tiny_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 BOUND = 600  # seconds, of a busy machine
 KILLED_TRIAL = "data.batch_size-12"
 Start = Callable[[list[str]], "subprocess.Popen[bytes]"]
@@ -130,7 +130,7 @@ def test_a_stopped_driver_saves_and_goes_on(tmp_path: Path, start: Start) -> Non
         wait_until(lambda so_far=before: len(steps(trial)) > so_far + 2, driver, log)
         driver.send_signal(signum)
         assert driver.wait(BOUND) == status, log.read_text()
-        assert states(folder) == {"model.n_hashes-1": "cut", "model.n_hashes-2": "waiting"}
+        assert states(folder) == {"model.n_hashes-1": "interrupted", "model.n_hashes-2": "waiting"}
         assert list((trial / "checkpoints").glob("step-*"))
     assert steps(trial) == list(range(1, len(steps(trial)) + 1))
 

@@ -13,7 +13,13 @@ from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
 from reformer_dist.ops.lsh.backends import backend_for
 from reformer_dist.ops.lsh.online_softmax import LOG_2
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding, row_sort_keys, full_position_codes
+from reformer_dist.ops.lsh.sorting import (
+    bucket_ranks,
+    count_buckets,
+    full_position_codes,
+    mark_padding,
+    row_sort_keys,
+)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from support.forks import fork_ranks
+
 TESTS = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 GRACE = 35  # seconds that torchrun may take to end its workers
@@ -24,14 +26,21 @@ def run_ranks(
     timeout: float = 180,
     env: Mapping[str, str] | None = None,
     fails: bool = False,
+    forked: bool = False,
 ) -> str:
     """Runs a script (Path) or module (str) on `world_size` processes; returns all that they printed.
 
-    One process is started without a launcher. Fails, showing the output, where the job does not end in time,
-    or does not end as it should: with status 0, or another if it `fails`.
+    forked: the processes are forked from one that has imported torch and DeepSpeed; otherwise torchrun starts them,
+        or nothing does if there is one. Forking saves seconds per process wherever the start is not tested.
+
+    Fails, showing the output, where the job does not end in time, or does not end as it should: with status 0, or
+    another if it `fails`.
     """
-    command = _command(target, world_size) + [str(arg) for arg in args]
-    status, output = _run(command, timeout, env or {})
+    words = [str(arg) for arg in args]
+    if forked:
+        status, output = fork_ranks(target, world_size, words, timeout, dict(env or {}))
+    else:
+        status, output = _run(_command(target, world_size) + words, timeout, env or {})
     assert (status != 0) == fails, f"ended with status {status}:\n{output}"
     return output
 

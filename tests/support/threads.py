@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reformer_dist.distributed.comm import Delivery, Ledger, Parcel, Wire
+from reformer_dist.distributed.comm import CommGroup, CommStats, SplitRows, Work
 from reformer_dist.distributed.runtime import Runtime
 
 T = TypeVar("T")
@@ -68,29 +68,29 @@ def on_ranks(size: int, action: Callable[[Runtime], T]) -> list[T | Exception]:
         return list(pool.map(run, range(size)))
 
 
-class ThreadWire(Wire):
+class ThreadCommGroup(CommGroup):
     """Messages over a meeting of threads."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
-        super().__init__(None, meeting.size, rank, Ledger())
+        super().__init__(None, meeting.size, rank, CommStats())
         self._meeting = meeting
 
-    def send(self, parcel: Parcel, phase: str) -> Delivery:
-        parts = parcel.rows.clone().split(parcel.counts_out)
+    def all_to_all_v(self, send: SplitRows, phase: str) -> Work:
+        parts = send.rows.clone().split(send.input_splits)
         self._count(phase, parts)
         arrived = [theirs[self.index] for theirs in self._meeting.gather(self.index, parts)]
-        assert [part.shape[0] for part in arrived] == parcel.counts_in
-        return Delivery(parcel.rows, torch.cat(arrived), None)
+        assert [part.shape[0] for part in arrived] == send.output_splits
+        return Work(send.rows, torch.cat(arrived), None)
 
-    def swap(self, blocks: Tensor, phase: str) -> Tensor:
+    def all_to_all(self, blocks: Tensor, phase: str) -> Tensor:
         blocks = blocks.clone()
         self._count(phase, blocks.unbind())
         return torch.stack([theirs[self.index] for theirs in self._meeting.gather(self.index, blocks)])
 
-    def sum(self, numbers: Tensor, phase: str) -> Tensor:
-        """Not in the ledger: a number or two."""
-        return torch.stack(self._meeting.gather(self.index, numbers.clone())).sum(dim=0)
+    def all_reduce(self, values: Tensor, phase: str) -> Tensor:
+        """Adds nothing to the stats."""
+        return torch.stack(self._meeting.gather(self.index, values.clone())).sum(dim=0)
 
     def _count(self, phase: str, parts: tuple[Tensor, ...]) -> None:
         others = [part for rank, part in enumerate(parts) if rank != self.index]
-        self.ledger.bytes_sent[phase] += sum(part.numel() * part.element_size() for part in others)
+        self.stats.bytes_sent[phase] += sum(part.numel() * part.element_size() for part in others)

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader
-
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+from reformer_dist.checkpoint.fragment import KINDS
 
 
 def read_all(folder: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, Tensor]:
     """Flat tensors by "<parameter>|<kind>", and Adam's step."""
     reader = CheckpointReader(folder)
-    shapes: dict[str, list[int]] = reader.run["shapes"]
     tensors = {
         f"{name}|{kind}": reader.read(name, kind, 0, math.prod(shape))
-        for name, shape in shapes.items()
+        for name, shape in reader.record.shapes.items()
         for kind in kinds
     }
     return tensors | {"adam_step": torch.tensor(reader.adam_step)}

@@ -10,7 +10,7 @@ import pytest
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.request import SweepRequest
 from reformer_dist.sweep.run import grid_trials, run_sweep
-from reformer_dist.sweep.state import State, SweepFile, Trial
+from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus
 
 Ask = Callable[..., SweepRequest]
 GRID = ("-m", "model.n_hashes=1,2,4", "optim.lr=1e-3,1e-2")
@@ -18,7 +18,7 @@ GRID = ("-m", "model.n_hashes=1,2,4", "optim.lr=1e-3,1e-2")
 
 def trials_of(request: SweepRequest) -> list[Trial]:
     request.folder.mkdir(parents=True, exist_ok=True)
-    return grid_trials(request, SweepFile(request.folder, request.settings.share()))
+    return grid_trials(request, SweepFile(request.folder, request.settings.parse_shard()))
 
 
 def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +35,10 @@ def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["-m", "optim.lr=1"], "no key has several values"),
+        (["-m", "optim.lr=1"], "several values"),
         ([*GRID, "resume=never"], "resume=never"),
         ([*GRID, "launcher=local", "launcher.nproc_per_node=3"], "launcher.nproc_per_node=3"),
-        ([*GRID, "launcher.nproc_per_node=2"], "launcher.nproc_per_node=2: needs launcher=local"),
+        ([*GRID, "launcher.nproc_per_node=2"], r"launcher\.nproc_per_node=2: .*launcher=local"),
         (["-m", "model.dimm=1,2"], "model.dimm"),
         (["-m", "optim.lr=a,b"], "optim.lr"),
     ],
@@ -53,14 +53,14 @@ def test_refusals(requested: Ask, monkeypatch: pytest.MonkeyPatch, words: list[s
 def test_the_folder_of_a_run_is_refused(requested: Ask, name: str) -> None:
     request = requested(*GRID)
     (request.folder / name).mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds a run"):
+    with pytest.raises(ConfigError, match=f"{request.folder}.*: .*run"):
         run_sweep(request)
 
 
 def test_combinations_that_can_not_run_have_failed_and_the_others_wait(requested: Ask) -> None:
     trials = trials_of(requested("-m", "model.n_heads=2,3,4"))
-    assert [trial.state for trial in trials] == [State.waiting, State.failed, State.waiting]
-    assert trials[1].reason.startswith("model.n_heads=3: must divide")
+    assert [trial.state for trial in trials] == [TrialStatus.waiting, TrialStatus.failed, TrialStatus.waiting]
+    assert trials[1].reason.startswith("model.n_heads=3: ")
 
 
 def test_shares_are_all_trials_once(requested: Ask) -> None:
@@ -71,7 +71,7 @@ def test_shares_are_all_trials_once(requested: Ask) -> None:
     assert set.union(*shares) == {trial.name for trial in trials_of(requested(*GRID))}
 
 
-def finish_all(folder: Path, state: State) -> None:
+def finish_all(folder: Path, state: TrialStatus) -> None:
     file = SweepFile(folder, (0, 1))
     for trial in file.trials.values():
         trial.state = state
@@ -80,7 +80,7 @@ def finish_all(folder: Path, state: State) -> None:
 
 def test_a_grid_that_grows_keeps_what_is_done(requested: Ask) -> None:
     trials_of(requested(*GRID))
-    finish_all(requested(*GRID).folder, State.finished)
+    finish_all(requested(*GRID).folder, TrialStatus.finished)
     request = requested(
         "-m", "model.n_hashes=1,2,8", "optim.lr=choice(1e-3)", "launcher=local", "sweep.parallel=1"
     )
@@ -90,12 +90,14 @@ def test_a_grid_that_grows_keeps_what_is_done(requested: Ask) -> None:
 
 def test_failed_trials_run_again_when_asked_for(requested: Ask) -> None:
     trials_of(requested(*GRID))
-    finish_all(requested(*GRID).folder, State.failed)
-    assert {trial.state for trial in trials_of(requested(*GRID))} == {State.failed}
-    assert {trial.state for trial in trials_of(requested(*GRID, "sweep.retry_failed=true"))} == {State.waiting}
+    finish_all(requested(*GRID).folder, TrialStatus.failed)
+    assert {trial.state for trial in trials_of(requested(*GRID))} == {TrialStatus.failed}
+    assert {trial.state for trial in trials_of(requested(*GRID, "sweep.retry_failed=true"))} == {
+        TrialStatus.waiting
+    }
 
 
 def test_other_fixed_keys_need_another_folder(requested: Ask) -> None:
     trials_of(requested(*GRID))
-    with pytest.raises(ConfigError, match=r"ran there with .* instead of trainer.max_steps=7; choose another"):
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps=7\b.*output_dir"):
         trials_of(requested(*GRID, "trainer.max_steps=7"))

@@ -11,8 +11,8 @@ import pytest
 
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.request import SweepRequest
-from reformer_dist.sweep.run import describe_trial
-from reformer_dist.sweep.state import State, SweepFile, Trial
+from reformer_dist.sweep.run import make_trial
+from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus
 
 pytest.importorskip("optuna")
 Ask = Callable[..., SweepRequest]
@@ -20,19 +20,19 @@ RATES, WINDOWS = "optim.lr=tag(log,interval(1e-4,1e-1))", "model.window=range(16
 SPACE = ("sweep=optuna", RATES, "model.n_hashes=1,2,4", WINDOWS)
 
 
-def open_plan(request: SweepRequest):  # type: ignore[no-untyped-def]
-    """A plan as a new driver makes it."""
-    from reformer_dist.sweep.search import SearchPlan
+def open_strategy(request: SweepRequest):  # type: ignore[no-untyped-def]
+    """A strategy as a new driver makes it."""
+    from reformer_dist.sweep.search import OptunaSearch
 
     request.folder.mkdir(parents=True, exist_ok=True)
-    file = SweepFile(request.folder, request.settings.share())
-    return SearchPlan(request, file, lambda name, changed: describe_trial(request, name, changed)), file
+    file = SweepFile(request.folder, request.settings.parse_shard())
+    return OptunaSearch(request, file, lambda name, changed: make_trial(request, name, changed)), file
 
 
-def finish(plan, file: SweepFile, trial: Trial, loss: float) -> None:  # type: ignore[no-untyped-def]
-    trial.state, trial.result = State.finished, {"eval/loss": loss}
+def finish(strategy, file: SweepFile, trial: Trial, loss: float) -> None:  # type: ignore[no-untyped-def]
+    trial.state, trial.result = TrialStatus.finished, {"eval/loss": loss}
     file.save()
-    plan.ended(trial)
+    strategy.trial_ended(trial)
 
 
 def states(folder: Path) -> list[str]:
@@ -44,47 +44,47 @@ def states(folder: Path) -> list[str]:
 
 
 def test_a_study_ends_after_its_trials_and_grows_on(requested: Ask) -> None:
-    plan, file = open_plan(requested(*SPACE, "sweep.n_trials=3"))
+    strategy, file = open_strategy(requested(*SPACE, "sweep.n_trials=3"))
     for number in range(3):
-        trial = plan.next()
+        trial = strategy.next_trial()
         assert trial.name == f"trial-000{number}"
         assert trial.changed["model.n_hashes"] in ("1", "2", "4")
         assert trial.changed["model.window"] in ("16", "32", "48", "64")
         assert 1e-4 <= float(trial.changed["optim.lr"]) <= 1e-1
         assert f"optim.lr={trial.changed['optim.lr']}" in trial.overrides
-        finish(plan, file, trial, number)
-    assert plan.next() is None
-    plan, _ = open_plan(requested(*SPACE, "sweep.n_trials=4"))
-    assert plan.next().name == "trial-0003" and plan.next() is None
+        finish(strategy, file, trial, number)
+    assert strategy.next_trial() is None
+    strategy, _ = open_strategy(requested(*SPACE, "sweep.n_trials=4"))
+    assert strategy.next_trial().name == "trial-0003" and strategy.next_trial() is None
 
 
 def test_a_new_driver_goes_on_with_the_trials_of_the_last(requested: Ask) -> None:
     """One was running, one had ended without being told to the study, one was only proposed."""
     request = requested(*SPACE, "sweep.n_trials=4")
-    plan, file = open_plan(request)
-    done, told_late, running, proposed = (plan.next() for _ in range(4))
-    finish(plan, file, done, 1.0)
-    told_late.state, told_late.result = State.finished, {"eval/loss": 2.0}
-    running.state = State.running
+    strategy, file = open_strategy(request)
+    done, told_late, running, proposed = (strategy.next_trial() for _ in range(4))
+    finish(strategy, file, done, 1.0)
+    told_late.state, told_late.result = TrialStatus.finished, {"eval/loss": 2.0}
+    running.state = TrialStatus.running
     file.save()
     del file.trials[proposed.name]
     file.save()
-    plan, file = open_plan(request)
+    strategy, file = open_strategy(request)
     assert states(request.folder) == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING"]
-    left = [plan.next(), plan.next()]
+    left = [strategy.next_trial(), strategy.next_trial()]
     assert [trial.name for trial in left] == ["trial-0002", "trial-0003"]
     assert [trial.changed for trial in left] == [running.changed, proposed.changed]
-    assert plan.next() is None
+    assert strategy.next_trial() is None
 
 
 def test_a_trial_that_was_only_half_proposed_is_proposed_whole(requested: Ask) -> None:
     request = requested(*SPACE, "sweep.n_trials=1")
-    plan, _ = open_plan(request)
-    plan._study.ask().suggest_categorical("model.n_hashes", ("1", "2", "4"))
-    plan, _ = open_plan(request)
-    trial = plan.next()
-    assert trial.name == "trial-0000" and len(trial.changed) == 3 and plan.next() is None
-    half = plan._study.trials[0].params["model.n_hashes"]
+    strategy, _ = open_strategy(request)
+    strategy._study.ask().suggest_categorical("model.n_hashes", ("1", "2", "4"))
+    strategy, _ = open_strategy(request)
+    trial = strategy.next_trial()
+    assert trial.name == "trial-0000" and len(trial.changed) == 3 and strategy.next_trial() is None
+    half = strategy._study.trials[0].params["model.n_hashes"]
     assert trial.changed["model.n_hashes"] == half
 
 
@@ -92,73 +92,75 @@ def test_a_new_driver_does_not_propose_the_same_points_again(requested: Ask) -> 
     request = requested(*SPACE, "sweep.n_trials=6")
     seen = set()
     for _ in range(6):
-        plan, file = open_plan(request)
-        trial = plan.next()
+        strategy, file = open_strategy(request)
+        trial = strategy.next_trial()
         seen.add(tuple(trial.changed.values()))
-        finish(plan, file, trial, 1.0)
+        finish(strategy, file, trial, 1.0)
     assert len(seen) == 6
 
 
 def test_the_same_seed_proposes_the_same_points(requested: Ask) -> None:
     def points(folder: str, seed: int) -> list[dict[str, str]]:
         request = requested(*SPACE, f"sweep.seed={seed}")
-        plan, _ = open_plan(replace(request, folder=request.folder / folder))
-        return [plan.next().changed for _ in range(3)]
+        strategy, _ = open_strategy(replace(request, folder=request.folder / folder))
+        return [strategy.next_trial().changed for _ in range(3)]
 
     assert points("a", 1) == points("b", 1) != points("c", 2)
 
 
 def test_a_trial_below_the_median_is_pruned(requested: Ask) -> None:
-    plan, file = open_plan(requested(*SPACE, "sweep.prune_after=3"))
+    strategy, file = open_strategy(requested(*SPACE, "sweep.prune_after=3"))
     for number in range(4):
-        trial = plan.next()
-        assert not plan.is_hopeless(trial, [{"step": 2, "eval/loss": 9.0 + number}])
-        assert not plan.is_hopeless(trial, [{"step": 4, "eval/loss": 1.0 + number / 10}])
-        finish(plan, file, trial, 1.0)
-    bad, good = plan.next(), plan.next()
-    assert not plan.is_hopeless(bad, [{"step": 2, "eval/loss": 99.0}])
-    assert plan.is_hopeless(bad, [{"step": 2, "eval/loss": 99.0}, {"step": 4, "eval/loss": 5.0}])
-    assert not plan.is_hopeless(good, [{"step": 4, "eval/loss": 0.5}])
-    bad.state = State.pruned
-    plan.ended(bad)
+        trial = strategy.next_trial()
+        assert not strategy.should_prune(trial, [{"step": 2, "eval/loss": 9.0 + number}])
+        assert not strategy.should_prune(trial, [{"step": 4, "eval/loss": 1.0 + number / 10}])
+        finish(strategy, file, trial, 1.0)
+    bad, good = strategy.next_trial(), strategy.next_trial()
+    assert not strategy.should_prune(bad, [{"step": 2, "eval/loss": 99.0}])
+    assert strategy.should_prune(bad, [{"step": 2, "eval/loss": 99.0}, {"step": 4, "eval/loss": 5.0}])
+    assert not strategy.should_prune(good, [{"step": 4, "eval/loss": 0.5}])
+    bad.state = TrialStatus.pruned
+    strategy.trial_ended(bad)
     assert states(file.folder)[4:] == ["PRUNED", "RUNNING"]
 
 
 def test_nothing_is_pruned_where_nothing_shall_be(requested: Ask) -> None:
-    plan, file = open_plan(requested(*SPACE, "sweep.prune_after=null"))
+    strategy, file = open_strategy(requested(*SPACE, "sweep.prune_after=null"))
     for _ in range(4):
-        finish(plan, file, plan.next(), 1.0)
-    assert not plan.is_hopeless(plan.next(), [{"step": 4, "eval/loss": 5.0}])
+        finish(strategy, file, strategy.next_trial(), 1.0)
+    assert not strategy.should_prune(strategy.next_trial(), [{"step": 4, "eval/loss": 5.0}])
 
 
 def test_failures_count_and_are_tried_again_when_asked_for(requested: Ask) -> None:
     request = requested(*SPACE, "sweep.n_trials=2")
-    plan, file = open_plan(request)
-    killed, silent = plan.next(), plan.next()
-    killed.state, killed.reason = State.failed, "killed by SIGKILL"
+    strategy, file = open_strategy(request)
+    killed, silent = strategy.next_trial(), strategy.next_trial()
+    killed.state, killed.reason = TrialStatus.failed, "killed by SIGKILL"
     file.save()
-    plan.ended(killed)
-    silent.state = State.finished  # without any value
-    plan.ended(silent)
-    assert silent.state is State.failed and "no eval/loss" in silent.reason
-    assert states(request.folder) == ["FAIL", "FAIL"] and plan.next() is None
+    strategy.trial_ended(killed)
+    silent.state = TrialStatus.finished  # without any value
+    strategy.trial_ended(silent)
+    assert silent.state is TrialStatus.failed and "no eval/loss" in silent.reason
+    assert states(request.folder) == ["FAIL", "FAIL"] and strategy.next_trial() is None
     again = requested(*SPACE, "sweep.n_trials=2", "sweep.retry_failed=true")
-    plan, file = open_plan(again)
-    retried = [plan.next(), plan.next()]
+    strategy, file = open_strategy(again)
+    retried = [strategy.next_trial(), strategy.next_trial()]
     assert [trial.changed for trial in retried] == [killed.changed, silent.changed]
-    assert plan.next() is None
+    assert strategy.next_trial() is None
     for trial in retried:
-        finish(plan, file, trial, 1.0)
-    plan, _ = open_plan(again)
-    assert plan.next() is None
+        finish(strategy, file, trial, 1.0)
+    strategy, _ = open_strategy(again)
+    assert strategy.next_trial() is None
 
 
 def test_a_point_that_can_not_run_fails_and_the_next_comes(requested: Ask) -> None:
-    plan, file = open_plan(requested("sweep=optuna", "model.n_heads=3,5,7,4", "sweep.n_trials=8", "sweep.seed=3"))
+    strategy, file = open_strategy(
+        requested("sweep=optuna", "model.n_heads=3,5,7,4", "sweep.n_trials=8", "sweep.seed=3")
+    )
     running = []
-    while (trial := plan.next()) is not None:
+    while (trial := strategy.next_trial()) is not None:
         running.append(trial)
-    failed = [trial for trial in file.trials.values() if trial.state is State.failed]
+    failed = [trial for trial in file.trials.values() if trial.state is TrialStatus.failed]
     assert len(running) + len(failed) == 8 and failed and running
     assert all("model.n_heads" in trial.reason for trial in failed)
     assert {trial.changed["model.n_heads"] for trial in running} == {"4"}
@@ -166,23 +168,23 @@ def test_a_point_that_can_not_run_fails_and_the_next_comes(requested: Ask) -> No
 
 @pytest.mark.parametrize("changed", ["trainer.max_steps=7", "model.n_hashes=1,2"])
 def test_another_study_needs_another_folder(requested: Ask, changed: str) -> None:
-    open_plan(requested(*SPACE))
-    with pytest.raises(ConfigError, match="choose another output_dir"):
-        open_plan(requested(*SPACE, changed))
+    open_strategy(requested(*SPACE))
+    with pytest.raises(ConfigError, match="output_dir"):
+        open_strategy(requested(*SPACE, changed))
 
 
 def test_shares_work_on_one_study_and_leave_each_other_alone(requested: Ask) -> None:
-    first, file = open_plan(requested(*SPACE, "sweep.n_trials=3", "sweep.shard=0/2"))
-    trial = first.next()
-    trial.state = State.running
+    first, file = open_strategy(requested(*SPACE, "sweep.n_trials=3", "sweep.shard=0/2"))
+    trial = first.next_trial()
+    trial.state = TrialStatus.running
     file.save()
-    second, _ = open_plan(requested(*SPACE, "sweep.n_trials=3", "sweep.shard=1/2"))
-    names = [trial.name, second.next().name, first.next().name]
+    second, _ = open_strategy(requested(*SPACE, "sweep.n_trials=3", "sweep.shard=1/2"))
+    names = [trial.name, second.next_trial().name, first.next_trial().name]
     assert names == ["trial-0000", "trial-0001", "trial-0002"]
-    assert first.next() is None and second.next() is None
+    assert first.next_trial() is None and second.next_trial() is None
 
 
 def test_without_optuna_the_message_says_what_to_install(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'reformer_dist\[sweep\]'"):
-        open_plan(requested(*SPACE))
+        open_strategy(requested(*SPACE))

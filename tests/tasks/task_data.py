@@ -9,7 +9,7 @@ from typing import Any
 
 from support.tiny import tiny_config
 
-from reformer_dist.data import ByteTokenizer, Record, write_records
+from reformer_dist.data import ByteTokenizer, RawSample, write_samples
 from reformer_dist.tasks import Task, make_task
 
 WORDS = ["red", "green", "blue", "grey", "white", "black"]
@@ -24,9 +24,10 @@ def write_pairs(folder: Path, n_samples: int = 60, most: int = 8) -> Path:
     draw = random.Random(1)
     texts = [sentence(draw, most) for _ in range(n_samples)]
     records = [
-        Record(f"pair{number}", (text, b" ".join(reversed(text.split(b" "))))) for number, text in enumerate(texts)
+        RawSample(f"pair{number}", (text, b" ".join(reversed(text.split(b" ")))))
+        for number, text in enumerate(texts)
     ]
-    write_records(
+    write_samples(
         records[10:],
         folder,
         ByteTokenizer(),
@@ -44,15 +45,15 @@ def write_for(kind: str, folder: Path) -> Path:
     for number in range(40):
         words = draw.choices(WORDS, k=30)
         if kind == "sequence_classification":
-            records.append(Record(f"text{number}", (" ".join(words[:8]).encode(),), {"label": words[0]}))
+            records.append(RawSample(f"text{number}", (" ".join(words[:8]).encode(),), {"label": words[0]}))
         else:
             at, context = draw.randrange(30), " ".join(words)
             answers = [[len(" ".join(words[:at])) + (at > 0), words[at]]]
             records.append(
-                Record(f"question{number}", (words[at].encode(), context.encode()), {"answers": answers})
+                RawSample(f"question{number}", (words[at].encode(), context.encode()), {"answers": answers})
             )
     fields, labels = (("text",), WORDS) if kind == "sequence_classification" else (("question", "context"), [])
-    write_records(records[8:], folder, ByteTokenizer(), heldout=records[:8], fields=fields, labels=labels)
+    write_samples(records[8:], folder, ByteTokenizer(), heldout=records[:8], fields=fields, labels=labels)
     return folder
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from task_data import WORDS, make, write_for, write_pairs
 
-from reformer_dist.data import Corpus
-from reformer_dist.tasks import Rows
+from reformer_dist.data import Corpus, RowSelection
 
 CASES = {
     "completion": ["data.seq_len=128"],
@@ -26,15 +25,15 @@ def test_losses_of_rows_add_up(kind: str, tmp_path: Path) -> None:
     corpus = Corpus.open([write(tmp_path / "data")])
     task = make(kind, tmp_path / "data", *CASES[kind], labels=tuple(WORDS))
     model = task.build_model().eval()
-    together = list(task.heldout(corpus, Rows(6, 6)))
-    alone = list(task.heldout(corpus, Rows(6, 1)))
+    together = list(task.heldout(corpus, RowSelection(6, 6)))
+    alone = list(task.heldout(corpus, RowSelection(6, 1)))
     assert (len(together), len(alone)) == (1, 6)
-    lengths = {batch.tensors["tokens"].shape[1] for batch in alone}
-    assert max(lengths) <= together[0].tensors["tokens"].shape[1]
+    lengths = {batch["tokens"].shape[1] for batch in alone}
+    assert max(lengths) <= together[0]["tokens"].shape[1]
     assert len(lengths) > 1 or kind == "question_answering"
-    losses = torch.stack([model(**batch.tensors) for batch in alone])
-    assert torch.allclose(model(**together[0].tensors), losses.sum(), rtol=1e-5)
+    losses = torch.stack([model(**batch) for batch in alone])
+    assert torch.allclose(model(**together[0]), losses.sum(), rtol=1e-5)
     # more rows than there are: what is missing asks for nothing
-    [more] = task.heldout(corpus, Rows(6, 9))
-    assert (more.tensors["labels"][6:] == -100).all()
-    assert torch.allclose(model(**more.tensors), losses.sum(), rtol=1e-5)
+    [more] = task.heldout(corpus, RowSelection(6, 9))
+    assert (more["labels"][6:] == -100).all()
+    assert torch.allclose(model(**more), losses.sum(), rtol=1e-5)

@@ -15,21 +15,21 @@ from reformer_dist.data import (
     ByteTokenizer,
     Corpus,
     Dataset,
-    Order,
+    LoaderState,
     Quarantine,
-    Record,
+    RawSample,
     Replay,
+    Sampler,
     SampleReader,
-    Source,
-    Start,
+    SampleRef,
     TrainLoader,
     consumed_hash,
+    make_sample,
     merge_states,
+    read_split,
     read_state,
-    sample_of,
-    split_samples,
     write_dataset,
-    write_records,
+    write_samples,
 )
 from reformer_dist.errors import DataError
 
@@ -47,8 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
 
 
-def make_order(data: Path) -> Order:
-    return Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64, by_sample=True)
+def make_sampler(data: Path) -> Sampler:
+    return Sampler(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64, by_sample=True)
 
 
 def read(
@@ -62,12 +62,14 @@ def read(
     micro_batch: int | None = None,
 ) -> tuple[list[list[dict[str, torch.Tensor]]], dict]:
     """Micro-batches of each step, and the state behind them."""
-    order = make_order(data)
-    start = Start() if state is None else read_state(state, order)
-    quarantine = Quarantine(100, 0.5, start.quarantine)
+    sampler = make_sampler(data)
+    resumed = LoaderState() if state is None else read_state(state, sampler)
+    quarantine = Quarantine(100, 0.5, resumed.quarantine)
     task = make("completion", data)
-    own = {"dp_rank": rank, "dp_size": size, "start": start, "passes": passes, "make_example": task.make_example}
-    with TrainLoader(order, quarantine, micro_batch_size=micro_batch or BATCH // size, workers=2, **own) as loader:
+    own = {"dp_rank": rank, "dp_size": size, "state": resumed, "passes": passes, "make_example": task.make_example}
+    with TrainLoader(
+        sampler, quarantine, micro_batch_size=micro_batch or BATCH // size, workers=2, **own
+    ) as loader:
         steps = [next(loader) for _ in range(n_steps)]
         return [step.micro_batches for step in steps], steps[-1].state
 
@@ -83,19 +85,19 @@ def test_fields_come_back(data: Path) -> None:
     for split in ("train", "heldout"):
         for shard in dataset.shards(split):
             for entry in dataset.index(shard).entries:
-                source = Source(dataset, shard, entry)
-                tokens = reader.read(source)
+                ref = SampleRef(dataset, shard, entry)
+                tokens = reader.read(ref)
                 assert len(tokens) == entry.n_tokens == sum(entry.lengths) + 2
                 assert (tokens == 256).sum() == 2
-                sample = sample_of(source, tokens)
+                sample = make_sample(ref, tokens)
                 found[sample.name] = tuple(field.astype(np.uint8).tobytes() for field in sample.fields)
     assert found == expected
     assert dataset.fields == ["source", "target"]
-    assert {sample.name for sample in split_samples(Corpus([dataset]))} == {f"pair{n}" for n in range(10)}
+    assert {sample.name for sample in read_split(Corpus([dataset]))} == {f"pair{n}" for n in range(10)}
 
 
 def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
-    steps = make_order(data).steps_of(1)
+    steps = make_sampler(data).steps_for(1)
     assert steps == -(-50 // BATCH)
     whole, state = read(data, steps, passes=1)
     seen = sorted(bytes(row[:-1]) for row in rows(whole) if row)
@@ -106,7 +108,7 @@ def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
     assert merge_states([rank_state for _, rank_state in by_rank]) == merge_states([state])
     numbers = [torch.cat([batch["rows"] for batch in step]).tolist() for step in whole]
     assert [sorted(step) for step in numbers] == [list(range(BATCH))] * steps
-    replay = Replay(make_order(data), Start(), passes=1)
+    replay = Replay(make_sampler(data), LoaderState(), passes=1)
     for _ in range(steps):
         replay.next_step()
     assert replay.hash == consumed_hash(merge_states([state]))
@@ -138,7 +140,7 @@ def test_a_damaged_sample_is_passed_over(data: Path, tmp_path: Path) -> None:
     content = bytearray((copy / shard.name).read_bytes())
     content[entry.offset] ^= 1
     (copy / shard.name).write_bytes(content)
-    found, state = read(copy, 2 * make_order(copy).steps_of(1))
+    found, state = read(copy, 2 * make_sampler(copy).steps_for(1))
     assert [sample[2] for sample in state["quarantine"]] == [entry.key]
     assert len(rows(found)) == len([row for row in rows(found) if row])
 
@@ -150,28 +152,24 @@ def test_what_packs_text_and_what_does_not_are_not_mixed_up(data: Path, tmp_path
     )
     assert "fields" not in json.loads((text / "dataset.json").read_text())
     make("language_model", text).check(Corpus.open([text]))
-    with pytest.raises(
-        DataError, match=r"its samples hold source, target; task.kind=language_model reads running"
-    ):
+    with pytest.raises(DataError, match=r"source, target; task\.kind=language_model"):
         make("language_model", data).check(Corpus.open([data]))
-    with pytest.raises(
-        DataError, match=r"its samples hold text; task.kind=completion needs prompt and completion"
-    ):
+    with pytest.raises(DataError, match=r"task\.kind=completion .*prompt and completion"):
         make("completion", text).check(Corpus.open([text]))
-    with pytest.raises(DataError, match="by_sample was None and is True now"):
-        state = Order(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
-        read_state({"version": 2, "settings": state}, make_order(data))
+    with pytest.raises(DataError, match="by_sample was None"):
+        state = Sampler(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
+        read_state({"version": 2, "settings": state}, make_sampler(data))
 
 
 def test_an_unknown_label_is_named(tmp_path: Path) -> None:
-    records = [Record(f"line{n}", (b"text %d" % n,), {"label": "ab"[n % 2]}) for n in range(10)]
-    odd = [Record("other:7", (b"more",), {"label": "c"})]
-    with pytest.raises(DataError, match=r"other:7: its label 'c' is unknown; it must be one of .*: a, b"):
-        write_records(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
+    records = [RawSample(f"line{n}", (b"text %d" % n,), {"label": "ab"[n % 2]}) for n in range(10)]
+    odd = [RawSample("other:7", (b"more",), {"label": "c"})]
+    with pytest.raises(DataError, match=r"other:7: .*label 'c'.*\ba, b"):
+        write_samples(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
 
 
 def test_dropout_of_a_row_is_its_own_in_any_world(data: Path) -> None:
-    """Rows of a like length go together: which ones share a micro-batch, and their order, depend on the ranks."""
+    """Rows of similar length share a micro-batch; which do, and in which order, depends on the ranks."""
     drops = ("model.dropout=0.3", "model.ff_dropout=0.2", "model.attention_dropout=0.3")
     torch.manual_seed(0)
     model = make("completion", data, "model.layers=[local,lsh]", *drops).build_model()

@@ -10,7 +10,7 @@ from support.launch import run_ranks
 from support.tiny import tiny_overrides
 from task_data import write_for, write_pairs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 
 KINDS = {
     "completion": ["data.seq_len=128"],

@@ -15,7 +15,7 @@ from support.tiny import tiny_config
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader
-from reformer_dist.data import Corpus, Dataset, heldout_batches, merge_states
+from reformer_dist.data import Corpus, Dataset, RowSelection, heldout_text_batches, merge_states
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models import ReformerLM
 from reformer_dist.process.log import logger
@@ -101,7 +101,8 @@ def heldout_loss(folder: Path, seq_len: int) -> tuple[float, float]:
     loaded = load_model(folder, [], torch.device("cpu"))
     corpus = Corpus.open([loaded.config.data.path])
     n_all = corpus.total("tokens", "heldout")
-    tokens = next(heldout_batches(corpus, seq_len=n_all, rows=0, micro_batch_size=1)).tokens[0]
+    batch = next(heldout_text_batches(corpus, RowSelection(), seq_len=n_all))
+    tokens = torch.cat([batch["tokens"][0], batch["labels"][0, -1:]])
     n_tokens = len(tokens) - 1
     nats = sum(_nats(loaded.model, tokens[start : start + seq_len + 1]) for start in range(0, n_tokens, seq_len))
     n_bytes = corpus.total("text_bytes", "heldout")

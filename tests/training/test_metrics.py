@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from reformer_dist.training.metrics import (
-    Window,
-    WindowResult,
+    MetricsWindow,
+    WindowMetrics,
     bits_per_byte,
     duration,
     peak_memory_gib,
@@ -54,38 +54,38 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_window(clock: list[float]) -> None:
-    window = Window(CPU)
+    window = MetricsWindow(CPU)
     for loss in (3.0, 5.0):
         window.add(torch.tensor(loss), 4.0, was_skipped=False)
     clock[0] += 10.0
     window.pause(6.0)
     result = window.result(2 * window.local_loss)  # another rank had the same
-    assert result == WindowResult(loss=2.0, tokens_per_s=2.0, seconds_per_step=2.0)
+    assert result == WindowMetrics(loss=2.0, tokens_per_s=2.0, seconds_per_step=2.0)
     window.reset()
     window.add(torch.tensor(7.0), 7.0, was_skipped=False)
     clock[0] += 1.0
-    assert window.result(window.local_loss) == WindowResult(1.0, 7.0, 1.0)
+    assert window.result(window.local_loss) == WindowMetrics(1.0, 7.0, 1.0)
 
 
 def test_skipped_steps_take_time_but_have_no_loss(clock: list[float]) -> None:
-    window = Window(CPU)
+    window = MetricsWindow(CPU)
     window.add(torch.tensor(math.inf), 4.0, was_skipped=True)
     clock[0] += 1.0
     assert math.isnan(window.result(window.local_loss).loss)
     window.add(torch.tensor(8.0), 4.0, was_skipped=False)
     clock[0] += 1.0
-    assert window.result(window.local_loss) == WindowResult(2.0, 4.0, 1.0)
+    assert window.result(window.local_loss) == WindowMetrics(2.0, 4.0, 1.0)
 
 
 def test_an_empty_window_divides_by_nothing(clock: list[float]) -> None:
-    assert math.isnan(Window(CPU).result(0.0).loss)
+    assert math.isnan(MetricsWindow(CPU).result(0.0).loss)
 
 
 def test_progress_line() -> None:
     numbers = {"bpb": 1.9557, "grad_norm": 0.456, "lr": 0.0003}
-    line = progress_line(40, 1000, WindowResult(1.3556, 12345.6, 0.5), skipped=0, failed_saves=0, **numbers)
+    line = progress_line(40, 1000, WindowMetrics(1.3556, 12345.6, 0.5), skipped=0, failed_saves=0, **numbers)
     expected = ["step   40/1000", "loss 1.356", "bits per byte 1.956", "12,346 tokens/s", "grad norm 0.46"]
     assert line.split(" | ") == [*expected, "lr 3.0e-04", "ETA 8m00s"]
-    assert progress_line(9, 9, WindowResult(1.0, 1.0, 1.0), skipped=2, failed_saves=1, **numbers).endswith(
+    assert progress_line(9, 9, WindowMetrics(1.0, 1.0, 1.0), skipped=2, failed_saves=1, **numbers).endswith(
         "ETA 0s | skipped 2 | failed saves 1"
     )

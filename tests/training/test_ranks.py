@@ -21,10 +21,12 @@ from support.weights import assert_same
 from reformer_dist.data import Dataset
 from reformer_dist.distributed.runtime import Runtime
 
+pytestmark = pytest.mark.jobs
+
 STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
 SHARED = "parallel.sequence=2"
-DAMAGED = ("data.max_damaged_share=0.5", "data.workers=0")
+DAMAGED = ("data.max_damaged_fraction=0.5", "data.workers=0")
 EPOCH = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=10")
 EPOCH += ("trainer.max_steps=1000",)
 
@@ -192,7 +194,10 @@ def test_damage_is_passed_over_by_all_ranks_and_named(
     assert n_damaged > 1
     named = (run / "quarantine.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["id"] for line in named) == state["quarantine"]
-    assert sum("passed over: " in words and "sha256 differs" in words for words in said.messages) == n_damaged
+    assert (
+        sum("skipped damaged sample: " in words and "sha256 differs" in words for words in said.messages)
+        == n_damaged
+    )
     for name in ("damaged", "damaged-heads"):
         assert data_state(checkpoint(root / name, 6)) == state
         assert sorted((root / name / "quarantine.jsonl").read_text().splitlines()) == sorted(named)
@@ -222,7 +227,7 @@ def test_errors_are_those_of_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> No
     for name, words in (
         ("uneven", "data.batch_size=5: must be a multiple of the 2 data-parallel ranks"),
         ("too many", "parallel.sequence=3: must divide the 2 ranks of the job"),
-        ("broken", "samples are damaged, and data.max_damaged_share=0.01 allows 0"),
+        ("broken", "samples are damaged, and data.max_damaged_fraction=0.01 allows 0"),
         ("again", "resume=never: "),
     ):
         first, second = ranks[1][name]

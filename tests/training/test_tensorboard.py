@@ -6,11 +6,11 @@ from pathlib import Path
 
 from support.events import read_events
 
-from reformer_dist.training.tensorboard import Board
+from reformer_dist.training.tensorboard import TensorBoardWriter
 
 
-def write(run: Path, first_step: int, steps: range, value: float) -> None:
-    board = Board(run / "tensorboard", is_active=True, first_step=first_step)
+def write(run: Path, resume_step: int, steps: range, value: float) -> None:
+    board = TensorBoardWriter(run / "tensorboard", is_active=True, resume_step=resume_step)
     for step in steps:
         board.scalars({"loss": value}, step)
     board.close()
@@ -24,7 +24,7 @@ def test_what_lies_beyond_the_checkpoint_is_taken_back(tmp_path: Path) -> None:
 
 
 def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
-    board = Board(tmp_path / "tensorboard", is_active=True, first_step=0)
+    board = TensorBoardWriter(tmp_path / "tensorboard", is_active=True, resume_step=0)
     board.text("sample", "# no title\n\n* no list", 7)
     board.flush()
     [event] = read_events(tmp_path).Tensors("sample/text_summary")
@@ -33,7 +33,7 @@ def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    board = Board(tmp_path / "tensorboard", is_active=False, first_step=0)
+    board = TensorBoardWriter(tmp_path / "tensorboard", is_active=False, resume_step=0)
     board.scalars({"loss": 1.0}, 1)
     board.text("sample", "text", 1)
     board.flush()

@@ -23,9 +23,8 @@ def test_what_takes_long_is_told_once(job: Runtime, said: pytest.LogCaptureFixtu
             time.sleep(0.3)
         time.sleep(0.3)  # between phases nothing is slow
     [words] = said.messages
-    assert words.startswith(
-        "rank 0 of 1 is waiting for data of step 3 for more than 0.1 s (trainer.step_timeout), at "
-    )
+    assert words.startswith("rank 0 of 1 has been waiting for data of step 3 ")
+    assert "0.1 s (trainer.step_timeout)" in words
 
 
 def test_never_means_never(job: Runtime, said: pytest.LogCaptureFixture) -> None:

@@ -1,13 +1,12 @@
-"""A folder of this machine that holds copies of remote files, up to a size; shared by all processes that name it.
+"""A local cache of remote files with a size limit, shared by all processes that use the same folder.
 
-A copy is known by the sha256 that it should have, so data sets that share shards share copies. It is written aside
-and renamed, so a process that is killed leaves no half. Room is reserved before a download, under a lock, by
-removing what was used longest ago; a file that somebody has open stays readable until it is closed.
+Copies are keyed by the sha256 that they should have, so data sets share copies of common shards. A copy is written
+to a temporary file and renamed, so a killed process leaves no partial copy. Space is reserved before a download,
+under a lock, by removing the least recently used copies; a removed file stays readable while it is open.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 import uuid
@@ -16,16 +15,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from reformer_dist.data.format.layout import file_sha256
 from reformer_dist.errors import DataError
+from reformer_dist.fs.atomic import file_sha256
+from reformer_dist.fs.lock import locked
 
-STALE = 3600.0  # seconds without a byte after which a download is taken for dead
-DOWNLOADS = 3  # of a file whose content is wrong each time in another way
+STALE_SECONDS = 3600.0  # seconds without progress after which a download counts as dead
+MAX_DOWNLOADS = 3  # of a file whose content is wrong in a different way each time
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A file of a data set, as its records describe it."""
+class FileRef:
+    """A file of a data set as recorded: name, size in bytes (None if unknown) and sha256."""
 
     name: str
     size: int | None
@@ -33,43 +33,43 @@ class Wanted:
 
 
 class FileCache:
-    """Copies of remote files, the least recently used of which make room for new ones."""
+    """An LRU cache of remote files."""
 
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
         self._folder, self._limit = Path(folder).expanduser(), limit_bytes
-        self._agreed: set[Path] = set()  # copies of another content than wanted, as the source gave it twice
+        self._agreed: set[Path] = set()  # copies with another sha256 that two downloads agreed on
 
-    def open(self, wanted: Wanted, where: str, download: Callable[[Path], None]) -> int:
-        """A descriptor of the copy of a file, which `download` writes to a path if there is none yet.
+    def open(self, file: FileRef, where: str, download: Callable[[Path], None]) -> int:
+        """A descriptor of the copy of a file. `download` writes it to a path if there is none yet.
 
-        Where two downloads agree on a content that is not the wanted one, the source holds that, and so does the
-        copy, for this process: the next one asks again, since the source may have been mended. Raises DataError
-        where the file is larger than the cache, or the cache can't be written.
+        If two downloads agree on a content with another sha256, the source is damaged and this process uses that
+        copy; the next process downloads again, since the source may have been repaired. Raises DataError if the
+        file is larger than the cache or the cache can't be written.
         """
-        if wanted.size is not None and wanted.size > self._limit:
-            right = f"holds {wanted.size} bytes; data.cache_gb must leave room for it"
+        if file.size is not None and file.size > self._limit:
+            right = f"holds {file.size} bytes; data.cache_gb must leave room for it"
             raise DataError(f"{where}: {right}")
         try:
             while True:
-                descriptor = self._open_copy(wanted)
+                descriptor = self._open_copy(file)
                 if descriptor is not None:
                     return descriptor
-                # it may be removed again before we open it, by a process that needs the room more
-                with self._lock(wanted.sha256):
-                    if not any(self._copies(wanted)):
-                        self._fetch(wanted, where, download)
+                # another process may remove it again for space before it is opened here
+                with self._lock(file.sha256):
+                    if not any(self._copies(file)):
+                        self._fetch(file, where, download)
         except OSError as error:
             right = "data.cache_dir must be a folder that can be written to, with room for data.cache_gb"
-            words = f"the cache can't be used ({error.strerror or error})"
-            raise DataError(f"{self._folder}: {words}; {right}") from error
+            problem = f"the cache can't be used ({error.strerror or error})"
+            raise DataError(f"{self._folder}: {problem}; {right}") from error
 
-    def _copies(self, wanted: Wanted) -> Iterator[Path]:
-        for path in self._folder.glob(f"{wanted.sha256}*.copy"):
-            if path.name == f"{wanted.sha256}.copy" or path in self._agreed:
+    def _copies(self, file: FileRef) -> Iterator[Path]:
+        for path in self._folder.glob(f"{file.sha256}*.copy"):
+            if path.name == f"{file.sha256}.copy" or path in self._agreed:
                 yield path
 
-    def _open_copy(self, wanted: Wanted) -> int | None:
-        for path in self._copies(wanted):
+    def _open_copy(self, file: FileRef) -> int | None:
+        for path in self._copies(file):
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
                 with suppress(OSError):
@@ -77,27 +77,27 @@ class FileCache:
                 return descriptor
         return None
 
-    def _fetch(self, wanted: Wanted, where: str, download: Callable[[Path], None]) -> None:
+    def _fetch(self, file: FileRef, where: str, download: Callable[[Path], None]) -> None:
         seen: set[str] = set()
-        for _ in range(DOWNLOADS):
-            partial = self._reserve(wanted)
+        for _ in range(MAX_DOWNLOADS):
+            partial = self._reserve(file)
             try:
                 download(partial)
-                found = file_sha256(partial)
-                if found == wanted.sha256:
-                    partial.rename(self._folder / f"{wanted.sha256}.copy")
+                sha256 = file_sha256(partial)
+                if sha256 == file.sha256:
+                    partial.rename(self._folder / f"{file.sha256}.copy")
                     return
-                if found in seen:
-                    self._agreed.add(partial.rename(self._folder / f"{wanted.sha256}-{found[:16]}.copy"))
+                if sha256 in seen:
+                    self._agreed.add(partial.rename(self._folder / f"{file.sha256}-{sha256[:16]}.copy"))
                     return
-                seen.add(found)
+                seen.add(sha256)
             finally:
                 partial.unlink(missing_ok=True)
-        raise DataError(f"{where}: each of {DOWNLOADS} downloads gave something else; see to the connection")
+        raise DataError(f"{where}: {MAX_DOWNLOADS} downloads had different contents; check the connection")
 
-    def _reserve(self, wanted: Wanted) -> Path:
-        """Makes room; returns the file to write to, whose name tells others how much is taken."""
-        size = wanted.size or 0
+    def _reserve(self, file: FileRef) -> Path:
+        """Makes space and returns the file to write to, whose name holds the size reserved."""
+        size = file.size or 0
         with self._lock("room"):
             copies, taken = [], size
             for path in self._folder.glob("*.copy"):
@@ -107,7 +107,7 @@ class FileCache:
                     taken += status.st_size
             for path in self._folder.glob("*.partial"):
                 with suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > STALE:
+                    if time.time() - path.stat().st_mtime > STALE_SECONDS:
                         path.unlink()
                     else:
                         taken += int(path.name.split("-")[0])
@@ -122,12 +122,8 @@ class FileCache:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Holds off other threads and processes; a process that dies lets go."""
+        """Excludes other threads and processes. Released when the process dies."""
         folder = self._folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(folder / name):
             yield
-        finally:
-            os.close(descriptor)

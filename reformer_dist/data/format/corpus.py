@@ -1,4 +1,4 @@
-"""All data sets that a run reads, as one: their shards, their weights, and what a checkpoint remembers of them."""
+"""All data sets that a run reads: their shards and weights, and the record of them in a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from reformer_dist.data.format.index import ShardIndex
 from reformer_dist.data.format.layout import SPLITS, Shard
 from reformer_dist.errors import DataError
 
-SHOWN_CHANGES = 8
+MAX_SHOWN_CHANGES = 8
 
 
 @dataclass(frozen=True)
-class Part:
-    """A shard among those of all data sets."""
+class CorpusShard:
+    """A shard of one of the data sets of a corpus."""
 
-    number: int
-    """Which data set of the corpus it belongs to."""
+    dataset_index: int
+    """Index of its data set in the corpus."""
     dataset: Dataset
     shard: Shard
 
@@ -36,9 +36,9 @@ class Corpus:
     """Data sets with one tokenizer, pooled or mixed by weight."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:
-        """`weights`: rows drawn from each data set, in any unit; None pools all shards as if of one data set.
+        """weights: relative number of rows from each data set; None pools all shards as if of one data set.
 
-        Raises DataError where the tokenizers differ.
+        Raises DataError if tokenizers, labels or numbers of fields differ.
         """
         self.datasets = list(datasets)
         self.weights = None if weights is None else [float(weight) / sum(weights) for weight in weights]
@@ -60,20 +60,20 @@ class Corpus:
         cache_folder: str | Path | None = None,
         cache_gb: float = CACHE_GB,
     ) -> Corpus:
-        """Open the data sets of these folders and URLs. Raises DataError where one is missing or broken."""
+        """Opens the data sets of these folders and URLs. Raises DataError if one is missing or broken."""
         cache = FileCache(cache_folder or CACHE_FOLDER, int(cache_gb * 2**30))
         return cls([Dataset.open(address, cache) for address in addresses], weights)
 
     @property
     def where(self) -> str:
-        """How errors call it."""
+        """Its addresses, for error messages."""
         return ", ".join(dataset.folder.address for dataset in self.datasets)
 
-    def parts(self, split: str) -> list[Part]:
-        """Shards of "train" or "heldout", data set by data set, in the order in which they were written."""
+    def shards(self, split: str) -> list[CorpusShard]:
+        """Shards of "train" or "heldout", data set by data set, in the order they were written."""
         return [
-            Part(number, dataset, shard)
-            for number, dataset in enumerate(self.datasets)
+            CorpusShard(index, dataset, shard)
+            for index, dataset in enumerate(self.datasets)
             for shard in dataset.shards(split)
         ]
 
@@ -83,31 +83,34 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of what training reads: each data set by its weight, where data sets are mixed by weight."""
+        """Mean bytes of text per training token, weighted like the data sets."""
         if self.weights is None:
             return self.total("text_bytes", "train") / self.total("tokens", "train")
-        each = [
+        ratios = [
             dataset.total("text_bytes", "train") / dataset.total("tokens", "train") for dataset in self.datasets
         ]
-        return sum(weight * number for weight, number in zip(self.weights, each, strict=True))
+        return sum(weight * ratio for weight, ratio in zip(self.weights, ratios, strict=True))
 
-    def check(self, split: str, max_damaged_share: float) -> Iterator[str]:
-        """Yields a warning for each shard of another size than was recorded: samples that it lacks are damaged.
+    def check(self, split: str, max_damaged_fraction: float) -> Iterator[str]:
+        """Yields a warning for each shard of another size than was recorded, whose missing samples count as
+        damaged.
 
-        Raises DataError, naming the shard, where one is missing, or where more samples are lost than may be.
+        Raises DataError if a shard is missing or too many samples are lost.
         """
         lost = 0
         for dataset in self.datasets:
-            for shard, found in dataset.find_odd_sizes(split):
-                words = f"{dataset.folder.where(shard.name)}: shard holds {found} bytes, expected {shard.size}"
-                lost += sum(entry.offset + entry.size > found for entry in dataset.index(shard).entries)
-                if lost > max_damaged_share * self.total("samples", split):
-                    right = f"data.max_damaged_share={max_damaged_share:g} allows fewer; copy or write it again"
-                    raise DataError(f"{words}; {lost} samples of the {split} split are lost: {right}")
-                yield f"{words}; samples that it lacks are passed over"
+            for shard, size in dataset.find_size_mismatches(split):
+                problem = f"{dataset.folder.where(shard.name)}: shard holds {size} bytes, expected {shard.size}"
+                lost += sum(entry.offset + entry.size > size for entry in dataset.index(shard).entries)
+                if lost > max_damaged_fraction * self.total("samples", split):
+                    right = (
+                        f"data.max_damaged_fraction={max_damaged_fraction:g} allows fewer; copy or write it again"
+                    )
+                    raise DataError(f"{problem}; {lost} samples of the {split} split are lost: {right}")
+                yield f"{problem}; the samples that it lacks are skipped"
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint remembers, as JSON values: enough to say later what has changed."""
+        """Record of the data in a checkpoint, as JSON values: enough to report what has changed since."""
         return {
             "tokenizer": self.datasets[0].tokenizer_spec,
             "weights": self.weights,
@@ -119,13 +122,13 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over weights, tokenizer, and samples, sizes and checksums of all shards, wherever they are."""
+        """sha256 of weights, tokenizer, and sizes and checksums of all shards, independent of their addresses."""
         content = [self.weights, [dataset.fingerprint for dataset in self.datasets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def explain_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two records of a corpus, a line for each shard or data set; the first few lines."""
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences of two records of a corpus, one line per shard or data set, at most MAX_SHOWN_CHANGES."""
     lines = []
     if before["tokenizer"] != now["tokenizer"]:
         lines.append(f"the tokenizer was {before['tokenizer']} and is {now['tokenizer']}")
@@ -136,9 +139,9 @@ def explain_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     lines += [f"data set {dataset['address']} was added" for dataset in new[len(old) :]]
     for earlier, later in zip(old, new, strict=False):
         for split in SPLITS:
-            lines += [f"{later['address']}: {words}" for words in _changed_shards(earlier[split], later[split])]
-    more = len(lines) - SHOWN_CHANGES
-    return lines if more <= 0 else [*lines[:SHOWN_CHANGES], f"and {more} more"]
+            lines += [f"{later['address']}: {change}" for change in _changed_shards(earlier[split], later[split])]
+    more = len(lines) - MAX_SHOWN_CHANGES
+    return lines if more <= 0 else [*lines[:MAX_SHOWN_CHANGES], f"and {more} more"]
 
 
 def _digests(dataset: Dataset, split: str) -> dict[str, list[Any]]:

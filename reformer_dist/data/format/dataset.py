@@ -1,4 +1,4 @@
-"""A data set, opened and checked: its tokenizer, its splits and its shards."""
+"""A data set: its tokenizer, splits and shards, checked when it is opened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reformer_dist.data.format.cache import FileCache
 from reformer_dist.data.format.index import IndexCache, ShardIndex
 from reformer_dist.data.format.layout import (
     DATASET_FILE,
-    FORMAT,
+    FORMAT_VERSION,
     SPLITS,
     TEXT_FIELDS,
     Shard,
@@ -32,7 +32,7 @@ CACHE_GB = 50.0
 
 
 class Dataset:
-    """What dataset.json says, checked; the shards themselves are not opened."""
+    """The checked content of dataset.json. Shards are not opened."""
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class Dataset:
         self.tokenizer = tokenizer
         self.splits = dict(splits)
         self.tokenizer_spec = spec
-        """What the tokenizer is, as one line of JSON."""
+        """Specification of the tokenizer, as one line of JSON."""
         self.fields, self.labels = list(fields), list(labels)
-        """Names of the texts of a sample; labels that samples have, if they have any."""
+        """Names of the fields of a sample; possible labels, if samples have one."""
         self._indexes = IndexCache()
 
     @classmethod
     def open(cls, address: str | Path, cache: FileCache | None = None) -> Dataset:
-        """Read the dataset.json of a folder, here or remote.
+        """Reads the dataset.json of a local or remote folder.
 
-        Raises DataError where there is none, or it is broken, or it is of a format that isn't known.
+        Raises DataError if there is none, or if it is broken or of an unknown format.
         """
         folder = open_folder(str(address), cache or FileCache(CACHE_FOLDER, int(CACHE_GB * 2**30)))
         where = folder.where(DATASET_FILE)
         if isinstance(folder, LocalFolder) and not (folder.path / DATASET_FILE).is_file():
-            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {_what_to_do(folder.path)}")
+            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {_missing_hint(folder.path)}")
         record = parse_json(folder.read(DATASET_FILE), where)
         _check_record(record, where)
         tokenizer = _load_tokenizer(record["tokenizer"], folder)
@@ -72,28 +72,29 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the tokenizer and all that is recorded of the shards, wherever they are."""
+        """sha256 of the tokenizer and the records of all shards, independent of the data set's address."""
         listed = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
         named = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
         content = json.dumps([self.tokenizer_spec, listed, *named], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def shards(self, split: str) -> list[Shard]:
-        """Shards of "train" or "heldout", in the order in which they were written."""
+        """Shards of "train" or "heldout", in the order they were written."""
         return self.splits[split]
 
     def index(self, shard: Shard) -> ShardIndex:
-        """The samples of a shard. Raises DataError where its index is missing or not the one that was written."""
+        """Index of a shard. Raises DataError if it is missing or not the one that was written."""
         return self._indexes.read(self.folder, shard, self.tokenizer.dtype, len(self.fields))
 
     def total(self, count: str, split: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
         return sum(getattr(shard, count) for shard in self.splits[split])
 
-    def find_odd_sizes(self, split: str) -> Iterator[tuple[Shard, int]]:
-        """Shards whose size is not the recorded one, and what it is. Remote ones are looked at when fetched.
+    def find_size_mismatches(self, split: str) -> Iterator[tuple[Shard, int]]:
+        """(shard, actual size) of each local shard whose size is not the recorded one. Remote shards are not
+        checked.
 
-        Raises DataError, naming the shard, where one is missing.
+        Raises DataError if a shard is missing.
         """
         if not isinstance(self.folder, LocalFolder):
             return
@@ -101,26 +102,26 @@ class Dataset:
             path = self.folder.path / shard.name
             if not path.is_file():
                 raise DataError(f"{path}: shard is missing; it must hold {shard.size} bytes")
-            if (found := path.stat().st_size) != shard.size:
-                yield shard, found
+            if (size := path.stat().st_size) != shard.size:
+                yield shard, size
 
 
-def _what_to_do(path: Path) -> str:
-    """A run that is opened in another directory than it was started in looks for its data in the wrong place."""
-    make = f"make one with: python tools/make_shards.py INPUT --output {path}"
+def _missing_hint(path: Path) -> str:
+    """How to get a data set, or how to find it if the working directory is not that of the run."""
+    fix = f"make one with: python tools/make_shards.py INPUT --output {path}"
     if path.is_absolute():
-        return make
-    return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {make}"
+        return fix
+    return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {fix}"
 
 
 def _check_record(record: Mapping[str, Any], where: str) -> None:
-    if record.get("format") != FORMAT:
+    if record.get("format") != FORMAT_VERSION:
         fix = "write the data set again with tools/make_shards.py"
         raise DataError(
-            f"{where}: format {record.get('format')!r} is not {FORMAT}, which this version reads; {fix}"
+            f"{where}: format {record.get('format')!r} is not {FORMAT_VERSION}, which this version reads; {fix}"
         )
     if record.get("sha256") != json_sha256(record):
-        raise DataError(f"{where}: is not as it was written (its own sha256 differs); copy or write it again")
+        raise DataError(f"{where}: was altered after it was written (its sha256 differs); copy or write it again")
     spec, listed = record.get("tokenizer"), record.get("splits")
     if not isinstance(spec, dict) or not isinstance(listed, dict) or set(listed) != set(SPLITS):
         raise DataError(f"{where}: must hold a tokenizer and the splits {', '.join(SPLITS)}")
@@ -145,9 +146,9 @@ def _load_tokenizer(spec: Mapping[str, Any], folder: Folder) -> Tokenizer:
 
 def _check_tokenizer(record: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:
     for key in ("vocab_size", "eos_id", "dtype"):
-        found, right = record.get(key), getattr(tokenizer, key)
-        if found != right:
-            raise DataError(f"{where}: {key} is {found!r}; it must be the tokenizer's, {right!r}")
+        value, right = record.get(key), getattr(tokenizer, key)
+        if value != right:
+            raise DataError(f"{where}: {key} is {value!r}; it must be that of the tokenizer, {right!r}")
 
 
 def _read_shards(listed: object, split: str, where: str) -> list[Shard]:

@@ -1,4 +1,4 @@
-"""The index beside each shard: where every sample lies, and the checksum of what was written."""
+"""The index next to each shard: offset and checksum of every sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.cache import Wanted
+from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.layout import (
-    FORMAT,
+    FORMAT_VERSION,
+    MAX_SAMPLE_BYTES,
     MEMBER_SUFFIX,
-    MOST_SAMPLE_BYTES,
     Shard,
     parse_json,
     require_count,
@@ -27,8 +27,8 @@ from reformer_dist.data.format.layout import (
 from reformer_dist.data.format.storage import Folder
 from reformer_dist.errors import DataError
 
-HEADER_BYTES = 512  # of a tar member, right before its content
-KEPT_INDEXES = 8
+HEADER_BYTES = 512  # of a tar member, directly before its content
+MAX_CACHED_INDEXES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,24 +37,24 @@ class IndexEntry:
 
     key: str
     document: str
-    """Name of the file, or file and line, that it came from."""
+    """File, or file and line, that it came from."""
     offset: int
-    """Where its content begins in the tar file, in bytes."""
+    """Byte offset of its content in the tar file."""
     size: int
     n_tokens: int
-    """Its tokens, the end-of-text token of each field included."""
+    """Including the end-of-text token of each field."""
     n_bytes: int
-    """Its bytes of text."""
+    """Bytes of text."""
     sha256: str
     lengths: tuple[int, ...] = ()
-    """Stored tokens of each field, where there are several."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What belongs to it that is no text, such as its label."""
+    """Stored tokens of each field, if there are several."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Data that is not text, such as a label; "facts" in the file."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of a shard in its order."""
+    """Samples of a shard in the order of the tar file."""
 
     entries: list[IndexEntry]
     n_tokens: NDArray[np.int64]
@@ -62,37 +62,41 @@ class ShardIndex:
 
 
 def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> ShardIndex:
-    """The index of a shard, checked against dataset.json and against itself; DataError where it doesn't fit.
+    """The index of a shard, checked against dataset.json and for consistency. Raises DataError if it is wrong.
 
-    dtype: of the stored token ids; n_fields: of each sample.
+    dtype: of the stored token ids. n_fields: of each sample.
     """
     where = folder.where(shard.index_name)
-    with os.fdopen(folder.open(Wanted(shard.index_name, None, shard.index_sha256)), "rb") as file:
+    with os.fdopen(folder.open(FileRef(shard.index_name, None, shard.index_sha256)), "rb") as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != shard.index_sha256:
         raise DataError(f"{where}: is not the index that was written (sha256 differs); copy it again")
     record = parse_json(content, where)
     samples = record.get("samples")
-    if record.get("format") != FORMAT or record.get("shard") != shard.name or not isinstance(samples, list):
-        raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT}")
+    if (
+        record.get("format") != FORMAT_VERSION
+        or record.get("shard") != shard.name
+        or not isinstance(samples, list)
+    ):
+        raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT_VERSION}")
     itemsize = np.dtype(dtype).itemsize
     entries = [_entry(sample, where, itemsize, n_fields) for sample in samples]
-    _check_places(entries, shard, where)
-    found = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
-    if found != (shard.samples, shard.tokens, shard.text_bytes):
+    _check_offsets(entries, shard, where)
+    listed = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
+    if listed != (shard.samples, shard.tokens, shard.text_bytes):
         counts = "{} samples, {} tokens and {} bytes of text"
         right = counts.format(shard.samples, shard.tokens, shard.text_bytes)
-        raise DataError(f"{where}: lists {counts.format(*found)}; dataset.json has {right}")
+        raise DataError(f"{where}: lists {counts.format(*listed)}; dataset.json has {right}")
     return ShardIndex(entries, np.array([entry.n_tokens for entry in entries], dtype=np.int64))
 
 
 def member_name(entry: IndexEntry, dtype: str) -> str:
-    """Name of a sample's file in the tar."""
+    """Name of a sample's tar member."""
     return f"{entry.key}.{MEMBER_SUFFIX[dtype]}"
 
 
 class IndexCache:
-    """The indexes read last, since several streams may read one shard; for use by several threads."""
+    """A thread-safe LRU cache of indexes, since several streams may read the same shard."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -104,7 +108,7 @@ class IndexCache:
             if name not in self._kept:
                 self._kept[name] = read_index(folder, shard, dtype, n_fields)
             self._kept.move_to_end(name)
-            if len(self._kept) > KEPT_INDEXES:
+            if len(self._kept) > MAX_CACHED_INDEXES:
                 self._kept.popitem(last=False)
             return self._kept[name]
 
@@ -123,14 +127,14 @@ def _entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEnt
         n_tokens=require_count(record, "n_tokens", where),
         n_bytes=require_count(record, "n_bytes", where),
         lengths=_lengths(record, n_fields, f"{where}: sample {key}"),
-        facts=record["facts"] if isinstance(record.get("facts"), dict) else {},
+        metadata=record["facts"] if isinstance(record.get("facts"), dict) else {},
     )
-    if entry.size > MOST_SAMPLE_BYTES:
-        raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MOST_SAMPLE_BYTES}")
+    if entry.size > MAX_SAMPLE_BYTES:
+        raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MAX_SAMPLE_BYTES}")
     n_stored = entry.size // itemsize
-    fits = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
-    if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not fits:
-        right = f"must be whole ids of {itemsize} bytes, and one token more for each field"
+    is_consistent = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
+    if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not is_consistent:
+        right = f"must hold whole ids of {itemsize} bytes, and count one more token for each field"
         raise DataError(f"{where}: sample {key} holds {entry.size} bytes and {entry.n_tokens} tokens; it {right}")
     return entry
 
@@ -143,8 +147,8 @@ def _lengths(record: Mapping[str, Any], n_fields: int, where: str) -> tuple[int,
     return tuple(lengths)
 
 
-def _check_places(entries: list[IndexEntry], shard: Shard, where: str) -> None:
-    """Samples follow one another inside the shard, and no two have one key."""
+def _check_offsets(entries: list[IndexEntry], shard: Shard, where: str) -> None:
+    """Raises DataError unless samples follow each other within the shard and have unique keys."""
     end = 0
     for entry in entries:
         if entry.offset % HEADER_BYTES or entry.offset < end + HEADER_BYTES:
@@ -152,6 +156,6 @@ def _check_places(entries: list[IndexEntry], shard: Shard, where: str) -> None:
             raise DataError(f"{where}: sample {entry.key} begins at {entry.offset}; it {right}")
         end = entry.offset + entry.size
     if end > shard.size:
-        raise DataError(f"{where}: the last sample ends at {end}, behind the shard's {shard.size} bytes")
+        raise DataError(f"{where}: the last sample ends at {end}, beyond the shard's {shard.size} bytes")
     if len({entry.key for entry in entries}) < len(entries):
         raise DataError(f"{where}: lists a key twice; each sample must have its own")

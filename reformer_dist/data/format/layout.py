@@ -1,4 +1,4 @@
-"""What a data set looks like on disk: names, numbers and the record of one shard.
+"""The layout of a data set on disk: file names, and the record of one shard.
 
 docs/data_order.md describes the format for users.
 """
@@ -7,62 +7,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reformer_dist.errors import DataError
+from reformer_dist.fs.atomic import write_atomic
 
-FORMAT = 2
+FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
 TEXT_FIELDS = ("text",)
-"""Of a sample, where dataset.json names no fields."""
+"""Fields of a sample if dataset.json names none."""
 MEMBER_SUFFIX = {"uint8": "txt", "uint16": "u16", "uint32": "u32"}
-"""Suffix of a sample's file in the tar, by the type of its token ids (little-endian)."""
-MOST_SAMPLE_BYTES = 1 << 30
-"""No sample is larger: whoever records one would have every rank allocate it."""
+"""Suffix of a sample's tar member by the dtype of its token ids (little-endian)."""
+MAX_SAMPLE_BYTES = 1 << 30
+"""Larger samples are refused, since every rank would allocate what a forged index asks for."""
 
 
-def learned_dtype(vocab_size: int) -> str:
-    """Type that stores the ids of a vocabulary that was learned."""
+def id_dtype(vocab_size: int) -> str:
+    """dtype that stores the ids of a learned vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file as dataset.json records it."""
+    """Record of one tar file in dataset.json."""
 
     name: str
     size: int
     """Bytes of the tar file."""
     sha256: str
     index_sha256: str
-    """Of the index that lies beside it."""
+    """Of the index file next to it."""
     samples: int
     tokens: int
-    """Tokens of all samples, the end-of-text token of each included."""
+    """Including the end-of-text token of each field of each sample."""
     text_bytes: int
 
     @property
     def index_name(self) -> str:
-        """Name of the index that lies beside the shard."""
+        """Name of the index file next to the shard."""
         return str(Path(self.name).with_suffix(".json"))
 
 
 def require_plain_name(name: object, where: str) -> str:
-    """The name, if it is that of a file right in the folder; DataError for paths, `..` and `pipe:`."""
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-    if not plain:
+    """The name, if it is a plain file name. Raises DataError for paths, `..` and `pipe:`."""
+    is_plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not is_plain:
         raise DataError(f"{where}: file name {name!r} is refused; it must name a file in the same folder")
     return str(name)
 
 
 def require_count(record: Mapping[str, Any], key: str, where: str) -> int:
-    """record[key], if it is a non-negative integer; else DataError."""
+    """record[key]. Raises DataError if it is not a non-negative integer."""
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise DataError(f"{where}: {key} is {value!r}; it must be a non-negative integer")
@@ -70,7 +70,7 @@ def require_count(record: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def require_sha256(record: Mapping[str, Any], key: str, where: str) -> str:
-    """record[key], if it is a sha256 in hexadecimal digits; else DataError."""
+    """record[key]. Raises DataError if it is not a sha256 in hexadecimal digits."""
     value = record.get(key)
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
         raise DataError(f"{where}: {key} is {value!r}; it must be 64 hexadecimal digits")
@@ -78,37 +78,22 @@ def require_sha256(record: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that a file holds; DataError where it is none."""
+    """The JSON object in a file's content. Raises DataError if it is not one."""
     try:
-        found = json.loads(content.decode())
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not valid JSON ({error}); write the data set again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{where}: holds a {type(found).__name__}; it must hold a JSON object")
-    return found
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: holds a {type(value).__name__}; it must hold a JSON object")
+    return value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes a JSON file atomically."""
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def json_sha256(record: Mapping[str, Any]) -> str:
-    """sha256 of JSON values, whatever the spaces and the order of keys; the key "sha256" itself is left out."""
+    """sha256 of JSON values, independent of spaces and the order of keys, without the key "sha256" itself."""
     content = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""Damaged samples: found once, passed over ever after, and named.
+"""Quarantine of damaged samples: found once, they are reported and skipped from then on.
 
-Whether a sample is damaged is decided by its bytes and the index alone, so every rank that reads it decides alike.
+Whether a sample is damaged depends on its bytes and the index alone, so all ranks that read it agree.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from weakref import WeakValueDictionary
 
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.sample_reader import SampleDamaged, SampleReader, Source
+from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleReader, SampleRef
 from reformer_dist.errors import DataError
 
 SampleId = tuple[int, str, str]
-"""(number of the data set, name of the shard, key)."""
+"""(data set index, shard name, key)."""
 
 
 @dataclass(frozen=True)
-class Damage:
-    """A sample that is not what was written."""
+class DamagedSample:
+    """A sample that is not as it was written."""
 
     id: SampleId
     where: str
-    """Its shard and key, in words."""
+    """Its shard and key, for messages."""
     document: str
-    """Name of the file, or file and line, that it came from."""
+    """File, or file and line, that it came from."""
     reason: str
 
     def __str__(self) -> str:
@@ -35,55 +35,55 @@ class Damage:
 
 
 class Quarantine:
-    """The samples that are passed over, whether or not they are damaged still; shared by threads that read."""
+    """Samples to skip, even if they are repaired later. Shared by reading threads."""
 
-    def __init__(self, n_samples: int, max_share: float, known: Iterable[SampleId] = ()) -> None:
-        """`max_share`: of the `n_samples` of the run; one more damaged sample is an error."""
-        self._most = int(max_share * n_samples)
-        self._n_samples, self._max_share = n_samples, max_share
-        self._reasons: dict[SampleId, Damage | None] = dict.fromkeys(known)
+    def __init__(self, n_samples: int, max_fraction: float, known: Iterable[SampleId] = ()) -> None:
+        """max_fraction: of the `n_samples` of the run that may be damaged before `add` raises."""
+        self._max_damaged = int(max_fraction * n_samples)
+        self._n_samples, self._max_fraction = n_samples, max_fraction
+        self._reasons: dict[SampleId, DamagedSample | None] = dict.fromkeys(known)
 
     def __contains__(self, sample: SampleId) -> bool:
         return sample in self._reasons
 
-    def add(self, damages: Iterable[Damage]) -> None:
-        """Raises DataError where these are too many."""
+    def add(self, damaged: Iterable[DamagedSample]) -> None:
+        """Raises DataError if there are too many damaged samples now."""
         last = None
-        for last in damages:
+        for last in damaged:
             self._reasons.setdefault(last.id, last)
-        if last is not None and len(self._reasons) > self._most:
-            share = f"{len(self._reasons)} of {self._n_samples} samples are damaged"
-            right = f"data.max_damaged_share={self._max_share:g} allows {self._most}"
-            raise DataError(f"{last}; {share}, and {right}: copy the shards again, or allow more")
+        if last is not None and len(self._reasons) > self._max_damaged:
+            count = f"{len(self._reasons)} of {self._n_samples} samples are damaged"
+            right = f"data.max_damaged_fraction={self._max_fraction:g} allows {self._max_damaged}"
+            raise DataError(f"{last}; {count}, and {right}: copy the shards again, or allow more")
 
-    def reason(self, sample: SampleId) -> Damage | None:
-        """How a sample is damaged; None where that was known before this run began."""
+    def reason(self, sample: SampleId) -> DamagedSample | None:
+        """The damage of a quarantined sample; None if it was known before this run began."""
         return self._reasons[sample]
 
 
 class CheckedReader:
-    """Reads samples around a quarantine. For use by one thread."""
+    """Reads samples except quarantined ones, and quarantines damaged ones. Not thread-safe."""
 
     def __init__(self, quarantine: Quarantine) -> None:
         self._quarantine, self._reader = quarantine, SampleReader()
-        # streams whose shares meet in one long document share its tokens
+        # streams that read the same long document share its tokens
         self._opened: WeakValueDictionary[SampleId, NDArray[Any]] = WeakValueDictionary()
-        self.passed_over: list[SampleId] = []
-        """Samples of which nothing was read, until somebody empties the list."""
+        self.skipped_samples: list[SampleId] = []
+        """Samples not read, until the caller resets the list."""
 
-    def open(self, data_set: int, source: Source) -> Any:
-        """Tokens of a sample, [n_tokens]; None where it is in quarantine, or belongs there from now on."""
-        name = (data_set, source.shard.name, source.entry.key)
+    def open(self, dataset_index: int, ref: SampleRef) -> Any:
+        """Tokens of a sample, [n_tokens]; None if it is quarantined, now or before."""
+        name = (dataset_index, ref.shard.name, ref.entry.key)
         if name not in self._quarantine:
             tokens = self._opened.get(name)
             if tokens is not None:
                 return tokens
             try:
-                self._opened[name] = tokens = self._reader.read(source)
+                self._opened[name] = tokens = self._reader.read(ref)
                 return tokens
-            except SampleDamaged as damaged:
-                self._quarantine.add([Damage(name, source.where, source.entry.document, str(damaged))])
-        self.passed_over.append(name)
+            except DamagedSampleError as damaged:
+                self._quarantine.add([DamagedSample(name, ref.where, ref.entry.document, str(damaged))])
+        self.skipped_samples.append(name)
         return None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Vocabularies of SentencePiece, for models that come with one. It normalises text, so it is not lossless."""
+"""SentencePiece vocabularies, for converted models that use one. They normalise text and so are not lossless."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.layout import file_sha256, learned_dtype
+from reformer_dist.data.format.layout import id_dtype
 from reformer_dist.errors import DataError
+from reformer_dist.fs.atomic import file_sha256
 
 FILE = "spiece.model"
-SPACE = "\u2581"  # how a piece writes a space
+SPACE = "\u2581"  # a space within a piece
 
 
 class SentencePieceTokenizer:
-    """A `spiece.model` through the package sentencepiece; the end of text is the vocabulary's own (`</s>`)."""
+    """A `spiece.model`, read by the package sentencepiece; end-of-text is the `</s>` of its vocabulary."""
 
     is_lossless = False
 
     def __init__(self, path: Path, vocab_size: int | None = None) -> None:
-        """vocab_size: of the model, if it has more ids than there are pieces. Raises DataError."""
+        """vocab_size: of the model, if larger than the number of pieces. Raises DataError."""
         if not path.is_file():
             raise DataError(f"{path}: is missing; it must be a model of SentencePiece")
         package = _package()
@@ -33,18 +34,18 @@ class SentencePieceTokenizer:
         self._path, n_pieces = path, len(self._inner)
         self.vocab_size = n_pieces if vocab_size is None else vocab_size
         if self.vocab_size < n_pieces:
-            raise DataError(f"{path}: has {n_pieces} pieces, and the model knows {self.vocab_size} tokens")
+            raise DataError(f"{path}: has {n_pieces} pieces, more than the {self.vocab_size} tokens of the model")
         self.eos_id: int = self._inner.eos_id()
         if self.eos_id < 0:
             raise DataError(f"{path}: has no piece that ends a text; it must have one to end documents with")
 
     @property
     def dtype(self) -> str:
-        return learned_dtype(self.vocab_size)
+        return id_dtype(self.vocab_size)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
-        """The space that SentencePiece puts before a text counts as one of it."""
+        """Counts the space that SentencePiece prepends to a text."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for index in range(len(self._inner)):
             if self._inner.is_byte(index):
@@ -55,8 +56,8 @@ class SentencePieceTokenizer:
                 lengths[index] = len(self._inner.id_to_piece(index).replace(SPACE, " ").encode())
         return lengths
 
-    def readable(self, text: bytes) -> bytes:
-        """The text as `encode` keeps it: normalised, with what has no piece as U+2047."""
+    def normalize(self, text: bytes) -> bytes:
+        """The text as SentencePiece normalises it, with U+2047 for unknown pieces."""
         return self.decode(self.encode(text)).encode()
 
     def encode(self, text: bytes) -> NDArray[Any]:
@@ -79,6 +80,6 @@ def _package() -> Any:
     try:
         import sentencepiece
     except ImportError as error:
-        way_out = "pip install 'reformer_dist[sentencepiece]'"
-        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {way_out}") from error
+        pickle_hint = "pip install 'reformer_dist[sentencepiece]'"
+        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {pickle_hint}") from error
     return sentencepiece

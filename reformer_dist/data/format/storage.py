@@ -1,7 +1,7 @@
-"""Folders that hold data sets: on this machine, or behind http(s): and s3: through fsspec.
+"""Folders of data sets: local, or remote (http:, https: and s3:) through fsspec.
 
-A file of a remote folder is copied whole into the cache when it is first opened. An address is looked at before
-anything is done with it: none runs a command, and none chains file systems.
+A file of a remote folder is copied whole into the cache when it is first opened. Addresses are checked before use,
+so that none runs a command or chains file systems.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.callbacks import Callback
 
-from reformer_dist.data.format.cache import FileCache, Wanted
+from reformer_dist.data.format.cache import FileCache, FileRef
 from reformer_dist.errors import DataError
 
 REMOTE_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}
-PAUSES = (0.5, 1.0, 2.0)  # seconds before a failed request is made again
-MOST_INDEX_BYTES = 1 << 30
+RETRY_DELAYS = (0.5, 1.0, 2.0)  # seconds before each retry of a failed request
+MAX_INDEX_BYTES = 1 << 30
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -31,36 +31,36 @@ T = TypeVar("T")
 
 
 class Folder(Protocol):
-    """Where the files of one data set are."""
+    """The folder of one data set."""
 
     @property
     def address(self) -> str:
-        """As the user gave it."""
+        """As given by the user."""
         ...
 
     def where(self, name: str) -> str:
-        """How errors call a file."""
+        """Path or URL of a file, for error messages."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A small file whole. Raises DataError where there is none or it can't be read."""
+        """Content of a small file. Raises DataError if it is missing or can't be read."""
         ...
 
-    def open(self, wanted: Wanted) -> int:
-        """A descriptor of a file on this machine, for os.pread. Raises DataError where there is none.
+    def open(self, file: FileRef) -> int:
+        """A descriptor of a local file, for os.pread. Raises DataError if there is none.
 
-        The content of a local file is whatever it is; that of a remote one may differ from the wanted sha256
+        The content of a local folder's file is not checked. That of a remote one differs from the recorded sha256
         only if it does so at the source.
         """
         ...
 
 
 def open_folder(address: str, cache: FileCache) -> Folder:
-    """The folder that an address names; nothing is read. Raises DataError for an address that is refused."""
-    found = _SCHEME.match(address)
-    if found is None:
+    """The folder at an address, without reading it. Raises DataError if the address is refused."""
+    match = _SCHEME.match(address)
+    if match is None:
         return LocalFolder(address, Path(address))
-    scheme = found[1].lower()
+    scheme = match[1].lower()
     if scheme == "file":
         return LocalFolder(address, Path(unquote(urlsplit(address).path)))
     if scheme not in REMOTE_PACKAGES or "::" in address:
@@ -70,7 +70,7 @@ def open_folder(address: str, cache: FileCache) -> Folder:
 
 
 class LocalFolder:
-    """A folder of this machine, or one that is mounted on it."""
+    """A folder of this machine or mounted on it."""
 
     def __init__(self, address: str, path: Path) -> None:
         self.address, self.path = address, path
@@ -84,29 +84,25 @@ class LocalFolder:
         except OSError as error:
             raise DataError(f"{self.where(name)}: can't be read ({error.strerror})") from error
 
-    def size(self, name: str) -> int | None:
-        path = self.path / name
-        return path.stat().st_size if path.is_file() else None
-
-    def open(self, wanted: Wanted) -> int:
-        path = self.path / wanted.name
+    def open(self, file: FileRef) -> int:
+        path = self.path / file.name
         try:
             if not path.is_file():  # a device or pipe in its place would never end
-                raise DataError(f"{path}: is missing; it must hold {wanted.size} bytes")
+                raise DataError(f"{path}: is missing; it must hold {file.size} bytes")
             return os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DataError(
-                f"{path}: can't be opened ({error.strerror}); it must hold {wanted.size} bytes"
+                f"{path}: can't be opened ({error.strerror}); it must hold {file.size} bytes"
             ) from error
 
 
 class RemoteFolder:
-    """A folder behind a file system of fsspec, with its files in the cache once they were needed."""
+    """A folder on a file system of fsspec. Files are cached on first use."""
 
     def __init__(self, address: str, file_system: Any, cache: FileCache) -> None:
         self.address = address
         self._file_system, self._cache = file_system, cache
-        # http wants the whole address, s3 the bucket and what follows
+        # http takes the whole address, s3 the bucket and the path
         self._root = file_system._strip_protocol(address).rstrip("/")
 
     def where(self, name: str) -> str:
@@ -115,16 +111,16 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         return self._retried(name, lambda source: self._file_system.cat_file(source))
 
-    def open(self, wanted: Wanted) -> int:
-        where = self.where(wanted.name)
+    def open(self, file: FileRef) -> int:
+        where = self.where(file.name)
 
         def download(path: Path) -> None:
             def copy(source: str) -> None:
-                self._file_system.get_file(source, str(path), callback=_Limit(wanted, where))
+                self._file_system.get_file(source, str(path), callback=_Limit(file, where))
 
-            self._retried(wanted.name, copy)
+            self._retried(file.name, copy)
 
-        return self._cache.open(wanted, where, download)
+        return self._cache.open(file, where, download)
 
     def _retried(self, name: str, action: Callable[[str], T], attempt: int = 0) -> T:
         try:
@@ -133,25 +129,25 @@ class RemoteFolder:
             raise
         except FileNotFoundError as error:
             raise DataError(f"{self.where(name)}: is missing") from error
-        except Exception as error:  # each file system has its own kinds
-            if attempt == len(PAUSES):
-                words = f"{type(error).__name__}: {error}"
-                raise DataError(f"{self.where(name)}: can't be read ({words})") from error
-        time.sleep(PAUSES[attempt])
+        except Exception as error:  # each file system raises its own types
+            if attempt == len(RETRY_DELAYS):
+                reason = f"{type(error).__name__}: {error}"
+                raise DataError(f"{self.where(name)}: can't be read ({reason})") from error
+        time.sleep(RETRY_DELAYS[attempt])
         return self._retried(name, action, attempt + 1)
 
 
 class _Limit(Callback):
-    """Ends a download that brings more than was recorded: the disk is not the source's to fill."""
+    """Aborts a download that exceeds the recorded size, so that a source can't fill the disk."""
 
-    def __init__(self, wanted: Wanted, where: str) -> None:
+    def __init__(self, file: FileRef, where: str) -> None:
         super().__init__()
-        self._most, self._where = MOST_INDEX_BYTES if wanted.size is None else wanted.size, where
+        self._max_bytes, self._where = MAX_INDEX_BYTES if file.size is None else file.size, where
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
-        if self.value > self._most:
-            raise DataError(f"{self._where}: holds more than the {self._most} bytes that it must hold")
+        if self.value > self._max_bytes:
+            raise DataError(f"{self._where}: holds more than the {self._max_bytes} bytes that it must hold")
 
 
 def _file_system(scheme: str, address: str) -> Any:
@@ -161,6 +157,6 @@ def _file_system(scheme: str, address: str) -> Any:
     except ImportError as error:
         fix = "pip install 'reformer_dist[remote]'"
         raise DataError(f"data.path={address}: {scheme}: needs the package {package}: {fix}") from error
-    # proxies are the environment's business; a cached listing would hide a file that was repaired
+    # proxies come from the environment; a cached listing would hide a repaired file
     options = {} if scheme == "s3" else {"client_kwargs": {"trust_env": True}}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)

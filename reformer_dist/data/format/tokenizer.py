@@ -1,7 +1,7 @@
-"""Text to token ids and back: plain bytes, or byte-level BPE by the `tokenizers` package.
+"""Tokenizers: bytes, or byte-level BPE from the `tokenizers` package.
 
-Both are lossless, which SentencePiece, for models that come from elsewhere, is not. All know how many bytes of
-text each token stands for, so that losses of models with different vocabularies compare as bits per byte.
+Both are lossless, unlike SentencePiece, which is there for converted models. Each tokenizer knows the bytes of
+text of every token, so that losses of models with different vocabularies can be compared as bits per byte.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.format.layout import (
     TOKENIZER_FILE,
-    file_sha256,
-    learned_dtype,
+    id_dtype,
     require_count,
     require_plain_name,
 )
 from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 from reformer_dist.errors import DataError
+from reformer_dist.fs.atomic import file_sha256
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, the end-of-text token included."""
+        """Number of token ids, including end-of-text."""
 
     @property
     def eos_id(self) -> int:
-        """The token that ends every document."""
+        """Id of the end-of-text token."""
 
     @property
     def dtype(self) -> str:
-        """Type that stores the ids of a text: uint8, uint16 or uint32."""
+        """dtype that stores token ids: uint8, uint16 or uint32."""
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
-        """Bytes of text that each token stands for, [vocab_size]; 0 for the end of text."""
+        """[vocab_size] bytes of text of each token; 0 for end-of-text."""
 
     @property
     def is_lossless(self) -> bool:
-        """Whether any UTF-8 text is kept byte for byte, so that a place in it is one in its tokens."""
+        """Whether UTF-8 text is preserved byte for byte, so that byte offsets can be mapped to tokens."""
 
-    def readable(self, text: bytes) -> bytes:
-        """The text as `encode` keeps it: itself, with what isn't UTF-8 replaced by U+FFFD, or normalised."""
+    def normalize(self, text: bytes) -> bytes:
+        """The text that `encode` preserves: invalid UTF-8 replaced by U+FFFD, or normalised by SentencePiece."""
 
     def encode(self, text: bytes) -> NDArray[Any]:
-        """Token ids of a text, [n_tokens] of `dtype`, without an end-of-text token."""
+        """Token ids of a text, [n_tokens] of `dtype`, without end-of-text."""
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of token ids; end-of-text tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """Text of token ids, without end-of-text tokens and with invalid UTF-8 replaced by U+FFFD."""
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
-        """The same as bytes, where the tokenizer knows of what isn't UTF-8 as it is."""
+        """Bytes of token ids, with invalid UTF-8 preserved if the tokenizer can represent it."""
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the tokenizer's files into a folder; returns what `load_tokenizer` asks for."""
+        """Writes the tokenizer's files to a folder. Returns the specification for `load_tokenizer`."""
 
 
 class ByteTokenizer:
-    """A token is a byte: ids 0 .. 255, and 256 for the end of text; or 256 ids from another first one."""
+    """One token per byte: ids first_id .. first_id + 255, by default from 0, with end-of-text as 256."""
 
     is_lossless = True
 
@@ -81,7 +81,7 @@ class ByteTokenizer:
         lengths[self._first_id : self._first_id + 256] = 1
         return lengths
 
-    def readable(self, text: bytes) -> bytes:
+    def normalize(self, text: bytes) -> bytes:
         return text
 
     def encode(self, text: bytes) -> NDArray[Any]:
@@ -102,14 +102,14 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level BPE; the vocabulary holds all 256 bytes, so any UTF-8 text survives."""
+    """Byte-level BPE. Its vocabulary contains all 256 bytes, so any UTF-8 text is preserved."""
 
     is_lossless = True
 
     def __init__(self, inner: Any, origin: str) -> None:
-        """`inner` is a `tokenizers.Tokenizer`; `origin` names it in errors.
+        """inner: a `tokenizers.Tokenizer`. origin: its name in errors.
 
-        Raises DataError where it is not byte-level or has no end-of-text token.
+        Raises DataError if it is not byte-level or has no end-of-text token.
         """
         eos_id = inner.token_to_id(END_OF_TEXT)
         if eos_id is None:
@@ -119,7 +119,7 @@ class BpeTokenizer:
             raise DataError(f"{origin}: is not a byte-level BPE; its vocabulary must hold all 256 bytes")
         inner.no_truncation()
         inner.no_padding()
-        # a document that spells the end-of-text token must not end there
+        # a document that contains the text of the end-of-text token must not end there
         inner.encode_special_tokens = True
         self._inner = inner
         self.eos_id: int = eos_id
@@ -130,7 +130,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
-        """Learn merges from texts. With too little text the vocabulary comes out smaller than asked."""
+        """Trains on texts. With too little text the vocabulary is smaller than `vocab_size`."""
         if vocab_size < 257:
             raise DataError(f"vocab_size={vocab_size}: must be at least 257, 256 bytes and {END_OF_TEXT}")
         package = _package()
@@ -148,7 +148,7 @@ class BpeTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> BpeTokenizer:
-        """Read a tokenizer.json of the `tokenizers` package."""
+        """Reads a tokenizer.json of the `tokenizers` package."""
         if not path.is_file():
             raise DataError(f"{path}: is missing; it must be a tokenizer.json of the tokenizers package")
         package = _package()
@@ -160,7 +160,7 @@ class BpeTokenizer:
 
     @property
     def dtype(self) -> str:
-        return learned_dtype(self.vocab_size)
+        return id_dtype(self.vocab_size)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -171,12 +171,12 @@ class BpeTokenizer:
             lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
 
-    def readable(self, text: bytes) -> bytes:
+    def normalize(self, text: bytes) -> bytes:
         return text.decode("utf-8", errors="replace").encode()
 
     def encode(self, text: bytes) -> NDArray[Any]:
         string = text.decode("utf-8", errors="replace")
-        # the "fast" form of one text: without character offsets, which take more memory than the text
+        # "fast" omits character offsets, which take more memory than the text
         [encoding] = self._inner.encode_batch_fast([string], add_special_tokens=False)
         return np.array(encoding.ids, dtype=self.dtype)
 
@@ -193,7 +193,7 @@ class BpeTokenizer:
 
 
 def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer that `save` described; DataError where its file is missing or another one."""
+    """The tokenizer of a specification from `save`. Raises DataError if its file is missing or differs."""
     kind = spec.get("kind")
     if kind == "bytes":
         return _load_bytes(spec, str(folder))

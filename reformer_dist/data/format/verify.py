@@ -1,4 +1,4 @@
-"""Looks at every byte of a data set: is it still what was written?"""
+"""Verification of every byte of a data set against its checksums."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 
-from reformer_dist.data.format.cache import Wanted
+from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.layout import SPLITS, Shard
-from reformer_dist.data.format.sample_reader import SampleDamaged, SampleReader, Source
+from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleReader, SampleRef
 from reformer_dist.errors import DataError
 
 
-def find_damage(dataset: Dataset) -> Iterator[str]:
-    """One line for each shard, index or sample that is missing or altered."""
+def verify_dataset(dataset: Dataset) -> Iterator[str]:
+    """One message per shard, index or sample that is missing or altered."""
     for split in SPLITS:
         for shard in dataset.shards(split):
-            yield from _damage_of(dataset, shard)
+            yield from _verify_shard(dataset, shard)
 
 
-def _damage_of(dataset: Dataset, shard: Shard) -> Iterator[str]:
+def _verify_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
     try:
-        yield from _damage_of_shard(dataset, shard)
+        yield from _mismatches(dataset, shard)
     except DataError as error:
         yield str(error)
 
 
-def _damage_of_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
-    with os.fdopen(dataset.folder.open(Wanted(shard.name, shard.size, shard.sha256)), "rb") as file:
+def _mismatches(dataset: Dataset, shard: Shard) -> Iterator[str]:
+    with os.fdopen(dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256)), "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != shard.sha256:
-        yield f"{dataset.folder.where(shard.name)}: shard is not what was written (sha256 differs)"
+        yield f"{dataset.folder.where(shard.name)}: shard was altered after it was written (sha256 differs)"
     with closing(SampleReader()) as reader:
         for entry in dataset.index(shard).entries:
-            source = Source(dataset, shard, entry)
-            if words := _damage_of_sample(reader, source):
-                yield words
+            ref = SampleRef(dataset, shard, entry)
+            if problem := _verify_sample(reader, ref):
+                yield problem
 
 
-def _damage_of_sample(reader: SampleReader, source: Source) -> str:
+def _verify_sample(reader: SampleReader, ref: SampleRef) -> str:
     try:
-        reader.read(source)
-    except SampleDamaged as damaged:
-        return f"{source.where} ({source.entry.document}) {damaged}"
+        reader.read(ref)
+    except DamagedSampleError as damaged:
+        return f"{ref.where} ({ref.entry.document}) {damaged}"
     except DataError as error:
         return str(error)
     return ""

@@ -1,58 +1,51 @@
-"""Rows as named arrays, and what becomes of several: a batch of named tensors, as a model's forward takes them."""
+"""Examples, the arrays of one row, and their collation into batches of tensors for a model's forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reformer_dist.data.loading.packing import IGNORED_LABEL, Piece, TextRow, make_row
+from reformer_dist.data.loading.packing import Span, pack_spans
+from reformer_dist.data.loading.sampler import DrawKey
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 Example = dict[str, NDArray[Any]]
-"""What a model is given of one row, by name; `labels` is among it."""
+"""Model inputs of one row by name, `labels` among them."""
 Batch = dict[str, torch.Tensor]
-"""The same of several rows, [rows, ...]."""
-Visit = tuple[int, int, int]
-"""What a row's randomness may depend on, the same in any world: stream, lane, and place in it."""
-MakeExample = Callable[[list[Piece], Visit], Example]
-"""From what a row reads; nothing at all where its stream has ended, which asks for nothing then."""
+"""Model inputs of several rows by name, [rows, ...]."""
+MakeExample = Callable[[list[Span], DrawKey], Example]
+"""Makes an example of the spans of a row. No spans, at the end of a stream: all labels are IGNORE_INDEX."""
 
-FILLS = {"labels": IGNORED_LABEL, "key_padding_mask": False, "source_mask": False}
-"""What stands behind the end of a row that is shorter than others; 0 for all that is not named."""
-LENGTH_STEP = 8
+FILL_VALUES = {"labels": IGNORE_INDEX, "key_padding_mask": False, "source_mask": False}
+"""Padding of rows that are shorter than others of their batch; 0 for other names."""
+LENGTH_MULTIPLE = 8
 
 
-@dataclass(frozen=True)
-class TextRows:
-    """Rows of packed text, as a language model is given them."""
-
-    seq_len: int
-    eos_id: int
-    mask_document_starts: bool = False
-    finish: Callable[[TextRow, Visit], Example] | None = None
-    """What a model that is asked for something else is given."""
-
-    def __call__(self, pieces: list[Piece], visit: Visit) -> Example:
-        row = make_row(pieces, self.seq_len, self.eos_id, self.mask_document_starts)
-        return self.finish(row, visit) if self.finish else next_tokens(row)
+def next_token_example(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> Example:
+    """Example of a causal language model from a row [seq_len + 1] and its labels [seq_len]."""
+    return {"tokens": tokens[:-1], "labels": labels}
 
 
-def next_tokens(row: TextRow) -> Example:
-    """Each token is to be predicted from those before it."""
-    return {"tokens": row.tokens[:-1], "labels": row.labels}
+def next_token_examples(seq_len: int, eos_id: int, mask_document_starts: bool = False) -> MakeExample:
+    """Makes examples of packed text for a causal language model."""
+
+    def make_example(spans: list[Span], draw_key: DrawKey) -> Example:
+        return next_token_example(*pack_spans(spans, seq_len, eos_id, mask_document_starts))
+
+    return make_example
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Rows of one batch; where lengths differ, to the longest, rounded up to a multiple of LENGTH_STEP."""
-    return {name: _stack([each[name] for each in examples], FILLS.get(name, 0)) for name in examples[0]}
+    """Stacks examples. Rows of different lengths are padded to the longest, rounded up to LENGTH_MULTIPLE."""
+    return {name: _stack([each[name] for each in examples], FILL_VALUES.get(name, 0)) for name in examples[0]}
 
 
 def _stack(arrays: list[NDArray[Any]], fill: int) -> torch.Tensor:
     if len({array.shape for array in arrays}) > 1:
-        longest = -(-max(len(array) for array in arrays) // LENGTH_STEP) * LENGTH_STEP
+        longest = -(-max(len(array) for array in arrays) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         arrays = [np.pad(array, (0, longest - len(array)), constant_values=fill) for array in arrays]
     return torch.from_numpy(np.stack(arrays))

@@ -1,7 +1,8 @@
-"""Held-out batches, and the bytes of text by which their loss becomes bits per byte.
+"""Held-out batches, and the bytes of text that turn their loss into bits per byte.
 
-All held-out documents, in shard order, are one text that begins with an end-of-text token and is cut into
-rows: every token of the split is predicted exactly once, so the bytes predicted are the bytes of the split.
+The documents of the held-out split, in the order of the shards, form one text that begins with an end-of-text
+token and is cut into rows. Every token of the split is predicted exactly once, so the bytes predicted are those of
+the split.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -17,117 +18,131 @@ import torch
 from numpy.typing import NDArray
 
 from reformer_dist.data.format.corpus import Corpus
-from reformer_dist.data.format.quarantine import CheckedReader, Damage, Quarantine
-from reformer_dist.data.format.sample_reader import Sample, Source, sample_of
-from reformer_dist.data.loading.collate import Batch, Example, Visit, collate, next_tokens
-from reformer_dist.data.loading.packing import IGNORED_LABEL, Piece, TextRow
+from reformer_dist.data.format.quarantine import CheckedReader, DamagedSample, Quarantine
+from reformer_dist.data.format.sample_reader import Sample, SampleRef, make_sample
+from reformer_dist.data.loading.collate import Batch, Example, collate, next_token_example
+from reformer_dist.data.loading.packing import Tokens
+from reformer_dist.data.loading.sampler import DrawKey
 from reformer_dist.errors import DataError
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
-HELDOUT = -1  # no stream of training has this number
+Report = Callable[[DamagedSample], None]
 
 
 @dataclass(frozen=True)
-class EvalBatch:
-    """Rows of held-out text; the end of the last and whole rows at the end may be padding."""
+class RowSelection:
+    """The rows of a split that one data-parallel rank evaluates: row i is read by rank i % dp_size."""
 
-    tokens: torch.Tensor
-    """int64 [micro_batch_size, seq_len + 1], padded with end-of-text."""
-    labels: torch.Tensor
-    """int64 [micro_batch_size, seq_len]: the token after each input, -100 where it is padding."""
-    tensors: Batch
-    """What the model is given."""
+    max_rows: int = 0
+    """Over all ranks; 0 for all rows."""
+    micro_batch_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    max_damaged_fraction: float = 0.0
+    split: str = "heldout"
+    """Or "train", for tasks whose rows hold one sample."""
 
-    @property
-    def inputs(self) -> torch.Tensor:
-        """int64 [micro_batch_size, seq_len]."""
-        return self.tokens[:, :-1]
+    def n_rows(self, available: int) -> int:
+        """Rows of all ranks if the split has `available` rows."""
+        return min(available, self.max_rows) if self.max_rows else available
 
 
-def heldout_batches(
+def heldout_text_batches(
     corpus: Corpus,
+    rows: RowSelection,
     *,
     seq_len: int,
-    rows: int,
-    micro_batch_size: int,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    max_damaged_share: float = 0.0,
-    report: Callable[[Damage], None] = lambda damage: None,
-    finish: Callable[[TextRow, Visit], Example] = lambda row, visit: next_tokens(row),
-) -> Iterator[EvalBatch]:
-    """The first `rows` rows of the held-out split (0: all of them), row i on rank i % dp_size.
+    report: Report = lambda sample: None,
+    make_example: Callable[[NDArray[np.int64], NDArray[np.int64], DrawKey], Example] = (
+        lambda tokens, labels, draw_key: next_token_example(tokens, labels)
+    ),
+) -> Iterator[Batch]:
+    """Batches of held-out text. Every rank gets the same number, filled up with rows of padding.
 
-    Every rank gets the same number of batches, since all must join the same collectives; what is missing is
-    padding. A damaged sample is passed over and reported. `finish` makes of a row what the model is given. Raises
-    DataError where nothing is held out, and while iterating where a shard is missing or more samples are damaged
-    than may be.
+    make_example: called with tokens [seq_len + 1], labels [seq_len] and the draw key of each row. Damaged samples
+    are skipped and reported. Raises DataError if nothing is held out and, while iterating, if a shard is missing
+    or too many samples are damaged.
     """
     n_rows = -(-corpus.total("tokens", "heldout") // seq_len)
     if n_rows == 0:
         raise DataError(f"{corpus.where}: no documents are held out; write it again with --heldout above 0")
-    if rows > 0:
-        n_rows = min(n_rows, rows)
-    n_batches = -(-n_rows // (dp_size * micro_batch_size))
-    quarantine = Quarantine(corpus.total("samples", "heldout"), max_damaged_share)
-    documents = (piece.tokens for piece in _samples(corpus, quarantine, report))
-    own = islice(_rows(documents, corpus, seq_len), dp_rank, n_rows, dp_size)
+    n_rows = rows.n_rows(n_rows)
+    documents = (tokens for _, tokens in _read_split(corpus, rows, report))
+    texts = islice(_cut_rows(documents, corpus.tokenizer.eos_id, seq_len), rows.dp_rank, n_rows, rows.dp_size)
+    numbers = count(rows.dp_rank, rows.dp_size)
 
-    def batch(first: int) -> EvalBatch:
-        tokens, labels = _padded(list(islice(own, micro_batch_size)), corpus, seq_len, micro_batch_size)
-        rows = [TextRow(*row) for row in zip(tokens, labels, strict=True)]
-        made = [finish(row, (HELDOUT, dp_rank + (first + at) * dp_size, 0)) for at, row in enumerate(rows)]
-        return EvalBatch(torch.from_numpy(tokens), torch.from_numpy(labels), collate(made))
+    def next_example() -> Example:
+        text = next(texts, np.zeros(0, dtype=np.int64))
+        tokens, labels = _pad_row(text, corpus.tokenizer.eos_id, seq_len)
+        return make_example(tokens, labels, DrawKey.heldout(next(numbers)))
 
-    return (batch(number * micro_batch_size) for number in range(n_batches))
+    return _batches(next_example, rows, n_rows)
 
 
-def split_samples(
+def heldout_sample_batches(
     corpus: Corpus,
+    rows: RowSelection,
+    make_example: Callable[[Sample | None, DrawKey], Example],
     *,
-    split: str = "heldout",
-    rows: int = 0,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    max_damaged_share: float = 0.0,
-    report: Callable[[Damage], None] = lambda damage: None,
-) -> Iterator[Sample]:
-    """Sample dp_rank of the first `rows` of a split (0: all of them), and every dp_size-th from there.
+    report: Report = lambda sample: None,
+) -> Iterator[Batch]:
+    """Batches of held-out samples, one in each row. Every rank gets the same number.
 
-    A damaged sample is passed over and reported. Raises DataError while iterating where a shard is missing or more
-    samples are damaged than may be.
+    make_example: called with None for rows of padding. Damaged samples are skipped and reported. Raises DataError
+    if the split is empty and, while iterating, if a shard is missing or too many samples are damaged.
     """
-    quarantine = Quarantine(corpus.total("samples", split), max_damaged_share)
-    found = islice(_samples(corpus, quarantine, report, split), dp_rank, rows or None, dp_size)
-    return (sample_of(piece.source, piece.tokens) for piece in found)
+    n_rows = corpus.total("samples", rows.split)
+    if n_rows == 0:
+        raise DataError(f"{corpus.where}: no samples are held out; write it again with --heldout-from")
+    samples = read_split(corpus, rows, report=report)
+    numbers = count(rows.dp_rank, rows.dp_size)
+    return _batches(
+        lambda: make_example(next(samples, None), DrawKey.heldout(next(numbers))), rows, rows.n_rows(n_rows)
+    )
+
+
+def read_split(corpus: Corpus, rows: RowSelection, *, report: Report = lambda sample: None) -> Iterator[Sample]:
+    """The samples of a rank. Damaged ones are skipped and reported.
+
+    Raises DataError while iterating if a shard is missing or too many samples are damaged.
+    """
+    found = islice(_read_split(corpus, rows, report), rows.dp_rank, rows.max_rows or None, rows.dp_size)
+    return (make_sample(ref, tokens) for ref, tokens in found)
 
 
 def count_text_bytes(labels: torch.Tensor, token_bytes: NDArray[np.int64]) -> int:
-    """Bytes of text that the labels stand for, those of -100 left out; `token_bytes` is the tokenizer's."""
-    counted = labels[labels != IGNORED_LABEL]
+    """Bytes of text of all labels but IGNORE_INDEX. token_bytes [vocab_size]: of the tokenizer."""
+    counted = labels[labels != IGNORE_INDEX]
     return int(torch.from_numpy(token_bytes).to(labels.device)[counted].sum())
 
 
-def _samples(
-    corpus: Corpus, quarantine: Quarantine, report: Callable[[Damage], None], split: str = "heldout"
-) -> Iterator[Piece]:
+def _batches(next_example: Callable[[], Example], rows: RowSelection, n_rows: int) -> Iterator[Batch]:
+    # the same number on each rank, since all join the same collectives
+    n_batches = -(-n_rows // (rows.dp_size * rows.micro_batch_size))
+    return (collate([next_example() for _ in range(rows.micro_batch_size)]) for _ in range(n_batches))
+
+
+def _read_split(corpus: Corpus, rows: RowSelection, report: Report) -> Iterator[tuple[SampleRef, Tokens]]:
+    """Undamaged samples of a split and their tokens."""
+    quarantine = Quarantine(corpus.total("samples", rows.split), rows.max_damaged_fraction)
     reader = CheckedReader(quarantine)
     with closing(reader):
-        for part in corpus.parts(split):
-            for entry in part.index.entries:
-                source = Source(part.dataset, part.shard, entry)
-                tokens = reader.open(part.number, source)
-                for sample in reader.passed_over:
-                    damage = quarantine.reason(sample)
-                    assert damage is not None  # nothing was known of before
-                    report(damage)
-                reader.passed_over = []
+        for shard in corpus.shards(rows.split):
+            for entry in shard.index.entries:
+                ref = SampleRef(shard.dataset, shard.shard, entry)
+                tokens = reader.open(shard.dataset_index, ref)
+                for sample in reader.skipped_samples:
+                    damaged = quarantine.reason(sample)
+                    assert damaged is not None  # this quarantine began empty
+                    report(damaged)
+                reader.skipped_samples = []
                 if tokens is not None:
-                    yield Piece(part.number, source, 0, entry.n_tokens, tokens)
+                    yield ref, tokens
 
 
-def _rows(documents: Iterator[Any], corpus: Corpus, seq_len: int) -> Iterator[NDArray[Any]]:
-    """Rows of seq_len + 1 tokens that share one token with their neighbours; the last may be shorter."""
-    held: list[NDArray[Any]] = [np.array([corpus.tokenizer.eos_id], dtype=np.int32)]
+def _cut_rows(documents: Iterator[Any], eos_id: int, seq_len: int) -> Iterator[NDArray[Any]]:
+    """Rows of up to seq_len + 1 tokens, each of which begins with the last token of the row before."""
+    held: list[NDArray[Any]] = [np.array([eos_id], dtype=np.int32)]
     n_held = 1
     for document in documents:
         held.append(document)
@@ -144,12 +159,10 @@ def _rows(documents: Iterator[Any], corpus: Corpus, seq_len: int) -> Iterator[ND
         yield np.concatenate(held)
 
 
-def _padded(
-    rows: list[NDArray[Any]], corpus: Corpus, seq_len: int, n_rows: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    tokens = np.full((n_rows, seq_len + 1), corpus.tokenizer.eos_id, dtype=np.int64)
-    labels = np.full((n_rows, seq_len), IGNORED_LABEL, dtype=np.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
-        labels[index, : len(row) - 1] = row[1:]
+def _pad_row(text: NDArray[Any], eos_id: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(tokens [seq_len + 1], labels [seq_len]) of a row that may be shorter or empty."""
+    tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
+    labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
+    tokens[: len(text)] = text
+    labels[: max(0, len(text) - 1)] = text[1:]
     return tokens, labels

@@ -1,8 +1,8 @@
-"""Training batches: the rows of each optimizer step that one data-parallel rank handles, read ahead.
+"""Training batches: the rows of each optimizer step of one data-parallel rank, read ahead by threads.
 
-Row v of a step comes from virtual stream v, whatever the number of ranks; a rank owns a run of streams. Each
-thread reads some of them, and batches are put together in the order of the steps, so that neither ranks nor
-threads nor reading ahead change what is in a step.
+Row v of a step comes from virtual stream v for any number of ranks, and each rank owns a contiguous range of
+streams. Each thread reads some of these, and batches are assembled in the order of the steps, so that neither
+ranks nor threads nor reading ahead change what a step contains.
 """
 
 from __future__ import annotations
@@ -18,94 +18,94 @@ from typing import Any
 
 import numpy as np
 
-from reformer_dist.data.format.quarantine import CheckedReader, Damage, Quarantine, SampleId
-from reformer_dist.data.loading.collate import Batch, Example, MakeExample, TextRows, collate
+from reformer_dist.data.format.quarantine import CheckedReader, DamagedSample, Quarantine, SampleId
+from reformer_dist.data.loading.collate import Batch, Example, MakeExample, collate, next_token_examples
 from reformer_dist.data.loading.packing import TokenStream
-from reformer_dist.data.loading.sampler import Order
-from reformer_dist.data.loading.state import Start, write_state
+from reformer_dist.data.loading.sampler import DrawKey, Sampler
+from reformer_dist.data.loading.state import LoaderState
 
 PREFETCH_STEPS = 2
-WAIT = 0.1  # seconds between two looks at whether the loader is closed
-CLOSING = 5.0  # seconds that a thread has to end; one that waits for a dead server is left behind
+POLL_SECONDS = 0.1  # between two checks of whether the loader is closed
+JOIN_SECONDS = 5.0  # for a thread to end; one that waits for a dead server is abandoned
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A rank's rows of one optimizer step."""
+    """Rows of one optimizer step of a data-parallel rank."""
 
     micro_batches: list[Batch]
-    """Each of micro_batch_size rows; their labels are -100 where nothing is asked for. `rows`: their streams."""
-    damaged: list[Damage]
-    """Samples that were found damaged for the first time."""
+    """Each of micro_batch_size rows. Labels are IGNORE_INDEX where there is no loss. `rows` are stream numbers."""
+    damaged: list[DamagedSample]
+    """Samples found damaged for the first time."""
     checksum: int
-    """Of the ids of all that was read so far, 32 bits: equal on ranks that share sequences."""
-    describe: Callable[[], dict[str, Any]]
+    """32-bit hash of the ids of all that was read so far, equal on ranks that share sequences."""
+    make_state: Callable[[], dict[str, Any]]
 
     @property
     def state(self) -> dict[str, Any]:
-        """The loader's state after this batch, as JSON values: a loader given it goes on with the next batch.
+        """The loader's state after this batch, as JSON values: a loader resumed from it continues with the next
+        batch.
 
-        To be asked for before the next batch is.
+        Valid until the next batch is requested.
         """
-        return self.describe()
+        return self.make_state()
 
 
 @dataclass(frozen=True)
 class _StreamRow:
-    """A stream's row of one step, and where it stands behind it."""
+    """A stream's row of one step, and the state of the stream after it."""
 
     example: Example
     positions: list[int]
     digest: bytes
-    passed_over: list[SampleId]
+    skipped_samples: list[SampleId]
 
 
 class TrainLoader:
-    """An iterator of StepBatch, endless where the order is; threads read ahead.
+    """An iterator of StepBatch, endless unless `passes` is given; threads read ahead.
 
-    Rank r owns the r-th of `dp_size` equal runs of the order's streams. An error of a reading thread is raised by
-    `next` for the step that it belongs to, and the loader is closed then.
+    Rank r owns the r-th of `dp_size` equal ranges of the sampler's streams. An error of a reading thread is raised
+    by `next` at the step that it belongs to, and closes the loader.
     """
 
     def __init__(
         self,
-        order: Order,
+        sampler: Sampler,
         quarantine: Quarantine,
         *,
         micro_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        start: Start | None = None,
+        state: LoaderState | None = None,
         passes: int | None = None,
         make_example: MakeExample | None = None,
         workers: int = 1,
     ) -> None:
-        """`passes`: over the order's one lane, after which there is only padding. `workers`: 0 reads in `next`.
+        """quarantine: must contain that of `state`; this loader adds to it.
 
-        `make_example`: what becomes of what a row reads; if not given, rows of text for a language model.
-
-        `quarantine` is given more by this loader, and holds what `start` knows. Raises ValueError where the
-        batch doesn't divide.
+        passes: over the sampler's only pool, after which all rows are padding. make_example: by default, rows of
+        text for a causal language model. workers: threads; 0 reads in `next`. Raises ValueError if the batch can't
+        be divided.
         """
-        n_rows, rest = divmod(order.n_streams, dp_size)
+        n_rows, rest = divmod(sampler.n_streams, dp_size)
         if rest or n_rows % micro_batch_size:
-            shares = f"{dp_size} ranks and micro-batches of {micro_batch_size}"
-            raise ValueError(f"batch_size={order.n_streams} can't be divided into {shares}")
-        start = start or Start()
-        self._order, self._quarantine, self._origin = order, quarantine, start.origin
+            parts = f"{dp_size} ranks and micro-batches of {micro_batch_size}"
+            raise ValueError(f"batch_size={sampler.n_streams} can't be divided into {parts}")
+        state = state or LoaderState()
+        self._sampler, self._quarantine, self._origin = sampler, quarantine, state.origin
         self._micro_batch_size = micro_batch_size
-        make_example = make_example or TextRows(order.seq_len, order.corpus.tokenizer.eos_id)
+        make_example = make_example or next_token_examples(sampler.seq_len, sampler.corpus.tokenizer.eos_id)
         self._owned = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
-        self._step = start.step
-        self._listed: set[SampleId] = set(start.quarantine)
-        streams = {stream: start.open_stream(order, stream, passes) for stream in self._owned}
+        self._step = state.step
+        self._damaged: set[SampleId] = set(state.quarantine)
+        streams = {stream: state.open_stream(sampler, stream, passes) for stream in self._owned}
         n_readers = min(n_rows, max(1, workers))
         self._readers = [
             _Reader(
-                order,
+                sampler,
                 {stream: streams[stream] for stream in self._owned[first::n_readers]},
                 quarantine,
-                step=start.step,
+                step=state.step,
                 make_example=make_example,
             )
             for first in range(n_readers)
@@ -120,29 +120,29 @@ class TrainLoader:
         if self._closed:
             raise RuntimeError("the loader is closed")
         try:
-            read: dict[int, _StreamRow] = {}
-            for source in self._threads or self._readers:
-                read.update(source.next_rows())
+            rows: dict[int, _StreamRow] = {}
+            for reader in self._threads or self._readers:
+                rows.update(reader.next_rows())
         except BaseException:
-            # the streams stopped in the middle of a step: nothing that follows would be in order
+            # the streams stopped in the middle of a step, so no later batch would be in order
             self.close()
             raise
         self._step += 1
-        return self._batch([read[stream] for stream in self._owned])
+        return self._batch([rows[stream] for stream in self._owned])
 
     @property
     def n_damaged(self) -> int:
         """Samples in quarantine so far."""
-        return len(self._listed)
+        return len(self._damaged)
 
-    def learn(self, damages: Iterable[Damage]) -> None:
-        """Takes samples that other ranks found damaged into quarantine. Raises DataError where it is full."""
-        damages = list(damages)
-        self._listed |= {damage.id for damage in damages}
-        self._quarantine.add(damages)
+    def add_damaged(self, damaged: Iterable[DamagedSample]) -> None:
+        """Quarantines samples that other ranks found damaged. Raises DataError if there are too many."""
+        damaged = list(damaged)
+        self._damaged |= {sample.id for sample in damaged}
+        self._quarantine.add(damaged)
 
     def close(self) -> None:
-        """Stop the reading threads; the loader can't be used after it."""
+        """Stops the reading threads. The loader can't be used afterwards."""
         self._closed = True
         for thread in self._threads:
             thread.stop()
@@ -161,93 +161,97 @@ class TrainLoader:
         self.close()
 
     def _batch(self, rows: list[_StreamRow]) -> StepBatch:
-        # known by its number, since where a row stands among others depends on the ranks
+        # identified by stream, since the place of a row among others depends on the ranks
         examples = [
-            {**each.example, "rows": np.asarray(stream)} for stream, each in zip(self._owned, rows, strict=True)
+            {**row.example, "rows": np.asarray(stream)} for stream, row in zip(self._owned, rows, strict=True)
         ]
         size = self._micro_batch_size
-        if self._order.by_sample:
-            # rows of a like length go together: a step is the same sum whatever rows a micro-batch holds
+        if self._sampler.by_sample:
+            # groups rows of similar length; the sum over a step does not depend on the grouping
             examples.sort(key=lambda example: sum(map(np.size, example.values())))
-        new = {sample for each in rows for sample in each.passed_over} - self._listed
-        self._listed |= new
+        new = {sample for row in rows for sample in row.skipped_samples} - self._damaged
+        self._damaged |= new
         found = [self._quarantine.reason(sample) for sample in sorted(new)]
-        digests = hashlib.blake2b(b"".join(each.digest for each in rows), digest_size=4).digest()
-        streams = {stream: (each.positions, each.digest) for stream, each in zip(self._owned, rows, strict=True)}
+        digests = hashlib.blake2b(b"".join(row.digest for row in rows), digest_size=4).digest()
+        streams = {stream: (row.positions, row.digest) for stream, row in zip(self._owned, rows, strict=True)}
         step = self._step
+
+        def make_state() -> dict[str, Any]:
+            return LoaderState(step, self._origin, streams, frozenset(self._damaged)).to_json(self._sampler)
+
         return StepBatch(
             micro_batches=[collate(examples[at : at + size]) for at in range(0, len(examples), size)],
-            damaged=[damage for damage in found if damage is not None],
+            damaged=[sample for sample in found if sample is not None],
             checksum=int.from_bytes(digests, "little"),
-            describe=lambda: write_state(self._order, step, self._origin, streams, self._listed),
+            make_state=make_state,
         )
 
 
 class _Reader:
-    """Some streams of a rank, step by step."""
+    """Reads some streams of a rank, step by step."""
 
     def __init__(
         self,
-        order: Order,
+        sampler: Sampler,
         streams: dict[int, TokenStream],
         quarantine: Quarantine,
         *,
         step: int,
         make_example: MakeExample,
     ) -> None:
-        self._order, self._streams, self._step, self._make_example = order, streams, step, make_example
+        self._sampler, self._streams, self._step, self._make_example = sampler, streams, step, make_example
         self._samples = CheckedReader(quarantine)
 
     def next_rows(self) -> dict[int, _StreamRow]:
         """The next row of each stream."""
-        lanes = self._order.lanes_of(self._step)
+        pools = self._sampler.pools_of_step(self._step)
         self._step += 1
-        return {number: self._read(number, int(lanes[number])) for number in self._streams}
+        return {stream: self._read(stream, int(pools[stream])) for stream in self._streams}
 
     def close(self) -> None:
         self._samples.close()
 
-    def _read(self, number: int, lane: int) -> _StreamRow:
+    def _read(self, number: int, pool: int) -> _StreamRow:
         stream = self._streams[number]
-        self._samples.passed_over = []
-        visit = (number, lane, stream.positions[lane])
-        example = self._make_example(stream.next_pieces(lane, self._samples.open), visit)
-        return _StreamRow(example, list(stream.positions), stream.digest, self._samples.passed_over)
+        self._samples.skipped_samples = []
+        draw_key = DrawKey(number, pool, stream.positions[pool])
+        example = self._make_example(stream.next_spans(pool, self._samples.open), draw_key)
+        return _StreamRow(example, list(stream.positions), stream.digest, self._samples.skipped_samples)
 
 
 class _Thread:
-    """Reads ahead with one reader, up to PREFETCH_STEPS steps; begins with the first step that is asked for."""
+    """Reads up to PREFETCH_STEPS steps ahead with one reader, from the first call of `next_rows`."""
 
     def __init__(self, reader: _Reader) -> None:
         self._reader = reader
         self._ready: queue.Queue[dict[int, _StreamRow] | BaseException] = queue.Queue(PREFETCH_STEPS)
         self._is_stopped = threading.Event()
-        # a daemon: one that is stuck in a file system that is gone must not keep the process from ending
+        # daemon: a thread that hangs in a dead file system must not keep the process from ending
         self._thread = threading.Thread(target=self._run, name="train-loader", daemon=True)
 
     def next_rows(self) -> dict[int, _StreamRow]:
         if self._thread.ident is None:
             self._thread.start()
-        found = self._next()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        result = self._next()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def _next(self) -> dict[int, _StreamRow] | BaseException:
-        while not self._is_stopped.is_set():  # or else nobody puts any more
+        while not self._is_stopped.is_set():  # a stopped thread puts nothing more
             with suppress(queue.Empty):
-                return self._ready.get(timeout=WAIT)
+                return self._ready.get(timeout=POLL_SECONDS)
         return RuntimeError("the loader is closed")
 
     def stop(self) -> None:
         self._is_stopped.set()
         with suppress(queue.Empty):
-            while True:  # a thread that waits for room looks up at once
+            while True:  # wakes a thread that waits for room in the queue
                 self._ready.get_nowait()
 
     def join(self) -> None:
         if self._thread.ident is not None:
-            self._thread.join(CLOSING)
+            self._thread.join(JOIN_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -261,5 +265,5 @@ class _Thread:
     def _put(self, rows: dict[int, _StreamRow] | BaseException) -> None:
         while not self._is_stopped.is_set():
             with suppress(queue.Full):
-                self._ready.put(rows, timeout=WAIT)
+                self._ready.put(rows, timeout=POLL_SECONDS)
                 return

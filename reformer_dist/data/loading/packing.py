@@ -1,8 +1,8 @@
-"""Virtual streams: one for each row of an optimizer step, the same for any number of ranks.
+"""Virtual streams, and rows packed from the samples that a stream reads.
 
-A stream packs the samples of its share of each pass back to back into rows. Where its next row begins is one
-integer for each lane, and nothing else is kept from row to row but what saves reading a sample twice. Where a row
-of the order holds one sample, it is the next one that is not damaged.
+There is one stream for each row of an optimizer step, for any number of ranks. A stream reads its range of each
+pass over a pool, sample after sample, without gaps between rows. Its state is one integer per pool: the units
+(tokens, or samples) before its next row. If a row holds one sample, it is the next undamaged one.
 """
 
 from __future__ import annotations
@@ -10,47 +10,39 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.sample_reader import Source
-from reformer_dist.data.loading.sampler import Lane, Order, ShuffledShard
+from reformer_dist.data.format.sample_reader import SampleRef
+from reformer_dist.data.loading.sampler import Pool, Sampler, ShuffledShard
 from reformer_dist.errors import DataError
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
-IGNORED_LABEL = -100
 HASH_BYTES = 16
 
-
-class Tokens(Protocol):
-    """What a sample holds: an array of ids, or a range of as many numbers where only places matter."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, places: slice) -> Any: ...
-
-
-Open = Callable[[int, Source], Tokens | None]
-"""Given the number of its data set, the tokens of a sample; None where it is damaged and to be passed over."""
+Tokens = NDArray[Any] | range
+"""Token ids of a sample, or a range of the same length if only positions are needed."""
+OpenSample = Callable[[int, SampleRef], Tokens | None]
+"""(data set index, sample) -> its tokens, or None if it is damaged and must be skipped."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of one sample's tokens that a row predicts."""
+class Span:
+    """Consecutive tokens of one sample that a row predicts: tokens[start:stop]."""
 
-    data_set: int
-    source: Source
+    dataset_index: int
+    ref: SampleRef
     start: int
-    """Which of the sample's tokens is the first; 0 where the row reads it from its beginning."""
     stop: int
     tokens: Tokens
-    """Of the whole sample."""
+    """All tokens of the sample."""
 
     @property
     def id(self) -> str:
-        """Names the tokens among all data sets of the run; what the running hash is taken of."""
-        return f"{self.data_set}/{self.source.shard.name}/{self.source.entry.key}:{self.start}-{self.stop}"
+        """Identifies the tokens among all data sets of the run. The running hash is computed from these ids."""
+        return f"{self.dataset_index}/{self.ref.shard.name}/{self.ref.entry.key}:{self.start}-{self.stop}"
 
 
 class TokenStream:
@@ -58,125 +50,113 @@ class TokenStream:
 
     def __init__(
         self,
-        order: Order,
+        sampler: Sampler,
         stream: int,
         *,
         positions: Sequence[int] | None = None,
         digest: bytes = bytes(HASH_BYTES),
         passes: int | None = None,
     ) -> None:
-        """`positions`: tokens, or samples, of each lane that lie before the next row, over all passes.
-
-        `passes`: after how many passes over its one lane the stream ends; None: never.
-        """
-        self.positions = list(positions or [0] * len(order.lanes))
+        """positions: units before the next row, per pool, over all passes. passes: None for an endless stream."""
+        self.positions = list(positions or [0] * len(sampler.pools))
         self.digest = digest
-        """Running hash of the ids of all pieces so far."""
-        self._row_units = order.row_units
-        self._cursors = [_Cursor(lane, stream, passes) for lane in order.lanes]
+        """Running hash of the ids of all spans so far."""
+        self._units_per_row = sampler.units_per_row
+        self._cursors = [_Cursor(pool, stream, passes) for pool in sampler.pools]
 
-    def next_pieces(self, lane: int, open_sample: Open) -> list[Piece]:
-        """The pieces of the next row, seq_len tokens together or one sample; fewer where the stream ends.
+    def next_spans(self, pool: int, open_sample: OpenSample) -> list[Span]:
+        """Spans of the next row: seq_len tokens in total or one sample, less at the end of the stream.
 
-        Raises DataError where an index can't be read, or whatever comes is damaged.
+        Raises DataError if an index can't be read, or if only damaged samples are left.
         """
-        pieces, left, place = [], self._row_units, self.positions[lane]
-        cursor = self._cursors[lane]
-        found = place
-        while left > 0 and not cursor.is_at_end(place):
-            piece, length = cursor.piece_at(place, left, open_sample)
-            place += length
-            if piece is None:
-                cursor.require_more(place - found)
+        spans, left, position = [], self._units_per_row, self.positions[pool]
+        cursor = self._cursors[pool]
+        last_found = position
+        while left > 0 and not cursor.is_at_end(position):
+            span, length = cursor.span_at(position, left, open_sample)
+            position += length
+            if span is None:
+                cursor.check_exhausted(position - last_found)
             else:
-                found = place
-                pieces.append(piece)
+                last_found = position
+                spans.append(span)
                 left -= length
-        self.positions[lane] = place
-        ids = "\n".join(piece.id for piece in pieces)
+        self.positions[pool] = position
+        ids = "\n".join(span.id for span in spans)
         self.digest = hashlib.blake2b(self.digest + ids.encode(), digest_size=HASH_BYTES).digest()
-        return pieces
+        return spans
 
 
 class _Cursor:
-    """Finds what lies at a place of one stream in one lane; remembers the shard and the sample found last."""
+    """Finds the sample at a position of one stream in one pool; caches the last shard and sample."""
 
-    def __init__(self, lane: Lane, stream: int, passes: int | None) -> None:
-        self._lane, self._passes, self._stream = lane, passes, stream
-        self._first, self._length = lane.share(stream)
+    def __init__(self, pool: Pool, stream: int, passes: int | None) -> None:
+        self._pool, self._passes, self._stream = pool, passes, stream
+        self._first, self._length = pool.stream_range(stream)
         self._shard: ShuffledShard | None = None
         self._shard_pass = -1
-        self._opened: tuple[Source, Tokens | None] | None = None
+        self._opened: tuple[SampleRef, Tokens | None] | None = None
 
-    def is_at_end(self, place: int) -> bool:
-        return self._passes is not None and place >= self._passes * self._length
+    def is_at_end(self, position: int) -> bool:
+        return self._passes is not None and position >= self._passes * self._length
 
-    def require_more(self, n_damaged: int) -> None:
-        """Raises DataError where so many damaged units in a row are all that will ever come."""
-        if not self._lane.shuffle and n_damaged >= self._length:
-            right = (
-                "copy the shards again, or set data.shuffle=true, by which rows read another share in each pass"
-            )
-            raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {right}")
+    def check_exhausted(self, n_damaged: int) -> None:
+        """Raises DataError if `n_damaged` consecutive damaged units are all that this stream will ever read."""
+        if not self._pool.shuffle and n_damaged >= self._length:
+            fix = "copy the shards again, or set data.shuffle=true, with which each pass gives rows other samples"
+            raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {fix}")
 
-    def piece_at(self, place: int, most: int, open_sample: Open) -> tuple[Piece | None, int]:
-        """(what of a sample lies from a place on, units up to the next place); no piece if it is damaged."""
-        number, within = divmod(place, self._length)
-        unit = self._first + within
-        shard = self._shard_at(number, unit)
+    def span_at(self, position: int, max_length: int, open_sample: OpenSample) -> tuple[Span | None, int]:
+        """(span that begins at a position, units to advance); the span is None if the sample is damaged."""
+        pass_index, offset = divmod(position, self._length)
+        unit = self._first + offset
+        shard = self._shard_at(pass_index, unit)
         at = int(np.searchsorted(shard.starts, unit - shard.start, side="right")) - 1
         start = unit - shard.start - int(shard.starts[at])
-        source = Source(shard.part.dataset, shard.part.shard, shard.index.entries[int(shard.samples[at])])
-        tokens = self._tokens(shard.part.number, source, open_sample)
-        if self._lane.by_sample:
-            whole = None if tokens is None else Piece(shard.part.number, source, 0, source.entry.n_tokens, tokens)
+        owner = shard.shard
+        ref = SampleRef(owner.dataset, owner.shard, shard.index.entries[int(shard.samples[at])])
+        tokens = self._tokens(owner.dataset_index, ref, open_sample)
+        if self._pool.by_sample:
+            whole = None if tokens is None else Span(owner.dataset_index, ref, 0, ref.entry.n_tokens, tokens)
             return whole, 1
-        length = min(source.entry.n_tokens - start, self._length - within)
+        length = min(ref.entry.n_tokens - start, self._length - offset)
         if tokens is None:
             return None, length
-        length = min(length, most)
-        return Piece(shard.part.number, source, start, start + length, tokens), length
+        length = min(length, max_length)
+        return Span(owner.dataset_index, ref, start, start + length, tokens), length
 
-    def _shard_at(self, number: int, unit: int) -> ShuffledShard:
+    def _shard_at(self, pass_index: int, unit: int) -> ShuffledShard:
         shard = self._shard
-        if shard is None or number != self._shard_pass or not shard.start <= unit < shard.end:
-            self._shard = shard = self._lane.shard_at(number, unit)
-            self._shard_pass = number
+        if shard is None or pass_index != self._shard_pass or not shard.start <= unit < shard.end:
+            self._shard = shard = self._pool.shard_at(pass_index, unit)
+            self._shard_pass = pass_index
         return shard
 
-    def _tokens(self, data_set: int, source: Source, open_sample: Open) -> Tokens | None:
-        if self._opened is None or self._opened[0] != source:
-            self._opened = (source, open_sample(data_set, source))
+    def _tokens(self, dataset_index: int, ref: SampleRef, open_sample: OpenSample) -> Tokens | None:
+        if self._opened is None or self._opened[0] != ref:
+            self._opened = (ref, open_sample(dataset_index, ref))
         return self._opened[1]
 
 
-@dataclass(frozen=True)
-class TextRow:
-    """seq_len inputs and labels."""
+def pack_spans(
+    spans: list[Span], seq_len: int, eos_id: int, mask_document_starts: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(tokens [seq_len + 1], labels [seq_len]) of a row of text; the end is padding if the stream has ended.
 
-    tokens: NDArray[np.int64]
-    """[seq_len + 1]: the labels, and before them what the first label is predicted from."""
-    labels: NDArray[np.int64]
-    """[seq_len], -100 where there is nothing to predict."""
-
-
-def make_row(pieces: list[Piece], seq_len: int, eos_id: int, mask_document_starts: bool) -> TextRow:
-    """Joins pieces to a row, whose end is padding if the stream has ended.
-
-    The first label is predicted from the token before it in its sample, or the end of text where it is the
-    first. `mask_document_starts`: nothing asks for the first token of a sample, which what is before it in the
-    row does not tell.
+    tokens[1:] are the tokens of the spans. tokens[0] is the token before them in the first sample, or end-of-text
+    if the row begins with a sample. Labels are tokens[1:], and IGNORE_INDEX for padding and, with
+    `mask_document_starts`, for the first token of each sample, which the preceding document does not predict.
     """
     tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
-    labels = np.full(seq_len, IGNORED_LABEL, dtype=np.int64)
+    labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
     filled = 0
-    for piece in pieces:
-        end = filled + piece.stop - piece.start
-        tokens[filled + 1 : end + 1] = piece.tokens[piece.start : piece.stop]
+    for span in spans:
+        end = filled + span.stop - span.start
+        tokens[filled + 1 : end + 1] = span.tokens[span.start : span.stop]
         labels[filled:end] = tokens[filled + 1 : end + 1]
-        if mask_document_starts and piece.start == 0:
-            labels[filled] = IGNORED_LABEL
+        if mask_document_starts and span.start == 0:
+            labels[filled] = IGNORE_INDEX
         filled = end
-    if pieces and pieces[0].start > 0:
-        tokens[:1] = pieces[0].tokens[pieces[0].start - 1 : pieces[0].start]
-    return TextRow(tokens, labels)
+    if spans and spans[0].start > 0:
+        tokens[:1] = spans[0].tokens[spans[0].start - 1 : spans[0].start]
+    return tokens, labels

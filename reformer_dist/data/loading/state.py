@@ -1,7 +1,7 @@
-"""Where a run stands in its data: what a checkpoint keeps, as JSON values, and what may go on from it.
+"""The state of a run's data: what a checkpoint stores, as JSON values, and which states a run can resume from.
 
-Each data-parallel rank has a state of its own streams; `merge_states` joins those of all ranks into one, from
-which any number of ranks can go on.
+Each data-parallel rank has the state of its own streams. `merge_states` joins those of all ranks into one, from
+which any number of ranks can resume.
 """
 
 from __future__ import annotations
@@ -13,74 +13,69 @@ from typing import Any
 
 from reformer_dist.data.format.quarantine import SampleId
 from reformer_dist.data.loading.packing import HASH_BYTES, TokenStream
-from reformer_dist.data.loading.sampler import Order
+from reformer_dist.data.loading.sampler import Sampler
 from reformer_dist.errors import DataError
 
 STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where streams begin."""
+class LoaderState:
+    """The position of streams in their data."""
 
     step: int = 0
-    """Steps of the run that were read before."""
+    """Steps read so far."""
     origin: tuple[int, int] = (0, 0)
     """(step, pass) at which the order began: (0, 0), unless the data changed since."""
     streams: Mapping[int, tuple[list[int], bytes]] | None = None
-    """(position in each lane, running hash) of each stream."""
+    """(position in each pool, running hash) of each stream; None before the first step."""
     quarantine: frozenset[SampleId] = frozenset()
 
-    def open_stream(self, order: Order, stream: int, passes: int | None) -> TokenStream:
+    def open_stream(self, sampler: Sampler, stream: int, passes: int | None) -> TokenStream:
         if self.streams is None:
-            return TokenStream(order, stream, passes=passes)
+            return TokenStream(sampler, stream, passes=passes)
         positions, digest = self.streams[stream]
-        return TokenStream(order, stream, positions=positions, digest=digest, passes=passes)
+        return TokenStream(sampler, stream, positions=positions, digest=digest, passes=passes)
 
-
-def write_state(
-    order: Order,
-    step: int,
-    origin: tuple[int, int],
-    streams: Mapping[int, tuple[list[int], bytes]],
-    quarantine: set[SampleId],
-) -> dict[str, Any]:
-    """The state behind a step."""
-    return {
-        "version": STATE_VERSION,
-        "data": order.corpus.fingerprint,
-        "settings": order.settings(),
-        "lanes": [[lane.digest, lane.n_units] for lane in order.lanes],
-        "step": step,
-        "origin": list(origin),
-        "quarantine": [list(sample) for sample in sorted(quarantine)],
-        "streams": {str(stream): [*positions, digest.hex()] for stream, (positions, digest) in streams.items()},
-    }
+    def to_json(self, sampler: Sampler) -> dict[str, Any]:
+        streams = self.streams or {}
+        return {
+            "version": STATE_VERSION,
+            "data": sampler.corpus.fingerprint,
+            "settings": sampler.settings(),
+            "lanes": [[pool.digest, pool.n_units] for pool in sampler.pools],
+            "step": self.step,
+            "origin": list(self.origin),
+            "quarantine": [list(sample) for sample in sorted(self.quarantine)],
+            "streams": {
+                str(stream): [*positions, digest.hex()] for stream, (positions, digest) in streams.items()
+            },
+        }
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state that holds the streams of all ranks' states of the same step.
+    """One state with the streams of all ranks' states of the same step.
 
-    Raises DataError where there is none or they are not of one run.
+    Raises DataError if there is none or if they are not of one run.
     """
     if not states:
-        raise DataError("data state: there is none; at least one rank's must be given")
-    own = ("streams", "quarantine")
-    shared = {key: value for key, value in states[0].items() if key not in own}
+        raise DataError("data state: none given; at least one rank's must be")
+    per_rank = ("streams", "quarantine")
+    shared = {key: value for key, value in states[0].items() if key not in per_rank}
     streams: dict[str, Any] = {}
     quarantine: set[SampleId] = set()
     for state in states:
-        if {key: value for key, value in state.items() if key not in own} != shared:
-            right = "they must differ in their streams only"
+        if {key: value for key, value in state.items() if key not in per_rank} != shared:
+            right = "only their streams may differ"
             raise DataError(f"data state: the ranks' states are not of one run; {right}")
-        streams.update(_mapping(state))
+        streams.update(_read_streams(state))
         quarantine |= _read_quarantine(state)
     ordered = {key: streams[key] for key in sorted(streams, key=int)}
     return {**shared, "quarantine": [list(sample) for sample in sorted(quarantine)], "streams": ordered}
 
 
 def consumed_hash(state: Mapping[str, Any]) -> str:
-    """One hash of the ids of all samples read so far in their order, whatever the world, from a merged state."""
+    """Hash of the ids of all samples read so far, in order, from a merged state. The same in any world."""
     return join_digests([bytes.fromhex(state["streams"][key][-1]) for key in sorted(state["streams"], key=int)])
 
 
@@ -90,98 +85,99 @@ def join_digests(digests: Sequence[bytes]) -> str:
 
 
 def read_state(
-    state: Mapping[str, Any], order: Order, *, changes: Sequence[str] = (), accept_changed: bool = False
-) -> Start:
-    """Where the streams of `order` begin.
+    state: Mapping[str, Any], sampler: Sampler, *, changes: Sequence[str] = (), accept_changed: bool = False
+) -> LoaderState:
+    """The state that a checkpoint stores, for the streams of `sampler`.
 
-    `changes`: what is known of the differences of the data, for the message. Raises DataError where the state
-    is of other settings, or of other data and that is not accepted.
+    changes: known differences of the data, for the error message. Raises DataError if the state is of other
+    settings, or of other data without `accept_changed`.
     """
     if state.get("version") != STATE_VERSION:
-        found = state.get("version")
-        raise DataError(f"data state: version {found!r} is not {STATE_VERSION}, which this version reads")
-    _check_settings(state.get("settings"), order)
-    if state.get("data") == order.corpus.fingerprint:
-        return _same_data(state, order)
+        version = state.get("version")
+        raise DataError(f"data state: version {version!r} is not {STATE_VERSION}, which this version reads")
+    _check_settings(state.get("settings"), sampler)
+    if state.get("data") == sampler.corpus.fingerprint:
+        return _same_data(state, sampler)
     if not accept_changed:
-        what = "".join(f"\n  {line}" for line in changes)
-        fix = "bring the old data back, or accept a new order with data.accept_changed=true"
-        raise DataError(f"the data are not those that the run began with; {fix}{what}")
-    return _changed_data(state, order)
+        listed = "".join(f"\n  {line}" for line in changes)
+        fix = "restore the old data, or accept a new order with data.accept_changed=true"
+        raise DataError(f"the data are not those that the run began with; {fix}{listed}")
+    return _changed_data(state, sampler)
 
 
-def _check_settings(saved: Any, order: Order) -> None:
+def _check_settings(saved: Any, sampler: Sampler) -> None:
     saved = saved if isinstance(saved, dict) else {}
-    for key, right in order.settings().items():
-        if saved.get(key) != right:
-            fix = "go on with the settings that the run began with, or begin a new run"
-            raise DataError(f"data state: {key} was {saved.get(key)!r} and is {right!r} now; {fix}")
+    for key, value in sampler.settings().items():
+        if saved.get(key) != value:
+            fix = "resume with the settings that the run began with, or begin a new run"
+            raise DataError(f"data state: {key} was {saved.get(key)!r} and is {value!r} now; {fix}")
 
 
-def _same_data(state: Mapping[str, Any], order: Order) -> Start:
-    streams = {stream: _stream(state, stream, len(order.lanes)) for stream in range(order.n_streams)}
-    return Start(_step(state), _origin(state), streams, frozenset(_read_quarantine(state)))
+def _same_data(state: Mapping[str, Any], sampler: Sampler) -> LoaderState:
+    streams = {stream: _read_stream(state, stream, len(sampler.pools)) for stream in range(sampler.n_streams)}
+    return LoaderState(_read_step(state), _read_origin(state), streams, frozenset(_read_quarantine(state)))
 
 
-def _changed_data(state: Mapping[str, Any], order: Order) -> Start:
-    """Lanes that are as they were go on; in the others, the pass that was begun starts anew."""
-    lanes = state.get("lanes")
-    if not isinstance(lanes, list) or not all(isinstance(lane, list) and len(lane) == 2 for lane in lanes):
-        raise DataError(f"data state: lanes is {lanes!r}; it must hold the digest and the tokens of each lane")
-    saved = [_stream(state, stream, len(lanes)) for stream in range(order.n_streams)]
+def _changed_data(state: Mapping[str, Any], sampler: Sampler) -> LoaderState:
+    """Unchanged pools keep their positions; the others restart the pass that had begun."""
+    old_pools = state.get("lanes")
+    if not isinstance(old_pools, list) or not all(isinstance(pool, list) and len(pool) == 2 for pool in old_pools):
+        raise DataError(f"data state: lanes is {old_pools!r}; it must hold the digest and the tokens of each pool")
+    saved = [_read_stream(state, stream, len(old_pools)) for stream in range(sampler.n_streams)]
     positions: list[list[int]] = [[] for _ in saved]
-    origin = _origin(state)
-    for number, lane in enumerate(order.lanes):
-        if number < len(lanes) and lanes[number] == [lane.digest, lane.n_units]:
-            now = [places[number] for places, _ in saved]
+    origin = _read_origin(state)
+    for number, pool in enumerate(sampler.pools):
+        old = [each[number] for each, _ in saved] if number < len(old_pools) else []
+        if old and old_pools[number] == [pool.digest, pool.n_units]:
+            new = old
         else:
-            old = int(lanes[number][1]) if number < len(lanes) else 0
-            passes = _passes_begun([places[number] for places, _ in saved], old) if old else 0
-            now = [passes * lane.share(stream)[1] for stream in range(order.n_streams)]
-            origin = (_step(state), passes)
-        for places, place in zip(positions, now, strict=True):
-            places.append(place)
-    streams = {stream: (places, saved[stream][1]) for stream, places in enumerate(positions)}
-    # keys of other shards would name other samples
-    return Start(_step(state), origin, streams)
+            n_units = int(old_pools[number][1]) if old else 0
+            passes = _finished_passes(old, n_units) if n_units else 0
+            new = [passes * pool.stream_range(stream)[1] for stream in range(sampler.n_streams)]
+            origin = (_read_step(state), passes)
+        for of_stream, position in zip(positions, new, strict=True):
+            of_stream.append(position)
+    streams = {stream: (of_stream, saved[stream][1]) for stream, of_stream in enumerate(positions)}
+    # the quarantine is dropped: its keys would name other samples
+    return LoaderState(_read_step(state), origin, streams)
 
 
-def _passes_begun(places: list[int], n_tokens: int) -> int:
-    """Passes that every stream had finished, of a lane that had so many tokens."""
-    V = len(places)
-    shares = [n_tokens * (stream + 1) // V - n_tokens * stream // V for stream in range(V)]
-    return min(place // share for place, share in zip(places, shares, strict=True))
+def _finished_passes(positions: list[int], n_units: int) -> int:
+    """Passes over a pool of `n_units` that every stream has finished."""
+    V = len(positions)
+    lengths = [n_units * (stream + 1) // V - n_units * stream // V for stream in range(V)]
+    return min(position // length for position, length in zip(positions, lengths, strict=True))
 
 
-def _mapping(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _read_streams(state: Mapping[str, Any]) -> Mapping[str, Any]:
     streams = state.get("streams")
     if not isinstance(streams, dict):
         raise DataError(f"data state: streams is {streams!r}; it must hold the position of each stream")
     return streams
 
 
-def _stream(state: Mapping[str, Any], stream: int, n_lanes: int) -> tuple[list[int], bytes]:
-    found = _mapping(state).get(str(stream))
+def _read_stream(state: Mapping[str, Any], stream: int, n_pools: int) -> tuple[list[int], bytes]:
+    value = _read_streams(state).get(str(stream))
     try:
-        *positions, digest = found  # type: ignore[misc]
+        *positions, digest = value  # type: ignore[misc]
         content = bytes.fromhex(digest)
     except (TypeError, ValueError):
         positions, content = [], b""
-    counts = all(type(number) is int and number >= 0 for number in positions)
-    if len(positions) != n_lanes or not counts or len(content) != HASH_BYTES:
-        right = f"{n_lanes} non-negative integers and a hash of {HASH_BYTES} bytes"
-        raise DataError(f"data state: stream {stream} is {found!r}; it must be {right}")
+    are_counts = all(type(number) is int and number >= 0 for number in positions)
+    if len(positions) != n_pools or not are_counts or len(content) != HASH_BYTES:
+        right = f"{n_pools} non-negative integers and a hash of {HASH_BYTES} bytes"
+        raise DataError(f"data state: stream {stream} is {value!r}; it must be {right}")
     return positions, content
 
 
-def _step(state: Mapping[str, Any]) -> int:
+def _read_step(state: Mapping[str, Any]) -> int:
     step = state.get("step")
     if type(step) is not int or step < 0:
         raise DataError(f"data state: step is {step!r}; it must be a non-negative integer")
     return step
 
 
-def _origin(state: Mapping[str, Any]) -> tuple[int, int]:
+def _read_origin(state: Mapping[str, Any]) -> tuple[int, int]:
     origin = state.get("origin")
     if not isinstance(origin, list) or len(origin) != 2 or not all(type(part) is int for part in origin):
         raise DataError(f"data state: origin is {origin!r}; it must be two integers")
@@ -193,5 +189,5 @@ def _read_quarantine(state: Mapping[str, Any]) -> set[SampleId]:
     try:
         return {(int(number), str(shard), str(key)) for number, shard, key in listed}  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
-        right = "it must list a number, a shard and a key of each sample"
+        right = "it must list the data set number, shard and key of each sample"
         raise DataError(f"data state: quarantine is {listed!r}; {right}") from error

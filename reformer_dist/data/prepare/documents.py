@@ -1,19 +1,17 @@
-"""Documents from files and folders, in an order that depends on nothing but names.
+"""Documents of files and folders, in an order that depends on names alone.
 
-What becomes a document:
+Documents are:
 
-- each file of a folder, sorted by path; hidden, `__pycache__`, `site-packages` and `dist-packages` folders,
-  hidden files and binary files (those that contain NUL, as UTF-16 does) are left out, and links to folders are
-  not followed;
+- each file of a folder, sorted by path, except hidden files, binary files (those that contain NUL, as UTF-16 does)
+  and hidden, `__pycache__`, `site-packages` and `dist-packages` folders; links to folders are not followed;
 - each line of a `.jsonl` file;
-- a text file named by itself is cut at blank lines into pieces, since a single document can not be split into
-  training and held-out text: into some 64 pieces, each of about 2 KiB at least and 64 KiB at most. The pieces
-  join to exactly the file;
-- each `.txt` member of a `.tar` file, such as a shard of WebDataset's, and each `.json` member, of which the same
-  field is taken as of a line of `.jsonl`; other members are left out, and links lead nowhere;
-- a `.gz` file is read as what it holds; `.tgz` is `.tar.gz`.
+- sections of a text file that is given by itself, cut at blank lines since a single document could not be split
+  into training and held-out text: about 64 sections of 2 to 64 KiB each, whose concatenation is the file;
+- each `.txt` member of a `.tar` file, such as a shard of WebDataset, and the text field of each `.json` member;
+  other members are skipped and links are not followed;
+- the content of a `.gz` file, whose name without `.gz` determines the format; `.tgz` is `.tar.gz`.
 
-What is left out, but for what is hidden and for folders of programs, is counted in a `LeftOut`.
+Skipped files are counted in a `SkippedFiles`, except hidden ones and those of skipped folders.
 """
 
 from __future__ import annotations
@@ -32,16 +30,16 @@ from webdataset.tariterators import tar_file_iterator
 
 from reformer_dist.errors import DataError
 
-LEAST_PIECE_BYTES = 2 << 10
-MOST_PIECE_BYTES = 64 << 10
-USUAL_PIECES = 64
-SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+MIN_SECTION_BYTES = 2 << 10
+MAX_SECTION_BYTES = 64 << 10
+TARGET_SECTIONS = 64
+SKIPPED_DIRS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
-class LeftOut(dict[str, tuple[int, str]]):
-    """What was passed over: of each kind how many, and the name of the first."""
+class SkippedFiles(dict[str, tuple[int, str]]):
+    """Skipped files: (count, name of the first) by kind."""
 
     def add(self, kind: str, name: str) -> None:
         count, first = self.get(kind, (0, name))
@@ -51,38 +49,38 @@ class LeftOut(dict[str, tuple[int, str]]):
         return "; ".join(f"{count:,} {kind}, such as {first}" for kind, (count, first) in self.items())
 
 
-def iterate_documents(
+def read_documents(
     paths: Iterable[str | Path],
     suffixes: Sequence[str] = (),
     jsonl_field: str = "text",
-    left_out: LeftOut | None = None,
+    skipped: SkippedFiles | None = None,
 ) -> Iterator[tuple[str, bytes]]:
-    """(name, text) of each document; a name begins with that of the file or folder, not with where it lies.
+    """(name, text) of each document; names begin with the name of the input file or folder, without its path.
 
-    `suffixes` limits which files of a folder are taken (`.py` also takes `.py.gz`); a file named by itself is
-    always taken. `jsonl_field` is the field of a line that holds its text. Raises DataError for a path that
-    is missing, a file that can't be read, a line that has no text, or where no document is found at all.
+    suffixes: of the files of a folder to read (`.py` includes `.py.gz`); files given by themselves are always
+    read. jsonl_field: field of a JSON object that holds its text. Raises DataError if a path is missing, a file
+    can't be read, a line has no text, or there is no document at all.
     """
-    inputs, left_out = [Path(path) for path in paths], LeftOut() if left_out is None else left_out
+    inputs, skipped = [Path(path) for path in paths], SkippedFiles() if skipped is None else skipped
     n_files = n_documents = 0
     for path in inputs:
-        for file, label in _files_of(path, tuple(suffixes), left_out):
+        for file, label in _files_of(path, tuple(suffixes), skipped):
             n_files += 1
-            for document in _documents_of(file, label, jsonl_field, file != path, left_out):
+            for document in _documents_of(file, label, jsonl_field, file != path, skipped):
                 n_documents += 1
                 yield document
     if n_documents == 0:
         where = ", ".join(map(str, inputs))
         if suffixes and n_files == 0:
             raise DataError(f"no text: no file below {where} ends in {' or '.join(suffixes)}")
-        raise DataError(f"no text in {where}" + (f"; left out: {left_out}" if left_out else ""))
+        raise DataError(f"no text in {where}" + (f"; skipped: {skipped}" if skipped else ""))
 
 
-def _files_of(path: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[tuple[Path, str]]:
-    """Each file of an input, and what it is called."""
+def _files_of(path: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
+    """(file, name in the data set) of each file of an input."""
     if path.is_dir():
         root = path.resolve().name
-        for file in _files_below(path, suffixes, left_out):
+        for file in _files_below(path, suffixes, skipped):
             yield file, f"{root}/{file.relative_to(path).as_posix()}"
     elif path.exists():
         yield path, path.name
@@ -91,12 +89,12 @@ def _files_of(path: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Itera
         raise DataError(f"{path}: no such file or folder; {right}")
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[Path]:
+def _files_below(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_DIRS and not name.startswith("."))
         for name in folders:
-            if Path(parent, name).is_symlink():  # which os.walk does not follow: it might lead round in a circle
-                left_out.add("links to folders", str(Path(parent, name)))
+            if Path(parent, name).is_symlink():  # os.walk does not follow it: it might be part of a cycle
+                skipped.add("links to folders", str(Path(parent, name)))
         for name in sorted(names):
             path = Path(parent, name)
             wanted = not suffixes or name.endswith(suffixes) or _unzipped(name).endswith(suffixes)
@@ -105,11 +103,11 @@ def _files_below(folder: Path, suffixes: tuple[str, ...], left_out: LeftOut) -> 
             if path.is_file():
                 yield path
             else:
-                left_out.add("links that lead nowhere, or devices", str(path))
+                skipped.add("broken links or devices", str(path))
 
 
 def _unzipped(name: str) -> str:
-    """x.tar for x.tar.gz and x.tgz."""
+    """x.tar for x.tar.gz or x.tgz."""
     return name.removesuffix(".tgz") + ".tar" if name.endswith(".tgz") else name.removesuffix(".gz")
 
 
@@ -118,12 +116,12 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    # gzip's reader has all that is used of IO[bytes], which its type doesn't say
+    # gzip's reader implements all that is used of IO[bytes], but is not typed so
     return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _documents_of(
-    path: Path, label: str, jsonl_field: str, in_folder: bool, left_out: LeftOut
+    path: Path, label: str, jsonl_field: str, in_folder: bool, skipped: SkippedFiles
 ) -> Iterator[tuple[str, bytes]]:
     name = _unzipped(path.name)
     try:
@@ -131,16 +129,18 @@ def _documents_of(
             if name.endswith(".jsonl"):
                 yield from _lines(file, path, label, jsonl_field)
             elif name.endswith(".tar"):
-                yield from _members(file, path, label, jsonl_field, left_out)
+                yield from _members(file, path, label, jsonl_field, skipped)
             elif in_folder:
                 text = file.read()
                 if b"\0" in text:
-                    left_out.add("binary files, which contain NUL", label)
+                    skipped.add("binary files, which contain NUL", label)
                 else:
                     yield label, text
             else:
-                aim = min(max(path.stat().st_size // USUAL_PIECES, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
-                yield from _pieces(file, path, label, aim)
+                target_bytes = min(
+                    max(path.stat().st_size // TARGET_SECTIONS, MIN_SECTION_BYTES), MAX_SECTION_BYTES
+                )
+                yield from _sections(file, path, label, target_bytes)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path}: can't be read ({error})") from error
 
@@ -153,7 +153,7 @@ def _lines(file: IO[bytes], path: Path, label: str, field: str) -> Iterator[tupl
 
 
 def _members(
-    file: IO[bytes], path: Path, label: str, field: str, left_out: LeftOut
+    file: IO[bytes], path: Path, label: str, field: str, skipped: SkippedFiles
 ) -> Iterator[tuple[str, bytes]]:
     for member in tar_file_iterator(file):
         name = str(member["fname"])
@@ -164,7 +164,7 @@ def _members(
         elif name.endswith(".json"):
             yield f"{label}/{name}", _field_of(member["data"], field, f"{path}: {name}")
         else:
-            left_out.add("members of .tar files that are neither .txt nor .json", f"{label}/{name}")
+            skipped.add("members of .tar files that are neither .txt nor .json", f"{label}/{name}")
 
 
 def _field_of(content: bytes, field: str, where: str) -> bytes:
@@ -179,32 +179,32 @@ def _field_of(content: bytes, field: str, where: str) -> bytes:
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} is {text!r}; it must hold the text, as a string")
-    # JSON can spell half of a surrogate pair, which no UTF-8 text holds
+    # JSON can encode an unpaired surrogate, which UTF-8 can't
     return text.encode("utf-8", errors="replace")
 
 
-def _pieces(file: IO[bytes], path: Path, label: str, aim: int) -> Iterator[tuple[str, bytes]]:
-    """Consecutive pieces of `aim` to 2 * `aim` bytes."""
+def _sections(file: IO[bytes], path: Path, label: str, target_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """Consecutive sections of target_bytes to 2 * target_bytes."""
     rest = b""
     number = 0
     while True:
-        window = rest + file.read(2 * aim - len(rest))
+        window = rest + file.read(2 * target_bytes - len(rest))
         if not window:
             return
         if b"\0" in window:
             raise DataError(f"{path}: contains NUL bytes; it must be text")
-        end = _piece_end(window, aim)
+        end = _section_end(window, target_bytes)
         yield f"{label}#{number}", window[:end]
         rest = window[end:]
         number += 1
 
 
-def _piece_end(window: bytes, aim: int) -> int:
-    """Where the first piece of the window ends: at a blank line, else a line, else a character."""
-    blank = _BLANK_LINE.search(window, aim - 1)
+def _section_end(window: bytes, target_bytes: int) -> int:
+    """End of the first section of the window: at a blank line, else at a line, else at a character."""
+    blank = _BLANK_LINE.search(window, target_bytes - 1)
     if blank is not None:
         return blank.end()
-    if len(window) < 2 * aim:
+    if len(window) < 2 * target_bytes:
         return len(window)
     line_end = window.rfind(b"\n") + 1
     if line_end > 0:
@@ -212,5 +212,5 @@ def _piece_end(window: bytes, aim: int) -> int:
     end = len(window)
     while end > len(window) - 4 and window[end - 1] & 0xC0 == 0x80:
         end -= 1
-    # what starts a character of several bytes goes with the rest of it
+    # the first byte of a multi-byte character stays with the rest of it
     return end - 1 if window[end - 1] >= 0xC0 else len(window)

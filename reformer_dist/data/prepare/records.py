@@ -1,4 +1,4 @@
-"""Samples of several fields from the files that people keep them in: parallel text, JSON lines, SQuAD's JSON."""
+"""Samples of several fields from parallel text, JSON lines and SQuAD files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from reformer_dist.errors import DataError
 
 
 @dataclass(frozen=True)
-class Record:
-    """A sample before it is tokenized."""
+class RawSample:
+    """A sample before tokenization."""
 
     name: str
-    """File and line, or whatever else finds it again."""
+    """File and line, or another identification of its origin."""
     fields: tuple[bytes, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What belongs to it that is no text, as JSON values."""
-    kinship: bytes | None = None
-    """Records that share it are held out together; None: those of the same fields."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Data that is not text, as JSON values."""
+    split_key: bytes | None = None
+    """Samples with the same key are in the same split; None for the fields themselves."""
 
 
-def read_parallel(source: Path, target: Path) -> Iterator[Record]:
-    """Line n of one file with line n of the other. Raises DataError where one ends before the other."""
+def read_parallel(source: Path, target: Path) -> Iterator[RawSample]:
+    """Line n of one file with line n of the other. Raises DataError if one ends before the other."""
     with _open(source) as sources, _open(target) as targets:
         for number, (first, second) in enumerate(zip_longest(sources, targets), start=1):
             if first is None or second is None:
@@ -37,26 +37,26 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
                 right = f"line {number} of {other} has no counterpart; both must have as many lines"
                 raise DataError(f"{ended}: ends after {number - 1} lines; {right}")
             fields = (first.strip(), second.strip())
-            yield Record(f"{source.name}:{number}", fields, kinship=fields[0])
+            yield RawSample(f"{source.name}:{number}", fields, split_key=fields[0])
 
 
-def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[Record]:
-    """Each line is a JSON object; `fields` name its texts, `label` what it is to be classified as.
+def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[RawSample]:
+    """One sample per line, a JSON object. fields: names of its texts. label: name of its class.
 
-    Raises DataError where a line lacks one of them.
+    Raises DataError if a line lacks one of them.
     """
     for path in paths:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _of_line(line, path, number, fields, label)
+                    yield _parse_line(line, path, number, fields, label)
 
 
-def read_squad(paths: Iterable[Path]) -> Iterator[Record]:
-    """Questions of files in SQuAD's format, version 1.1, as (question, context).
+def read_squad(paths: Iterable[Path]) -> Iterator[RawSample]:
+    """Questions of SQuAD 1.1 files as (question, context).
 
-    Facts: `id`, and `answers`, each [first byte in the context, text]. Raises DataError where a file is of another
-    format or an answer does not stand where it says.
+    Metadata: `id`, and `answers`, each [first byte in the context, text]. Raises DataError if a file has another
+    format or an answer is not at its offset.
     """
     for path in paths:
         with _open(path) as file:
@@ -71,45 +71,47 @@ def read_squad(paths: Iterable[Path]) -> Iterator[Record]:
             raise DataError(f"{path}: is not in SQuAD's format ({type(error).__name__}: {error})") from error
 
 
-def _question(question: Mapping[str, Any], context: str, path: Path) -> Record:
+def _question(question: Mapping[str, Any], context: str, path: Path) -> RawSample:
     where = f"{path}: question {question['id']}"
     answers = []
     for answer in question["answers"]:
         text, start = str(answer["text"]), int(answer["answer_start"])
         if not text or context[start : start + len(text)] != text:
             right = f"the context has {context[start : start + len(text)]!r} there"
-            raise DataError(f"{where}: its answer {text!r} is said to stand at {start}; {right}")
+            raise DataError(f"{where}: its answer {text!r} is not at {start}; {right}")
         answers.append([len(context[:start].encode()), text])
     if not answers:
-        raise DataError(f"{where}: has no answer; questions without one are not of SQuAD 1.1")
+        raise DataError(f"{where}: has no answer; in SQuAD 1.1 every question must have one")
     fields = (str(question["question"]).strip().encode(), context.encode())
-    return Record(f"{path.name}:{question['id']}", fields, {"id": question["id"], "answers": answers}, fields[1])
+    return RawSample(
+        f"{path.name}:{question['id']}", fields, {"id": question["id"], "answers": answers}, fields[1]
+    )
 
 
-def _of_line(line: bytes, path: Path, number: int, fields: Sequence[str], label: str | None) -> Record:
+def _parse_line(line: bytes, path: Path, number: int, fields: Sequence[str], label: str | None) -> RawSample:
     where = f"{path}:{number}"
     try:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: is not valid JSON ({error}); it must be a JSON object") from error
-    wanted = [*fields, *([label] if label else [])]
-    for name in wanted:
+    names = [*fields, *([label] if label else [])]
+    for name in names:
         if isinstance(record, dict) and name not in record:
             others = f", but {', '.join(record)}" if record else ""
             raise DataError(f"{where}: has no field {name!r}{others}")
         value = record.get(name) if isinstance(record, dict) else None
         if not isinstance(value, str):
             raise DataError(f"{where}: field {name!r} is {value!r}; it must be a string")
-    # JSON can spell half of a surrogate pair, which no UTF-8 text holds
+    # JSON can encode an unpaired surrogate, which UTF-8 can't
     texts = tuple(record[name].encode("utf-8", errors="replace") for name in fields)
-    facts = {"label": record[label]} if label else {}
-    return Record(f"{path.name}:{number}", texts, facts, texts[0])
+    metadata = {"label": record[label]} if label else {}
+    return RawSample(f"{path.name}:{number}", texts, metadata, texts[0])
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
-        # gzip's reader has all that is used of IO[bytes], which its type doesn't say
+        # gzip's reader implements all that is used of IO[bytes], but is not typed so
         with cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:

@@ -1,7 +1,8 @@
-"""Writes a data set: documents to tar shards, indexes and dataset.json.
+"""Writer of data sets: tar shards, their indexes, and dataset.json.
 
-The same documents give the same shards, bit for bit. Everything is written aside and moved into place at the
-end, dataset.json last, so that what opens is whole, and a failure leaves an older data set as it was.
+The same documents produce the same shards, bit for bit. Everything is written to a staging folder and moved into
+place at the end, dataset.json last, so that a data set that opens is complete and a failure leaves an older one as
+it was.
 """
 
 from __future__ import annotations
@@ -21,41 +22,41 @@ import numpy as np
 
 from reformer_dist.data.format.layout import (
     DATASET_FILE,
-    FORMAT,
+    FORMAT_VERSION,
+    MAX_SAMPLE_BYTES,
     MEMBER_SUFFIX,
-    MOST_SAMPLE_BYTES,
     SPLITS,
     TEXT_FIELDS,
     TOKENIZER_FILE,
     Shard,
-    file_sha256,
     json_sha256,
     write_json,
 )
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.records import Record
+from reformer_dist.data.prepare.records import RawSample
 from reformer_dist.errors import DataError
+from reformer_dist.fs.atomic import file_sha256
 
-_OURS = re.compile(r"(train|heldout)-\d{6,}\.(tar|json)")
+_SHARD_FILE = re.compile(r"(train|heldout)-\d{6,}\.(tar|json)")
 
 
 @dataclass
 class WriteSummary:
-    """What `write_dataset` wrote."""
+    """Result of `write_dataset`."""
 
     splits: dict[str, list[Shard]]
     empty: int = 0
-    """Documents left out since they, or one of their fields, held no text."""
-    replaced: int = 0
-    """Documents that the tokenizer changed: it replaced bytes that are not UTF-8, or normalised the text."""
+    """Documents skipped because they, or one of their fields, contain no text."""
+    normalized: int = 0
+    """Documents changed by `Tokenizer.normalize`, which replaces invalid UTF-8 or normalises the text."""
 
     def total(self, count: str, *splits: str) -> int:
-        """Sum of a field of Shard (size, samples, tokens, text_bytes) over splits; none named means all."""
+        """Sum of a field of Shard (size, samples, tokens, text_bytes) over splits, by default all."""
         return sum(getattr(shard, count) for split in splits or SPLITS for shard in self.splits[split])
 
 
 def is_heldout(text: bytes, heldout_fraction: float) -> bool:
-    """Whether a document is held out: decided by its content alone, so that copies are never split."""
+    """Whether a document is held out, a function of its content, so that copies are in the same split."""
     digest = hashlib.blake2b(text, digest_size=8, person=b"heldout").digest()
     return int.from_bytes(digest, "big") < heldout_fraction * 2.0**64
 
@@ -68,29 +69,29 @@ def write_dataset(
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> WriteSummary:
-    """Write (name, text) documents as a data set; see `write_records`."""
-    records = (Record(name, (text,)) for name, text in documents)
-    return write_records(records, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
+    """Writes (name, text) documents as a data set. See `write_samples`."""
+    samples = (RawSample(name, (text,)) for name, text in documents)
+    return write_samples(samples, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
 
 
-def write_records(
-    records: Iterable[Record],
+def write_samples(
+    samples: Iterable[RawSample],
     folder: str | Path,
     tokenizer: Tokenizer,
     shard_bytes: int = 16 << 20,
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
     *,
-    heldout: Iterable[Record] | None = None,
+    heldout: Iterable[RawSample] | None = None,
     fields: Sequence[str] = TEXT_FIELDS,
     labels: Sequence[str] = (),
 ) -> WriteSummary:
-    """Write records, each of as many texts as `fields` names, as a data set.
+    """Writes samples, each with one text per name in `fields`, as a data set.
 
-    A shard is closed before it would outgrow `shard_bytes` of tar; a longer document has a shard of its own.
-    `heldout_fraction` is the share of records, chosen by content, that are held out, unless those to be held out
-    are given. `labels`: all that their facts may hold. Raises DataError where there is no text, a split comes out
-    empty, a label is another, or the folder can't be written or already holds a data set and `overwrite` is False.
+    shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
+    out; by default a `heldout_fraction` of the samples, selected by content. labels: all labels that the metadata
+    may hold. Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be
+    written, or it already holds a data set and `overwrite` is False.
     """
     folder = Path(folder)
     if shard_bytes < 1:
@@ -100,8 +101,8 @@ def write_records(
     if not overwrite and any(_existing(folder)):
         raise DataError(f"{folder}: already holds a data set; give another folder, or --overwrite to replace it")
     with _staging(folder) as staging:
-        splitted = split_records(records, heldout, heldout_fraction)
-        summary = _write_splits(splitted, staging, tokenizer, shard_bytes, labels)
+        assigned = assign_splits(samples, heldout, heldout_fraction)
+        summary = _write_splits(assigned, staging, tokenizer, shard_bytes, labels)
         _require_splits(summary, heldout_fraction)
         record = _describe(summary, tokenizer, staging, fields, labels)
         _move_into_place(staging, folder, record)
@@ -110,7 +111,7 @@ def write_records(
 
 def _existing(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name in (DATASET_FILE, TOKENIZER_FILE) or _OURS.fullmatch(path.name):
+        if path.name in (DATASET_FILE, TOKENIZER_FILE) or _SHARD_FILE.fullmatch(path.name):
             yield path
 
 
@@ -118,27 +119,29 @@ def _existing(folder: Path) -> Iterator[Path]:
 def _staging(folder: Path) -> Iterator[Path]:
     staging = folder / ".writing"
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
         staging.mkdir(parents=True)
         yield staging
     except OSError as error:
-        raise DataError(f"{folder}: can't be written ({error}); it must be a folder with room, or free") from error
+        raise DataError(
+            f"{folder}: can't be written ({error}); it must be a writable folder with free space, or not exist"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def split_records(
-    records: Iterable[Record], heldout: Iterable[Record] | None, heldout_fraction: float
-) -> Iterator[tuple[str, Record]]:
-    """Each record with its split: held out are those that are given for it, or else a share of them all."""
-    for record in records:
-        held = heldout is None and is_heldout(record.kinship or b"\0".join(record.fields), heldout_fraction)
-        yield "heldout" if held else "train", record
-    yield from (("heldout", record) for record in heldout or ())
+def assign_splits(
+    samples: Iterable[RawSample], heldout: Iterable[RawSample] | None, heldout_fraction: float
+) -> Iterator[tuple[str, RawSample]]:
+    """(split, sample) of each sample. If `heldout` is None, a fraction of the samples is held out."""
+    for sample in samples:
+        held = heldout is None and is_heldout(sample.split_key or b"\0".join(sample.fields), heldout_fraction)
+        yield "heldout" if held else "train", sample
+    yield from (("heldout", sample) for sample in heldout or ())
 
 
 def _write_splits(
-    records: Iterable[tuple[str, Record]],
+    samples: Iterable[tuple[str, RawSample]],
     staging: Path,
     tokenizer: Tokenizer,
     shard_bytes: int,
@@ -147,16 +150,16 @@ def _write_splits(
     writers = {split: _SplitWriter(staging, split, tokenizer, shard_bytes) for split in SPLITS}
     summary = WriteSummary(splits={split: writer.shards for split, writer in writers.items()})
     try:
-        for split, record in records:
-            if not all(record.fields):
+        for split, sample in samples:
+            if not all(sample.fields):
                 summary.empty += 1
                 continue
-            if labels and record.facts["label"] not in labels:
+            if labels and sample.metadata["label"] not in labels:
                 right = f"it must be one of the training samples': {', '.join(labels)}"
-                raise DataError(f"{record.name}: its label {record.facts['label']!r} is unknown; {right}")
-            readable = tuple(tokenizer.readable(text) for text in record.fields)
-            summary.replaced += readable != record.fields
-            writers[split].add(replace(record, fields=readable))
+                raise DataError(f"{sample.name}: its label {sample.metadata['label']!r} is unknown; {right}")
+            normalized = tuple(tokenizer.normalize(text) for text in sample.fields)
+            summary.normalized += normalized != sample.fields
+            writers[split].add(replace(sample, fields=normalized))
     finally:
         for writer in writers.values():
             writer.close()
@@ -185,7 +188,7 @@ def _describe(
     summary: WriteSummary, tokenizer: Tokenizer, staging: Path, fields: Sequence[str], labels: Sequence[str]
 ) -> dict[str, Any]:
     record = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "tokenizer": tokenizer.save(staging),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -198,7 +201,7 @@ def _describe(
 
 
 def _move_into_place(staging: Path, folder: Path, record: dict[str, Any]) -> None:
-    # without its dataset.json the old data set no longer opens, so that no mixture of old and new ever does
+    # first, so that a mixture of the old and the new data set never opens
     (folder / DATASET_FILE).unlink(missing_ok=True)
     for path in list(_existing(folder)):
         path.unlink()
@@ -209,7 +212,7 @@ def _move_into_place(staging: Path, folder: Path, record: dict[str, Any]) -> Non
 
 @dataclass
 class _SplitWriter:
-    """The shards of one split; `shards` lists those that are closed."""
+    """Writer of the shards of one split; `shards` lists the closed ones."""
 
     folder: Path
     split: str
@@ -220,33 +223,33 @@ class _SplitWriter:
     _index: list[dict[str, Any]] = field(default_factory=list)
     _n_documents: int = 0
 
-    def add(self, record: Record) -> None:
-        parts = [self.tokenizer.encode(text) for text in record.fields]
+    def add(self, sample: RawSample) -> None:
+        parts = [self.tokenizer.encode(text) for text in sample.fields]
         ids = np.concatenate(parts)
         payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
-        if len(payload) > MOST_SAMPLE_BYTES:
-            right = f"a document may hold {MOST_SAMPLE_BYTES} at most: cut it into several"
-            raise DataError(f"{record.name}: holds {len(payload)} bytes of token ids; {right}")
+        if len(payload) > MAX_SAMPLE_BYTES:
+            right = f"the maximum is {MAX_SAMPLE_BYTES}: cut the document into several"
+            raise DataError(f"{sample.name}: holds {len(payload)} bytes of token ids; {right}")
         if self._tar is not None and self._tar.offset + 1024 + len(payload) > self.shard_bytes:
             self.close()
         if self._tar is None:
             self._tar = tarfile.TarFile(self._path(".tar"), "w", format=tarfile.GNU_FORMAT)
         key = f"{self._n_documents:08d}"
-        # a TarInfo of its own has time, owner and group 0: nothing of this machine gets into the shard
+        # a new TarInfo has time, owner and group 0, so that shards do not depend on the machine
         member = tarfile.TarInfo(f"{key}.{MEMBER_SUFFIX[self.tokenizer.dtype]}")
         member.size = len(payload)
         self._tar.addfile(member, io.BytesIO(payload))
         self._index.append(
             {
                 "key": key,
-                "document": record.name,
+                "document": sample.name,
                 "offset": self._tar.offset - -(-len(payload) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE,
                 "size": len(payload),
                 "n_tokens": len(ids) + len(parts),
-                "n_bytes": sum(map(len, record.fields)),
+                "n_bytes": sum(map(len, sample.fields)),
                 "sha256": hashlib.sha256(payload).hexdigest(),
                 **({"lengths": [len(part) for part in parts]} if len(parts) > 1 else {}),
-                **({"facts": dict(record.facts)} if record.facts else {}),
+                **({"facts": dict(sample.metadata)} if sample.metadata else {}),
             }
         )
         self._n_documents += 1
@@ -256,7 +259,7 @@ class _SplitWriter:
             return
         self._tar.close()
         path, index = self._path(".tar"), self._path(".json")
-        write_json(index, {"format": FORMAT, "shard": path.name, "samples": self._index})
+        write_json(index, {"format": FORMAT_VERSION, "shard": path.name, "samples": self._index})
         shard = Shard(
             name=path.name,
             size=path.stat().st_size,

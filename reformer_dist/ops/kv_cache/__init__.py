@@ -1,7 +1,7 @@
-"""What attention remembers of a text while it is written: one cache for each kind, all with the same methods.
+"""KV caches for incremental decoding, one class per kind of attention.
 
-A cache is made from a prompt and then attends for one more token of each row at a time, giving what attention
-over the whole text gives at that token.
+A cache is built from a prompt. Each call of `attend` then takes one more token per row and returns the output of
+attention over the whole sequence at that token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["AttentionCache", "BucketCache", "ExactCache", "WindowCache"]
 
 
 class AttentionCache(Protocol):
-    """Of one layer."""
+    """KV cache of one layer."""
 
     def select_rows(self, rows: Tensor) -> None:
-        """Makes row i what row rows[i] was: rows [N] int64 may repeat some and leave others out."""
+        """Replaces row i by row rows[i]; rows [N] int64 may repeat and drop rows."""
         ...
 
     def n_bytes(self) -> int:
-        """Memory held."""
+        """Memory of the cache."""
         ...

@@ -1,4 +1,4 @@
-"""Local attention for one more token: keys and values of the last `window` tokens, in a ring."""
+"""KV cache of sliding-window attention: a ring buffer of the last `window` keys and values."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from torch import Tensor
 
 
 class WindowCache:
-    """Keys and values [B, H, window, D]; the token at index i of the text is in place i % window."""
+    """Keys and values [B, H, window, D]; the token at index i of the sequence is in slot i % window."""
 
     def __init__(self, k: Tensor, v: Tensor, window: int, scale: float, first: Tensor | None) -> None:
-        """From the keys and values of a prompt [B, H, S, D].
-
-        first [B]: index of each row's first real token; None where rows have no padding.
-        """
+        """k, v [B, H, S, D] of a prompt; first [B]: index of each row's first real token, None without padding."""
         self._window, self._scale, self._first = window, scale, first
         self._n_tokens = k.shape[2]
         last = torch.arange(max(0, self._n_tokens - window), self._n_tokens, device=k.device)
@@ -26,7 +23,7 @@ class WindowCache:
         return ring
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Outputs [B, H, 1, D] of the next token, which sees itself and is remembered."""
+        """Appends the next token; returns its output [B, H, 1, D]. The token attends to itself."""
         newest = self._n_tokens
         for ring, x in ((self._k, k), (self._v, v)):
             ring[:, :, newest % self._window] = x[:, :, 0]
@@ -34,8 +31,8 @@ class WindowCache:
         filled = min(self._n_tokens, self._window)
         mask = None
         if self._first is not None:
-            places = torch.arange(filled, device=q.device)
-            index = newest - (newest - places) % self._window  # in the text, of the token in each place
+            slots = torch.arange(filled, device=q.device)
+            index = newest - (newest - slots) % self._window  # in the sequence, of the token in each slot
             mask = (index >= self._first.unsqueeze(1))[:, None, None, :]
         k, v = self._k[:, :, :filled], self._v[:, :, :filled]
         with torch.autocast(q.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""LSH attention. `reference` says what it means, `backend` chooses how it is done."""
+"""LSH attention. `reference` defines it, `backends` selects how it is computed."""
 
 from reformer_dist.ops.lsh.backends import attend_locally, bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.cross import CrossKeys, cross_attention

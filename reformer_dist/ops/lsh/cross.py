@@ -1,8 +1,8 @@
-"""Attention to another sequence: each query sees the keys of its bucket, in every round.
+"""Attention to another sequence: each query attends to the keys of its bucket, in every round.
 
-What it means is `reference.reference_cross_attention`. Short sequences are attended as dense matrices, which costs
-less than putting them in order; long ones bucket by bucket (`cross_tiles`), in time and memory that do not grow
-with the product of the lengths. Plain PyTorch, on any device.
+Defined by `reference.reference_cross_attention`. Short sequences use dense matrices, which cost less than sorting;
+long ones go bucket by bucket (`cross_tiles`), in time and memory that do not grow with the product of the lengths.
+Plain PyTorch, on any device.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.cross_tiles import tiled_cross_attention
-from reformer_dist.ops.lsh.hashing import one_bucket
+from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.lsh.options import CrossOptions
 from reformer_dist.ops.lsh.reference import reference_cross_attention
 
-# Pairs of one head up to which dense matrices are the faster way.
+# Pairs of one head up to which dense matrices are faster.
 DENSE_PAIRS = 2**14
 
 
 @dataclass(frozen=True)
 class CrossKeys:
-    """What can be seen of the other sequence, of T tokens."""
+    """Keys and values of the other sequence, of T tokens."""
 
     k: Tensor
     """[B, H, T, D]"""
     v: Tensor
     """[B, H, T, D]"""
     ids: Tensor | None
-    """[B, H, R, T] buckets of the keys; None where every query sees every key."""
+    """[B, H, R, T] buckets of the keys; None if every query attends to every key."""
     padding_mask: Tensor | None = None
     """[B, T], True for real keys."""
 
     def select_rows(self, rows: Tensor) -> CrossKeys:
-        """Of batch rows [N] int64, which may repeat some."""
+        """The keys of batch rows [N] int64, repeats allowed."""
         ids, mask = (None if x is None else x[rows] for x in (self.ids, self.padding_mask))
         return CrossKeys(self.k[rows], self.v[rows], ids, mask)
 
     def n_bytes(self) -> int:
-        """Memory that they take."""
+        """Total size of the tensors."""
         return sum(x.nbytes for x in (self.k, self.v, self.ids, self.padding_mask) if x is not None)
 
 
 def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, options: CrossOptions) -> Tensor:
-    """Softmax over all (round, key) pairs that a query meets: [B, H, S, D] in v's dtype, 0 where it meets none.
+    """Softmax over all (round, key) pairs in a query's bucket: [B, H, S, D] in v's dtype, 0 if there are none.
 
-    q [B, H, S, D]; query_ids [B, H, R, S] below options.n_buckets, None where those of the keys are.
+    q [B, H, S, D]; query_ids [B, H, R, S] below options.n_buckets, None if keys.ids is None.
     """
     k, v, key_ids, key_padding_mask = keys.k, keys.v, keys.ids, keys.padding_mask
     if key_ids is None and options.dropout == 0.0:
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
     if query_ids is None or key_ids is None:
-        query_ids, key_ids = one_bucket(q), one_bucket(k)
+        query_ids, key_ids = single_bucket_ids(q), single_bucket_ids(k)
     if options.is_reference:
         return reference_cross_attention(
             q,
@@ -69,7 +69,7 @@ def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, option
             count_pairs_once=options.count_pairs_once,
             dropout=options.dropout,
             dropout_seed=options.dropout_seed,
-            unit_numbers=options.unit_numbers(q.shape[0], q.shape[1], q.device),
+            head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
         )
     attend = _dense if q.shape[2] * k.shape[2] <= DENSE_PAIRS else tiled_cross_attention
     return attend(q, k, v, query_ids, key_ids, options, key_padding_mask)
@@ -87,32 +87,33 @@ def _dense(
     """All pairs of a head in one matrix."""
     n_rounds = query_ids.shape[2]
     rounds = [query_ids[:, :, r, :, None] == key_ids[:, :, r, None, :] for r in range(n_rounds)]
-    meetings = rounds[0] if n_rounds == 1 else torch.stack(rounds).sum(dim=0)
+    n_shared = rounds[0] if n_rounds == 1 else torch.stack(rounds).sum(dim=0)
     if key_padding_mask is not None:
-        meetings = meetings * key_padding_mask[:, None, None, :]
-    is_counted = n_rounds > 1 and not options.count_pairs_once
+        n_shared = n_shared * key_padding_mask[:, None, None, :]
+    is_weighted = n_rounds > 1 and not options.count_pairs_once
     if options.dropout == 0.0:
-        mask = meetings.to(q.dtype).log() if is_counted else meetings > 0
+        mask = n_shared.to(q.dtype).log() if is_weighted else n_shared > 0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
-    kept = sum(met * keep for met, keep in zip(rounds, _kept(q, k, n_rounds, options), strict=True))
-    factors = kept / meetings.clamp(min=1) / (1.0 - options.dropout)
+    keep_masks = _keep_masks(q, k, n_rounds, options)
+    n_kept = sum(same_bucket * keep for same_bucket, keep in zip(rounds, keep_masks, strict=True))
+    factors = n_kept / n_shared.clamp(min=1) / (1.0 - options.dropout)
     with torch.autocast(q.device.type, enabled=False):
         scores = options.scale * (q.float() @ k.float().transpose(-1, -2))
-        if is_counted:
-            scores = scores + meetings.float().clamp_min(1).log()
-        weights = scores.masked_fill(meetings == 0, torch.finfo(torch.float32).min).softmax(-1)
-        return ((weights * (factors * (meetings > 0))) @ v.float()).to(v.dtype)
+        if is_weighted:
+            scores = scores + n_shared.float().clamp_min(1).log()
+        weights = scores.masked_fill(n_shared == 0, torch.finfo(torch.float32).min).softmax(-1)
+        return ((weights * (factors * (n_shared > 0))) @ v.float()).to(v.dtype)
 
 
-def _kept(q: Tensor, k: Tensor, n_rounds: int, options: CrossOptions) -> list[Tensor]:
-    """Which pairs dropout keeps in each round, [B, H, S, T] each."""
-    units = options.unit_numbers(q.shape[0], q.shape[1], q.device).view(*q.shape[:2], 1)
-    queries, keys = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
-    kept = []
+def _keep_masks(q: Tensor, k: Tensor, n_rounds: int, options: CrossOptions) -> list[Tensor]:
+    """The pairs that dropout keeps in each round, [B, H, S, T] each."""
+    head_indices = options.head_indices(q.shape[0], q.shape[1], q.device).view(*q.shape[:2], 1)
+    query_positions, key_positions = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+    masks = []
     for round_ in range(n_rounds):
         query_keys, key_keys = (
-            token_keys(units, positions, round_, options.dropout_seed, is_query)
-            for positions, is_query in ((queries, True), (keys, False))
+            token_keys(head_indices, positions, round_, options.dropout_seed, is_query)
+            for positions, is_query in ((query_positions, True), (key_positions, False))
         )
-        kept.append(keep_mask(query_keys, key_keys, options.dropout))
-    return kept
+        masks.append(keep_mask(query_keys, key_keys, options.dropout))
+    return masks

@@ -24,7 +24,7 @@ def lsh_attention(
     count_pairs_once: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
-    implementation: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """Shared query-key attention among tokens of one bucket, by the window rule: [B, H, S, D] like v.
 
@@ -32,11 +32,11 @@ def lsh_attention(
     a token meets the members of its bucket at a sorted distance below `window`: earlier ones if causal. A token
     that meets nobody attends to itself. seed: of the hash rotations; draw another for each layer and training
     step. key_padding_mask [B, S]: True for real tokens. dropout: of weights, its mask a function of
-    dropout_seed. n_buckets: 1 or even. implementation: auto, triton, native, torch or reference. Time and
+    dropout_seed. n_buckets: 1 or even. backend: auto, triton, native, torch or reference. Time and
     memory grow with S * n_hashes * window.
     """
     rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)
-    bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, implementation=implementation)
+    bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, backend=backend)
     options = AttentionOptions(
         rule=WindowRule(window, causal),
         n_buckets=n_buckets,
@@ -44,6 +44,6 @@ def lsh_attention(
         count_pairs_once=count_pairs_once,
         dropout=dropout,
         dropout_seed=dropout_seed,
-        implementation=implementation,
+        backend=backend,
     )
     return bucket_attention(qk, None, v, bucket_ids, options, key_padding_mask)

@@ -1,11 +1,11 @@
 """Locality-sensitive hashing: vectors -> bucket ids in [0, n_buckets).
 
-`rotation` is the angular hash of the paper (section 2, "Locality sensitive hashing"): argmax of [xR, -xR]. R is
-part of a rotation, as where the paper has it from (Andoni et al. 2015, "Practical and Optimal LSH for Angular
-Distance").
-`floor` is the random-projection form floor(Rx / gamma) on the unit vector. Both are written in mixed radix
-over factors of n_buckets, since one argmax over all buckets would cost head_dim * n_buckets per token, which
-is quadratic in the length once buckets keep their size.
+`rotation` is the angular hash of the paper (section 2, "Locality sensitive hashing"): argmax of [xR, -xR]. The
+columns of R are those of a random rotation, as in the paper's source (Andoni et al. 2015, "Practical and Optimal
+LSH for Angular Distance").
+`floor` is the random-projection hash floor(Rx / gamma) of the unit vector. Both produce one digit per factor of
+n_buckets (mixed radix), since a single argmax over all buckets would cost head_dim * n_buckets per token, which
+is quadratic in the length at a fixed bucket size.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import functools
 import torch
 from torch import Tensor
 
-# The widest argmax that is still cheap, and the most cells that one projection tells apart usefully.
+# The widest argmax that is still cheap, and the most cells that one projection usefully distinguishes.
 LARGEST_FACTOR = {"rotation": 64, "floor": 8}
-# Added to squared lengths of columns, so that columns which are nearly dependent don't end the program either.
+# Added to the squared column norms, so that the Cholesky factorization succeeds for nearly dependent columns.
 SMALLEST_PIVOT = 1e-10
-# Projections of a unit vector are standard normal: the cells of one projection span this many deviations.
+# The cells of one projection together span this many standard deviations (projections are standard normal).
 FLOOR_SPAN = 4.0
 
 
 @functools.cache
 def bucket_factors(n_buckets: int, largest: int) -> tuple[int, ...]:
-    """Even factors of n_buckets, as few and as near to one another as keeps each at most `largest`.
+    """Even factors of n_buckets: as few and as balanced as possible with each at most `largest`.
 
-    Where no such product exists (n_buckets = 2 * prime), the factors with the smallest maximum are taken.
+    If there is no such factorization (n_buckets = 2 * prime), the one with the smallest maximum.
+    Raises ValueError if n_buckets is odd and not 1.
     """
     if n_buckets == 1:
         return ()
@@ -45,7 +46,7 @@ def bucket_factors(n_buckets: int, largest: int) -> tuple[int, ...]:
 
 
 def _balanced(number: int, n_factors: int) -> tuple[int, ...] | None:
-    """`n_factors` even factors of `number` with the smallest maximum, ascending; None if there are none."""
+    """`n_factors` even factors of `number` with the smallest maximum, ascending, or None."""
     if n_factors == 1:
         return (number,) if number % 2 == 0 else None
     best: tuple[int, ...] | None = None
@@ -54,30 +55,29 @@ def _balanced(number: int, n_factors: int) -> tuple[int, ...] | None:
             break
         if number % factor == 0:
             rest = _balanced(number // factor, n_factors - 1)
-            # of equal maxima the later one, whose smallest factor is larger
+            # on ties the later one, whose smallest factor is larger
             if rest is not None and (best is None or max(rest) <= max(best)):
                 best = (factor, *rest)
     return best
 
 
 def bucket_dtype(n_buckets: int) -> torch.dtype:
-    """The smallest integer type for ids in [0, n_buckets]; n_buckets itself marks padding."""
+    """The smallest integer dtype for ids in [0, n_buckets]; n_buckets itself marks padding."""
     if n_buckets < 2**8:
         return torch.uint8
     return torch.int16 if n_buckets < 2**15 else torch.int32
 
 
-def one_bucket(x: Tensor) -> Tensor:
-    """Ids [B, H, 1, S] of x [B, H, S, D]: one round, in which all share bucket 0."""
+def single_bucket_ids(x: Tensor) -> Tensor:
+    """Bucket ids [B, H, 1, S] for x [B, H, S, D]: one round with every token in bucket 0."""
     return torch.zeros(1, dtype=bucket_dtype(1), device=x.device).expand(*x.shape[:2], 1, x.shape[2])
 
 
 Factors = tuple[int, ...]
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # of as many layers: micro-batches of a step and tokens of a text ask for the same
+# One entry per layer and step: shared by the micro-batches of a step, and by the tokens of a generated text.
+@functools.lru_cache(maxsize=64)
 def draw_rotations(
     n_heads: int,
     head_dim: int,
@@ -88,23 +88,24 @@ def draw_rotations(
     *,
     factors: Factors | None = None,
 ) -> Tensor:
-    """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU: alike everywhere; only read.
+    """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU. Cached: do not modify.
 
-    Those of `rotation` are across one another, head_dim at a time, those of `floor` independent and normal.
-    factors: of n_buckets, those of `bucket_factors` if None.
+    The same on every machine. Columns of `rotation` are orthogonal in blocks of head_dim, those of `floor`
+    independent normal. factors: of n_buckets; default `bucket_factors`.
     """
     factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n_heads, n_hashes, head_dim, columns, generator=generator)
-    return _orthogonal(drawn) if scheme == "rotation" else drawn
+    return _orthogonalize(drawn) if scheme == "rotation" else drawn
 
 
-def _orthogonal(columns: Tensor) -> Tensor:
-    """Normal columns [..., D, n] made those of random rotations, D of them each, times sqrt(D): their mean length.
+def _orthogonalize(columns: Tensor) -> Tensor:
+    """Orthogonalizes normal columns [..., D, n] in blocks of D, scaled to their mean norm sqrt(D).
 
-    Of independent columns the longest win too often, and those of one factor go with those of another: some
-    buckets get ten times the mean, these what chance gives. Float64 lets all machines round to equal numbers.
+    With independent columns the longest win too often and the digits of different factors are correlated: some
+    buckets get ten times the mean. Orthogonal columns fill buckets as chance would. Computed in float64, so that
+    the result rounds to the same float32 on every machine.
     """
     head_dim = columns.shape[-2]
     rotations = []
@@ -120,9 +121,9 @@ def _orthogonal(columns: Tensor) -> Tensor:
 def seeded_rotations(
     n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, seed: int, *, factors: Factors | None = None
 ) -> Tensor:
-    """The rotations that Hugging Face's Reformer draws on a CPU where its `hash_seed` is set: as `draw_rotations`.
+    """The rotations that Hugging Face's Reformer draws on a CPU with `hash_seed` set; shapes as `draw_rotations`.
 
-    Every layer of the same sizes gets the same ones, and so does every step.
+    The same for every step and for every layer of the same sizes.
     """
     factors = bucket_factors(n_buckets, LARGEST_FACTOR["rotation"]) if factors is None else factors
     generator = torch.Generator().manual_seed(seed)
@@ -134,8 +135,8 @@ def hash_vectors(
 ) -> Tensor:
     """Bucket ids [B, H, R, S] of vectors [B, H, S, D] under rotations [H, R, D, columns].
 
-    Hashes in float32 whatever the dtype of the vectors, one round after another, so that no more than
-    [B, H, S, columns] numbers exist at a time. No gradient flows.
+    Hashes in float32 for every dtype, one round at a time, so that no more than [B, H, S, columns] projections
+    exist at once. Not differentiable.
     """
     batch, n_heads, seq_len, _ = vectors.shape
     n_hashes = rotations.shape[1]
@@ -159,17 +160,17 @@ def _rotation_digits(projected: Tensor, factors: tuple[int, ...]) -> Tensor:
     bucket = torch.zeros(projected.shape[:-1], dtype=torch.int64, device=projected.device)
     radix, start = 1, 0
     for factor in factors:
-        part = projected[..., start : start + factor // 2]
-        # |p| has its maximum where [p, -p] has; the sign tells which half. Nothing is concatenated.
-        column = part.abs().argmax(dim=-1, keepdim=True)
-        is_negative = part.gather(-1, column) < 0
+        columns = projected[..., start : start + factor // 2]
+        # argmax of |p| finds the column of max [p, -p] and the sign its half, without a concatenation
+        column = columns.abs().argmax(dim=-1, keepdim=True)
+        is_negative = columns.gather(-1, column) < 0
         bucket += radix * (column + is_negative * (factor // 2)).squeeze(-1)
         radix, start = radix * factor, start + factor // 2
     return bucket
 
 
 def _floor_digits(projected: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """floor(p / gamma), where a factor's cells together span FLOOR_SPAN and the outermost take the tails."""
+    """floor(p / gamma): the cells of a factor together span FLOOR_SPAN, the outermost include the tails."""
     bucket = torch.zeros(projected.shape[:-1], dtype=torch.int64, device=projected.device)
     radix = 1
     for column, factor in enumerate(factors):

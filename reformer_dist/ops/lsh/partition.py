@@ -1,10 +1,10 @@
-"""Who attends which part of the order: P ranks each own a *run* of consecutive tiles of every round.
+"""Partition of the sorted order: each of P ranks owns a contiguous range of the tiles of every round.
 
-The order of a round is that of all tokens by (bucket, position), whoever holds them. Its tiles are cut into P
-runs of equal length, so work is balanced whatever the data, and a rank's tiles are tiles of the whole order:
-sums run as on one rank. One rank is the case P = 1, whose run is everything.
+The order of a round is that of all tokens by (bucket, position), whichever rank holds them. Its tiles are split
+into P ranges of equal length, so the work is balanced for any data. A rank's tiles are tiles of the full order, so
+sums run as on one rank. A single rank is the case P = 1, whose range is everything.
 
-Sizes are those of one round: U (batch, head) units, K buckets, S tokens at hand.
+Shapes are those of one round: BH (batch row, head) pairs, K buckets, S local tokens.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from reformer_dist.ops.lsh.options import ChunkRule, Rule, WindowRule
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes that depend on the rule and the shape only, never on the data."""
+    """Tile sizes. They depend on the rule and the shape only, never on the data."""
 
     tile_len: int
-    back: int
-    """How many tiles before its own a query may look at."""
-    front: int
-    """How many behind its own."""
+    n_before: int
+    """Tiles before its own that a query may attend to."""
+    n_after: int
+    """Tiles after its own."""
 
 
-def tiling_of(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
-    """Tile sizes for a rule. Short buckets take short tiles, since a bucket's last tile is half empty."""
+def choose_tiling(rule: Rule, seq_len: int, n_buckets: int) -> Tiling:
+    """Tile sizes for a rule. Small buckets get short tiles, since the last tile of a bucket is half empty."""
     if isinstance(rule, ChunkRule):
         return Tiling(rule.chunk_len, rule.n_before, rule.n_after)
-    members = max(1, seq_len // n_buckets)
+    mean_size = max(1, seq_len // n_buckets)
     tile_len = 16
-    while tile_len < 64 and 4 * tile_len <= min(members, rule.window):
+    while tile_len < 64 and 4 * tile_len <= min(mean_size, rule.window):
         tile_len *= 2
     reach = -(-(rule.window - 1) // tile_len)
     return Tiling(tile_len, reach, 0 if rule.causal else reach)
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of `size` ranks that share the order."""
+class Partition:
+    """One of the `size` ranks that share the order."""
 
     index: int = 0
     size: int = 1
 
     def bounds(self, n_tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """First tile of this rank's run and the one behind its last."""
+        """First tile of this rank's range, and one past the last."""
         return self.index * n_tiles // self.size, (self.index + 1) * n_tiles // self.size
 
 
 @dataclass(frozen=True)
-class WindowRun:
-    """What a rank holds of each bucket under the window rule: ranks in the bucket, each [U, K] int64.
+class WindowPartition:
+    """The members of each bucket that a rank holds under the window rule: ranks within the bucket, [BH, K] int64.
 
-    Queries are the members from `query_start` to before `query_stop`; what they may see lies from `start` to
-    before `stop`. All four are 0 for a bucket of which the rank owns nothing.
+    Queries are the members in [query_start, query_stop), their keys those in [start, stop). All four bounds are 0
+    for a bucket of which the rank owns nothing.
     """
 
     start: Tensor
@@ -66,23 +66,23 @@ class WindowRun:
     query_start: Tensor
     query_stop: Tensor
     total: Tensor
-    """Members of the bucket on all ranks."""
+    """Size of the bucket over all ranks."""
 
 
-def window_run(total: Tensor, rule: WindowRule, tile_len: int, part: Part) -> WindowRun:
-    """The run of a rank, from the size [U, K] of each bucket over all ranks."""
+def window_partition(total: Tensor, rule: WindowRule, tile_len: int, partition: Partition) -> WindowPartition:
+    """A rank's part of each bucket, from the bucket sizes [BH, K] over all ranks."""
     total = total.long()
-    if part.size == 1:
-        nothing = torch.zeros_like(total)
-        return WindowRun(nothing, total, nothing, total, total)
-    first_tile, tiles = _tiles(total, tile_len)
-    run_start, run_stop = part.bounds(tiles.sum(dim=1, keepdim=True))
-    first, last = (torch.minimum((edge - first_tile).clamp_min(0), tiles) for edge in (run_start, run_stop))
+    if partition.size == 1:
+        zeros = torch.zeros_like(total)
+        return WindowPartition(zeros, total, zeros, total, total)
+    first_tile, n_tiles = _bucket_tiles(total, tile_len)
+    range_bounds = partition.bounds(n_tiles.sum(dim=1, keepdim=True))
+    first, last = (torch.minimum((bound - first_tile).clamp_min(0), n_tiles) for bound in range_bounds)
     query_start, query_stop = first * tile_len, torch.minimum(last * tile_len, total)
     reach = rule.window - 1
     stop = query_stop if rule.causal else torch.minimum(query_stop + reach, total)
     is_owner = last > first
-    return WindowRun(
+    return WindowPartition(
         start=(query_start - reach).clamp_min(0) * is_owner,
         stop=stop * is_owner,
         query_start=query_start * is_owner,
@@ -91,108 +91,107 @@ def window_run(total: Tensor, rule: WindowRule, tile_len: int, part: Part) -> Wi
     )
 
 
-def _tiles(total: Tensor, tile_len: int) -> tuple[Tensor, Tensor]:
-    """First tile and number of tiles of each bucket, [U, K]."""
-    tiles = (total + tile_len - 1) // tile_len
-    return tiles.cumsum(dim=1) - tiles, tiles
+def _bucket_tiles(total: Tensor, tile_len: int) -> tuple[Tensor, Tensor]:
+    """First tile and number of tiles of each bucket, [BH, K]."""
+    n_tiles = (total + tile_len - 1) // tile_len
+    return n_tiles.cumsum(dim=1) - n_tiles, n_tiles
 
 
 @dataclass(frozen=True)
-class ChunkRun:
-    """What a rank holds of every round and unit under the chunk rule: numbers of chunks."""
+class ChunkPartition:
+    """The chunks that a rank holds under the chunk rule, of every round and head."""
 
     start: int
     stop: int
-    """The chunks whose queries it attends: start to before stop."""
+    """Chunks whose queries it attends: [start, stop)."""
     needed: list[int]
-    """All chunks of a round of which it needs the keys, ascending, its own included."""
+    """Chunks of a round whose keys it needs, ascending, including its own."""
     n_chunks: int
-    """Of the whole order."""
+    """Chunks of the full order."""
 
 
-def chunk_run(seq_len: int, rule: ChunkRule, part: Part) -> ChunkRun:
-    """The run of a rank in an order of `seq_len` tokens; the same in every round and unit."""
+def chunk_partition(seq_len: int, rule: ChunkRule, partition: Partition) -> ChunkPartition:
+    """A rank's chunks of an order of `seq_len` tokens; the same for every round and head."""
     n_chunks = rule.n_chunks(seq_len)
-    start, stop = part.index * n_chunks // part.size, (part.index + 1) * n_chunks // part.size
+    start = partition.index * n_chunks // partition.size
+    stop = (partition.index + 1) * n_chunks // partition.size
     needed = set(range(start, stop))
     if stop > start:
-        in_sight = range(start - rule.n_before, stop + rule.n_after)
-        needed.update(c % n_chunks for c in in_sight if rule.wrap or 0 <= c < n_chunks)
-    return ChunkRun(start, stop, sorted(needed), n_chunks)
+        in_reach = range(start - rule.n_before, stop + rule.n_after)
+        needed.update(c % n_chunks for c in in_reach if rule.wrap or 0 <= c < n_chunks)
+    return ChunkPartition(start, stop, sorted(needed), n_chunks)
 
 
 @dataclass(frozen=True)
-class Readers:
-    """Which ranks take a token: those from `first` to `last`, where they own anything; [U, S] int64 each."""
+class Recipients:
+    """The ranks that need a token: those from `first` to `last` that own any tile; [BH, S] int64 each."""
 
     first: Tensor
     last: Tensor
     n_tiles: Tensor
-    """[U, 1] tiles of the whole order."""
+    """[BH, 1] tiles of the full order."""
 
-    def pairs(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rank [U, S], whether that rank takes the token [U, S]) until every taker has been named."""
+    def iter_ranks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (rank [BH, S], whether that rank needs the token [BH, S]) until every recipient is covered."""
         width = int((self.last - self.first).max().item()) + 1 if self.first.numel() else 0
         for offset in range(width):
             rank = self.first + offset
-            owns = (rank + 1) * self.n_tiles // size > rank * self.n_tiles // size
-            yield rank, (rank <= self.last) & owns
+            owns_any = (rank + 1) * self.n_tiles // size > rank * self.n_tiles // size
+            yield rank, (rank <= self.last) & owns_any
 
 
 def _owner(tile: Tensor, n_tiles: Tensor, size: int) -> Tensor:
-    """The rank whose run holds the tile: the inverse of Part.bounds.
+    """The rank whose range holds the tile: the inverse of Partition.bounds.
 
-    Of a tile behind the last, which only counts that are not of these tokens can name, it is the last rank: the
-    exchange finds out, on all ranks alike.
+    The last rank for a tile past the end, which only counts that do not match the tokens can produce. The exchange
+    detects that on all ranks.
     """
     return (((tile + 1) * size - 1) // n_tiles.clamp_min(1)).clamp_max(size - 1)
 
 
-def window_readers(
+def window_recipients(
     bucket: Tensor, rank: Tensor, total: Tensor, rule: WindowRule, tile_len: int, size: int
-) -> tuple[Tensor, list[Readers]]:
-    """The rank that attends each token as a query, [U, S], and those that need it at all.
+) -> tuple[Tensor, list[Recipients]]:
+    """The rank that attends each token as a query, [BH, S] (-1 for padding), and the ranks that need it at all.
 
-    bucket [U, S] (K for padding, which nobody takes), rank in its bucket over all ranks [U, S], total [U, K].
+    bucket [BH, S] (K for padding, which no rank needs), rank within the full bucket [BH, S], bucket sizes over all
+    ranks [BH, K].
     """
     total = total.long()
-    first_tile, tiles = _tiles(total, tile_len)
+    first_tile, tiles = _bucket_tiles(total, tile_len)
     n_tiles = tiles.sum(dim=1, keepdim=True)
     is_real = bucket < total.shape[1]
-    own = bucket.long().clamp_max(total.shape[1] - 1)
-    base, members = first_tile.gather(1, own), total.gather(1, own)
+    real_bucket = bucket.long().clamp_max(total.shape[1] - 1)
+    base, bucket_size = first_tile.gather(1, real_bucket), total.gather(1, real_bucket)
     reach = rule.window - 1
-    seen_last = torch.minimum(rank + reach, members - 1)
-    seen_first = rank if rule.causal else (rank - reach).clamp_min(0)
-    owner, first, last = (
-        _owner(base + place // tile_len, n_tiles, size) for place in (rank, seen_first, seen_last)
-    )
-    nobody = torch.full_like(owner, -1)
+    last_query = torch.minimum(rank + reach, bucket_size - 1)
+    first_query = rank if rule.causal else (rank - reach).clamp_min(0)
+    owner, first, last = (_owner(base + r // tile_len, n_tiles, size) for r in (rank, first_query, last_query))
     first, last = torch.where(is_real, first, 0), torch.where(is_real, last, -1)
-    return torch.where(is_real, owner, nobody), [Readers(first, last, n_tiles)]
+    return torch.where(is_real, owner, torch.full_like(owner, -1)), [Recipients(first, last, n_tiles)]
 
 
-def chunk_readers(
+def chunk_recipients(
     bucket: Tensor, rank: Tensor, total: Tensor, rule: ChunkRule, seq_len: int, size: int
-) -> tuple[Tensor, list[Readers]]:
-    """As `window_readers`, for chunks of an order of seq_len tokens."""
+) -> tuple[Tensor, list[Recipients]]:
+    """As `window_recipients`, for chunks of an order of seq_len tokens."""
     total = total.long()
     is_real = bucket < total.shape[1]
-    own = bucket.long().clamp_max(total.shape[1] - 1)
-    chunk = ((total.cumsum(dim=1) - total).gather(1, own) + rank) // rule.chunk_len
+    real_bucket = bucket.long().clamp_max(total.shape[1] - 1)
+    chunk = ((total.cumsum(dim=1) - total).gather(1, real_bucket) + rank) // rule.chunk_len
     n_chunks = rule.n_chunks(seq_len)
     n_tiles = torch.full_like(total[:, :1], n_chunks)
 
-    def readers(first_chunk: Tensor, last_chunk: Tensor) -> Readers:
-        is_some = is_real & (first_chunk <= last_chunk)
+    def owners_of(first_chunk: Tensor, last_chunk: Tensor) -> Recipients:
+        has_any = is_real & (first_chunk <= last_chunk)
         first, last = (_owner(c, n_tiles, size) for c in (first_chunk, last_chunk))
-        return Readers(torch.where(is_some, first, 0), torch.where(is_some, last, -1), n_tiles)
+        return Recipients(torch.where(has_any, first, 0), torch.where(has_any, last, -1), n_tiles)
 
     end = torch.full_like(chunk, n_chunks - 1)
     first, last = chunk - rule.n_after, chunk + rule.n_before
-    found = [readers(first.clamp_min(0), torch.minimum(last, end))]
+    recipients = [owners_of(first.clamp_min(0), torch.minimum(last, end))]
     if rule.wrap:
-        found.append(readers(torch.zeros_like(chunk), torch.minimum(last - n_chunks, end)))
-        found.append(readers((first + n_chunks).clamp_min(0), end))
+        recipients.append(owners_of(torch.zeros_like(chunk), torch.minimum(last - n_chunks, end)))
+        recipients.append(owners_of((first + n_chunks).clamp_min(0), end))
     owner = _owner(chunk, n_tiles, size)
-    return torch.where(is_real, owner, -torch.ones_like(owner)), found
+    return torch.where(is_real, owner, -torch.ones_like(owner)), recipients

@@ -1,6 +1,6 @@
-"""The oracle: what attention over LSH neighbourhoods means, in dense matrices, slowly and plainly.
+"""Reference implementation (the oracle): the definition of LSH attention, in dense matrices.
 
-Every faster path is an optimisation of this function and is held against it, outputs and gradients.
+Every faster path is tested against it, outputs and gradients.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from reformer_dist.ops.lsh.options import ChunkRule, Rule, WindowRule
 
 
 def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None) -> Tensor:
-    """How often query i meets key j in each round: int64 [B, H, R, S, S].
+    """Number of times query i attends to key j in each round: int64 [B, H, R, S, S].
 
-    bucket_ids [B, H, R, S]; key_padding_mask [B, S], True for real tokens. Padding takes no place in any
-    bucket: nobody sees it and it sees nobody. Self is excluded unless the rule sees it.
+    bucket_ids [B, H, R, S]; key_padding_mask [B, S], True for real tokens. Padding is in no bucket, neither as a
+    query nor as a key. A token does not attend to itself unless rule.sees_self.
     """
     batch, n_heads, n_hashes, seq_len = bucket_ids.shape
     meets = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64)
@@ -36,7 +36,7 @@ def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | Non
 
 def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
     same_bucket = (bucket[:, None] == bucket[None, :]) & real[:, None] & real[None, :]
-    # rank of a token: how many members of its bucket stand before it
+    # rank of a token: number of members of its bucket before it
     rank = torch.tril(same_bucket, diagonal=-1).sum(dim=1)
     distance = rank[:, None] - rank[None, :]
     near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
@@ -50,22 +50,22 @@ def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
     n_hashes, seq_len = buckets.shape
     n_chunks = rule.n_chunks(seq_len)
     meets = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64)
-    # padding sorts behind every bucket
+    # padding sorts after every bucket
     padded = torch.where(real, buckets, buckets.max() + 1)
     orders = [torch.argsort(padded[r], stable=True) for r in range(n_hashes)]
     chunks = [[order[c * rule.chunk_len : (c + 1) * rule.chunk_len] for c in range(n_chunks)] for order in orders]
     for r in range(n_hashes):
         for c, queries in enumerate(chunks[r]):
             for offset in range(-rule.n_before, rule.n_after + 1):
-                place = r * n_chunks + c + offset
+                index = r * n_chunks + c + offset
                 if not rule.wrap and not 0 <= c + offset < n_chunks:
                     continue
-                other_round, other_chunk = divmod(place % (n_hashes * n_chunks), n_chunks)
+                other_round, other_chunk = divmod(index % (n_hashes * n_chunks), n_chunks)
                 query, key = queries[:, None], chunks[other_round][other_chunk][None, :]
-                in_time = key <= query if rule.causal else key == key
+                visible = key <= query if rule.causal else key == key
                 if not rule.sees_self:
-                    in_time = in_time & (key != query)
-                meets[r, query, key] += (in_time & real[key] & real[query]).long()
+                    visible = visible & (key != query)
+                meets[r, query, key] += (visible & real[key] & real[query]).long()
     return meets
 
 
@@ -81,19 +81,19 @@ def reference_attention(
     count_pairs_once: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
-    unit_numbers: Tensor | None = None,
+    head_indices: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
-    A pair that meets in several rounds counts once per meeting, or once with count_pairs_once (the paper's
-    N(i, j)). A token that meets nobody attends to itself. unit_numbers [B * H]: those of `AttentionOptions`,
-    from 0 if None. Differentiable; computes in float32 or wider.
+    A pair that meets in several rounds counts once per round, or once in all with count_pairs_once (the paper's
+    N(i, j)). A token without keys attends to itself. head_indices [B * H]: see `DropoutOptions.head_indices`,
+    0, 1, ... if None. Differentiable; computes in float32 or wider.
     """
     meets = visible_pairs(bucket_ids, rule, key_padding_mask)
-    out, alone = _union_softmax(
-        q, k, v, meets, scale, count_pairs_once, _dropout_factors(meets, dropout, dropout_seed, unit_numbers)
+    out, met_no_key = _union_softmax(
+        q, k, v, meets, scale, count_pairs_once, _dropout_factors(meets, dropout, dropout_seed, head_indices)
     )
-    return torch.where(alone[..., None], v.to(out.dtype), out).to(v.dtype)
+    return torch.where(met_no_key[..., None], v.to(out.dtype), out).to(v.dtype)
 
 
 def reference_cross_attention(
@@ -108,51 +108,51 @@ def reference_cross_attention(
     count_pairs_once: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
-    unit_numbers: Tensor | None = None,
+    head_indices: Tensor | None = None,
 ) -> Tensor:
-    """A query sees every key of another sequence that shares its bucket in some round: the paper's P_i (eq. 4).
+    """A query attends to every key of another sequence in its bucket in some round: the paper's P_i (eq. 4).
 
     q [B, H, S, D] with query_ids [B, H, R, S]; k, v [B, H, T, D] with key_ids [B, H, R, T]; key_padding_mask
-    [B, T], True for real keys. The result is [B, H, S, D], 0 for a query that meets no key. The other arguments
+    [B, T], True for real keys. The result is [B, H, S, D], 0 for a query without keys. The other arguments
     are those of `reference_attention`.
     """
     meets = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
     if key_padding_mask is not None:
         meets = meets & key_padding_mask[:, None, None, None, :]
-    factors = _dropout_factors(meets, dropout, dropout_seed, unit_numbers)
-    out, alone = _union_softmax(q, k, v, meets.long(), scale, count_pairs_once, factors)
-    return out.masked_fill(alone[..., None], 0.0).to(v.dtype)
+    factors = _dropout_factors(meets, dropout, dropout_seed, head_indices)
+    out, met_no_key = _union_softmax(q, k, v, meets.long(), scale, count_pairs_once, factors)
+    return out.masked_fill(met_no_key[..., None], 0.0).to(v.dtype)
 
 
 def _union_softmax(
     q: Tensor, k: Tensor, v: Tensor, meets: Tensor, scale: float, count_pairs_once: bool, factors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, H, S, D] in float32 or wider, and who met nobody, [B, H, S]; their output means nothing.
+    """Output [B, H, S, D] in float32 or wider, and which queries met no key, [B, H, S]: their output is undefined.
 
-    meets [B, H, R, S, T]: how often query i meets key j in each round; factors [B, H, S, R, T]: of dropout.
+    meets [B, H, R, S, T]: times query i meets key j in each round; factors [B, H, S, R, T]: dropout factors.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     meets = meets.to(wide)
     if count_pairs_once:
         meets = meets / meets.sum(dim=2, keepdim=True).clamp_min(1)
-    alone = meets.sum(dim=(2, 4)) == 0
+    met_no_key = meets.sum(dim=(2, 4)) == 0
     scores = scale * (q.to(wide) @ k.to(wide).transpose(-1, -2))
     scores = scores.unsqueeze(2) + meets.log()
     scores = scores.transpose(2, 3)  # [B, H, S, R, T]: one softmax over rounds and keys
-    scores = scores.masked_fill(alone[..., None, None], 0.0)
+    scores = scores.masked_fill(met_no_key[..., None, None], 0.0)
     weights = scores.flatten(-2).softmax(-1).view_as(scores)
     if factors is not None:
         weights = weights * factors
-    return torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide)), alone
+    return torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide)), met_no_key
 
 
-def _dropout_factors(meets: Tensor, dropout: float, seed: int, unit_numbers: Tensor | None) -> Tensor | None:
+def _dropout_factors(meets: Tensor, dropout: float, seed: int, head_indices: Tensor | None) -> Tensor | None:
     """0 or 1 / (1 - dropout) for each pair of meets [B, H, R, S, T]: [B, H, S, R, T]; None without dropout."""
     if dropout == 0.0:
         return None
     batch, n_heads, n_hashes, n_queries, n_keys = meets.shape
     device = meets.device
-    head = torch.arange(batch * n_heads, device=device) if unit_numbers is None else unit_numbers
+    head = torch.arange(batch * n_heads, device=device) if head_indices is None else head_indices
     head = head.view(-1, 1)
     rounds = []
     for r in range(n_hashes):

@@ -1,6 +1,6 @@
-"""The C sources beside this file as a library of this machine: compiled once, then kept in the user's cache.
+"""The C sources in this directory as a shared library: compiled on first use and cached in the user's home.
 
-Any failure is a reason to attend otherwise, never an error: nothing here is needed for anything but speed.
+A failure is a reason to use another backend, never an error: the library only adds speed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class Unavailable(Exception):
-    """The reason for which there is no library here."""
+    """The reason why the library is not available."""
 
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why there is no library on this machine; None where there is one."""
+    """Reason why the library is not available on this machine, or None if it is."""
     try:
         library()
     except Unavailable as reason:
@@ -41,45 +41,45 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, compiled if that was not done before. Raises Unavailable.
+    """The library, compiled unless cached. Raises Unavailable.
 
-    It finds the OpenMP that PyTorch has loaded, whose threads it shares.
+    It uses the OpenMP runtime that PyTorch has loaded and shares its threads.
     """
     if platform.system() != "Linux":
         raise Unavailable(f"needs Linux, not {platform.system()}; torch takes any system")
-    kept = cache_folder() / f"attention-{_fingerprint()}.so"
-    if _is_whole(kept):
-        return _load(kept)
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / kept.name
+    cached = cache_directory() / f"attention-{_fingerprint()}.so"
+    if _is_intact(cached):
+        return _load(cached)
+    with tempfile.TemporaryDirectory() as directory:
+        built = Path(directory) / cached.name
         _compile(built)
-        found = _load(built)
-        _keep(built, kept)
-    return found
+        loaded = _load(built)
+        _store(built, cached)
+    return loaded
 
 
 def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"what was compiled can't be loaded: {error}") from None
+        raise Unavailable(f"the compiled library can't be loaded: {error}") from None
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: below XDG_CACHE_HOME, or ~/.cache."""
+def cache_directory() -> Path:
+    """Directory of compiled libraries: under XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "reformer_dist"
 
 
 def _fingerprint() -> str:
-    """Of the sources, and of the processor that they are compiled for: one home may serve many machines."""
-    digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), _processor())).encode())
+    """Hash of the sources, flags and CPU features: a home directory may be shared by different machines."""
+    digest = hashlib.sha256("\0".join((*FLAGS, platform.machine(), _cpu_features())).encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _processor() -> str:
-    """What instructions it has, as Linux lists them."""
+def _cpu_features() -> str:
+    """Instruction set extensions, as listed by Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -89,10 +89,10 @@ def _processor() -> str:
 
 def _compiler() -> str:
     names = [name for name in (os.environ.get("CC"), *COMPILERS) if name]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
         raise Unavailable("needs a C compiler (gcc); torch needs none")
-    return found
+    return compiler
 
 
 def _compile(target: Path) -> None:
@@ -103,25 +103,25 @@ def _compile(target: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{compiler} could not be run: {error}") from None
     if done.returncode != 0:
-        words = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-        raise Unavailable(f"{compiler} could not compile it: {words.strip()}")
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        raise Unavailable(f"{compiler} could not compile it: {reason.strip()}")
 
 
-def _keep(built: Path, kept: Path) -> None:
-    """For the next process, with a digest at its end; several may do so at once, and some homes take no files."""
+def _store(built: Path, cached: Path) -> None:
+    """Caches the library with a digest appended. Safe for concurrent processes; skipped if it can't be written."""
     code = built.read_bytes()
-    with contextlib.suppress(OSError), contextlib.ExitStack() as at_end:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            at_end.callback(Path(file.name).unlink, missing_ok=True)
+    with contextlib.suppress(OSError), contextlib.ExitStack() as cleanup:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            cleanup.callback(Path(file.name).unlink, missing_ok=True)
             file.write(code + hashlib.sha256(code).digest())
-        Path(file.name).replace(kept)
+        Path(file.name).replace(cached)
 
 
-def _is_whole(kept: Path) -> bool:
-    """Whether it is there as `_keep` wrote it: to load part of a library ends the process."""
+def _is_intact(cached: Path) -> bool:
+    """Whether the file exists as `_store` wrote it: loading a truncated library crashes the process."""
     try:
-        code = kept.read_bytes()
+        code = cached.read_bytes()
     except OSError:
         return False
     return hashlib.sha256(code[:-DIGEST]).digest() == code[-DIGEST:]

@@ -1,26 +1,26 @@
-/* The order of every round by (unit, bucket, position), and the spans that threads take from it. */
+/* The order of each round by (head index, bucket, position), split into spans for the threads. */
 
 #include <stdint.h>
 #include <string.h>
 
 /* Mirrored by `calls.OrderCall`, field by field. */
 typedef struct {
-    int64_t seq_len, n_units, n_rounds, n_buckets, span_len, n_spans, window, n_threads;
-    const int32_t *ids;   /* [n_units, n_rounds, seq_len] buckets; n_buckets for those that are absent */
-    const int32_t *queries; /* [n_rounds, n_units, n_buckets, 2] of a bucket's rows: how many stand before its queries,
-                               and before their end; or null: then all are queries */
-    int32_t *ends;        /* [n_rounds, n_units, n_buckets + 2] scratch */
+    int64_t seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window, n_threads;
+    const int32_t *ids;   /* [n_batch_heads, n_rounds, seq_len] buckets; n_buckets for absent rows */
+    const int32_t *queries; /* [n_rounds, n_batch_heads, n_buckets, 2] first query of each bucket and one past its last,
+                               relative to the bucket; null if all rows are queries */
+    int32_t *ends;        /* [n_rounds, n_batch_heads, n_buckets + 2] scratch */
     int32_t *order;       /* as in attention.c */
     int32_t *spans;       /* likewise */
     int32_t *span_counts; /* likewise */
-    int32_t *codes;       /* likewise: places, with a window between buckets; or null */
+    int32_t *codes;       /* likewise: slots, with a gap of a window between buckets; or null */
 } OrderCall;
 
-/* A counting sort: leaves the end of each bucket in ends. False, and no order, where an id is none. */
-static int sort_unit(const OrderCall *call, int64_t unit, int64_t round) {
-    const int32_t *id = call->ids + (unit * call->n_rounds + round) * call->seq_len;
-    int64_t first = (round * call->n_units + unit) * call->seq_len;
-    int32_t *end = call->ends + (round * call->n_units + unit) * (call->n_buckets + 2);
+/* Counting sort; stores the end of each bucket in ends. Returns 0, without an order, if an id is out of range. */
+static int sort_head(const OrderCall *call, int64_t head, int64_t round) {
+    const int32_t *id = call->ids + (head * call->n_rounds + round) * call->seq_len;
+    int64_t first = (round * call->n_batch_heads + head) * call->seq_len;
+    int32_t *end = call->ends + (round * call->n_batch_heads + head) * (call->n_buckets + 2);
     memset(end, 0, (call->n_buckets + 2) * sizeof(int32_t));
     for (int64_t i = 0; i < call->seq_len; i++) {
         if (id[i] < 0 || id[i] > call->n_buckets) return 0;
@@ -28,16 +28,16 @@ static int sort_unit(const OrderCall *call, int64_t unit, int64_t round) {
     }
     for (int64_t b = 0; b <= call->n_buckets; b++) end[b + 1] += end[b];
     for (int64_t i = 0; i < call->seq_len; i++) {
-        int32_t place = end[id[i]]++;
-        call->order[first + place] = (int32_t)(unit * call->seq_len + i);
-        if (call->codes) call->codes[first + i] = place + id[i] * (int32_t)call->window;
+        int32_t slot = end[id[i]]++;
+        call->order[first + slot] = (int32_t)(head * call->seq_len + i);
+        if (call->codes) call->codes[first + i] = slot + id[i] * (int32_t)call->window;
     }
     return 1;
 }
 
-/* Every other span of each bucket, from the first or from the second on; returns how many there are so far. */
-static int32_t cut_unit(const OrderCall *call, int64_t unit, int64_t round, int is_second, int32_t n) {
-    int64_t line = round * call->n_units + unit, first = unit * call->seq_len, begin = first;
+/* Appends every other span of each bucket, from the first or the second; returns the number of spans so far. */
+static int32_t split_head(const OrderCall *call, int64_t head, int64_t round, int is_second, int32_t n) {
+    int64_t line = round * call->n_batch_heads + head, first = head * call->seq_len, begin = first;
     const int32_t *end = call->ends + line * (call->n_buckets + 2);
     for (int64_t b = 0; b < call->n_buckets; begin = first + end[b++]) {
         int64_t stop = first + end[b], from = begin, to = stop;
@@ -57,22 +57,22 @@ static int32_t cut_unit(const OrderCall *call, int64_t unit, int64_t round, int 
     return n;
 }
 
-/* 1, or 0 where some id is no bucket: then nothing here may be used. */
+/* Returns 1, or 0 if an id is out of range: the outputs are then undefined. */
 int32_t reformer_order(const OrderCall *call) {
-    int32_t is_right = 1;
+    int32_t is_valid = 1;
 #pragma omp parallel num_threads(call->n_threads)
     {
-#pragma omp for collapse(2) reduction(& : is_right)
+#pragma omp for collapse(2) reduction(& : is_valid)
         for (int64_t round = 0; round < call->n_rounds; round++)
-            for (int64_t unit = 0; unit < call->n_units; unit++) is_right &= sort_unit(call, unit, round);
+            for (int64_t head = 0; head < call->n_batch_heads; head++) is_valid &= sort_head(call, head, round);
 #pragma omp for
-        for (int64_t round = 0; round < (is_right ? call->n_rounds : 0); round++) {
+        for (int64_t round = 0; round < (is_valid ? call->n_rounds : 0); round++) {
             int32_t *counts = call->span_counts + round * 2, n = 0;
-            for (int64_t unit = 0; unit < call->n_units; unit++) n = cut_unit(call, unit, round, 0, n);
+            for (int64_t head = 0; head < call->n_batch_heads; head++) n = split_head(call, head, round, 0, n);
             counts[1] = n;
-            for (int64_t unit = 0; unit < call->n_units; unit++) n = cut_unit(call, unit, round, 1, n);
+            for (int64_t head = 0; head < call->n_batch_heads; head++) n = split_head(call, head, round, 1, n);
             counts[0] = n;
         }
     }
-    return is_right;
+    return is_valid;
 }

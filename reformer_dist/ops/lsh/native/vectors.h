@@ -1,11 +1,11 @@
-/* Vectors of floats, and products of a few rows with GROUP columns: all lie in registers or in the first cache. */
+/* SIMD vectors, and products of a few rows with GROUP columns: all in registers or the L1 cache. */
 
 #include <math.h>
 #include <stdint.h>
 
 #define GROUP 16
-#define MOST_DIM 256 /* of a row: `implementation.why_not` lets none longer through */
-#ifndef LANES /* of a vector */
+#define MAX_DIM 256 /* largest head_dim, checked by `backends.why_not` */
+#ifndef LANES /* floats per vector */
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
@@ -14,18 +14,18 @@
 #define LANES 4
 #endif
 #endif
-/* AT_ONCE x VECTORS and ROWS x COLUMNS sums lie in registers: as many as there are, with room for what is added. */
+/* DOT_ROWS x VECTORS and SUM_ROWS x SUM_VECTORS accumulators fill the registers, with room for the operands. */
 #if LANES == 16
-#define AT_ONCE 8
-#define COLUMNS 4
+#define DOT_ROWS 8
+#define SUM_VECTORS 4
 #elif LANES == 8
-#define AT_ONCE 6
-#define COLUMNS 2
+#define DOT_ROWS 6
+#define SUM_VECTORS 2
 #else
-#define AT_ONCE 4
-#define COLUMNS 4
+#define DOT_ROWS 4
+#define SUM_VECTORS 4
 #endif
-#define ROWS 4
+#define SUM_ROWS 4
 #define VECTORS (GROUP / LANES)
 #define ALIGNED __attribute__((aligned(64)))
 #define INLINE static inline __attribute__((always_inline))
@@ -33,27 +33,27 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_in_memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
 
 INLINE vec load(const float *p) { return *(const vec_in_memory *)p; }
 INLINE void store(float *p, vec x) { *(vec_in_memory *)p = x; }
-INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec pick(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
-INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec blend(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
+INLINE vec vec_max(vec a, vec b) { return blend(a > b, a, b); }
 
-INLINE ints counting(int from) {
+INLINE ints iota(int from) {
     ints x;
     for (int i = 0; i < LANES; i++) x[i] = from + i;
     return x;
 }
 
-/* 2^x to 1e-7 of itself, 0 below 2^-126; what is not a number stays so. */
-INLINE vec power_of_2(vec x) {
-    const float to_integers = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
-    ints is_small = x < all(-126.0f);
-    vec bounded = pick(is_small, all(-126.0f), x), shifted = bounded + to_integers;
+/* 2^x to a relative error of 1e-7; 0 below 2^-126; NaN stays NaN. */
+INLINE vec vec_exp2(vec x) {
+    const float to_integers = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    ints is_small = x < splat(-126.0f);
+    vec bounded = blend(is_small, splat(-126.0f), x), shifted = bounded + to_integers;
     vec fraction = bounded - (shifted - to_integers);
-    vec y = all(1.535336188319500e-4f);
+    vec y = splat(1.535336188319500e-4f);
     y = y * fraction + 1.339887440266574e-3f;
     y = y * fraction + 9.618437357674640e-3f;
     y = y * fraction + 5.550332471162809e-2f;
@@ -64,62 +64,63 @@ INLINE vec power_of_2(vec x) {
     return (vec)((ints)y & ~is_small);
 }
 
-/* dots[r][i] = sum over d of rows[r][d] * columns[d][i], for AT_ONCE rows. */
-INLINE void dot(const float *const *rows, const float *columns, int dim, float *dots) {
-    vec sum[AT_ONCE][VECTORS] = {{{0}}};
+/* dots[r][i] = sum over d of rows[r][d] * columns[d][i], for DOT_ROWS rows. */
+INLINE void dot_group(const float *const *rows, const float *columns, int dim, float *dots) {
+    vec sum[DOT_ROWS][VECTORS] = {{{0}}};
     for (int d = 0; d < dim; d++) {
         vec column[VECTORS];
         for (int h = 0; h < VECTORS; h++) column[h] = load(columns + d * GROUP + h * LANES);
 #pragma GCC unroll 16
-        for (int r = 0; r < AT_ONCE; r++)
+        for (int r = 0; r < DOT_ROWS; r++)
             for (int h = 0; h < VECTORS; h++) sum[r][h] += rows[r][d] * column[h];
     }
-    for (int r = 0; r < AT_ONCE; r++)
+    for (int r = 0; r < DOT_ROWS; r++)
         for (int h = 0; h < VECTORS; h++) store(dots + r * GROUP + h * LANES, sum[r][h]);
 }
 
-INLINE void dots_of(const float *const *rows, int n, const float *columns, int dim, float *dots) {
-    for (int r = 0; r < n; r += AT_ONCE) dot(rows + r, columns, dim, dots + r * GROUP);
+INLINE void dot_rows(const float *const *rows, int n, const float *columns, int dim, float *dots) {
+    for (int r = 0; r < n; r += DOT_ROWS) dot_group(rows + r, columns, dim, dots + r * GROUP);
 }
 
 /* targets[a] += factor * sum over b of weights[a * a_step + b * b_step] * rows[b], in n_vectors columns from `at`. */
-INLINE void mix_columns(const float *weights, int a_step, int b_step, const float *const *rows, int n, int at,
-                        int n_vectors, float factor, float *const *targets) {
-    vec sum[ROWS][COLUMNS] = {{{0}}};
+INLINE void accumulate_columns(const float *weights, int a_step, int b_step, const float *const *rows, int n, int at,
+                               int n_vectors, float factor, float *const *targets) {
+    vec sum[SUM_ROWS][SUM_VECTORS] = {{{0}}};
     for (int b = 0; b < n; b++) {
-        vec x[COLUMNS];
+        vec x[SUM_VECTORS];
         for (int c = 0; c < n_vectors; c++) x[c] = load(rows[b] + at + c * LANES);
-        for (int a = 0; a < ROWS; a++)
+        for (int a = 0; a < SUM_ROWS; a++)
             for (int c = 0; c < n_vectors; c++) sum[a][c] += weights[a * a_step + b * b_step] * x[c];
     }
-    for (int a = 0; a < ROWS; a++)
+    for (int a = 0; a < SUM_ROWS; a++)
         for (int c = 0; c < n_vectors; c++) {
             float *target = targets[a] + at + c * LANES;
             store(target, load(target) + factor * sum[a][c]);
         }
 }
 
-INLINE void mix(const float *weights, int a_step, int b_step, const float *const *rows, int n, int dim, float factor,
-                float *const *targets) {
+INLINE void accumulate(const float *weights, int a_step, int b_step, const float *const *rows, int n, int dim,
+                       float factor, float *const *targets) {
     int at = 0;
-    for (; at + COLUMNS * LANES <= dim; at += COLUMNS * LANES)
-        mix_columns(weights, a_step, b_step, rows, n, at, COLUMNS, factor, targets);
-    for (; at < dim; at += LANES) mix_columns(weights, a_step, b_step, rows, n, at, 1, factor, targets);
+    for (; at + SUM_VECTORS * LANES <= dim; at += SUM_VECTORS * LANES)
+        accumulate_columns(weights, a_step, b_step, rows, n, at, SUM_VECTORS, factor, targets);
+    for (; at < dim; at += LANES) accumulate_columns(weights, a_step, b_step, rows, n, at, 1, factor, targets);
 }
 
-/* The queries' targets += weights [n keys, GROUP] times rows of the keys. */
-static void mix_keys(const float *weights, const float *const *rows, int n, int dim, float factor,
-                     float *const *targets) {
-    for (int i = 0; i < GROUP; i += ROWS) mix(weights + i, 1, GROUP, rows, n, dim, factor, targets + i);
+/* targets of the queries += weights [n keys, GROUP] times rows of the keys. */
+static void accumulate_keys(const float *weights, const float *const *rows, int n, int dim, float factor,
+                            float *const *targets) {
+    for (int i = 0; i < GROUP; i += SUM_ROWS) accumulate(weights + i, 1, GROUP, rows, n, dim, factor, targets + i);
 }
 
-/* The n keys' targets += weights [n keys, GROUP] times rows of the queries. */
-static void mix_queries(const float *weights, const float *const *rows, int n_queries, int n, int dim, float factor,
-                        float *const *targets) {
-    for (int j = 0; j < n; j += ROWS) mix(weights + j * GROUP, GROUP, 1, rows, n_queries, dim, factor, targets + j);
+/* targets of the n keys += weights [n keys, GROUP] times rows of the queries. */
+static void accumulate_queries(const float *weights, const float *const *rows, int n_queries, int n, int dim,
+                               float factor, float *const *targets) {
+    for (int j = 0; j < n; j += SUM_ROWS)
+        accumulate(weights + j * GROUP, GROUP, 1, rows, n_queries, dim, factor, targets + j);
 }
 
-/* One step of a transpose in registers: lanes whose number has the bit change places with rows that lack it. */
+/* One step of an in-register transpose: swaps lanes with the bit set in their index with rows without it. */
 #define SWAP(x, bit)                                                 \
     for (int i = 0; i < LANES; i++) {                                \
         if (i & bit) continue;                                       \

@@ -1,1 +1,1 @@
-"""LSH and local attention in plain PyTorch, tile by tile, on any device: `ops.lsh.implementation` says when."""
+"""LSH and local attention in plain PyTorch, tile by tile, on any device; see `ops.lsh.backends`."""

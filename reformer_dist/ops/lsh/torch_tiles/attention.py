@@ -12,7 +12,7 @@ from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
 from reformer_dist.ops.lsh.online_softmax import PartialSoftmax
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
-from reformer_dist.ops.lsh.sorting import count_buckets, row_sort_keys, full_position_codes
+from reformer_dist.ops.lsh.sorting import count_buckets, full_position_codes, row_sort_keys
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
 from reformer_dist.ops.lsh.torch_tiles.pair_mask import Rows
 from reformer_dist.ops.lsh.torch_tiles.rounds import RowGroup, attend, attend_backward, attend_rounds
@@ -105,7 +105,9 @@ def lay_out(shard: Shard, options: AttentionOptions) -> list[Layout]:
         return build_layouts(keys, shard.bucket_sizes, shard.seq_len, options, shard.partition)
     n_heads, n_rounds, seq_len = shard.sort_keys.shape
     head = torch.arange(n_heads, device=shard.sort_keys.device).repeat_interleave(seq_len)
-    keys = [row_sort_keys(head, shard.sort_keys[:, r].flatten(), n_heads, shard.n_sort_keys) for r in range(n_rounds)]
+    keys = [
+        row_sort_keys(head, shard.sort_keys[:, r].flatten(), n_heads, shard.n_sort_keys) for r in range(n_rounds)
+    ]
     sizes = count_buckets(shard.sort_keys, shard.n_sort_keys)
     return build_layouts(keys, sizes, shard.seq_len, options, shard.partition)
 

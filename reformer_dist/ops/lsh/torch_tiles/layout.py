@@ -1,16 +1,16 @@
-"""One round's order by (bucket, position), laid out in tiles that attention can take as they are.
+"""Layout of one round: rows sorted by (bucket, position) and padded into tiles.
 
-A *slot* is a place in the laid-out order; it holds a row (a token of some unit) or is empty (-1). A *tile* is
-`tile_len` slots; `tiles` says where they are put.
+A *slot* is a position in the padded order. It holds a row (a token of some head) or is empty (-1). A *tile* is
+`tile_len` slots; `tiles` chooses the order of the tiles.
 
 Window rule: every bucket starts on a tile border. So the column in which a query finds a key depends on their
-ranks in the bucket alone, never on how full other buckets are, and sums run in the same order whatever the
-future holds: strict causality to the last bit. Chunk rule: a tile is a chunk, and empty tiles (or the wrapped
-ones) part the units.
+ranks within the bucket alone, not on the sizes of other buckets, and sums run in the same order for any future
+tokens: strictly causal to the last bit. Chunk rule: a tile is a chunk, and empty tiles (or the wrapped ones)
+separate the heads.
 
-Rows of several units are laid out together, in any order that keeps the tokens of a unit by position. A row
-may be absent from a round (padding, or a token that this rank does not need there), or stand there as a key
-only. The last tile is always empty: rows that are no query in a round have their home there.
+Rows of several heads are laid out together, in any order that keeps the tokens of a head sorted by position. A row
+may be absent from a round (padding, or a token that this rank does not need there), or be a key only. The last
+tile is always empty: rows that are not queries in a round point to it.
 """
 
 from __future__ import annotations
@@ -23,30 +23,38 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.partition import ChunkRun, Part, Tiling, WindowRun, chunk_run, tiling_of, window_run
-from reformer_dist.ops.lsh.sorting import stable_order
+from reformer_dist.ops.lsh.partition import (
+    ChunkPartition,
+    Partition,
+    Tiling,
+    WindowPartition,
+    choose_tiling,
+    chunk_partition,
+    window_partition,
+)
+from reformer_dist.ops.lsh.sorting import radix_argsort
 from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One round of a group of units."""
+    """One round of a group of heads."""
 
     tiling: Tiling
     spans: list[Span]
     query_slots: Tensor
-    """[n_tiles * tile_len] row in each slot as a query, -1 if empty or a key only."""
+    """[n_tiles * tile_len] row in each slot as a query; -1 if empty or a key only."""
     key_slots: Tensor
-    """[n_tiles * tile_len] likewise, as a key."""
-    home: Tensor
-    """[n_rows] slot of each row as a query; a slot of the last tile if it is none in this round."""
-    key_home: Tensor | None
-    """[n_rows] slot of each row as a key, likewise; None where a key may stand in several (wrapped chunks)."""
+    """[n_tiles * tile_len] row in each slot as a key."""
+    slot_of_row: Tensor
+    """[n_rows] slot of each row as a query; a slot of the last tile if it is not a query in this round."""
+    key_slot_of_row: Tensor | None
+    """[n_rows] slot of each row as a key, likewise; None if a key may have several (wrapped chunks)."""
     edges: Edges | None
-    """Window rule."""
+    """Window rule only."""
 
-    def some_rows(self) -> tuple[Tensor, Tensor]:
-        """The slots of queries and keys, with some row where they are empty."""
+    def gather_indices(self) -> tuple[Tensor, Tensor]:
+        """Rows in the slots of queries and of keys, with row 0 in empty slots."""
         queries = self.query_slots.clamp_min(0)
         return queries, queries if self.key_slots is self.query_slots else self.key_slots.clamp_min(0)
 
@@ -57,139 +65,145 @@ class Layout:
 
 @dataclass(frozen=True)
 class Edges:
-    """Window rule: which tiles look beyond the ends of their bucket, and where those ends are."""
+    """Window rule: the tiles that reach beyond the ends of their bucket, and those ends."""
 
-    are_near: npt.NDArray[np.bool_]
+    is_edge: npt.NDArray[np.bool_]
     """[n_tiles] on the host."""
     rank: Tensor
-    """[n_tiles] rank in its bucket of each tile's first slot."""
+    """[n_tiles] rank within the bucket of each tile's first slot."""
     count: Tensor
-    """[n_tiles] tokens of each tile's bucket over all ranks; 0 where a tile is empty."""
+    """[n_tiles] size of each tile's bucket over all ranks; 0 if the tile is empty."""
 
 
-def lay_out_rows(
-    keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, part: Part
+def build_layouts(
+    keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, partition: Partition
 ) -> list[Layout]:
-    """The layouts of all rounds of the rows that a part holds of an order of seq_len tokens.
+    """Layouts of all rounds of the rows that a partition holds, from an order of seq_len tokens.
 
-    keys: of each round, see `order.row_keys`; total [U, R, K]: members of each bucket over all parts.
+    keys: of each round, see `sorting.row_sort_keys`; total [BH, R, K]: bucket sizes over all partitions.
     """
     rule, n_buckets = options.rule, options.n_buckets
-    tiling = tiling_of(rule, seq_len, n_buckets)
+    tiling = choose_tiling(rule, seq_len, n_buckets)
     if isinstance(rule, ChunkRule):
-        run = chunk_run(seq_len, rule, part)
-        return chunk_layouts(torch.stack(keys), total.shape[0], n_buckets, rule, run, tiling)
-    runs = [window_run(total[:, r], rule, tiling.tile_len, part) for r in range(len(keys))]
-    return [window_layout(key, run, tiling) for key, run in zip(keys, runs, strict=True)]
+        chunks = chunk_partition(seq_len, rule, partition)
+        return chunk_layouts(torch.stack(keys), total.shape[0], n_buckets, rule, chunks, tiling)
+    parts = [window_partition(total[:, r], rule, tiling.tile_len, partition) for r in range(len(keys))]
+    return [window_layout(key, part, tiling) for key, part in zip(keys, parts, strict=True)]
 
 
-def window_layout(keys: Tensor, run: WindowRun, tiling: Tiling) -> Layout:
-    """The layout of rows with sort keys [n_rows] (see `order.row_keys`), of which `run` says what they are.
+def window_layout(keys: Tensor, part: WindowPartition, tiling: Tiling) -> Layout:
+    """Layout of rows with sort keys [n_rows] (see `sorting.row_sort_keys`): the members of the buckets in `part`.
 
-    The order is made on the host, where small integers are sorted fast and the number of tiles must be known.
+    Sorts on the host, where small integers sort fast and the number of tiles must be known.
     """
-    sort_keys, start, total = (x.flatten().cpu().numpy() for x in (keys, run.start, run.total))
+    sort_keys, start, total = (x.flatten().cpu().numpy() for x in (keys, part.start, part.total))
     tile_len = tiling.tile_len
     counts = np.bincount(sort_keys, minlength=total.size + 1)[:-1]
     n_present = int(counts.sum())
-    order = stable_order(sort_keys)[:n_present]
+    order = radix_argsort(sort_keys)[:n_present]
 
-    skipped = start // tile_len  # tiles of the bucket that other ranks hold
+    skipped = start // tile_len  # tiles of the bucket on earlier ranks
     tiles = np.where(counts > 0, -(-(start + counts) // tile_len) - skipped, 0)
     first_tile = np.cumsum(tiles) - tiles
     placement = place_tiles(tiles, start == 0, tiling, _span_tiles(tiling, keys))
     rank = np.arange(n_present) + np.repeat(start - (np.cumsum(counts) - counts), counts)
-    tile = placement.number[np.repeat(first_tile - skipped, counts) + rank // tile_len]
+    tile = placement.tile_index[np.repeat(first_tile - skipped, counts) + rank // tile_len]
     slot = tile * tile_len + rank % tile_len
 
     n_slots = placement.n_tiles * tile_len
-    keys_in, home = np.full(n_slots, -1), np.full(sort_keys.size, n_slots - 1)
-    keys_in[slot], home[order] = order, slot
-    queries, queries_home = keys_in, home
-    if run.query_start is not run.start or run.query_stop is not run.total:
-        query_start, query_stop = (x.flatten().cpu().numpy() for x in (run.query_start, run.query_stop))
+    key_rows, key_slot = np.full(n_slots, -1), np.full(sort_keys.size, n_slots - 1)
+    key_rows[slot], key_slot[order] = order, slot
+    query_rows, query_slot = key_rows, key_slot
+    if part.query_start is not part.start or part.query_stop is not part.total:
+        query_start, query_stop = (x.flatten().cpu().numpy() for x in (part.query_start, part.query_stop))
         is_query = (rank >= np.repeat(query_start, counts)) & (rank < np.repeat(query_stop, counts))
-        queries, queries_home = np.full_like(keys_in, -1), np.full_like(home, n_slots - 1)
-        queries[slot[is_query]], queries_home[order[is_query]] = order[is_query], slot[is_query]
+        query_rows, query_slot = np.full_like(key_rows, -1), np.full_like(key_slot, n_slots - 1)
+        query_rows[slot[is_query]], query_slot[order[is_query]] = order[is_query], slot[is_query]
 
-    of_tile = np.repeat(np.arange(tiles.size), tiles)
+    bucket_of_tile = np.repeat(np.arange(tiles.size), tiles)
     tile_rank, tile_count = np.zeros((2, placement.n_tiles), dtype=np.int64)
-    tile_rank[placement.number] = (np.arange(of_tile.size) - (first_tile - skipped)[of_tile]) * tile_len
-    tile_count[placement.number] = total[of_tile]
-    behind = tile_count - tile_rank - tile_len
-    are_near = (tile_rank < tiling.back * tile_len) | (behind < tiling.front * tile_len)
-    are_near[: placement.first_deep] = False  # shallow tiles look at nothing but their bucket
+    rank_in_bucket = np.arange(bucket_of_tile.size) - (first_tile - skipped)[bucket_of_tile]
+    tile_rank[placement.tile_index] = rank_in_bucket * tile_len
+    tile_count[placement.tile_index] = total[bucket_of_tile]
+    n_following = tile_count - tile_rank - tile_len
+    is_edge = (tile_rank < tiling.n_before * tile_len) | (n_following < tiling.n_after * tile_len)
+    is_edge[: placement.first_deep] = False  # shallow tiles are paired within their bucket only
 
     def on_device(x: Integers) -> Tensor:
         return torch.from_numpy(x).to(keys.device)
 
-    key_slots, key_home = on_device(keys_in), on_device(home)
-    is_whole = queries is keys_in
-    query_slots, query_home = (key_slots, key_home) if is_whole else (on_device(queries), on_device(queries_home))
-    edges = Edges(are_near, on_device(tile_rank), on_device(tile_count))
-    return Layout(tiling, placement.spans, query_slots, key_slots, query_home, key_home, edges)
+    keys_on_device = on_device(key_rows), on_device(key_slot)
+    all_are_queries = query_rows is key_rows
+    queries_on_device = keys_on_device if all_are_queries else (on_device(query_rows), on_device(query_slot))
+    (key_slots, key_slot_of_row), (query_slots, slot_of_row) = keys_on_device, queries_on_device
+    edges = Edges(is_edge, on_device(tile_rank), on_device(tile_count))
+    return Layout(tiling, placement.spans, query_slots, key_slots, slot_of_row, key_slot_of_row, edges)
 
 
-def _span_tiles(tiling: Tiling, on: Tensor) -> int:
-    return max(1, SPAN_SLOTS["cuda" if on.is_cuda else "cpu"] // tiling.tile_len)
+def _span_tiles(tiling: Tiling, x: Tensor) -> int:
+    """Tiles per span on the device of x."""
+    return max(1, SPAN_SLOTS["cuda" if x.is_cuda else "cpu"] // tiling.tile_len)
 
 
 def chunk_layouts(
-    keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkRun, tiling: Tiling
+    keys: Tensor, n_heads: int, n_buckets: int, rule: ChunkRule, part: ChunkPartition, tiling: Tiling
 ) -> list[Layout]:
-    """The layouts of all rounds of rows with sort keys [R, n_rows]."""
+    """Layouts of all rounds of rows with sort keys [R, n_rows]."""
     n_rounds = keys.shape[0]
-    chunks = torch.stack([_needed_chunks(keys[r], n_units, n_buckets, rule, run) for r in range(n_rounds)], dim=1)
-    return [_chunk_layout(chunks, r, keys.shape[1], rule, run, tiling) for r in range(n_rounds)]
+    chunks = torch.stack([_needed_chunks(keys[r], n_heads, n_buckets, rule, part) for r in range(n_rounds)], dim=1)
+    return [_chunk_layout(chunks, r, keys.shape[1], rule, part, tiling) for r in range(n_rounds)]
 
 
-def _needed_chunks(keys: Tensor, n_units: int, n_buckets: int, rule: ChunkRule, run: ChunkRun) -> Tensor:
-    """Rows of the chunks that this rank needs of one round, [U, n_needed, chunk_len], -1 where empty.
+def _needed_chunks(keys: Tensor, n_heads: int, n_buckets: int, rule: ChunkRule, part: ChunkPartition) -> Tensor:
+    """Rows of the chunks that this rank needs in one round, [BH, n_needed, chunk_len], -1 if empty.
 
-    The needed chunks of a unit are full but for the last that has any tokens: its rows fill them in order.
+    The needed chunks of a head are full except the last that has any tokens, so its rows fill them in order.
     """
     sort_keys = keys.cpu().numpy()
-    counts = np.bincount(sort_keys // n_buckets, minlength=n_units + 1)[:n_units]
-    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    chunks = np.full((n_units, len(run.needed) * rule.chunk_len), -1)
-    chunks[np.repeat(np.arange(n_units), counts), place] = stable_order(sort_keys)[: place.size]
-    return torch.from_numpy(chunks).to(keys.device).view(n_units, len(run.needed), rule.chunk_len)
+    counts = np.bincount(sort_keys // n_buckets, minlength=n_heads + 1)[:n_heads]
+    slot = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    chunks = np.full((n_heads, len(part.needed) * rule.chunk_len), -1)
+    chunks[np.repeat(np.arange(n_heads), counts), slot] = radix_argsort(sort_keys)[: slot.size]
+    return torch.from_numpy(chunks).to(keys.device).view(n_heads, len(part.needed), rule.chunk_len)
 
 
 def _chunk_layout(
-    chunks: Tensor, round_: int, n_rows: int, rule: ChunkRule, run: ChunkRun, tiling: Tiling
+    chunks: Tensor, round_: int, n_rows: int, rule: ChunkRule, part: ChunkPartition, tiling: Tiling
 ) -> Layout:
-    """chunks [U, R, n_needed, chunk_len]: rows, -1 where empty."""
-    n_units, n_rounds, n_needed, _ = chunks.shape
-    nobody = chunks.new_full((n_units, 1, rule.chunk_len), -1)
-    every = torch.cat([chunks.flatten(1, 2), nobody], dim=1)
-    number = {c: i for i, c in enumerate(run.needed)}
+    """Layout of one round. chunks [BH, R, n_needed, chunk_len]: rows, -1 if empty."""
+    n_heads, n_rounds, n_needed, _ = chunks.shape
+    empty = chunks.new_full((n_heads, 1, rule.chunk_len), -1)
+    all_chunks = torch.cat([chunks.flatten(1, 2), empty], dim=1)
+    needed_index = {c: i for i, c in enumerate(part.needed)}
 
-    def block(chunk: int, *, as_query: bool) -> int:
-        """Where in `every` the chunk of this round is found, be it before the first or behind the last."""
+    def chunk_index(chunk: int, *, as_query: bool) -> int:
+        """Index in `all_chunks` of a chunk of this round, which may be before the first or after the last."""
+        empty_index = n_rounds * n_needed
         if as_query:
-            return round_ * n_needed + number[chunk] if run.start <= chunk < run.stop else n_rounds * n_needed
-        if not rule.wrap and not 0 <= chunk < run.n_chunks:
-            return n_rounds * n_needed
-        whole = (round_ * run.n_chunks + chunk) % (n_rounds * run.n_chunks)
-        return whole // run.n_chunks * n_needed + number[whole % run.n_chunks]
+            return round_ * n_needed + needed_index[chunk] if part.start <= chunk < part.stop else empty_index
+        if not rule.wrap and not 0 <= chunk < part.n_chunks:
+            return empty_index
+        wrapped = (round_ * part.n_chunks + chunk) % (n_rounds * part.n_chunks)
+        return wrapped // part.n_chunks * n_needed + needed_index[wrapped % part.n_chunks]
 
-    # a unit's tiles: `n_before` that only lend keys, its chunks, `n_after` that only lend keys
-    local = range(run.start - rule.n_before, run.stop + rule.n_after) if run.stop > run.start else range(0)
-    before, after = (chunks.new_full((n * rule.chunk_len,), -1) for n in (tiling.back, max(1, tiling.front)))
+    # the tiles of a head: `n_before` of keys only, its chunks, `n_after` of keys only
+    local = range(part.start - rule.n_before, part.stop + rule.n_after) if part.stop > part.start else range(0)
+    before, after = (chunks.new_full((n * rule.chunk_len,), -1) for n in (tiling.n_before, max(1, tiling.n_after)))
     query_slots, key_slots = (
-        torch.cat([before, every[:, [block(chunk, as_query=as_query) for chunk in local]].flatten(), after])
+        torch.cat([before, all_chunks[:, [chunk_index(c, as_query=as_query) for c in local]].flatten(), after])
         for as_query in (True, False)
     )
-    home = _homes(query_slots, n_rows)
-    key_home = None if rule.wrap else _homes(key_slots, n_rows)
-    spans = consecutive_spans(tiling.back, tiling.back + n_units * len(local), tiling, _span_tiles(tiling, chunks))
-    return Layout(tiling, spans, query_slots, key_slots, home, key_home, None)
+    slot_of_row = _slot_of_row(query_slots, n_rows)
+    key_slot_of_row = None if rule.wrap else _slot_of_row(key_slots, n_rows)
+    spans = consecutive_spans(
+        tiling.n_before, tiling.n_before + n_heads * len(local), tiling, _span_tiles(tiling, chunks)
+    )
+    return Layout(tiling, spans, query_slots, key_slots, slot_of_row, key_slot_of_row, None)
 
 
-def _homes(slots: Tensor, n_rows: int) -> Tensor:
-    """Slot of each row, the last one (which is empty) for rows that stand in none."""
-    home = torch.full((n_rows,), slots.numel() - 1, device=slots.device)
+def _slot_of_row(slots: Tensor, n_rows: int) -> Tensor:
+    """Slot of each row; the last slot (which is empty) for rows in none."""
+    slot_of_row = torch.full((n_rows,), slots.numel() - 1, device=slots.device)
     taken = (slots >= 0).nonzero().squeeze(1)
-    home[slots[taken]] = taken
-    return home
+    slot_of_row[slots[taken]] = taken
+    return slot_of_row

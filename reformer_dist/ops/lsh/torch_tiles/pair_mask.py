@@ -1,4 +1,4 @@
-"""Which pairs of a column's queries and keys may meet, as what their scores start from: 0, -log N, or -inf."""
+"""Score bias of the pairs in a column: 0, -log N (N shared rounds), or -inf where a query must not attend."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from reformer_dist.ops.lsh.torch_tiles.tiles import Column
 class Rows:
     """The tokens that the rows of a group are."""
 
-    unit: Tensor
-    """[n_rows] index of the head: batch row * n_heads + head."""
-    position: Tensor
+    head_index: Tensor
+    """[n_rows] batch row * n_heads + head."""
+    positions: Tensor
     """[n_rows] in the whole sequence."""
     codes: Tensor | None = None
     """[R, n_rows] with count_pairs_once: `sorting.position_codes` of every round."""
 
 
 class PairMask:
-    """The mask of one round of a group of units, asked for column by column: [n_tiles, queries, keys] each."""
+    """The mask of one round of a group of heads, computed column by column: [n_tiles, queries, keys] each."""
 
     def __init__(self, layout: Layout, round_: int, rows: Rows, options: AttentionOptions) -> None:
         self._layout, self._rows, self._options = layout, rows, options
         if options.dropout > 0:
             self._query_keys, self._key_keys = (
-                token_keys(rows.unit, rows.position, round_, options.dropout_seed, is_query)
+                token_keys(rows.head_index, rows.positions, round_, options.dropout_seed, is_query)
                 for is_query in (True, False)
             )
 
-    def scores(self, column: Column) -> Tensor:
-        """What scores are added to, by log 2: float32 [n_tiles or 1, tile_len, tile_len]; only read it."""
+    def bias(self, column: Column) -> Tensor:
+        """Bias of the scores, over log 2: float32 [n_tiles or 1, tile_len, tile_len]. Cached: do not modify."""
         rule = self._options.rule
-        start = self._window(column, rule) if isinstance(rule, WindowRule) else self._in_sight(column, rule)
+        bias = self._window_bias(column, rule) if isinstance(rule, WindowRule) else self._chunk_bias(column, rule)
         codes = self._rows.codes
         if codes is not None and codes.shape[0] > 1:
-            start = start - self._meetings(codes, column).clamp_min_(1).log2_()
-        return start
+            bias = bias - self._count_shared_rounds(codes, column).clamp_min_(1).log2_()
+        return bias
 
     def dropout_factors(self, column: Column) -> Tensor:
         """0 or 1 / (1 - dropout), float32 [n_tiles, tile_len, tile_len]."""
         queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
         dropout = self._options.dropout
-        kept = keep_mask(self._query_keys[queries], self._key_keys[keys], dropout)
-        return kept.float().mul_(1 / (1 - dropout))
+        keep = keep_mask(self._query_keys[queries], self._key_keys[keys], dropout)
+        return keep.float().mul_(1 / (1 - dropout))
 
     def _rows_of(self, column: Column) -> tuple[Tensor, Tensor]:
-        """Rows of the queries and of the keys, [n_tiles, tile_len] each; -1 where empty."""
+        """Rows of the queries and of the keys, [n_tiles, tile_len] each; -1 if empty."""
         queries, keys = (
             slots.view(-1, self._layout.tiling.tile_len)
             for slots in (self._layout.query_slots, self._layout.key_slots)
         )
         return queries[column.queries], torch.cat([keys[run.keys : run.keys + run.n_tiles] for run in column.runs])
 
-    def _window(self, column: Column, rule: WindowRule) -> Tensor:
+    def _window_bias(self, column: Column, rule: WindowRule) -> Tensor:
         edges, tiles = self._layout.edges, column.queries
         assert edges is not None
         band = _band(rule, self._layout.tiling.tile_len, column.offset, edges.rank.device)
-        if not edges.within_reach[tiles].any():
+        if not edges.is_edge[tiles].any():
             return band
         rank = edges.rank[tiles].unsqueeze(1) - _lag(
             self._layout.tiling.tile_len, column.offset, edges.rank.device
@@ -75,37 +75,37 @@ class PairMask:
         outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
         return band + outside.unsqueeze(1)
 
-    def _in_sight(self, column: Column, rule: ChunkRule) -> Tensor:
-        """Chunk rule: every key in sight but, if causal, later ones, and the query itself where it is not seen."""
+    def _chunk_bias(self, column: Column, rule: ChunkRule) -> Tensor:
+        """Chunk rule: all keys of the tile except later ones (causal) and the query itself (unless sees_self)."""
         queries, keys = self._rows_of(column)
         query, key = queries.unsqueeze(2), keys.unsqueeze(1)
-        # rows of a unit are in order of position
-        meets = (key >= 0) & (query >= 0)
+        # rows of a head are sorted by position
+        visible = (key >= 0) & (query >= 0)
         if rule.causal:
-            meets &= key <= query
+            visible &= key <= query
         if not rule.sees_self:
-            meets &= key != query
-        return torch.zeros(meets.shape, device=meets.device).masked_fill_(~meets, -torch.inf)
+            visible &= key != query
+        return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
 
-    def _meetings(self, codes: Tensor, column: Column) -> Tensor:
-        """In how many rounds each pair meets, float32 [n_tiles, tile_len, tile_len]."""
+    def _count_shared_rounds(self, codes: Tensor, column: Column) -> Tensor:
+        """Rounds in which each pair meets, float32 [n_tiles, tile_len, tile_len]."""
         queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
-        meetings = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
+        n_shared = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
         for round_codes in codes:
-            meetings += within_reach(
+            n_shared += within_reach(
                 round_codes[queries].unsqueeze(2), round_codes[keys].unsqueeze(1), self._options.rule
             )
-        return meetings
+        return n_shared
 
 
 def _lag(tile_len: int, offset: int, device: torch.device) -> Tensor:
-    """How far each key of a tile stands before the first slot of the tile of queries, [tile_len]."""
+    """Distance of each key of a tile before the first slot of its tile of queries, [tile_len]."""
     return offset * tile_len - torch.arange(tile_len, device=device)
 
 
 @functools.cache
 def _band(rule: WindowRule, tile_len: int, offset: int, device: torch.device) -> Tensor:
-    """0 within the window of a query, else -inf; [1, tile_len, tile_len]."""
+    """0 within the window of each query, else -inf: [1, tile_len, tile_len]."""
     distance = torch.arange(tile_len, device=device).unsqueeze(1) + _lag(tile_len, offset, device)
     near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
     if not rule.sees_self:

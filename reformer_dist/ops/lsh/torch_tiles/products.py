@@ -1,4 +1,4 @@
-"""The matrix products of a span: which tiles meet, one call for each run of pairs."""
+"""Batched matrix products over the pairs of tiles of a span, one call per run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reformer_dist.ops.lsh.torch_tiles.tiles import Run, Span
 from reformer_dist.ops.workspace import Workspace, gather_rows
 
 Views = Sequence[Tensor]
-"""Of some tiles, those of each run of a span: [n, tile_len, width] each."""
+"""The tiles of each run of a span: [n, tile_len, width] each."""
 
 
 class Pairs:
@@ -35,23 +35,23 @@ class Pairs:
         return pairs.split(self._column_sizes)
 
     def by_queries(self, tiles: Tensor) -> list[Tensor]:
-        """For each column, those of the tiles of queries [tiles, ...] that are in it."""
+        """The tiles of queries [tiles, ...] that are in each column."""
         first = self.columns[0].queries.start
         return [tiles[c.queries.start - first : c.queries.stop - first] for c in self.columns]
 
     def at_queries(self, tiles: Tensor, first: int = 0) -> Views:
-        """The runs' queries among tiles [n, tile_len, width], of which `first` is the number of the first."""
+        """Query tiles of each run, as views of tiles [n, tile_len, width] that start with tile `first`."""
         return [tiles.narrow(0, run.queries - first, run.n_tiles) for run in self._runs]
 
     def at_keys(self, tiles: Tensor, first: int = 0) -> Views:
-        """The runs' keys, likewise."""
+        """Key tiles of each run, likewise."""
         return [tiles.narrow(0, run.keys - first, run.n_tiles) for run in self._runs]
 
 
 def gather_tiles(rows: Tensor, slots: Tensor, tile_len: int, span: Span) -> Tensor:
-    """[tiles, tile_len, D] of rows [n_rows, D] in a span's slots, which name some row where they are empty."""
-    found = gather_rows(rows, slots[span.start * tile_len : span.stop * tile_len])
-    return found.view(-1, tile_len, rows.shape[1])
+    """[tiles, tile_len, D] from rows [n_rows, D] in a span's slots; empty slots must hold a valid row."""
+    gathered = gather_rows(rows, slots[span.start * tile_len : span.stop * tile_len])
+    return gathered.view(-1, tile_len, rows.shape[1])
 
 
 def transposed(views: Views) -> Views:
@@ -71,6 +71,6 @@ def add_products(targets: Iterable[Tensor], left: Iterable[Tensor], right: Itera
 
 
 def sum_products(targets: Views, left: Views, right: Views) -> None:
-    """targets += left @ right, run by run; the first run stands for all tiles and finds nothing there yet."""
+    """Like `add_products`, with uninitialized targets: the first run covers all tiles and overwrites them."""
     torch.bmm(left[0], right[0], out=targets[0])
     add_products(targets[1:], left[1:], right[1:])

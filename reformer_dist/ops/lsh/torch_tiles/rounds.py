@@ -63,7 +63,9 @@ def attend_rounds(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Iterator[
             yield PartialSoftmax(v, v.new_empty(0), v.new_empty(0))
             continue
         o, top, weight = _attend_round(group, layout, mask, q, k, v)
-        yield PartialSoftmax(gather_rows(o, layout.slot_of_row), top[layout.slot_of_row], weight[layout.slot_of_row])
+        yield PartialSoftmax(
+            gather_rows(o, layout.slot_of_row), top[layout.slot_of_row], weight[layout.slot_of_row]
+        )
 
 
 def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> PartialSoftmax:

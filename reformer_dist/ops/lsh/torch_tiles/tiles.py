@@ -1,12 +1,12 @@
-"""Where tiles are put: in an order in which one matrix product serves many tiles at once and wastes little.
+"""Order of the tiles: one in which a batched matrix product covers many tiles at once and wastes little.
 
-A *tile* is `tile_len` slots of one bucket (or a chunk). The queries of a tile look at the tile itself and at
-some before it and behind it: all pairs of tiles that are one distance apart make up a *column*.
+A *tile* is `tile_len` slots of one bucket (or a chunk). The queries of a tile attend to the tile itself and to
+some tiles before and after it. All pairs of tiles at the same distance form a *column*.
 
-Shallow buckets, those of a few tiles, lie level by level: the first tiles of all of them, then the second ones
-of those that have two, and so on. So the tiles of a level meet those of the level below as one run, and a
-bucket's first tile looks at itself alone. Deep buckets lie one behind the other, each in the order of its
-tiles: there a tile near a bucket's border meets some of another bucket, which the mask has to hide.
+Shallow buckets, those of few tiles, are placed level by level: the first tiles of all of them, then the second
+tiles of those that have two, and so on. So the tiles of a level pair with those of the previous level as one run,
+and the first tile of a bucket pairs with itself only. Deep buckets follow, one after another, with their tiles in
+order. There a tile near a bucket's border is also paired with tiles of another bucket, which the mask hides.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from reformer_dist.ops.lsh.partition import Tiling
 
-# Buckets of more tiles are deep. Levels get thin with depth, and a deep bucket hides little of itself.
-DEEPEST_LEVEL = 8
-# Slots whose rows are gathered together: as many as stay in the caches of a core with their scores.
+# Buckets of more tiles are deep: their levels would be thin, and few of their pairs are masked.
+MAX_SHALLOW_TILES = 8
+# Slots whose rows are gathered together: they fit a core's caches along with their scores.
 SPAN_SLOTS = {"cpu": 2**13, "cuda": 2**20}
 
 Integers = npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Run:
-    """Pairs of consecutive tiles: tile `queries` + i looks at tile `keys` + i."""
+    """Pairs of consecutive tiles: tile `queries` + i attends to tile `keys` + i."""
 
     queries: int
     keys: int
@@ -39,15 +39,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Column:
-    """The pairs of a span whose keys stand `offset` tiles before their queries in the order of the round."""
+    """The pairs of a span whose keys are `offset` tiles before their queries in the sorted order."""
 
     offset: int
     runs: list[Run]
-    """The queries of one run follow those of the run before it."""
+    """The queries of a run follow those of the previous run."""
 
     @property
     def queries(self) -> slice:
-        """Numbers of the tiles of queries."""
+        """Indices of the query tiles."""
         return slice(self.runs[0].queries, self.runs[-1].queries + self.runs[-1].n_tiles)
 
     @property
@@ -57,51 +57,51 @@ class Column:
 
 @dataclass(frozen=True)
 class Span:
-    """Tiles whose rows are gathered together: numbers from start to before stop."""
+    """Tiles whose rows are gathered together: [start, stop)."""
 
     start: int
     stop: int
     columns: list[Column]
-    """The first one is that of offset 0 and has all tiles of queries, in one run."""
+    """The first has offset 0 and covers all query tiles in one run."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the tiles of buckets are put."""
+    """The order of the tiles."""
 
-    number: Integers
-    """Number of each tile, of bucket after bucket."""
+    tile_index: Integers
+    """New index of each tile; tiles are listed bucket by bucket."""
     first_deep: int
-    """The number from which on the tiles are those of deep buckets."""
+    """Index of the first tile of a deep bucket."""
     n_tiles: int
-    """Of all, with empty ones at both ends, for tiles that have no neighbour there; the last is always empty."""
+    """Including empty tiles at both ends, for tiles without a neighbour there; the last is always empty."""
     spans: list[Span]
 
 
 def place_tiles(
     tiles: Integers, may_be_shallow: npt.NDArray[np.bool_], tiling: Tiling, span_tiles: int
 ) -> Placement:
-    """Puts the tiles[i] tiles of each bucket i in their places."""
-    is_shallow = may_be_shallow & (tiles <= DEEPEST_LEVEL) & (tiling.front == 0)
-    # deepest first, and of equals the earlier; those without a tile come last
-    group = np.where(is_shallow, DEEPEST_LEVEL - tiles, DEEPEST_LEVEL)
-    by_depth = np.argsort(np.where(tiles > 0, group, DEEPEST_LEVEL + 1).astype(np.uint16), kind="stable")
-    n_shallow, n_taken = np.count_nonzero(is_shallow & (tiles > 0)), np.count_nonzero(tiles)
+    """Assigns an index to each of the tiles[i] tiles of every bucket i."""
+    is_shallow = may_be_shallow & (tiles <= MAX_SHALLOW_TILES) & (tiling.n_after == 0)
+    # deepest first, ties by bucket; buckets without tiles come last
+    group = np.where(is_shallow, MAX_SHALLOW_TILES - tiles, MAX_SHALLOW_TILES)
+    by_depth = np.argsort(np.where(tiles > 0, group, MAX_SHALLOW_TILES + 1).astype(np.uint16), kind="stable")
+    n_shallow, n_nonempty = np.count_nonzero(is_shallow & (tiles > 0)), np.count_nonzero(tiles)
     first = np.cumsum(tiles) - tiles
-    number = np.empty(int(tiles.sum()), dtype=np.int64)
-    end, spans = tiling.back, []
-    for buckets in _groups(by_depth[:n_shallow], tiles, span_tiles):
-        spans.append(_place_levels(buckets, tiles, first, number, end, tiling.back))
+    tile_index = np.empty(int(tiles.sum()), dtype=np.int64)
+    end, spans = tiling.n_before, []
+    for buckets in _span_groups(by_depth[:n_shallow], tiles, span_tiles):
+        spans.append(_place_levels(buckets, tiles, first, tile_index, end, tiling.n_before))
         end = spans[-1].stop
-    deep, first_deep = by_depth[n_shallow:n_taken], end
+    deep, first_deep = by_depth[n_shallow:n_nonempty], end
     end += int(tiles[deep].sum())
-    number[_tiles_of(deep, tiles, first)] = np.arange(first_deep, end)
+    tile_index[_tiles_of(deep, tiles, first)] = np.arange(first_deep, end)
     spans += consecutive_spans(first_deep, end, tiling, span_tiles)
-    return Placement(number, first_deep, end + max(1, tiling.front), spans)
+    return Placement(tile_index, first_deep, end + max(1, tiling.n_after), spans)
 
 
-def _groups(buckets: Integers, tiles: Integers, span_tiles: int) -> Iterator[Integers]:
-    """Shallow buckets, parted so that each part has about as many tiles as a span."""
+def _span_groups(buckets: Integers, tiles: Integers, span_tiles: int) -> Iterator[Integers]:
+    """Splits shallow buckets into groups of about a span's number of tiles."""
     depth = tiles[buckets]
     span = (np.cumsum(depth) - depth) // span_tiles
     borders = np.flatnonzero(np.diff(span)) + 1
@@ -111,47 +111,47 @@ def _groups(buckets: Integers, tiles: Integers, span_tiles: int) -> Iterator[Int
 
 
 def _place_levels(
-    buckets: Integers, tiles: Integers, first: Integers, number: Integers, start: int, back: int
+    buckets: Integers, tiles: Integers, first: Integers, tile_index: Integers, start: int, n_before: int
 ) -> Span:
-    """Numbers the tiles of buckets, deepest first, level by level from `start`."""
+    """Indexes the tiles of buckets, deepest first, level by level from `start`."""
     depth = tiles[buckets]
     sizes = [int(np.count_nonzero(depth > level)) for level in range(int(depth[0]))]
     starts = list(accumulate(sizes, initial=start))
     for level, size in enumerate(sizes):
-        number[first[buckets[:size]] + level] = np.arange(starts[level], starts[level + 1])
+        tile_index[first[buckets[:size]] + level] = np.arange(starts[level], starts[level + 1])
     columns = []
-    for offset in range(min(back + 1, len(sizes))):
+    for offset in range(min(n_before + 1, len(sizes))):
         runs = (Run(starts[level], starts[level - offset], sizes[level]) for level in range(offset, len(sizes)))
-        columns.append(Column(offset, _joined(runs)))
+        columns.append(Column(offset, _merge_runs(runs)))
     return Span(start, starts[-1], columns)
 
 
-def _joined(runs: Iterable[Run]) -> list[Run]:
-    """As few runs as have the pairs of these: what follows one another in queries and in keys is one product."""
-    joined: list[Run] = []
+def _merge_runs(runs: Iterable[Run]) -> list[Run]:
+    """Merges runs whose queries and keys are both contiguous into one product."""
+    merged: list[Run] = []
     for run in runs:
-        last = joined[-1] if joined else None
+        last = merged[-1] if merged else None
         if last and run.queries - last.queries == run.keys - last.keys == last.n_tiles:
-            joined[-1] = Run(last.queries, last.keys, last.n_tiles + run.n_tiles)
+            merged[-1] = Run(last.queries, last.keys, last.n_tiles + run.n_tiles)
         else:
-            joined.append(run)
-    return joined
+            merged.append(run)
+    return merged
 
 
 def _tiles_of(buckets: Integers, tiles: Integers, first: Integers) -> Integers:
-    """Of each bucket in turn, the places of its tiles in an order of all buckets."""
+    """Positions of the tiles of these buckets in a list of all tiles, bucket by bucket."""
     counts = tiles[buckets]
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(first[buckets], counts) + within
 
 
 def consecutive_spans(start: int, end: int, tiling: Tiling, span_tiles: int) -> list[Span]:
-    """Spans of the tiles from start to before end, each of which looks at its neighbours."""
-    # nearest first: tiles without a neighbour far before them sum as if there were no such column
-    offsets = (*range(tiling.back + 1), *range(-1, -tiling.front - 1, -1))
+    """Spans of the tiles in [start, end), each paired with its neighbours."""
+    # nearest first: the sums of tiles without a far neighbour are as if that column did not exist
+    offsets = (*range(tiling.n_before + 1), *range(-1, -tiling.n_after - 1, -1))
     spans = []
     for first in range(start, end, span_tiles):
         size = min(span_tiles, end - first)
         columns = [Column(offset, [Run(first, first - offset, size)]) for offset in offsets]
-        spans.append(Span(first - tiling.back, first + size + tiling.front, columns))
+        spans.append(Span(first - tiling.n_before, first + size + tiling.n_after, columns))
     return spans

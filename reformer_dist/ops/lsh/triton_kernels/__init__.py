@@ -1,1 +1,1 @@
-"""Triton kernels of LSH and local attention. Imported only where they are chosen, see `ops.lsh.implementation`."""
+"""Triton kernels of LSH and local attention. Imported only where they are chosen, see `ops.lsh.backends`."""

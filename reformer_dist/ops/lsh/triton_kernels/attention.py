@@ -15,7 +15,7 @@ from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
 from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
 from reformer_dist.ops.lsh.triton_kernels.rowwise import row_products
-from reformer_dist.ops.lsh.triton_kernels.tiles import tile_partition, tile_heads
+from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads, tile_partition
 from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of
 
 # Heads lie along dimensions of grids that are shorter than the first, alone or with their rounds.

@@ -1,186 +1,201 @@
-"""Backward: one round's gradients of the rows of a tile, as keys and as queries.
+"""Backward kernel: one round's gradients of the rows of a tile, as keys and as queries.
 
-With the output and the logsumexp of the whole softmax, probabilities are exp(s - lse) and no state of rounds is
-needed. A program takes the C.block rows of one tile with each other, as keys with the other queries that see them,
-and as queries with the other keys that they see. So every gradient is the sum of one program, in one order:
-nothing is added atomically, and two runs agree to the last bit.
+With the output and logsumexp of the whole softmax, probabilities are exp(s - lse) and no state of the rounds is
+needed. A program pairs the C.block rows of one tile with each other, as keys with the other queries that attend to
+them, and as queries with the other keys that they attend to. Every gradient is the sum of one program in a fixed
+order: there are no atomics, and two runs agree to the last bit.
 
-With `ds` the gradient of scores, a pair's weight in both sums, that of its key and that of its query, is ds times
-the key's factor (`pairs.score_factors`).
+With ds the gradient of the scores, a pair's weight in both dk and dq is ds times the key's factor
+(`products.score_factors`).
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from reformer_dist.ops.lsh.triton_kernels.pairs import (
-    LN_2,
-    LOG2_E,
-    blocks_of_keys,
-    blocks_of_queries,
-    dropout_factors,
+from reformer_dist.ops.lsh.triton_kernels.load import (
+    count_key_blocks,
+    count_query_blocks,
     gather,
-    key_places,
-    meetings,
-    meets,
-    of_unit,
-    other_rows,
-    product,
-    queries_among,
-    query_places,
-    score_factors,
-    tile_at,
-    unwrapped,
-    who_is_here,
-    write,
+    head_rows,
+    key_slots,
+    load_bounds,
+    load_other_rows,
+    load_tile,
+    query_slots,
+    sorted_round,
+    store,
 )
+from reformer_dist.ops.lsh.triton_kernels.pair_mask import (
+    Dropout,
+    Indices,
+    as_column,
+    as_line,
+    attends,
+    count_rounds,
+    dropout_factors,
+    pair_context,
+)
+from reformer_dist.ops.lsh.triton_kernels.products import LN_2, product, score_factors
 
 
-@triton.jit(do_not_specialize=["first_unit", "n_tiles"])
+class HeadInputs(NamedTuple):
+    """HeadInputs of one head: HeadRows, and pointers to lse and delta = rowsum(dO * o), float32 [S]."""
+
+    q: Any
+    k: Any
+    v: Any
+    d_out: Any
+    lse_ptr: Any
+    delta_ptr: Any
+
+
+class Queries(NamedTuple):
+    """Some queries: q and dO [n, D], lse in base 2 (inf masks a row) and delta [n], Indices, round of each."""
+
+    q: Any
+    d_out: Any
+    lse: Any
+    delta: Any
+    at: Any
+    round_: Any
+
+
+class Keys(NamedTuple):
+    """Some keys: k and v [n, D], Indices."""
+
+    k: Any
+    v: Any
+    at: Any
+
+
+@triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
 def attend_round_backward(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
-    order_ptr, table_ptr, codes_ptr, who_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
+    order_ptr, table_ptr, codes_ptr, token_ids_ptr, first_head, n_heads, seq_len, n_tiles, scale,
+    dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
-    """Of one round it makes dq, dk, dv [B, H, S, D]; of several, those [U, R, S, D] of each round.
+    """One round is written to dq, dk, dv [B, H, S, D]; of several, each to those [BH, R, S, D].
 
-    With shared keys (C.shared) dk is led on to q = |q| k at once, and dq is the gradient of q as a whole.
+    With shared keys (C.shared), dk is carried through q / |q| to q, and dq is the whole gradient of q.
     """
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
-    round_, unit = tl.program_id(1), tl.program_id(2)
-    first, begin, key_end, end, query_begin, query_end = tile_at(table_ptr, unit, round_, n_tiles, C)
-    if begin == end:
+    bounds = load_bounds(table_ptr, n_tiles, C)
+    if bounds.begin == bounds.end:
         return
-    start_row = unit.to(tl.int64) * C.n_rounds * seq_len
-    order_ptr += start_row
-    codes_ptr += start_row
-    lse_ptr += (first_unit + unit).to(tl.int64) * seq_len
-    delta_ptr += (first_unit + unit).to(tl.int64) * seq_len
-    q_ptr = of_unit(q_ptr, q_strides, first_unit + unit, n_heads)
-    k_ptr = of_unit(k_ptr, k_strides, first_unit + unit, n_heads)
-    v_ptr = of_unit(v_ptr, v_strides, first_unit + unit, n_heads)
-    d_out_ptr = of_unit(d_out_ptr, d_out_strides, first_unit + unit, n_heads)
+    order = sorted_round(order_ptr, seq_len, C)
+    dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
+    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, seq_len, scale, dropout, C)
+    head = first_head + tl.program_id(2)
+    inputs = HeadInputs(
+        q=head_rows(q_ptr, q_strides, head, n_heads),
+        k=head_rows(k_ptr, k_strides, head, n_heads),
+        v=head_rows(v_ptr, v_strides, head, n_heads),
+        d_out=head_rows(d_out_ptr, d_out_strides, head, n_heads),
+        lse_ptr=lse_ptr + head.to(tl.int64) * seq_len,
+        delta_ptr=delta_ptr + head.to(tl.int64) * seq_len,
+    )
 
-    place = first + tl.arange(0, BLOCK)
-    is_row, is_key = place < end, place < key_end
-    is_query = queries_among(place, is_row, query_begin, query_end, C)
-    row = tl.load(order_ptr + round_ * seq_len + place, mask=is_row, other=0)
-    q = gather(q_ptr, row, q_strides[2], is_row, C)
-    k = q if C.shared else gather(k_ptr, row, k_strides[2], is_key, C)
-    v = gather(v_ptr, row, v_strides[2], is_key, C)
-    d_out = gather(d_out_ptr, row, d_out_strides[2], is_row, C)
-    lse, delta = of_queries(lse_ptr, delta_ptr, row, is_row)
+    tile = load_tile(inputs.q, inputs.k, inputs.v, order, bounds, C)
+    at = Indices(query_slots(tile.slot, tile.is_query), tile.row)
+    queries = load_queries(tile.q, inputs, at, tile.is_row, tile.row * 0 + order.round_, C)
+    keys = Keys(tile.k, tile.v, Indices(key_slots(tile.slot, tile.is_key), tile.row))
+    p, ds = pair_gradients(keys, queries, pairs, True, C)
+    dv = product(p, queries.d_out, C)
+    dk = product(ds, tile.q, C)
+    dk, dv = add_other_queries(dk, dv, keys, tile.first, inputs, order, bounds, pairs, C)
 
-    first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
-    keys = (k, v, key_places(place, is_key), row)
-    queries = (q, d_out, lse, delta, query_places(place, is_query), row, row * 0 + round_)
-    pairs = (begin, codes_ptr, seq_len, who_is_here(who_ptr, unit, C), scale, draw)
-    p, ds = of_pairs(keys, queries, pairs, True, C)
-    dv = product(p, d_out, C)
-    dk = product(ds, q, C)
-    rows = (q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr)
-    row_strides = (q_strides[2], k_strides[2], v_strides[2], d_out_strides[2])
-    of_order = (order_ptr, first, key_end, query_begin, query_end, round_)
-    dk, dv = add_other_queries(dk, dv, keys, rows, row_strides, of_order, pairs, C)
-
-    if C.n_rounds == 1:  # who met nobody has o = v
-        alone = is_row & (tl.load(lse_ptr + row, mask=is_row, other=0.0) == float("inf"))
-        dv += gather(d_out_ptr, row, d_out_strides[2], alone, C).to(tl.float32)
-    write(dv, dv_ptr, dv_strides, first_unit, row, is_row, n_heads, seq_len, C)
+    if C.n_rounds == 1:  # added to what dv has for a query without keys
+        lse = tl.load(inputs.lse_ptr + tile.row, mask=tile.is_row, other=0.0)
+        has_no_key = tile.is_row & (lse == float("inf"))
+        dv_rows = head_rows(dv_ptr, dv_strides, head, n_heads)
+        dv += gather(dv_rows, tile.row, has_no_key, C).to(tl.float32)
+    store(dv, dv_ptr, dv_strides, tile, first_head, n_heads, seq_len, C)
     if C.shared:
-        dq = across(dk, q)
+        dq = orthogonal_part(dk, tile.q)
     else:
-        write(dk * LN_2, dk_ptr, dk_strides, first_unit, row, is_row, n_heads, seq_len, C)
+        store(dk * LN_2, dk_ptr, dk_strides, tile, first_head, n_heads, seq_len, C)
         dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
 
-    dq += product(tl.trans(ds), k, C)
-    dq = add_other_keys(dq, queries, rows, row_strides, of_order, pairs, C)
-    write(dq * LN_2, dq_ptr, dq_strides, first_unit, row, is_row, n_heads, seq_len, C)
+    dq += product(tl.trans(ds), tile.k, C)
+    dq = add_other_keys(dq, queries, tile.first, inputs, order, bounds, pairs, C)
+    store(dq * LN_2, dq_ptr, dq_strides, tile, first_head, n_heads, seq_len, C)
 
 
 @triton.jit
-def add_other_queries(dk, dv, keys, rows, row_strides, of_order, pairs, C: tl.constexpr):
-    """dk and dv with what queries beside the tile give its keys (k, v, places, rows)."""
-    q_ptr, d_out_ptr, lse_ptr, delta_ptr = rows[0], rows[3], rows[4], rows[5]
-    order_ptr, first, key_end, query_begin, query_end, round_ = of_order
-    begin, seq_len = pairs[0], pairs[2]
-    before, others = blocks_of_queries(first, begin, key_end, C)
-    for i in range(others):
-        place, row, is_row, of_round = other_rows(
-            i, before, first, order_ptr, query_begin, query_end, round_, seq_len, C
-        )
-        q = gather(q_ptr, row, row_strides[0], is_row, C)
-        d_out = gather(d_out_ptr, row, row_strides[3], is_row, C)
-        lse, delta = of_queries(lse_ptr, delta_ptr, row, is_row)
-        queries = (q, d_out, lse, delta, query_places(place, is_row), row, of_round)
-        p, ds = of_pairs(keys, queries, pairs, True, C)
-        dv += product(p, d_out, C)
+def add_other_queries(dk, dv, keys, first, inputs, order, bounds, pairs, C: tl.constexpr):
+    """dk and dv of the tile from slot `first`, with the terms of the queries beside it added."""
+    before, n_blocks = count_query_blocks(first, bounds, C)
+    for i in range(n_blocks):
+        others = load_other_rows(i, before, first, order, bounds.query_begin, bounds.query_end, C)
+        q = gather(inputs.q, others.row, others.is_row, C)
+        at = Indices(query_slots(others.slot, others.is_row), others.row)
+        queries = load_queries(q, inputs, at, others.is_row, others.round_, C)
+        p, ds = pair_gradients(keys, queries, pairs, True, C)
+        dv += product(p, queries.d_out, C)
         dk += product(ds, q, C)
     return dk, dv
 
 
 @triton.jit
-def add_other_keys(dq, queries, rows, row_strides, of_order, pairs, C: tl.constexpr):
-    """dq with what keys beside the tile give its queries (q, dO, lse, delta, places, rows, round of each)."""
-    k_ptr, v_ptr = rows[1], rows[2]
-    order_ptr, first, key_end, round_ = of_order[0], of_order[1], of_order[2], of_order[5]
-    begin, seq_len = pairs[0], pairs[2]
-    before, others = blocks_of_keys(first, begin, key_end, C)
-    for i in range(others):
-        place, row, is_row, _round = other_rows(i, before, first, order_ptr, begin, key_end, round_, seq_len, C)
-        k = gather(k_ptr, row, row_strides[1], is_row, C)
-        v = gather(v_ptr, row, row_strides[2], is_row, C)
-        _p, ds = of_pairs((k, v, key_places(place, is_row), row), queries, pairs, False, C)
+def add_other_keys(dq, queries, first, inputs, order, bounds, pairs, C: tl.constexpr):
+    """dq of the tile from slot `first`, with the terms of the keys beside it added."""
+    before, n_blocks = count_key_blocks(first, bounds, C)
+    for i in range(n_blocks):
+        others = load_other_rows(i, before, first, order, bounds.begin, bounds.key_end, C)
+        k = gather(inputs.k, others.row, others.is_row, C)
+        v = gather(inputs.v, others.row, others.is_row, C)
+        keys = Keys(k, v, Indices(key_slots(others.slot, others.is_row), others.row))
+        _p, ds = pair_gradients(keys, queries, pairs, False, C)
         dq += product(ds, k, C)
     return dq
 
 
 @triton.jit
-def of_queries(lse_ptr, delta_ptr, row, is_query):
-    """Logsumexp in base 2, and rowsum(dO * o); inf silences rows that are no queries."""
-    lse = tl.load(lse_ptr + row, mask=is_query, other=float("inf")) * LOG2_E
-    return lse, tl.load(delta_ptr + row, mask=is_query, other=0.0)
+def load_queries(q, inputs, at, is_row, round_, C: tl.constexpr):
+    """Queries of rows whose q is loaded; lse = inf masks rows that are not there."""
+    d_out = gather(inputs.d_out, at.row, is_row, C)
+    lse = tl.load(inputs.lse_ptr + at.row, mask=is_row, other=float("inf"))
+    delta = tl.load(inputs.delta_ptr + at.row, mask=is_row, other=0.0)
+    return Queries(q, d_out, lse, delta, at, round_)
 
 
 @triton.jit
-def of_pairs(keys, queries, pairs, KEYS_FIRST: tl.constexpr, C: tl.constexpr):
+def pair_gradients(keys, queries, pairs, KEYS_FIRST: tl.constexpr, C: tl.constexpr):
     """Probabilities after dropout, and weights of the gradients, in the type of rows.
 
-    keys: (k, v, places, rows); queries: (q, dO, lse, delta, places, rows, round of each). The results are
-    [keys, queries] if KEYS_FIRST, else [queries, keys].
+    Both are [keys, queries] if KEYS_FIRST, else [queries, keys].
     """
-    k, v, key_place, key_row = keys
-    q, d_out, lse, delta, query_place, query_row, of_round = queries
-    begin, codes_ptr, seq_len, who, scale, draw = pairs
-    factors = score_factors(k, scale, C)
+    k, v, q, d_out = keys.k, keys.v, queries.q, queries.d_out
+    factors = score_factors(k, pairs.scale, C)
     if KEYS_FIRST:
-        factors, key_place, key_row = factors[:, None], key_place[:, None], key_row[:, None]
-        lse, delta, of_round = lse[None, :], delta[None, :], of_round[None, :]
-        query_place, query_row = query_place[None, :], query_row[None, :]
+        factors, key, query = factors[:, None], as_column(keys.at), as_line(queries.at)
+        lse, delta, round_ = queries.lse[None, :], queries.delta[None, :], queries.round_[None, :]
         scores, dp = product(k, tl.trans(q), C), product(v, tl.trans(d_out), C)
     else:
-        factors, key_place, key_row = factors[None, :], key_place[None, :], key_row[None, :]
-        lse, delta, of_round = lse[:, None], delta[:, None], of_round[:, None]
-        query_place, query_row = query_place[:, None], query_row[:, None]
+        factors, key, query = factors[None, :], as_line(keys.at), as_column(queries.at)
+        lse, delta, round_ = queries.lse[:, None], queries.delta[:, None], queries.round_[:, None]
         scores, dp = product(q, tl.trans(k), C), product(d_out, tl.trans(v), C)
     scores *= factors
     if C.counts_once:
-        scores -= tl.log2(meetings(codes_ptr, query_row, key_row, seq_len, C))
-    sees = meets(query_place, key_place, query_row, key_row, begin, C)
-    p = tl.where(sees, tl.exp2(scores - lse), 0.0)
+        scores -= tl.log2(count_rounds(pairs.codes_ptr, query, key, pairs.seq_len, C))
+    p = tl.where(attends(query, key, pairs.begin, C), tl.exp2(scores - lse), 0.0)
     dropped = p
-    if C.drops:  # in the round of the query, which differs under a wrapping rule
-        kept = dropout_factors(query_row, key_row, of_round, who, seq_len, draw, C)
+    if C.drops:  # drawn in the round of the query, which differs from the tile's where rounds wrap
+        kept = dropout_factors(query, key, round_, pairs, C)
         dropped = p * kept
         dp *= kept
     return dropped.to(d_out.dtype), (p * (dp - delta) * factors).to(q.dtype)
 
 
 @triton.jit
-def across(dk, q):
-    """The part of dk across q: what the gradient of q / |q| is to q, but for the factor 1 / |q|."""
+def orthogonal_part(dk, q):
+    """The part of dk orthogonal to q: the gradient of q through q / |q|, without the factor 1 / |q|."""
     wide = q.to(tl.float32)
     along = tl.sum(dk * wide, 1) / tl.maximum(tl.sum(wide * wide, 1), 1e-24)
     return dk - wide * along[:, None]

@@ -1,114 +1,118 @@
-"""Forward: the softmax of one round for a tile of queries.
+"""Forward kernel: the softmax of one round for the queries of a tile.
 
-A program takes the C.block rows of one tile, wherever they lie, first as each other's keys, then the other keys
-that they see, block by block: most buckets are one tile, whose rows so are loaded once and all at a time. Every
-row is a query of one tile of a round, so programs never write to the same place and sums have one order.
+A program attends from the C.block rows of one tile to each other, then to the other keys in reach, block by block.
+Most buckets are one tile, whose rows are loaded once, all at the same time. A row is a query of one tile per
+round, so programs never write to the same address and every sum has a fixed order.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from reformer_dist.ops.lsh.triton_kernels.pairs import (
-    LN_2,
-    blocks_of_keys,
-    dropout_factors,
+from reformer_dist.ops.lsh.triton_kernels.load import (
+    count_key_blocks,
     gather,
-    key_places,
-    meetings,
-    meets,
-    of_unit,
-    other_rows,
-    product,
-    queries_among,
-    query_places,
-    score_factors,
-    tile_at,
-    unwrapped,
-    who_is_here,
-    write,
+    head_rows,
+    key_slots,
+    load_bounds,
+    load_other_rows,
+    load_tile,
+    query_slots,
+    sorted_round,
+    store,
 )
+from reformer_dist.ops.lsh.triton_kernels.pair_mask import (
+    Dropout,
+    Indices,
+    as_column,
+    as_line,
+    attends,
+    count_rounds,
+    dropout_factors,
+    pair_context,
+)
+from reformer_dist.ops.lsh.triton_kernels.products import product, score_factors
 
 
-@triton.jit(do_not_specialize=["first_unit", "n_tiles"])
+class RunningSoftmax(NamedTuple):
+    """Online softmax of a tile's queries over base-2 scores s."""
+
+    o: Any
+    """[queries, D] sum of 2^(s - top) v."""
+    top: Any
+    """[queries] largest s."""
+    weight: Any
+    """[queries] sum of 2^(s - top)."""
+
+
+@triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
 def attend_round(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
-    order_ptr, table_ptr, codes_ptr, who_ptr, first_unit, n_heads, seq_len, n_tiles, scale, draw, C: tl.constexpr,
+    order_ptr, table_ptr, codes_ptr, token_ids_ptr, first_head, n_heads, seq_len, n_tiles, scale,
+    dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v [B, H, S, D]; order [U, R, S] and the rest [U, R, ...] of the U units at hand.
+    """q, k, v [B, H, S, D]; order [BH, R, S] and the other tensors of a group of BH heads from first_head on.
 
-    Of one round it makes the whole: out [B, H, S, D] and lse [B, H, S]. Of several, `rowwise.merge_rounds` does,
-    from out [U, R, S, D] and lse [U, R, S] of each, the latter in base 2 and -inf for who met nobody.
+    One round is written to out [B, H, S, D] and lse [B, H, S]. Of several, each is written to out [BH, R, S, D]
+    and lse [BH, R, S], the latter in base 2 and -inf for a query without keys, for `rowwise.merge_rounds`.
     """
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
-    round_, unit = tl.program_id(1), tl.program_id(2)
-    first, begin, key_end, end, query_begin, query_end = tile_at(table_ptr, unit, round_, n_tiles, C)
-    if begin == end:
+    bounds = load_bounds(table_ptr, n_tiles, C)
+    if bounds.begin == bounds.end:
         return
-    start_row = unit.to(tl.int64) * C.n_rounds * seq_len
-    order_ptr += start_row
-    codes_ptr += start_row
-    k_ptr = of_unit(k_ptr, k_strides, first_unit + unit, n_heads)
-    v_ptr = of_unit(v_ptr, v_strides, first_unit + unit, n_heads)
-    who = who_is_here(who_ptr, unit, C)
+    round_, head = tl.program_id(1), tl.program_id(2)
+    order = sorted_round(order_ptr, seq_len, C)
+    dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
+    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, seq_len, scale, dropout, C)
+    q_rows = head_rows(q_ptr, q_strides, first_head + head, n_heads)
+    k_rows = head_rows(k_ptr, k_strides, first_head + head, n_heads)
+    v_rows = head_rows(v_ptr, v_strides, first_head + head, n_heads)
 
-    place = first + tl.arange(0, BLOCK)
-    is_row, is_key = place < end, place < key_end
-    is_query = queries_among(place, is_row, query_begin, query_end, C)
-    row = tl.load(order_ptr + round_ * seq_len + place, mask=is_row, other=0)
-    q = gather(of_unit(q_ptr, q_strides, first_unit + unit, n_heads), row, q_strides[2], is_row, C)
-    k = q if C.shared else gather(k_ptr, row, k_strides[2], is_key, C)
-    v = gather(v_ptr, row, v_strides[2], is_key, C)
-    o, weight = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK], tl.float32)
-    top = tl.full([BLOCK], -1e30, tl.float32)  # finite, so that differences of two are 0, not nan
+    tile = load_tile(q_rows, k_rows, v_rows, order, bounds, C)
+    queries = Indices(query_slots(tile.slot, tile.is_query), tile.row)
+    keys = Indices(key_slots(tile.slot, tile.is_key), tile.row)
+    softmax = RunningSoftmax(
+        o=tl.zeros([BLOCK, BLOCK_D], tl.float32),
+        top=tl.full([BLOCK], -1e30, tl.float32),  # finite, so that differences of two are 0, not nan
+        weight=tl.zeros([BLOCK], tl.float32),
+    )
+    softmax = add_keys(softmax, tile.q, queries, tile.k, tile.v, keys, round_, pairs, C)
+    before, n_blocks = count_key_blocks(tile.first, bounds, C)
+    for i in range(n_blocks):
+        others = load_other_rows(i, before, tile.first, order, bounds.begin, bounds.key_end, C)
+        k = gather(k_rows, others.row, others.is_row, C)
+        v = gather(v_rows, others.row, others.is_row, C)
+        other_keys = Indices(key_slots(others.slot, others.is_row), others.row)
+        softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, C)
 
-    first, place = unwrapped(first, round_, seq_len, C), unwrapped(place, round_, seq_len, C)
-    queries = (q, query_places(place, is_query), row)
-    pairs = (begin, codes_ptr, seq_len, round_, who, scale, draw)
-    softmax = absorb((o, top, weight), queries, k, v, key_places(place, is_key), row, pairs, C)
-    before, others = blocks_of_keys(first, begin, key_end, C)
-    for i in range(others):
-        other_place, other_row, is_other, _ = other_rows(
-            i, before, first, order_ptr, begin, key_end, round_, seq_len, C
-        )
-        other_k = gather(k_ptr, other_row, k_strides[2], is_other, C)
-        other_v = gather(v_ptr, other_row, v_strides[2], is_other, C)
-        softmax = absorb(
-            softmax, queries, other_k, other_v, key_places(other_place, is_other), other_row, pairs, C
-        )
-
-    o, top, weight = softmax
-    alone = weight == 0.0
-    weight = tl.where(alone, 1.0, weight)
-    o /= weight[:, None]
-    lse = tl.where(alone, float("-inf"), top + tl.log2(weight))
+    has_no_key = softmax.weight == 0.0
+    weight = tl.where(has_no_key, 1.0, softmax.weight)
+    o = softmax.o / weight[:, None]
+    lse = tl.where(has_no_key, float("-inf"), softmax.top + tl.log2(weight))
     if C.n_rounds == 1:
-        o += gather(v_ptr, row, v_strides[2], is_row & alone, C).to(tl.float32)
-        lse = tl.where(alone, float("inf"), lse * LN_2)
-        lse_ptr += first_unit.to(tl.int64) * seq_len
-    lse_ptr += (unit.to(tl.int64) * C.n_rounds + round_) * seq_len
-    tl.store(lse_ptr + row, lse, mask=is_row)
-    write(o, out_ptr, out_strides, first_unit, row, is_row, n_heads, seq_len, C)
+        lse = tl.where(has_no_key, float("inf"), lse)
+        lse_ptr += first_head.to(tl.int64) * seq_len
+    lse_ptr += (head.to(tl.int64) * C.n_rounds + round_) * seq_len
+    tl.store(lse_ptr + tile.row, lse, mask=tile.is_row)
+    store(o, out_ptr, out_strides, tile, first_head, n_heads, seq_len, C)
 
 
 @triton.jit
-def absorb(softmax, queries, k, v, key_place, key_row, pairs, C: tl.constexpr):
-    """The softmax with a block of keys more. softmax: (o, top, weight); queries: (q, places, rows)."""
-    o, top, weight = softmax
-    q, query_place, query_row = queries
-    begin, codes_ptr, seq_len, round_, who, scale, draw = pairs
-    scores = product(q, tl.trans(k), C) * score_factors(k, scale, C)[None, :]
+def add_keys(softmax, q, queries, k, v, keys, round_, pairs, C: tl.constexpr):
+    """The RunningSoftmax of q [queries, D] after keys k and values v [keys, D]; queries, keys: Indices."""
+    queries, keys = as_column(queries), as_line(keys)
+    scores = product(q, tl.trans(k), C) * score_factors(k, pairs.scale, C)[None, :]
     if C.counts_once:
-        scores -= tl.log2(meetings(codes_ptr, query_row[:, None], key_row[None, :], seq_len, C))
-    sees = meets(query_place[:, None], key_place[None, :], query_row[:, None], key_row[None, :], begin, C)
-    scores = tl.where(sees, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - new_top[:, None])
-    fade = tl.exp2(top - new_top)
-    weight = weight * fade + tl.sum(p, 1)
+        scores -= tl.log2(count_rounds(pairs.codes_ptr, queries, keys, pairs.seq_len, C))
+    scores = tl.where(attends(queries, keys, pairs.begin, C), scores, float("-inf"))
+    top = tl.maximum(softmax.top, tl.max(scores, 1))
+    p = tl.exp2(scores - top[:, None])
+    fade = tl.exp2(softmax.top - top)
+    weight = softmax.weight * fade + tl.sum(p, 1)
     if C.drops:
-        p *= dropout_factors(query_row[:, None], key_row[None, :], round_, who, seq_len, draw, C)
-    o = o * fade[:, None] + product(p.to(v.dtype), v, C)
-    return o, new_top, weight
+        p *= dropout_factors(queries, keys, round_, pairs, C)
+    return RunningSoftmax(softmax.o * fade[:, None] + product(p.to(v.dtype), v, C), top, weight)

@@ -1,4 +1,4 @@
-"""From tensors to kernels: all rounds of some units, forward or backward."""
+"""Launches of the attention kernels: all rounds of some heads, forward or backward."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
 from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
 from reformer_dist.ops.lsh.triton_kernels.rowwise import merge_rounds, sum_rounds
-from reformer_dist.ops.lsh.triton_kernels.tiles import Constants, Tiles
+from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants, Tiles
 from reformer_dist.ops.lsh.triton_kernels.tuning import tuning_of
 
 
 @dataclass(frozen=True)
-class Units:
-    """Consecutive (batch, head) units of q, k, v [B, H, S, D], with the order of their rounds."""
+class HeadGroup:
+    """Consecutive (batch row, head) pairs of q, k, v [B, H, S, D], with the tiles of their rounds."""
 
     options: AttentionOptions
     tiles: Tiles
     first: int
+    """Index of the first pair: batch row * H + head."""
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Into out [B, H, S, D] and lse [B, H, S]; k is None where keys are q / |q|."""
-        o, part_lse = self._parts(out), self._parts(lse)
+        """Writes out [B, H, S, D] and lse [B, H, S]; k is None where keys are q / |q|."""
+        o, round_lse = self._round_buffer(out), self._round_buffer(lse)
         keys = q if k is None else k
         attend_round[self._grid()](
             q,
             keys,
             v,
             o,
-            part_lse,
+            round_lse,
             *_strides(q, keys, v, out),
             *self._arguments(q),
             **self._flags(q, k, is_backward=False),
         )
         if o is not out:
-            merge_rounds(o, part_lse, v, out, lse, self.first, self.tiles.here)
+            merge_rounds(o, round_lse, out, lse, self.first, self.tiles.present)
 
     def attend_backward(
         self,
@@ -49,48 +50,49 @@ class Units:
         delta: Tensor,
         grads: tuple[Tensor, Tensor | None, Tensor],
     ) -> None:
-        """From inputs q, k, v, d_out into grads of q, k, v, all [B, H, S, D]; delta = rowsum(dO * o) [B, H, S]."""
+        """From inputs q, k, v, d_out, writes grads of q, k, v [B, H, S, D]; delta = rowsum(dO * o) [B, H, S]."""
         q, k, v, d_out = inputs
         dq, dk, dv = grads
-        wholes = (dq, dv) if dk is None else (dq, dv, dk)
-        parts = [self._parts(whole) for whole in wholes]
-        given = (q, q if k is None else k, v, d_out)
-        # without dk there is nothing to write there
-        targets, whole_targets = ((x[0], x[-1], x[1]) for x in (parts, wholes))
+        outputs = (dq, dv) if dk is None else (dq, dv, dk)
+        buffers = [self._round_buffer(output) for output in outputs]
+        read = (q, q if k is None else k, v, d_out)
+        # without dk its pointer is never written through
+        written, written_strides = ((x[0], x[-1], x[1]) for x in (buffers, outputs))
         attend_round_backward[self._grid()](
-            *given,
+            *read,
             lse,
             delta,
-            *targets,
-            *_strides(*given, *whole_targets),
+            *written,
+            *_strides(*read, *written_strides),
             *self._arguments(q),
             **self._flags(q, k, is_backward=True),
         )
-        for part, whole in zip(parts, wholes, strict=True):
-            if part is not whole:
-                sum_rounds(part, whole, self.first, self.tiles.here, (d_out, lse) if whole is dv else None)
+        for buffer, output in zip(buffers, outputs, strict=True):
+            if buffer is not output:
+                sum_rounds(buffer, output, self.first, self.tiles.present, lse if output is dv else None)
 
-    def _parts(self, whole: Tensor) -> Tensor:
-        """Where rounds write parts [U, R, S, ...] of the whole [B, H, S, ...]: itself if there is but one."""
-        n_units, n_rounds = self.tiles.order.shape[:2]
+    def _round_buffer(self, output: Tensor) -> Tensor:
+        """Buffer of the rounds for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
+        n_heads, n_rounds = self.tiles.order.shape[:2]
         if n_rounds == 1:
-            return whole
-        return torch.empty(n_units, n_rounds, *whole.shape[2:], dtype=whole.dtype, device=whole.device)
+            return output
+        return torch.empty(n_heads, n_rounds, *output.shape[2:], dtype=output.dtype, device=output.device)
 
     def _grid(self) -> tuple[int, int, int]:
-        n_units, n_rounds, n_tiles, _ = self.tiles.table.shape
-        return n_tiles, n_rounds, n_units
+        n_heads, n_rounds, n_entries, _ = self.tiles.table.shape
+        return n_entries, n_rounds, n_heads
 
     def _arguments(self, q: Tensor) -> tuple[Any, ...]:
+        """Arguments of either kernel from order_ptr on."""
         tiles, (_, n_heads, seq_len, _) = self.tiles, q.shape
-        codes, who = (tiles.order if x is None else x for x in (tiles.codes, tiles.who))
+        codes, token_ids = (tiles.order if x is None else x for x in (tiles.codes, tiles.token_ids))
         sizes = (self.first, n_heads, seq_len, tiles.table.shape[2])
-        return tiles.order, tiles.table, codes, who, *sizes, self.options.scale, self._draw()
+        return tiles.order, tiles.table, codes, token_ids, *sizes, self.options.scale, *self._dropout()
 
-    def _draw(self) -> tuple[int, int, float]:
-        """What `pairs.dropout_factors` needs of the options."""
+    def _dropout(self) -> tuple[int, int, float]:
+        """The fields of `pair_mask.Dropout`."""
         dropout, seed = self.options.dropout, self.options.dropout_seed
-        if dropout == 0:  # of what changes from step to step nothing is compiled in
+        if dropout == 0:
             return 0, 0, 1.0
         return signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout)
 
@@ -99,8 +101,8 @@ class Units:
         tuning = tuning_of(head_dim, q.dtype)
         other_block = min(tuning.other_block, max(16, block // 2))
         launch = tuning.backward if is_backward else tuning.forward
-        constants = Constants.of(
-            self.options, block, other_block, head_dim, n_rounds, shared=k is None, held=self.tiles.are_held
+        constants = KernelConstants.of(
+            self.options, block, other_block, head_dim, n_rounds, shared=k is None, sharded=self.tiles.is_partition
         )
         return {
             "C": constants,

@@ -1,29 +1,42 @@
-"""Passes over rows, before and behind the tiles: rowsum(dO * o), and what the rounds make together."""
+"""Row-wise kernels before and after those of the tiles: rowsum(dO * o), and the sums over rounds."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reformer_dist.ops.lsh.triton_kernels.pairs import LN_2, of_unit
+from reformer_dist.ops.lsh.triton_kernels.load import head_rows
 
 ROWS = 64
 
 
+class RowRange(NamedTuple):
+    """The rows of a program, [ROWS]."""
+
+    row: Any
+    is_row: Any
+    column: Any
+    """[1, D]"""
+    mask: Any
+    """[ROWS, D]: row and column exist."""
+
+
 @triton.jit
-def _rows(seq_len, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, whether they are there, columns [1, D], whether row and column are there) of this program."""
+def _row_range(seq_len, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
-    return row, row < seq_len, column, (row < seq_len)[:, None] & (column < HEAD_DIM)
+    return RowRange(row, row < seq_len, column, (row < seq_len)[:, None] & (column < HEAD_DIM))
 
 
 @triton.jit
-def _places(x_ptr, strides, unit, n_heads, row, column):
-    """Of rows in x [B, H, S, D]."""
-    return of_unit(x_ptr, strides, unit, n_heads) + row.to(tl.int64)[:, None] * strides[2] + column
+def _addresses(x_ptr, strides, head, n_heads, rows):
+    """Addresses of the rows of a (batch row, head) index in x [B, H, S, D]."""
+    x = head_rows(x_ptr, strides, head, n_heads)
+    return x.ptr + rows.row.to(tl.int64)[:, None] * x.stride + rows.column
 
 
 @triton.jit
@@ -31,80 +44,80 @@ def _row_products(
     a_ptr, b_ptr, out_ptr, a_strides, b_strides, n_heads, seq_len,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(1)
-    row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
-    a = tl.load(_places(a_ptr, a_strides, unit, n_heads, row, column), mask=mask, other=0.0)
-    b = tl.load(_places(b_ptr, b_strides, unit, n_heads, row, column), mask=mask, other=0.0)
+    head = tl.program_id(1)
+    rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    a = tl.load(_addresses(a_ptr, a_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
+    b = tl.load(_addresses(b_ptr, b_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
     sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
-    tl.store(out_ptr + unit.to(tl.int64) * seq_len + row, sums, mask=is_row)
+    tl.store(out_ptr + head.to(tl.int64) * seq_len + rows.row, sums, mask=rows.is_row)
 
 
 @triton.jit
-def _are_here(here_ptr, round_, row, is_row, seq_len, HELD: tl.constexpr):
-    """Which rows a round has: all, but of those that are held."""
-    if HELD:
-        is_row = is_row & (tl.load(here_ptr + round_ * seq_len + row, mask=is_row, other=0) != 0)
+def _is_present(present_ptr, round_, rows, seq_len, SHARDED: tl.constexpr):
+    """Masks the rows of a round: all, except those that a shard lacks in it."""
+    is_row = rows.is_row
+    if SHARDED:
+        is_row = is_row & (tl.load(present_ptr + round_ * seq_len + rows.row, mask=is_row, other=0) != 0)
     return is_row
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@triton.jit(do_not_specialize=["first_head"])
 def _merge_rounds(
-    o_ptr, part_lse_ptr, v_ptr, out_ptr, lse_ptr, here_ptr, v_strides, out_strides, first_unit, n_heads, seq_len,
-    HELD: tl.constexpr, N_ROUNDS: tl.constexpr,
+    o_ptr, round_lse_ptr, out_ptr, lse_ptr, present_ptr, out_strides,
+    first_head, n_heads, seq_len, SHARDED: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """o [U, R, S, D], part_lse [U, R, S] in base 2 -> out [B, H, S, D], lse [B, H, S]."""
-    unit = tl.program_id(1)
-    row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
-    start = unit.to(tl.int64) * N_ROUNDS * seq_len
+    """o [BH, R, S, D], round_lse [BH, R, S] -> out [B, H, S, D], lse [B, H, S]."""
+    head = tl.program_id(1)
+    rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    start = head.to(tl.int64) * N_ROUNDS * seq_len
     top = tl.full([ROWS], -1e30, tl.float32)
     for r in tl.static_range(N_ROUNDS):
-        is_here = _are_here(here_ptr, r, row, is_row, seq_len, HELD)
-        part = tl.load(part_lse_ptr + start + r * seq_len + row, mask=is_here, other=float("-inf"))
-        top = tl.maximum(top, part)
+        is_present = _is_present(present_ptr, r, rows, seq_len, SHARDED)
+        lse = tl.load(round_lse_ptr + start + r * seq_len + rows.row, mask=is_present, other=float("-inf"))
+        top = tl.maximum(top, lse)
     weight = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
-        of_round = start + r * seq_len + row
-        is_here = _are_here(here_ptr, r, row, is_row, seq_len, HELD)
-        share = tl.exp2(tl.load(part_lse_ptr + of_round, mask=is_here, other=float("-inf")) - top)
-        weight += share
-        here_mask = mask & is_here[:, None] if HELD else mask
-        part = tl.load(o_ptr + of_round[:, None] * HEAD_DIM + column, mask=here_mask, other=0.0)
-        o += part.to(tl.float32) * share[:, None]
-    alone = weight == 0.0
-    whole = tl.where(alone, 1.0, weight)
-    of_v = _places(v_ptr, v_strides, first_unit + unit, n_heads, row, column)
-    o = o / whole[:, None] + tl.load(of_v, mask=mask & alone[:, None], other=0.0).to(tl.float32)
-    target = _places(out_ptr, out_strides, first_unit + unit, n_heads, row, column)
-    tl.store(target, o.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = tl.where(alone, float("inf"), (top + tl.log2(whole)) * LN_2)
-    tl.store(lse_ptr + (first_unit + unit).to(tl.int64) * seq_len + row, lse, mask=is_row)
+        index = start + r * seq_len + rows.row
+        is_present = _is_present(present_ptr, r, rows, seq_len, SHARDED)
+        round_weight = tl.exp2(tl.load(round_lse_ptr + index, mask=is_present, other=float("-inf")) - top)
+        weight += round_weight
+        mask = rows.mask & is_present[:, None] if SHARDED else rows.mask
+        round_o = tl.load(o_ptr + index[:, None] * HEAD_DIM + rows.column, mask=mask, other=0.0)
+        o += round_o.to(tl.float32) * round_weight[:, None]
+    has_no_key = weight == 0.0
+    weight = tl.where(has_no_key, 1.0, weight)
+    o /= weight[:, None]
+    target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
+    tl.store(target, o.to(out_ptr.dtype.element_ty), mask=rows.mask)
+    lse = tl.where(has_no_key, float("inf"), top + tl.log2(weight))
+    tl.store(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, lse, mask=rows.is_row)
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@triton.jit(do_not_specialize=["first_head"])
 def _sum_rounds(
-    parts_ptr, d_out_ptr, lse_ptr, out_ptr, here_ptr, d_out_strides, out_strides, first_unit, n_heads, seq_len,
-    HELD: tl.constexpr, LEADS_BACK: tl.constexpr, N_ROUNDS: tl.constexpr,
+    parts_ptr, lse_ptr, out_ptr, present_ptr, out_strides, first_head, n_heads, seq_len,
+    SHARDED: tl.constexpr, IS_DV: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """parts [U, R, S, D] -> out [B, H, S, D]. LEADS_BACK: who met nobody has o = v, and so dv = dO."""
-    unit = tl.program_id(1)
-    row, is_row, column, mask = _rows(seq_len, ROWS, HEAD_DIM, BLOCK_D)
-    start = unit.to(tl.int64) * N_ROUNDS * seq_len
+    """parts [BH, R, S, D] -> out [B, H, S, D]. IS_DV: added to what out has for a query without keys."""
+    head = tl.program_id(1)
+    rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    start = head.to(tl.int64) * N_ROUNDS * seq_len
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
-        of_round = start + r * seq_len + row
-        is_here = _are_here(here_ptr, r, row, is_row, seq_len, HELD)
-        here_mask = mask & is_here[:, None] if HELD else mask
-        part = tl.load(parts_ptr + of_round[:, None] * HEAD_DIM + column, mask=here_mask, other=0.0)
+        index = start + r * seq_len + rows.row
+        is_present = _is_present(present_ptr, r, rows, seq_len, SHARDED)
+        mask = rows.mask & is_present[:, None] if SHARDED else rows.mask
+        part = tl.load(parts_ptr + index[:, None] * HEAD_DIM + rows.column, mask=mask, other=0.0)
         total += part.to(tl.float32)
-    if LEADS_BACK:
-        lse = tl.load(lse_ptr + (first_unit + unit).to(tl.int64) * seq_len + row, mask=is_row, other=0.0)
-        of_d_out = _places(d_out_ptr, d_out_strides, first_unit + unit, n_heads, row, column)
-        total += tl.load(of_d_out, mask=mask & (lse == float("inf"))[:, None], other=0.0).to(tl.float32)
-    target = _places(out_ptr, out_strides, first_unit + unit, n_heads, row, column)
-    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
+    target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
+    if IS_DV:
+        lse = tl.load(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, mask=rows.is_row, other=0.0)
+        has_no_key = (lse == float("inf"))[:, None]
+        total += tl.load(target, mask=rows.mask & has_no_key, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=rows.mask)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
@@ -116,47 +129,45 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def merge_rounds(
-    o: Tensor, part_lse: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_unit: int, here: Tensor | None
+    o: Tensor, round_lse: Tensor, out: Tensor, lse: Tensor, first_head: int, present: Tensor | None
 ) -> None:
-    """One softmax of those of R rounds: into out [B, H, S, D] (v for who met nobody) and lse [B, H, S] (inf).
+    """Merges R partial softmaxes into out [B, H, S, D] and lse [B, H, S]: 0 and inf for a query without keys.
 
-    o [U, R, S, D], part_lse [U, R, S] in base 2: of U units from the first one on. here: `Tiles.here`.
+    o [BH, R, S, D] and round_lse [BH, R, S] are of BH heads from first_head on; logsumexps are in base 2. present:
+    `Tiles.present`.
     """
-    n_units, n_rounds, seq_len, _ = o.shape
-    _merge_rounds[_grid(seq_len, n_units)](
-        o, part_lse, v, out, lse, part_lse if here is None else here,
-        v.stride()[:3], out.stride()[:3], first_unit, v.shape[1], seq_len,
-        HELD=here is not None,
-        N_ROUNDS=n_rounds,
-        **_sizes(v),
-    )  # fmt: skip
-
-
-def sum_rounds(
-    parts: Tensor,
-    out: Tensor,
-    first_unit: int,
-    here: Tensor | None,
-    led_back: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Sums of R rounds' gradients [U, R, S, D] into out [B, H, S, D], for U units from the first one on.
-
-    here: `Tiles.here`. led_back = (dO [B, H, S, D], lse [B, H, S]): dO is added for rows that met nobody.
-    """
-    n_units, n_rounds, seq_len, _ = parts.shape
-    d_out, lse = (out, parts) if led_back is None else led_back
-    _sum_rounds[_grid(seq_len, n_units)](
-        parts, d_out, lse, out, lse if here is None else here,
-        d_out.stride()[:3], out.stride()[:3], first_unit, out.shape[1], seq_len,
-        HELD=here is not None,
-        LEADS_BACK=led_back is not None,
+    n_heads, n_rounds, seq_len, _ = o.shape
+    _merge_rounds[_grid(seq_len, n_heads)](
+        o, round_lse, out, lse, round_lse if present is None else present,
+        out.stride()[:3], first_head, out.shape[1], seq_len,
+        SHARDED=present is not None,
         N_ROUNDS=n_rounds,
         **_sizes(out),
     )  # fmt: skip
 
 
-def _grid(seq_len: int, n_units: int) -> tuple[int, int]:
-    return triton.cdiv(seq_len, ROWS), n_units
+def sum_rounds(
+    parts: Tensor, out: Tensor, first_head: int, present: Tensor | None, dv_lse: Tensor | None = None
+) -> None:
+    """Sums the gradients of R rounds [BH, R, S, D] into out [B, H, S, D], for BH heads from first_head on.
+
+    present: `Tiles.present`. dv_lse: the logsumexp [B, H, S] where out is dv, which keeps what it has for queries
+    without keys.
+    """
+    n_heads, n_rounds, seq_len, _ = parts.shape
+    lse = parts if dv_lse is None else dv_lse
+    _sum_rounds[_grid(seq_len, n_heads)](
+        parts, lse, out, lse if present is None else present,
+        out.stride()[:3], first_head, out.shape[1], seq_len,
+        SHARDED=present is not None,
+        IS_DV=dv_lse is not None,
+        N_ROUNDS=n_rounds,
+        **_sizes(out),
+    )  # fmt: skip
+
+
+def _grid(seq_len: int, n_heads: int) -> tuple[int, int]:
+    return triton.cdiv(seq_len, ROWS), n_heads
 
 
 def _sizes(x: Tensor) -> dict[str, int]:

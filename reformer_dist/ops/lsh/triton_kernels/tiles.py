@@ -1,8 +1,8 @@
-"""The order of every round, cut into tiles, in tensors whose sizes are known beforehand: the host never waits.
+"""Sorted order and tiles of every round, in tensors of sizes that do not depend on the data: the host never waits.
 
-A tile is up to `block` consecutive rows of one bucket's order (window rule), counted from its first member, or of
-a unit's order (chunk rule). The table has as many as the shape allows; those that the data leaves over are empty,
-and their programs end at once.
+A tile is up to `block` consecutive rows of the sorted order: of one bucket, counted from its first member (window
+rule), or of a whole head (chunk rule). The table has an entry for every tile that the shape allows. Entries that
+the data leaves unused are empty, and their programs return at once.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, Rule, WindowRule
-from reformer_dist.ops.lsh.triton_kernels.tile_table import cut
+from reformer_dist.ops.lsh.triton_kernels.tile_table import build_table
 
 
 @dataclass(frozen=True)
 class KernelConstants:
-    """What a kernel is compiled for."""
+    """Compile-time constants of the attention kernels."""
 
     block: int
     """Rows of a tile."""
     other_block: int
-    """Rows that a tile's are compared with at a time, beside each other: fewer, which saves registers."""
+    """Rows of a block beside the tile: fewer, which saves registers."""
     head_dim: int
     block_d: int
     """head_dim, rounded up to a power of 2."""
@@ -38,15 +38,15 @@ class KernelConstants:
     after: int
     wraps: bool
     round_to: int
-    """The rows of a round count as padded to a multiple of this."""
+    """A round is padded to a multiple of this."""
     causal: bool
     sees_self: bool
     counts_once: bool
     drops: bool
     shared: bool
     """Keys are q / |q|."""
-    held: bool
-    """Rows are those that a part holds (`Shard`), as one unit."""
+    sharded: bool
+    """Rows are a partition of the sorted order (`attention.Shard`), as one head."""
 
     @staticmethod
     def of(
@@ -57,7 +57,7 @@ class KernelConstants:
         n_rounds: int,
         *,
         shared: bool,
-        held: bool,
+        sharded: bool,
     ) -> KernelConstants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
@@ -79,36 +79,36 @@ class KernelConstants:
             counts_once=options.count_pairs_once and n_rounds > 1,
             drops=options.dropout > 0,
             shared=shared,
-            held=held,
+            sharded=sharded,
         )
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """All rounds of BH units of S rows."""
+    """All rounds of BH heads of S rows each."""
 
     block: int
     order: Tensor
-    """int32 [BH, R, S] row at each place."""
+    """int32 [BH, R, S] row at each slot."""
     table: Tensor
-    """int32 [BH, R, tiles, 4]: first place; where its bucket begins; where its keys end; where it ends.
+    """int32 [BH, R, entries, 4]: first slot of the tile; of its bucket first slot, end of keys, end of rows.
 
-    Of held rows [.., 6]: where its queries begin, and end.
+    Of a partition [.., 6]: also first slot and end of its queries.
     """
     codes: Tensor | None
-    """int32 [BH, R, S]: with count_pairs_once, code of each row's place (`order.position_codes`)."""
-    who: Tensor | None = None
-    """With dropout, int32 [BH] numbers of the units in their step.
+    """int32 [BH, R, S]: with count_pairs_once, position codes of the rows (`sorting.position_codes`)."""
+    token_ids: Tensor | None = None
+    """With dropout, int32 [BH] indices of the (batch row, head) pairs in their step.
 
-    Of held rows, which are one unit, [2, S]: position, and number of the unit in its step.
+    Of a partition, which is one head, [2, S]: position of each row, and index of its (batch row, head).
     """
-    here: Tensor | None = None
-    """uint8 [R, S] of held rows: 0 in rounds from which they are absent. Then they are in no tile."""
+    present: Tensor | None = None
+    """Of a partition, uint8 [R, S]: 0 in rounds from which a row is absent. There it is in no tile."""
 
     @property
-    def are_held(self) -> bool:
-        """Of held rows, and not of whole units."""
-        return self.here is not None
+    def is_partition(self) -> bool:
+        """Of a partition of the sorted order instead of whole heads."""
+        return self.present is not None
 
 
 def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
@@ -124,55 +124,55 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
 
 
 def tile_heads(
-    buckets: Tensor, numbers: Tensor | None, options: AttentionOptions, *, largest: int, has_padding: bool
+    buckets: Tensor, head_indices: Tensor | None, options: AttentionOptions, *, largest: int, has_padding: bool
 ) -> Tiles:
-    """Tiles of bucket ids [BH, R, S], in which n_buckets marks padding: tiles of queries that meet nobody.
+    """Tiles of bucket ids [BH, R, S], in which n_buckets marks padding: its tiles are of queries without keys.
 
-    numbers: see `Tiles.who`.
+    head_indices: `Tiles.token_ids`.
     """
     n_buckets = options.n_buckets
     block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
-    order, table, in_order = _cut_rounds(buckets, n_buckets, options.rule, block, has_padding=has_padding)
-    return Tiles(block, order, table, _codes(order, in_order, options), numbers)
+    order, table, sorted_ids = _sort_rounds(buckets, n_buckets, options.rule, block, has_padding=has_padding)
+    return Tiles(block, order, table, _position_codes(order, sorted_ids, options), head_indices)
 
 
 def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
-    """Tiles of a partition as one unit, whose buckets are those of every unit."""
+    """Tiles of a partition as one head, whose buckets are those of every head."""
     assert isinstance(options.rule, WindowRule) and shard.positions is not None
-    bounds = shard.query_bounds(options.rule)
+    bounds, n_keys = shard.query_bounds(options.rule), shard.n_sort_keys
     block = block_of(options.rule, shard.seq_len, options.n_buckets, largest)
-    n_keys = shard.n_sort_keys
-    order, table, _ = _cut_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
-    who = torch.stack([shard.positions, shard.head_index]).int()
-    return Tiles(block, order, table, shard.position_codes, who, (shard.sort_keys[0] < n_keys).to(torch.uint8))
+    order, table, _ = _sort_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
+    token_ids = torch.stack([shard.positions, shard.head_index]).int()
+    is_present = (shard.sort_keys[0] < n_keys).to(torch.uint8)
+    return Tiles(block, order, table, shard.position_codes, token_ids, is_present)
 
 
-def _cut_rounds(
+def _sort_rounds(
     buckets: Tensor, n_buckets: int, rule: Rule, block: int, *, has_padding: bool, bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order, table and sorted ids of bucket ids [BH, R, S]."""
-    n_units, n_rounds, seq_len = buckets.shape
+    n_heads, n_rounds, seq_len = buckets.shape
     buckets = buckets.to(bucket_dtype(n_buckets))
-    in_order, places = buckets, None
+    sorted_ids, rows = buckets, None
     if n_buckets > 1 or has_padding or bounds is not None:
-        # a radix sort of as few passes as the small type has bytes
-        in_order, places = torch.sort(buckets, dim=2, stable=True)
-    # under the chunk rule a unit is one bucket
+        # a radix sort takes one pass per byte of the type
+        sorted_ids, rows = torch.sort(buckets, dim=2, stable=True)
+    # under the chunk rule a head is one bucket
     n_segments = (1 if isinstance(rule, ChunkRule) else n_buckets) + has_padding
     order = torch.empty(buckets.shape, dtype=torch.int32, device=buckets.device)
-    sizes = (n_units, n_rounds, seq_len // block + n_segments, 4 if bounds is None else 6)
+    sizes = (n_heads, n_rounds, seq_len // block + n_segments, 4 if bounds is None else 6)
     table = torch.zeros(sizes, dtype=torch.int32, device=buckets.device)
-    cut(in_order, places, bounds, order, table, n_buckets, block, chunked=isinstance(rule, ChunkRule))
-    return order, table, in_order
+    build_table(sorted_ids, rows, bounds, order, table, n_buckets, block, chunked=isinstance(rule, ChunkRule))
+    return order, table, sorted_ids
 
 
-def _codes(order: Tensor, in_order: Tensor, options: AttentionOptions) -> Tensor | None:
+def _position_codes(order: Tensor, sorted_ids: Tensor, options: AttentionOptions) -> Tensor | None:
     if not options.count_pairs_once or order.shape[1] == 1:
         return None
     rule = options.rule
-    place = torch.arange(order.shape[2], dtype=torch.int32, device=order.device)
+    slot = torch.arange(order.shape[2], dtype=torch.int32, device=order.device)
     if isinstance(rule, ChunkRule):
-        codes = (place // rule.chunk_len).expand_as(order)
+        codes = (slot // rule.chunk_len).expand_as(order)
     else:
-        codes = place + in_order.to(torch.int32) * rule.window  # buckets lie a window apart
+        codes = slot + sorted_ids.to(torch.int32) * rule.window  # buckets are a window apart
     return torch.empty_like(order).scatter_(2, order.long(), codes)

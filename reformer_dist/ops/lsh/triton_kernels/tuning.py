@@ -1,4 +1,4 @@
-"""Sizes of groups and tiles, warps and registers of programs: what was fastest on an H200 (docs/kernels.md)."""
+"""Sizes of groups and tiles, warps and registers per program: the fastest on an H200 (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
-# Tokens, counted in each round, whose parts exist at a time.
+# Tokens x rounds whose partial results exist at the same time.
 GROUP_TOKENS = 2**22
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Of a tile of the most rows; a shorter one takes fewer warps."""
+    """Launch parameters of the largest tile; shorter ones take fewer warps."""
 
     n_warps: int
     max_registers: int | None = None
-    """Of a thread: fewer let more programs run at a time, down to where they spill."""
+    """Per thread. Fewer raise occupancy, until they spill."""
 
 
 @dataclass(frozen=True)
 class Tuning:
     block: int
-    """Most rows of a tile."""
+    """Largest number of rows of a tile."""
     other_block: int
-    """Most rows beside a tile that it is compared with at a time."""
+    """Largest number of rows of a block beside it."""
     forward: Launch
     backward: Launch
 
@@ -36,7 +36,7 @@ WIDE_FLOAT32 = Tuning(16, 16, Launch(8), Launch(8))
 
 
 def tuning_of(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """Heads up to 64 wide are narrow."""
+    """Tuning by head_dim (up to 64 or more) and dtype."""
     if dtype == torch.float32:
         return NARROW_FLOAT32 if head_dim <= 64 else WIDE_FLOAT32
     return NARROW if head_dim <= 64 else WIDE

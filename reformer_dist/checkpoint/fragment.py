@@ -1,0 +1,39 @@
+"""Fragments: ranges of flattened parameters, the unit in which checkpoints store weights and moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("fp32", *MOMENTS)
+"""Tensors stored per fragment: the master weights and Adam's moments."""
+ELEMENT_SIZE = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of one parameter that this rank owns, with its float32 master copy."""
+
+    name: str
+    offset: int
+    length: int
+    master: Tensor
+    """Flat or parameter-shaped float32 tensor that the optimizer holds as its parameter."""
+    start: int
+    """Offset of the range in `master`."""
+    state: dict[str, Tensor]
+    """The optimizer's state of `master`; empty before the first step."""
+
+    def values(self, kind: str) -> Tensor:
+        """The range's values [length] as a live view; zeros for moments that do not exist yet."""
+        source = self.master.detach() if kind == "fp32" else self.state.get(kind)
+        if source is None:
+            return torch.zeros(self.length)
+        return source.view(-1)[self.start : self.start + self.length]
+
+    @property
+    def adam_step(self) -> int:
+        return int(self.state["step"]) if "step" in self.state else 0

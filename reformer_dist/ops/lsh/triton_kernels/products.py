@@ -1,0 +1,32 @@
+"""Matrix products and scores of the attention kernels; C is the `tiles.KernelConstants` of a call."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# The interpreter multiplies bfloat16 as if it were integers.
+WIDENS = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def product(a, b, C: tl.constexpr):
+    """a @ b with float32 sums."""
+    if WIDENS:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=C.precision)
+
+
+@triton.jit
+def score_factors(k, scale, C: tl.constexpr):
+    """Factors [keys] that turn products with keys k [keys, D] into base-2 scores. Shared keys are k / |k|."""
+    # 2^-10 keeps the weights of pairs within the range of fp16
+    SHORTEST: tl.constexpr = 2.0**-10 if k.dtype == tl.float16 else 1e-12
+    if C.shared:
+        wide = k.to(tl.float32)
+        factors = scale * LOG2_E / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), SHORTEST)
+    else:
+        factors = tl.full([k.shape[0]], LOG2_E, tl.float32) * scale
+    return factors

@@ -1,0 +1,135 @@
+"""The interface of a task: how rows become model inputs, and how the model's outputs are evaluated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from reformer_dist.config import RunConfig
+from reformer_dist.data import (
+    IGNORE_INDEX,
+    Batch,
+    Corpus,
+    DamagedSample,
+    DrawKey,
+    Example,
+    RowSelection,
+    Sample,
+    Span,
+    Tokenizer,
+    heldout_sample_batches,
+    make_sample,
+    read_split,
+)
+from reformer_dist.errors import DataError
+from reformer_dist.models.sequence import SequenceAccess
+from reformer_dist.process.log import logger
+
+AllGather = Callable[[list[Any]], list[Any]]
+"""Concatenates the lists of all ranks, with the same result on each."""
+
+
+def warn_damaged(sample: DamagedSample) -> None:
+    logger.warning(f"not evaluated: {sample}")
+
+
+class Task(ABC):
+    """A task of a run or checkpoint, with its config, its tokenizer and, for classification, its labels."""
+
+    extra_tokens: ClassVar[int] = 0
+    """Token ids of the model after those of the tokenizer."""
+    reports_accuracy: ClassVar[bool] = True
+    """Whether evaluation reports the fraction of labels that the model predicts."""
+    labels_per_row: ClassVar[bool] = False
+    """Whether labels belong to rows rather than to tokens."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> None:
+        self.config, self.tokenizer, self.labels = config, tokenizer, list(labels)
+        self.vocab_size = tokenizer.vocab_size + self.extra_tokens
+
+    @abstractmethod
+    def build_model(self) -> nn.Module: ...
+
+    @abstractmethod
+    def check(self, corpus: Corpus) -> None:
+        """Raises DataError if the task can't read the data sets."""
+
+    @abstractmethod
+    def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        """Model inputs and labels of a training row."""
+
+    @abstractmethod
+    def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
+        """Evaluation batches of a rank, the same number on each. Raises DataError if the split is empty."""
+
+    def predict(self, outputs: Any, sequence: SequenceAccess) -> Tensor:
+        """Predicted labels from the model's outputs on this rank's slice of the rows."""
+        return outputs.argmax(-1)
+
+    @property
+    def token_bytes(self) -> Tensor | None:
+        """[vocab_size] bytes of text of each token if the loss is reported in bits per byte, else None."""
+        return None
+
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
+        """Report of the task's own metrics of a trained model, as lines, the same on every rank."""
+        return []
+
+
+class SampleTask(Task):
+    """A task whose rows hold one sample each."""
+
+    field_names: ClassVar[tuple[str, ...]] = ("text",)
+    """Roles of the fields of a sample, in order; a data set may name them differently."""
+    make_shards_args: ClassVar[str]
+    """Arguments of tools/make_shards.py that write such a data set."""
+
+    @abstractmethod
+    def encode(self, sample: Sample, draw_key: DrawKey) -> Example: ...
+
+    def padding_sample(self) -> Sample:
+        """An empty sample, for rows of padding."""
+        return Sample("", (np.zeros(0, np.int64),) * len(self.field_names), self.padding_metadata())
+
+    def padding_metadata(self) -> dict[str, Any]:
+        return {}
+
+    def check(self, corpus: Corpus) -> None:
+        for dataset in corpus.datasets:
+            if len(dataset.fields) != len(self.field_names):
+                kind, where = self.config.task.kind.name, dataset.folder.address
+                found, needed = ", ".join(dataset.fields), " and ".join(self.field_names)
+                right = f"task.kind={kind} needs {needed}; write it with make_shards.py {self.make_shards_args}"
+                raise DataError(f"data.path={where}: its samples hold {found}; {right}")
+
+    def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        sample = make_sample(spans[0].ref, spans[0].tokens) if spans else None
+        return self._encode_or_pad(sample, draw_key)
+
+    def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
+        return heldout_sample_batches(corpus, rows, self._encode_or_pad, report=warn_damaged)
+
+    def samples(self, corpus: Corpus, rows: RowSelection) -> Iterator[Sample]:
+        """The samples of a split that a rank evaluates."""
+        return read_split(corpus, rows, report=warn_damaged)
+
+    def _encode_or_pad(self, sample: Sample | None, draw_key: DrawKey) -> Example:
+        if sample is not None:
+            return self.encode(sample, draw_key)
+        example = self.encode(self.padding_sample(), draw_key)
+        return {**example, "labels": np.full_like(example["labels"], IGNORE_INDEX)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def concat_ids(*parts: NDArray[Any] | list[int]) -> NDArray[np.int64]:
+    """Token ids of several parts, concatenated."""
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])

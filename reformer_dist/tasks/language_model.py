@@ -1,0 +1,60 @@
+"""Language modeling: the next token of packed text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from reformer_dist.data import (
+    Batch,
+    Corpus,
+    DrawKey,
+    Example,
+    RowSelection,
+    Span,
+    heldout_text_batches,
+    next_token_example,
+    pack_spans,
+)
+from reformer_dist.errors import DataError
+from reformer_dist.models import ReformerLM
+from reformer_dist.tasks.base import Task, warn_damaged
+
+
+class LanguageModel(Task):
+    """Predicts the next token of packed text."""
+
+    reports_accuracy = False
+
+    def build_model(self) -> nn.Module:
+        return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
+
+    def check(self, corpus: Corpus) -> None:
+        for dataset in corpus.datasets:
+            if len(dataset.fields) > 1:
+                kind, found = self.config.task.kind.name, ", ".join(dataset.fields)
+                right = f"task.kind={kind} reads running text; give a data set of text, or another task.kind"
+                raise DataError(f"data.path={dataset.folder.address}: its samples hold {found}; {right}")
+
+    def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        data = self.config.data
+        row = pack_spans(spans, data.seq_len, self.tokenizer.eos_id, data.mask_document_starts)
+        return self.encode_row(*row, draw_key)
+
+    def encode_row(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], draw_key: DrawKey) -> Example:
+        """Example of a row of text: tokens [seq_len + 1] and next-token labels [seq_len]."""
+        return next_token_example(tokens, labels)
+
+    def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
+        seq_len = self.config.data.seq_len
+        return heldout_text_batches(
+            corpus, rows, seq_len=seq_len, report=warn_damaged, make_example=self.encode_row
+        )
+
+    @property
+    def token_bytes(self) -> Tensor | None:
+        return torch.from_numpy(self.tokenizer.token_bytes)

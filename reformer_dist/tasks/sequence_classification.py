@@ -1,0 +1,48 @@
+"""Sequence classification: the label of a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from reformer_dist.data import Corpus, DrawKey, Example, Sample
+from reformer_dist.errors import DataError
+from reformer_dist.models import ReformerForSequenceClassification
+from reformer_dist.tasks.base import SampleTask, concat_ids
+
+
+class SequenceClassification(SampleTask):
+    """A row is a text and end-of-text; a text that is too long is truncated."""
+
+    labels_per_row = True
+    make_shards_args = "FILE.jsonl --fields text --label label"
+
+    def build_model(self) -> nn.Module:
+        config = self.config
+        return ReformerForSequenceClassification(
+            config.model, self.vocab_size, len(self.labels), config.trainer.seed
+        )
+
+    def check(self, corpus: Corpus) -> None:
+        super().check(corpus)
+        for dataset in corpus.datasets:
+            where = f"data.path={dataset.folder.address}"
+            if not dataset.labels:
+                raise DataError(
+                    f"{where}: its samples have no labels; write it with make_shards.py {self.make_shards_args}"
+                )
+            if dataset.labels != self.labels:
+                unknown = sorted(set(dataset.labels) ^ set(self.labels))
+                right = f"the model's labels are {', '.join(self.labels)}"
+                raise DataError(f"{where}: its labels are others ({', '.join(unknown)}); {right}")
+
+    def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
+        tokens = concat_ids(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])
+        label = self.labels.index(sample.metadata["label"])
+        mask = np.ones(len(tokens), dtype=bool)
+        return {"tokens": tokens, "key_padding_mask": mask, "labels": np.array(label)}
+
+    def padding_metadata(self) -> dict[str, Any]:
+        return {"label": self.labels[0]}

@@ -1,0 +1,156 @@
+"""CheckpointManager: chooses the checkpoint to resume from, saves in the background, restores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from reformer_dist.checkpoint import (
+    AsyncSave,
+    CheckpointReader,
+    RunRecord,
+    find_checkpoint,
+    prune,
+    resolve_checkpoint,
+)
+from reformer_dist.config import RunConfig
+from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.engine import TrainEngine
+from reformer_dist.errors import CheckpointError
+from reformer_dist.process.log import logger
+
+FOLDER = "checkpoints"
+SHARED_FIELDS = ("step", "skipped", "skipped_in_a_row", "seconds", "is_observed")  # equal on all ranks
+
+
+@dataclass
+class TrainState:
+    """Progress of a run, saved in checkpoints besides weights and data position."""
+
+    step: int = 0
+    """Optimizer steps done, including skipped ones."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Training time, without evaluation, samples and checkpoints."""
+    is_observed: bool = True
+    """False if the evaluation or sample of the step was interrupted and must be repeated."""
+    window: dict[str, float] = field(default_factory=dict)
+    """This rank's metrics since the last report, if the run stopped between two reports."""
+
+
+def find_resume_checkpoint(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
+    """The checkpoint that `resume` selects, None to start from scratch; the same on every rank.
+
+    Raises CheckpointError if resuming is impossible, or if starting from scratch would mix two runs.
+    """
+    path = runtime.on_main(lambda: _select(config))
+    return CheckpointReader(path) if path is not None else None
+
+
+def _select(config: RunConfig) -> Path | None:
+    root = Path(config.output_dir) / FOLDER
+    newest, problems = find_checkpoint(root)
+    for problem in problems:
+        logger.warning(f"skipped damaged checkpoint {problem}")
+    if config.resume not in ("auto", "never"):
+        return _select_path(config.resume, newest)
+    if config.resume == "never" and (newest is not None or problems):
+        fix = "choose another output_dir, or move them away"
+        raise CheckpointError(f"resume=never: {root} holds checkpoints of an earlier run; {fix}")
+    if newest is None and problems:
+        fix = "move the damaged ones away to start from scratch, or name another by resume=<path>"
+        raise CheckpointError(f"{root}: no checkpoint is intact; {fix}")
+    return newest
+
+
+def _select_path(resume: str, newest: Path | None) -> Path:
+    """The checkpoint at the path `resume`, or the run's own newest one if the run began at that path.
+
+    So the same command resumes the run however often it is interrupted.
+    """
+    if newest is not None and CheckpointReader(newest).record.config["resume"] == resume:
+        return newest
+    selected = resolve_checkpoint(Path(resume))
+    if newest is not None and newest.resolve() != selected.resolve():
+        fix = "give another output_dir, or resume=auto to resume from it"
+        raise CheckpointError(f"resume={resume}: {newest} is of a run that did not begin there; {fix}")
+    return selected
+
+
+class CheckpointManager:
+    """Saves and restores one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        engine: TrainEngine,
+        *,
+        record: RunRecord,
+        extra_files: dict[str, bytes],
+    ) -> None:
+        """record: without progress and loss scaler, which each save adds."""
+        self._runtime, self._engine = runtime, engine
+        self._root = Path(config.output_dir) / FOLDER
+        self._keep, self._keep_every = config.trainer.keep_checkpoints, config.trainer.keep_every
+        self._pending: AsyncSave | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._record, self._extra_files = record, extra_files
+
+    def begin(self, state: TrainState, data_state: dict[str, Any]) -> None:
+        """Copies the state after the step just done, and starts a thread that writes it.
+
+        The previous save must have been waited for. Raises UserError alike on every rank, as `wait` does.
+        """
+        assert self._pending is None
+        record = replace(
+            self._record,
+            progress={name: getattr(state, name) for name in SHARED_FIELDS},
+            loss_scaler=self._engine.scaler_state(),
+        )
+        self._pending = AsyncSave(
+            self._runtime,
+            self._root,
+            state.step,
+            self._engine.fragments(),
+            rank_state={"data": data_state, "window": state.window},
+            record=record,
+            extra_files=self._extra_files,
+            buffers=self._buffers,
+        )
+
+    def wait(self, *, block: bool = True) -> int | None:
+        """Publishes the pending save once its threads have ended; returns its step, or None if there is none yet.
+
+        block: whether to wait for the threads.
+        """
+        pending = self._pending
+        if pending is None or not (block or pending.is_done):
+            return None
+        self._pending = None
+        folder = pending.finish()
+        logger.info(f"saved {folder}")
+        if self._runtime.is_main:
+            prune(self._root, folder, self._keep, self._keep_every)
+        return pending.step
+
+    def restore(self, reader: CheckpointReader) -> TrainState:
+        """Fills the engine from a checkpoint; returns the run's progress."""
+        self._runtime.together(lambda: reader.check_shapes(self._record.shapes))
+        self._runtime.together(lambda: self._engine.load_fragments(reader))
+        self._engine.load_scaler_state(reader.record.loss_scaler or {})
+        saved = {name: value for name, value in (reader.record.progress or {}).items() if name in SHARED_FIELDS}
+        return TrainState(**{"step": reader.step} | saved, window=self._window(reader))
+
+    def _window(self, reader: CheckpointReader) -> dict[str, float]:
+        """This rank's part of the interrupted metrics window; with another world size, rank 0 takes all of it."""
+        windows = [state.get("window", {}) for state in reader.rank_states]
+        rank = self._runtime.rank
+        if len(windows) == self._runtime.world_size:
+            return windows[rank]
+        total = sum(window.get("loss", 0.0) for window in windows)
+        return windows[0] and {**windows[0], "loss": total if rank == 0 else 0.0}

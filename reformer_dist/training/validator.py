@@ -1,0 +1,96 @@
+"""Validator: held-out loss, bucket statistics, reversible drift and text samples of a model in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_dist.data import Batch, RowSelection
+from reformer_dist.engine import TrainEngine
+from reformer_dist.generation import SamplingOptions, generate, make_decoder
+from reformer_dist.models.base import ReformerModel
+from reformer_dist.ops.lsh.bucket_stats import BucketStats
+from reformer_dist.process.log import logger
+from reformer_dist.training.batches import MicroBatch
+from reformer_dist.training.evaluation import evaluate
+from reformer_dist.training.metrics_log import MetricsLogger
+from reformer_dist.training.parts import RunContext, StepLayout, TaskData
+
+PROMPT_TOKENS = 64
+STACK_INPUTS = {"source", "source_mask", "tokens", "key_padding_mask"}
+"""Inputs of a model's layer stacks, by the names of its forward."""
+
+
+class Validator:
+    """Every rank makes the same calls, since ZeRO stage 3 gathers parameters in each of them."""
+
+    def __init__(
+        self, run: RunContext, data: TaskData, layout: StepLayout, engine: TrainEngine, metrics: MetricsLogger
+    ) -> None:
+        self._config, self._runtime, self._stop = run.config, run.runtime, run.stop
+        self._data, self._layout, self._engine, self._metrics = data, layout, engine, metrics
+
+    def evaluate(self, step: int, seconds: float) -> None:
+        """Logs the held-out loss over data.eval_rows rows, and statistics of the model on the first of them.
+
+        seconds: of training so far. Raises Preempted alike on every rank if any receives a stop signal.
+        """
+        self._engine.train(False)
+        sequence = self._layout.sequence
+        dp_rank, dp_size = sequence.mesh.dp_rank, sequence.mesh.dp_size
+        batches = self._batches(self._config.data.eval_rows, self._layout.micro_batch, dp_rank, dp_size)
+        batches = self._stop.until_stopped(batches, self._runtime)
+        result = evaluate(self._engine.forward, batches, self._data.task, self._runtime, sequence)
+        logger.info(f"step {step} | {result}")
+        values = {f"eval/{name}": value for name, value in result.values().items()}
+        self._metrics.scalars({**values, **self._model_stats()}, step, seconds)
+        self._engine.train(True)
+
+    def sample(self, step: int) -> None:
+        """Logs a continuation of the first held-out tokens, which every rank samples whole."""
+        self._engine.train(False)
+        prompt = self._first_row()["tokens"][0, 1 : PROMPT_TOKENS + 1].to(self._runtime.device)
+        max_len = self._config.model.max_positions or self._config.data.seq_len
+        n_tokens = max(0, min(self._config.trainer.sample_tokens, max_len - prompt.numel()))
+        options = SamplingOptions(seed=self._config.trainer.seed)
+        # the engine's forward, which gathers each layer's weights at ZeRO stage 3
+        decoder = make_decoder(self._engine.forward, self._config.model)
+        tokens = generate(decoder, prompt, n_tokens, options)
+        sampled = list(self._stop.until_stopped(tokens, self._runtime))
+        tokenizer = self._data.corpus.tokenizer
+        self._metrics.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(sampled), step)
+        self._engine.train(True)
+
+    def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[Batch]:
+        max_damaged = self._config.data.max_damaged_fraction
+        return self._data.task.heldout(self._data.corpus, RowSelection(rows, micro_batch, rank, size, max_damaged))
+
+    def _first_row(self) -> Batch:
+        """The first held-out row, the same on every rank."""
+        return self._runtime.together(lambda: next(self._batches(1, 1, 0, 1)))
+
+    @torch.no_grad()
+    def _model_stats(self) -> dict[str, float]:
+        model = self._engine.module
+        labels_per_row = self._data.task.labels_per_row
+        batch = MicroBatch.from_rows(self._first_row(), self._layout.sequence, labels_per_row=labels_per_row)
+        inputs: dict[str, Tensor] = batch.to(self._runtime.device)
+        bucket_stats: list[BucketStats] = []
+        values = {}
+        with self._engine.autocast():
+            model(**inputs, **batch.sequences, bucket_stats=bucket_stats)
+            if isinstance(model, ReformerModel):
+                stack_inputs: dict[str, Any] = {name: inputs[name] for name in STACK_INPUTS & inputs.keys()}
+                stack_inputs |= batch.sequences
+                drift = model.reversible_drift(**stack_inputs).item()
+                values["reversible/drift"] = max(self._runtime.gather(drift))
+        if bucket_stats:
+            values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in bucket_stats)
+            values["lsh/full_windows"] = fmean(layer.full_windows for layer in bucket_stats)
+            agreement = self._runtime.sum([fmean(layer.agreement for layer in bucket_stats)])[0]
+            values["lsh/agreement_of_rounds"] = agreement / self._runtime.world_size
+        return values

@@ -1,0 +1,24 @@
+"""The quickstart on a user's text; test_pages.py runs it on the default one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_quickstart_on_a_given_text(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text(
+        "\n\n".join(f"Line {n} of a text that somebody wrote, {n * n} words long." for n in range(4000))
+    )
+    command = [sys.executable, ROOT / "tools" / "quickstart.py", "--text", text, "trainer.max_steps=4"]
+    for said in ("data/quickstart-mine-", "nothing to train"):  # the second run resumes
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout and "held-out bits per byte" in done.stdout

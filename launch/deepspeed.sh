@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Written by: reformer-train launcher=deepspeed experiment=quickstart
 #
-# Run it on node1, in a folder that all machines share. It starts the ranks over ssh, which must ask
-# for no password, and needs pdsh. Nothing starts them again when one is lost: torchrun does that.
+# Run it on node1, in a directory that all machines share. It starts the ranks over ssh, which must
+# work without a password, and needs pdsh. Lost ranks are not restarted: use torchrun for that.
 set -euo pipefail
 
 cores=$(nproc)
@@ -13,7 +13,7 @@ cat > "$folder/hostfile" << 'END'
 node1 slots=4
 node2 slots=4
 END
-# what the ranks see of this shell's environment, beside variables of NCCL and Python
+# environment of the ranks, besides the variables of NCCL and Python
 cat > "$folder/environment" << END
 PATH=$PATH
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 4 ? cores / 4 : 1))}

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Written by: reformer-train launcher=torchrun experiment=quickstart
 #
-# Run it on each of node1, node2, at about the same time, in a folder that all of them share.
-# They meet at node1. After a rank was lost, all start again from the last checkpoint.
+# Run it on each of node1, node2, at about the same time, in a directory that all of them share.
+# The rendezvous is on node1. If a rank is lost, all restart from the last checkpoint.
 set -euo pipefail
 
 cores=$(nproc)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 4 ? cores / 4 : 1))}"
-# how long ranks that are told to end may take to save
+# seconds for ranks to save after SIGTERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
 
 exec torchrun \

@@ -1,4 +1,4 @@
-"""What the installed commands call: it settles how threads wait before PyTorch is loaded, then hands over."""
+"""Entry points of the installed commands: configure OpenMP before PyTorch is loaded, then call `main`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from reformer_dist.process.signals import exit_on_interrupt
 SPIN_COUNT = "1000"
 
 
-def _wait_patiently() -> None:
-    """Lets threads of GNU OpenMP spin only briefly for one another.
+def _limit_spinning() -> None:
+    """Lets waiting threads of GNU OpenMP spin only briefly.
 
-    With other programs on the cores, threads that spin for ten times as long made a step ten times slower: a
-    thread that waits burns the time that the one it waits for needs. On an idle machine they gain some percent.
+    With other programs on the cores, ten times as much spinning made a step ten times slower, since a waiting
+    thread takes the core from the one it waits for. On an idle machine it gains a few percent.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def train() -> None:
-    _wait_patiently()
+    _limit_spinning()
     from reformer_dist.train import main
 
     main()
 
 
 def evaluate() -> None:
-    _wait_patiently()
+    _limit_spinning()
     with exit_on_interrupt():
         from reformer_dist.evaluate import main
 
@@ -34,7 +34,7 @@ def evaluate() -> None:
 
 
 def generate() -> None:
-    _wait_patiently()
+    _limit_spinning()
     with exit_on_interrupt():
         from reformer_dist.generate import main
 
@@ -49,7 +49,7 @@ def convert() -> None:
 
 
 def doctor() -> None:
-    _wait_patiently()
+    _limit_spinning()
     with exit_on_interrupt():
         from reformer_dist.doctor.__main__ import main
 

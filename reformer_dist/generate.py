@@ -191,12 +191,12 @@ def _search(
         model, [prompt] = loaded.begin([prompt])
         limit, before = _max_tokens(loaded, prompt, request.n_tokens), prompt[-CONTEXT:].tolist()
         is_end = _make_stop_check(loaded.tokenizer, before, request.stops)
-        found = beam_search(make_decoder(model, loaded.config.model), prompt, limit, options, is_end)
+        beams = beam_search(make_decoder(model, loaded.config.model), prompt, limit, options, is_end)
         for sample in range(request.n_samples):
             row = number * request.n_samples + sample
-            if sample < len(found):
+            if sample < len(beams):
                 text = TextStream(loaded.tokenizer.decode, request.stops, before)
-                tokens = found[sample].tokens
+                tokens = beams[sample].tokens
                 writer.write(row, "".join(map(text.add, tokens)) + text.flush())
                 writer.hit_max_positions |= (
                     limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
@@ -239,11 +239,11 @@ def _parse_request(arguments: argparse.Namespace) -> Request:
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingOptions:
-    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
-    if given and arguments.beams is not None:
-        option = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{option} {next(iter(given.values()))}: excludes --beams, which does not sample")
-    return SamplingOptions(**{**SAMPLING, **given}, seed=arguments.seed)
+    options = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    if options and arguments.beams is not None:
+        name, value = next(iter(options.items()))
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: excludes --beams, which does not sample")
+    return SamplingOptions(**{**SAMPLING, **options}, seed=arguments.seed)
 
 
 def _beams(arguments: argparse.Namespace) -> BeamOptions | None:

@@ -36,7 +36,7 @@ def train(config: RunConfig) -> None:
     with stop.listen():
         job = runtime.start(timedelta(seconds=config.parallel.timeout))
         stop.defer_to_steps()
-        with ExitStack() as resources, failures.named(job, ADVICE):
+        with ExitStack() as resources, failures.detect_lost_ranks(job, ADVICE):
             try:
                 build_trainer(config, job, resources, stop).fit()
             except runtime.Preempted:

@@ -48,11 +48,12 @@ from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine import TrainEngine
-from reformer_dist.models import ReformerLM, hashing, head
+from reformer_dist.models import ReformerLM, head
+from reformer_dist.models import attention as attention_layers
 from reformer_dist.models.block import Block
 from reformer_dist.models.reversible import Sublayer, TokenwiseSublayer
 from reformer_dist.models.sequence import WholeSequence
-from reformer_dist.ops.lsh import whole
+from reformer_dist.ops.lsh import attention as lsh_attention
 from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.torch_tiles import attention as torch_attention
 from reformer_dist.planning import JobSpec, make_plan
@@ -183,12 +184,12 @@ class Ours:
         watch = Stopwatch(self._device)
         with ExitStack() as patches:
             for name, owner, attribute in (
-                ("hash", hashing, "hash_vectors"),
+                ("hash", attention_layers, "hash_vectors"),
                 ("sort", torch_attention, "lay_out"),
                 ("sort", native_attention, "order_rows"),
                 ("attend", WholeSequence, "bucket_attention"),
                 ("attend", WholeSequence, "exact_attention"),
-                ("attend", whole._Attention, "backward"),
+                ("attend", lsh_attention._Attention, "backward"),
                 (sublayer_of, Sublayer, "__call__"),
                 (sublayer_of, Sublayer, "grads"),
                 (sublayer_of, TokenwiseSublayer, "__call__"),

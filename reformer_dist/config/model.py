@@ -1,4 +1,4 @@
-"""What the model is: sizes, attention, positions, and how its backward gets the activations."""
+"""The model: sizes, attention, positions, and activations for backward."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Recompute(Enum):
 
 @dataclass(kw_only=True)
 class ModelConfig(ConfigGroup, prefix="model."):
-    """A Reformer stack. The size of the vocabulary is the tokenizer's and stands in no config."""
+    """A Reformer stack. The vocabulary size comes from the tokenizer."""
 
     dim: int = bounded(256, least=1)
     """Width of each of the two residual streams."""
@@ -86,73 +86,74 @@ class ModelConfig(ConfigGroup, prefix="model."):
     layers: list[AttentionKind] = field(default_factory=lambda: [AttentionKind.local, AttentionKind.lsh])
     """Attention of each layer, repeated until n_layers: lsh, local or exact."""
     causal: bool = True
-    """True: a language model that sees the past. False: a two-sided stack."""
+    """True: tokens attend to the past only. False: bidirectional."""
     share_layers: bool = False
-    """True: layers at the same place of the pattern share their parameters (not with ZeRO stage 3)."""
+    """Layers at the same position of the pattern share their parameters (not with ZeRO stage 3)."""
     n_encoder_layers: int | None = bounded(None, least=1)
-    """Encoder-decoder: layers of the encoder; null means n_layers, which are those of the decoder."""
+    """Encoder-decoder: layers of the encoder; null means n_layers, the number of the decoder's."""
     encoder_layers: list[AttentionKind] | None = None
-    """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder's."""
+    """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder."""
     cross_attention: CrossAttentionKind = CrossAttentionKind.exact
-    """Encoder-decoder: how the decoder reads the source: exact, or lsh (the keys of a query's bucket)."""
+    """Encoder-decoder: attention of the decoder to the source: exact, or lsh (keys in the bucket of the query)."""
     embedding_dim: int | None = bounded(None, least=1)
-    """Width of token and position vectors, and of the head's table; null means dim. Linear layers lie between."""
+    """Width of token and position vectors, and of the head's table; null means dim. Otherwise linear
+    layers project to dim and back."""
     norm: Norm = Norm.layer
-    """Of a sublayer's input: layer norm; scale: x / |x| times a learned number; rezero: none, and its output is
-    multiplied by a learned number that starts at 0."""
+    """Sublayer input. layer: layer norm; scale: x / |x| times a learned scalar; rezero: none, but the output
+    is multiplied by a learned scalar that starts at 0."""
     layer_drop: float = bounded(0.0, least=0, below=1)
-    """Share of layers that a training step leaves out, drawn anew for each step and alike on every rank."""
+    """Probability that a training step skips a layer, drawn for each step, the same on every rank."""
     one_value_head: bool = False
-    """All heads of a layer share their values."""
+    """All heads of a layer share one value head."""
 
     n_hashes: int = bounded(4, least=1)
     """Hash rounds of LSH attention."""
     n_buckets: int = bounded(64, least=1)
-    """Buckets of one hash round, whatever the length: 1 or even; seq_len / window is a usual choice."""
+    """Buckets per hash round, at any sequence length: 1 or even; seq_len / window is a usual choice."""
     hash_scheme: HashScheme = HashScheme.rotation
     """rotation: argmax of [xR, -xR]; floor: floor(Rx / gamma)."""
     neighbours: NeighbourRule = NeighbourRule.window
-    """window: the last members of the bucket, strictly causal; chunk: the published code's rule, which leaks."""
+    """window: the last tokens of the bucket, strictly causal; chunk: the rule of the paper's code, which leaks."""
     window: int = bounded(64, least=1, most=LARGEST_WINDOW)
-    """window rule: a token sees members of its bucket at a sorted distance below this."""
+    """window rule: a token attends to those of its bucket at a sorted distance below this."""
     chunk_len: int = bounded(64, least=1, most=LARGEST_CHUNK, hint="layers=[exact] attends to more tokens")
-    """chunk rule: tokens of one chunk of the sorted order."""
+    """chunk rule: tokens per chunk of the sorted order."""
     n_chunks_before: int = bounded(1, least=0)
     n_chunks_after: int = bounded(0, least=0)
     local_round: bool = False
-    """One more round whose neighbours are the nearest positions, under the same softmax."""
+    """An additional round over the nearest positions, in the same softmax."""
     count_pairs_once: bool = False
-    """A pair that meets in several rounds counts once (paper, N(i,j)) instead of once a round."""
+    """A pair that shares a bucket in several rounds counts once (paper, N(i,j)) instead of once per round."""
     qk_scale: float = bounded(1.0, above=0)
-    """Factor of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
+    """Scale of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
     local_window: int = bounded(128, least=1, most=LARGEST_WINDOW)
-    """Local attention: positions seen, its own included."""
+    """Local attention: positions in the window, including the token's own."""
     attention_backend: AttentionBackend = AttentionBackend.auto
-    """Of lsh and local layers: triton (GPU kernels), native (C for CPUs, window rule), torch (anything), reference
-    (slow, short texts only); auto is triton or native where they can run, else torch."""
+    """Of lsh and local layers: triton (GPU), native (C for CPUs, window rule), torch (any device), or reference
+    (slow, short sequences only); auto is triton or native where available, otherwise torch."""
 
     ff_mult: int = bounded(4, least=1)
-    """Inner width of the feed-forward, in units of dim."""
+    """Inner width of the feed-forward, as a multiple of dim."""
     ff_dim: int | None = bounded(None, least=1)
     """Inner width of the feed-forward; null means ff_mult * dim."""
     activation: Activation = Activation.gelu
     ff_chunk: int = bounded(0, least=0)
-    """Tokens that the feed-forward handles at a time; 0 means all."""
+    """Tokens per chunk of the feed-forward; 0 means all at once."""
     loss_chunk: int = bounded(1024, least=1)
-    """Tokens whose logits exist at a time in the loss."""
+    """Tokens per chunk of the loss, which bounds the logits in memory."""
     tie_embeddings: bool = False
-    """The output head uses the token embedding's table."""
+    """The output head shares the token embedding table."""
 
     position: Position = Position.axial
     axial_shape: list[int] = field(default_factory=lambda: [32, 64])
-    """axial: sides of the grid that positions fill; their product bounds the length."""
+    """axial: shape of the grid of positions; its size bounds the sequence length."""
     axial_dims: list[int] | None = None
-    """axial: width of each side's embedding, summing to embedding_dim; null splits that evenly."""
+    """axial: embedding width of each side, summing to embedding_dim; null splits it evenly."""
     max_seq_len: int = bounded(2048, least=1)
-    """learned: rows of the table. Other kinds ignore it."""
+    """learned: rows of the position table. Other kinds ignore it."""
 
     pooling: Pooling = Pooling.mean
-    """Classification: the mean of all tokens' vectors decides, or that of the first or last token."""
+    """Classification: input of the head: the mean over all tokens, or the first or last token."""
 
     dropout: float = bounded(0.0, least=0, below=1)
     """After the embedding and after each sublayer."""
@@ -252,7 +253,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
 
     @property
     def output_dim(self) -> int:
-        """Width of what the stack gives to a head."""
+        """Width of the stack's output."""
         return 2 * self.dim if self.is_concat else self.dim
 
     @property
@@ -262,7 +263,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
 
     @property
     def chunk_multiple(self) -> int:
-        """compat.chunk_wrap: other systems pad a text to a multiple of all chunks in use, and wrap around that."""
+        """compat.chunk_wrap: other systems pad to a multiple of all chunk lengths in use, and wrap around there."""
         kinds = set(self.layer_kinds())
         lengths = [self.chunk_len] if AttentionKind.lsh in kinds else []
         lengths += (
@@ -277,12 +278,12 @@ class ModelConfig(ConfigGroup, prefix="model."):
         if self.compat.axial_sum:
             return [self.embedding_width] * len(self.axial_shape)
         n_sides = len(self.axial_shape)
-        share, rest = divmod(self.embedding_width, n_sides)
-        return [share + (side < rest) for side in range(n_sides)]
+        width, rest = divmod(self.embedding_width, n_sides)
+        return [width + (side < rest) for side in range(n_sides)]
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the position embedding can tell apart; None means any."""
+        """Longest sequence that the position embedding supports; None if unlimited."""
         if self.position is Position.axial:
             return math.prod(self.axial_shape)
         if self.position is Position.learned:
@@ -290,7 +291,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
         return None
 
     def encoder(self) -> ModelConfig:
-        """Of the encoder's stack in an encoder-decoder: two-sided, with layers of its own, of width dim."""
+        """The encoder's stack in an encoder-decoder: bidirectional, with its own layers, of width dim."""
         return replace(
             self,
             causal=False,

@@ -1,10 +1,10 @@
-"""When a rank is lost, every other rank ends soon, with one message that names the lost one.
+"""Detection of lost ranks: when one is lost, every other rank exits soon, with one message that names it.
 
-A collective that fails tells no more than a closed connection, and the peer that closed it may itself be one that
-left because of another. Some ranks are told nothing: they wait for a peer that is alive and waits as well. So each
-rank has a thread that answers for it in the job's store as soon as any rank raises the alarm, whatever its main
-thread is waiting for. Who does not answer is lost; who failed has left its words; who answers but never came to
-the collective that others waited for hangs.
+An error of a collective only reports a closed connection, and the peer that closed it may itself have exited
+because of another. Some ranks get no error: they wait for a peer that is alive and waits as well. So each rank has
+a thread that reports its status to the job's store as soon as any rank raises an alarm, whatever the main thread
+is waiting for. A rank without a report is lost; one that failed has reported its error; one that reports, but
+never reached the collective that others waited in, hangs.
 """
 
 from __future__ import annotations
@@ -32,229 +32,234 @@ from reformer_dist.distributed.rendezvous import launcher_hosts_store
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.errors import PeerLost
 
-POLL = 0.5  # seconds between two looks at the store while all is well, one small request each
-HURRY = 0.2  # seconds between two looks at what the others say
-ANSWER = 5.0  # seconds that a rank has to answer an alarm: its thread needs one, unless its machine is very busy
-PATIENCE = 5.0  # seconds that a main thread has to notice by itself what its watch knows
-LEAVE = 10.0  # seconds that it then has to close its files and end
-LOG = "failures/log"  # in the store: a line of JSON for each note
-MAX_WORDS = 500
+POLL_SECONDS = 0.5  # between checks for an alarm, a small request each
+ALARM_POLL_SECONDS = 0.2  # between reads of the reports after an alarm
+REPORT_SECONDS = 5.0  # for a rank to report after an alarm: its thread is only late on a very busy machine
+NOTICE_SECONDS = 5.0  # for a main thread to get an error of its own after the monitor knows the diagnosis
+EXIT_SECONDS = 10.0  # for it to close its files and exit afterwards
+LOG_KEY = "failures/log"  # in the store: a line of JSON per report
+MAX_MESSAGE_LENGTH = 500
 # gloo raises plain RuntimeErrors, but names its source file in all of them
-SIGNS = ("gloo/transport/", "third_party/gloo/", "Gloo connectFullMesh")
-COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
-# whose innermost lines wait for what they have sent before
-WAITERS = (str(Path(__file__).parent), "/deepspeed/")
+GLOO_MARKS = ("gloo/transport/", "third_party/gloo/", "Gloo connectFullMesh")
+COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
+# code whose innermost frame waits for an asynchronous collective
+WAITING_FILES = (str(Path(__file__).parent), "/deepspeed/")
 LIBRARIES = ("/site-packages/", "/dist-packages/", "/lib/python")
 
 
-class Kind(str, Enum):
+class RankStatus(str, Enum):
     failed = "failed"
-    """Raised an error of its own."""
+    """Raised an error that is not of a collective."""
     noticed = "noticed"
-    """A collective failed under it."""
+    """Got an error from a collective."""
     waiting = "waiting"
-    """Its main thread is in a collective, as far as can be seen."""
+    """Its main thread seems to be in a collective."""
     busy = "busy"
     """Its main thread is elsewhere."""
     done = "done"
-    """Knows who was lost, and needs the store no more."""
+    """Has a diagnosis, and no longer needs the store."""
 
 
 @dataclass(frozen=True)
-class Note:
-    """What a rank says of itself; a later one replaces an earlier."""
+class RankReport:
+    """A rank's report about itself; a later one replaces an earlier one."""
 
     rank: int
-    kind: Kind
-    words: str = ""
-    place: str = ""
+    status: RankStatus
+    message: str = ""
+    location: str = ""
 
 
 @contextmanager
-def named(job: Runtime, advice: str = "") -> Iterator[None]:
-    """Around all that a job does together. Raises PeerLost, which names the lost ranks, where a collective fails.
+def detect_lost_ranks(job: Runtime, advice: str = "") -> Iterator[None]:
+    """Wraps all collectives of a job. Raises PeerLost, which names the lost ranks, if a collective fails.
 
-    Any other error goes on as it is, once the other ranks can read of it. After an error that the ranks did not
-    agree on, the process has to end: if it does not within seconds, it is ended.
+    Any other error is re-raised once the other ranks can read it. After an error that the ranks did not agree on
+    the process has to exit; it is ended if it does not do so within seconds.
 
-    advice: what the user should do, said behind what happened.
+    advice: what the user should do, appended to the message.
     """
     if job.world_size == 1:
         yield
         return
-    watch = _Watch(job, advice)
+    monitor = _Monitor(job, advice)
     try:
         yield
-        job.barrier()  # a rank that ends early must not look like a lost one
+        job.barrier()  # a rank that exits early must not look like a lost one
     except SharedError:
-        watch.stop()
+        monitor.stop()
         raise
     except BaseException as error:
-        if not is_of_a_collective(error):
-            watch.report(Note(job.rank, Kind.failed, _words(error)), error)
+        if not is_collective_error(error):
+            monitor.report(RankReport(job.rank, RankStatus.failed, _summarize(error)), error)
             raise
         stack = list(traceback.walk_tb(error.__traceback__))[::-1]
-        note = Note(job.rank, Kind.noticed, _words(error), _place(stack))
-        raise PeerLost(watch.report(note, error)) from error
-    watch.stop()
+        report = RankReport(job.rank, RankStatus.noticed, _summarize(error), _location(stack))
+        raise PeerLost(monitor.report(report, error)) from error
+    monitor.stop()
 
 
-def is_of_a_collective(error: BaseException) -> bool:
-    """Whether it, or what it came from, tells of the connection to other ranks and not of this one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, dist.DistError):
+def is_collective_error(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, is about the connection to other ranks."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, dist.DistError):
             return True
-        if isinstance(seen, RuntimeError) and any(sign in str(seen) for sign in SIGNS):
+        if isinstance(cause, RuntimeError) and any(mark in str(cause) for mark in GLOO_MARKS):
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
-def judge(notes: dict[int, Note], world_size: int) -> str:
-    """Who was lost, from all that the ranks said of themselves in time."""
-    of, said = f"of {world_size}", sorted(notes.items())
-    found = [f"rank {rank} {of} failed: {note.words}" for rank, note in said if note.kind is Kind.failed]
-    silent = [str(rank) for rank in range(world_size) if rank not in notes]
+def diagnose(reports: dict[int, RankReport], world_size: int) -> str:
+    """The lost, failed or hanging ranks, from all reports that arrived in time."""
+    of, by_rank = f"of {world_size}", sorted(reports.items())
+    failed = [each for each in by_rank if each[1].status is RankStatus.failed]
+    causes = [f"rank {rank} {of} failed: {report.message}" for rank, report in failed]
+    silent = [str(rank) for rank in range(world_size) if rank not in reports]
     if silent:
         were = f"rank {silent[0]} {of} was" if len(silent) == 1 else f"ranks {', '.join(silent)} {of} were"
-        found.append(f"{were} lost: ended without a word, or does not answer")
-    if not found and any("timed out" in note.words.lower() for note in notes.values()):
-        found = [
-            f"rank {rank} {of} hangs at {note.place}: the others waited for it in a collective"
-            for rank, note in said
-            if note.kind is Kind.busy
+        causes.append(f"{were} lost: exited without an error, or does not respond")
+    if not causes and any("timed out" in report.message.lower() for report in reports.values()):
+        causes = [
+            f"rank {rank} {of} hangs at {report.location}: the others waited for it in a collective"
+            for rank, report in by_rank
+            if report.status is RankStatus.busy
         ]
-    if not found:
-        each = "; ".join(f"rank {rank} at {note.place}: {note.words or note.kind.value}" for rank, note in said)
-        found = [f"all {world_size} ranks are alive, but a collective failed among them: {each}"]
-    return "; ".join(found)
+    if not causes:
+        each = "; ".join(
+            f"rank {rank} at {report.location}: {report.message or report.status.value}"
+            for rank, report in by_rank
+        )
+        causes = [f"all {world_size} ranks are alive, but a collective failed among them: {each}"]
+    return "; ".join(causes)
 
 
-class _Watch:
-    """Answers for this rank in the job's store, and ends the process if its main thread does not."""
+class _Monitor:
+    """A thread that reports for this rank to the job's store, and ends the process if its main thread does not."""
 
     def __init__(self, job: Runtime, advice: str) -> None:
         self._rank, self._world_size, self._advice = job.rank, job.world_size, advice
         self._main = threading.get_ident()
-        # a connection of its own: on the shared one it would wait for whatever the main thread waits for
+        # the shared connection would block behind requests of the main thread
         self._store: Any = _default_store().clone()
-        self._lifeline = _connect_to_host()
-        self._is_cut_off = False
-        self._notes: dict[int, Note] = {}
+        self._host = _connect_to_host()
+        self._is_store_lost = False
+        self._reports: dict[int, RankReport] = {}
         self._done: set[int] = set()
-        self._own: Note | None = None
+        self._own_report: RankReport | None = None
         self._error: BaseException | None = None
         self._is_stopped = False
-        self._settled = threading.Event()  # the main thread has reported, or stopped us
-        self._judged = threading.Event()
-        self._verdict = ""
+        self._main_is_done = threading.Event()  # the main thread has reported, or stopped the monitor
+        self._has_diagnosis = threading.Event()
+        self._diagnosis = ""
         threading.Thread(target=self._run, name="failures", daemon=True).start()
 
     def stop(self) -> None:
-        """The ranks end as they agreed: from now on nothing is a failure."""
+        """The ranks exit as they agreed: from now on nothing is a failure."""
         self._is_stopped = True
-        self._settled.set()
+        self._main_is_done.set()
 
-    def report(self, note: Note, error: BaseException) -> str:
-        """From the main thread: raises the alarm, and returns who was lost."""
-        self._own, self._error = note, error
-        self._settled.set()
-        if self._judged.wait(2 * ANSWER + PATIENCE):
-            return self._verdict
-        self._is_cut_off = True  # our thread waits for a store that does not answer
-        return self._who()
+    def report(self, report: RankReport, error: BaseException) -> str:
+        """From the main thread: raises the alarm, and returns the diagnosis."""
+        self._own_report, self._error = report, error
+        self._main_is_done.set()
+        if self._has_diagnosis.wait(2 * REPORT_SECONDS + NOTICE_SECONDS):
+            return self._diagnosis
+        self._is_store_lost = True  # the thread is blocked in a request
+        return self._diagnose()
 
     def _run(self) -> None:
-        with self._lifeline:
-            self._wait_and_judge()
-        if self._settled.wait(PATIENCE):
+        with self._host:
+            self._wait_for_alarm()
+        if self._main_is_done.wait(NOTICE_SECONDS):
             if self._is_stopped:
                 return
-            time.sleep(LEAVE)
-        self._end()
+            time.sleep(EXIT_SECONDS)
+        self._end_process()
 
-    def _wait_and_judge(self) -> None:
-        while not self._settled.wait(POLL) and not self._ask("check", [LOG]):
-            if self._is_cut_off:
-                self._settled.wait()  # that alone is no reason to end a job
+    def _wait_for_alarm(self) -> None:
+        while not self._main_is_done.wait(POLL_SECONDS) and not self._request("check", [LOG_KEY]):
+            if self._is_store_lost:
+                self._main_is_done.wait()  # the loss of the store alone does not end a job
         if self._is_stopped:
             return
-        time.sleep(HURRY)  # a host that dies closes its connections one after another
-        self._collect()
-        self._verdict = self._who()
+        time.sleep(ALARM_POLL_SECONDS)  # a dying host closes its connections one at a time
+        self._collect_reports()
+        self._diagnosis = self._diagnose()
         self._release_store()
-        self._judged.set()
+        self._has_diagnosis.set()
 
-    def _collect(self) -> None:
-        """Waits until every rank has said what it knows, or should have."""
-        deadline = time.monotonic() + ANSWER
-        while not self._is_cut_off and time.monotonic() < deadline:
-            self._answer()
-            self._read()
-            kinds = {note.kind for note in self._notes.values()}
-            if len(self._notes) == self._world_size and (Kind.failed in kinds or kinds == {Kind.noticed}):
+    def _collect_reports(self) -> None:
+        """Returns when the reports of all ranks explain the failure, or REPORT_SECONDS are over."""
+        deadline = time.monotonic() + REPORT_SECONDS
+        while not self._is_store_lost and time.monotonic() < deadline:
+            self._write_own_report()
+            self._read_reports()
+            statuses = {report.status for report in self._reports.values()}
+            is_explained = RankStatus.failed in statuses or statuses == {RankStatus.noticed}
+            if len(self._reports) == self._world_size and is_explained:
                 return
-            time.sleep(HURRY)
+            time.sleep(ALARM_POLL_SECONDS)
 
-    def _answer(self) -> None:
-        if self._own is not None:
-            if self._notes.get(self._rank) != self._own:
-                self._write(self._own)
-        elif self._rank not in self._notes:
-            self._write(_look_at(self._rank, sys._current_frames()[self._main]))
+    def _write_own_report(self) -> None:
+        if self._own_report is not None:
+            if self._reports.get(self._rank) != self._own_report:
+                self._append(self._own_report)
+        elif self._rank not in self._reports:
+            self._append(_inspect_thread(self._rank, sys._current_frames()[self._main]))
 
     def _release_store(self) -> None:
-        """The rank that hosts the store stays until the others have read what is in it."""
-        self._write(Note(self._rank, Kind.done))
-        deadline = time.monotonic() + ANSWER
-        while self._rank == 0 and not self._is_cut_off and time.monotonic() < deadline:
-            self._read()
-            if self._done.issuperset(self._notes):
+        """Keeps the rank that hosts the store alive until the others have read it."""
+        self._append(RankReport(self._rank, RankStatus.done))
+        deadline = time.monotonic() + REPORT_SECONDS
+        while self._rank == 0 and not self._is_store_lost and time.monotonic() < deadline:
+            self._read_reports()
+            if self._done.issuperset(self._reports):
                 return
-            time.sleep(HURRY)
+            time.sleep(ALARM_POLL_SECONDS)
 
-    def _who(self) -> str:
-        has_failed = any(note.kind is Kind.failed for note in self._notes.values())
-        if self._is_cut_off and not has_failed:
+    def _diagnose(self) -> str:
+        has_failed = any(report.status is RankStatus.failed for report in self._reports.values())
+        if self._is_store_lost and not has_failed:
             host = "the job's launcher" if launcher_hosts_store() else f"rank 0 of {self._world_size}"
-            words = f"{host}, which hosts the job's store, was lost: ended without a word, or does not answer"
+            cause = f"{host}, which hosts the job's store, was lost: exited without an error, or does not respond"
         else:
-            words = judge(self._notes, self._world_size)
-        return f"{words}; {self._advice}" if self._advice else words
+            cause = diagnose(self._reports, self._world_size)
+        return f"{cause}; {self._advice}" if self._advice else cause
 
-    def _write(self, note: Note) -> None:
-        self._ask("append", LOG, json.dumps(asdict(note)) + "\n")
+    def _append(self, report: RankReport) -> None:
+        self._request("append", LOG_KEY, json.dumps(asdict(report)) + "\n")
 
-    def _read(self) -> None:
-        for line in (self._ask("get", LOG) or b"").decode().splitlines():
-            said = json.loads(line)
-            note = Note(**{**said, "kind": Kind(said["kind"])})
-            if note.kind is Kind.done:
-                self._done.add(note.rank)
+    def _read_reports(self) -> None:
+        for line in (self._request("get", LOG_KEY) or b"").decode().splitlines():
+            fields = json.loads(line)
+            report = RankReport(**{**fields, "status": RankStatus(fields["status"])})
+            if report.status is RankStatus.done:
+                self._done.add(report.rank)
             else:
-                self._notes[note.rank] = note
+                self._reports[report.rank] = report
 
-    def _ask(self, request: str, *args: Any) -> Any:
-        """A request to the store; None where it is gone."""
-        # the store's own client would print a page of addresses about the connection before it raises
-        self._is_cut_off = self._is_cut_off or _has_ended(self._lifeline)
-        if not self._is_cut_off:
+    def _request(self, method: str, *args: Any) -> Any:
+        """A request to the store; None if the store is lost."""
+        # checked first: the store's client would print a page of addresses before it raises
+        self._is_store_lost = self._is_store_lost or _has_ended(self._host)
+        if not self._is_store_lost:
             try:
-                return getattr(self._store, request)(*args)
+                return getattr(self._store, method)(*args)
             except RuntimeError:
-                self._is_cut_off = True
+                self._is_store_lost = True
         return None
 
-    def _end(self) -> NoReturn:
-        """Ends the process from this thread: the main one waits for something that will not come."""
+    def _end_process(self) -> NoReturn:
+        """Ends the process from this thread: the main thread is blocked for good."""
         with suppress(Exception):
             sys.stdout.flush()
-        with suppress(OSError):  # nobody may read it any more
-            if self._error is not None and not is_of_a_collective(self._error):
+        with suppress(OSError):  # the reader may be gone
+            if self._error is not None and not is_collective_error(self._error):
                 traceback.print_exception(self._error)
             else:
-                sys.stderr.write(f"error: {self._verdict}\n")
+                sys.stderr.write(f"error: {self._diagnosis}\n")
             sys.stderr.flush()
         os._exit(1)
 
@@ -264,7 +269,7 @@ def _default_store() -> Any:
 
 
 def _connect_to_host() -> socket.socket:
-    """A connection to the store's port on which nothing is said: it ends when the host does."""
+    """An idle connection to the store's port, which closes when the host exits."""
     return socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
 
 
@@ -275,24 +280,24 @@ def _has_ended(connection: socket.socket) -> bool:
         return True
 
 
-def _words(error: BaseException) -> str:
-    """Kind and first line: what some libraries write below it is long."""
+def _summarize(error: BaseException) -> str:
+    """Type and first line of an error, since some libraries add pages to it."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:MAX_WORDS] if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}"[:MAX_MESSAGE_LENGTH] if lines else type(error).__name__
 
 
-def _look_at(rank: int, frame: FrameType) -> Note:
-    """What the main thread does just now."""
+def _inspect_thread(rank: int, frame: FrameType) -> RankReport:
+    """A report from the current stack of the main thread."""
     stack = list(traceback.walk_stack(frame))
-    waits = any(part in _file(each) for each, _ in stack for part in COLLECTIVES)
-    waits = waits or any(part in _file(frame) for part in WAITERS)
-    return Note(rank, Kind.waiting if waits else Kind.busy, place=_place(stack))
+    waits = any(part in _file(each) for each, _ in stack for part in COLLECTIVE_FILES)
+    waits = waits or any(part in _file(frame) for part in WAITING_FILES)
+    return RankReport(rank, RankStatus.waiting if waits else RankStatus.busy, location=_location(stack))
 
 
-def _place(stack: list[tuple[FrameType, int]]) -> str:
-    """The innermost line that is no library's, from frames with the innermost first."""
-    ours = [each for each in stack if not any(part in _file(each[0]) for part in LIBRARIES)]
-    frame, line = (ours or stack)[0]
+def _location(stack: list[tuple[FrameType, int]]) -> str:
+    """The innermost line outside of libraries, from frames with the innermost first."""
+    outside = [each for each in stack if not any(part in _file(each[0]) for part in LIBRARIES)]
+    frame, line = (outside or stack)[0]
     return f"{Path(_file(frame)).name}:{line} in {frame.f_code.co_name}"
 
 

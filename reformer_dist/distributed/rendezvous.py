@@ -1,9 +1,9 @@
-"""A store for this start of a job alone, inside the one that torchrun keeps for all its starts.
+"""A new store for each start of a job, inside the one that torchrun keeps across restarts.
 
-When torchrun starts the ranks of a job again, they find in its store what those before them have written:
-addresses at which nobody listens any more, and who was lost then. Its count of restarts tells the starts apart on
-one machine only; another, which starts its ranks again for company, does not count that. So rank 0 draws a name
-for each start, and hands it to every rank that asks.
+When torchrun restarts the ranks of a job, its store still holds what the previous ones wrote: addresses that are
+no longer in use, and reports of lost ranks. Its restart count identifies a start on one machine only, since an
+agent whose ranks are restarted because of another machine does not count that. So rank 0 draws a name for each
+start, and every rank asks for it.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from datetime import timedelta
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistStoreError
 
-POLL = 0.02  # seconds
+POLL_SECONDS = 0.02
 ROOT = "reformer"
 
 
 def launcher_hosts_store() -> bool:
-    """As torchrun does; else rank 0 hosts it."""
+    """Whether the launcher hosts the store, as torchrun does; otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def connect(timeout: timedelta) -> Store:
-    """To the launcher's store."""
+    """Connects to the launcher's store."""
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
 
 
-def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """Every rank calls this; returns the part of the store that is new to all of them.
+def rendezvous(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The part of the store that belongs to this start. Every rank calls this.
 
-    Raises DistStoreError where a rank does not come in time.
+    Raises DistStoreError if a rank does not arrive in time.
     """
-    name = _hand_out(store, world_size, timeout) if rank == 0 else _ask(store, rank, timeout)
+    name = _publish_name(store, world_size, timeout) if rank == 0 else _request_name(store, rank, timeout)
     return PrefixStore(f"{ROOT}/{name}", store)
 
 
-def _ask(store: Store, rank: int, timeout: timedelta) -> str:
-    """No rank 0 of an earlier start can answer: the question is new."""
-    question = uuid.uuid4().hex
-    store.set(f"{ROOT}/question/{rank}", question)
-    answer = f"{ROOT}/answer/{question}"
+def _request_name(store: Store, rank: int, timeout: timedelta) -> str:
+    """The request has a new id, which rank 0 of an earlier start can't have answered."""
+    request = uuid.uuid4().hex
+    store.set(f"{ROOT}/question/{rank}", request)
+    answer = f"{ROOT}/answer/{request}"
     store.wait([answer], timeout)
     name = store.get(answer).decode()
     store.set(f"{ROOT}/heard/{name}/{rank}", "")
     return name
 
 
-def _hand_out(store: Store, world_size: int, timeout: timedelta) -> str:
-    """Answers whatever is asked, be it left from an earlier start, until each rank has heard the name."""
+def _publish_name(store: Store, world_size: int, timeout: timedelta) -> str:
+    """Answers all requests, including stale ones, until each rank has acknowledged the name."""
     name = uuid.uuid4().hex
     answered: dict[int, bytes] = {}
     waiting = set(range(1, world_size))
@@ -61,12 +61,12 @@ def _hand_out(store: Store, world_size: int, timeout: timedelta) -> str:
             if store.check([f"{ROOT}/heard/{name}/{rank}"]):
                 waiting.discard(rank)
             elif store.check([f"{ROOT}/question/{rank}"]):
-                question = store.get(f"{ROOT}/question/{rank}")
-                if answered.get(rank) != question:
-                    store.set(f"{ROOT}/answer/{question.decode()}", name)
-                    answered[rank] = question
+                request = store.get(f"{ROOT}/question/{rank}")
+                if answered.get(rank) != request:
+                    store.set(f"{ROOT}/answer/{request.decode()}", name)
+                    answered[rank] = request
         if time.monotonic() > deadline:
             ranks = ", ".join(map(str, sorted(waiting)))
             raise DistStoreError(f"timed out after {timeout.total_seconds():g} s waiting for ranks {ranks}")
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
     return name

@@ -1,7 +1,7 @@
-"""The processes of a job: who am I, which device is mine, and how all of us agree.
+"""Runtime: rank, device, and collectives on host objects.
 
-Two kinds of traffic: gradients and parameters go over NCCL or gloo, by DeepSpeed; the few numbers and words by
-which ranks agree go over gloo in host memory, so that they never wait for a GPU.
+Tensors go over NCCL or gloo. The few host values that ranks agree on go over gloo, so that they never wait for a
+GPU.
 """
 
 from __future__ import annotations
@@ -17,66 +17,66 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from reformer_dist.distributed.rendezvous import connect, launcher_hosts_store, meet
+from reformer_dist.distributed.rendezvous import connect, launcher_hosts_store, rendezvous
 from reformer_dist.errors import PeerLost, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-DRAIN = 0.1  # seconds
+DRAIN_SECONDS = 0.1
 
 
 class SharedError(UserError):
-    """An error that every rank raises alike, so that one of them may speak for all."""
+    """An error that every rank raises alike, so that one of them may report it for all."""
 
 
 class Preempted(SharedError):
-    """Every rank stops alike, because the job was told to; what it had done is saved."""
+    """Every rank stops at the same point, because of a stop signal; progress is saved."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others."""
+    """This process's rank in the job, its device, and collectives on host objects."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     control_group: dist.ProcessGroup | None
-    """gloo; None stands for the default group."""
+    """A gloo group; None for the default group."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, numbers: list[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-        total = torch.tensor(numbers, dtype=torch.float64)
+    def sum(self, values: list[float]) -> list[float]:
+        """Elementwise sums over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control_group)
         return total.tolist()
 
-    def gather(self, thing: Any) -> list[Any]:
-        """One picklable thing of each rank, on every rank."""
-        things: list[Any] = [None] * self.world_size
-        dist.all_gather_object(things, thing, group=self.control_group)
-        return things
+    def gather(self, value: Any) -> list[Any]:
+        """All-gathers a picklable value of each rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
 
-    def broadcast(self, thing: T | None) -> T:
-        """Rank 0's picklable thing, on every rank."""
-        things = [thing]
-        dist.broadcast_object_list(things, src=0, group=self.control_group)
-        return things[0]  # type: ignore[return-value]
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's picklable value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control_group)
+        return values[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)
 
     def raise_together(self, error: UserError | OSError | None) -> None:
-        """Every rank calls this; if any of them brings an error, all raise it."""
-        said = self.gather(None if error is None else str(error))
-        if any(words is not None for words in said):
-            raise SharedError(_merge(said)) from error
+        """Raises on every rank the errors that any rank passes. Every rank calls this."""
+        messages = self.gather(None if error is None else str(error))
+        if any(message is not None for message in messages):
+            raise SharedError(_merge(messages)) from error
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank; if it fails as a user's error anywhere, all ranks raise that error."""
+        """Runs `action` on every rank; if any raises a UserError or OSError, all ranks raise it."""
         result: T | None = None
         error: UserError | OSError | None = None
         try:
@@ -87,49 +87,49 @@ class Runtime:
         return result  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 alone; all ranks get its result, or raise its error."""
+        """Runs `action` on rank 0; all ranks return its result, or raise its error."""
         result: T | None = None
-        words: str | None = None
+        message: str | None = None
         cause: UserError | OSError | None = None
         if self.is_main:
             try:
                 result = action()
             except (UserError, OSError) as error:
-                words, cause = str(error), error
-        result, words = self.broadcast((result, words))
-        if words is not None:
-            raise SharedError(words) from cause
+                message, cause = str(error), error
+        result, message = self.broadcast((result, message))
+        if message is not None:
+            raise SharedError(message) from cause
         return result  # type: ignore[return-value]
 
 
-def _merge(said: list[str | None]) -> str:
-    """Each different message once, with the ranks that brought it unless all did."""
-    ranks: dict[str, list[int]] = {}
-    for rank, words in enumerate(said):
-        if words is not None:
-            ranks.setdefault(words, []).append(rank)
-    if len(ranks) == 1 and len(said) in (1, len(next(iter(ranks.values())))):
-        return next(iter(ranks))
-    return "\n".join(f"rank {', '.join(map(str, who))}: {words}" for words, who in ranks.items())
+def _merge(messages: list[str | None]) -> str:
+    """Each distinct message once, with its ranks unless all have the same."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        if message is not None:
+            ranks_of.setdefault(message, []).append(rank)
+    if len(ranks_of) == 1 and len(messages) in (1, len(next(iter(ranks_of.values())))):
+        return next(iter(ranks_of))
+    return "\n".join(f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in ranks_of.items())
 
 
 def is_rank() -> bool:
-    """Whether a launcher has started this process as a rank of a job: it must start no job itself."""
+    """Whether a launcher started this process as a rank, which must not launch a job itself."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def env_rank() -> int:
-    """This process's rank as its launcher gave it; 0 without one."""
+    """Rank from the launcher's environment; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def env_world_size() -> int:
-    """Processes of this job as its launcher gave them; 1 without one."""
+    """World size from the launcher's environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def ranks_per_node() -> int:
-    """Processes of this job on this machine as its launcher gave them; all of them without one."""
+    """Ranks on this machine from the launcher's environment; the world size without a launcher."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, deepspeed's
         if name in os.environ:
             return int(os.environ[name])
@@ -137,9 +137,9 @@ def ranks_per_node() -> int:
 
 
 def start(timeout: timedelta = TIMEOUT) -> Runtime:
-    """Joins the job that torchrun, deepspeed or a like launcher made, or is a job of one process.
+    """Joins the job of torchrun, deepspeed or a similar launcher; without one, starts a job of one process.
 
-    timeout: how long a rank waits for the others, here and in every collective of whatever group.
+    timeout: how long a rank waits for the others, here and in the collectives of all groups.
     """
     world_size, rank = env_world_size(), env_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -149,11 +149,11 @@ def start(timeout: timedelta = TIMEOUT) -> Runtime:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    # what groups get that are made later and name none, such as DeepSpeed's
+    # for groups that are created later without a timeout, such as DeepSpeed's
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     if world_size == 1:
-        # needs no port, no address and no launcher
+        # no port, address or launcher needed
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
@@ -163,24 +163,24 @@ def start(timeout: timedelta = TIMEOUT) -> Runtime:
 
 
 def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
-    """Raises PeerLost where the others do not come."""
+    """Raises PeerLost if the others do not arrive."""
     try:
-        # None: rank 0 makes one
-        store = meet(connect(timeout), rank, world_size, timeout) if launcher_hosts_store() else None
+        # None: rank 0 creates one
+        store = rendezvous(connect(timeout), rank, world_size, timeout) if launcher_hosts_store() else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerLost(
             f"rank {rank} could not join the {world_size} ranks of its job at {where} within "
-            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}; see what the other ranks say, and that "
-            "MASTER_ADDR and MASTER_PORT name a free port of the machine of rank 0"
+            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}; see the output of the other ranks, and "
+            "check that MASTER_ADDR and MASTER_PORT name a free port on the machine of rank 0"
         ) from error
 
 
 def stop() -> None:
-    """Leaves the job; without it, a process that ends early would leave its peers waiting."""
+    """Leaves the job. Without it, a process that exits early would leave its peers waiting."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        # DeepSpeed keeps groups alive, and gloo's threads may still hold tensors of the last collective. One that
-        # drops them after the interpreter has ended aborts the process: let them have the interpreter once more
-        time.sleep(DRAIN)
+        # DeepSpeed keeps groups alive, and gloo's threads may still hold tensors of the last collective. A thread
+        # that frees them after interpreter shutdown aborts the process, so let them run once more
+        time.sleep(DRAIN_SECONDS)

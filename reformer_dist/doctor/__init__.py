@@ -1,1 +1,1 @@
-"""`reformer-doctor`: is this machine, or this job, fit to train? Each finding says what to do if it is not."""
+"""`reformer-doctor`: checks whether a machine, or a job, is fit to train. Each problem comes with advice."""

@@ -1,4 +1,4 @@
-"""Entry: `reformer-doctor`, alone or under torchrun, where it examines the job that will train."""
+"""The command `reformer-doctor`: checks this machine or, under torchrun, the job."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from reformer_dist.config import DataConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.doctor import machine
-from reformer_dist.doctor.attention import attention
-from reformer_dist.doctor.collectives import ADVICE, job_collectives, local_collectives
-from reformer_dist.doctor.findings import Finding, State, examine, failed, ok
+from reformer_dist.doctor.attention import check_attention
+from reformer_dist.doctor.collectives import ADVICE, check_job_collectives, check_local_collectives
+from reformer_dist.doctor.findings import CheckState, Finding, failed, ok, run_check
 from reformer_dist.errors import UserError
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
@@ -24,41 +24,41 @@ from reformer_dist.run.data import open_corpus
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-doctor",
-        description="Is this machine fit to train a Reformer? Exits 1 if anything has failed.",
-        epilog="under torchrun it examines the job: torchrun --nproc_per_node=2 -m reformer_dist.doctor",
+        description="Checks whether this machine is fit to train a Reformer. Exits with 1 if a check fails.",
+        epilog="under torchrun, it checks the job: torchrun --nproc_per_node=2 -m reformer_dist.doctor",
     )
-    parser.add_argument("--data", type=Path, help="a data set that must be readable")
+    parser.add_argument("--data", type=Path, help="a data set to check")
     parser.add_argument("--output", type=Path, default=Path(), help="where runs will be written (default: here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
 
 
-def examine_all(arguments: argparse.Namespace) -> list[Finding]:
-    """All findings of this process; under a launcher, every rank calls this."""
-    findings = examine("versions", machine.versions, "install reformer_dist again")
-    for name, examination in (
-        ("devices", machine.devices),
-        ("C compiler", machine.compilers),
-        ("attention on the CPU", machine.native_attention),
-        ("shared memory", machine.shared_memory),
-        ("open files", machine.file_limits),
-        ("disk", lambda: machine.disk(arguments.output)),
+def run_checks(arguments: argparse.Namespace) -> list[Finding]:
+    """Findings of all checks. Under a launcher, every rank calls this."""
+    findings = run_check("versions", machine.check_versions, "install reformer_dist again")
+    for name, check in (
+        ("devices", machine.check_devices),
+        ("C compiler", machine.check_compiler),
+        ("attention on the CPU", machine.check_native_backend),
+        ("shared memory", machine.check_shared_memory),
+        ("open files", machine.check_open_files),
+        ("disk", lambda: machine.check_disk(arguments.output)),
     ):
-        findings += examine(name, examination, "see the message")
+        findings += run_check(name, check, "see the message")
     if arguments.data is not None:
-        findings += examine("data", lambda: data(arguments.data), "give --data the folder that holds dataset.json")
+        findings += run_check("data", lambda: check_data(arguments.data), "give the directory of dataset.json")
     if not runtime.is_rank():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        findings += examine("LSH attention", lambda: attention(device), "do not train here")
-        return findings + examine("collectives", local_collectives, ADVICE)
+        findings += run_check("LSH attention", lambda: check_attention(device), "do not train here")
+        return findings + run_check("collectives", check_local_collectives, ADVICE)
     job = runtime.start()
-    findings += examine("LSH attention", lambda: attention(job.device), "do not train here")
-    findings += examine("collectives", lambda: job_collectives(job), ADVICE)
-    return _of_all_ranks(job.gather(findings))
+    findings += run_check("LSH attention", lambda: check_attention(job.device), "do not train here")
+    findings += run_check("collectives", lambda: check_job_collectives(job), ADVICE)
+    return _merge_ranks(job.gather(findings))
 
 
-def data(folder: Path) -> Iterator[Finding]:
-    """The data set opens, and every shard has the size that its index says."""
+def check_data(folder: Path) -> Iterator[Finding]:
+    """The data set opens, and each shard has the size recorded in its index."""
     try:
         corpus = open_corpus(DataConfig(path=str(folder)), ["train"])
     except UserError as error:
@@ -67,32 +67,33 @@ def data(folder: Path) -> Iterator[Finding]:
     yield ok("data", f"{corpus.total('tokens', 'train'):,} training tokens in {folder}")
 
 
-def _of_all_ranks(found: list[list[Finding]]) -> list[Finding]:
-    """Rank 0's findings, and what is not well on others."""
+def _merge_ranks(by_rank: list[list[Finding]]) -> list[Finding]:
+    """All findings of rank 0, and the problems of the others."""
     others = [
-        Finding(f"rank {rank}, {finding.name}", finding.state, finding.words, finding.advice)
-        for rank, findings in enumerate(found[1:], start=1)
+        Finding(f"rank {rank}, {finding.name}", finding.state, finding.message, finding.advice)
+        for rank, findings in enumerate(by_rank[1:], start=1)
         for finding in findings
-        if finding.state is not State.ok
+        if finding.state is not CheckState.ok
     ]
-    return [*found[0], *others]
+    return [*by_rank[0], *others]
 
 
 def report(findings: list[Finding], *, as_json: bool) -> str:
-    n_bad = {state: sum(finding.state is state for finding in findings) for state in State}
+    n_findings = {state: sum(finding.state is state for finding in findings) for state in CheckState}
     if as_json:
-        counts = {state.value: n for state, n in n_bad.items()}
-        return json.dumps({"findings": [finding.plain() for finding in findings], **counts}, indent=1)
-    last = f"{n_bad[State.ok]} ok, {n_bad[State.warning]} warnings, {n_bad[State.failed]} failed"
-    return "\n".join([*(finding.line() for finding in findings), last])
+        counts = {state.value: n for state, n in n_findings.items()}
+        return json.dumps({"findings": [finding.to_json() for finding in findings], **counts}, indent=1)
+    n_ok, n_warnings, n_failed = (n_findings[state] for state in CheckState)
+    summary = f"{n_ok} ok, {n_warnings} warnings, {n_failed} failed"
+    return "\n".join([*(finding.line() for finding in findings), summary])
 
 
 def _run() -> None:
     arguments = build_parser().parse_args()
-    findings = examine_all(arguments)
+    findings = run_checks(arguments)
     if runtime.env_rank() == 0:
         sys.stdout.write(report(findings, as_json=arguments.json) + "\n")
-    if any(finding.state is State.failed for finding in findings):
+    if any(finding.state is CheckState.failed for finding in findings):
         runtime.stop()
         sys.exit(1)
 

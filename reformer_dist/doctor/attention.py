@@ -1,4 +1,4 @@
-"""Whether LSH attention computes on this device what the slow definition says: outputs and every gradient."""
+"""Check of LSH attention on a device against the reference implementation: output and gradients."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from reformer_dist.ops.lsh.shared_keys import shared_keys
 
 SHAPE = (2, 2, 197, 32)  # rows, heads, an odd length, width
 N_HASHES, N_BUCKETS, WINDOW = 2, 8, 16
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest number
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value
 
-Attention = Callable[[Tensor, None, Tensor, Tensor, AttentionOptions], Tensor]
+AttentionOp = Callable[[Tensor, None, Tensor, Tensor, AttentionOptions], Tensor]
 
 
-def attention(device: torch.device, fast: Attention = bucket_attention) -> Iterator[Finding]:
-    """The path that a run on this device takes, in float32 and bf16."""
+def check_attention(device: torch.device, fast: AttentionOp = bucket_attention) -> Iterator[Finding]:
+    """Checks the backend that a run on this device uses, in float32 and bf16."""
     for dtype, tolerance in TOLERANCE.items():
         name = f"LSH attention, {str(dtype).removeprefix('torch.')}"
         errors = largest_errors(device, dtype, fast)
-        words = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
-        words = f"largest relative errors on {device.type}: {words}"
+        message = ", ".join(f"{tensor} {error:.1e}" for tensor, error in errors.items())
+        message = f"largest relative errors on {device.type}: {message}"
         if all(error <= tolerance for error in errors.values()):
-            yield ok(name, words)
+            yield ok(name, message)
         else:
-            advice = "do not train here: report it with these lines, and the versions above"
-            yield failed(name, f"{words}; at most {tolerance:g} is right", advice)
+            advice = "do not train here; report it with these lines and the versions above"
+            yield failed(name, f"{message}; must be at most {tolerance:g}", advice)
 
 
-def largest_errors(device: torch.device, dtype: torch.dtype, fast: Attention) -> dict[str, float]:
-    """By what: the largest difference from the definition, relative to its largest number; inf for nan."""
+def largest_errors(device: torch.device, dtype: torch.dtype, fast: AttentionOp) -> dict[str, float]:
+    """Largest error of the output and each gradient, relative to the reference's largest value; inf for NaN."""
     draw = torch.Generator().manual_seed(0)
     q, v, d_out = (torch.randn(SHAPE, generator=draw).to(device, dtype) for _ in range(3))
     rotations = draw_rotations(SHAPE[1], SHAPE[3], N_HASHES, N_BUCKETS, "rotation", seed=1)
@@ -45,12 +45,12 @@ def largest_errors(device: torch.device, dtype: torch.dtype, fast: Attention) ->
     def slow(q: Tensor, v: Tensor) -> Tensor:
         return reference_attention(q, shared_keys(q), v, ids, rule, scale=1.0)
 
-    right = _with_gradients(slow, q.float(), v.float(), d_out.float())
-    found = _with_gradients(lambda q, v: fast(q, None, v, ids, options), q, v, d_out)
+    expected = _with_gradients(slow, q.float(), v.float(), d_out.float())
+    actual = _with_gradients(lambda q, v: fast(q, None, v, ids, options), q, v, d_out)
     errors = {}
-    for what, one, other in zip(("output", "dq", "dv"), right, found, strict=True):
-        error = ((one - other.float()).abs().max() / one.abs().max()).item()
-        errors[what] = error if error == error else float("inf")
+    for name, want, have in zip(("output", "dq", "dv"), expected, actual, strict=True):
+        error = ((want - have.float()).abs().max() / want.abs().max()).item()
+        errors[name] = error if error == error else float("inf")
     return errors
 
 

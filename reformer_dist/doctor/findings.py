@@ -1,4 +1,4 @@
-"""What an examination says: a line each, ok, warning or failed."""
+"""Results of the checks: ok, warning or failed, one line each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 
-class State(Enum):
+class CheckState(Enum):
     ok = "ok"
     warning = "warning"
     failed = "failed"
@@ -17,35 +17,35 @@ class State(Enum):
 @dataclass(frozen=True)
 class Finding:
     name: str
-    state: State
-    words: str
-    """What was found, with its units."""
+    state: CheckState
+    message: str
+    """What was measured, with units."""
     advice: str = ""
-    """What to do; empty where all is well."""
+    """How to fix it; empty if it is ok."""
 
     def line(self) -> str:
         advice = f"\n{'':10}-> {self.advice}" if self.advice else ""
-        return f"{self.state.value:<10}{self.name}: {self.words}{advice}"
+        return f"{self.state.value:<10}{self.name}: {self.message}{advice}"
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"state": self.state.value}
 
 
-def ok(name: str, words: str) -> Finding:
-    return Finding(name, State.ok, words)
+def ok(name: str, message: str) -> Finding:
+    return Finding(name, CheckState.ok, message)
 
 
-def warning(name: str, words: str, advice: str) -> Finding:
-    return Finding(name, State.warning, words, advice)
+def warning(name: str, message: str, advice: str) -> Finding:
+    return Finding(name, CheckState.warning, message, advice)
 
 
-def failed(name: str, words: str, advice: str) -> Finding:
-    return Finding(name, State.failed, words, advice)
+def failed(name: str, message: str, advice: str) -> Finding:
+    return Finding(name, CheckState.failed, message, advice)
 
 
-def examine(name: str, examination: Callable[[], Iterable[Finding]], advice: str) -> list[Finding]:
-    """The findings of an examination; one that breaks has failed."""
+def run_check(name: str, check: Callable[[], Iterable[Finding]], advice: str) -> list[Finding]:
+    """The findings of a check; a check that raises has failed."""
     try:
-        return list(examination())
-    except Exception as error:  # whatever breaks here would break a run
+        return list(check())
+    except Exception as error:  # would break a run as well
         return [failed(name, f"{type(error).__name__}: {error}", advice)]

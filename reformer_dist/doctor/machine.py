@@ -1,4 +1,4 @@
-"""Software, devices and limits of this machine."""
+"""Checks of the software, devices and limits of this machine."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ SYNC_BYTES = 16 * 2**20
 OPTIONAL = ("triton", "tokenizers", "optuna")
 
 
-def versions() -> Iterator[Finding]:
-    """Of Python and of every package that reformer_dist requires, held against what it requires."""
+def check_versions() -> Iterator[Finding]:
+    """Python, and all packages that reformer_dist requires with their version."""
     yield ok("python", f"{platform.python_version()} on {platform.platform()}")
-    for words in importlib.metadata.requires("reformer_dist") or []:
-        requirement = Requirement(words)
+    for line in importlib.metadata.requires("reformer_dist") or []:
+        requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _package(requirement)
     for name in OPTIONAL:
-        found = _version(name)
-        yield ok(name, found or "not installed; not needed by training")
+        version = _version(name)
+        yield ok(name, version or "not installed; not needed by training")
 
 
 def _package(requirement: Requirement) -> Finding:
-    found, fix = _version(requirement.name), f"pip install '{requirement}'"
-    if found is None:
+    version, fix = _version(requirement.name), f"pip install '{requirement}'"
+    if version is None:
         return failed(requirement.name, "not installed", fix)
-    if not requirement.specifier.contains(found, prereleases=True):
-        return failed(requirement.name, f"{found}, but {requirement.specifier} is required", fix)
-    return ok(requirement.name, found)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return failed(requirement.name, f"{version}, but {requirement.specifier} is required", fix)
+    return ok(requirement.name, version)
 
 
 def _version(package: str) -> str | None:
@@ -57,26 +57,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def devices() -> Iterator[Finding]:
+def check_devices() -> Iterator[Finding]:
     yield ok("cores", f"{usable_cores()} for this process, PyTorch uses {torch.get_num_threads()}")
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             advice = "install the PyTorch build for this driver's CUDA: https://pytorch.org/get-started"
-            yield warning("GPUs", f"nvidia-smi is there, but PyTorch {torch.__version__} sees none", advice)
+            yield warning("GPUs", f"nvidia-smi is installed, but PyTorch {torch.__version__} finds no GPU", advice)
         else:
             yield ok("GPUs", "none; runs use the CPU")
         return
     for index in range(torch.cuda.device_count()):
-        known = torch.cuda.get_device_properties(index)
-        capability = f"{known.major}.{known.minor}"
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
         yield ok(
-            f"GPU {index}", f"{known.name}, {known.total_memory / GIB:.1f} GiB, compute capability {capability}"
+            f"GPU {index}",
+            f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, compute capability {capability}",
         )
     yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def compilers() -> Iterator[Finding]:
-    """Triton calls one for its kernels' launchers; on a CPU it makes attention's library."""
+def check_compiler() -> Iterator[Finding]:
+    """Triton compiles kernel launchers with it; on a CPU it compiles the native attention."""
     name = next(
         (name for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name and shutil.which(name)), None
     )
@@ -88,59 +89,59 @@ def compilers() -> Iterator[Finding]:
         yield ok("C compiler", "none")
 
 
-def native_attention() -> Iterator[Finding]:
-    """Whether a CPU attends by the C library."""
+def check_native_backend() -> Iterator[Finding]:
+    """Whether the native backend is available."""
     reason = why_unavailable()
-    words = "by the C library" if reason is None else f"by plain PyTorch: the C library {reason}"
+    message = "native backend" if reason is None else f"torch backend: the native one {reason}"
     if reason is None or torch.cuda.is_available():
-        yield ok("attention on the CPU", words)
+        yield ok("attention on the CPU", message)
     else:
         yield warning(
-            "attention on the CPU", words, "install gcc: LSH attention takes several times as long without"
+            "attention on the CPU", message, "install gcc: LSH attention is several times slower without it"
         )
 
 
-def shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
-    """NCCL's ranks on one machine meet there."""
+def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
+    """NCCL uses it between the ranks of a machine."""
     if not folder.is_dir():
         yield ok("shared memory", f"no {folder} on this system")
         return
     total = shutil.disk_usage(folder).total
-    words = f"{total / GIB:.2f} GiB in {folder}"
+    message = f"{total / GIB:.2f} GiB in {folder}"
     if total < ENOUGH_SHARED:
-        yield warning("shared memory", words, "give the container more: docker run --shm-size=8g, or --ipc=host")
+        yield warning("shared memory", message, "increase it: docker run --shm-size=8g, or --ipc=host")
     else:
-        yield ok("shared memory", words)
+        yield ok("shared memory", message)
 
 
-def file_limits() -> Iterator[Finding]:
+def check_open_files() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < ENOUGH_FILES:
-        most = "as many as you like" if hard == resource.RLIM_INFINITY else hard
-        advice = f"ulimit -n {ENOUGH_FILES} before starting (allowed here: {most})"
+        most = "unlimited" if hard == resource.RLIM_INFINITY else hard
+        advice = f"ulimit -n {ENOUGH_FILES} before starting (hard limit: {most})"
         yield warning("open files", f"at most {soft}", advice)
     else:
         yield ok("open files", f"at most {'unlimited' if soft == resource.RLIM_INFINITY else soft}")
 
 
-def disk(folder: Path) -> Iterator[Finding]:
-    """Where runs are written: room, and how long a checkpoint's fsync takes."""
-    fix = "choose another folder for output_dir and give it: --output PATH"
+def check_disk(folder: Path) -> Iterator[Finding]:
+    """Free space and fsync speed where runs are written."""
+    fix = "choose another directory for output_dir and check it with --output PATH"
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
-    words = f"{free / GIB:.1f} GiB free in {existing}"
+    message = f"{free / GIB:.1f} GiB free in {existing}"
     if free < SYNC_BYTES:
-        yield failed("disk", words, fix)
+        yield failed("disk", message, fix)
         return
-    yield ok("disk", words) if free >= ENOUGH_DISK else warning("disk", words, f"make room, or {fix}")
+    yield ok("disk", message) if free >= ENOUGH_DISK else warning("disk", message, f"free some space, or {fix}")
     try:
         seconds = _time_sync(existing)
     except OSError as error:
         yield failed("disk speed", f"{existing} can't be written to: {error.strerror or error}", fix)
         return
-    words = f"{SYNC_BYTES / 2**20 / seconds:,.0f} MiB/s with fsync"
-    slow = "checkpoints will take long: raise trainer.save_every, or choose a faster disk for output_dir"
-    yield ok("disk speed", words) if seconds < SLOW_SYNC else warning("disk speed", words, slow)
+    message = f"{SYNC_BYTES / 2**20 / seconds:,.0f} MiB/s with fsync"
+    advice = "checkpoints will be slow: raise trainer.save_every, or choose a faster disk for output_dir"
+    yield ok("disk speed", message) if seconds < SLOW_SYNC else warning("disk speed", message, advice)
 
 
 def _time_sync(folder: Path) -> float:

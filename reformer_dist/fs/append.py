@@ -1,4 +1,4 @@
-"""A file that grows by whole records, and waits for a disk that is full."""
+"""Appending to a file on a disk that may be full."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from reformer_dist.process.log import logger
 
 
-class PatientFile:
-    """Appends records. What the disk does not take is kept, and written before whatever comes next."""
+class AppendFile:
+    """Appends whole records. Those that can't be written are kept in memory and written before the next."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where the file can't be made."""
+        """Raises OSError if the file can't be created."""
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._pending = b""
         self._is_full = False
 
     def write(self, record: bytes) -> None:
-        """Says so, once, where it can't be written yet."""
+        """Logs a warning, once, while records can't be written."""
         self._pending += record
         try:
             self._write_pending()
@@ -30,12 +30,12 @@ class PatientFile:
             self._is_full = True
 
     def sync(self) -> None:
-        """Returns when all records are on the disk. Raises OSError where they can't be."""
+        """Writes all records and syncs them to disk. Raises OSError if that fails."""
         self._write_pending()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Tries once more."""
+        """Tries to write pending records once more."""
         with suppress(OSError):
             self._write_pending()
         if self._pending:
@@ -49,6 +49,6 @@ class PatientFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._file.truncate(end)  # readers see whole records
+            self._file.truncate(end)  # readers must only see whole records
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._pending, self._is_full = b"", False

@@ -118,35 +118,35 @@ class ForeignOptions:
 class ForeignTensors:
     """Tensors of a directory's safetensors files, by name. Raises CheckpointError, also for pickles."""
 
-    def __init__(self, folder: Path, pickle_hint: str) -> None:
+    def __init__(self, directory: Path, pickle_hint: str) -> None:
         """pickle_hint: how to convert a pickle to safetensors, for the error message."""
-        self.folder = folder
+        self.directory = directory
         self._files = self._list_files(pickle_hint)
 
     def _list_files(self, pickle_hint: str) -> dict[str, Path]:
-        folder = self.folder
-        if (folder / INDEX_FILE).is_file():
+        directory = self.directory
+        if (directory / INDEX_FILE).is_file():
             try:
-                weight_map: dict[str, str] = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+                weight_map: dict[str, str] = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
                 is_inside = all(Path(file).name == file for file in weight_map.values())
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{folder / INDEX_FILE}: can't be read: {error!r}") from error
+                raise CheckpointError(f"{directory / INDEX_FILE}: can't be read: {error!r}") from error
             if not is_inside:
-                raise CheckpointError(f"{folder / INDEX_FILE}: names files outside its directory")
-            return {name: folder / file for name, file in weight_map.items()}
-        path = folder / WEIGHTS_FILE
+                raise CheckpointError(f"{directory / INDEX_FILE}: names files outside its directory")
+            return {name: directory / file for name, file in weight_map.items()}
+        path = directory / WEIGHTS_FILE
         if path.is_file():
             try:
                 with safe_open(path, framework="pt") as tensors:
                     return dict.fromkeys(tensors.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: can't be read: {error}") from error
-        pickles = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLES)
+        pickles = sorted(each.name for each in directory.iterdir() if each.suffix in PICKLES)
         if pickles:
             raise CheckpointError(
-                f"{folder / pickles[0]}: is a pickle, which can run arbitrary code; {pickle_hint}"
+                f"{directory / pickles[0]}: is a pickle, which can run arbitrary code; {pickle_hint}"
             )
-        raise CheckpointError(f"{folder}: has no {WEIGHTS_FILE}")
+        raise CheckpointError(f"{directory}: has no {WEIGHTS_FILE}")
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -154,7 +154,7 @@ class ForeignTensors:
     def get(self, name: str) -> Tensor:
         """One tensor as float32."""
         if name not in self._files:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing, which its {CONFIG_FILE} requires")
+            raise CheckpointError(f"{self.directory}: tensor {name} is missing, which its {CONFIG_FILE} requires")
         try:
             with safe_open(self._files[name], framework="pt") as tensors:
                 return tensors.get_tensor(name).float()

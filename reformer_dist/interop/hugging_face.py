@@ -36,7 +36,7 @@ from reformer_dist.interop.foreign import (
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 
 PICKLE_HINT = (
-    "if you trust it, load it with transformers and call save_pretrained(FOLDER), which writes safetensors"
+    "if you trust it, load it with transformers and call save_pretrained(DIRECTORY), which writes safetensors"
 )
 ACTIVATIONS = {
     "relu": Activation.relu,
@@ -53,13 +53,13 @@ LM_BIAS = ("lm_head.bias", "lm_head.decoder.bias")
 FLOAT = (int, float)
 
 
-def read(folder: Path) -> ForeignModel:
+def read(directory: Path) -> ForeignModel:
     """Reads a directory written by `save_pretrained`. Raises CheckpointError."""
-    options = ForeignOptions.read(folder / CONFIG_FILE)
+    options = ForeignOptions.read(directory / CONFIG_FILE)
     kind = options.take("model_type")
     if kind != "reformer":
         raise CheckpointError(f"{options.path}: model_type={kind!r}: can't be converted; must be reformer")
-    tensors = ForeignTensors(folder, PICKLE_HINT)
+    tensors = ForeignTensors(directory, PICKLE_HINT)
     head = _head_of(tensors)
     notes: list[str] = []
     config = model_config(options, notes)
@@ -85,7 +85,9 @@ def _head_of(tensors: ForeignTensors) -> HeadKind:
         if name in tensors.names():
             return head
     known = ", ".join(HEAD_TENSORS)
-    raise CheckpointError(f"{tensors.folder}: has no head: none of {known} is present; save a model with a head")
+    raise CheckpointError(
+        f"{tensors.directory}: has no head: none of {known} is present; save a model with a head"
+    )
 
 
 def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
@@ -202,11 +204,11 @@ def _weights(
     unexpected = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
     if unexpected:
         raise CheckpointError(
-            f"{tensors.folder}: tensor {min(unexpected)} is not in the model its options describe"
+            f"{tensors.directory}: tensor {min(unexpected)} is not in the model its options describe"
         )
     shapes = parameter_shapes(builder(head, config, vocab_size, n_classes))
     return {
-        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.folder)
+        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.directory)
         for ours, theirs in names.items()
     }
 

@@ -56,9 +56,9 @@ WITHOUT_EFFECT = (
 )
 
 
-def read(folder: Path) -> ForeignModel:
+def read(directory: Path) -> ForeignModel:
     """Reads a directory with config.json and model.safetensors. Raises CheckpointError."""
-    options = ForeignOptions.read(folder / CONFIG_FILE)
+    options = ForeignOptions.read(directory / CONFIG_FILE)
     notes: list[str] = []
     options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in WITHOUT_EFFECT:
@@ -69,7 +69,7 @@ def read(folder: Path) -> ForeignModel:
     ):
         if options.take(name, 0):
             notes.append(f"{name}: {note}")
-    tensors = ForeignTensors(folder, PICKLE_HINT)
+    tensors = ForeignTensors(directory, PICKLE_HINT)
     model = _Model(options, _State(tensors), notes)
     options.refuse_unknown("ReformerLM of reformer_pytorch")
     return ForeignModel(SYSTEM, HeadKind.language_model, model.config, model.vocab_size, model.weights(), notes)
@@ -83,16 +83,16 @@ class _State:
         inner = next((name for name in sorted(tensors.names()) if name.endswith("token_emb.weight")), None)
         if inner is None:
             requirement = "must be the state dict of a ReformerLM; a bare Reformer has no vocabulary"
-            raise CheckpointError(f"{tensors.folder}: has no token_emb.weight: {requirement}")
+            raise CheckpointError(f"{tensors.directory}: has no token_emb.weight: {requirement}")
         self._prefix = inner.removesuffix("token_emb.weight")
-        self.folder, self._taken = tensors.folder, set[str]()
+        self.directory, self._taken = tensors.directory, set[str]()
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors.names()
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._taken.add(self._prefix + name)
-        return reshape_checked(self._tensors.get(self._prefix + name), shape, name, self.folder)
+        return reshape_checked(self._tensors.get(self._prefix + name), shape, name, self.directory)
 
     def refuse_unread(self) -> None:
         """Refuses tensors that were not read, except duplicates of layers and rotary frequencies."""
@@ -100,7 +100,9 @@ class _State:
         unread = self._tensors.names() - self._taken
         unread = {name for name in unread if not any(part in name for part in redundant)}
         if unread:
-            raise CheckpointError(f"{self.folder}: tensor {min(unread)} is not in the model its options describe")
+            raise CheckpointError(
+                f"{self.directory}: tensor {min(unread)} is not in the model its options describe"
+            )
 
 
 class _Model:
@@ -183,7 +185,8 @@ class _Model:
         self._state.refuse_unread()
         shapes = parameter_shapes(lambda: ReformerLM(self.config, self.vocab_size))
         return {
-            name: reshape_checked(weights[name], shape, name, self._state.folder) for name, shape in shapes.items()
+            name: reshape_checked(weights[name], shape, name, self._state.directory)
+            for name, shape in shapes.items()
         }
 
     def _get(self, name: str, *shape: int) -> Tensor:

@@ -59,17 +59,17 @@ LAYER_OPTIONS = (
 SIZE = (int, type(None))
 
 
-def is_trax(folder: Path) -> bool:
-    return (folder / PICKLE).is_file() or (folder / ARRAYS).is_file()
+def is_trax(directory: Path) -> bool:
+    return (directory / PICKLE).is_file() or (directory / ARRAYS).is_file()
 
 
-def read(folder: Path) -> ForeignModel:
+def read(directory: Path) -> ForeignModel:
     """Reads a directory with weights and config.json. Raises CheckpointError."""
-    options = ForeignOptions.read(folder / CONFIG_FILE)
+    options = ForeignOptions.read(directory / CONFIG_FILE)
     notes = ["Trax's ShiftRight prepends token 0 to every input; prepend it yourself here"]
     vocab_size: int = options.require("vocab_size", int)
     config = model_config(options, notes)
-    where, arrays = _arrays(folder)
+    where, arrays = _arrays(directory)
     weights = dict(_FlatWeights(where, arrays).named(config, vocab_size))
     return ForeignModel("Trax", HeadKind.language_model, config, vocab_size, weights, notes)
 
@@ -156,14 +156,14 @@ def _positions(options: ForeignOptions, max_len: int) -> dict[str, Any]:
     }
 
 
-def _arrays(folder: Path) -> tuple[Path, list[NDArray[Any]]]:
+def _arrays(directory: Path) -> tuple[Path, list[NDArray[Any]]]:
     """The weights in file order, and their path. Raises CheckpointError."""
-    path = folder / ARRAYS
+    path = directory / ARRAYS
     if path.is_file():
         return path, list(_rows_of_npy(path))
-    path = folder / PICKLE
+    path = directory / PICKLE
     if not path.is_file():
-        raise CheckpointError(f"{folder}: has neither {ARRAYS} nor {PICKLE}")
+        raise CheckpointError(f"{directory}: has neither {ARRAYS} nor {PICKLE}")
     saved = read_pickle(_decompress(path), str(path))
     for key in ("flat_weights", "weights"):
         if isinstance(saved, dict) and isinstance(saved.get(key), list | tuple):

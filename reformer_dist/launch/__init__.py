@@ -1,1 +1,1 @@
-"""Starting jobs: the ranks of this machine, and the files by which others start them."""
+"""Launchers: start ranks on this machine, or print scripts and manifests for torchrun, SLURM and Kubernetes."""

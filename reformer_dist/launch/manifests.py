@@ -13,14 +13,14 @@ from reformer_dist.launch.scripts import MODULE, torchrun_options
 from reformer_dist.process.exit_status import PREEMPTED
 
 Tree = dict[str, Any]
-FOLDER = "/workspace"  # where the claim is mounted
-# what is ignored is no failure: a pod is made in place of the one that ended
+FOLDER = "/workspace"  # mount point of the claim
+# ignored: not counted as a failure, and the pod is replaced
 EVICTED = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
 SAVED = {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}}
 
 
 def job(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
-    """One pod, in which reformer-train starts the ranks."""
+    """A Job of one pod, in which reformer-train starts the ranks."""
     local = ["launcher=local", f"launcher.nproc_per_node={launcher.nproc_per_node}"]
     pod = _pod(launcher, ["reformer-train", *local, *arguments], [])
     manifest = {
@@ -37,10 +37,10 @@ def job(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
 
 
 def jobset(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
-    """One pod for each machine, with a torchrun in it; they meet in the first."""
-    meeting_place = f"{launcher.name}-node-0-0.{launcher.name}"
-    options = torchrun_options(launcher, str(launcher.n_nodes), meeting_place)
-    pod = _pod(launcher, ["torchrun", *options, "-m", MODULE, *arguments], _patience(launcher))
+    """A JobSet of one pod per machine, each running torchrun; the rendezvous is in the first."""
+    rendezvous_host = f"{launcher.name}-node-0-0.{launcher.name}"
+    options = torchrun_options(launcher, str(launcher.n_nodes), rendezvous_host)
+    pod = _pod(launcher, ["torchrun", *options, "-m", MODULE, *arguments], _shutdown_timeout(launcher))
     pods = {
         "parallelism": launcher.n_nodes,
         "completions": launcher.n_nodes,
@@ -63,7 +63,7 @@ def jobset(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> s
 
 
 def trainjob(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
-    """The runtime torch-distributed, which tells torchrun where the others are, patched to mount the claim."""
+    """A TrainJob of the runtime torch-distributed, which configures torchrun, patched to mount the claim."""
     torchrun = ["torchrun", f"--max-restarts={launcher.max_restarts}", "-m", MODULE, *arguments]
     pod = {
         "terminationGracePeriodSeconds": launcher.grace,
@@ -86,7 +86,7 @@ def trainjob(launcher: LauncherConfig, arguments: Sequence[str], source: str) ->
                 "numNodes": launcher.n_nodes,
                 "numProcPerNode": launcher.nproc_per_node,
                 "command": ["bash", "-c", f"cd {FOLDER} && exec {shlex.join(torchrun)}"],
-                "env": [_threads(launcher), *_patience(launcher)],
+                "env": [_threads(launcher), *_shutdown_timeout(launcher)],
                 "resourcesPerNode": _resources(launcher),
             },
             "runtimePatches": [
@@ -122,8 +122,8 @@ def _threads(launcher: LauncherConfig) -> Tree:
     return {"name": "OMP_NUM_THREADS", "value": str(launcher.cpus_per_rank)}
 
 
-def _patience(launcher: LauncherConfig) -> list[Tree]:
-    """How long torchrun waits for ranks that save because they were told to end."""
+def _shutdown_timeout(launcher: LauncherConfig) -> list[Tree]:
+    """Seconds that torchrun waits for ranks to save after SIGTERM."""
     return [{"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(launcher.grace)}]
 
 
@@ -137,7 +137,7 @@ def _resources(launcher: LauncherConfig) -> Tree:
 
 
 def _mounts() -> list[Tree]:
-    # NCCL passes tensors between the GPUs of a machine through /dev/shm, which is 64 MiB otherwise
+    # NCCL needs /dev/shm between the GPUs of a machine, and its default size is 64 MiB
     return [{"name": "work", "mountPath": FOLDER}, {"name": "shm", "mountPath": "/dev/shm"}]
 
 
@@ -154,7 +154,7 @@ def _text(manifest: Tree, source: str) -> str:
 
 
 class _Plain(yaml.SafeDumper):
-    """Without anchors: what is said twice is written twice."""
+    """Without anchors: repeated values are written out."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -25,27 +25,27 @@ def torchrun(launcher: LauncherConfig, arguments: Sequence[str], source: str) ->
     return f"""#!/usr/bin/env bash
 # {source}
 #
-# Run it on each of {", ".join(launcher.hosts)}, at about the same time, in a folder that all of them share.
-# They meet at {launcher.hosts[0]}. After a rank was lost, all start again from the last checkpoint.
+# Run it on each of {", ".join(launcher.hosts)}, at about the same time, in a directory that all of them share.
+# The rendezvous is on {launcher.hosts[0]}. If a rank is lost, all restart from the last checkpoint.
 set -euo pipefail
 
 cores=$(nproc)
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$((cores > {ranks} ? cores / {ranks} : 1))}}"
-# how long ranks that are told to end may take to save
+# seconds for ranks to save after SIGTERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={launcher.grace}
 
 exec {_lines(["torchrun", *options, f"-m {MODULE}"], [*map(shlex.quote, arguments)])}
 """
 
 
-def torchrun_options(launcher: LauncherConfig, nnodes: str, meeting_place: str) -> list[str]:
+def torchrun_options(launcher: LauncherConfig, nnodes: str, rendezvous_host: str) -> list[str]:
     return [
         f"--nnodes={nnodes}",
         f"--nproc-per-node={launcher.nproc_per_node}",
         f"--max-restarts={launcher.max_restarts}",
         f"--rdzv-id={launcher.name}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={meeting_place}:{PORT}",
+        f"--rdzv-endpoint={rendezvous_host}:{PORT}",
     ]
 
 
@@ -63,8 +63,8 @@ def deepspeed(launcher: LauncherConfig, arguments: Sequence[str], source: str) -
     return f"""#!/usr/bin/env bash
 # {source}
 #
-# Run it on {launcher.hosts[0]}, in a folder that all machines share. It starts the ranks over ssh, which must ask
-# for no password, and needs pdsh. Nothing starts them again when one is lost: torchrun does that.
+# Run it on {launcher.hosts[0]}, in a directory that all machines share. It starts the ranks over ssh, which must
+# work without a password, and needs pdsh. Lost ranks are not restarted: use torchrun for that.
 set -euo pipefail
 
 cores=$(nproc)
@@ -74,7 +74,7 @@ trap 'rm -r "$folder"' EXIT
 cat > "$folder/hostfile" << 'END'
 {slots}
 END
-# what the ranks see of this shell's environment, beside variables of NCCL and Python
+# environment of the ranks, besides the variables of NCCL and Python
 cat > "$folder/environment" << END
 PATH=$PATH
 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-$((cores > {ranks} ? cores / {ranks} : 1))}}
@@ -92,17 +92,17 @@ def slurm(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> st
 # {source}
 {options}
 #
-# Each task of SLURM is a rank. Ranks that get SIGTERM, when the job is preempted or its time is nearly up, save
-# and end with status {PREEMPTED}; the job then goes back to the queue, and later on from that checkpoint.
+# Each task is a rank. On SIGTERM, when the job is preempted or near its time limit, ranks save and exit with
+# status {PREEMPTED}; the job is then requeued and resumes from that checkpoint.
 set -euo pipefail
-trap : TERM # this shell stays to see how the ranks end
+trap : TERM # this shell must outlive the ranks to read their status
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}}"
 
 status=0
-# shellcheck disable=SC2016 # each task has variables of its own
+# shellcheck disable=SC2016 # expanded by each task
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS"
     export LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$SLURM_NTASKS_PER_NODE"
@@ -112,21 +112,21 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
 
 
 def slurm_sweep(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
-    """A job array, each of whose tasks runs its share of a sweep on one machine."""
+    """A job array, each task of which runs one shard of a sweep on one machine."""
     ranks = launcher.nproc_per_node or 1
     options = [_sbatch(launcher, 1, ranks * launcher.cpus_per_rank), f"#SBATCH --array=0-{launcher.array - 1}"]
-    own = ["launcher=local", f"launcher.nproc_per_node={ranks}"]
-    share = '"sweep.shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"'
-    command = _lines(["reformer-train"], [*map(shlex.quote, [*arguments, *own]), share])
+    local = ["launcher=local", f"launcher.nproc_per_node={ranks}"]
+    shard = '"sweep.shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"'
+    command = _lines(["reformer-train"], [*map(shlex.quote, [*arguments, *local]), shard])
     lines = "\n".join(options)
     return f"""#!/usr/bin/env bash
 # {source}
 {lines}
 #
-# Each task of the array runs its share of the trials, as many side by side as its machine holds. When it gets
-# SIGTERM, trials that run save; the task ends with status {PREEMPTED}, goes back to the queue, and later on.
+# Each task of the array runs one shard of the trials, as many in parallel as its machine holds. On SIGTERM,
+# running trials save; the task exits with status {PREEMPTED}, is requeued, and resumes.
 set -euo pipefail
-trap : TERM # this shell stays to see how the sweep ends
+trap : TERM # this shell must outlive the sweep to read its status
 
 status=0
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} || status=$?
@@ -152,5 +152,5 @@ def _sbatch(launcher: LauncherConfig, tasks_per_node: int, cpus_per_task: int) -
 
 
 def _lines(command: Sequence[str], arguments: Sequence[str]) -> str:
-    """One part a line, all as the shell should read it."""
+    """One shell command over several lines."""
     return " \\\n    ".join([*command, *arguments])

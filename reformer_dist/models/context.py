@@ -93,12 +93,9 @@ def build_context(
     *,
     is_training: bool,
 ) -> ForwardContext:
-    """Builds the context of a forward call on rows of n_tokens; is_training enables dropout."""
-    sequence, step, mask = (
-        options.get("sequence", WHOLE_SEQUENCE),
-        options.get("step"),
-        options.get("key_padding_mask"),
-    )
+    """Builds the context of a forward call on rows of n_tokens. seed: the model's; is_training enables dropout."""
+    sequence = options.get("sequence", WHOLE_SEQUENCE)
+    mask, step = options.get("key_padding_mask"), options.get("step")
     coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:

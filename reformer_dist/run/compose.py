@@ -175,7 +175,8 @@ def explain(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
             found = cause
-        cause = cause.__cause__ or cause.__context__
+        # Hydra raises the errors of files without "from"
+        cause = cause.__cause__ or (cause.__context__ if isinstance(cause, HydraException) else None)
     if found is None:
         return _explain_choice(str(error))
     first_line = (found.msg or str(found)).splitlines()[0]

@@ -25,7 +25,7 @@ LOG_TAIL = 65536
 class TrialProcess:
     """Runs in its own session, so that Ctrl-C in the terminal reaches only the driver."""
 
-    def __init__(self, arguments: list[str], folder: Path, place: Placement, lock: int) -> None:
+    def __init__(self, arguments: list[str], folder: Path, placement: Placement, lock: int) -> None:
         """arguments: Python arguments; lock: descriptor of the trial's lock, inherited by the process."""
         self.log = folder / LOG
         with self.log.open("ab") as log:
@@ -37,7 +37,7 @@ class TrialProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | place.environment,
+                env=os.environ | placement.environment,
                 start_new_session=True,
                 pass_fds=[lock],
                 preexec_fn=_terminate_with_driver(os.getpid()),

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from reformer_dist.fs.append import PatientFile
+from reformer_dist.fs.append import AppendFile
 from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.training.tensorboard import TensorBoardWriter
 
@@ -62,7 +62,7 @@ class MetricsFile:
         self._path = path
         self._row: dict[str, float | None] = {}
         self._last = _truncate(path, resume_step)
-        self._file = PatientFile(path)
+        self._file = AppendFile(path)
 
     def add(self, values: dict[str, float], step: int, seconds: float) -> None:
         if self._row.get("step", step) != step:
@@ -70,7 +70,7 @@ class MetricsFile:
         if self._last.get("step") == step:  # the interrupted evaluation of a resumed step: joins its line
             self._file.close()
             _truncate(self._path, step - 1)
-            self._file = PatientFile(self._path)
+            self._file = AppendFile(self._path)
             self._row = self._last
         self._last = {}
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}

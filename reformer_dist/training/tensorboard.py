@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reformer_dist.fs.append import PatientFile
+from reformer_dist.fs.append import AppendFile
 
 VERSION = "brain.Event:2"  # of the first event of a file
 
@@ -20,14 +20,14 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, *, is_active: bool, resume_step: int) -> None:
-        self._file: PatientFile | None = None
+        self._file: AppendFile | None = None
         if is_active:
             from tensorboard.compat.proto.event_pb2 import SessionLog
 
             folder.mkdir(parents=True, exist_ok=True)
             # readers order the files by name
             name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
-            self._file = PatientFile(folder / name)
+            self._file = AppendFile(folder / name)
             self._add(file_version=VERSION)
             # makes readers drop what an interrupted run wrote after its checkpoint
             self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))

@@ -1,4 +1,4 @@
-"""A damaged or half-written checkpoint is never taken, and what is wrong with it is said."""
+"""Damaged and partly written checkpoints are never used, and the damage is named."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_there_may_be_none(tmp_path: Path) -> None:
 def test_half_written_ones_are_not_taken(tmp_path: Path) -> None:
     shutil.move(written(tmp_path, 5), tmp_path / ".step-00000005.partial")
     assert find_checkpoint(tmp_path) == (None, [])
-    written(tmp_path, 5)  # and are no obstacle
+    written(tmp_path, 5)  # leftovers are no obstacle
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
@@ -124,7 +124,7 @@ def test_a_crash_leaves_the_old_one_and_no_half(
 
 
 def test_a_kill_before_the_rename_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is on disk but the rename; nothing tidies up, as after a kill."""
+    """All files are written, but not renamed; nothing cleans up, as after a kill."""
     old = written(tmp_path, 1)
 
     def die(*_: object) -> None:
@@ -141,7 +141,7 @@ def test_a_kill_before_the_rename_is_no_checkpoint(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_one_rank_that_fails_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_rank: int) -> None:
-    """The library's own error for a full disk must not leave the other ranks waiting."""
+    """The safetensors error of a full disk must not leave the other ranks waiting."""
     save = writer.save_file
 
     def fail(tensors: dict[str, object], path: Path) -> None:
@@ -185,7 +185,7 @@ def test_every_so_many_steps_one_stays(tmp_path: Path) -> None:
 
 
 def test_later_ones_never_push_out_the_one_just_written(tmp_path: Path) -> None:
-    """A run that went back behind a damaged checkpoint must end up with a good one."""
+    """A run that resumes before a damaged checkpoint must keep its new, intact one."""
     for step in (1, 2, 5):
         written(tmp_path, step)
     truncate(tmp_path / "step-00000005")

@@ -1,4 +1,4 @@
-"""Damages drawn from seeds, to every kind of file: each is refused in words, or the older checkpoint is taken."""
+"""Random damage to every kind of file: it is refused with a message, or the older checkpoint is used."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def link(draw: random.Random, folder: Path) -> None:
 
 
 def edit(draw: random.Random, folder: Path) -> None:
-    """Any value in any JSON file becomes an odd one."""
+    """Replaces any value in any JSON file by an unexpected one."""
     path = pick(draw, folder, ".json")
     document = json.loads(path.read_text())
     places: list[tuple[Any, Any]] = []
@@ -80,7 +80,7 @@ def edit(draw: random.Random, folder: Path) -> None:
 
 
 def edit_and_sign(draw: random.Random, folder: Path) -> None:
-    """The same, with a manifest that agrees."""
+    """edit, with a manifest that matches."""
     edit(draw, folder)
     manifest = folder / "manifest.json"
     try:
@@ -104,7 +104,7 @@ DAMAGES: list[Callable[[random.Random, Path], None]] = [
 
 
 def read_everything(folder: Path) -> None:
-    """All that a resume asks for; what is read must be right."""
+    """Reads all that a resume needs; what is read must be correct."""
     reader = CheckpointReader(folder)
     reader.check_shapes(SHAPES)
     for name, shape in SHAPES.items():
@@ -124,7 +124,7 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path: Path, damage: Callable[..
         damage(random.Random(seed), pristine)
         wrong = verify_checkpoint(pristine)
         if wrong is None:
-            # signed by whoever edited it, or of no consequence: refused when it is read, or read rightly
+            # the manifest matches, or the change is harmless: refused when it is read, or read correctly
             assert damage is edit_and_sign or damage is edit or damage is flip
             try:
                 read_everything(pristine)

@@ -1,7 +1,7 @@
 """Jobs that lose a rank: every other rank ends soon, with status 1 and one message that names the lost one.
 
-One script runs all the jobs side by side (doomed_ranks.py), and kills what has not ended in a fraction of the time
-that a collective would wait; the tests look at what each rank left.
+One script runs all the jobs side by side (failing_ranks.py), and kills what has not ended in a fraction of the
+time that a collective would wait; the tests look at what each rank left.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pytest
 from support.launch import run_ranks
 
 from reformer_dist.distributed import failures
-from reformer_dist.distributed.failures import Kind, Note, _has_ended, _look_at, judge
+from reformer_dist.distributed.failures import RankReport, RankStatus, _has_ended, _inspect_thread, diagnose
 
 pytestmark = pytest.mark.jobs
 
 TIMEOUT = 6  # seconds of the jobs that wait for it
 LONG = 300  # of those that do not
-GONE = "ended without a word, or does not answer"
+GONE = "exited without an error, or does not respond"
 # torch says so now and then on a busy machine, when a connection is made
 CHATTER = r"\[c10d\] The hostname of the client socket cannot be retrieved"
 # name: fate, its rank, number of ranks, time-out
@@ -42,7 +42,7 @@ PLAN: dict[str, tuple[str, int, int, float]] = {
     "agreed": ("agreed", 1, 3, LONG),
     "none": ("none", 0, 3, LONG),
 }
-HANGS = r"hangs at doomed_ranks\.py:\d+ in hangs: the others waited for it in a collective"
+HANGS = r"hangs at failing_ranks\.py:\d+ in hangs: the others waited for it in a collective"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """What each rank of each job left, by name."""
     folder = tmp_path_factory.mktemp("doomed")
     (folder / "plan.json").write_text(json.dumps(PLAN))
-    run_ranks(Path(__file__).with_name("doomed_ranks.py"), 1, [folder / "plan.json", folder / "found.json"])
+    run_ranks(Path(__file__).with_name("failing_ranks.py"), 1, [folder / "plan.json", folder / "found.json"])
     jobs = json.loads((folder / "found.json").read_text())
     for left in (rank for ranks in jobs.values() for rank in ranks):
         lines = left["output"].splitlines(keepends=True)
@@ -93,11 +93,11 @@ def test_the_end_of_the_host_is_seen_on_an_idle_connection():
 
 def test_a_rank_that_waits_for_what_it_sent_is_not_busy():
     here = sys._getframe()
-    assert _look_at(3, here).kind is Kind.busy
-    assert re.fullmatch(rf"test_failures.py:\d+ in {here.f_code.co_name}", _look_at(3, here).place)
+    assert _inspect_thread(3, here).status is RankStatus.busy
+    assert re.fullmatch(rf"test_failures.py:\d+ in {here.f_code.co_name}", _inspect_thread(3, here).location)
     names = {"sys": sys}
     exec(compile("def wait():\n return sys._getframe()", failures.__file__, "exec"), names)
-    assert _look_at(3, names["wait"]()).kind is Kind.waiting
+    assert _inspect_thread(3, names["wait"]()).status is RankStatus.waiting
 
 
 def test_the_rank_that_failed_says_it_in_its_own_way(found):
@@ -126,26 +126,26 @@ def test_a_job_that_ends_well_says_nothing(found):
     assert [(left["status"], left["output"]) for left in found["none"]] == [(0, "")] * 3
 
 
-def noticed(rank: int, words: str = "RuntimeError: Connection closed by peer") -> Note:
-    return Note(rank, Kind.noticed, words, f"trainer.py:{rank} in fit")
+def noticed(rank: int, words: str = "RuntimeError: Connection closed by peer") -> RankReport:
+    return RankReport(rank, RankStatus.noticed, words, f"trainer.py:{rank} in fit")
 
 
-def test_who_noticed_or_waits_is_not_lost():
-    notes = {0: noticed(0), 1: Note(1, Kind.waiting, place="x.py:1 in f"), 3: noticed(3)}
-    assert judge(notes, 4) == f"rank 2 of 4 was lost: {GONE}"
-    assert judge(notes, 6).startswith("ranks 2, 4, 5 of 6 were lost: ")
+def test_a_rank_that_noticed_or_waits_is_not_lost():
+    reports = {0: noticed(0), 1: RankReport(1, RankStatus.waiting, location="x.py:1 in f"), 3: noticed(3)}
+    assert diagnose(reports, 4) == f"rank 2 of 4 was lost: {GONE}"
+    assert diagnose(reports, 6).startswith("ranks 2, 4, 5 of 6 were lost: ")
 
 
-def test_who_failed_comes_before_who_is_silent():
-    notes = {0: noticed(0), 1: Note(1, Kind.failed, "MemoryError")}
-    assert judge(notes, 3) == f"rank 1 of 3 failed: MemoryError; rank 2 of 3 was lost: {GONE}"
+def test_failed_ranks_come_before_silent_ones():
+    reports = {0: noticed(0), 1: RankReport(1, RankStatus.failed, "MemoryError")}
+    assert diagnose(reports, 3) == f"rank 1 of 3 failed: MemoryError; rank 2 of 3 was lost: {GONE}"
 
 
 def test_only_a_time_out_makes_a_busy_rank_a_hanging_one():
-    busy = Note(1, Kind.busy, place="x.py:1 in f")
+    busy = RankReport(1, RankStatus.busy, location="x.py:1 in f")
     late = noticed(0, "RuntimeError: Timed out waiting 5000ms for recv operation to complete")
-    assert judge({0: late, 1: busy}, 2).startswith("rank 1 of 2 hangs at x.py:1 in f: ")
-    said = judge({0: noticed(0), 1: busy}, 2)
+    assert diagnose({0: late, 1: busy}, 2).startswith("rank 1 of 2 hangs at x.py:1 in f: ")
+    said = diagnose({0: noticed(0), 1: busy}, 2)
     assert said.startswith(
         "all 2 ranks are alive, but a collective failed among them: rank 0 at trainer.py:0 in fit"
     )

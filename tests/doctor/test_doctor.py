@@ -12,16 +12,16 @@ from support.launch import run_ranks
 from support.tiny import write_tiny_dataset
 
 from reformer_dist.doctor import machine
-from reformer_dist.doctor.__main__ import data, main
-from reformer_dist.doctor.attention import attention
+from reformer_dist.doctor.__main__ import check_data, main
+from reformer_dist.doctor.attention import check_attention
 from reformer_dist.doctor.collectives import _expect
-from reformer_dist.doctor.findings import State, examine, ok
+from reformer_dist.doctor.findings import CheckState, ok, run_check
 from reformer_dist.ops.lsh import bucket_attention
 
 CPU = torch.device("cpu")
 
 
-def states(findings) -> list[State]:
+def states(findings) -> list[CheckState]:
     return [finding.state for finding in findings]
 
 
@@ -46,7 +46,7 @@ def test_under_torchrun_it_examines_the_job():
 def test_anything_failed_is_status_1(monkeypatch, capsys):
     from reformer_dist.doctor import __main__ as entry
 
-    monkeypatch.setattr(entry, "local_collectives", lambda: iter(()))
+    monkeypatch.setattr(entry, "check_local_collectives", lambda: iter(()))
     monkeypatch.setattr(entry.runtime, "stop", lambda: None)  # tests that come later in this process have a job
     monkeypatch.setattr("sys.argv", ["reformer-doctor", "--data", "nowhere", "--output", "/proc"])
     with pytest.raises(SystemExit) as ended:
@@ -66,40 +66,42 @@ def test_anything_failed_is_status_1(monkeypatch, capsys):
     ids=["output", "gradient", "nan"],
 )
 def test_a_wrong_kernel_is_found(wrong):
-    assert states(attention(CPU)) == [State.ok, State.ok]
-    assert next(iter(attention(CPU, wrong))).state is State.failed
+    assert states(check_attention(CPU)) == [CheckState.ok, CheckState.ok]
+    assert next(iter(check_attention(CPU, wrong))).state is CheckState.failed
 
 
 def test_few_open_files_are_warned_of():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        (finding,) = machine.file_limits()
+        (finding,) = machine.check_open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert finding.state is State.warning and "at most 256" in finding.words and "ulimit -n" in finding.advice
+    assert (
+        finding.state is CheckState.warning and "at most 256" in finding.message and "ulimit -n" in finding.advice
+    )
 
 
 def test_little_shared_memory_is_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ENOUGH_SHARED", 2**62)
-    (finding,) = machine.shared_memory(tmp_path)
-    assert finding.state is State.warning and "--shm-size" in finding.advice
+    (finding,) = machine.check_shared_memory(tmp_path)
+    assert finding.state is CheckState.warning and "--shm-size" in finding.advice
 
 
 def test_packages_of_another_version_fail(monkeypatch):
     monkeypatch.setattr(
         machine, "_version", lambda package: {"deepspeed": "0.1", "numpy": None}.get(package, "99")
     )
-    failed = {finding.name for finding in machine.versions() if finding.state is State.failed}
+    failed = {finding.name for finding in machine.check_versions() if finding.state is CheckState.failed}
     assert {"deepspeed", "numpy"} <= failed
 
 
 def test_a_damaged_data_set_fails(tmp_path):
     folder = write_tiny_dataset(tmp_path / "data")
-    assert states(data(folder)) == [State.ok]
+    assert states(check_data(folder)) == [CheckState.ok]
     shard = next(folder.rglob("*.tar"))
     shard.unlink()
-    assert states(data(folder)) == [State.failed]
+    assert states(check_data(folder)) == [CheckState.failed]
 
 
 def test_what_breaks_is_a_finding_and_ends_nothing():
@@ -107,8 +109,8 @@ def test_what_breaks_is_a_finding_and_ends_nothing():
         yield ok("a", "b")
         raise OSError("no such device")
 
-    (finding,) = examine("thing", breaks, "mend it")
-    assert finding.state is State.failed and "no such device" in finding.words
+    (finding,) = run_check("thing", breaks, "mend it")
+    assert finding.state is CheckState.failed and "no such device" in finding.message
 
 
 def test_a_wrong_number_from_a_collective_is_an_error():
@@ -118,6 +120,6 @@ def test_a_wrong_number_from_a_collective_is_an_error():
 
 
 def test_disks_that_do_not_exist_yet_are_those_of_their_parent(tmp_path):
-    assert State.failed not in states(machine.disk(tmp_path / "not" / "yet"))
+    assert CheckState.failed not in states(machine.check_disk(tmp_path / "not" / "yet"))
     assert not (tmp_path / "not").exists()
-    assert Path("/proc").is_dir() and State.failed in states(machine.disk(Path("/proc")))
+    assert Path("/proc").is_dir() and CheckState.failed in states(machine.check_disk(Path("/proc")))

@@ -1,4 +1,4 @@
-"""The learning rate of each step, and which parameters decay."""
+"""Learning rate schedules, and parameter groups with and without weight decay."""
 
 from __future__ import annotations
 

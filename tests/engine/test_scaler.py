@@ -1,4 +1,4 @@
-"""fp16's loss scale goes on after a resume, and only in a run that has one; no GPU is needed to see it."""
+"""The fp16 loss scale is restored on resume, in runs that have one; tested without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCALE = {"cur_scale": 4096.0, "cur_iter": 9, "last_overflow_iter": 3, "cur_hyste
 
 
 def engine(**optimizer: Any) -> TrainEngine:
-    """An engine of which only the optimizer exists."""
+    """An engine with nothing but an optimizer."""
     made = TrainEngine.__new__(TrainEngine)
     made._engine = SimpleNamespace(optimizer=SimpleNamespace(**optimizer))
     return made

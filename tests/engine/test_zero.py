@@ -1,4 +1,4 @@
-"""Every ZeRO stage trains the same model, on any number of ranks: held against AdamW without DeepSpeed.
+"""Every ZeRO stage trains the same model on any number of ranks, compared with AdamW without DeepSpeed.
 
 Two jobs do the work (zero_cases.py); the tests look at what they left behind.
 """
@@ -44,7 +44,7 @@ READS = [(world, *pair) for world in WORLDS for pair in READ[world]]
 
 
 class Job:
-    """What one job left behind."""
+    """Results of one job."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Job]:
-    """By number of processes. There is no compiler in sight, and none is missed."""
+    """Jobs by number of processes. No compiler is available, and none is needed."""
     root = tmp_path_factory.mktemp("zero")
     script = Path(__file__).with_name("zero_cases.py")
     built = root / "built"
@@ -74,7 +74,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Job]:
 
 @cache
 def without_deepspeed(case: Case, world: int) -> tuple[Outcome, dict[str, Tensor]]:
-    """Losses, norms and final weights of one process that stores all activations and knows no ZeRO."""
+    """Losses, norms and final weights of one process without ZeRO and recomputation."""
     case = replace(case, stage=0, offload=False, precision="fp32", recompute="none")
     model = case.model()
 
@@ -126,7 +126,7 @@ def test_bf16_is_close(jobs: dict[int, Job], world: int, case: Case) -> None:
     found, right = jobs[world].outcomes[case.name], without_deepspeed(case, world)[0]
     assert found.losses == pytest.approx(right.losses, abs=3e-3)
     assert found.norms == pytest.approx(right.norms, rel=0.02)
-    assert found.losses != pytest.approx(right.losses, abs=1e-6)  # it is bf16 indeed
+    assert found.losses != pytest.approx(right.losses, abs=1e-6)  # it is really bf16
 
 
 @by_case(PROOFS)
@@ -161,6 +161,6 @@ def test_any_stage_and_world_reads_any_checkpoint(
     found, right = jobs[world].outcomes[name], writer.outcomes[there]
     assert found.heldout["2"] == pytest.approx(right.heldout["2"], rel=1e-6)
     assert max(found.norms) < math.inf
-    if world == 2:  # dropout depends on how the rows are spread
+    if world == 2:  # dropout seeds of these cases depend on the rank
         assert found.losses == pytest.approx(right.losses[2:], abs=1e-6)
         assert found.norms == pytest.approx(right.norms[2:], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Trains every case under DeepSpeed, as one rank of a job; results.json and checkpoints go to a folder.
+"""Trains every case under DeepSpeed, as one rank of a job; writes results.json and checkpoints.
 
 python zero_cases.py OUT [OTHER]     OTHER: where another number of processes wrote; read instead of OUT
 """
@@ -39,7 +39,7 @@ from reformer_dist.models.decoding import DecodingState
 
 
 class Run:
-    """One engine, from its birth to its end; `done` steps are behind it."""
+    """One engine; `done` is the number of its steps."""
 
     def __init__(self, job: Runtime, case: Case, folder: Path) -> None:
         self.job, self.folder, self.done = job, folder, 0
@@ -71,7 +71,7 @@ class Run:
         for number, (inputs, labels, seeds) in enumerate(micro_batches(self.done, self.job.rank, n_ranks)):
             loss = self.engine.forward(inputs, labels, **seeds)
             if is_bad and number == 0 and self.job.rank == n_ranks - 1:
-                loss = loss + math.inf  # which leaves its gradient as it is
+                loss = loss + math.inf  # leaves its gradient unchanged
             total += loss.item()
             self.engine.backward(loss, VALID)
         result = self.engine.step(LEARNING_RATES[self.done])
@@ -81,8 +81,8 @@ class Run:
         self.outcome.skipped.append(result.was_skipped)
 
     @torch.no_grad()
-    def look(self) -> None:
-        """Loss of evaluation, and a text that is decoded token by token."""
+    def evaluate(self) -> None:
+        """Records the evaluation loss, and the error of decoding token by token."""
         self.engine.train(False)
         row = rows(99)
         self.outcome.heldout[str(self.done)] = self.engine.forward(row[:, :-1], row[:, 1:]).item()
@@ -108,13 +108,13 @@ class Cases:
         saves: Collection[int] = (STEPS,),
         bad: Collection[int] = (),
     ) -> None:
-        """Trains on from `load`; looks and saves when `saves` steps are done."""
+        """Trains from the checkpoint `load`; evaluates and saves after each number of steps in `saves`."""
         run = Run(self.job, case, self.out / name)
         if load is not None:
             run.load(load)
         while True:
             if run.done in saves:
-                run.look()
+                run.evaluate()
                 run.save()
             if run.done == until:
                 break
@@ -123,7 +123,7 @@ class Cases:
         self.outcomes[name] = run.outcome
 
     def prove(self, case: Case) -> None:
-        """Without interruption, resumed in the middle, with a bad step, and as if that step never was."""
+        """Trains without interruption, resumed in the middle, with a bad step, and as if that step had not been."""
         name = case.name
         self.train(name, case, saves=(2, STEPS))
         self.train(f"{name}-resumed", case, load=step_folder(self.out / name, 2))
@@ -131,7 +131,7 @@ class Cases:
         self.train(f"{name}-after-bad", case, load=step_folder(self.out / f"{name}-bad", 2), until=3, saves=[3])
 
     def read(self, name: str, stage: int, source: Path) -> None:
-        """A checkpoint of another stage or world, written again as soon as it is read, then trained on."""
+        """Reads a checkpoint of another stage or world size, saves it again at once, then trains."""
         self.train(name, Case(stage), load=source, saves=(2, STEPS))
 
     def write_results(self) -> None:

@@ -1,4 +1,4 @@
-"""The model, rows and settings that the ZeRO cases and their plain reference share."""
+"""Model, rows and settings of the ZeRO cases and their reference without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEARNING_RATES = (0.01, 0.02, 0.01, 0.005)
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train the same model for the same steps."""
+    """A way to train the same model for the same steps."""
 
     stage: int = 0
     offload: bool = False
@@ -60,7 +60,7 @@ class Case:
             share_layers=self.shared,
             recompute=Recompute[self.recompute],
         )
-        # buckets and thresholds small enough that this model is cut into several pieces
+        # buckets and thresholds so small that this model is split into several partitions
         zero = DeepSpeedConfig(
             stage=self.stage,
             offload_optimizer=self.offload,
@@ -107,15 +107,15 @@ def read_name(source: int, stage: int) -> str:
 
 @dataclass
 class Outcome:
-    """What a case did, step by step."""
+    """Results of a case by step."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     skipped: list[bool] = field(default_factory=list)
     heldout: dict[str, float] = field(default_factory=dict)
-    """Loss on rows that were not trained on, by steps done."""
+    """Held-out loss by number of steps."""
     decoding_error: float = math.inf
-    """Largest difference of a logit of decoding, token by token, from the whole forward's."""
+    """Largest difference between logits of decoding token by token and of one forward."""
 
 
 def rows(step: int) -> Tensor:

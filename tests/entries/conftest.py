@@ -13,5 +13,5 @@ from support.tiny import tiny_overrides
 def trained(tmp_path_factory, tiny_data) -> Path:
     """A run directory of 6 steps with checkpoints of steps 3 and 6."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, run))
+    run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, run), forked=True)
     return run

@@ -1,4 +1,4 @@
-"""Trains with another seed on each rank: what a careless launch script does."""
+"""Trains with a different seed on each rank, as a wrong launch script would."""
 
 import os
 import sys

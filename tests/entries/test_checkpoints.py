@@ -1,4 +1,4 @@
-"""reformer-checkpoints as users type it, on the checkpoints of a trained run."""
+"""reformer-checkpoints on the checkpoints of a trained run."""
 
 from __future__ import annotations
 

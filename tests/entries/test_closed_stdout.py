@@ -1,4 +1,4 @@
-"""Output that nobody reads to its end, as behind `| head` and `| tee`: no traces, and the status of the run."""
+"""Output whose reader exits early, such as `| head` and `| tee`: no traceback, and the status of the run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_run_without_a_reader_trains_on_and_saves(tiny_data, tmp_path, ranks, 
 
 
 def unread(*command: object, is_buffered: bool = True) -> tuple[int, str]:
-    """Status and complaints of a command whose standard output has no reader from the first."""
+    """Exit status and stderr of a command whose stdout is closed from the start."""
     with begin(*command, stderr=subprocess.PIPE, is_buffered=is_buffered) as process:
         process.stdout.close()
         complaints = process.stderr.read()
@@ -91,7 +91,7 @@ def test_errors_are_told_where_they_are_read(tmp_path):
 
 
 def test_a_stream_without_another_end_is_not_unread(tmp_path, monkeypatch, capsys):
-    """A notebook's, or one that was closed on this side: the log complains as ever, and the program goes on."""
+    """A notebook's stream, or one closed in this process: logging reports it, and the program continues."""
     with (tmp_path / "file").open("w") as file:
         assert not is_disconnected(file) and not is_disconnected(io.StringIO())
     assert not is_disconnected(file)

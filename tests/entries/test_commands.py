@@ -1,4 +1,4 @@
-"""The commands as users type them: alone, under torchrun, under deepspeed, from a checkout and from a wheel."""
+"""The installed commands: alone, under torchrun and deepspeed, from a checkout and from a wheel."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_training_leaves_config_checkpoints_and_tensorboard(trained):
 
 def test_the_same_command_again_has_nothing_to_do(trained, tiny_data):
     recorded = (trained / "config.yaml").read_text()
-    output = run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, trained, "optim.lr=0.5"))
+    output = run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, trained, "optim.lr=0.5"), forked=True)
     assert "resuming from" in output and "nothing to train" in output
-    assert (trained / "config.yaml").read_text() == recorded  # no step was trained by another lr
+    assert (trained / "config.yaml").read_text() == recorded  # no step was trained with another lr
 
 
 def test_evaluate_prints_bits_per_byte_beside_the_baselines(trained):
@@ -58,22 +58,26 @@ def test_evaluate_on_two_ranks_is_evaluate_on_one(trained):
     def figures(output: str) -> list[str]:
         return [line for line in output.splitlines() if line.startswith("held-out")]
 
-    alone = figures(run(BIN / "reformer-evaluate", trained))
+    alone = figures(run_ranks("reformer_dist.evaluate", 1, [trained], forked=True))
     assert len(alone) == 3
     assert figures(run_ranks("reformer_dist.evaluate", 2, [trained])) == alone
 
 
 def test_generate_goes_on_from_the_prompt_and_repeats_itself_for_a_seed(trained):
-    command = [BIN / "reformer-generate", trained, "--prompt", "time water", "--max-new-tokens", "20"]
-    first = run(*command)
+    arguments = [trained, "--prompt", "time water", "--max-new-tokens", "20"]
+    first = run(BIN / "reformer-generate", *arguments)
     assert first.startswith("time water") and len(first) > len("time water") + 1
-    assert run(*command) == first
-    assert run(*command, "--seed", "1") != first
+    assert run_ranks("reformer_dist.generate", 1, arguments, forked=True) == first
+    other = run_ranks("reformer_dist.generate", 1, [*arguments, "--seed", "1"], forked=True)
+    assert other.startswith("time water") and other != first
 
 
 def test_generate_greedily_ignores_the_seed(trained):
-    command = [BIN / "reformer-generate", trained, "--temperature", "0", "--max-new-tokens", "10"]
-    assert run(*command) == run(*command, "--seed", "1")
+    arguments = [trained, "--temperature", "0", "--max-new-tokens", "10"]
+    texts = [
+        run_ranks("reformer_dist.generate", 1, [*arguments, "--seed", seed], forked=True) for seed in ("0", "1")
+    ]
+    assert texts[0] == texts[1] != ""
 
 
 def test_deepspeed_launcher_trains_on_two_processes(tmp_path, tiny_data):
@@ -86,7 +90,7 @@ def test_deepspeed_launcher_trains_on_two_processes(tmp_path, tiny_data):
 
 @pytest.mark.parametrize("command", ["reformer-train", "reformer-evaluate", "reformer-generate"])
 def test_help_needs_no_deepspeed_and_no_torch(command):
-    """--help is quick: it must not wait for heavy imports that it does not need."""
+    """--help must not wait for slow imports."""
     output = run(BIN / command, "--help")
     assert "reformer" in output.lower()
 
@@ -97,7 +101,7 @@ def test_cfg_job_prints_the_resolved_configuration():
 
 
 def test_wheel_carries_conf(tmp_path):
-    """From an installed wheel, away from the checkout, the same configuration is composed."""
+    """An installed wheel composes the same configuration, outside of the checkout."""
     source = tmp_path / "source"
     kept = ["reformer_dist", "conf", "pyproject.toml", "README.md", "LICENSE"]
     source.mkdir()

@@ -1,4 +1,4 @@
-"""reformer-evaluate on a small trained run: which data it takes, and what it holds a text against."""
+"""reformer-evaluate on a small trained run: checks of the data, and baselines of the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(trained: Path, data: Path, job: Runtime) -> tuple[argparse.Namespace,
 
 
 def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, job: Runtime) -> None:
-    """Also of one with as many tokens: bytes in another order, by which a loss would mean nothing."""
+    """Also with the same vocabulary size but other ids, with which the loss would be meaningless."""
     other = BpeTokenizer.train([b"text"], 257)
     documents = [(f"{number}", f"{number} {' '.join(WORDS)}".encode()) for number in range(20)]
     write_dataset(documents, tmp_path / "other", other, heldout_fraction=0.3)
@@ -36,12 +36,12 @@ def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, jo
 def test_a_text_that_is_not_utf8_is_held_against_its_own_bytes(
     trained: Path, tmp_path: Path, job: Runtime
 ) -> None:
-    """Each of which would be three as U+FFFD, all alike, which gzip makes little of."""
+    """Replaced by U+FFFD, each byte would become the same three, which compress far better."""
     document = bytes(range(256)) * 2
     records = [RawSample("latin", (document,))]
     write_samples(records, tmp_path / "d", ByteTokenizer(), heldout=records)
     arguments, loaded, corpus = opened(trained, tmp_path / "d", job)
-    # rows are whole: what is left over at the end is asked of none
+    # incomplete rows at the end have no labels
     text = _heldout_text(arguments, loaded, corpus)
     assert len(text) >= 256 and document.startswith(text)
     assert order0_bits_per_byte(text) > 7.9

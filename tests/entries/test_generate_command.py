@@ -1,4 +1,4 @@
-"""reformer-generate on a small trained run: prompts from everywhere, several texts, where they end."""
+"""reformer-generate on a small trained run: sources of prompts, several texts, ends of texts."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_a_stop_string_ends_the_text_before_it(write):
     assert text == whole[: whole.index(stop, len("time"))] + "\n"
     searched = write("--prompt", "time", "--max-new-tokens", "40", "--beams", "1")
     assert searched == whole + "\n"
-    # a search that meets one goes on with the next best beginning
+    # a beam that ends there makes room for the next best one
     assert stop not in write("--prompt", "time", "--max-new-tokens", "40", "--beams", "2", "--stop", stop)
 
 
 def test_a_search_ends_texts_at_stop_strings_across_tokens(write, monkeypatch):
-    """What is printed is cut there in any case; here the search itself is told, or it would score what follows."""
+    """The printed text is cut there anyway; the search must stop as well, or it would score what follows."""
     ends = []
 
     def look(*arguments):
@@ -85,7 +85,7 @@ def test_a_search_ends_texts_at_stop_strings_across_tokens(write, monkeypatch):
 
 @pytest.mark.parametrize("beams", [(), ("--beams", "2")], ids=["drawn", "searched"])
 def test_a_text_is_read_behind_its_own_prompt(write, monkeypatch, beams):
-    """Else a vocabulary of SentencePiece would lose the space between the two."""
+    """Otherwise a SentencePiece vocabulary would lose the space between the two."""
     given = set()
 
     def look(decode, stops, before):
@@ -104,7 +104,7 @@ def test_the_best_beams_are_printed(write):
 
 
 def test_it_writes_up_to_the_last_position(trained, capsys):
-    """Of 128 positions the end of text before the prompt takes one; the other row goes on when the first ends."""
+    """The end-of-text token takes one of 128 positions; the other row continues after the first has ended."""
     prompts = ["--prompt", "x" * 117, "--prompt", "y"]
     arguments = [str(trained), *prompts, "--max-new-tokens", "30", "--temperature", "0"]
     run_generation(build_parser().parse_intermixed_args(arguments))

@@ -117,7 +117,7 @@ def test_default_buckets_match_theirs() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "model_type": ("bert", "type reformer"),
+    "model_type": ("bert", "must be reformer"),
     "hidden_act": ("swish", "relu"),
     "attn_layers": (["lsh", "full"], "local and lsh"),
     "num_buckets": ([3, 4], "even"),

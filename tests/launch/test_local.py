@@ -137,7 +137,7 @@ def test_a_killed_rank_is_named(obey, capfd):
 def test_a_killed_rank_starts_again_with_all_others(obey, tmp_path, capfd):
     assert obey("end=0", "die-once", max_restarts=1) == 0
     assert (tmp_path / "rank1.1.json").is_file() and (tmp_path / "rank0.1.json").is_file()
-    assert "rank 1 of 2 was killed by SIGKILL; all ranks start again" in capfd.readouterr().err
+    assert "rank 1 of 2 was killed by SIGKILL; restarting all ranks" in capfd.readouterr().err
 
 
 def test_restarts_come_to_an_end(obey, tmp_path):

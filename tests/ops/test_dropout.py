@@ -78,7 +78,7 @@ def test_token_dropout(dtype: torch.dtype) -> None:
 
 
 def test_a_tokens_mask_is_its_own() -> None:
-    """Slices of rows and positions get the masks of the full tensor; rows, positions, channels are independent."""
+    """Slices of rows and positions get the masks of the full tensor; rows, positions and channels differ."""
     x = torch.ones(6, 40, 64)
     whole = token_dropout(x, 0.5, 9, COORDS)
     for rows, positions in ((slice(2, 5), slice(0, 40)), (slice(5, 6), slice(7, 19))):

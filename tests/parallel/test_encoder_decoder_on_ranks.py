@@ -31,7 +31,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     @cache
     def run(world: int) -> Path:
         folder = tmp_path_factory.mktemp("seq2seq")
-        run_ranks(Path(__file__).with_name("seq2seq_cases.py"), world, [folder], timeout=400)
+        run_ranks(Path(__file__).with_name("seq2seq_cases.py"), world, [folder], timeout=400, forked=True)
         return folder
 
     return run

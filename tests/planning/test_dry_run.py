@@ -22,7 +22,7 @@ from reformer_dist.run.dry_run import dry_run, read_memory
 def test_it_prints_the_plan_and_writes_nothing(tiny_data, tmp_path):
     words = ["launcher=local", "launcher.nproc_per_node=4", "parallel.sequence=2", "deepspeed=zero2"]
     overrides = tiny_overrides(tiny_data, tmp_path / "run", *words, "--dry-run=80GiB")
-    output = run_ranks("reformer_dist.train", 1, overrides)
+    output = run_ranks("reformer_dist.train", 1, overrides, forked=True)
     for line in ("4 ranks on cuda, 4 per node; 2 data-parallel", "  fits in 80.00 GiB", "exchange of heads"):
         assert line in output
     assert not (tmp_path / "run").exists()

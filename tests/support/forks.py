@@ -25,7 +25,7 @@ END = 20.0  # seconds that ranks have to end after one of them failed, as torchr
 
 
 def fork_context() -> ForkServerContext:
-    """Processes of this context share the server. It never runs a thread, whose locks a fork could inherit held."""
+    """The context of the server, which never runs a thread: a fork would inherit the locks that it holds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the server loads OpenMP
@@ -35,7 +35,7 @@ def fork_context() -> ForkServerContext:
 def fork_ranks(
     target: Path | str, world_size: int, args: list[str], timeout: float, env: dict[str, str]
 ) -> tuple[int, str]:
-    """Runs a script or module as the ranks of a job, as torchrun does: (status of the first that failed, output)."""
+    """Runs a script or module as the ranks of a job, as torchrun does; returns the status and all output."""
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "WORLD_SIZE": str(world_size)}
     job["LOCAL_WORLD_SIZE"] = job["WORLD_SIZE"]
     with tempfile.NamedTemporaryFile() as output:
@@ -59,7 +59,7 @@ def fork_ranks(
         finally:
             for rank in ranks:
                 rank.kill()
-        return (failed or [0])[0] or 0, _text(output.name)
+        return (failed or [0])[0], _text(output.name)
 
 
 def _become(target: str, args: list[str], env: dict[str, str], output: str) -> None:

@@ -30,18 +30,18 @@ def run_ranks(
 ) -> str:
     """Runs a script (Path) or module (str) on `world_size` processes; returns all that they printed.
 
-    forked: the processes are forked from one that has imported torch and DeepSpeed; otherwise torchrun starts them,
-        or nothing does if there is one. Forking saves seconds per process wherever the start is not tested.
+    forked: the processes are forked from one that has imported torch and DeepSpeed, which saves seconds wherever
+        the start itself is not tested. Otherwise torchrun starts them, or this process if there is one.
 
     Fails, showing the output, where the job does not end in time, or does not end as it should: with status 0, or
-    another if it `fails`.
+    1 if it `fails`.
     """
     words = [str(arg) for arg in args]
     if forked:
         status, output = fork_ranks(target, world_size, words, timeout, dict(env or {}))
     else:
         status, output = _run(_command(target, world_size) + words, timeout, env or {})
-    assert (status != 0) == fails, f"ended with status {status}:\n{output}"
+    assert status == int(fails), f"ended with status {status}:\n{output}"
     return output
 
 

@@ -19,6 +19,7 @@ from reformer_dist.data import (
     Quarantine,
     RawSample,
     Replay,
+    RowSelection,
     Sampler,
     SampleReader,
     SampleRef,
@@ -93,7 +94,9 @@ def test_fields_come_back(data: Path) -> None:
                 found[sample.name] = tuple(field.astype(np.uint8).tobytes() for field in sample.fields)
     assert found == expected
     assert dataset.fields == ["source", "target"]
-    assert {sample.name for sample in read_split(Corpus([dataset]))} == {f"pair{n}" for n in range(10)}
+    assert {sample.name for sample in read_split(Corpus([dataset]), RowSelection())} == {
+        f"pair{n}" for n in range(10)
+    }
 
 
 def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:

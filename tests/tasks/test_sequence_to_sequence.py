@@ -45,7 +45,7 @@ def test_writing_is_what_the_whole_forward_says(data: Path) -> None:
     with torch.no_grad():  # an end of text now and then
         model.head.weight *= 30
         model.head.bias[256] += 6.0
-    samples = list(read_split(Corpus.open([data])))
+    samples = list(read_split(Corpus.open([data]), RowSelection()))
     written = task.generate(model, samples)
     assert len(set(map(len, written))) > 1
     for sample, text in zip(samples, written, strict=True):
@@ -65,7 +65,7 @@ def _plainly(task: SequenceToSequence, model: torch.nn.Module, sample: Sample) -
 def test_a_search_finds_what_is_at_least_as_likely(data: Path) -> None:
     greedy, search = make_task(), make_task("task.beams=3")
     model = greedy.build_model().eval()
-    [sample, *_] = read_split(Corpus.open([data]))
+    [sample, *_] = read_split(Corpus.open([data]), RowSelection())
     found, plain = search.generate(model, [sample]), greedy.generate(model, [sample])
     assert len(found) == len(plain) == 1
 

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from support.datasets import damage_sample, make_sampler, open_loader, varied_documents
+from support.forks import fork_ranks
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, LoaderState, Replay, consumed_hash, write_dataset
 from reformer_dist.process.exit_status import INTERRUPTED
@@ -24,11 +26,16 @@ from reformer_dist.run.data import QuarantineFile
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    # more threads of BLAS and tokenizers would only slow a small machine down
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+class Ended(NamedTuple):
+    status: int
+    output: str
+
+
+def run(tool: str, *arguments: object) -> Ended:
+    # more threads of tokenizers would only slow a small machine down
+    return Ended(
+        *fork_ranks(TOOLS / tool, 1, [str(word) for word in arguments], 180, {"TOKENIZERS_PARALLELISM": "false"})
+    )
 
 
 @pytest.fixture
@@ -51,21 +58,21 @@ def test_tools_are_programs() -> None:
 def test_folder_to_shards_and_back(texts: Path, tmp_path: Path) -> None:
     arguments = (texts, "--suffix", ".py", "--output", tmp_path / "d", "--shard-mb", 0.01, "--heldout", 0.2)
     made = run("make_shards.py", *arguments)
-    assert made.returncode == 0, made.stderr
+    assert made.status == 0, made.output
     dataset = Dataset.open(tmp_path / "d")
     assert dataset.total("samples", "train") + dataset.total("samples", "heldout") == 60
-    assert f"{dataset.total('text_bytes', 'train'):,} bytes" in made.stdout
-    assert f"{dataset.total('tokens', 'heldout'):,} tokens" in made.stdout
-    assert "held out:" in made.stdout
+    assert f"{dataset.total('text_bytes', 'train'):,} bytes" in made.output
+    assert f"{dataset.total('tokens', 'heldout'):,} tokens" in made.output
+    assert "held out:" in made.output
 
     shown = run("inspect_shards.py", tmp_path / "d", "--samples", 1, "--verify")
-    assert shown.returncode == 0, shown.stderr
-    assert "texts/doc" in shown.stdout
-    assert "match their checksums" in shown.stdout
+    assert shown.status == 0, shown.output
+    assert "texts/doc" in shown.output
+    assert "match their checksums" in shown.output
 
     again = run("make_shards.py", *arguments)
-    assert (again.returncode, "--overwrite" in again.stderr) == (1, True)
-    assert run("make_shards.py", *arguments, "--overwrite").returncode == 0
+    assert (again.status, "--overwrite" in again.output) == (1, True)
+    assert run("make_shards.py", *arguments, "--overwrite").status == 0
 
 
 def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
@@ -74,7 +81,7 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
     source.write_bytes(gzip.compress("\n".join(lines).encode()))
     common = (source, "--jsonl-field", "body", "--tokenizer", "bpe", "--heldout", 0.2)
     made = run("make_shards.py", *common, "--vocab-size", 300, "--output", tmp_path / "a")
-    assert made.returncode == 0, made.stderr
+    assert made.status == 0, made.output
     dataset = Dataset.open(tmp_path / "a")
     assert dataset.tokenizer.vocab_size == 300
     assert dataset.total("text_bytes", "train") + dataset.total("text_bytes", "heldout") == sum(
@@ -84,7 +91,7 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
 
     tokenizer_file = tmp_path / "a" / "tokenizer.json"
     made = run("make_shards.py", *common, "--tokenizer-file", tokenizer_file, "--output", tmp_path / "b")
-    assert made.returncode == 0, made.stderr
+    assert made.status == 0, made.output
     assert Dataset.open(tmp_path / "b").fingerprint == dataset.fingerprint
 
 
@@ -93,20 +100,20 @@ def test_skipped_files_are_counted_once(texts: Path, tmp_path: Path) -> None:
     (texts / "wide.txt").write_bytes("wide".encode("utf-16"))
     learn = ("--tokenizer", "bpe", "--vocab-size", 300, "--heldout", 0.2)
     made = run("make_shards.py", texts, *learn, "--output", tmp_path / "d")
-    assert made.returncode == 0, made.stderr
-    assert "skipped: 1 binary file" in made.stdout
+    assert made.status == 0, made.output
+    assert "skipped: 1 binary file" in made.output
 
 
 def test_verify_names_the_bad_shard(texts: Path, tmp_path: Path) -> None:
-    assert run("make_shards.py", texts, "--output", tmp_path / "d", "--heldout", 0.2).returncode == 0
+    assert run("make_shards.py", texts, "--output", tmp_path / "d", "--heldout", 0.2).status == 0
     path = tmp_path / "d" / "train-000000.tar"
     content = bytearray(path.read_bytes())
     content[515] ^= 1
     path.write_bytes(content)
     shown = run("inspect_shards.py", tmp_path / "d", "--verify")
-    assert shown.returncode == 1
-    assert "train-000000.tar: shard" in shown.stderr
-    assert "train-000000.tar: sample 00000000" in shown.stderr
+    assert shown.status == 1
+    assert "train-000000.tar: shard" in shown.output
+    assert "train-000000.tar: sample 00000000" in shown.output
 
 
 @pytest.mark.parametrize(
@@ -144,12 +151,13 @@ def test_user_errors_are_one_line(
     assert message in line
 
 
+@pytest.mark.jobs
 def test_an_error_of_a_program_is_one_line(tmp_path: Path) -> None:
     result = run("make_shards.py", tmp_path / "nowhere", "--output", tmp_path / "d", "--vocab-size", 300)
-    assert (result.returncode, "--tokenizer bpe" in result.stderr) == (2, True)
-    result = run("make_shards.py", tmp_path / "nowhere", "--output", tmp_path / "d")
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
+    assert (result.status, "--tokenizer bpe" in result.output) == (2, True)
+    command = [sys.executable, TOOLS / "make_shards.py", tmp_path / "nowhere", "--output", tmp_path / "d"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +237,7 @@ def test_a_failure_removes_created_folders(tmp_path: Path) -> None:
     there.mkdir()
     for output in (tmp_path / "new/data", there):
         failed = run("make_shards.py", empty, "--output", output)
-        assert (failed.returncode, "no text" in failed.stderr) == (1, True)
+        assert (failed.status, "no text" in failed.output) == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "there"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from support.pieces import train_pieces
 
 from reformer_dist.checkpoint import weights as checkpoint_weights
-from reformer_dist.data import Corpus, Dataset, read_split
+from reformer_dist.data import Corpus, Dataset, RowSelection, read_split
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -52,7 +52,7 @@ def test_parallel_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     assert "skipped: 20 documents" in capsys.readouterr().out
     dataset = Dataset.open(tmp_path / "data")
     assert (dataset.total("samples", "train"), dataset.total("samples", "heldout")) == (40, 1)
-    [sample] = read_split(Corpus([dataset]))
+    [sample] = read_split(Corpus([dataset]), RowSelection())
     assert [dataset.tokenizer.decode(field) for field in sample.fields] == ["one cat", "eine Katze"]
 
     (tmp_path / "a.de").write_bytes(b"eine Katze\n")
@@ -67,7 +67,7 @@ def test_json_lines_with_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert make_shards(monkeypatch, *given, "--heldout", 0.3) == 0
     dataset = Dataset.open(tmp_path / "data")
     assert (dataset.fields, dataset.labels) == (["text"], ["a", "b"])
-    assert {sample.metadata["label"] for sample in read_split(Corpus([dataset]))} == {"a", "b"}
+    assert {sample.metadata["label"] for sample in read_split(Corpus([dataset]), RowSelection())} == {"a", "b"}
 
     odd = write_lines(tmp_path / "odd.jsonl", {"text": "x", "kind": "c"})
     assert make_shards(monkeypatch, *given, "--heldout-from", odd, "--overwrite") == 1
@@ -82,7 +82,7 @@ def test_squad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> 
     given = ["--squad", path, "--output", tmp_path / "data", "--heldout-from"]
     assert make_shards(monkeypatch, *given, path) == 0
     dataset = Dataset.open(tmp_path / "data")
-    [sample] = read_split(Corpus([dataset]))
+    [sample] = read_split(Corpus([dataset]), RowSelection())
     assert dataset.fields == ["question", "context"]
     assert sample.metadata == {"id": "q1", "answers": [[11, "Bern"]] * 2}  # in bytes: ü takes two
     assert dataset.tokenizer.decode(sample.fields[1][11:15]) == "Bern"

@@ -1,4 +1,4 @@
-"""One uninterrupted run that the tests of this folder hold others against."""
+"""Fixtures: an uninterrupted run to compare others with, and the log."""
 
 from __future__ import annotations
 

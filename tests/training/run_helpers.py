@@ -1,4 +1,4 @@
-"""Runs of the trainer in this process, and what they left behind."""
+"""Runs the trainer in this process, and reads its output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(job: Runtime, data: Path, output: Path, *changed: str, stop: StopSigna
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """What metrics.jsonl tells of each step, but for speed, time and memory; each step stands there once."""
+    """Rows of metrics.jsonl by step, without speed, time and memory; each step must appear once."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
@@ -43,7 +43,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 @contextmanager
 def when_told(**actions: Callable[[], object]) -> Iterator[None]:
-    """Does something as soon as the run says a line with these words (_ stands for a blank)."""
+    """Runs each action at the first log line that contains its name, with _ for a space."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -71,7 +71,7 @@ def interrupted(run: Path, output: Path, *steps: int) -> Path:
 
 
 def damage(folder: Path) -> None:
-    """One byte of the weights becomes another."""
+    """Changes a byte of the weights."""
     path = folder / "rank-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -79,7 +79,7 @@ def damage(folder: Path) -> None:
 
 
 def damage_samples(data: Path, copy: Path) -> Path:
-    """A data set in which a bit of every third training sample is another."""
+    """A copy of a data set with a flipped bit in every third training sample."""
     shutil.copytree(data, copy)
     dataset = Dataset.open(copy)
     for shard in dataset.shards("train"):

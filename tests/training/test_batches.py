@@ -22,7 +22,7 @@ SEQ_LEN, BATCH_SIZE = 64, 4
 
 
 def read(folders: list[Path], mesh: SequenceMesh, n_steps: int) -> list[list[torch.Tensor] | Exception]:
-    """Labels of each step on ranks that share sequences, each with its own copy of the data; or what each raised."""
+    """Labels of each step on ranks that share sequences but have their own copies of the data; or their errors."""
 
     def of_rank(runtime: Runtime) -> list[torch.Tensor]:
         corpus = Corpus.open([folders[runtime.rank]])

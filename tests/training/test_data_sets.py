@@ -1,4 +1,4 @@
-"""Runs on several data sets, and on one behind http: the trainer, the evaluation and a resume."""
+"""Runs on several data sets, and on one over HTTP: training, evaluation and resume."""
 
 from __future__ import annotations
 

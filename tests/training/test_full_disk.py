@@ -1,4 +1,4 @@
-"""A disk that is really full fails saves, not the run; when there is room again, nothing has been lost."""
+"""A full disk fails saves, not the run; once there is space again, nothing is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAILED = "a checkpoint could not be written: "
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """4 MiB of room."""
+    """A file system of 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
@@ -36,7 +36,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, free: int) -> None:
-    """Leaves so many bytes, or one page less."""
+    """Leaves `free` bytes, or up to one page less."""
     size = shutil.disk_usage(disk).free - free
     with (disk / "filler").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -47,7 +47,7 @@ def empty(disk: Path) -> None:
 
 
 def assert_nothing_is_lost(run: Path, whole: Path) -> None:
-    """Step 3 was not saved; all else is as if the disk had never been full."""
+    """Step 3 was not saved; all else is as on an empty disk."""
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
     assert scalars(run, LOSS) == scalars(whole, LOSS)
@@ -60,7 +60,7 @@ def assert_nothing_is_lost(run: Path, whole: Path) -> None:
 def test_a_disk_without_room(
     whole: Path, tiny_data: Path, disk: Path, job: Runtime, said: pytest.LogCaptureFixture, free: int
 ) -> None:
-    """It is looked at before anything is written."""
+    """Free space is checked before anything is written."""
     with when_told(step_2=lambda: fill(disk, free), could_not_be_written=lambda: empty(disk)):
         run = train(job, tiny_data, disk / "run")
     [told] = [line for line in said.messages if line.startswith(FAILED)]
@@ -103,7 +103,7 @@ def test_files_that_can_not_grow(
     largest: int,
     name: str,
 ) -> None:
-    """As with a quota: the kernel cuts a file off in its midst. No checkpoint is ahead of metrics that wait."""
+    """As with a quota: a write stops in the middle of a file. No checkpoint is ahead of metrics kept in memory."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with when_told(
@@ -117,18 +117,16 @@ def test_files_that_can_not_grow(
     assert name in told and "File too large" in told
     waits = [line for line in said.messages if line.endswith("kept in memory until it can")]
     assert bool(waits) == (largest < STATE // 2)
-    assert len(waits) == len({line.split(": ")[0] for line in waits})  # each file says so once
+    assert len(waits) == len({line.split(": ")[0] for line in waits})  # once per file
     assert_nothing_is_lost(run, whole)
 
 
 def test_the_last_checkpoint_must_find_room(
     whole: Path, tiny_data: Path, disk: Path, job: Runtime, said: pytest.LogCaptureFixture
 ) -> None:
-    """The run ends with one message; the same command goes on when there is room again."""
-    with (
-        when_told(step_5=lambda: fill(disk, 0)),
-        pytest.raises(UserError, match=rf"\b{STATE:,} bytes.*\b0 are free"),
-    ):
+    """The run ends with one message; the same command resumes once there is space."""
+    message = rf"\b{STATE:,} bytes.*\b0 are free"
+    with when_told(step_5=lambda: fill(disk, 0)), pytest.raises(UserError, match=message):
         train(job, tiny_data, disk / "run")
     assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     empty(disk)

@@ -1,4 +1,4 @@
-"""The numbers that a run shows."""
+"""Metrics of the window between two reports, and the progress line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_memory_of_this_process() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that it is; tests set clock[0]."""
+    """The current time, which tests set by clock[0]."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -59,7 +59,7 @@ def test_window(clock: list[float]) -> None:
         window.add(torch.tensor(loss), 4.0, was_skipped=False)
     clock[0] += 10.0
     window.pause(6.0)
-    result = window.result(2 * window.local_loss)  # another rank had the same
+    result = window.result(2 * window.local_loss)  # of two ranks with equal losses
     assert result == WindowMetrics(loss=2.0, tokens_per_s=2.0, seconds_per_step=2.0)
     window.reset()
     window.add(torch.tensor(7.0), 7.0, was_skipped=False)

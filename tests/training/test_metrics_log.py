@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step, also after an interruption, and values as they were computed."""
+"""metrics.jsonl: one line per step, also after an interruption, with unrounded values."""
 
 from __future__ import annotations
 

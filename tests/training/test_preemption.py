@@ -30,7 +30,7 @@ from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
 from reformer_dist.training.batches import BatchReader
 from reformer_dist.training.preemption import StopSignal
 
-# the window of a report is cut by the stop, and evaluation is due
+# the stop interrupts a metrics window, and evaluation is due
 LONG = ("trainer.max_steps=12", "trainer.log_every=4", "trainer.eval_every=4", "trainer.save_every=100")
 LONG += ("optim.schedule=constant",)
 ENDLESS = "trainer.max_steps=1000000"
@@ -42,7 +42,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtim
 
 
 class StopAt(StopSignal):
-    """Set when it is looked at for the n-th time."""
+    """Set when it is checked for the n-th time."""
 
     def __init__(self, looks: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class StopAt(StopSignal):
 def test_a_stop_anywhere_loses_nothing(
     uncut: Path, tiny_data: Path, tmp_path: Path, job: Runtime, looks: int
 ) -> None:
-    """Before the first step, while data is waited for, between steps, in the midst of an evaluation."""
+    """Before the first step, while waiting for data, between steps, during an evaluation."""
     with pytest.raises(Preempted):
         train(job, tiny_data, tmp_path, *LONG, stop=StopAt(looks))
     train(job, tiny_data, tmp_path, *LONG)
@@ -97,7 +97,7 @@ def test_a_signal_while_the_run_is_built_or_saved(
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Told to stop in the midst of a save, then, started again, before the checkpoint is read."""
+    """Stopped during a save, then, after a restart, before the checkpoint is read."""
     save = writer.save_file
 
     def save_when_told(*args: object) -> None:
@@ -143,7 +143,7 @@ with stop.listen():
 
 
 def test_what_one_rank_cannot_read_ends_all_alike() -> None:
-    """Held-out text of a rank of its own is damaged: none may wait for it, and a save under way is settled."""
+    """Held-out text of one rank is damaged: no rank may wait for it."""
 
     def things(rank: int) -> Iterator[int]:
         yield 1
@@ -162,7 +162,7 @@ def test_what_one_rank_cannot_read_ends_all_alike() -> None:
 
 @pytest.mark.jobs
 def test_a_second_sigint_leaves_at_once() -> None:
-    """Unless it is the echo of the first, which a terminal and a launcher both send."""
+    """Unless it repeats the first, which a terminal and a launcher both send."""
     done = subprocess.run([sys.executable, "-c", IMPATIENT], stdout=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (INTERRUPTED, "waits True\n")
 
@@ -170,7 +170,7 @@ def test_a_second_sigint_leaves_at_once() -> None:
 @pytest.mark.parametrize(("module", "name"), [("torch._C", "SIGINT"), ("deepspeed.comm", "SIGTERM")])
 @pytest.mark.jobs
 def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, module: str, name: str) -> None:
-    """It takes seconds until the run can hear; what is started again goes on, or begins."""
+    """Imports take seconds, during which a signal must end the process with the status of a stop."""
     command = [
         sys.executable,
         "-X",
@@ -192,7 +192,7 @@ def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, modu
 
 @pytest.mark.jobs
 def test_a_run_whose_terminal_closes_saves(tiny_data: Path, tmp_path: Path) -> None:
-    """It is told to by SIGHUP; and nobody hears its last words, which must not be an error."""
+    """It receives SIGHUP; that its last output has no reader must not be an error."""
     terminal, far = pty.openpty()
 
     def own_the_terminal() -> None:
@@ -231,7 +231,7 @@ def test_under_nohup_a_run_outlives_its_terminal(tiny_data: Path, tmp_path: Path
 
 @pytest.mark.jobs
 def test_a_rank_that_is_told_stops_all(uncut: Path, tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
-    """By the command line; the signal comes to one of two ranks, some time after step 4. One rank then goes on."""
+    """From the command line: one of two ranks receives the signal after step 4. One rank then resumes."""
     ranks = ("launcher=local", "launcher.nproc_per_node=2")
     overrides = tiny_overrides(tiny_data, tmp_path, *LONG, ENDLESS, *ranks)
     command = [sys.executable, "-u", "-m", "reformer_dist.train", *overrides]

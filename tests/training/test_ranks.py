@@ -1,4 +1,4 @@
-"""Runs on two processes: exact resumes at each stage, other worlds go on with them, and errors are shared.
+"""Runs on two processes: exact resumes at each stage, resumes with another world size, shared errors.
 
 One job trains everything (two_ranks.py), and one more comes by the command line; the tests look at what is left.
 """
@@ -32,7 +32,7 @@ EPOCH += ("trainer.max_steps=1000",)
 
 
 def broken(data: Path, copy: Path) -> Path:
-    """A data set in which half of the shards are zeros."""
+    """A copy of a data set with zeros in half of its shards."""
     shutil.copytree(data, copy)
     for path in sorted(copy.glob("train-*.tar"))[::2]:
         path.write_bytes(bytes(path.stat().st_size))
@@ -41,13 +41,13 @@ def broken(data: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtime) -> Path:
-    """The run of one process that those of two are held against."""
+    """The run of one process with which those of two are compared."""
     return train(job, tiny_data, tmp_path_factory.mktemp("runs") / "alone", *EVALUATED)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path) -> tuple[Path, dict[str, Any]]:
-    """(folder of the runs, what each raised)."""
+    """(directory of the runs, error of each rank by run)."""
     root = tmp_path_factory.mktemp("ranks")
     plan: dict[str, list[str]] = {}
 
@@ -77,7 +77,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
     add("offload3", "deepspeed.stage=3", "deepspeed.offload_optimizer=true")
     plan["again"] = [*plan["plain"], "resume=never"]
     (root / "plan.json").write_text(json.dumps(plan))
-    run_ranks(Path(__file__).with_name("two_ranks.py"), 2, [root / "plan.json", root / "found.json"])
+    run_ranks(Path(__file__).with_name("two_ranks.py"), 2, [root / "plan.json", root / "found.json"], forked=True)
     return root, json.loads((root / "found.json").read_text())
 
 
@@ -105,7 +105,7 @@ def test_stages_observe_alike(ranks: tuple[Path, dict[str, Any]], stage: int) ->
 
 @pytest.mark.parametrize("name", ["plain", "elastic", "offload3", "heads", "buckets", "buckets-elastic"])
 def test_worlds_agree(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str) -> None:
-    """Dropout included: its masks are those of the tokens, wherever they are."""
+    """Also with dropout, whose masks depend on tokens, not on ranks."""
     expected = {step: loss for step, loss in scalars(alone, LOSS).items() if "elastic" not in name or step > 3}
     assert scalars(ranks[0] / name, LOSS) == pytest.approx(expected, rel=1e-5)
 
@@ -156,17 +156,17 @@ def test_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_data: Path
     overrides = tiny_overrides(tiny_data, tmp_path / "run", "deepspeed=zero2")
     output = run_ranks("reformer_dist.train", 2, overrides)
     assert output.count("ZeRO stage 2, fp32, 2 ranks on cpu") == 1
-    assert output.count("step 6/6 | loss ") == 1  # one rank speaks
+    assert output.count("step 6/6 | loss ") == 1  # logged by one rank
     assert_same(checkpoint(tmp_path / "run", 6), checkpoint(ranks[0] / "zero2", 6))
 
 
 def test_sharing_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    output = run_ranks("reformer_dist.train", 2, tiny_overrides(tiny_data, run, SHARED, *EVALUATED))
+    output = run_ranks("reformer_dist.train", 2, tiny_overrides(tiny_data, run, SHARED, *EVALUATED), forked=True)
     assert output.count("a sequence over 2 ranks: parallel.heads=2 x parallel.buckets=1 | expected traffic ") == 1
     assert_same(checkpoint(run, 6), checkpoint(ranks[0] / "heads", 6))
-    alone = run_ranks("reformer_dist.evaluate", 1, [run])
-    shared = run_ranks("reformer_dist.evaluate", 2, [run, SHARED, "parallel.buckets=2"])
+    alone = run_ranks("reformer_dist.evaluate", 1, [run], forked=True)
+    shared = run_ranks("reformer_dist.evaluate", 2, [run, SHARED, "parallel.buckets=2"], forked=True)
     for words in ("held-out loss: ", "held-out text: "):
         (right,), (found,) = ([line for line in said.splitlines() if words in line] for said in (alone, shared))
         assert found == right
@@ -174,7 +174,7 @@ def test_sharing_by_the_command_line(ranks: tuple[Path, dict[str, Any]], tiny_da
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_every_world_reads_the_same_samples(ranks: tuple[Path, dict[str, Any]], alone: Path, step: int) -> None:
-    """Ranks, threads, sequence degrees and resumes: the running hash of what was read is that of one process."""
+    """The running hash of all samples read is the same for any ranks, threads, sequence degrees and resumes."""
     right = data_state(checkpoint(alone, step))
     assert right["step"] == step
     names = ["plain", "threads", "heads", "buckets", "zero3"]
@@ -203,7 +203,7 @@ def test_damage_is_passed_over_by_all_ranks_and_named(
         assert sorted((root / name / "quarantine.jsonl").read_text().splitlines()) == sorted(named)
         assert scalars(root / name, LOSS) == pytest.approx(scalars(run, LOSS), rel=1e-5)
         assert scalars(root / name, "data/damaged")[6] == n_damaged
-    # repaired since, and on one process: what is in quarantine stays there
+    # resumed by one process with repaired data: quarantined samples stay skipped
     source = checkpoint(root / "damaged-heads", 3)
     resumed = train(job, root / "damaged-data", tmp_path / "resumed", f"resume={source}", *DAMAGED)
     assert data_state(checkpoint(resumed, 6)) == state
@@ -212,7 +212,7 @@ def test_damage_is_passed_over_by_all_ranks_and_named(
 def test_an_epoch_ends_the_run_alike(
     ranks: tuple[Path, dict[str, Any]], tiny_data: Path, tmp_path: Path, job: Runtime
 ) -> None:
-    """After the same number of steps, the last of them partly padding, as on one process."""
+    """After the same number of steps as on one process, the last of them partly padding."""
     run = train(job, tiny_data, tmp_path / "run", *EPOCH)
     n_tokens = Dataset.open(tiny_data).total("tokens", "train")
     last = ceil(ceil(n_tokens / 40) / 128)

@@ -46,11 +46,11 @@ def test_bf16_resumes_bitwise(tiny_data: Path, tmp_path: Path, job: Runtime) -> 
 def test_kill_9_and_start_again(
     tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
 ) -> None:
-    """A process is killed at work on some step after the fourth; the next then goes on as if nothing had been."""
+    """A process is killed at some step after the fourth; the next resumes without a trace of it."""
     run, constant = tmp_path / "run", "optim.schedule=constant"
     endless = tiny_overrides(tiny_data, run, constant, "trainer.max_steps=1000000")
     command = [sys.executable, "-u", "-m", "reformer_dist.train", *endless]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # another number of threads adds in another order
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # the number of threads changes the order of summation
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -60,7 +60,7 @@ def test_kill_9_and_start_again(
         assert process.wait(60) == -signal.SIGKILL
     found, complaints = find_checkpoint(run / "checkpoints")
     assert not complaints
-    step = step_of(found) if found is not None else 0  # in the background: the kill may have come before its end
+    step = step_of(found) if found is not None else 0  # saved in the background: the kill may have come first
     rest = (constant, f"trainer.max_steps={step + 6}")
     train(job, tiny_data, run, *rest)
     assert (f"resuming from {found} at step {step}" in said.messages) == (found is not None)
@@ -72,7 +72,7 @@ def test_kill_9_and_start_again(
 def test_a_kill_between_the_metrics_and_the_checkpoint_of_a_step(
     whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are on the disk before a checkpoint begins; what is ahead of the last one, and torn, is taken back."""
+    """Metrics are synced before a checkpoint begins; those after the last one, and torn lines, are removed."""
     begin = CheckpointManager.begin
 
     def killed_at_step_6(self: CheckpointManager, state: TrainState, data_state: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def test_a_kill_between_the_metrics_and_the_checkpoint_of_a_step(
     [events] = (run / "tensorboard").iterdir()
     for path in (run / "metrics.jsonl", events):
         content = path.read_bytes()
-        path.write_bytes(content + content[-300:-9])  # killed in the midst of a record
+        path.write_bytes(content + content[-300:-9])  # killed in the middle of a record
     train(job, tiny_data, run)
     assert scalars(run, LOSS) == scalars(whole, LOSS)
     assert [row[LOSS] for row in losses(run).values()] == [row[LOSS] for row in losses(whole).values()]
@@ -137,7 +137,7 @@ def test_resume_from_a_path(whole: Path, tiny_data: Path, tmp_path: Path, job: R
 def test_a_run_that_began_at_a_path_goes_on_from_its_own_checkpoints(
     whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
 ) -> None:
-    """The command that a scheduler starts again names the path each time, even where nothing is there any more."""
+    """A requeued command names the path each time, even after it has been removed."""
     source = Path(shutil.copytree(whole, tmp_path / "source"))
     run, resume = tmp_path / "run", f"resume={checkpoint(source, 3)}"
     train(job, tiny_data, run, resume, "trainer.max_steps=5")

@@ -1,4 +1,4 @@
-"""Whole runs of one process: they learn, say what they do, evaluate exactly and survive what goes wrong."""
+"""Runs of one process: training, log, exact evaluation, and recovery from failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curves of a run: one value a step, also after an interruption, and one writer."""
+"""TensorBoard curves: one value per step, also after an interruption, from one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A part of a step that takes too long is told once, with the rank and what it does."""
+"""Watchdog: part of a step that takes too long is logged once, with the rank and its activity."""
 
 from __future__ import annotations
 

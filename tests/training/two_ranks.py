@@ -1,4 +1,4 @@
-"""Trains what a plan lists, one run after another, as one rank of a job.
+"""Trains the runs of a plan one after another, as one rank of a job.
 
 two_ranks.py PLAN OUT     PLAN: JSON {name: overrides}; OUT: JSON {name: what each rank raised, or null}
 """
@@ -28,7 +28,7 @@ def train(job: Runtime, overrides: list[str]) -> None:
 
 
 def outcome(job: Runtime, action: Callable[[], Any]) -> list[str | None]:
-    """What each rank raised, by rank."""
+    """Error of each rank, or None."""
     error: str | None = None
     try:
         action()
@@ -42,7 +42,7 @@ def fail(message: str) -> None:
 
 
 def agreements(job: Runtime) -> dict[str, Any]:
-    """What the ranks say of each other's errors, and how they put numbers together."""
+    """Results of Runtime's reductions and shared errors."""
     last = job.rank == job.world_size - 1
     return {
         "none fails": outcome(job, lambda: job.together(lambda: None)),

@@ -1,1 +1,1 @@
-"""LSH and local attention on CPUs, in C: `library` compiles it, `calls` wraps it, `attention` and `held` use it."""
+"""LSH and local attention on CPUs, in C: `library` compiles it, `calls` wraps it."""

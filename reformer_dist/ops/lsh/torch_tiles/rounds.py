@@ -63,9 +63,8 @@ def attend_rounds(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> Iterator[
             yield PartialSoftmax(v, v.new_empty(0), v.new_empty(0))
             continue
         o, top, weight = _attend_round(group, layout, mask, q, k, v)
-        yield PartialSoftmax(
-            gather_rows(o, layout.slot_of_row), top[layout.slot_of_row], weight[layout.slot_of_row]
-        )
+        slots = layout.slot_of_row
+        yield PartialSoftmax(gather_rows(o, slots), top[slots], weight[slots])
 
 
 def attend(group: RowGroup, q: Tensor, k: Tensor, v: Tensor) -> PartialSoftmax:

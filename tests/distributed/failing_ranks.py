@@ -1,6 +1,6 @@
 """Jobs that lose a rank in the midst of their collectives, all at once.
 
-doomed_ranks.py PLAN OUT     PLAN: JSON {name: [fate, its rank, number of ranks, time-out in seconds]}
+failing_ranks.py PLAN OUT     PLAN: JSON {name: [fate, its rank, number of ranks, time-out in seconds]}
                              OUT: JSON {name: for each rank {"status", "output"}}
 
 The ranks are forked from this process, which has loaded torch for all of them. There is no launcher: torchrun
@@ -78,7 +78,7 @@ def work(rank: int, fate: str, culprit: int) -> None:
 
 def run_rank(fate: str, culprit: int, timeout: float) -> None:
     job = runtime.start(timedelta(seconds=timeout))
-    with failures.named(job, ADVICE):
+    with failures.detect_lost_ranks(job, ADVICE):
         work(job.rank, fate, culprit)
         if fate == "agreed":
             job.raise_together(UserError("no data") if job.rank == culprit else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,10 +148,10 @@ def attend(
 ) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
-    kept: dict[str, Any] = {}
+    exchange = sequence.open_exchange(ids, case.options(), mask)
     k = None if case.shared else leaves[1]
     for _ in range(2):
-        out = sequence.bucket_attention(leaves[0], k, leaves[-1], ids, case.options(), mask, kept)
+        out = sequence.bucket_attention(leaves[0], k, leaves[-1], exchange)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 

@@ -29,7 +29,8 @@ class PartialSoftmax:
     def merge(self, other: PartialSoftmax) -> PartialSoftmax:
         """The state over the keys of both. Overwrites self."""
         row_max = torch.maximum(self.row_max, other.row_max)
-        factor, other_factor = (self.row_max - row_max).exp2_(), (other.row_max - row_max).exp2_()
+        # exp, since exp2 rounds otherwise where an array ends: a row's bits would depend on its place
+        factor, other_factor = (((x.row_max - row_max) * LOG_2).exp_() for x in (self, other))
         o = self.o.mul_(factor.unsqueeze(1)).addcmul_(other.o, other_factor.unsqueeze(1))
         return PartialSoftmax(o, row_max, self.row_sum.mul_(factor).addcmul_(other.row_sum, other_factor))
 

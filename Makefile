@@ -29,7 +29,7 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python tools/quickstart.py $(if $(TEXT),--text "$(TEXT)")
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -29,7 +29,12 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` are skipped, by name, where there is no such device."""
+    """Skips tests marked `cuda` where there is no such device; runs the files with `jobs`, the longest, first.
+
+    xdist gives out files in this order, so that its workers end together.
+    """
+    long = {item.path for item in items if item.get_closest_marker("jobs")}
+    items.sort(key=lambda item: item.path not in long)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -263,7 +263,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
 
     @property
     def chunk_multiple(self) -> int:
-        """compat.chunk_wrap: other systems pad to a multiple of all chunk lengths in use, and wrap around there."""
+        """compat.chunk_wrap: other systems pad to a multiple of all chunk lengths in use, and wrap there."""
         kinds = set(self.layer_kinds())
         lengths = [self.chunk_len] if AttentionKind.lsh in kinds else []
         lengths += (

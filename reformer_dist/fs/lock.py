@@ -55,8 +55,8 @@ def _open(path: Path) -> int:
 class RunLock:
     """Admits one job at a time to a run directory: rank 0 holds the lock of a file there until it is closed.
 
-    A POSIX lock, which network file systems keep across machines. That of a lost machine may outlive it until a lease
-    ends. The content of the file only serves the message.
+    A POSIX lock, which network file systems keep across machines. That of a lost machine may outlive it until a
+    lease ends. The content of the file only serves the message.
     """
 
     def __init__(self, folder: Path, lease: float = LEASE) -> None:

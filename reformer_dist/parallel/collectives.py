@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from reformer_dist.distributed.comm import CommGroup
 from reformer_dist.distributed.mesh import SequenceMesh
 
-# phases of the statistics
-HEADS, GATHER = "heads", "gather"
+PHASE, GATHER_PHASE = "heads", "gather"
 
 
 def to_heads(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
@@ -34,26 +33,26 @@ class _HeadExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: CommGroup, order: list[int], is_to_heads: bool) -> Tensor:
         ctx.settings = (comm, order, is_to_heads)
-        with comm.stats.timed(HEADS):
+        with comm.stats.timed(PHASE):
             return (_to_heads if is_to_heads else _to_slices)(x, comm, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         comm, order, is_to_heads = ctx.settings
-        with comm.stats.timed(HEADS):
+        with comm.stats.timed(PHASE):
             return (_to_slices if is_to_heads else _to_heads)(grads[0], comm, order), None, None, None
 
 
 def _to_heads(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
-    received = comm.all_to_all(x.unflatten(1, (comm.size, -1)).movedim(1, 0), HEADS)  # [P, B, H / P, S, ...]
+    received = comm.all_to_all(x.unflatten(1, (comm.size, -1)).movedim(1, 0), PHASE)  # [P, B, H / P, S, ...]
     return torch.cat([received[rank] for rank in order], dim=2)
 
 
 def _to_slices(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
     slices = x.chunk(comm.size, dim=2)
     blocks = torch.stack([slices[order.index(rank)] for rank in range(comm.size)])
-    return comm.all_to_all(blocks, HEADS).movedim(0, 1).flatten(1, 2)
+    return comm.all_to_all(blocks, PHASE).movedim(0, 1).flatten(1, 2)
 
 
 def gather_slices(x: Tensor, mesh: SequenceMesh) -> Tensor:
@@ -68,7 +67,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: SequenceMesh) -> Tensor:
         ctx.mesh = mesh
-        return mesh.sequence_group.all_gather(x, GATHER)[[mesh.rank_of_slice(index) for index in range(mesh.size)]]
+        return mesh.sequence_group.all_gather(x, GATHER_PHASE)[
+            [mesh.rank_of_slice(index) for index in range(mesh.size)]
+        ]
 
     @staticmethod
     @once_differentiable
@@ -77,4 +78,4 @@ class _Gather(torch.autograd.Function):
         by_rank = torch.empty_like(grads[0])
         for index, grad in enumerate(grads[0]):
             by_rank[mesh.rank_of_slice(index)] = grad
-        return mesh.sequence_group.all_to_all(by_rank, GATHER).sum(dim=0), None
+        return mesh.sequence_group.all_to_all(by_rank, GATHER_PHASE).sum(dim=0), None

@@ -1,4 +1,4 @@
-"""Damaged samples are passed over by all alike, and stay so; too many, and changed data, are refused."""
+"""All ranks skip the same damaged samples, also after a resume; too many, and changed data, are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def texts(rows: torch.Tensor) -> list[bytes]:
     return bytes(min(token, 255) for token in labels).split(b"\xff")[:-1]
 
 
-def test_a_damaged_sample_is_passed_over_and_named(copy: Dataset) -> None:
+def test_a_damaged_sample_is_skipped_and_named(copy: Dataset) -> None:
     whole = [bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(copy)]
     ids = [damage_sample(copy, number) for number in (0, 5, 6)]
     changed: dict[str, Any] = {"batch_size": 1, "shuffle": False, "passes": 1}
@@ -65,8 +65,8 @@ def test_a_damaged_sample_is_passed_over_and_named(copy: Dataset) -> None:
 
 
 @pytest.mark.parametrize(("dp_size", "workers"), [(1, 3), (2, 0), (4, 1)])
-def test_every_world_passes_over_the_same(copy: Dataset, dp_size: int, workers: int) -> None:
-    """At the same steps, too: the state behind each step is the same."""
+def test_every_world_skips_the_same_samples(copy: Dataset, dp_size: int, workers: int) -> None:
+    """At the same steps: the state after each step is the same."""
     for number in (3, 4, 11, 30, 31):
         damage_sample(copy, number)
     for n_steps in (1, 3, 9, 40):
@@ -91,7 +91,7 @@ def test_a_repaired_sample_stays_in_quarantine(dataset: Dataset, copy: Dataset) 
     assert end["quarantine"] == state["quarantine"]
 
 
-def test_a_rank_learns_what_others_found(copy: Dataset) -> None:
+def test_damaged_samples_of_other_ranks_are_quarantined(copy: Dataset) -> None:
     damage_sample(copy, 0)
     [finder], _ = read_steps(copy, 1, batch_size=1, shuffle=False)
     assert finder.damaged
@@ -101,7 +101,7 @@ def test_a_rank_learns_what_others_found(copy: Dataset) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_more_damage_than_may_be_is_an_error(copy: Dataset, workers: int) -> None:
+def test_too_many_damaged_samples_are_an_error(copy: Dataset, workers: int) -> None:
     for number in range(6):
         damage_sample(copy, number)
     n_samples = copy.total("samples", "train")
@@ -117,7 +117,7 @@ def test_more_damage_than_may_be_is_an_error(copy: Dataset, workers: int) -> Non
             next(loader)
 
 
-def test_a_data_set_of_damage_ends(copy: Dataset) -> None:
+def test_a_data_set_of_damaged_samples_is_an_error(copy: Dataset) -> None:
     for shard in copy.shards("train"):
         (folder_of(copy) / shard.name).write_bytes(bytes(shard.size))
     with (
@@ -128,10 +128,10 @@ def test_a_data_set_of_damage_ends(copy: Dataset) -> None:
 
 
 @pytest.mark.parametrize("by_threads", [0, 1])
-def test_a_share_of_damage_without_shuffling_is_an_error(
+def test_a_stream_of_damaged_samples_without_shuffling_is_an_error(
     make_dataset: Callable[..., Dataset], by_threads: int
 ) -> None:
-    """One row would look for its next token in every pass, for ever."""
+    """One row would search for its next token forever."""
     long = [*varied_documents(), ("long", b"z" * 20_000), *varied_documents()]
     dataset = make_dataset(long, heldout_fraction=0, shard_bytes=100_000)
     damage_sample(dataset, 60)
@@ -154,7 +154,7 @@ def test_streams_share_the_tokens_of_a_long_document(dataset: Dataset) -> None:
         assert first.dtype == np.uint16 and reader.open(0, source) is first
         known = weakref.ref(first)
         del first
-        assert known() is None  # nothing is kept that no stream reads
+        assert known() is None  # tokens are released once no stream reads them
 
 
 def other_data(folder: Path, kind: str) -> Corpus:
@@ -186,14 +186,14 @@ def test_changed_data_are_refused_unless_accepted(dataset: Dataset, tmp_path: Pa
     assert (start.step, start.origin) == (5, (5, 0))
     rows, after = read_world(now, 3, state=state, accept_changed=True)
     fresh, _ = read_world(now, 3)
-    assert torch.equal(rows, fresh)  # the pass that was begun starts anew
+    assert torch.equal(rows, fresh)  # the pass that had begun restarts
     assert after["step"] == 8
-    # and from then on it is the run's data
+    # from then on this is the run's data
     going_on, _ = read_world(now, 2, state=after)
     assert torch.equal(going_on, read_world(now, 5)[0][3:])
 
 
-def test_other_heldout_text_changes_nothing_in_training(dataset: Dataset, copy: Dataset) -> None:
+def test_changed_heldout_text_does_not_change_training(dataset: Dataset, copy: Dataset) -> None:
     """Nor the step at which data.epochs ends the run."""
     replace_split(folder_of(copy), "heldout", [b"another text"])
     now = Corpus([Dataset.open(folder_of(copy))])
@@ -204,8 +204,8 @@ def test_other_heldout_text_changes_nothing_in_training(dataset: Dataset, copy: 
     assert torch.equal(rows, read_world(dataset, 8)[0][5:])
 
 
-def test_data_sets_that_did_not_change_go_on(dataset: Dataset, tmp_path: Path) -> None:
-    """With another of other weight beside them."""
+def test_unchanged_data_sets_keep_their_positions(dataset: Dataset, tmp_path: Path) -> None:
+    """With another data set of another weight added."""
     other = other_data(tmp_path / "more", "more").datasets[0]
     one, both = Corpus([dataset], [1.0]), Corpus([dataset, other], [1.0, 1.0])
     _, state = read_world(one, 5)
@@ -224,6 +224,6 @@ def test_a_data_set_may_move(dataset: Dataset, copy: Dataset) -> None:
     assert torch.equal(read_world(copy, 3, state=state)[0], expected[5:])
 
 
-def test_many_changes_are_cut_short(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
+def test_long_lists_of_changes_are_truncated(dataset: Dataset, make_dataset: Callable[..., Dataset]) -> None:
     lines = describe_changes(Corpus([dataset]).record(), Corpus([make_dataset(shard_bytes=800)]).record())
     assert len(lines) == 9 and lines[-1].endswith(" more")

@@ -1,4 +1,4 @@
-"""Data sets that are not as they were written are refused, with the name of what is wrong."""
+"""Altered data sets are refused with an error that names the wrong value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reformer_dist.errors import DataError
 
 @pytest.fixture
 def copy(dataset: Dataset, tmp_path: Path) -> Path:
-    """Folder of a data set that may be changed."""
+    """Folder of a data set that tests may modify."""
     shutil.copytree(folder_of(dataset), tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -34,12 +34,14 @@ def read_first_sample(folder: Path) -> Any:
         return reader.read(SampleRef(dataset, shard, dataset.index(shard).entries[0]))
 
 
-def test_no_data_set_tells_how_to_make_one(tmp_path: Path) -> None:
+def test_a_missing_data_set_is_reported_with_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tools/make_shards\.py"):
         Dataset.open(tmp_path / "nothing")
 
 
-def test_a_relative_path_tells_from_where_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_relative_path_is_reported_with_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = rf"^nothing: .*working directory, {tmp_path}\b"
     with pytest.raises(DataError, match=words):
@@ -93,7 +95,7 @@ def test_bad_records(copy: Path, change: Callable[[dict[str, Any]], None], messa
         Dataset.open(copy)
 
 
-def test_a_record_that_was_edited_is_refused(copy: Path) -> None:
+def test_an_edited_record_is_refused(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace('"text_bytes": ', '"text_bytes": 1', 1))
     with pytest.raises(DataError, match=r"dataset\.json: "):
@@ -124,7 +126,7 @@ def test_bad_indexes(copy: Path, change: Callable[[list[dict[str, Any]]], None],
         read_first_sample(copy)
 
 
-def test_an_index_that_was_edited_is_refused(copy: Path) -> None:
+def test_an_edited_index_is_refused(copy: Path) -> None:
     path = copy / "train-000000.json"
     path.write_text(path.read_text().replace('"offset": 512', '"offset": 1024'))
     with pytest.raises(DataError, match=r"train-000000\.json: .*index"):
@@ -158,7 +160,7 @@ def test_torn_samples_are_damaged(copy: Path, cut: int) -> None:
         read_first_sample(copy)
 
 
-def test_a_shard_that_is_no_tar(copy: Path) -> None:
+def test_a_shard_that_is_not_a_tar_file(copy: Path) -> None:
     path = copy / "train-000000.tar"
     path.write_bytes(b"not a tar file" * 1000)
     with pytest.raises(DamagedSampleError, match="tar header is broken"):
@@ -199,14 +201,14 @@ def test_oversized_members_are_refused(copy: Path) -> None:
         read_first_sample(copy)
 
 
-def test_another_member_in_the_place_is_damage(copy: Path) -> None:
+def test_another_member_at_the_offset_is_damage(copy: Path) -> None:
     write_tar(copy / "train-000000.tar", [("other.txt", bytes(20_000))])
     with pytest.raises(DamagedSampleError, match=r"'other\.txt' of 20000 bytes"):
         read_first_sample(copy)
 
 
 def test_bad_token_ids(make_dataset: Callable[..., Dataset]) -> None:
-    """They were written like that, so they are no damage."""
+    """They were written like that, so they do not count as damage."""
     folder = folder_of(make_dataset(tokenizer=BpeTokenizer.train([b"text"], 270)))
     path = folder / "train-000000.tar"
     content = b"\xff\xff" * (Dataset.open(folder).index(shard_of(folder)).entries[0].size // 2)

@@ -17,7 +17,7 @@ from reformer_dist.data.prepare.documents import MAX_SECTION_BYTES, MIN_SECTION_
 from reformer_dist.errors import DataError
 
 
-def test_folder_is_sorted_and_skips_what_is_not_text(tmp_path: Path) -> None:
+def test_folders_are_sorted_and_binary_files_skipped(tmp_path: Path) -> None:
     texts = {"b.py": b"b", "a.py": b"a", "sub/c.py": b"c", "notes.md": b"d", "sub/z.py.gz": gzip.compress(b"z")}
     skipped = ["x/__pycache__/m.py", ".git/config.py", ".hidden.py", "site-packages/p.py", "x/dist-packages/q.py"]
     for name, content in (texts | dict.fromkeys(skipped, b"no") | {"binary.py": b"a\0b"}).items():
@@ -77,7 +77,7 @@ def test_webdataset_shards(tmp_path: Path, zipped: bool) -> None:
             assert [text for _, text in read_documents([tmp_path], [suffix])] == [b"first", b"second"]
 
 
-def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
+def test_skipped_files_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -101,7 +101,7 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     assert list(skipped) == ["links to folders", "members of .tar files that are neither .txt nor .json"]
 
 
-def test_where_nothing_is_found_the_inputs_are_named(tmp_path: Path) -> None:
+def test_inputs_without_text_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "d.tar", [("x.pkl", b"x")])
     words = rf"^no text in {tmp_path}; .*\b1 members .*/d\.tar/x\.pkl$"
     with pytest.raises(DataError, match=words):
@@ -149,7 +149,7 @@ PARAGRAPHS = st.lists(
 
 
 @given(PARAGRAPHS)
-def test_a_lone_file_is_cut_without_loss(
+def test_a_single_file_is_cut_without_loss(
     tmp_path_factory: pytest.TempPathFactory, paragraphs: list[tuple[str, int, str]]
 ) -> None:
     text = "".join(unit * count + end for unit, count, end in paragraphs).encode()
@@ -162,7 +162,7 @@ def test_a_lone_file_is_cut_without_loss(
         assert 0 < len(piece) <= 2 * MAX_SECTION_BYTES
 
 
-def test_a_lone_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
+def test_a_single_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"x" * 999 + b"\n" + b"\n".join([b"y" * 500 + b"\n"] * 600))
     pieces = [piece for _, piece in read_documents([path])]
@@ -173,7 +173,7 @@ def test_a_lone_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "longest"), [(20_000, MIN_SECTION_BYTES), (9 << 20, MAX_SECTION_BYTES)])
-def test_pieces_are_neither_tiny_nor_huge(tmp_path: Path, size: int, longest: int) -> None:
+def test_section_sizes_are_bounded(tmp_path: Path, size: int, longest: int) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"a line of text\n\n" * (size // 16))
     lengths = [len(piece) for _, piece in read_documents([path])]

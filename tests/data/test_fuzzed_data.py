@@ -1,4 +1,4 @@
-"""Damage of every kind that a seed draws: each ends in samples passed over, or in a refusal that says why.
+"""Random damage of every kind: each case ends in skipped samples or in a refusal that gives the reason.
 
 What is read in spite of the damage is right: it is what the whole data set holds, less the samples that are named.
 """
@@ -27,7 +27,7 @@ N_CASES = 240
 
 
 def forge_member(folder: Path, draw: random.Random) -> None:
-    """The header of a sample becomes another whole header, as whoever builds a shard by hand would write it."""
+    """Replaces the header of a sample by another valid one, as in a forged shard."""
     path = draw.choice(sorted(folder.glob("train-*.tar")))
     with tarfile.open(path) as tar:
         member = draw.choice(tar.getmembers())
@@ -57,7 +57,7 @@ def forge_member(folder: Path, draw: random.Random) -> None:
 
 
 def swap_members(folder: Path, draw: random.Random) -> None:
-    """Two shards, or two indexes, change places."""
+    """Swaps two shards or two indexes."""
     suffix = draw.choice(["tar", "json"])
     one, other = draw.sample(sorted(folder.glob(f"train-*.{suffix}")), 2)
     kept = one.read_bytes()
@@ -94,7 +94,7 @@ KINDS = (
 
 
 def read_all(folder: Path) -> tuple[Counter[bytes], set[str], set[str]]:
-    """(documents of one pass, ids of those that were read, ids of those that were passed over)."""
+    """(documents of one pass, ids of the samples read, ids of the samples skipped)."""
     corpus = Corpus.open([folder])
     list(corpus.check("train", 0.9))
     quarantine = Quarantine(corpus.total("samples", "train"), 0.9)
@@ -113,7 +113,7 @@ def read_all(folder: Path) -> tuple[Counter[bytes], set[str], set[str]]:
 
 
 def outcome(folder: Path, whole: Counter[bytes]) -> str:
-    """What became of a damaged data set; fails where it is neither a skip, a refusal nor no damage to training."""
+    """The outcome for a damaged data set; fails unless it is a skip, a refusal, or harmless to training."""
     try:
         texts, read, passed_over = read_all(folder)
     except DataError as error:
@@ -143,20 +143,18 @@ def test_every_damage_ends_in_a_skip_or_a_refusal(small: Dataset, tmp_path: Path
         shutil.rmtree(folder)
     total = sum(found.values(), Counter[str]())
     assert total["refused"] + total["passed over"] > 150 and total["passed over"] > 30, found
-    # held-out shards and names of documents are none of training's business; nothing that is may be harmless
+    # damage may only be harmless in held-out shards and in names of documents, which training does not read
     assert found["swap_members"]["harmless"] == 0
     assert found["forge_member"]["harmless"] <= 15
 
 
-def test_the_whole_data_set_is_harmless(small: Dataset) -> None:
+def test_an_undamaged_data_set_is_read_whole(small: Dataset) -> None:
     whole = Counter(bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(small))
     assert outcome(folder_of(small), whole) == "harmless"
 
 
-def test_a_check_that_is_left_out_is_noticed(
-    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fuzzer would see a wrong result: here, samples are believed without their checksum."""
+def test_a_missing_check_is_noticed(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzzer notices wrong results: here, checksums of samples are not verified."""
     whole = Counter(bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(small))
     folder = tmp_path / "copy"
     shutil.copytree(folder_of(small), folder)

@@ -91,13 +91,13 @@ def test_empty_documents(make_dataset: Callable[..., Dataset]) -> None:
     assert labels_in_order([read(Dataset.open(folder), seq_len=2)]) == [256, 97, 98, 256, 256, 256]
 
 
-def test_nothing_held_out_is_an_error_at_once(make_dataset: Callable[..., Dataset]) -> None:
+def test_an_empty_heldout_split_is_an_immediate_error(make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset(heldout_fraction=0.0)
     with pytest.raises(DataError, match="--heldout"):
         heldout_text_batches(Corpus([dataset]), RowSelection(), seq_len=8)
 
 
-def test_damaged_documents_are_left_out_and_named(make_dataset: Callable[..., Dataset]) -> None:
+def test_damaged_documents_are_skipped_and_named(make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset()
     text = documents_of(dataset, "heldout")
     damage_sample(dataset, 1, "heldout")

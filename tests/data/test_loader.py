@@ -1,4 +1,4 @@
-"""The rows of a step are the same for any world, and a loader goes on exactly where its state says."""
+"""The rows of a step are the same in any world, and a loader resumes exactly from its state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from reformer_dist.errors import DataError
     ("dp_size", "micro_batch_size", "workers"),
     [(1, 1, 0), (1, 4, 1), (1, 8, 3), (2, 1, 3), (2, 2, 0), (2, 4, 1), (4, 2, 3), (8, 1, 1)],
 )
-def test_no_world_changes_the_rows(dataset: Dataset, dp_size: int, micro_batch_size: int, workers: int) -> None:
+def test_rows_are_the_same_in_any_world(
+    dataset: Dataset, dp_size: int, micro_batch_size: int, workers: int
+) -> None:
     rows, state = read_world(dataset, 12, dp_size, micro_batch_size=micro_batch_size, workers=workers)
     expected, expected_state = read_world(dataset, 12)
     assert torch.equal(rows, expected)
@@ -64,7 +66,7 @@ def test_resume_is_exact_and_elastic(
     weights: list[float] | None,
     damaged: bool,
 ) -> None:
-    """Two data sets, pooled or mixed, whole or damaged; another number of ranks and threads goes on."""
+    """Two data sets, pooled or mixed, whole or damaged; resumed on another number of ranks and threads."""
     corpus = Corpus(corpora[damaged].datasets, weights)
     changed: dict[str, Any] = {"seq_len": seq_len, "batch_size": 4}
     whole, end = read_world(corpus, n_steps + 3, **changed)
@@ -78,7 +80,7 @@ def test_resume_is_exact_and_elastic(
 
 @pytest.fixture(scope="module")
 def corpora(make_dataset: Callable[..., Dataset]) -> dict[bool, Corpus]:
-    """Two data sets, whole, and with damage in each."""
+    """Two data sets, undamaged and damaged."""
     both = {}
     for damaged in (False, True):
         datasets = [make_dataset(), make_dataset([(f"n{n}", b"number %d. " % n * (n % 7 + 1)) for n in range(80)])]
@@ -90,10 +92,10 @@ def corpora(make_dataset: Callable[..., Dataset]) -> dict[bool, Corpus]:
     return both
 
 
-def test_state_is_that_of_the_batch_and_not_of_the_reader_ahead(dataset: Dataset) -> None:
+def test_the_state_is_that_of_the_batch_despite_prefetching(dataset: Dataset) -> None:
     with open_loader(dataset, workers=2) as loader:
         state = next(loader).state
-        time.sleep(0.2)  # the threads are steps ahead by now
+        time.sleep(0.2)  # the threads have read ahead by now
         expected = next(loader)
     [resumed], _ = read_steps(dataset, 1, state=state)
     assert torch.equal(rows_of([resumed], "tokens"), rows_of([expected], "tokens"))
@@ -157,7 +159,7 @@ def test_a_state_that_lacks_streams_is_refused(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_errors_of_threads_reach_the_consumer(make_dataset: Callable[..., Dataset], workers: int) -> None:
-    """At the step that they belong to, whatever is read ahead."""
+    """At the step that they belong to, despite prefetching."""
     dataset = make_dataset()
     (folder_of(dataset) / dataset.shards("train")[-1].name).unlink()
     before = threading.active_count()
@@ -185,8 +187,8 @@ def test_close_stops_the_threads(dataset: Dataset, workers: int) -> None:
     loader.close()
 
 
-def test_close_wakes_who_waits(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step may be waited for by another thread than the one that closes, which must not be left behind."""
+def test_close_wakes_a_waiting_thread(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits for a step must return when another thread closes the loader."""
     answer = threading.Event()
     monkeypatch.setattr(loader_module._Reader, "next_rows", lambda self: answer.wait(30))
     loader = open_loader(dataset, workers=1)
@@ -221,7 +223,7 @@ def test_an_interrupt_closes_the_loader(dataset: Dataset, monkeypatch: pytest.Mo
     assert threading.active_count() == before
 
 
-def test_reading_ahead_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetching_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     read = loader_module._Reader.next_rows
     monkeypatch.setattr(loader_module._Reader, "next_rows", lambda self: steps.append(1) or read(self))
@@ -231,7 +233,7 @@ def test_reading_ahead_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPa
         assert len(steps) <= 2 + loader_module.PREFETCH_STEPS
 
 
-def test_a_batch_that_does_not_divide(dataset: Dataset) -> None:
+def test_an_indivisible_batch_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match="batch_size=8"):
         open_loader(dataset, dp_size=3)
     with pytest.raises(ValueError, match=r"\b3\b"):

@@ -1,4 +1,4 @@
-"""Data sets behind http: and s3:, by real clients from a real server of this machine, through the cache."""
+"""Data sets at http: and s3: addresses, read by real clients from a local server through the cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytest.importorskip("s3fs")
 
 @pytest.fixture(scope="module")
 def packed(make_dataset: Callable[..., Dataset]) -> Dataset:
-    """A data set with a tokenizer file, since it has to travel too."""
+    """A data set with a tokenizer file, which has to be downloaded too."""
     return make_dataset(tokenizer=BpeTokenizer.train([b"0:1 2:3 4:5 6:7 8:9"] * 9, 280))
 
 
@@ -48,11 +48,11 @@ def open_remote(where: str, cache: Path, **changed: Any) -> Corpus:
     return Corpus.open([where], cache_folder=cache, **changed)
 
 
-def test_http_gives_the_rows_of_the_folder(packed: Dataset, server: Server, tmp_path: Path) -> None:
+def test_http_reads_the_rows_of_the_folder(packed: Dataset, server: Server, tmp_path: Path) -> None:
     expected, state = read_world(packed, 40)
     rows, remote_state = read_world(open_remote(address(server, packed), tmp_path), 40, workers=3)
     assert torch.equal(rows, expected)
-    assert remote_state == state  # where it lies is not what it is
+    assert remote_state == state  # the address is not part of the state
     counted = dict(server.requests)
     assert counted["tokenizer.json"] == 1
     assert all(counted[shard.name] == counted[shard.index_name] == 1 for shard in packed.shards("train"))
@@ -64,7 +64,7 @@ def test_http_gives_the_rows_of_the_folder(packed: Dataset, server: Server, tmp_
     }
 
 
-def test_s3_gives_the_rows_of_the_folder(
+def test_s3_reads_the_rows_of_the_folder(
     packed: Dataset, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
@@ -78,7 +78,7 @@ def test_s3_gives_the_rows_of_the_folder(
         open_remote("s3://empty", tmp_path)
 
 
-def test_failures_that_pass_are_outlived(packed: Dataset, server: Server, tmp_path: Path) -> None:
+def test_transient_failures_are_retried(packed: Dataset, server: Server, tmp_path: Path) -> None:
     server.failures.update({"dataset.json": 2, packed.shards("train")[0].name: 3})
     rows, _ = read_world(open_remote(address(server, packed), tmp_path), 40)
     assert torch.equal(rows, read_world(packed, 40)[0])
@@ -87,14 +87,14 @@ def test_failures_that_pass_are_outlived(packed: Dataset, server: Server, tmp_pa
         open_remote(address(server, packed), tmp_path)
 
 
-def test_what_is_missing_is_named(packed: Dataset, server: Server, tmp_path: Path) -> None:
+def test_missing_files_are_named(packed: Dataset, server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"http://.*/nothing/dataset\.json: .*missing"):
         open_remote(f"http://127.0.0.1:{server.port}/nothing", tmp_path)
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x/dataset\.json: .*read"):
         open_remote("http://127.0.0.1:9/x", tmp_path)
 
 
-def test_a_copy_that_was_cut_short_is_fetched_again(packed: Dataset, server: Server, tmp_path: Path) -> None:
+def test_a_truncated_copy_is_downloaded_again(packed: Dataset, server: Server, tmp_path: Path) -> None:
     name = packed.shards("train")[1].name
     server.spoil = lambda file, number, content: content[:700] if file == name and number == 1 else content
     rows, state = read_world(open_remote(address(server, packed), tmp_path), 40)
@@ -102,7 +102,9 @@ def test_a_copy_that_was_cut_short_is_fetched_again(packed: Dataset, server: Ser
     assert server.requests[name] == 2 and state["quarantine"] == []
 
 
-def test_damage_at_the_source_is_that_of_the_folder(make_dataset: Callable[..., Dataset], tmp_path: Path) -> None:
+def test_damage_at_the_source_is_treated_like_local_damage(
+    make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
     dataset = make_dataset()
     damage_sample(dataset, 3)
     expected, state = read_world(dataset, 40)
@@ -120,7 +122,7 @@ def test_damage_at_the_source_is_that_of_the_folder(make_dataset: Callable[..., 
         (lambda file, number, content: b"%d" % number * 100, ".*3 downloads"),
     ],
 )
-def test_what_changes_or_grows_is_refused(
+def test_sources_that_change_or_grow_are_refused(
     packed: Dataset, server: Server, tmp_path: Path, spoil: Callable[..., bytes], words: str
 ) -> None:
     server.spoil = lambda file, number, content: spoil(file, number, content) if file[-4:] == ".tar" else content
@@ -154,7 +156,7 @@ def read_copy(cache: FileCache, content: bytes, log: list[str]) -> bytes:
         return file.read()
 
 
-def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_copy_is_removed(tmp_path: Path) -> None:
     cache, log = FileCache(tmp_path, 250), []
     one, two, three = (bytes([65 + number]) * 100 for number in range(3))
     for content in (one, two, one, three, one, two):
@@ -162,8 +164,8 @@ def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
     assert log == ["file b'A'", "file b'B'", "file b'C'", "file b'B'"]
 
 
-def test_a_source_that_was_wrong_is_asked_again_by_the_next_process(tmp_path: Path) -> None:
-    """Two downloads that agree are what the source holds, but the source may be mended."""
+def test_the_next_process_downloads_a_damaged_file_again(tmp_path: Path) -> None:
+    """Two equal downloads are the content of the source, but the source may be repaired."""
     right, log = b"right" * 20, []
     wanted = FileRef("file", len(right), hashlib.sha256(right).hexdigest())
 

@@ -1,4 +1,4 @@
-"""Passes, shares and mixing: nothing is lost, nothing comes twice, and any place is found at once."""
+"""Passes, ranges and mixing: every unit is read once, and any position is found in constant time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PROMISED_PERMUTATION = [6, 1, 3, 5, 7, 4, 2, 0]
 
 
 def lengths(dataset_index: int, ref: SampleRef) -> range:
-    """What stands for the tokens of a sample where only places matter."""
+    """A stand-in for the tokens of a sample if only positions matter."""
     return range(ref.entry.n_tokens)
 
 
 def tokens_of_stream(dataset: Dataset, stream: int, passes: int = 1, **changed: Any) -> list[Span]:
-    """All spans of a stream in so many passes."""
+    """All spans of a stream in some passes."""
     reader = TokenStream(make_sampler(dataset, **changed), stream, passes=passes)
     spans: list[Span] = []
     while row := reader.next_spans(0, lengths):
@@ -37,12 +37,12 @@ def tokens_of_stream(dataset: Dataset, stream: int, passes: int = 1, **changed: 
     return spans
 
 
-def test_permutations_are_those_that_were_promised() -> None:
-    """The order of a seed may never change: runs that resume after an upgrade depend on it."""
+def test_permutations_are_stable_across_versions() -> None:
+    """The order of a seed must never change: runs that resume after an upgrade depend on it."""
     assert permutation(8, seeded_bits(0, "shards", 0)).tolist() == PROMISED_PERMUTATION
 
 
-def test_the_order_is_the_one_that_was_promised(dataset: Dataset) -> None:
+def test_the_order_is_stable_across_versions(dataset: Dataset) -> None:
     found = [span.id for span in tokens_of_stream(dataset, 0)[:4]]
     assert found == [
         "0/train-000001.tar/00000016:0-64",
@@ -52,7 +52,7 @@ def test_the_order_is_the_one_that_was_promised(dataset: Dataset) -> None:
     ]
 
 
-def test_every_place_is_equally_likely() -> None:
+def test_permutations_are_uniform() -> None:
     counts = np.zeros((4, 4))
     for index in range(4000):
         counts[np.arange(4), permutation(4, seeded_bits(0, "shards", index))] += 1
@@ -80,7 +80,7 @@ def test_a_pass_holds_every_token_once(
         steps.append(-(-sum(span.stop - span.start for span in spans) // seq_len))
     assert set(found.values()) == {passes}
     assert len(found) == dataset.total("tokens", "train")
-    # the number of steps that is planned beforehand, and no stream is a row behind another
+    # the planned number of steps, and all streams are within a row of each other
     assert max(steps) == make_sampler(dataset, **changed).steps_for(passes)
     assert max(steps) - min(steps) <= passes
 
@@ -92,10 +92,10 @@ def test_a_pass_holds_every_token_once(
     stream=st.integers(0, 2),
     lost=st.sets(st.integers(0, 40)),
 )
-def test_a_stream_returns_to_its_place(
+def test_a_stream_resumes_at_its_position(
     dataset: Dataset, seq_len: int, before: int, stream: int, lost: set[int]
 ) -> None:
-    """Also where samples are passed over."""
+    """Also if samples are skipped."""
 
     def open_sample(dataset_index: int, ref: SampleRef) -> range | None:
         return None if int(ref.entry.key) in lost else range(ref.entry.n_tokens)
@@ -112,8 +112,8 @@ def test_a_stream_returns_to_its_place(
         assert (first.positions, first.digest) == (second.positions, second.digest)
 
 
-def test_rows_are_the_documents_and_what_is_before_them(dataset: Dataset) -> None:
-    """Of one pass in the order of the shards, by one stream: the text itself, which begins with an end of text."""
+def test_rows_are_the_documents_and_the_token_before_them(dataset: Dataset) -> None:
+    """One unshuffled pass of one stream is the text itself after an end-of-text token."""
     text = np.concatenate(documents_of(dataset))
     n_steps = len(text) // 64
     rows, _ = read_world(dataset, n_steps, batch_size=1, shuffle=False)
@@ -146,8 +146,8 @@ def test_samples_are_shuffled_within_and_across_shards(make_dataset: Callable[..
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
 
 
-def test_document_starts_are_masked_on_demand(dataset: Dataset) -> None:
-    n_steps = make_sampler(dataset).steps_for(1) - 1  # within one pass, where no share ends in a document
+def test_document_starts_can_be_masked(dataset: Dataset) -> None:
+    n_steps = make_sampler(dataset).steps_for(1) - 1  # within one pass, so that no range ends within a document
     plain, state = read_world(dataset, n_steps)
     masking = next_token_examples(64, 256, mask_document_starts=True)
     masked, masked_state = read_world(dataset, n_steps, make_example=masking)
@@ -155,12 +155,12 @@ def test_document_starts_are_masked_on_demand(dataset: Dataset) -> None:
     assert torch.equal(masked[:, 0], inputs) and state == masked_state
     starts = kept != labels
     assert starts.any() and (kept[starts] == -100).all()
-    # a document's first token is the one that follows an end of text
+    # a document's first token follows an end-of-text token
     assert (inputs[starts] == 256).all() and (kept[inputs == 256] == -100).all()
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 50])
-def test_empty_documents_are_their_end_of_text(make_dataset: Callable[..., Dataset], seq_len: int) -> None:
+def test_empty_documents_are_read_as_end_of_text(make_dataset: Callable[..., Dataset], seq_len: int) -> None:
     folder = folder_of(make_dataset())
     replace_split(folder, "train", [b"", b"", b"ab", b"", b"c", b""])
     dataset = Dataset.open(folder)
@@ -173,7 +173,7 @@ def test_empty_documents_are_their_end_of_text(make_dataset: Callable[..., Datas
     assert after[:, 1].flatten().tolist() == (one_pass * len(found))[len(found) :][: 2 * seq_len]
 
 
-def test_a_row_of_nothing_is_padding() -> None:
+def test_a_row_without_spans_is_padding() -> None:
     tokens, labels = pack_spans([], 3, 256)
     assert (tokens.tolist(), labels.tolist()) == ([256] * 4, [IGNORE_INDEX] * 3)
 
@@ -217,10 +217,10 @@ def test_pooled_data_sets_are_read_whole(dataset: Dataset, make_dataset: Callabl
     assert found - Counter({-100: found[-100]}) == right
 
 
-def test_finding_a_place_reads_no_more_after_a_thousand_passes(
+def test_finding_a_position_reads_no_more_after_a_thousand_passes(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted, not timed: indexes parsed and samples read to make the first row after a resume."""
+    """Counts the indexes parsed and samples read for the first row after a resume."""
     reads: Counter[str] = Counter()
     read_index, read_sample = index_module.read_index, SampleReader.read
     monkeypatch.setattr(index_module, "read_index", lambda *args: reads.update(["index"]) or read_index(*args))

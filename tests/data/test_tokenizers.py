@@ -1,4 +1,4 @@
-"""Tokenizers keep every text, and know the bytes of every token."""
+"""Tokenizers preserve every text and know the bytes of every token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bpe() -> BpeTokenizer:
 
 
 @given(st.binary())
-def test_bytes_survive(text: bytes) -> None:
+def test_bytes_are_preserved(text: bytes) -> None:
     for tokenizer in (ByteTokenizer(), ByteTokenizer(2, 1)):
         assert tokenizer.decode_bytes([*tokenizer.encode(text), tokenizer.eos_id]) == text
     tokenizer = ByteTokenizer()

@@ -1,4 +1,4 @@
-"""Shards as they lie on disk."""
+"""Shards on disk."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_split_depends_on_content_alone(make_dataset: Callable[..., Dataset]) ->
     assert heldout == {text for _, text in varied_documents() if is_heldout(text, 0.2)}
 
 
-def test_share_of_held_out_documents() -> None:
+def test_fraction_of_held_out_documents() -> None:
     texts = [b"%d" % number for number in range(4000)]
     for fraction in (0.0, 0.05, 0.5):
         share = sum(is_heldout(text, fraction) for text in texts) / len(texts)
@@ -150,7 +150,7 @@ def test_too_little_text(
     assert not (tmp_path / "d" / "dataset.json").exists()
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_a_file_at_the_output_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=f"{tmp_path / 'file'}.*: .*written"):
         write_dataset(varied_documents(), tmp_path / "file", ByteTokenizer())

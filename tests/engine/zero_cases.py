@@ -123,7 +123,7 @@ class Cases:
         self.outcomes[name] = run.outcome
 
     def prove(self, case: Case) -> None:
-        """Trains without interruption, resumed in the middle, with a bad step, and as if that step had not been."""
+        """Trains without interruption, resumed in the middle, with a bad step, and without that step."""
         name = case.name
         self.train(name, case, saves=(2, STEPS))
         self.train(f"{name}-resumed", case, load=step_folder(self.out / name, 2))

@@ -29,12 +29,21 @@ class KernelCase:
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
 
+    @property
+    def batch(self) -> int:
+        """Two rows where they differ: by a mask or by their dropout. The interpreter takes long enough for one."""
+        return 2 if self.padding or self.dropout else 1
+
+    def rows(self, device: str) -> Tensor:
+        """[B]: numbers of the rows in the whole batch."""
+        return torch.tensor([5, 2], device=device)[: self.batch]
+
     def tensors(self, device: str) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """q, k, v [2, 2, S, D] as views of [2, S, 2, D] (a projection), ids [2, 2, R, S], mask [2, S]."""
+        """q, k, v [B, 2, S, D] as views of [B, S, 2, D] (a projection), ids [B, 2, R, S], mask [B, S]."""
         generator = torch.Generator().manual_seed(0)
-        shape = (2, self.seq_len, 2, self.head_dim)
+        shape = (self.batch, self.seq_len, 2, self.head_dim)
         drawn = [torch.randn(shape, generator=generator).to(self.dtype).transpose(1, 2) for _ in range(3)]
-        ids = torch.randint(0, self.n_buckets, (2, 2, self.n_hashes, self.seq_len), generator=generator)
+        ids = torch.randint(0, self.n_buckets, (self.batch, 2, self.n_hashes, self.seq_len), generator=generator)
         if self.crowded:
             ids[:, :, 0] = self.n_buckets - 1
         mask = None
@@ -93,8 +102,9 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     """Errors of the output and of each gradient relative to the largest value of the reference, in float64."""
     inputs, ids, mask = case.tensors(device)
     settings = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
-    rows = torch.tensor([5, 2], device=device)
-    options = AttentionOptions(case.rule, case.n_buckets, 0.3, **settings, rows=rows, backend="triton")
+    options = AttentionOptions(
+        case.rule, case.n_buckets, 0.3, **settings, rows=case.rows(device), backend="triton"
+    )
     d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
 
     q, k, v = (x.detach().requires_grad_() for x in inputs)
@@ -107,7 +117,7 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
     if case.shared:  # round the keys as the kernels do
         keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
-    settings["head_indices"] = options.head_indices(2, 2, inputs[0].device)
+    settings["head_indices"] = options.head_indices(case.batch, 2, inputs[0].device)
     expected = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **settings)
     expected_grads = torch.autograd.grad(expected, (q, v) if case.shared else (q, k, v), d_out.double())
     if case.shared:

@@ -26,7 +26,7 @@ def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
-        rows=torch.tensor([3, 1], device=DEVICE), backend="triton",
+        rows=case.rows(DEVICE), backend="triton",
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     actual = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
@@ -42,7 +42,7 @@ def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
         count_pairs_once=case.once,
         dropout=case.dropout,
         dropout_seed=7,
-        head_indices=options.head_indices(2, 2, v.device),
+        head_indices=options.head_indices(case.batch, 2, v.device),
     )
     expected = [expected.detach(), *torch.autograd.grad(expected, leaves, d_out.float())]
     if case.shared:  # the key of a zero query has no derivative

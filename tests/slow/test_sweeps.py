@@ -1,4 +1,4 @@
-"""Sweeps of real jobs: failures are named and stop nothing; what was cut goes on; nothing is done twice."""
+"""Sweeps of real jobs: failures are reported, interrupted trials resume, and finished ones do not rerun."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Start = Callable[[list[str]], "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts drivers; those that are left at the end are killed, and their trials with them."""
+    """Starts drivers, which are killed at the end together with their trials."""
     drivers: list[subprocess.Popen[bytes]] = []
 
     def driver(words: list[str]) -> subprocess.Popen[bytes]:
@@ -42,7 +42,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def hear_interrupts() -> None:
-    """A shell has its background jobs ignore SIGINT, and those that they start."""
+    """Restores SIGINT, which background jobs of a shell and their children ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -61,7 +61,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def steps(trial: Path) -> list[int]:
-    """Steps that a trial has written down so far."""
+    """Steps in the metrics of a trial."""
     path = trial / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -119,7 +119,7 @@ def test_six_trials_of_two_ranks_two_failures_and_a_killed_driver(tmp_path: Path
     assert (folder / "results.json").read_text() == report
 
 
-def test_a_stopped_driver_saves_and_goes_on(tmp_path: Path, start: Start) -> None:
+def test_a_stopped_driver_saves_and_resumes(tmp_path: Path, start: Start) -> None:
     data, folder, log = write_tiny_dataset(tmp_path / "data"), tmp_path / "sweep", tmp_path / "log"
     base = tiny_overrides(data, folder, "trainer.max_steps=100000", "trainer.save_every=0")
     words = ["--multirun", *base, "model.n_hashes=1,2", "sweep.parallel=1"]
@@ -135,7 +135,7 @@ def test_a_stopped_driver_saves_and_goes_on(tmp_path: Path, start: Start) -> Non
     assert steps(trial) == list(range(1, len(steps(trial)) + 1))
 
 
-def test_a_study_goes_on_after_a_kill_and_its_best_is_trained_on(tmp_path: Path, start: Start) -> None:
+def test_a_study_resumes_after_a_kill_and_its_best_trial_continues(tmp_path: Path, start: Start) -> None:
     pytest.importorskip("optuna")
     data, folder, log = write_tiny_dataset(tmp_path / "data"), tmp_path / "study", tmp_path / "log"
     base = tiny_overrides(data, folder, "trainer.max_steps=12", "trainer.eval_every=2", "trainer.save_every=4")

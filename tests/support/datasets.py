@@ -1,4 +1,4 @@
-"""Texts, shards and loaders for the tests of this folder."""
+"""Texts, shards and loaders for tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ORDER = {"seed": 3, "batch_size": 8, "seq_len": 64, "shuffle": True}
 
 
 def numbered_text(number: int, length: int) -> bytes:
-    """A text whose parts can be told from those of any other number."""
+    """A text whose parts differ from those of any other number."""
     return b"".join(b"%d:%d " % (number, place) for place in range(length))[:length]
 
 
@@ -57,7 +57,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def replace_split(folder: Path, split: str, texts: list[bytes]) -> None:
-    """Puts one shard of byte-level texts, empty ones included, in the place of a split."""
+    """Replaces a split by one shard of byte-level texts, which may be empty."""
     path = folder / f"{split}-000000.tar"
     write_tar(path, [(f"{number}.txt", text) for number, text in enumerate(texts)])
     with tarfile.open(path) as tar:
@@ -75,7 +75,7 @@ def replace_split(folder: Path, split: str, texts: list[bytes]) -> None:
 
 
 def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any], signs_indexes: bool = False) -> None:
-    """Changes dataset.json so that its own checksum holds, and on demand those of the indexes."""
+    """Edits dataset.json and its checksum and, on demand, those of the indexes."""
     path = folder / "dataset.json"
     record = json.loads(path.read_text())
     change(record)
@@ -87,7 +87,7 @@ def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any], signs_ind
 
 
 def edit_index(folder: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Changes the samples of an index so that all checksums hold."""
+    """Edits the samples of an index and all checksums."""
     path = folder / name
     record = json.loads(path.read_text())
     change(record["samples"])
@@ -110,7 +110,7 @@ def damage_sample(dataset: Dataset, number: int, split: str = "train") -> tuple[
 
 
 def documents_of(dataset: Dataset, split: str = "train") -> list[np.ndarray]:
-    """Tokens of each sample in the order of the shards."""
+    """Tokens of each sample, in the order of the shards."""
     with closing(SampleReader()) as reader:
         return [
             reader.read(SampleRef(dataset, shard, entry))
@@ -142,7 +142,7 @@ def open_loader(
 
 
 def read_steps(data: Dataset | Corpus, n_steps: int, **changed: Any) -> tuple[list[StepBatch], dict[str, Any]]:
-    """A rank's batches, and its state behind the last of them."""
+    """A rank's batches, and its state after the last of them."""
     with open_loader(data, **changed) as loader:
         batches = [next(loader) for _ in range(n_steps)]
         return batches, json.loads(json.dumps(batches[-1].state))
@@ -156,7 +156,7 @@ def rows_of(step: Iterable[StepBatch], name: str) -> torch.Tensor:
 def read_world(
     data: Dataset | Corpus, n_steps: int, dp_size: int = 1, **changed: Any
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Inputs and labels of all ranks [n_steps, 2, batch_size, seq_len], and the state behind them."""
+    """Inputs and labels of all ranks [n_steps, 2, batch_size, seq_len], and the state after them."""
     ranks = [read_steps(data, n_steps, dp_rank=rank, dp_size=dp_size, **changed) for rank in range(dp_size)]
     steps = zip(*(batches for batches, _ in ranks), strict=True)
     rows = [torch.stack([rows_of(step, name) for name in ("tokens", "labels")]) for step in steps]

@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -55,7 +56,8 @@ class RankPool:
             self._start()
         job = (sys.path, case.__module__, case.__qualname__, params)
         for _, connection in self._ranks:
-            connection.send(job)
+            with suppress(OSError):  # a rank that died since the last case: its report names it
+                connection.send(job)
         reports = self._collect(timeout)
         if any(reports):
             self.close()
@@ -122,7 +124,10 @@ class RankPool:
         assert self._folder is not None and self._ranks[rank][0].pid is not None
         path = Path(self._folder.name) / f"stack{rank}"
         os.kill(self._ranks[rank][0].pid, signal.SIGUSR1)
-        time.sleep(0.5)
+        deadline = time.monotonic() + GRACE
+        while not path.stat().st_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.1)  # the frames after the first
         return path.read_text()
 
 

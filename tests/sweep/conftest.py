@@ -1,4 +1,4 @@
-"""Requests of sweeps, and what trials leave behind, without any process."""
+"""Sweep requests without running any process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., SweepRequest]:
-    """What `reformer-train` with these words asks of a sweep; its folder is tmp_path/sweep."""
+    """Parses a `reformer-train` command line into a sweep request with the folder tmp_path/sweep."""
 
     def ask(*words: str) -> SweepRequest:
         requests: list[SweepRequest] = []

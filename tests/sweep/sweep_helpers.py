@@ -1,4 +1,4 @@
-"""What trials leave behind, without any process."""
+"""Writes the output files of trials."""
 
 from __future__ import annotations
 

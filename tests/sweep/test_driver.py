@@ -1,4 +1,4 @@
-"""A small sweep of real runs, by the command that a user types; run again, it has nothing to do."""
+"""A small sweep of real runs; a second run of the same command does nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a command line to what a sweep tries: Hydra's grammar, presets, refusals."""
+"""Parsing of sweep command lines: Hydra's grammar, presets, errors."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ INTERVALS = [
 
 
 @pytest.mark.parametrize(("word", "dimension"), INTERVALS, ids=[word for word, _ in INTERVALS])
-def test_a_search_takes_intervals(requested: Ask, word: str, dimension: Interval) -> None:
+def test_a_search_accepts_intervals(requested: Ask, word: str, dimension: Interval) -> None:
     request = requested("sweep=optuna", word)
     assert request.settings.kind is SweepKind.optuna
     assert list(request.space.values()) == [dimension]
 
 
-def test_a_preset_and_what_the_command_line_changes_of_it(requested: Ask) -> None:
+def test_overrides_of_a_preset(requested: Ask) -> None:
     preset = requested("sweep=lsh")
     assert list(preset.space) == ["model.n_hashes", "model.window", "model.n_buckets"]
     changed = requested("sweep=lsh", "sweep.parallel=3", "model.n_hashes=5,6")
@@ -87,7 +87,7 @@ def test_the_last_of_two_values_counts(requested: Ask) -> None:
 @pytest.mark.parametrize(
     "words", [["model.n_hashes=2"], ["--multirun", "--cfg", "job"], ["--help", "-m"], ["--nonsense", "sweep=lsh"]]
 )
-def test_what_asks_for_no_sweep(words: list[str]) -> None:
+def test_command_lines_without_a_sweep(words: list[str]) -> None:
     assert not is_sweep(words)
 
 
@@ -137,7 +137,7 @@ def test_names(changed: dict[str, str], name: str) -> None:
     assert as_override("output_dir", f"out/{name}") == f"output_dir=out/{name}"  # needs no quotes
 
 
-def test_names_that_lose_characters_stay_apart() -> None:
+def test_lossy_names_are_unique() -> None:
     paths = ("a b", "a,b", "'a b'", "a/b", "a\tb", "x" * 200, "x" * 201)
     names = {trial_name({"data.path": path}) for path in paths}
     assert len(names) == len(paths)
@@ -160,7 +160,7 @@ def test_shares() -> None:
 
 
 def test_presets_only_have_settings_of_a_sweep() -> None:
-    """Trials never see the preset: another key in it would be lost."""
+    """The preset is not passed to trials: other keys in it would be ignored."""
     for path in (conf_folder() / "sweep").iterdir():
         assert "@package" not in path.read_text()
 

@@ -1,4 +1,4 @@
-"""What a sweep refuses before it starts anything, and what it makes of combinations that can't run."""
+"""Validation of sweep requests, and trials of a grid with invalid combinations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def trials_of(request: SweepRequest) -> list[Trial]:
     return grid_trials(request, SweepFile(request.folder, request.settings.parse_shard()))
 
 
-def test_under_a_launcher_the_right_command_is_told(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_under_a_launcher_shows_the_right_command(
+    requested: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = requested(*GRID)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
@@ -57,7 +59,7 @@ def test_the_folder_of_a_run_is_refused(requested: Ask, name: str) -> None:
         run_sweep(request)
 
 
-def test_combinations_that_can_not_run_have_failed_and_the_others_wait(requested: Ask) -> None:
+def test_invalid_combinations_are_failed_trials(requested: Ask) -> None:
     trials = trials_of(requested("-m", "model.n_heads=2,3,4"))
     assert [trial.state for trial in trials] == [TrialStatus.waiting, TrialStatus.failed, TrialStatus.waiting]
     assert trials[1].reason.startswith("model.n_heads=3: ")
@@ -88,7 +90,7 @@ def test_a_grid_that_grows_keeps_what_is_done(requested: Ask) -> None:
     assert len(SweepFile(request.folder, (0, 1)).trials) == 7
 
 
-def test_failed_trials_run_again_when_asked_for(requested: Ask) -> None:
+def test_failed_trials_are_retried_on_request(requested: Ask) -> None:
     trials_of(requested(*GRID))
     finish_all(requested(*GRID).folder, TrialStatus.failed)
     assert {trial.state for trial in trials_of(requested(*GRID))} == {TrialStatus.failed}

@@ -1,4 +1,4 @@
-"""Optuna's study on disk, driven by hand: proposals, pruning, restarts."""
+"""Optuna search without a driver: proposals, pruning, restarts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPACE = ("sweep=optuna", RATES, "model.n_hashes=1,2,4", WINDOWS)
 
 
 def open_strategy(request: SweepRequest):  # type: ignore[no-untyped-def]
-    """A strategy as a new driver makes it."""
+    """Creates the strategy as a new driver does."""
     from reformer_dist.sweep.search import OptunaSearch
 
     request.folder.mkdir(parents=True, exist_ok=True)
@@ -58,13 +58,13 @@ def test_a_study_ends_after_its_trials_and_grows_on(requested: Ask) -> None:
     assert strategy.next_trial().name == "trial-0003" and strategy.next_trial() is None
 
 
-def test_a_new_driver_goes_on_with_the_trials_of_the_last(requested: Ask) -> None:
-    """One was running, one had ended without being told to the study, one was only proposed."""
+def test_a_new_driver_resumes_the_trials_of_the_last(requested: Ask) -> None:
+    """One was running, one had ended without being reported to the study, one was only proposed."""
     request = requested(*SPACE, "sweep.n_trials=4")
     strategy, file = open_strategy(request)
-    done, told_late, running, proposed = (strategy.next_trial() for _ in range(4))
+    done, unreported, running, proposed = (strategy.next_trial() for _ in range(4))
     finish(strategy, file, done, 1.0)
-    told_late.state, told_late.result = TrialStatus.finished, {"eval/loss": 2.0}
+    unreported.state, unreported.result = TrialStatus.finished, {"eval/loss": 2.0}
     running.state = TrialStatus.running
     file.save()
     del file.trials[proposed.name]
@@ -124,14 +124,14 @@ def test_a_trial_below_the_median_is_pruned(requested: Ask) -> None:
     assert states(file.folder)[4:] == ["PRUNED", "RUNNING"]
 
 
-def test_nothing_is_pruned_where_nothing_shall_be(requested: Ask) -> None:
+def test_pruning_can_be_disabled(requested: Ask) -> None:
     strategy, file = open_strategy(requested(*SPACE, "sweep.prune_after=null"))
     for _ in range(4):
         finish(strategy, file, strategy.next_trial(), 1.0)
     assert not strategy.should_prune(strategy.next_trial(), [{"step": 4, "eval/loss": 5.0}])
 
 
-def test_failures_count_and_are_tried_again_when_asked_for(requested: Ask) -> None:
+def test_failures_count_and_are_retried_on_request(requested: Ask) -> None:
     request = requested(*SPACE, "sweep.n_trials=2")
     strategy, file = open_strategy(request)
     killed, silent = strategy.next_trial(), strategy.next_trial()
@@ -153,7 +153,7 @@ def test_failures_count_and_are_tried_again_when_asked_for(requested: Ask) -> No
     assert strategy.next_trial() is None
 
 
-def test_a_point_that_can_not_run_fails_and_the_next_comes(requested: Ask) -> None:
+def test_an_invalid_point_fails_and_the_next_is_proposed(requested: Ask) -> None:
     strategy, file = open_strategy(
         requested("sweep=optuna", "model.n_heads=3,5,7,4", "sweep.n_trials=8", "sweep.seed=3")
     )
@@ -173,7 +173,7 @@ def test_another_study_needs_another_folder(requested: Ask, changed: str) -> Non
         open_strategy(requested(*SPACE, changed))
 
 
-def test_shares_work_on_one_study_and_leave_each_other_alone(requested: Ask) -> None:
+def test_shards_share_one_study_but_not_their_trials(requested: Ask) -> None:
     first, file = open_strategy(requested(*SPACE, "sweep.n_trials=3", "sweep.shard=0/2"))
     trial = first.next_trial()
     trial.state = TrialStatus.running
@@ -184,7 +184,7 @@ def test_shares_work_on_one_study_and_leave_each_other_alone(requested: Ask) -> 
     assert first.next_trial() is None and second.next_trial() is None
 
 
-def test_without_optuna_the_message_says_what_to_install(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_optuna_says_what_to_install(requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'reformer_dist\[sweep\]'"):
         open_strategy(requested(*SPACE))

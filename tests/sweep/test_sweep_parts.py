@@ -35,7 +35,7 @@ FAILED = Trial("d", {"model.position": "rotary"}, TrialStatus.failed, reason="no
 ALL = [FAILED, PRUNED, GOOD, SLOW]
 
 
-def test_a_state_goes_round(tmp_path: Path) -> None:
+def test_state_round_trip(tmp_path: Path) -> None:
     file = SweepFile(tmp_path, (0, 1))
     file.trials = {trial.name: trial for trial in ALL}
     file.save()
@@ -43,7 +43,7 @@ def test_a_state_goes_round(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
-def test_of_two_files_the_later_state_counts(tmp_path: Path) -> None:
+def test_the_later_status_of_two_files_wins(tmp_path: Path) -> None:
     for shard, state in enumerate((TrialStatus.running, TrialStatus.finished, TrialStatus.interrupted)):
         file = SweepFile(tmp_path, (shard, 3))
         file.trials = {"a": Trial("a", {}, state)}
@@ -54,7 +54,7 @@ def test_of_two_files_the_later_state_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"format": 0, "trials": {}}', '{"format": 1, "trials": {"a": {}}}']
 )
-def test_a_strange_file_is_named(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(ConfigError, match=r"sweep\.json"):
         read_all(tmp_path)
@@ -64,12 +64,12 @@ def test_a_second_driver_is_refused_by_name(tmp_path: Path) -> None:
     held = SweepFile(tmp_path, (0, 1)).lock()
     with pytest.raises(ConfigError, match=f"process {os.getpid()} "):
         SweepFile(tmp_path, (0, 1)).lock()
-    SweepFile(tmp_path, (1, 2)).lock()  # another share
+    SweepFile(tmp_path, (1, 2)).lock()  # another shard
     os.close(held)
     SweepFile(tmp_path, (0, 1)).lock()
 
 
-def test_whoever_inherits_a_lock_holds_it_on(tmp_path: Path) -> None:
+def test_an_inherited_lock_is_held(tmp_path: Path) -> None:
     lock = acquire_lock(tmp_path / "lock")
     assert lock is not None
     inherited = os.dup(lock)
@@ -79,8 +79,8 @@ def test_whoever_inherits_a_lock_holds_it_on(tmp_path: Path) -> None:
     assert acquire_lock(tmp_path / "lock") is not None
 
 
-PLACES = [
-    # ranks, parallel, GPUs, cores: what the places are given
+PLACEMENTS = [
+    # ranks, parallel, GPUs, cores, expected environments
     (1, None, "", 2, [{"OMP_NUM_THREADS": "1"}] * 2),
     (2, None, "", 8, [{"OMP_NUM_THREADS": "1"}] * 4),
     (2, 1, "", 8, [{"OMP_NUM_THREADS": "4"}]),
@@ -93,8 +93,8 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "gpus", "cores", "given"), PLACES)
-def test_places(
+@pytest.mark.parametrize(("ranks", "parallel", "gpus", "cores", "given"), PLACEMENTS)
+def test_placements(
     monkeypatch: pytest.MonkeyPatch,
     ranks: int | None,
     parallel: int | None,
@@ -112,7 +112,7 @@ def test_trials_that_do_not_fit(ranks: int, parallel: int | None, key: str) -> N
         make_placements(ranks, parallel, ["0", "1"], 8)
 
 
-def test_metrics_of_a_run_that_was_cut_and_went_on(tmp_path: Path) -> None:
+def test_metrics_of_a_resumed_run(tmp_path: Path) -> None:
     rows = [
         {"step": 1, "train/loss": 3.0, "perf/tokens_per_s": 10.0},
         {"step": 2, "train/loss": 2.0, "perf/tokens_per_s": 30.0},
@@ -174,7 +174,7 @@ def test_a_report(tmp_path: Path) -> None:
     for trial in (GOOD, SLOW):
         rows = [{"step": step, "time_s": 60.0 * step, "eval/loss": 3.0 / step} for step in (1, 2)]
         write_metrics(tmp_path / trial.name, *rows)
-    for _ in range(2):  # written again, nothing is there twice
+    for _ in range(2):  # the second report replaces the first
         write_report(tmp_path, ALL, "eval/loss")
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["trial"] for row in rows] == ["b", "a", "c", "d"]
@@ -191,7 +191,7 @@ def test_a_report(tmp_path: Path) -> None:
     assert start.hparams["optim.lr"].number_value == 0.2
 
 
-def test_without_matplotlib_the_message_says_what_to_install(
+def test_the_error_without_matplotlib_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

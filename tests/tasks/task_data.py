@@ -20,7 +20,7 @@ def sentence(draw: random.Random, most: int = 8) -> bytes:
 
 
 def write_pairs(folder: Path, n_samples: int = 60, most: int = 8) -> Path:
-    """Two fields: a sentence, and the same backwards by words."""
+    """Two fields: a sentence, and its words in reverse order."""
     draw = random.Random(1)
     texts = [sentence(draw, most) for _ in range(n_samples)]
     records = [
@@ -39,7 +39,7 @@ def write_pairs(folder: Path, n_samples: int = 60, most: int = 8) -> Path:
 
 
 def write_for(kind: str, folder: Path) -> Path:
-    """Samples with a label, or questions with answers in a context that is longer than a row of the runs."""
+    """Samples with a label, or questions about a context that is longer than a row."""
     draw = random.Random(2)
     records = []
     for number in range(40):

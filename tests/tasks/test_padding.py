@@ -1,4 +1,4 @@
-"""A row's loss and answer are its own: neither other rows of its batch nor what fills it up change them."""
+"""A row's loss and prediction depend neither on other rows of its batch nor on padding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_losses_of_rows_add_up(kind: str, tmp_path: Path) -> None:
     assert len(lengths) > 1 or kind == "question_answering"
     losses = torch.stack([model(**batch) for batch in alone])
     assert torch.allclose(model(**together[0]), losses.sum(), rtol=1e-5)
-    # more rows than there are: what is missing asks for nothing
+    # padding rows have no labels
     [more] = task.heldout(corpus, RowSelection(6, 9))
     assert (more["labels"][6:] == -100).all()
     assert torch.allclose(model(**more), losses.sum(), rtol=1e-5)

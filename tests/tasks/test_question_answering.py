@@ -1,4 +1,4 @@
-"""Answers in contexts: windows cover them, labels point at them, and the best span over all windows is found."""
+"""Question answering: windows cover the context, labels mark the answer, and the best span is found."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ START = len(CONTEXT.encode()) - len("1850 in Waldshut. ")
 
 
 class Pointer(nn.Module):
-    """Stands for a trained model: it points at the byte that the answer begins with and the one it ends with."""
+    """A stand-in for a trained model that points at the first and last byte of the answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,13 +84,13 @@ def test_windows_cover_the_context_and_labels_point_at_the_answer(stride: int) -
     assert 30 <= with_answer < 60
 
 
-def test_a_long_question_takes_no_thousand_windows() -> None:
-    """It leaves 32 tokens of a row, which is also the stride: windows then share half of that."""
+def test_a_long_question_does_not_multiply_windows() -> None:
+    """It leaves 32 tokens of a row, equal to the stride: windows then share half of that."""
     task, _ = task_and_sample("task.stride=32")
     sample = Sample("q", (np.zeros(99, np.int64), np.arange(5000)), {})
     starts = [window.start for window in task._windows(sample)]
     assert starts == list(range(0, 5000 - 16, 16))
-    # what the room allows is kept to
+    # a stride that fits is respected
     sample = Sample("q", (np.zeros(2, np.int64), np.arange(500)), {})
     windows = task._windows(sample)
     assert all(before.end - after.start == 60 // 2 for before, after in pairwise(windows))
@@ -99,7 +99,7 @@ def test_a_long_question_takes_no_thousand_windows() -> None:
 
 
 @pytest.mark.parametrize(("stride", "seq_len"), [(62, 64), (128, 64), (0, 2)])
-def test_a_stride_that_no_window_holds_is_refused(stride: int, seq_len: int, tmp_path: Path) -> None:
+def test_a_stride_longer_than_a_window_is_refused(stride: int, seq_len: int, tmp_path: Path) -> None:
     task, _ = task_and_sample(f"task.stride={stride}", seq_len=seq_len)
     corpus = Corpus.open([write_for("question_answering", tmp_path / "d")])
     words = rf"task\.stride={stride}: .*\b{seq_len - 2}\b.* data\.seq_len={seq_len}\b"
@@ -136,7 +136,7 @@ def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("most", [1, 3, 5, 40])
 @pytest.mark.parametrize("n_context", [0, 1, 2, 17])
 def test_the_best_span_is_that_of_all_pairs(most: int, n_context: int) -> None:
-    """Of equal scores the first start, then the first end."""
+    """Ties are broken by the first start, then the first end."""
     task, _ = task_and_sample(f"task.max_answer_tokens={most}")
     window = ContextWindow(np.zeros(3 + n_context + 1, np.int64), context_at=3, start=100)
     draw = torch.Generator().manual_seed(most)
@@ -151,12 +151,12 @@ def test_the_best_span_is_that_of_all_pairs(most: int, n_context: int) -> None:
         assert task._best_span(window, starts, ends) == (best[1], best[0])
 
 
-def test_a_long_window_takes_memory_for_its_tokens_alone() -> None:
+def test_memory_is_linear_in_the_window() -> None:
     task, _ = task_and_sample()
     window = ContextWindow(np.zeros(2**20, np.int64), 10, 0)
     starts = torch.zeros(2**20)
     starts[70_000] = 1
-    # all pairs would take 4 TiB
+    # a table of all pairs would take 4 TiB
     assert task._best_span(window, starts, starts.roll(5))[0] == (69_990, 69_995)
 
 

@@ -1,4 +1,4 @@
-"""Samples of several fields: what is written is read again, one in a row, in an order that no world changes."""
+"""Samples of several fields are read as they were written, one per row, in the same order in any world."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read(
     passes: int | None = None,
     micro_batch: int | None = None,
 ) -> tuple[list[list[dict[str, torch.Tensor]]], dict]:
-    """Micro-batches of each step, and the state behind them."""
+    """Micro-batches of each step, and the state after them."""
     sampler = make_sampler(data)
     resumed = LoaderState() if state is None else read_state(state, sampler)
     quarantine = Quarantine(100, 0.5, resumed.quarantine)
@@ -76,7 +76,7 @@ def read(
 
 
 def rows(steps: list[list[dict[str, torch.Tensor]]]) -> list[list[int]]:
-    """Tokens that are asked for, of each row."""
+    """Labels of each row, without padding."""
     return [row[row >= 0].tolist() for step in steps for batch in step for row in batch["labels"]]
 
 
@@ -99,7 +99,7 @@ def test_fields_come_back(data: Path) -> None:
     }
 
 
-def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
+def test_a_pass_reads_every_sample_once_in_any_world(data: Path) -> None:
     steps = make_sampler(data).steps_for(1)
     assert steps == -(-50 // BATCH)
     whole, state = read(data, steps, passes=1)
@@ -117,7 +117,7 @@ def test_every_sample_once_in_a_pass_and_alike_in_any_world(data: Path) -> None:
     assert replay.hash == consumed_hash(merge_states([state]))
 
 
-def test_rows_of_a_like_length_are_together(data: Path) -> None:
+def test_rows_of_similar_length_share_a_micro_batch(data: Path) -> None:
     steps, _ = read(data, 6, micro_batch=2)
     for step in steps:
         assert [batch["tokens"].shape[0] for batch in step] == [2, 2, 2]
@@ -128,14 +128,14 @@ def test_rows_of_a_like_length_are_together(data: Path) -> None:
             assert longest <= batch["tokens"].shape[1] < longest + 8
 
 
-def test_a_resume_gives_the_next_samples(data: Path) -> None:
+def test_resuming_continues_with_the_next_samples(data: Path) -> None:
     whole, _ = read(data, 12)
     first, state = read(data, 5)
     then, _ = read(data, 7, state=json.loads(json.dumps(state)))
     assert rows(first) + rows(then) == rows(whole)
 
 
-def test_a_damaged_sample_is_passed_over(data: Path, tmp_path: Path) -> None:
+def test_a_damaged_sample_is_skipped(data: Path, tmp_path: Path) -> None:
     copy = write_pairs(tmp_path / "copy")
     dataset = Dataset.open(copy)
     shard = dataset.shards("train")[0]
@@ -148,7 +148,7 @@ def test_a_damaged_sample_is_passed_over(data: Path, tmp_path: Path) -> None:
     assert len(rows(found)) == len([row for row in rows(found) if row])
 
 
-def test_what_packs_text_and_what_does_not_are_not_mixed_up(data: Path, tmp_path: Path) -> None:
+def test_tasks_refuse_data_of_the_other_kind(data: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     write_dataset(
         [(f"doc{n}", b"words " * (n + 1)) for n in range(20)], text, ByteTokenizer(), heldout_fraction=0.3
@@ -171,7 +171,7 @@ def test_an_unknown_label_is_named(tmp_path: Path) -> None:
         write_samples(records, tmp_path / "data", ByteTokenizer(), heldout=odd, labels=["a", "b"])
 
 
-def test_dropout_of_a_row_is_its_own_in_any_world(data: Path) -> None:
+def test_dropout_of_a_row_is_the_same_in_any_world(data: Path) -> None:
     """Rows of similar length share a micro-batch; which do, and in which order, depends on the ranks."""
     drops = ("model.dropout=0.3", "model.ff_dropout=0.2", "model.attention_dropout=0.3")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a sequence-to-sequence model writes: as its whole forward would, in any company."""
+"""Generation of sequence-to-sequence models equals the whole forward, in any batch."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_a_row_is_source_and_shifted_target() -> None:
     assert batch["labels"][1].tolist() == [11, 256] + [-100] * 6
 
 
-def test_writing_is_what_the_whole_forward_says(data: Path) -> None:
+def test_generation_equals_argmax_of_the_whole_forward(data: Path) -> None:
     task = make_task()
     model = task.build_model().eval()
-    with torch.no_grad():  # an end of text now and then
+    with torch.no_grad():  # an end-of-text token now and then
         model.head.weight *= 30
         model.head.bias[256] += 6.0
     samples = list(read_split(Corpus.open([data]), RowSelection()))
     written = task.generate(model, samples)
     assert len(set(map(len, written))) > 1
     for sample, text in zip(samples, written, strict=True):
-        assert task.generate(model, [sample]) == [text]  # company and its padding change nothing
+        assert task.generate(model, [sample]) == [text]  # other rows and padding change nothing
         assert text == _plainly(task, model, sample)
 
 
@@ -62,7 +62,7 @@ def _plainly(task: SequenceToSequence, model: torch.nn.Module, sample: Sample) -
     return ByteTokenizer().decode(tokens).strip()
 
 
-def test_a_search_finds_what_is_at_least_as_likely(data: Path) -> None:
+def test_beam_search_is_at_least_as_likely_as_greedy(data: Path) -> None:
     greedy, search = make_task(), make_task("task.beams=3")
     model = greedy.build_model().eval()
     [sample, *_] = read_split(Corpus.open([data]), RowSelection())

@@ -37,7 +37,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(job: Runtime, kind: str, data: Path, output: Path, *changed: str) -> list[dict[str, float]]:
-    """What the run tells of each step, but for times and speed."""
+    """Metrics of each step, except times and speed."""
     config = tiny_config(data, output, f"task.kind={kind}", *OVERRIDES[kind], *changed)
     with ExitStack() as resources:
         build_trainer(config, job, resources).fit()
@@ -46,7 +46,7 @@ def train(job: Runtime, kind: str, data: Path, output: Path, *changed: str) -> l
 
 
 @pytest.mark.parametrize("kind", sorted(OVERRIDES))
-def test_a_run_goes_on_exactly_and_loads(
+def test_a_run_resumes_exactly_and_loads(
     kind: str, pairs: Path, tiny_data: Path, tmp_path: Path, job: Runtime
 ) -> None:
     ready = {"completion": pairs, "sequence_to_sequence": pairs, "masked_language_model": tiny_data}
@@ -66,8 +66,10 @@ def test_a_run_goes_on_exactly_and_loads(
     assert torch.isfinite(loaded.model(**batch))
 
 
-def test_a_masked_language_model_is_what_others_start_from(tiny_data: Path, tmp_path: Path, job: Runtime) -> None:
-    """Its table has a row more, for the mask; all other weights below the head are kept, and back again."""
+def test_other_tasks_initialize_from_a_masked_language_model(
+    tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    """Its embedding has one more row, for the mask token; all other weights below the head are kept both ways."""
     kinds = ["masked_language_model", "sequence_classification", "masked_language_model"]
     data = [tiny_data, write_for("sequence_classification", tmp_path / "classes"), tiny_data]
     frozen = ("optim.lr=0", "optim.weight_decay=0", "deepspeed.stage=1", "trainer.max_steps=1")
@@ -82,7 +84,7 @@ def test_a_masked_language_model_is_what_others_start_from(tiny_data: Path, tmp_
     torch.testing.assert_close(tables[2][257], tables[1].mean(dim=0))
 
 
-def test_which_tokens_are_hidden_is_a_function_of_the_place(tiny_data: Path) -> None:
+def test_masked_tokens_are_a_function_of_the_position(tiny_data: Path) -> None:
     task = make(
         "masked_language_model", tiny_data, "model.causal=false", "data.seq_len=2000", "model.position=rotary"
     )
@@ -92,7 +94,7 @@ def test_which_tokens_are_hidden_is_a_function_of_the_place(tiny_data: Path) -> 
     tokens, labels = first["tokens"], first["labels"]
     asked = labels != -100
     assert 0.12 < asked.float().mean() < 0.18
-    assert 0.7 < (tokens[asked] == 257).float().mean() < 0.9  # the mask, behind the 257 tokens of bytes
+    assert 0.7 < (tokens[asked] == 257).float().mean() < 0.9  # the mask token, after the 257 byte tokens
     assert (tokens[asked] == labels[asked]).float().mean() > 0.04
     assert (tokens[~asked] != 257).all()
 
@@ -118,7 +120,7 @@ def test_a_completion_that_is_too_long_keeps_its_own_beginning(pairs: Path) -> N
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(changed: list[str], words: str, tiny_data: Path) -> None:
+def test_inconsistent_options_are_refused(changed: list[str], words: str, tiny_data: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         tiny_config(tiny_data, Path("unused"), *changed)
     assert str(caught.value).startswith(words)
@@ -134,7 +136,7 @@ def test_a_model_of_another_kind_or_vocabulary_is_refused(
     overrides = ["task.kind=language_model", "model.causal=true"]
     with pytest.raises(
         CheckpointError, match=r"embedding\.tokens\.weight"
-    ):  # the mask has an embedding of its own
+    ):  # the mask token has its own embedding
         load_model(tmp_path / "run", overrides, torch.device("cpu"))
     another = BpeTokenizer.train([b"a text of some words"], 270)
     monkeypatch.setattr(load, "load_tokenizer", lambda *_: another)

@@ -1,4 +1,4 @@
-"""Tasks on several ranks: the losses of one rank, at a ZeRO stage, and with sequences that ranks share."""
+"""Tasks on several ranks have the losses of one rank, at ZeRO stages and with sequence parallelism."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def told(run: Path) -> list[float]:
-    """Losses and norms of all steps, and loss and accuracy at the end."""
+    """Losses and gradient norms of all steps, and the final loss and accuracy."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     of_steps = [row[name] for row in rows for name in ("train/loss", "train/grad_norm")]
     return [*of_steps, rows[-1]["eval/loss"], rows[-1]["eval/accuracy"]]
@@ -38,7 +38,7 @@ def told(run: Path) -> list[float]:
         ("sequence_classification", ["parallel.sequence=2", "deepspeed.stage=2"]),
     ],
 )
-def test_two_ranks_tell_what_one_does(kind: str, world: list[str], tmp_path: Path) -> None:
+def test_two_ranks_report_the_metrics_of_one(kind: str, world: list[str], tmp_path: Path) -> None:
     of_pairs = kind in ("completion", "sequence_to_sequence")
     data = write_pairs(tmp_path / "data") if of_pairs else write_for(kind, tmp_path / "data")
     common = [f"task.kind={kind}", *KINDS[kind], "model.dropout=0", "trainer.eval_every=6", "trainer.max_steps=6"]
@@ -48,8 +48,8 @@ def test_two_ranks_tell_what_one_does(kind: str, world: list[str], tmp_path: Pat
     assert told(tmp_path / "two") == pytest.approx(told(tmp_path / "one"), rel=2e-4)
 
 
-def test_ranks_that_share_rows_measure_what_one_does(tmp_path: Path) -> None:
-    """The loss over slices, exact match and F1 with each rank's questions whole."""
+def test_ranks_that_share_rows_report_the_metrics_of_one(tmp_path: Path) -> None:
+    """The loss is computed on slices, exact match and F1 on each rank's whole questions."""
     data = write_for("question_answering", tmp_path / "data")
     common = ["task.kind=question_answering", *KINDS["question_answering"], "trainer.max_steps=1"]
     run_ranks("reformer_dist.train", 1, tiny_overrides(data, tmp_path / "run", *common))

@@ -1,4 +1,4 @@
-"""Measures of texts against cases that are known."""
+"""Metrics of texts in known cases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_answers_are_normalized_as_by_squad() -> None:
         ("Denver", "Denver Broncos", 0.0, 2 / 3),
         ("in Denver in", "in in Denver Broncos", 0.0, 2 * 1.0 * 0.75 / 1.75),
         ("Carolina", "Denver Broncos", 0.0, 0.0),
-        ("the", "the", 1.0, 0.0),  # the official program finds no common word in two empty answers
+        ("the", "the", 1.0, 0.0),  # the official script finds no common word in two empty answers
         ("", "Denver", 0.0, 0.0),
     ],
 )

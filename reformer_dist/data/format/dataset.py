@@ -173,5 +173,5 @@ def _read_shard(entry: Mapping[str, Any], where: str) -> Shard:
     )
     if shard.samples == 0 or shard.tokens < shard.samples:
         counts = f"{shard.samples} samples and {shard.tokens} tokens"
-        raise DataError(f"{where}: shard {shard.name} has {counts}; each sample must end with a token of its own")
+        raise DataError(f"{where}: shard {shard.name} has {counts}; each sample must have an end-of-text token")
     return shard

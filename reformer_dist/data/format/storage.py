@@ -87,7 +87,7 @@ class LocalFolder:
     def open(self, file: FileRef) -> int:
         path = self.path / file.name
         try:
-            if not path.is_file():  # a device or pipe in its place would never end
+            if not path.is_file():  # reading a device or pipe might never end
                 raise DataError(f"{path}: is missing; it must hold {file.size} bytes")
             return os.open(path, os.O_RDONLY)
         except OSError as error:

@@ -161,7 +161,7 @@ class TrainLoader:
         self.close()
 
     def _batch(self, rows: list[_StreamRow]) -> StepBatch:
-        # identified by stream, since the place of a row among others depends on the ranks
+        # identified by stream, since the index of a row within its rank depends on the ranks
         examples = [
             {**row.example, "rows": np.asarray(stream)} for stream, row in zip(self._owned, rows, strict=True)
         ]

@@ -103,7 +103,7 @@ class _Cursor:
     def check_exhausted(self, n_damaged: int) -> None:
         """Raises DataError if `n_damaged` consecutive damaged units are all that this stream will ever read."""
         if not self._pool.shuffle and n_damaged >= self._length:
-            fix = "copy the shards again, or set data.shuffle=true, with which each pass gives rows other samples"
+            fix = "copy the shards again, or set data.shuffle=true, which changes the samples of rows in each pass"
             raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {fix}")
 
     def span_at(self, position: int, max_length: int, open_sample: OpenSample) -> tuple[Span | None, int]:

@@ -17,7 +17,7 @@ from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.models.sequence import WholeSequence
-from reformer_dist.ops.lsh import AttentionOptions
+from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.coverage import Coverage, measure_coverage
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.parallel.sequence import share_sequences
@@ -174,19 +174,12 @@ class CoverageSequence(WholeSequence):
         self.layers: list[Coverage] = []
         """Coverage of each LSH layer, in order."""
 
-    def bucket_attention(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-        kept: dict[str, Any],
-    ) -> Tensor:
+    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
+        assert isinstance(exchange, LocalExchange)
         if k is None:  # separate keys are those of local attention, which does not hash
-            self.layers.append(measure_coverage(q, shared_keys(q), bucket_ids, options, key_padding_mask))
-        return super().bucket_attention(q, k, v, bucket_ids, options, key_padding_mask, kept)
+            ids, options, mask = exchange.bucket_ids, exchange.options, exchange.key_padding_mask
+            self.layers.append(measure_coverage(q, shared_keys(q), ids, options, mask))
+        return super().bucket_attention(q, k, v, exchange)
 
 
 @torch.no_grad()

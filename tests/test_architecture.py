@@ -1,4 +1,4 @@
-"""What a machine can check of the layout: which part may import which, no import cycles, short files and functions."""
+"""The layout as far as a machine can check it: allowed imports, no import cycles, short files and functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,18 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"config", "engine", "models", "ops", "parallel"},
     "launch": {"config", "errors", "process"},
     "run": {
-        *("checkpoint", "config", "data", "distributed", "engine", "errors", "fs", "models", "parallel", "planning"),
+        *(
+            "checkpoint",
+            "config",
+            "data",
+            "distributed",
+            "engine",
+            "errors",
+            "fs",
+            "models",
+            "parallel",
+            "planning",
+        ),
         *("process", "tasks", "training"),
     },
     "doctor": {"config", "distributed", "errors", "ops", "process", "run"},

@@ -68,9 +68,8 @@ from attention_cases import (
 from torch import Tensor
 
 from reformer_dist.commands import SPIN_COUNT
-from reformer_dist.ops.lsh import backends
-from reformer_dist.ops.lsh.native.calls import order_rows
-from reformer_dist.ops.lsh.torch_tiles.attention import lay_out
+from reformer_dist.ops.lsh.attention import Shard
+from reformer_dist.ops.lsh.backends import backend_for
 
 MEASURES = ("seconds", "forward", "backward", "replayed", "hash", "sort", "peak_mib")
 VERDICT = {True: "yes", False: "NO", None: "did not run"}
@@ -275,10 +274,9 @@ def split(row: BenchCase, q: Tensor) -> tuple[float | None, float | None]:
         return hash_seconds, None  # sorting is part of the kernel launch
     units = hashed[0][0].flatten(0, 1)
     options = our_options(row)
-    dtype = getattr(torch, row.dtype)
-    name = backends.choose(options.backend, q.device, row.head_dim, dtype)
-    sort = order_rows if name == "native" else lay_out
-    sorts = [timed(row, lambda: [sort(unit, options) for unit in units.split(1)]) for _ in range(row.repeat)]
+    backend = backend_for(options, q)(options, q)
+    shards = [Shard(unit, row.buckets, torch.arange(1), row.seq_len) for unit in units.split(1)]
+    sorts = [timed(row, lambda: [backend.sort(shard) for shard in shards]) for _ in range(row.repeat)]
     return hash_seconds, round(min(seconds for _, seconds in sorts), 5)
 
 

@@ -28,7 +28,9 @@ from reformer_dist.distributed import runtime
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, hash_vectors
+from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.parallel import SlicedSequence
+from reformer_dist.parallel.bucket_exchange import BucketExchange
 from reformer_dist.parallel.traffic import LayerShape, all_gather_bytes, bucket_bytes, head_bytes
 
 GRIDS = ["1x2", "2x1", "1x3", "1x4", "2x2", "4x1"]
@@ -110,20 +112,20 @@ class ExchangeBenchmark:
 
     def measure(self) -> dict[str, Any]:
         is_correct = self.arguments.skip_check or self.check()
-        kept = self.run(overlaps=False)  # warm-up
+        exchange = self.run(overlaps=False)  # warm-up
         stats = self.meshes[False].stats
         best: dict[str, float] = {}
         for _ in range(self.arguments.repeats):
             stats.clear()
             start = self.now()
-            kept = self.run(overlaps=False)
+            exchange = self.run(overlaps=False)
             phases = {phase: stats.seconds.get(phase, 0.0) for phase in PHASES}
             phases["forward"] = self.now() - start
             slowest = {name: max(self.job.gather(seconds)) for name, seconds in phases.items()}
             if not best or slowest["forward"] < best["forward"]:
                 best = slowest
         sent = {phase: self.job.sum([n])[0] / self.job.world_size for phase, n in self.bytes_by_phase(stats)}
-        row = self.describe(kept, sum(sent.values()))
+        row = self.describe(exchange, sum(sent.values()))
         row |= {"correct": is_correct, "bytes_by_phase": sent, "seconds": None, "step": None}
         if is_correct:
             row["seconds"] = best
@@ -142,20 +144,20 @@ class ExchangeBenchmark:
         self.job.barrier()
         return time.perf_counter()
 
-    def run(self, *, overlaps: bool, backward: bool = False) -> dict[str, Any]:
+    def run(self, *, overlaps: bool, backward: bool = False) -> Exchange:
         mesh = self.meshes[overlaps]
         sequence = SlicedSequence(mesh, self.arguments.seq_len)
         with mesh.stats.timed("hash"):
             ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
-        kept: dict[str, Any] = {}
         mask = sequence.key_padding_mask(self.arguments.batch, self.job.device)
         leaves = [t.detach().requires_grad_(backward) for t in (self.q, self.v)]
-        out = sequence.bucket_attention(leaves[0], None, leaves[1], ids, self.options, mask, kept)
+        exchange = sequence.open_exchange(ids, self.options, mask)
+        out = sequence.bucket_attention(leaves[0], None, leaves[1], exchange)
         if backward:
             torch.autograd.grad(out, leaves, self.d_out)
         else:
             self.out = out
-        return kept
+        return exchange
 
     def time_step(self, overlaps: bool) -> float:
         self.run(overlaps=overlaps, backward=True)
@@ -184,7 +186,7 @@ class ExchangeBenchmark:
         error = (self.out[:, :, : expected.shape[2]].float() - expected.float()).abs().max().item()
         return max(self.job.gather(error)) <= TOLERANCE[self.arguments.dtype] * expected.abs().max().item()
 
-    def describe(self, kept: dict[str, Any], measured: float) -> dict[str, Any]:
+    def describe(self, exchange: Exchange, measured: float) -> dict[str, Any]:
         arguments, mesh = self.arguments, self.meshes[False]
         shape = LayerShape(
             rows=arguments.batch,
@@ -195,7 +197,7 @@ class ExchangeBenchmark:
             n_buckets=self.n_buckets,
             element_size=self.q.element_size(),
         )
-        sent, returned = self.other_ranks(kept, shape)
+        sent, returned = self.other_ranks(exchange, shape)
         return {
             "ranks": mesh.size,
             "heads": mesh.heads,
@@ -213,15 +215,15 @@ class ExchangeBenchmark:
             "bytes_all_gather": all_gather_bytes(shape, mesh.size),
         }
 
-    def other_ranks(self, kept: dict[str, Any], shape: LayerShape) -> tuple[float, float]:
+    def other_ranks(self, exchange: Exchange, shape: LayerShape) -> tuple[float, float]:
         """Mean number of other ranks to which a token is sent as a key, and as a query."""
-        if "plan" not in kept:
+        if not isinstance(exchange, BucketExchange):
             return 0.0, 0.0
-        plan, own = kept["plan"], self.meshes[False].bucket_rank
+        plan, own = exchange.plan, self.meshes[False].bucket_rank
         totals = [0.0, 0.0]
         for route in plan.routes:
-            for which, selection in enumerate((route.sent, route.asked)):
-                totals[which] += sum(selection.counts) - selection.counts[own]
+            for which, selection in enumerate((route.sent, route.sent_queries)):
+                totals[which] += sum(selection.splits) - selection.splits[own]
         sent, returned = (n / shape.tokens / self.job.world_size for n in self.job.sum(totals))
         return sent, returned
 

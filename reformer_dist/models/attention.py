@@ -5,6 +5,8 @@ Each maps [B, S, dim] to [B, S, dim] and knows heads and projections; the mathem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from reformer_dist.models.context import ForwardContext, ForwardOptions, Recompu
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
+from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import why_not
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.rotary import rotate
@@ -82,20 +85,43 @@ class SelfAttention(nn.Module):
         """Heads' outputs [B, H, S, D]."""
         raise NotImplementedError
 
+    def _options(
+        self,
+        kind: AttentionKind,
+        scale: float,
+        context: ForwardContext,
+        layer: int,
+        *,
+        count_pairs_once: bool = False,
+    ) -> AttentionOptions:
+        """Options of LSH or local attention."""
+        config, rule = self.config, LayerRule.of(self.config, kind)
+        return AttentionOptions(
+            rule=rule.rule,
+            n_buckets=rule.n_buckets,
+            scale=scale,
+            count_pairs_once=count_pairs_once,
+            dropout=context.dropout(config.attention_dropout),
+            dropout_seed=context.seed_for("attention", layer),
+            rows=context.coords.rows,
+            backend=config.attention_backend.name,
+        )
+
     @staticmethod
-    def _over_sequence(
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
+    def _open_exchange(
+        bucket_ids: Callable[[], Tensor],
         options: AttentionOptions,
         context: ForwardContext,
         layer: int,
         cache: RecomputeCache | None,
-    ) -> Tensor:
-        kept = {} if cache is None else cache.plans.setdefault(layer, {})
-        mask = context.key_padding_mask
-        return context.sequence.of_layer(layer).bucket_attention(q, k, v, bucket_ids, options, mask, kept)
+    ) -> Exchange:
+        """The exchange of this call; a recompute gets that of the first run, with its bucket ids."""
+        if cache is not None and layer in cache.exchanges:
+            return cache.exchanges[layer]
+        exchange = context.sequence.open_exchange(bucket_ids(), options, context.key_padding_mask)
+        if cache is not None:
+            cache.exchanges[layer] = exchange
+        return exchange
 
 
 class LSHSelfAttention(SelfAttention):
@@ -107,33 +133,22 @@ class LSHSelfAttention(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         config = self.config
-        bucket_ids = self._hash(q, context, layer, cache)
-        if config.local_round:
-            bucket_ids = F.pad(bucket_ids, (0, 0, 0, 1))  # one more round, in which all share bucket 0
+        options = self._options(
+            AttentionKind.lsh, config.qk_scale, context, layer, count_pairs_once=config.count_pairs_once
+        )
+        exchange = self._open_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
-        options = AttentionOptions(
-            rule=LayerRule.of(config, AttentionKind.lsh).rule,
-            n_buckets=config.n_buckets,
-            scale=config.qk_scale,
-            count_pairs_once=config.count_pairs_once,
-            dropout=context.dropout(config.attention_dropout),
-            dropout_seed=context.seed_for("attention", layer),
-            rows=context.coords.rows,
-            backend=config.attention_backend.name,
-        )
-        return self._over_sequence(q, None, v, bucket_ids, options, context, layer, cache)
+        return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
 
-    def _hash(self, q: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None) -> Tensor:
-        if cache is not None and layer in cache.bucket_ids:
-            return cache.bucket_ids[layer]
+    def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:
+        """[B, H, R, S] of all rounds, the local one included."""
         config = self.config
         bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
-        if cache is not None:
-            cache.bucket_ids[layer] = bucket_ids
         if context.bucket_stats is not None:
             context.bucket_stats.append(context.sequence.bucket_stats(bucket_ids, config.n_buckets, config.window))
-        return bucket_ids
+        # in the local round, all tokens share bucket 0
+        return F.pad(bucket_ids, (0, 0, 0, 1)) if config.local_round else bucket_ids
 
 
 class LocalSelfAttention(SelfAttention):
@@ -144,16 +159,9 @@ class LocalSelfAttention(SelfAttention):
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        options = AttentionOptions(
-            rule=LayerRule.of(self.config, AttentionKind.local).rule,
-            n_buckets=1,
-            scale=self.head_dim**-0.5,
-            dropout=context.dropout(self.config.attention_dropout),
-            dropout_seed=context.seed_for("attention", layer),
-            rows=context.coords.rows,
-            backend=self.config.attention_backend.name,
-        )
-        return self._over_sequence(q, k, v, single_bucket_ids(q), options, context, layer, cache)
+        options = self._options(AttentionKind.local, self.head_dim**-0.5, context, layer)
+        exchange = self._open_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
+        return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 
 
 class ExactSelfAttention(SelfAttention):

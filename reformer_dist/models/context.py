@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from reformer_dist.config import ModelConfig, Position
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.dropout import TokenCoords
+from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.ops.rotary import rotary_tables
 from reformer_dist.seeds import derive_seed
@@ -116,11 +117,9 @@ class RecomputeCache:
     Hashing a reconstructed token again could move it to another bucket, since reconstruction rounds.
     """
 
-    bucket_ids: dict[int, Tensor] = field(default_factory=dict)
-    """Bucket ids [B, H, R, S] by layer."""
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+    """Bucket ids, and how tokens travel between ranks, by layer."""
     query_ids: dict[int, Tensor] = field(default_factory=dict)
     """Bucket ids [B, H, R, S] of the queries of LSH cross attention, by layer."""
     key_ids: dict[int, Tensor] = field(default_factory=dict)
     """Bucket ids [B, H, R, T] of its keys, by layer."""
-    plans: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Plans of the exchange between ranks by layer; empty without sequence parallelism."""

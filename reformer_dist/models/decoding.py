@@ -10,7 +10,6 @@ Models and a standalone `ReformerStack` need no code for this: to attention, the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.models.sequence import LayerAccess, SequenceAccess, WholeSequence, first_real
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.kv_cache import AttentionCache, BucketCache, ExactCache, WindowCache
-from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, WindowRule, cross_attention
+from reformer_dist.ops.lsh import CrossKeys, CrossOptions, WindowRule, cross_attention
+from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 
 
 def kv_cache_unsupported_reason(config: ModelConfig) -> str | None:
@@ -104,28 +104,21 @@ class _LayerState(WholeSequence):
         self._cache: AttentionCache | None = None
         self._source: CrossKeys | None = None
 
-    def bucket_attention(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-        kept: dict[str, Any],
-    ) -> Tensor:
+    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
+        assert isinstance(exchange, LocalExchange)
+        options = exchange.options
         _refuse_dropout(options.dropout)
         if isinstance(self._cache, WindowCache):
             assert k is not None
             return self._cache.attend(q, k, v)
         if isinstance(self._cache, BucketCache):
-            return self._cache.attend(q, v, bucket_ids)
+            return self._cache.attend(q, v, exchange.bucket_ids)
         if k is None:
-            self._cache = BucketCache(q, v, bucket_ids, options, key_padding_mask)
+            self._cache = BucketCache(q, v, exchange.bucket_ids, options, exchange.key_padding_mask)
         else:
             assert options.n_buckets == 1 and isinstance(options.rule, WindowRule) and options.rule.sees_self
             self._cache = WindowCache(k, v, options.rule.window, options.scale, self._first)
-        return super().bucket_attention(q, k, v, bucket_ids, options, key_padding_mask, kept)
+        return super().bucket_attention(q, k, v, exchange)
 
     def cross_attention(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.sequence import LayerAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions, bucket_attention
+from reformer_dist.ops.lsh import attend_locally
+from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 
 MAX_TOKENS = 4096
 
@@ -59,22 +59,12 @@ class _RecordingLayer(WholeSequence):
     def __init__(self, views: dict[int, AttentionView], layer: int) -> None:
         self._views, self._layer = views, layer
 
-    def bucket_attention(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-        kept: dict[str, Any],
-    ) -> Tensor:
-        columns = [
-            bucket_attention(q, k, values, bucket_ids, options, key_padding_mask) for values in _one_hot_values(v)
-        ]
-        ids = bucket_ids if k is None else None
+    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
+        assert isinstance(exchange, LocalExchange)
+        columns = [attend_locally(q, k, values, exchange) for values in _one_hot_values(v)]
+        ids = exchange.bucket_ids if k is None else None
         self._views[self._layer] = AttentionView(torch.cat(columns, dim=-1)[..., : v.shape[2]], ids)
-        return super().bucket_attention(q, k, v, bucket_ids, options, key_padding_mask, kept)
+        return super().bucket_attention(q, k, v, exchange)
 
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None

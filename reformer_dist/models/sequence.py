@@ -7,13 +7,14 @@ another object with the same methods, and knows no more about it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
+from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
+from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets
 
@@ -24,17 +25,8 @@ class LayerAccess(Protocol):
     Tensors are those of the tokens at hand: q, k, v [B, H, S, D], key_padding_mask [B, S].
     """
 
-    def bucket_attention(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-        kept: dict[str, Any],
-    ) -> Tensor:
-        """`ops.lsh.bucket_attention` over the whole sequence; `kept` carries plans from a run to its recompute."""
+    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
+        """`ops.lsh.bucket_attention` over the whole sequence, by an exchange that this sequence has opened."""
         ...
 
     def exact_attention(
@@ -78,7 +70,16 @@ class SequenceAccess(Protocol):
         ...
 
     def of_layer(self, layer: int) -> LayerAccess:
-        """What the attention of a layer calls."""
+        """The attention of a layer."""
+        ...
+
+    def open_exchange(
+        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+    ) -> Exchange:
+        """The exchange for an attention call and its recompute.
+
+        bucket_ids [B, H, R, S] of this rank's tokens; key_padding_mask [B, S].
+        """
         ...
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
@@ -103,17 +104,14 @@ class WholeSequence:
     def of_layer(self, layer: int) -> LayerAccess:
         return self
 
-    def bucket_attention(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-        kept: dict[str, Any],
-    ) -> Tensor:
-        return bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
+    def open_exchange(
+        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+    ) -> Exchange:
+        return LocalExchange(bucket_ids, options, key_padding_mask)
+
+    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
+        assert isinstance(exchange, LocalExchange)
+        return attend_locally(q, k, v, exchange)
 
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None

@@ -1,4 +1,4 @@
-"""The way out: what a token needs to be attended, packed at home and unpacked where it is attended."""
+"""Token dispatch: packs what a token needs to be attended, and builds the shard of the rank that received it."""
 
 from __future__ import annotations
 
@@ -8,81 +8,80 @@ import torch
 from torch import Tensor
 
 from reformer_dist.distributed.comm import CommGroup, SplitRows
-from reformer_dist.ops.lsh.backends import attention_of_held
-from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
+from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.ops.lsh.torch_tiles.held import TiledRows
-from reformer_dist.ops.workspace import Workspace
 from reformer_dist.parallel.packing import Record
-from reformer_dist.parallel.plan import Guests, Plan, Route, guests_of, held_rows
+from reformer_dist.parallel.plan import ExchangePlan, ReceivedTokens, Route, received_shard, received_tokens
 
 
 @dataclass(frozen=True)
-class Hosted:
-    """Guests with what has come of them: q, k, v [rows, D]."""
+class Received:
+    """The tokens that a rank received of a route, as a shard with its tensors [1, 1, L, D]."""
 
-    guests: Guests
-    held: HeldRows
+    tokens: ReceivedTokens
+    shard: Shard
     q: Tensor
     k: Tensor | None
     """None for shared query-key attention."""
     v: Tensor
 
 
-class Outward:
-    """The tensors of one call at home, [B, H, S, D], and how they reach the ranks that need them."""
+class TokenDispatcher:
+    """Sends this rank's q, k, v [B, H, S, D], route by route, to the ranks that attend them."""
 
     def __init__(
-        self, plan: Plan, options: AttentionOptions, comm: CommGroup, q: Tensor, k: Tensor | None, v: Tensor
+        self,
+        plan: ExchangePlan,
+        options: AttentionOptions,
+        comm: CommGroup,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
     ) -> None:
-        """k is None for shared query-key attention: q travels, and keys are made where it arrives."""
-        self.plan, self.options, self.comm = plan, options, comm
+        """k is None for shared query-key attention: q is sent, and keys are computed from it where it arrives."""
+        self.plan, self.comm = plan, comm
         self.q, self.k, self.v = q, k, v
-        width = (v.dtype, v.shape[3])
-        self.keys = Record(k=width, v=width)
-        self.queries = Record(q=width)
-        self._scratch = Workspace(v.device)
-        self._numbers = options.head_indices(v.shape[0], v.shape[1], v.device)
+        vector = (v.dtype, v.shape[3])
+        self.keys = Record(k=vector, v=vector)
+        self.queries = Record(q=vector)
+        self._head_index = options.head_indices(v.shape[0], v.shape[1], v.device)
 
     @staticmethod
-    def part(x: Tensor, route: Route) -> Tensor:
-        """A route's rows of x [B, H, S, width]: [BH * S, width]."""
-        return x.flatten(0, 1)[route.units].view(-1, x.shape[3])
+    def rows_of(x: Tensor, route: Route) -> Tensor:
+        """A route's rows of x [B, H, S, width], as a view: [BH * S, width]."""
+        return x.view(-1, *x.shape[2:])[route.heads].view(-1, x.shape[3])
 
     def pack(self, route: Route) -> list[SplitRows]:
-        """Keys and values to every rank that needs them; queries of their own to those that attend them."""
+        """Keys and values for every rank that needs them; separate queries for those that attend them."""
         parcels = [self.pack_keys(route)]
         if self.k is not None:
-            parcels.append(self.pack_asked(route, self.queries, q=self.q))
+            parcels.append(self.pack_queries(route, self.queries, q=self.q))
         return parcels
 
     def pack_keys(self, route: Route) -> SplitRows:
         tokens = route.sent.tokens(self.plan.n_local)
         keys = self.q if self.k is None else self.k
-        rows = self.keys.pack(k=self.part(keys, route)[tokens], v=self.part(self.v, route)[tokens])
-        return SplitRows(rows, route.sent.counts, route.received.counts)
+        rows = self.keys.pack(k=self.rows_of(keys, route)[tokens], v=self.rows_of(self.v, route)[tokens])
+        return SplitRows(rows, route.sent.splits, route.received.splits)
 
-    def pack_asked(self, route: Route, record: Record, **values: Tensor) -> SplitRows:
-        """Fields [B, H, S, width] of the tokens for the ranks that attend them as queries."""
-        tokens = route.asked.tokens(self.plan.n_local)
-        rows = record.pack(**{name: self.part(value, route)[tokens] for name, value in values.items()})
-        return SplitRows(rows, route.asked.counts, route.attended.counts)
+    def pack_queries(self, route: Route, record: Record, **values: Tensor) -> SplitRows:
+        """Fields [B, H, S, width] of the tokens that other ranks attend as queries."""
+        tokens = route.sent_queries.tokens(self.plan.n_local)
+        rows = record.pack(**{name: self.rows_of(value, route)[tokens] for name, value in values.items()})
+        return SplitRows(rows, route.sent_queries.splits, route.received_queries.splits)
 
-    def host(self, route: Route, key_rows: Tensor, query_rows: Tensor | None) -> Hosted:
-        """Unpacks what has come; query_rows [asked rows, D] if queries travel apart from keys."""
-        guests = guests_of(route, self.plan)
+    def unpack(self, route: Route, key_rows: Tensor, query_rows: Tensor | None) -> Received:
+        """The shard of the received rows; query_rows [queries, D] where queries are sent apart from keys."""
+        tokens = received_tokens(route, self.plan)
         k, v = (self.keys.field(key_rows, name) for name in ("k", "v"))
-        held = held_rows(route, guests, self.plan, self._numbers, self.comm)
+        shard = received_shard(route, tokens, self.plan, self._head_index, self.comm)
         if query_rows is None:
-            return Hosted(guests, held, k, None, v)
+            return Received(tokens, shard, as_heads(k), None, as_heads(v))
         q = torch.zeros_like(k)
-        q[guests.query_rows] = query_rows
-        return Hosted(guests, held, q, k, v)
+        q[tokens.query_rows] = query_rows
+        return Received(tokens, shard, as_heads(q), as_heads(k), as_heads(v))
 
-    def attention(self, hosted: Hosted) -> HeldAttention:
-        """By the backend that the options name or the device chooses."""
-        return attention_of_held(hosted.held, self.options, hosted.v.shape[1], hosted.v.dtype, self._scratch)
 
-    def tiled(self, hosted: Hosted) -> TiledRows:
-        """In plain PyTorch, which knows the sums of each round."""
-        return TiledRows.of(hosted.held, self.options, self._scratch)
+def as_heads(rows: Tensor) -> Tensor:
+    """[1, 1, L, ...] of rows [L, ...], contiguous."""
+    return rows.contiguous().view(1, 1, *rows.shape)

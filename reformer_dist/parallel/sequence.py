@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,11 @@ from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed.mesh import SequenceMesh, make_mesh
 from reformer_dist.distributed.runtime import Runtime, ranks_per_node
 from reformer_dist.ops.exact_attention import ExactOptions
-from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, bucket_attention, cross_attention
+from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
+from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
-from reformer_dist.parallel.bucket_exchange import exchanged_attention
+from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
 from reformer_dist.parallel.plan import make_plan
 from reformer_dist.parallel.traffic import LayerShape, choose_mesh, describe_mesh
@@ -32,14 +32,14 @@ class SlicedSequence:
     Where the length does not divide, the last slices end with padding that nobody sees.
     """
 
-    def __init__(self, mesh: SequenceMesh, seq_len: int, *, merge_returns: bool = True) -> None:
-        self.mesh, self.seq_len, self._merge_returns = mesh, seq_len, merge_returns
+    def __init__(self, mesh: SequenceMesh, seq_len: int, *, per_round: bool = False) -> None:
+        self.mesh, self.seq_len, self._per_round = mesh, seq_len, per_round
         self.n_local = -(-seq_len // mesh.size)
         self._start = mesh.slice_index * self.n_local
 
     def of_length(self, seq_len: int) -> SlicedSequence:
         """The same ranks over rows of another length."""
-        return SlicedSequence(self.mesh, seq_len, merge_returns=self._merge_returns)
+        return SlicedSequence(self.mesh, seq_len, per_round=self._per_round)
 
     def take(self, x: Tensor, fill: float | int) -> Tensor:
         """This rank's slice [B, n_local] of whole rows x [B, seq_len], with `fill` where they have ended."""
@@ -70,32 +70,38 @@ class SlicedSequence:
     def of_layer(self, layer: int) -> SlicedSequence:
         return self
 
-    def bucket_attention(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-        kept: dict[str, Any],
-    ) -> Tensor:
-        mesh, n_heads = self.mesh, q.shape[1]
-        order = list(range(mesh.heads))
+    def open_exchange(
+        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+    ) -> Exchange:
+        """After the head exchange, if any: of whole sequences, or bucket by bucket."""
+        mesh, n_heads, mask = self.mesh, bucket_ids.shape[1], key_padding_mask
         options = replace(options, n_heads=n_heads, first_head=mesh.head_rank * n_heads // mesh.heads)
+        if mesh.heads > 1:
+            order = list(range(mesh.heads))
+            bucket_ids = to_heads(bucket_ids.transpose(2, 3), mesh.head_group, order).transpose(2, 3).contiguous()
+            if mask is not None:
+                mask = _join(mask, mesh.head_group.all_gather(mask.contiguous(), "heads"), dim=1)
+        if mesh.buckets == 1:
+            mask = None if mask is None else mask[:, : self.seq_len]
+            return LocalExchange(bucket_ids[..., : self.seq_len], options, mask)
+        buckets = mark_padding(bucket_ids, options.n_buckets, mask)
+        plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
+        return BucketExchange(plan, options, mesh.bucket_group, per_round=self._per_round)
+
+    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
+        mesh, order = self.mesh, list(range(self.mesh.heads))
         if mesh.heads > 1:
             # one by one: the copies that an exchange takes are gone when the next begins
             q, v = to_heads(q, mesh.head_group, order), to_heads(v, mesh.head_group, order)
             k = None if k is None else to_heads(k, mesh.head_group, order)
-        if not kept:
-            kept.update(self._prepare(bucket_ids, options, key_padding_mask, order))
-        if mesh.buckets > 1:
-            out = exchanged_attention(
-                q, k, v, kept["plan"], options, mesh.bucket_group, merge_returns=self._merge_returns
-            )
+        if isinstance(exchange, BucketExchange):
+            out = exchanged_attention(q, k, v, exchange)
         else:
+            assert isinstance(exchange, LocalExchange)
             with mesh.stats.timed("attend"):
-                out = self._attend_whole(q, k, v, kept["ids"], options, kept["mask"])
+                q, v = self._without_padding(q), self._without_padding(v)
+                k = None if k is None else self._without_padding(k)
+                out = self._with_padding(attend_locally(q, k, v, exchange), mesh.heads)
         return to_slices(out, mesh.head_group, order) if mesh.heads > 1 else out
 
     def exact_attention(
@@ -134,40 +140,9 @@ class SlicedSequence:
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_bucket_stats(bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window)
-
-    def _prepare(
-        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None, order: list[int]
-    ) -> dict[str, Any]:
-        """What a recompute finds again: the plan, or, where no buckets are exchanged, ids and mask."""
-        mesh, ids, mask = self.mesh, bucket_ids, key_padding_mask
-        if mesh.heads > 1:
-            ids = to_heads(ids.transpose(2, 3), mesh.head_group, order).transpose(2, 3).contiguous()
-            if mask is not None:
-                mask = _join(mask, mesh.head_group.all_gather(mask.contiguous(), "heads"), dim=1)
-        if mesh.buckets == 1:
-            return {"ids": ids, "mask": mask}
-        buckets = mark_padding(ids, options.n_buckets, mask)
-        plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, merge_returns=self._merge_returns)
-        return {"plan": plan}
-
-    def _attend_whole(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor,
-        bucket_ids: Tensor,
-        options: AttentionOptions,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        """On one rank, without the padding behind the sequence."""
-        if q.shape[2] == self.seq_len:
-            return bucket_attention(q, k, v, bucket_ids, options, key_padding_mask)
-        real = slice(0, self.seq_len)
-        mask = None if key_padding_mask is None else key_padding_mask[:, real]
-        keys = None if k is None else k[:, :, real]
-        out = bucket_attention(q[:, :, real], keys, v[:, :, real], bucket_ids[..., real], options, mask)
-        return self._with_padding(out, self.mesh.heads)
+        return measure_bucket_stats(
+            bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window
+        )
 
     @property
     def _order(self) -> list[int]:
@@ -223,4 +198,4 @@ def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> Sl
     if parallel.sequence > 1:
         logger.info(describe_mesh(heads, buckets, shape))
     mesh = make_mesh(runtime, heads, buckets, overlaps=parallel.overlap)
-    return SlicedSequence(mesh, config.data.seq_len, merge_returns=parallel.merges_rounds)
+    return SlicedSequence(mesh, config.data.seq_len, per_round=not parallel.merges_rounds)

@@ -11,7 +11,7 @@ from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.sorting import mark_padding
 from reformer_dist.parallel import plan as plan_module
-from reformer_dist.parallel.bucket_exchange import exchanged_attention
+from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.plan import make_plan
 
 pytestmark = pytest.mark.cuda
@@ -59,7 +59,7 @@ def test_exchange_equals_one_rank(
         buckets = mark_padding(slice_of(ids, comm.index, 3), n_buckets, slice_of(mask, comm.index, 1))
         plan = make_plan(buckets, options, SEQ_LEN, comm)
         own = (slice_of(x, comm.index, 2) for x in vectors)
-        return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, plan, options, comm))
+        return attend(*own, lambda q, k, v: exchanged_attention(q, k, v, BucketExchange(plan, options, comm)))
 
     expected = attend(*vectors, lambda q, k, v: bucket_attention(q, k, v, ids, options, mask))
     parts = on_ranks(SIZE, on_rank)

@@ -22,8 +22,8 @@ from reformer_dist.ops.lsh import (
     draw_rotations,
     hash_vectors,
 )
-from reformer_dist.ops.lsh.backends import attention_of_held
-from reformer_dist.ops.workspace import Workspace
+from reformer_dist.ops.lsh.attention import Backward, Forward
+from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
 
 pytestmark = pytest.mark.cuda
 
@@ -88,12 +88,13 @@ def test_shard_without_host_sync():
     ids = torch.randint(0, 64, (2, 4, 4, 3000), generator=torch.Generator().manual_seed(0)).cuda()
     options = AttentionOptions(WindowRule(64, True), 64, 1.0, dropout=0.1, backend="triton")
     part = list(parts_of(ids, options, None, 3))[1]
-    q, v = (torch.randn(len(part.number), 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, v = (torch.randn(1, 1, len(part.number), 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def step() -> None:
-        attention = attention_of_held(part.held, options, 64, q.dtype, Workspace(q.device))
-        out, lse = attention.attend(q, None, v)
-        attention.attend_backward(q, None, v, out, lse=lse, delta=lse)
+        order = TritonBackend(options, v).sort(part.shard)
+        out, lse = torch.empty_like(v), torch.empty(v.shape[:3], device="cuda")
+        order.attend(Forward(q, None, v, out, lse))
+        order.attend_backward(Backward(q, None, v, out, lse, lse, torch.zeros_like(q), None, torch.zeros_like(v)))
 
     assert_no_host_sync(step)
 

@@ -80,6 +80,6 @@ def test_saved_tensors_do_not_grow_with_rounds(backend: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             *_, out = run(RULES[0], n_hashes, backend=backend)
         saved_sizes.append(sum(t.numel() for t in saved))
-        ids = [t for t in tree_leaves(vars(out.grad_fn.attention)) if isinstance(t, Tensor)]
+        ids = [t for t in tree_leaves(vars(out.grad_fn.exchange)) if isinstance(t, Tensor)]
         assert sum(t.numel() * t.element_size() for t in ids) == n_hashes * SEQ_LEN
     assert saved_sizes[0] == saved_sizes[1]

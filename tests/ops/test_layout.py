@@ -10,6 +10,7 @@ from ops_helpers import Case, cases, chunk_rules, window_rules
 from torch import Tensor
 
 from reformer_dist.ops.lsh import ChunkRule, WindowRule
+from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.partition import choose_tiling
 from reformer_dist.ops.lsh.sorting import mark_padding
 from reformer_dist.ops.lsh.torch_tiles import tiles
@@ -21,7 +22,8 @@ def build(case: Case) -> tuple[list[Layout], Tensor, Tensor]:
     """Layouts of all rounds, ids [BH, R, S] and whether each token of each head is real [BH, S]."""
     _, _, _, ids, mask = case.tensors()
     buckets = mark_padding(ids, case.options.n_buckets, mask)
-    return lay_out(buckets, case.options), ids.flatten(0, 1), buckets[:, 0] < case.options.n_buckets
+    shard = Shard(buckets, case.options.n_buckets, torch.arange(len(buckets)), case.seq_len)
+    return lay_out(shard, case.options), ids.flatten(0, 1), buckets[:, 0] < case.options.n_buckets
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,6 +10,7 @@ from ops_helpers import needs_compiler
 
 from reformer_dist.ops.lsh import draw_rotations, hash_vectors, hashing, seeded_rotations
 from reformer_dist.ops.lsh.native import attention as native
+from reformer_dist.ops.lsh.native.attention import NativeBackend
 
 pytestmark = needs_compiler
 N_BUCKETS = [1, 2, 4, 6, 14, 62, 64, 128, 134, 256, 4096, 40000]
@@ -30,7 +31,7 @@ def test_ids_are_those_of_torch_where_sums_are_exact(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-2, 3, (2, 3, seq_len, head_dim), generator=generator).to(dtype)
     rotations = draw_rotations(3, head_dim, n_hashes, n_buckets, "rotation", seed=seed).round()
-    found = native.hash_vectors(x, rotations, n_buckets)
+    found = NativeBackend.hash(x, rotations, n_buckets, "rotation", None)
     expected = hashing.hash_vectors(x, rotations, n_buckets, "rotation")
     assert found.dtype == expected.dtype and torch.equal(found, expected)
 
@@ -38,7 +39,7 @@ def test_ids_are_those_of_torch_where_sums_are_exact(
 def test_factors_and_other_rotations() -> None:
     x = torch.randint(-2, 3, (1, 2, 50, 32), generator=torch.Generator().manual_seed(0)).float()
     rotations = seeded_rotations(2, 32, 3, 48, 7, factors=(4, 12)).round()
-    found = native.hash_vectors(x, rotations, 48, factors=(4, 12))
+    found = NativeBackend.hash(x, rotations, 48, "rotation", (4, 12))
     assert torch.equal(found, hashing.hash_vectors(x, rotations, 48, "rotation", factors=(4, 12)))
     assert found.unique().numel() > 10
 
@@ -47,9 +48,9 @@ def test_an_id_depends_on_its_vector_alone() -> None:
     """Decoding hashes one token at a time, and a rank only its slice."""
     x = torch.randn(1, 2, 101, 48, generator=torch.Generator().manual_seed(1))
     rotations = draw_rotations(2, 48, 4, 128, "rotation", seed=3)
-    whole = native.hash_vectors(x, rotations, 128)
+    whole = NativeBackend.hash(x, rotations, 128, "rotation", None)
     for first, last in ((0, 1), (7, 8), (50, 101), (3, 99)):
-        part = native.hash_vectors(x[:, :, first:last], rotations, 128)
+        part = NativeBackend.hash(x[:, :, first:last], rotations, 128, "rotation", None)
         assert torch.equal(part, whole[..., first:last])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from reformer_dist.parallel import SlicedSequence, plan
 class Mode(NamedTuple):
     """A way to exchange rows, and how many tokens are attended to at a time."""
 
-    merge_returns: bool
+    per_round: bool
     overlaps: bool
     group_tokens: int
 
 
-MODES = {"merged": Mode(True, True, 100), "per_round": Mode(False, False, 2**14)}
+MODES = {"merged": Mode(False, True, 100), "per_round": Mode(True, False, 2**14)}
 CAUSAL, TWO_SIDED = WindowRule(8, causal=True), WindowRule(8, causal=False)
 
 
@@ -148,10 +148,10 @@ def attend(
 ) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
-    kept: dict[str, Any] = {}
+    exchange = sequence.open_exchange(ids, case.options(), mask)
     k = None if case.shared else leaves[1]
     for _ in range(2):
-        out = sequence.bucket_attention(leaves[0], k, leaves[-1], ids, case.options(), mask, kept)
+        out = sequence.bucket_attention(leaves[0], k, leaves[-1], exchange)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
@@ -178,13 +178,13 @@ def n_real(sliced: SlicedSequence) -> int:
     return min(sliced.n_local, max(0, sliced.seq_len - start))
 
 
-def check(case: Case, mesh: SequenceMesh, merge_returns: bool) -> None:
+def check(case: Case, mesh: SequenceMesh, per_round: bool) -> None:
     tensors = case.tensors(mesh.buckets)
     whole = attend(case, WholeSequence(), *tensors)
-    sliced = SlicedSequence(mesh, case.seq_len, merge_returns=merge_returns)
+    sliced = SlicedSequence(mesh, case.seq_len, per_round=per_round)
     found = attend(case, sliced, *own_tensors(sliced, *tensors))
     by_tiles = case.backend == "torch" and isinstance(case.rule, WindowRule)
-    is_exact = not merge_returns and by_tiles and case.dtype == torch.float32
+    is_exact = per_round and by_tiles and case.dtype == torch.float32
     tolerance = 1e-6 if case.dtype == torch.float32 else 0.02
     for number, (right, part) in enumerate(zip(whole, found, strict=True)):
         if not n_real(sliced):
@@ -195,11 +195,11 @@ def check(case: Case, mesh: SequenceMesh, merge_returns: bool) -> None:
         assert error <= allowed, f"{case.name}: output or gradient {number} is off by {error}"
 
 
-def check_causality(mesh: SequenceMesh, merge_returns: bool) -> None:
+def check_causality(mesh: SequenceMesh, per_round: bool) -> None:
     """Another future, of other buckets too, leaves what came before as it was, on whatever rank."""
     case = Case("causality", CAUSAL, seq_len=150, n_buckets=2)
     vectors, ids, _, d_out = case.tensors(mesh.buckets)
-    sliced = SlicedSequence(mesh, case.seq_len, merge_returns=merge_returns)
+    sliced = SlicedSequence(mesh, case.seq_len, per_round=per_round)
     start = mesh.slice_index * sliced.n_local
     for border in (1, 40, 77, 149):
         outs = []
@@ -213,7 +213,7 @@ def check_causality(mesh: SequenceMesh, merge_returns: bool) -> None:
                 other_ids[..., border:] = 1
             outs.append(attend(case, sliced, *own_tensors(sliced, changed, other_ids, None, d_out))[0])
         past = slice(0, max(0, border - start))
-        if merge_returns:
+        if not per_round:
             torch.testing.assert_close(outs[0][:, :, past], outs[1][:, :, past], atol=1e-6, rtol=1e-6)
         else:
             assert torch.equal(outs[0][:, :, past], outs[1][:, :, past]), f"the future from {border} on is seen"
@@ -244,12 +244,12 @@ def check_exact_attention(mesh: SequenceMesh) -> None:
 
 def run_case(job: Runtime, mesh: tuple[int, int], mode: str, case: Case) -> None:
     with mesh_of(job, mesh, mode) as of_job:
-        check(case, of_job, MODES[mode].merge_returns)
+        check(case, of_job, MODES[mode].per_round)
 
 
 def run_causality(job: Runtime, mesh: tuple[int, int], mode: str) -> None:
     with mesh_of(job, mesh, mode) as of_job:
-        check_causality(of_job, MODES[mode].merge_returns)
+        check_causality(of_job, MODES[mode].per_round)
 
 
 def run_exact_attention(job: Runtime, mesh: tuple[int, int]) -> None:

@@ -28,7 +28,9 @@ SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
 KINDS = [AttentionKind.local, AttentionKind.lsh]
 
 
-def check(job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence) -> None:
+def check(
+    job: Runtime, model: ReformerModel, rows: dict[str, Tensor], task: Task, sequence: SlicedSequence
+) -> None:
     batch = MicroBatch.from_rows(rows, sequence, labels_per_row=task.labels_per_row)
     assert job.sum([float(batch.n_labels)]) == [float((rows["labels"] != IGNORE_INDEX).sum())]
     check_training(model, rows, batch)

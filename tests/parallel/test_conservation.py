@@ -14,11 +14,11 @@ from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel import plan as plans
-from reformer_dist.parallel.bucket_exchange import exchanged_attention
-from reformer_dist.parallel.plan import Plan, make_plan
+from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
+from reformer_dist.parallel.plan import ExchangePlan, make_plan
 from reformer_dist.parallel.traffic import LayerShape, bucket_bytes
 
-STRAYS = "tokens arrived where the counts foretell others"
+MISMATCHES = "received tokens differ"
 SIZE = 3
 LIAR = 1
 N_LOCAL = 64
@@ -81,7 +81,9 @@ def slices(seed: int) -> list[Tensor]:
     return [mark_padding(slice_of(whole_ids(seed), rank, 3), OPTIONS.n_buckets, None) for rank in range(SIZE)]
 
 
-def plan_of(comm: ThreadCommGroup, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool) -> Plan:
+def plan_of(
+    comm: ThreadCommGroup, buckets: Tensor, options: AttentionOptions = OPTIONS, **settings: bool
+) -> ExchangePlan:
     return make_plan(buckets, options, SIZE * N_LOCAL, comm, **settings)
 
 
@@ -97,16 +99,16 @@ def all_raise(results: list, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "shared", "merge_returns", "padded"),
+    ("options", "shared", "per_round", "padded"),
     [
-        (OPTIONS, True, True, True),
-        (replace(OPTIONS, rule=WindowRule(5, causal=False), dropout=0.2), False, False, False),
-        (replace(OPTIONS, rule=ChunkRule(7, causal=True, wrap=True)), True, True, True),
+        (OPTIONS, True, False, True),
+        (replace(OPTIONS, rule=WindowRule(5, causal=False), dropout=0.2), False, True, False),
+        (replace(OPTIONS, rule=ChunkRule(7, causal=True, wrap=True)), True, False, True),
     ],
     ids=["window", "two-sided window", "chunks"],
 )
 def test_slices_are_the_whole(
-    options: AttentionOptions, shared: bool, merge_returns: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+    options: AttentionOptions, shared: bool, per_round: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outputs and gradients, in messages of one unit each and in one message of all."""
     draw = torch.Generator().manual_seed(0)
@@ -127,11 +129,12 @@ def test_slices_are_the_whole(
         def on_rank(comm: ThreadCommGroup) -> list[Tensor]:
             own_ids, own_mask = slice_of(ids, comm.index, 3), slice_of(mask, comm.index, 1)
             buckets = mark_padding(own_ids, options.n_buckets, own_mask)
-            plan = plan_of(comm, buckets, options, merge_returns=merge_returns)
+            plan = plan_of(comm, buckets, options, per_round=per_round)
+            exchange = BucketExchange(plan, options, comm, per_round=per_round)
             return attend(
                 [slice_of(x, comm.index, 2) for x in vectors],
                 slice_of(d_out, comm.index, 2),
-                lambda q, k, v: exchanged_attention(q, k, v, plan, options, comm, merge_returns=merge_returns),
+                lambda q, k, v: exchanged_attention(q, k, v, exchange),
             )
 
         parts = on_comm_groups(on_rank)
@@ -152,7 +155,8 @@ def test_ranks_that_own_nothing_in_some_rounds() -> None:
     def on_rank(comm: ThreadCommGroup) -> Tensor:
         here = slice(comm.index * n_local, (comm.index + 1) * n_local)
         plan = make_plan(ids[0, :, :, here], options, size * n_local, comm)
-        return exchanged_attention(v[:, :, here], None, v[:, :, here], plan, options, comm)
+        own = v[:, :, here]
+        return exchanged_attention(own, None, own, BucketExchange(plan, options, comm))
 
     found = torch.cat(on_comm_groups(on_rank, size=size), dim=2)
     torch.testing.assert_close(found, bucket_attention(v, None, v, ids, options), atol=1e-5, rtol=1e-5)
@@ -167,10 +171,10 @@ def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
 
     def on_rank(comm: ThreadCommGroup) -> tuple[float, float, float]:
         plan = plan_of(comm, own[comm.index])
-        exchanged_attention(v, None, v, plan, OPTIONS, comm)
+        exchanged_attention(v, None, v, BucketExchange(plan, OPTIONS, comm))
         (route,) = plan.routes
-        selections = (route.sent, route.attended)
-        per_token = [(sum(s.counts) - s.counts[comm.index]) / shape.tokens for s in selections]
+        selections = (route.sent, route.received_queries)
+        per_token = [(sum(s.splits) - s.splits[comm.index]) / shape.tokens for s in selections]
         right = bucket_bytes(shape, 1, SIZE, *per_token)
         return sum(comm.stats.bytes_sent.values()), right, bucket_bytes(shape, 1, SIZE)
 
@@ -185,7 +189,7 @@ def test_counts_of_other_ids(changed: int, monkeypatch: pytest.MonkeyPatch) -> N
     own, counted = slices(0), slices(0)[LIAR]
     counted[0, 0, :changed] = (counted[0, 0, :changed] + 1) % OPTIONS.n_buckets
     monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
-    all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), STRAYS)
+    all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), MISMATCHES)
 
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
@@ -196,26 +200,26 @@ def test_padding_other_than_counted(rule: WindowRule | ChunkRule, monkeypatch: p
     monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
     options = replace(OPTIONS, rule=rule)
     found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], options))
-    all_raise(found, STRAYS)
+    all_raise(found, MISMATCHES)
 
 
 def test_ids_other_than_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank says of its tokens that they are in other buckets than it has counted."""
-    own, sent_ids = slices(0), plans._HomePlaces.sent_ids
+    own, sent_ids = slices(0), plans._LocalTokens.sent_ids
 
-    def other_ids(self: plans._HomePlaces, *args: Tensor) -> Tensor:
+    def other_ids(self: plans._LocalTokens, *args: Tensor) -> Tensor:
         ids = sent_ids(self, *args)
         is_liar = self.buckets.data_ptr() == own[LIAR].data_ptr()
         return torch.where(ids < OPTIONS.n_buckets, (ids + is_liar) % OPTIONS.n_buckets, ids)
 
-    monkeypatch.setattr(plans._HomePlaces, "sent_ids", other_ids)
-    all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), STRAYS)
+    monkeypatch.setattr(plans._LocalTokens, "sent_ids", other_ids)
+    all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), MISMATCHES)
 
 
 def test_a_rank_with_another_window() -> None:
     own, wider = slices(0), replace(OPTIONS, rule=WindowRule(5, causal=True))
     found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], wider if comm.index == LIAR else OPTIONS))
-    all_raise(found, STRAYS)
+    all_raise(found, MISMATCHES)
 
 
 @pytest.mark.parametrize("comm", [MistakenCommGroup, SimilarlyMistakenCommGroup])
@@ -224,16 +228,20 @@ def test_a_token_taken_for_another(rule: WindowRule | ChunkRule, comm: type[Thre
     """Its bucket is as foretold, so none is missed: what tells is the checksum of who was sent and who came."""
     own, options = slices(0), replace(OPTIONS, rule=rule)
     found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], options), comm)
-    all_raise(found, "0 tokens arrived where the counts foretell others (checksums differ by ")
+    all_raise(found, "0 received tokens differ")
 
 
 def test_checksums_of_more_than_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of many ranks and millions of tokens: they wrap around, and still tell right from wrong."""
-    weighed, own = plans._weighed, slices(0)
+    weighted, own = plans._weighted_sum, slices(0)
     for factor in (2**61 + 1, 3**39, 5**27, 7**22):
-        monkeypatch.setattr(plans, "_weighed", lambda numbers, factor=factor: weighed(numbers) * factor)
-        assert all(isinstance(plan, Plan) for plan in on_comm_groups(lambda comm: plan_of(comm, own[comm.index])))
-        all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index]), MistakenCommGroup), "checksums differ by ")
+        monkeypatch.setattr(plans, "_weighted_sum", lambda numbers, factor=factor: weighted(numbers) * factor)
+        assert all(
+            isinstance(plan, ExchangePlan) for plan in on_comm_groups(lambda comm: plan_of(comm, own[comm.index]))
+        )
+        all_raise(
+            on_comm_groups(lambda comm: plan_of(comm, own[comm.index]), MistakenCommGroup), "checksums sum to "
+        )
 
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
@@ -244,9 +252,10 @@ def test_a_plan_of_another_call(rule: WindowRule | ChunkRule) -> None:
 
     def attend(comm: ThreadCommGroup, liars: set[int]) -> Tensor:
         plan = [plan_of(comm, own[comm.index], options) for own in (first, second)]
-        return exchanged_attention(v, None, v, plan[comm.index in liars], options, comm)
+        exchange = BucketExchange(plan[comm.index in liars], options, comm)
+        return exchanged_attention(v, None, v, exchange)
 
-    words = "the plans of the ranks do not fit one another"
+    words = "plans of the ranks do not match"
     all_raise(on_comm_groups(lambda comm: attend(comm, {LIAR})), words)
     all_raise(on_comm_groups(lambda comm: attend(comm, {0, 2})), words)
 

@@ -34,7 +34,9 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def run(name: str) -> Path:
         folder = tmp_path_factory.mktemp("job")
-        run_ranks(Path(__file__).with_name("model_cases.py"), JOBS[name][0], [name, folder], timeout=500, forked=True)
+        run_ranks(
+            Path(__file__).with_name("model_cases.py"), JOBS[name][0], [name, folder], timeout=500, forked=True
+        )
         return folder
 
     return run

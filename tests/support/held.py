@@ -1,4 +1,4 @@
-"""Whole attention put together from what each of several parts makes of the rows that it holds."""
+"""Whole attention combined from the partial softmaxes of the shards of several partitions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
-from reformer_dist.ops.lsh.backends import attention_of_held
-from reformer_dist.ops.lsh.held import HeldRows, Rows
+from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.lsh.backends import backend_for
+from reformer_dist.ops.lsh.online_softmax import LOG_2
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
 from reformer_dist.ops.lsh.sorting import (
     bucket_ranks,
@@ -19,12 +20,11 @@ from reformer_dist.ops.lsh.sorting import (
     mark_padding,
     row_sort_keys,
 )
-from reformer_dist.ops.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class HeldPart:
-    held: HeldRows
+class ShardPart:
+    shard: Shard
     number: Tensor
     """[rows] of each row in [B * H * S]."""
     is_query: Tensor
@@ -33,7 +33,7 @@ class HeldPart:
 
 def parts_of(
     ids: Tensor, options: AttentionOptions, mask: Tensor | None, size: int, *, slice_len: int = 7
-) -> Iterator[HeldPart]:
+) -> Iterator[ShardPart]:
     """Of each round, the members of a bucket that `window_partition` names. Rows come slice by slice."""
     assert isinstance(options.rule, WindowRule)
     batch, n_heads, n_rounds, seq_len = ids.shape
@@ -68,13 +68,17 @@ def parts_of(
             )
             for r in range(n_rounds)
         ]
-        rows = Rows(
+        shard = Shard(
+            torch.stack(keys).unsqueeze(0),
+            batch * n_heads * options.n_buckets,
             numbers[unit],
-            token,
-            codes[:, unit, token].contiguous() if codes is not None and n_rounds > 1 else None,
+            seq_len,
+            positions=token,
+            position_codes=codes[:, unit, token].contiguous() if codes is not None and n_rounds > 1 else None,
+            bucket_sizes=total,
+            partition=Partition(index, size),
         )
-        held = HeldRows(rows, keys, total, seq_len, Partition(index, size))
-        yield HeldPart(held, unit * seq_len + token, asks[unit, :, token].any(dim=1))
+        yield ShardPart(shard, unit * seq_len + token, asks[unit, :, token].any(dim=1))
 
 
 def attend_in_parts(
@@ -89,42 +93,60 @@ def attend_in_parts(
 ) -> list[Tensor]:
     """Output and gradients of q, (k), v [B, H, S, D]."""
     parts = list(parts_of(ids, options, mask, size))
-    width, scratch = v.shape[3], Workspace(v.device)
+    width = v.shape[3]
     flat_q, flat_v, flat_d_out = (x.reshape(-1, width) for x in (q, v, d_out))
     flat_k = None if k is None else k.reshape(-1, width)
+    backend = backend_for(options, v, partitioned=True)(options, v)
+    # the others compute in float32: nothing is to be rounded but by the caller
+    dtype = v.dtype if options.backend == "triton" else torch.float32
+    orders = [backend.sort(part.shard) for part in parts]
 
-    def rows_of(part: HeldPart) -> list[Tensor | None]:
-        wide = [None if x is None else x[part.number] for x in (flat_q, flat_k, flat_v)]
-        if wide[1] is not None:  # of keys only, the query has not travelled
-            wide[0] = wide[0] * part.is_query.unsqueeze(1)
-        return wide
+    def as_heads(x: Tensor) -> Tensor:
+        return x.contiguous().view(1, 1, *x.shape)
 
-    attentions = [attention_of_held(part.held, options, width, v.dtype, scratch) for part in parts]
-    found = [attention.attend(*rows_of(part)) for attention, part in zip(attentions, parts, strict=True)]
+    def rows_of(part: ShardPart) -> tuple[Tensor, Tensor | None, Tensor]:
+        own_q, own_k, own_v = (None if x is None else x[part.number] for x in (flat_q, flat_k, flat_v))
+        if own_k is not None:  # queries of rows that are keys only are not sent
+            own_q, own_k = own_q * part.is_query.unsqueeze(1), as_heads(own_k)
+        return as_heads(own_q), own_k, as_heads(own_v)
+
     lses = torch.full((size, flat_v.shape[0]), -torch.inf, device=v.device)
-    for lse, part, (_, part_lse) in zip(lses, parts, found, strict=True):
-        assert torch.isinf(part_lse[~part.is_query]).all(), "who is no query meets nobody"
-        lse[part.number] = part_lse.masked_fill(torch.isinf(part_lse), -torch.inf)
-    lse = lses.logsumexp(dim=0)
+    partial = []
+    for order, part, part_lses in zip(orders, parts, lses, strict=True):
+        rows = rows_of(part)
+        o = torch.empty(rows[2].shape, dtype=dtype, device=v.device)
+        lse = torch.empty(rows[2].shape[:3], device=v.device)
+        order.attend(Forward(*rows, o, lse))
+        o, lse = o[0, 0], lse[0, 0]
+        assert torch.isinf(lse[~part.is_query]).all(), "a row that is no query met a key"
+        part_lses[part.number] = lse.masked_fill(torch.isinf(lse), -torch.inf)
+        partial.append((o, lse))
+    total = lses.mul(LOG_2).logsumexp(dim=0) / LOG_2
     out = torch.zeros(flat_v.shape, device=v.device)
-    for part, (o, part_lse) in zip(parts, found, strict=True):
-        meets = part_lse.isfinite()
+    for part, (o, lse) in zip(parts, partial, strict=True):
+        meets = lse.isfinite()
         number = part.number[meets]
-        out[number] += o[meets].float() * (part_lse[meets] - lse[number]).exp().unsqueeze(1)
-    alone = torch.isinf(lse)
+        out[number] += o[meets].float() * (lse[meets] - total[number]).exp2().unsqueeze(1)
+    alone = torch.isinf(total)
     out[alone] = flat_v[alone].float()
 
     delta = (out * flat_d_out.float()).sum(dim=1)
     grads = [torch.zeros_like(out) for _ in range(2 if k is None else 3)]
     grads[-1][alone] = flat_d_out[alone].float()
-    total = lse.masked_fill(alone, torch.inf)
-    for attention, part in zip(attentions, parts, strict=True):
+    total = total.masked_fill(alone, torch.inf)
+    for order, part in zip(orders, parts, strict=True):
+        rows = rows_of(part)
         silent = ~part.is_query | alone[part.number]
-        d_rows = flat_d_out[part.number].masked_fill(silent.unsqueeze(1), 0.0)
-        part_lse = total[part.number].masked_fill(silent, torch.inf)
-        part_delta = delta[part.number].masked_fill(silent, 0.0)
-        some = attention.attend_backward(*rows_of(part), d_rows, lse=part_lse, delta=part_delta)
-        assert (some[1] is None) == (k is None)
-        for grad, of_part in zip(grads, [x for x in some if x is not None], strict=True):
-            grad[part.number] += of_part.float()
+        of_rows = [
+            as_heads(x)
+            for x in (
+                flat_d_out[part.number].masked_fill(silent.unsqueeze(1), 0.0),
+                total[part.number].masked_fill(silent, torch.inf),
+                delta[part.number].masked_fill(silent, 0.0),
+            )
+        ]
+        found = [None if x is None else torch.zeros_like(x, dtype=dtype) for x in rows]
+        order.attend_backward(Backward(*rows, *of_rows, *found))
+        for grad, of_part in zip(grads, [x for x in found if x is not None], strict=True):
+            grad[part.number] += of_part[0, 0].float()
     return [x.view(v.shape) for x in (out, *grads)]

@@ -1,6 +1,6 @@
 """LSH attention. `reference` defines it, `backends` selects how it is computed."""
 
-from reformer_dist.ops.lsh.backends import bucket_attention, hash_vectors
+from reformer_dist.ops.lsh.backends import attend_locally, bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.cross import CrossKeys, cross_attention
 from reformer_dist.ops.lsh.functional import lsh_attention
 from reformer_dist.ops.lsh.hashing import draw_rotations, seeded_rotations
@@ -13,6 +13,7 @@ __all__ = [
     "CrossOptions",
     "Rule",
     "WindowRule",
+    "attend_locally",
     "bucket_attention",
     "cross_attention",
     "draw_rotations",

@@ -1,12 +1,11 @@
-"""Which backend of LSH and local attention runs: chosen here, once a call, by device or by name.
+"""The backends of LSH and local attention: which can run where, and the calls that choose one.
 
 reference   dense matrices, slow and plain: what attention means (`reference.py`)
-torch       tiles in plain PyTorch, on any device (`tiled/`)
+torch       tiles in plain PyTorch, on any device (`torch_tiles/`)
 native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
-triton      kernels for NVIDIA GPUs (`kernels/`); Triton is imported only when they are chosen
+triton      kernels for NVIDIA GPUs (`triton_kernels/`); Triton is imported only when they are chosen
 
-All give the same numbers to rounding, for whole sequences (`whole.py`) and, the reference apart, for rows of which
-others are elsewhere (`held.py`).
+All agree to rounding, on whole sequences and, the reference apart, on partitions of them (`attention.Shard`).
 """
 
 from __future__ import annotations
@@ -17,19 +16,13 @@ import os
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh import hashing
-from reformer_dist.ops.lsh.attention import WholeAttention, attend_whole
-from reformer_dist.ops.lsh.held import HeldAttention, HeldRows
-from reformer_dist.ops.lsh.native.attention import NativeAttention
-from reformer_dist.ops.lsh.native.attention import hash_vectors as native_hash
-from reformer_dist.ops.lsh.native.held import NativeRows
+from reformer_dist.ops.lsh.attention import Backend, LocalExchange, attend
+from reformer_dist.ops.lsh.native.attention import NativeBackend
 from reformer_dist.ops.lsh.native.library import why_unavailable
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
-from reformer_dist.ops.lsh.torch_tiles.attention import TiledAttention
-from reformer_dist.ops.lsh.torch_tiles.held import TiledRows
-from reformer_dist.ops.workspace import Workspace
+from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
 
 NAMES = ("reference", "torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +69,7 @@ def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
-    """The backend to run; raises ValueError where the one asked for can't."""
+    """The backend to run, by name; raises ValueError where the one asked for can't."""
     if name == "auto":
         fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
         return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
@@ -84,6 +77,24 @@ def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *
     if reason is not None:
         raise ValueError(f"attention backend {name}: {reason}")
     return name
+
+
+def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = False) -> type[Backend]:
+    """The backend that attends to v [B, H, S, D] by these options. Raises ValueError where it can't run.
+
+    partitioned: a rank's partition of the tokens, which `torch` attends where `reference` is asked for, or chunks.
+    """
+    chunks = isinstance(options.rule, ChunkRule)
+    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
+    return _load("torch" if partitioned and (chunks or name == "reference") else name)
+
+
+def _load(name: str) -> type[Backend]:
+    if name == "triton":
+        from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
+
+        return TritonBackend
+    return NativeBackend if name == "native" else TorchBackend
 
 
 def bucket_attention(
@@ -94,43 +105,20 @@ def bucket_attention(
     options: AttentionOptions,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Softmax over the union of what each token meets in its rounds (paper, eq. 2 to 4).
+    """Softmax over the union of the keys that each query meets in its rounds (paper, eq. 2 to 4).
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. A token that meets nobody attends to itself. Raises ValueError where options.backend can't run.
+    tokens. A query that meets no key attends to itself. Raises ValueError where options.backend can't run.
     """
-    chunks = isinstance(options.rule, ChunkRule)
-    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
-    if name == "reference":
-        return _by_reference(q, k, v, bucket_ids, options, key_padding_mask)
-    attention: WholeAttention
-    with torch.cuda.device_of(v):  # kernels are launched on the current device
-        if name == "triton":
-            from reformer_dist.ops.lsh.triton_kernels.attention import KernelAttention
-
-            attention = KernelAttention(v, bucket_ids, options, key_padding_mask)
-        elif name == "native":
-            attention = NativeAttention(bucket_ids, options, key_padding_mask)
-        else:
-            attention = TiledAttention(bucket_ids, options, key_padding_mask)
-        return attend_whole(q, k, v, attention)
+    return attend_locally(q, k, v, LocalExchange(bucket_ids, options, key_padding_mask))
 
 
-def attention_of_held(
-    held: HeldRows, options: AttentionOptions, head_dim: int, dtype: torch.dtype, scratch: Workspace
-) -> HeldAttention:
-    """Attention among held rows of this width and type: by `torch` if `reference` is asked for, or chunks are.
-
-    Raises ValueError where options.backend can't run.
-    """
-    device, chunks = held.total.device, isinstance(options.rule, ChunkRule)
-    name = choose(options.backend, device, head_dim, dtype, chunks=chunks)
-    if name == "triton" and not chunks:
-        from reformer_dist.ops.lsh.triton_kernels.held import KernelRows
-
-        return KernelRows(held, options, head_dim, dtype)
-    return NativeRows(held, options) if name == "native" else TiledRows.of(held, options, scratch)
+def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
+    """`bucket_attention` with its last three arguments as one."""
+    if exchange.options.backend == "reference":
+        return _by_reference(q, k, v, exchange)
+    return attend(q, k, v, exchange, backend_for(exchange.options, v))
 
 
 def hash_vectors(
@@ -144,32 +132,19 @@ def hash_vectors(
 ) -> Tensor:
     """`hashing.hash_vectors` by the backend that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
     name = choose(backend, vectors.device, vectors.shape[3], vectors.dtype)
-    if name == "triton":
-        from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors as by_kernel
-
-        with torch.cuda.device_of(vectors):
-            return by_kernel(vectors, rotations, n_buckets, scheme, factors=factors)
-    if name == "native" and scheme == "rotation":
-        return native_hash(vectors, rotations, n_buckets, factors=factors)
-    return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
+    return _load(name).hash(vectors, rotations, n_buckets, scheme, factors)
 
 
-def _by_reference(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    bucket_ids: Tensor,
-    options: AttentionOptions,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def _by_reference(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
+    options = exchange.options
     return reference_attention(
         q,
         shared_keys(q) if k is None else k,
         v,
-        bucket_ids,
+        exchange.bucket_ids,
         options.rule,
         scale=options.scale,
-        key_padding_mask=key_padding_mask,
+        key_padding_mask=exchange.key_padding_mask,
         count_pairs_once=options.count_pairs_once,
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,

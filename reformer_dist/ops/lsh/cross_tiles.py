@@ -63,7 +63,8 @@ class _TiledCrossAttention(torch.autograd.Function):
                     partial = _attend_round(group, pairs, *rows)
                     total = partial if total is None else total.merge(partial)
                 assert total is not None
-                o, group_lse = total.output(torch.zeros_like(rows[0]))
+                o, group_lse = total.output()
+                o[torch.isinf(group_lse)] = 0
                 group.queries(out).copy_(o)
                 lse.view(-1)[group.query_rows] = group_lse
         ctx.save_for_backward(q, k, v, query_ids, key_ids, out, lse, key_padding_mask)
@@ -79,7 +80,7 @@ class _TiledCrossAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for group in _groups(query_ids, key_ids, ctx.options, key_padding_mask):
                 do = group.queries(d_out).float()
-                group_lse = lse.view(-1)[group.query_rows] * LOG2_E
+                group_lse = lse.view(-1)[group.query_rows]
                 delta = (do * group.queries(out).float()).sum(dim=1)
                 rows = group.rows(q, k, v)
                 totals = [torch.zeros_like(x) for x in rows]
@@ -198,7 +199,7 @@ def _attend_round(group: _Group, pairs: _TilePairs, q: Tensor, k: Tensor, v: Ten
             p.mul_(group.dropout_factors(pairs, query, key))
         o[chunk].index_add_(0, index, torch.bmm(p, values[key]))
     to_rows = pairs.queries.to_rows
-    return PartialSoftmax(to_rows(o), to_rows(row_max, LOWEST).mul_(LOG_2), to_rows(row_sum))
+    return PartialSoftmax(to_rows(o), to_rows(row_max, LOWEST), to_rows(row_sum))
 
 
 def _backward_round(

@@ -1,4 +1,4 @@
-"""Softmax over keys that arrive in parts: running maximum, sum and weighted values."""
+"""Softmax over keys that arrive in parts. Scores, maxima and logsumexps are in base 2: p = 2^(s - lse)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Initial running maximum: finite, so that the difference of two of them is 0, not nan.
 LOWEST = -1e30
-# Scores are in units of log 2: vectorized exp2 handles infinities on a CPU, vectorized exp does not.
+# Base 2, since vectorized exp2 handles infinities on a CPU and vectorized exp does not.
 LOG2_E = math.log2(math.e)
 LOG_2 = math.log(2)
 
@@ -20,26 +20,24 @@ class PartialSoftmax:
     """Softmax state of each row over the keys seen so far, with scores s."""
 
     o: Tensor
-    """[n_rows, D] float32: sum of exp(s - row_max) v."""
+    """[n_rows, D] float32: sum of 2^(s - row_max) v."""
     row_max: Tensor
     """[n_rows] largest s."""
     row_sum: Tensor
-    """[n_rows] sum of exp(s - row_max); 0 for rows that met no key."""
+    """[n_rows] sum of 2^(s - row_max); 0 for rows that met no key."""
 
     def merge(self, other: PartialSoftmax) -> PartialSoftmax:
         """The state over the keys of both. Overwrites self."""
         row_max = torch.maximum(self.row_max, other.row_max)
-        factor, other_factor = (self.row_max - row_max).exp_(), (other.row_max - row_max).exp_()
+        # exp, since exp2 rounds otherwise where an array ends: a row's bits would depend on its place
+        factor, other_factor = (((x.row_max - row_max) * LOG_2).exp_() for x in (self, other))
         o = self.o.mul_(factor.unsqueeze(1)).addcmul_(other.o, other_factor.unsqueeze(1))
         return PartialSoftmax(o, row_max, self.row_sum.mul_(factor).addcmul_(other.row_sum, other_factor))
 
-    def output(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [n_rows, D] and logsumexp [n_rows], float32; v and +inf for rows that met no key.
+    def output(self) -> tuple[Tensor, Tensor]:
+        """Output [n_rows, D] and logsumexp [n_rows], float32; nan and inf for rows that met no key.
 
         Overwrites self.
         """
-        met_no_key = self.row_sum == 0
-        lse = (self.row_max + self.row_sum.log()).masked_fill_(met_no_key, torch.inf)
-        o = self.o.div_(self.row_sum.unsqueeze(1))
-        o[met_no_key] = v[met_no_key].float()
-        return o, lse
+        lse = (self.row_max + self.row_sum.log2()).masked_fill_(self.row_sum == 0, torch.inf)
+        return self.o.div_(self.row_sum.unsqueeze(1)), lse

@@ -27,8 +27,8 @@ typedef struct {
     const int32_t *head_indices; /* [n_batch_heads] for dropout; [n_rows] with positions; or null */
     const int32_t *positions;    /* [n_rows] if the rows are not full sequences; null: 0, 1, ... */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
-    float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for rows that met no key */
-    float *sums;         /* [n_rows] forward: sum of weights; backward: rowsum(d_out * out), given if out is null */
+    float *out, *lse;    /* [n_rows, head_dim], [n_rows] in units of log 2: inf for queries that met no key, whose out is 0 */
+    float *sums;         /* [n_rows] forward: sum of weights; backward: rowsum(d_out * out) */
     float *key_scales;   /* [n_rows] output 1 / |q| if keys are q / |q|, never materialized: k is q, dk is dq; or null */
     float *along;        /* [n_rows] likewise: accumulates the component of dk along k; or null */
     float *dq, *dk, *dv; /* [n_rows, head_dim] */
@@ -347,7 +347,6 @@ void reformer_attend(const Call *call) {
             float *out = call->out + row * dim, weight = call->sums[row];
             if (weight == 0) {
                 call->lse[row] = INFINITY;
-                memcpy(out, call->v + row * dim, dim * sizeof(float));
                 continue;
             }
             call->lse[row] += log2f(weight);
@@ -358,21 +357,15 @@ void reformer_attend(const Call *call) {
 
 /* Computes dq, dk, dv from d_out and the outputs of reformer_attend. */
 void reformer_attend_backward(const Call *call) {
-    int64_t n_rows = call->n_batch_heads * call->seq_len, dim = call->head_dim;
+    int64_t n_rows = call->n_batch_heads * call->seq_len;
 #pragma omp parallel num_threads(call->n_threads)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n_rows; row++) {
-            int64_t at = row * dim;
-            if (call->out) call->sums[row] = dot_product(call->d_out + at, call->out + at, dim);
             if (call->key_scales) {
                 call->key_scales[row] = key_scale(call, row);
                 call->along[row] = 0;
             }
-            memset(call->dq + at, 0, dim * sizeof(float));
-            memset(call->dk + at, 0, dim * sizeof(float));
-            memset(call->dv + at, 0, dim * sizeof(float));
-            if (call->lse[row] == INFINITY) memcpy(call->dv + at, call->d_out + at, dim * sizeof(float));
         }
         for (int round = 0; round < call->n_rounds; round++) {
             const int32_t *counts = call->span_counts + round * 2;
@@ -387,4 +380,10 @@ void reformer_attend_backward(const Call *call) {
             for (int64_t row = 0; row < n_rows; row++) project_out_key(call, row);
         }
     }
+}
+
+/* out [n_rows]: dot products of the rows of a and b [n_rows, dim]. */
+void reformer_row_dot(const float *a, const float *b, float *out, int64_t n_rows, int64_t dim, int64_t n_threads) {
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (int64_t row = 0; row < n_rows; row++) out[row] = dot_product(a + row * dim, b + row * dim, dim);
 }

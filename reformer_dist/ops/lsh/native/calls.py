@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,13 @@ class Call(ctypes.Structure):
     )
 
 
+def row_dot(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Fills out [n_rows] with the dot products of the rows of a and b [n_rows, D]; all float32."""
+    sizes = (ctypes.c_int64(n) for n in (*a.shape, torch.get_num_threads()))
+    pointers = (ctypes.c_void_p(address) for address in _addresses(a, b, out))
+    library().reformer_row_dot(*pointers, *sizes)
+
+
 def hash_rows(x: Tensor, rotations: Tensor, factors: tuple[int, ...], ids: Tensor) -> None:
     """Fills ids [B, H, R, S] with buckets of x [B, H, S, D], float32, under rotations [H, R, columns, D]."""
     batch, n_heads, n_rounds, seq_len = ids.shape
@@ -86,10 +93,10 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
 
 
 def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor | None = None) -> Order:
-    """The order of bucket ids [BH, R, S], where n_buckets marks who is absent. Raises ValueError for others.
+    """The order of bucket ids [BH, R, S], where n_buckets marks absent rows. Raises ValueError for other ids.
 
-    query_bounds, of held rows, which are one unit: [R, n_buckets, 2], see `HeldRows.query_bounds`. Their codes are
-    left to the caller, who knows the whole order.
+    query_bounds, of a partition, which counts as one head: [R, n_buckets, 2], see `Shard.query_bounds`. Its codes
+    are left to the caller, who knows the whole order.
     """
     n_batch_heads, n_rounds, seq_len = buckets.shape
     n_buckets = options.n_buckets if query_bounds is None else query_bounds.shape[1]
@@ -130,31 +137,28 @@ class Group:
     """[rows] of rows that are held; None where units are whole."""
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as in everything here.
+        """Fills out [rows, D] and lse [rows]; all float32 and contiguous, as everything here.
 
         k is None: keys are q / |q|.
         """
-        library().reformer_attend(self._call((q, k, v, None, out, lse), (None, None, None)))
+        weights = torch.empty_like(lse)
+        library().reformer_attend(self._call((q, k, v, None, out, lse, weights), (None, None, None)))
 
     def attend_backward(
-        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor], out: Tensor | None, lse: Tensor,
-        grads: Sequence[Tensor | None], delta: Tensor | None = None,
+        self, q: Tensor, k: Tensor | None, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+        dq: Tensor, dk: Tensor | None, dv: Tensor,
     ) -> None:  # fmt: skip
-        """Fills grads, which are dq, dk and dv, from rows, which are q, k, v and d_out.
-
-        k and dk are None: likewise, and dq gets what keys get. delta [rows]: rowsum(d_out * out),
-        where there is no out.
-        """
-        library().reformer_attend_backward(self._call((*rows, out, lse), grads, delta))
+        """Adds to dq, dk and dv. k and dk are None: likewise, and dq gets what keys get."""
+        library().reformer_attend_backward(self._call((q, k, v, d_out, None, lse, delta), (dq, dk, dv)))
 
     def _call(
-        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor],
-        grads: Sequence[Tensor | None], delta: Tensor | None = None,
+        self, rows: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor, Tensor],
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     ) -> object:  # fmt: skip
         options, order, rule = self.options, self.order, self.options.rule
+        assert isinstance(rule, WindowRule)
         (q, k, *others), (dq, dk, dv) = rows, grads
-        shared, lse = k is None, rows[-1]
-        sums = torch.empty_like(lse) if delta is None else delta
+        shared, lse = k is None, rows[5]
         factors, along = (torch.empty_like(lse), torch.empty_like(lse)) if shared else (None, None)
         numbers, positions = (
             None if x is None or options.dropout == 0 else x.int() for x in (self.head_indices, self.positions)
@@ -168,9 +172,9 @@ class Group:
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),
             *_addresses(*pointers, q, q if shared else k, *others),
-            *_addresses(sums, factors, along, dq, dq if shared else dk, dv),
+            *_addresses(factors, along, dq, dq if shared else dk, dv),
         )  # fmt: skip
-        call.kept = (numbers, positions, sums, factors, along)  # whose memory the call points to
+        call.kept = (numbers, positions, factors, along)  # whose memory the call points to
         return ctypes.byref(call)
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, WindowRule
 from reformer_dist.ops.lsh.sorting import within_reach
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.tiles import Column
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens that the rows of a group are."""
+
+    head_index: Tensor
+    """[n_rows] batch row * n_heads + head."""
+    positions: Tensor
+    """[n_rows] in the whole sequence."""
+    codes: Tensor | None = None
+    """[R, n_rows] with count_pairs_once: `sorting.position_codes` of every round."""
 
 
 class PairMask:
@@ -22,7 +34,7 @@ class PairMask:
         self._layout, self._rows, self._options = layout, rows, options
         if options.dropout > 0:
             self._query_keys, self._key_keys = (
-                token_keys(rows.unit, rows.position, round_, options.dropout_seed, is_query)
+                token_keys(rows.head_index, rows.positions, round_, options.dropout_seed, is_query)
                 for is_query in (True, False)
             )
 

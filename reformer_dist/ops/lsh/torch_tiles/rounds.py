@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.held import Rows
 from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, PartialSoftmax
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
-from reformer_dist.ops.lsh.torch_tiles.pair_mask import PairMask
+from reformer_dist.ops.lsh.torch_tiles.pair_mask import PairMask, Rows
 from reformer_dist.ops.lsh.torch_tiles.products import (
     Pairs,
     add_products,
@@ -106,7 +105,7 @@ def _attend_round(
             for part, column in zip(pairs.by_column(p), span.columns, strict=True):
                 part.mul_(mask.dropout_factors(column))
         sum_products(pairs.at_queries(o), p_runs, pairs.at_keys(values, span.start))
-    return o.flatten(0, 1), top.mul_(LOG_2).flatten(), weight.flatten()
+    return o.flatten(0, 1), top.flatten(), weight.flatten()
 
 
 def _over_columns(combine: Callable[..., Tensor], found: Tensor, pairs: Pairs) -> Tensor:
@@ -123,12 +122,12 @@ def _over_columns(combine: Callable[..., Tensor], found: Tensor, pairs: Pairs) -
 def attend_backward(
     group: RowGroup, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, delta: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v [n_rows, D] in float32, but for rows that met nobody (their o is v).
+    """Gradients of q, k, v [n_rows, D] in float32.
 
-    delta [n_rows] = rowsum(dO * o) and lse [n_rows] are those of the whole softmax; lse = inf silences a row.
+    delta [n_rows] = rowsum(dO * o) and lse [n_rows] are those of the whole softmax; lse = inf silences a query.
     """
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
-    scaled, lse = group.scaled(q), lse * LOG2_E
+    scaled = group.scaled(q)
     k, v, d_out = k.float(), v.float(), d_out.float()
     for layout, mask in group.rounds() if q.shape[0] else ():
         dq_slots, dk_slots, dv_slots = _backward_round(group, layout, mask, scaled, k, v, d_out, delta, lse)

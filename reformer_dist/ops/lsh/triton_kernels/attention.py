@@ -1,62 +1,78 @@
-"""LSH and local attention of whole sequences by the kernels, forward and backward. The host never waits.
+"""LSH and local attention by the kernels, forward and backward. The host never waits.
 
-All rounds of a group of units are one launch, and another puts them together. Between forward and backward inputs,
-output and lse are kept, and the order: 4 bytes for each token, head and round, and its tiles. Reversible layers
-keep none of it, since they run their forward again before each backward.
+All rounds of a group of heads are one launch, and another merges them. Kept for the backward are the inputs, the
+output, the logsumexp, and the order: 4 bytes per token, head and round, and its tiles. Reversible layers keep none
+of it, since they run their forward again before each backward.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.attention import Grads, Inputs
+from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.ops.lsh.sorting import mark_padding
+from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
 from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
 from reformer_dist.ops.lsh.triton_kernels.rowwise import row_products
-from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads
+from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads, tile_partition
 from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of
 
-# HeadGroup lie along dimensions of grids that are shorter than the first, alone or with their rounds.
-MOST_UNITS = 2**16 - 1
+# Heads lie along dimensions of grids that are shorter than the first, alone or with their rounds.
+MOST_HEADS = 2**16 - 1
 
 
-class KernelAttention:
-    """`ops.lsh.whole.WholeAttention`; q, k and v have one type, D is a multiple of 16 up to 128."""
+class TritonBackend:
+    """`ops.lsh.attention.Backend` in Triton; q, k and v have one dtype, D is a multiple of 16 up to 128."""
 
-    def __init__(
-        self, v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
-    ) -> None:
-        """Of v width and type; bucket_ids [B, H, R, S], key_padding_mask [B, S]."""
-        self._groups = _groups(v, bucket_ids, options, key_padding_mask)
+    keeps_order = True
 
-    def readable(self, x: Tensor) -> Tensor:
-        """Itself where the numbers of a row lie side by side, wherever the rows lie."""
+    def __init__(self, options: AttentionOptions, like: Tensor) -> None:
+        self._options, self._like = options, like
+
+    @staticmethod
+    def readable(x: Tensor) -> Tensor:
+        """x itself where its last dimension is contiguous, whatever the other strides."""
         return x if x.stride(3) == 1 else x.contiguous()
 
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        for units in self._groups:
-            units.attend(q, k, v, out, lse)
+    @staticmethod
+    def hash(
+        vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, factors: tuple[int, ...] | None
+    ) -> Tensor:
+        with torch.cuda.device_of(vectors):  # kernels are launched on the current device
+            return hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
-    def attend_backward(self, inputs: Inputs, out: Tensor, lse: Tensor, grads: Grads) -> None:
-        delta = row_products(inputs[3], out)
-        for units in self._groups:
-            units.attend_backward(inputs, lse, delta, grads)
+    def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
+        return min(MOST_HEADS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
+
+    def sort(self, shard: Shard) -> SortedUnits:
+        with torch.cuda.device_of(self._like):
+            return SortedUnits(shard, self._options, self._like)
+
+    def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.cuda.device_of(a):
+            return row_products(a, b)
 
 
-def _groups(
-    v: Tensor, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
-) -> list[HeadGroup]:
-    batch, n_heads, n_rounds, seq_len = bucket_ids.shape
-    has_padding = key_padding_mask is not None
-    buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
-    size = min(MOST_UNITS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
-    largest = tuning_of(v.shape[3], v.dtype).block
-    numbers = options.head_indices(batch, n_heads, v.device).int() if options.dropout > 0 else None
-    groups = []
-    for first in range(0, buckets.shape[0], size):
-        its = slice(first, first + size)
-        its_numbers = None if numbers is None else numbers[its]
-        tiles = tile_heads(buckets[its], its_numbers, options, largest=largest, has_padding=has_padding)
-        groups.append(HeadGroup(options, tiles, first))
-    return groups
+class SortedUnits:
+    """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position), in tiles."""
+
+    def __init__(self, shard: Shard, options: AttentionOptions, like: Tensor) -> None:
+        largest = tuning_of(like.shape[3], like.dtype).block
+        if shard.is_whole:
+            numbers = shard.head_index.int() if options.dropout > 0 else None
+            tiles = tile_heads(shard.sort_keys, numbers, options, largest=largest, has_padding=shard.has_padding)
+        else:
+            tiles = tile_partition(shard, options, largest=largest)
+        self._units = HeadGroup(options, tiles, shard.first_head)
+
+    def attend(self, tensors: Forward) -> None:
+        if tensors.v.numel():  # a rank may have nothing to attend
+            with torch.cuda.device_of(tensors.v):
+                self._units.attend(*tensors)
+
+    def attend_backward(self, tensors: Backward) -> None:
+        if tensors.v.numel():
+            with torch.cuda.device_of(tensors.v):
+                q, k, v, d_out, lse, delta, dq, dk, dv = tensors
+                self._units.attend_backward((q, k, v, d_out), lse, delta, (dq, dk, dv))

@@ -39,7 +39,7 @@ from reformer_dist.ops.lsh.triton_kernels.pair_mask import (
     dropout_factors,
     pair_context,
 )
-from reformer_dist.ops.lsh.triton_kernels.products import LN_2, LOG2_E, product, score_factors
+from reformer_dist.ops.lsh.triton_kernels.products import LN_2, product, score_factors
 
 
 class HeadInputs(NamedTuple):
@@ -110,10 +110,11 @@ def attend_round_backward(
     dk = product(ds, tile.q, C)
     dk, dv = add_other_queries(dk, dv, keys, tile.first, inputs, order, bounds, pairs, C)
 
-    if C.n_rounds == 1:  # a query without keys has o = v
+    if C.n_rounds == 1:  # added to what dv has for a query without keys
         lse = tl.load(inputs.lse_ptr + tile.row, mask=tile.is_row, other=0.0)
         has_no_key = tile.is_row & (lse == float("inf"))
-        dv += gather(inputs.d_out, tile.row, has_no_key, C).to(tl.float32)
+        dv_rows = head_rows(dv_ptr, dv_strides, head, n_heads)
+        dv += gather(dv_rows, tile.row, has_no_key, C).to(tl.float32)
     store(dv, dv_ptr, dv_strides, tile, first_head, n_heads, seq_len, C)
     if C.shared:
         dq = orthogonal_part(dk, tile.q)
@@ -159,7 +160,7 @@ def add_other_keys(dq, queries, first, inputs, order, bounds, pairs, C: tl.const
 def load_queries(q, inputs, at, is_row, round_, C: tl.constexpr):
     """Queries of rows whose q is loaded; lse = inf masks rows that are not there."""
     d_out = gather(inputs.d_out, at.row, is_row, C)
-    lse = tl.load(inputs.lse_ptr + at.row, mask=is_row, other=float("inf")) * LOG2_E
+    lse = tl.load(inputs.lse_ptr + at.row, mask=is_row, other=float("inf"))
     delta = tl.load(inputs.delta_ptr + at.row, mask=is_row, other=0.0)
     return Queries(q, d_out, lse, delta, at, round_)
 

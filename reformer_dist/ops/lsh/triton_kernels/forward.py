@@ -34,7 +34,7 @@ from reformer_dist.ops.lsh.triton_kernels.pair_mask import (
     dropout_factors,
     pair_context,
 )
-from reformer_dist.ops.lsh.triton_kernels.products import LN_2, product, score_factors
+from reformer_dist.ops.lsh.triton_kernels.products import product, score_factors
 
 
 class RunningSoftmax(NamedTuple):
@@ -94,8 +94,7 @@ def attend_round(
     o = softmax.o / weight[:, None]
     lse = tl.where(has_no_key, float("-inf"), softmax.top + tl.log2(weight))
     if C.n_rounds == 1:
-        o += gather(v_rows, tile.row, tile.is_row & has_no_key, C).to(tl.float32)
-        lse = tl.where(has_no_key, float("inf"), lse * LN_2)
+        lse = tl.where(has_no_key, float("inf"), lse)
         lse_ptr += first_head.to(tl.int64) * seq_len
     lse_ptr += (head.to(tl.int64) * C.n_rounds + round_) * seq_len
     tl.store(lse_ptr + tile.row, lse, mask=tile.is_row)

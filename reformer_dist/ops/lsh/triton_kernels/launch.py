@@ -41,7 +41,7 @@ class HeadGroup:
             **self._flags(q, k, is_backward=False),
         )
         if o is not out:
-            merge_rounds(o, round_lse, v, out, lse, self.first, self.tiles.present)
+            merge_rounds(o, round_lse, out, lse, self.first, self.tiles.present)
 
     def attend_backward(
         self,
@@ -69,8 +69,7 @@ class HeadGroup:
         )
         for buffer, output in zip(buffers, outputs, strict=True):
             if buffer is not output:
-                without_keys = (d_out, lse) if output is dv else None
-                sum_rounds(buffer, output, self.first, self.tiles.present, without_keys)
+                sum_rounds(buffer, output, self.first, self.tiles.present, lse if output is dv else None)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
         """Buffer of the rounds for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
@@ -103,7 +102,7 @@ class HeadGroup:
         other_block = min(tuning.other_block, max(16, block // 2))
         launch = tuning.backward if is_backward else tuning.forward
         constants = KernelConstants.of(
-            self.options, block, other_block, head_dim, n_rounds, shared=k is None, sharded=self.tiles.is_shard
+            self.options, block, other_block, head_dim, n_rounds, shared=k is None, sharded=self.tiles.is_partition
         )
         return {
             "C": constants,

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from reformer_dist.ops.lsh.triton_kernels.load import head_rows
-from reformer_dist.ops.lsh.triton_kernels.products import LN_2
 
 ROWS = 64
 
@@ -64,11 +63,11 @@ def _is_present(present_ptr, round_, rows, seq_len, SHARDED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_head"])
 def _merge_rounds(
-    o_ptr, round_lse_ptr, v_ptr, out_ptr, lse_ptr, present_ptr, v_strides, out_strides,
+    o_ptr, round_lse_ptr, out_ptr, lse_ptr, present_ptr, out_strides,
     first_head, n_heads, seq_len, SHARDED: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """o [BH, R, S, D], round_lse [BH, R, S] in base 2 -> out [B, H, S, D], lse [B, H, S]."""
+    """o [BH, R, S, D], round_lse [BH, R, S] -> out [B, H, S, D], lse [B, H, S]."""
     head = tl.program_id(1)
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     start = head.to(tl.int64) * N_ROUNDS * seq_len
@@ -89,21 +88,20 @@ def _merge_rounds(
         o += round_o.to(tl.float32) * round_weight[:, None]
     has_no_key = weight == 0.0
     weight = tl.where(has_no_key, 1.0, weight)
-    v = _addresses(v_ptr, v_strides, first_head + head, n_heads, rows)
-    o = o / weight[:, None] + tl.load(v, mask=rows.mask & has_no_key[:, None], other=0.0).to(tl.float32)
+    o /= weight[:, None]
     target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
     tl.store(target, o.to(out_ptr.dtype.element_ty), mask=rows.mask)
-    lse = tl.where(has_no_key, float("inf"), (top + tl.log2(weight)) * LN_2)
+    lse = tl.where(has_no_key, float("inf"), top + tl.log2(weight))
     tl.store(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, lse, mask=rows.is_row)
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def _sum_rounds(
-    parts_ptr, d_out_ptr, lse_ptr, out_ptr, present_ptr, d_out_strides, out_strides, first_head, n_heads, seq_len,
-    SHARDED: tl.constexpr, ADDS_D_OUT: tl.constexpr, N_ROUNDS: tl.constexpr,
+    parts_ptr, lse_ptr, out_ptr, present_ptr, out_strides, first_head, n_heads, seq_len,
+    SHARDED: tl.constexpr, IS_DV: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """parts [BH, R, S, D] -> out [B, H, S, D]. ADDS_D_OUT: a query without keys has o = v, so its dv gets dO."""
+    """parts [BH, R, S, D] -> out [B, H, S, D]. IS_DV: added to what out has for a query without keys."""
     head = tl.program_id(1)
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     start = head.to(tl.int64) * N_ROUNDS * seq_len
@@ -114,12 +112,11 @@ def _sum_rounds(
         mask = rows.mask & is_present[:, None] if SHARDED else rows.mask
         part = tl.load(parts_ptr + index[:, None] * HEAD_DIM + rows.column, mask=mask, other=0.0)
         total += part.to(tl.float32)
-    if ADDS_D_OUT:
-        lse = tl.load(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, mask=rows.is_row, other=0.0)
-        d_out = _addresses(d_out_ptr, d_out_strides, first_head + head, n_heads, rows)
-        has_no_key = (lse == float("inf"))[:, None]
-        total += tl.load(d_out, mask=rows.mask & has_no_key, other=0.0).to(tl.float32)
     target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
+    if IS_DV:
+        lse = tl.load(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, mask=rows.is_row, other=0.0)
+        has_no_key = (lse == float("inf"))[:, None]
+        total += tl.load(target, mask=rows.mask & has_no_key, other=0.0).to(tl.float32)
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=rows.mask)
 
 
@@ -132,41 +129,38 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def merge_rounds(
-    o: Tensor, round_lse: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_head: int, present: Tensor | None
+    o: Tensor, round_lse: Tensor, out: Tensor, lse: Tensor, first_head: int, present: Tensor | None
 ) -> None:
-    """Merges R partial softmaxes into out [B, H, S, D] and lse [B, H, S]: v and inf for a query without keys.
+    """Merges R partial softmaxes into out [B, H, S, D] and lse [B, H, S]: 0 and inf for a query without keys.
 
-    o [BH, R, S, D] and round_lse [BH, R, S], in base 2, are of BH heads from first_head on. present:
+    o [BH, R, S, D] and round_lse [BH, R, S] are of BH heads from first_head on; logsumexps are in base 2. present:
     `Tiles.present`.
     """
     n_heads, n_rounds, seq_len, _ = o.shape
     _merge_rounds[_grid(seq_len, n_heads)](
-        o, round_lse, v, out, lse, round_lse if present is None else present,
-        v.stride()[:3], out.stride()[:3], first_head, v.shape[1], seq_len,
+        o, round_lse, out, lse, round_lse if present is None else present,
+        out.stride()[:3], first_head, out.shape[1], seq_len,
         SHARDED=present is not None,
         N_ROUNDS=n_rounds,
-        **_sizes(v),
+        **_sizes(out),
     )  # fmt: skip
 
 
 def sum_rounds(
-    parts: Tensor,
-    out: Tensor,
-    first_head: int,
-    present: Tensor | None,
-    without_keys: tuple[Tensor, Tensor] | None = None,
+    parts: Tensor, out: Tensor, first_head: int, present: Tensor | None, dv_lse: Tensor | None = None
 ) -> None:
     """Sums the gradients of R rounds [BH, R, S, D] into out [B, H, S, D], for BH heads from first_head on.
 
-    present: `Tiles.present`. without_keys = (dO [B, H, S, D], lse [B, H, S]): adds dO for queries without keys.
+    present: `Tiles.present`. dv_lse: the logsumexp [B, H, S] where out is dv, which keeps what it has for queries
+    without keys.
     """
     n_heads, n_rounds, seq_len, _ = parts.shape
-    d_out, lse = (out, parts) if without_keys is None else without_keys
+    lse = parts if dv_lse is None else dv_lse
     _sum_rounds[_grid(seq_len, n_heads)](
-        parts, d_out, lse, out, lse if present is None else present,
-        d_out.stride()[:3], out.stride()[:3], first_head, out.shape[1], seq_len,
+        parts, lse, out, lse if present is None else present,
+        out.stride()[:3], first_head, out.shape[1], seq_len,
         SHARDED=present is not None,
-        ADDS_D_OUT=without_keys is not None,
+        IS_DV=dv_lse is not None,
         N_ROUNDS=n_rounds,
         **_sizes(out),
     )  # fmt: skip

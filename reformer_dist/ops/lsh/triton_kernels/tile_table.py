@@ -91,7 +91,7 @@ def build_table(
     """Fills order [BH, R, S] and table [BH, R, entries, 4] from sorted ids and their rows [BH, R, S].
 
     The id n_buckets marks padding. Without rows there is one bucket, in the order of the rows. With query_bounds
-    (`HeldRows.query_bounds`) the table has 6 columns.
+    (`Shard.query_bounds`) the table has 6 columns.
     """
     n_heads, n_rounds, seq_len = order.shape
     _build_table[(triton.cdiv(seq_len, SLOTS), n_heads * n_rounds)](

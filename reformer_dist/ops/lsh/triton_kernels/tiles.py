@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.ops.lsh.held import HeldRows
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, Rule, WindowRule
 from reformer_dist.ops.lsh.triton_kernels.tile_table import build_table
 
@@ -46,7 +46,7 @@ class KernelConstants:
     shared: bool
     """Keys are q / |q|."""
     sharded: bool
-    """Rows are the local shard of the sorted order (`HeldRows`), as one head."""
+    """Rows are a partition of the sorted order (`attention.Shard`), as one head."""
 
     @staticmethod
     def of(
@@ -93,21 +93,21 @@ class Tiles:
     table: Tensor
     """int32 [BH, R, entries, 4]: first slot of the tile; of its bucket first slot, end of keys, end of rows.
 
-    Of a shard [.., 6]: also first slot and end of its queries.
+    Of a partition [.., 6]: also first slot and end of its queries.
     """
     codes: Tensor | None
     """int32 [BH, R, S]: with count_pairs_once, position codes of the rows (`sorting.position_codes`)."""
     token_ids: Tensor | None = None
     """With dropout, int32 [BH] indices of the (batch row, head) pairs in their step.
 
-    Of a shard, which is one head, [2, S]: position of each row, and index of its (batch row, head).
+    Of a partition, which is one head, [2, S]: position of each row, and index of its (batch row, head).
     """
     present: Tensor | None = None
-    """Of a shard, uint8 [R, S]: 0 in rounds from which a row is absent. There it is in no tile."""
+    """Of a partition, uint8 [R, S]: 0 in rounds from which a row is absent. There it is in no tile."""
 
     @property
-    def is_shard(self) -> bool:
-        """Of the local shard of the sorted order instead of whole heads."""
+    def is_partition(self) -> bool:
+        """Of a partition of the sorted order instead of whole heads."""
         return self.present is not None
 
 
@@ -136,15 +136,15 @@ def tile_heads(
     return Tiles(block, order, table, _position_codes(order, sorted_ids, options), head_indices)
 
 
-def tile_shard(held: HeldRows, options: AttentionOptions, *, largest: int) -> Tiles:
-    """Tiles of a shard as one head, whose buckets are those of every head."""
-    assert isinstance(options.rule, WindowRule)
-    bounds, keys = held.query_bounds(options.rule), torch.stack(held.keys).unsqueeze(0)
-    block = block_of(options.rule, held.seq_len, options.n_buckets, largest)
-    n_buckets = bounds.shape[1]
-    order, table, _ = _sort_rounds(keys, n_buckets, options.rule, block, has_padding=False, bounds=bounds)
-    token_ids = torch.stack([held.rows.position, held.rows.unit]).int()
-    return Tiles(block, order, table, held.rows.codes, token_ids, (keys[0] < n_buckets).to(torch.uint8))
+def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
+    """Tiles of a partition as one head, whose buckets are those of every head."""
+    assert isinstance(options.rule, WindowRule) and shard.positions is not None
+    bounds, n_keys = shard.query_bounds(options.rule), shard.n_sort_keys
+    block = block_of(options.rule, shard.seq_len, options.n_buckets, largest)
+    order, table, _ = _sort_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
+    token_ids = torch.stack([shard.positions, shard.head_index]).int()
+    is_present = (shard.sort_keys[0] < n_keys).to(torch.uint8)
+    return Tiles(block, order, table, shard.position_codes, token_ids, is_present)
 
 
 def _sort_rounds(

@@ -24,7 +24,7 @@ from reformer_dist.parallel.sequence import share_sequences
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
-from reformer_dist.tasks.metrics import gzip_bits_per_byte, order0_bits_per_byte
+from reformer_dist.tasks.text_metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluation import EvalResult, evaluate
 
 MICRO_BATCH = 8

@@ -67,7 +67,7 @@ def sweep(request: SweepRequest) -> None:
 
         sys.stdout.write(render_sweep(request.launcher, sys.argv[1:]))
         return
-    from reformer_dist.sweep.run import run_sweep
+    from reformer_dist.sweep.runner import run_sweep
 
     sys.exit(run_sweep(request))
 

@@ -1,5 +1,6 @@
 """Sharded checkpoints independent of ZeRO stage and world size: safetensors and JSON, never pickles."""
 
+from reformer_dist.checkpoint.async_save import AsyncSave, prune
 from reformer_dist.checkpoint.export import Export, WeightSource, write_export
 from reformer_dist.checkpoint.fragment import Fragment
 from reformer_dist.checkpoint.reader import (
@@ -9,7 +10,6 @@ from reformer_dist.checkpoint.reader import (
     verify_checkpoint,
 )
 from reformer_dist.checkpoint.record import RunRecord
-from reformer_dist.checkpoint.writer import AsyncSave, prune
 
 __all__ = [
     "AsyncSave",

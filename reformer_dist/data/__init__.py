@@ -5,8 +5,8 @@
 
 from reformer_dist.data.format.corpus import Corpus, CorpusShard, describe_changes
 from reformer_dist.data.format.dataset import Dataset
+from reformer_dist.data.format.dataset_layout import SPLITS, TEXT_FIELDS, Shard
 from reformer_dist.data.format.index import IndexEntry
-from reformer_dist.data.format.layout import SPLITS, TEXT_FIELDS, Shard
 from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -27,13 +27,19 @@ from reformer_dist.data.loading.heldout import (
     read_split,
 )
 from reformer_dist.data.loading.loader import StepBatch, TrainLoader
+from reformer_dist.data.loading.loader_state import LoaderState, consumed_hash, merge_states, read_state
 from reformer_dist.data.loading.packing import Span, pack_spans
 from reformer_dist.data.loading.replay import Replay
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
-from reformer_dist.data.loading.state import LoaderState, consumed_hash, merge_states, read_state
 from reformer_dist.data.prepare.documents import SkippedFiles, read_documents
 from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_parallel, read_squad
-from reformer_dist.data.prepare.writer import WriteSummary, assign_splits, is_heldout, write_dataset, write_samples
+from reformer_dist.data.prepare.shard_writer import (
+    WriteSummary,
+    assign_splits,
+    is_heldout,
+    write_dataset,
+    write_samples,
+)
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [

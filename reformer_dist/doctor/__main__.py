@@ -12,9 +12,9 @@ import torch
 
 from reformer_dist.config import DataConfig
 from reformer_dist.distributed import runtime
-from reformer_dist.doctor import machine
-from reformer_dist.doctor.attention import check_attention
-from reformer_dist.doctor.collectives import ADVICE, check_job_collectives, check_local_collectives
+from reformer_dist.doctor import check_machine
+from reformer_dist.doctor.check_attention import check_attention
+from reformer_dist.doctor.check_collectives import ADVICE, check_job_collectives, check_local_collectives
 from reformer_dist.doctor.findings import CheckState, Finding, failed, ok, run_check
 from reformer_dist.errors import UserError
 from reformer_dist.process.command import run_command
@@ -35,14 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_checks(arguments: argparse.Namespace) -> list[Finding]:
     """Findings of all checks. Under a launcher, every rank calls this."""
-    findings = run_check("versions", machine.check_versions, "install reformer_dist again")
+    findings = run_check("versions", check_machine.check_versions, "install reformer_dist again")
     for name, check in (
-        ("devices", machine.check_devices),
-        ("C compiler", machine.check_compiler),
-        ("attention on the CPU", machine.check_native_backend),
-        ("shared memory", machine.check_shared_memory),
-        ("open files", machine.check_open_files),
-        ("disk", lambda: machine.check_disk(arguments.output)),
+        ("devices", check_machine.check_devices),
+        ("C compiler", check_machine.check_compiler),
+        ("attention on the CPU", check_machine.check_native_backend),
+        ("shared memory", check_machine.check_shared_memory),
+        ("open files", check_machine.check_open_files),
+        ("disk", lambda: check_machine.check_disk(arguments.output)),
     ):
         findings += run_check(name, check, "see the message")
     if arguments.data is not None:

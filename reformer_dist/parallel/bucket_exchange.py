@@ -22,8 +22,8 @@ from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
 from reformer_dist.parallel.combine import Combiner, MergedCombiner, RoundCombiner
 from reformer_dist.parallel.dispatch import TokenDispatcher, as_heads
-from reformer_dist.parallel.packing import Record
-from reformer_dist.parallel.plan import ExchangePlan, Route, Selection
+from reformer_dist.parallel.exchange_plan import ExchangePlan, Route, Selection
+from reformer_dist.parallel.row_format import Record
 
 
 class BucketExchange:

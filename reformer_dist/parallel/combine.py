@@ -12,8 +12,8 @@ from reformer_dist.ops.lsh.attention import Forward, Sorter
 from reformer_dist.ops.lsh.online_softmax import LOWEST, PartialSoftmax
 from reformer_dist.ops.lsh.torch_tiles.attention import SortedTiles
 from reformer_dist.parallel.dispatch import Received, TokenDispatcher
-from reformer_dist.parallel.packing import Record
-from reformer_dist.parallel.plan import Route
+from reformer_dist.parallel.exchange_plan import Route
+from reformer_dist.parallel.row_format import Record
 
 
 class Combiner(Protocol):

@@ -10,8 +10,14 @@ from torch import Tensor
 from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.parallel.packing import Record
-from reformer_dist.parallel.plan import ExchangePlan, ReceivedTokens, Route, received_shard, received_tokens
+from reformer_dist.parallel.exchange_plan import (
+    ExchangePlan,
+    ReceivedTokens,
+    Route,
+    received_shard,
+    received_tokens,
+)
+from reformer_dist.parallel.row_format import Record
 
 
 @dataclass(frozen=True)

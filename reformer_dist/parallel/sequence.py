@@ -21,7 +21,7 @@ from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
-from reformer_dist.parallel.plan import make_plan
+from reformer_dist.parallel.exchange_plan import make_plan
 from reformer_dist.parallel.traffic import LayerShape, choose_mesh, describe_mesh
 from reformer_dist.process.log import logger
 

@@ -19,7 +19,7 @@ from reformer_dist.ops.lsh.torch_tiles.attention import GROUP_TOKENS
 from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS
 from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS as KERNEL_TOKENS
 from reformer_dist.ops.lsh.triton_kernels.tuning import tuning_of
-from reformer_dist.parallel.plan import GROUP_TOKENS as EXCHANGE_TOKENS
+from reformer_dist.parallel.exchange_plan import GROUP_TOKENS as EXCHANGE_TOKENS
 from reformer_dist.parallel.traffic import mean_other_ranks
 from reformer_dist.planning.sizes import JobSpec
 

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from reformer_dist.process.exit_status import KILLED, PREEMPTED
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.metrics import MetricsRow, read_metrics
 from reformer_dist.sweep.placement import Placement
 from reformer_dist.sweep.process import TrialProcess, open_lock
-from reformer_dist.sweep.state import ENDED, SweepFile, Trial, TrialStatus
+from reformer_dist.sweep.trial_metrics import MetricsRow, read_metrics
+from reformer_dist.sweep.trials import ENDED, SweepFile, Trial, TrialStatus
 
 POLL_INTERVAL = 0.2  # seconds
 METRICS_INTERVAL = 2.0  # seconds between reads of a running trial's metrics

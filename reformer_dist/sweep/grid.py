@@ -8,9 +8,9 @@ from hashlib import blake2b
 from itertools import product
 
 from reformer_dist.errors import ConfigError
-from reformer_dist.sweep.metrics import MetricsRow
 from reformer_dist.sweep.space import Interval, SearchSpace
-from reformer_dist.sweep.state import ENDED, Trial
+from reformer_dist.sweep.trial_metrics import MetricsRow
+from reformer_dist.sweep.trials import ENDED, Trial
 
 MAX_NAME_LENGTH = 120
 

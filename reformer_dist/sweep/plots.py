@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.errors import UserError
-from reformer_dist.sweep.metrics import SPEED, TIME, TRAIN_LOSS, MetricsRow, read_metrics
-from reformer_dist.sweep.state import Trial
+from reformer_dist.sweep.trial_metrics import SPEED, TIME, TRAIN_LOSS, MetricsRow, read_metrics
+from reformer_dist.sweep.trials import Trial
 
 MAX_LEGEND_ENTRIES = 12
 

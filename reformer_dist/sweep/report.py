@@ -11,7 +11,7 @@ from pathlib import Path
 from reformer_dist.errors import UserError
 from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.process.log import logger
-from reformer_dist.sweep.state import Trial, TrialStatus
+from reformer_dist.sweep.trials import Trial, TrialStatus
 
 HPARAMS_FOLDER = "hparams"
 

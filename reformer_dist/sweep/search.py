@@ -14,10 +14,10 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.fs.lock import locked
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
-from reformer_dist.sweep.metrics import MetricsRow, series
 from reformer_dist.sweep.request import SweepRequest
 from reformer_dist.sweep.space import Choices, Interval
-from reformer_dist.sweep.state import ENDED, SweepFile, Trial, TrialStatus, read_all
+from reformer_dist.sweep.trial_metrics import MetricsRow, series
+from reformer_dist.sweep.trials import ENDED, SweepFile, Trial, TrialStatus, read_all
 
 JOURNAL = "study.journal"
 N_STARTUP_TRIALS = 4  # finished trials before pruning starts

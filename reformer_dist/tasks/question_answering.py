@@ -18,7 +18,7 @@ from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
-from reformer_dist.tasks.metrics import answer_f1, best_over, exact_match
+from reformer_dist.tasks.text_metrics import answer_f1, best_over, exact_match
 
 ANY_WINDOW_PERIOD = 4  # one row in 4 takes any window rather than one that holds the answer
 

@@ -14,7 +14,7 @@ from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, c
 from reformer_dist.generation import BeamOptions, beam_search, make_decoder
 from reformer_dist.models import ReformerEncoderDecoder
 from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
-from reformer_dist.tasks.metrics import bleu, rouge
+from reformer_dist.tasks.text_metrics import bleu, rouge
 
 SHOWN_SAMPLES = 3
 

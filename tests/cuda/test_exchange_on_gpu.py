@@ -10,9 +10,9 @@ from torch import Tensor
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.sorting import mark_padding
-from reformer_dist.parallel import plan as plan_module
+from reformer_dist.parallel import exchange_plan as plan_module
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
-from reformer_dist.parallel.plan import make_plan
+from reformer_dist.parallel.exchange_plan import make_plan
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"

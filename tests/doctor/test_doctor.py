@@ -11,10 +11,10 @@ import torch
 from support.launch import run_ranks
 from support.tiny import write_tiny_dataset
 
-from reformer_dist.doctor import machine
+from reformer_dist.doctor import check_machine
 from reformer_dist.doctor.__main__ import check_data, main
-from reformer_dist.doctor.attention import check_attention
-from reformer_dist.doctor.collectives import _expect
+from reformer_dist.doctor.check_attention import check_attention
+from reformer_dist.doctor.check_collectives import _expect
 from reformer_dist.doctor.findings import CheckState, ok, run_check
 from reformer_dist.ops.lsh import bucket_attention
 
@@ -74,7 +74,7 @@ def test_few_open_files_are_warned_of():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        (finding,) = machine.check_open_files()
+        (finding,) = check_machine.check_open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (
@@ -84,7 +84,7 @@ def test_few_open_files_are_warned_of():
 
 def test_little_shared_memory_is_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ENOUGH_SHARED", 2**62)
-    (finding,) = machine.check_shared_memory(tmp_path)
+    (finding,) = check_machine.check_shared_memory(tmp_path)
     assert finding.state is CheckState.warning and "--shm-size" in finding.advice
 
 
@@ -92,7 +92,7 @@ def test_packages_of_another_version_fail(monkeypatch):
     monkeypatch.setattr(
         machine, "_version", lambda package: {"deepspeed": "0.1", "numpy": None}.get(package, "99")
     )
-    failed = {finding.name for finding in machine.check_versions() if finding.state is CheckState.failed}
+    failed = {finding.name for finding in check_machine.check_versions() if finding.state is CheckState.failed}
     assert {"deepspeed", "numpy"} <= failed
 
 
@@ -120,6 +120,6 @@ def test_a_wrong_number_from_a_collective_is_an_error():
 
 
 def test_disks_that_do_not_exist_yet_are_those_of_their_parent(tmp_path):
-    assert CheckState.failed not in states(machine.check_disk(tmp_path / "not" / "yet"))
+    assert CheckState.failed not in states(check_machine.check_disk(tmp_path / "not" / "yet"))
     assert not (tmp_path / "not").exists()
-    assert Path("/proc").is_dir() and CheckState.failed in states(machine.check_disk(Path("/proc")))
+    assert Path("/proc").is_dir() and CheckState.failed in states(check_machine.check_disk(Path("/proc")))

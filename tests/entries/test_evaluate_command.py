@@ -13,7 +13,7 @@ from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.evaluate import _heldout_text, _open, build_parser
 from reformer_dist.run.pretrained import LoadedModel
-from reformer_dist.tasks.metrics import order0_bits_per_byte
+from reformer_dist.tasks.text_metrics import order0_bits_per_byte
 
 
 def opened(trained: Path, data: Path, job: Runtime) -> tuple[argparse.Namespace, LoadedModel, Corpus]:

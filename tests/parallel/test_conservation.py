@@ -13,9 +13,9 @@ from torch import Tensor
 from reformer_dist.errors import TrainingError
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
-from reformer_dist.parallel import plan as plans
+from reformer_dist.parallel import exchange_plan as plans
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
-from reformer_dist.parallel.plan import ExchangePlan, make_plan
+from reformer_dist.parallel.exchange_plan import ExchangePlan, make_plan
 from reformer_dist.parallel.traffic import LayerShape, bucket_bytes
 
 MISMATCHES = "received tokens differ"

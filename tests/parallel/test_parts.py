@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reformer_dist.config import ParallelConfig
-from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits
+from reformer_dist.parallel.row_format import Record, pack_bits, unpack_bits
 from reformer_dist.parallel.traffic import (
     LayerShape,
     all_gather_bytes,

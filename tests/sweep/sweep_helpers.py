@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from reformer_dist.sweep import metrics
+from reformer_dist.sweep import trial_metrics
 
 
 def write_metrics(folder: Path, *rows: dict[str, float | None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / metrics.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / trial_metrics.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

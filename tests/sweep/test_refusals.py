@@ -9,8 +9,8 @@ import pytest
 
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.request import SweepRequest
-from reformer_dist.sweep.run import grid_trials, run_sweep
-from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus
+from reformer_dist.sweep.runner import grid_trials, run_sweep
+from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus
 
 Ask = Callable[..., SweepRequest]
 GRID = ("-m", "model.n_hashes=1,2,4", "optim.lr=1e-3,1e-2")

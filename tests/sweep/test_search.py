@@ -11,8 +11,8 @@ import pytest
 
 from reformer_dist.errors import ConfigError
 from reformer_dist.sweep.request import SweepRequest
-from reformer_dist.sweep.run import make_trial
-from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus
+from reformer_dist.sweep.runner import make_trial
+from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus
 
 pytest.importorskip("optuna")
 Ask = Callable[..., SweepRequest]

@@ -16,13 +16,13 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.fs.lock import acquire_lock
-from reformer_dist.sweep import metrics
-from reformer_dist.sweep.metrics import read_metrics, summarise
+from reformer_dist.sweep import trial_metrics
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.plots import pareto_front, write_plots
 from reformer_dist.sweep.process import find_error
 from reformer_dist.sweep.report import as_text, best_first, table, write_report
-from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all
+from reformer_dist.sweep.trial_metrics import read_metrics, summarise
+from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus, read_all
 
 GOOD = Trial(
     "a", {"optim.lr": "0.1"}, TrialStatus.finished, result={"eval/loss": 1.5, "perf/tokens_per_s": 2000.0}
@@ -122,7 +122,7 @@ def test_metrics_of_a_resumed_run(tmp_path: Path) -> None:
         {"step": 3, "train/loss": None, "perf/tokens_per_s": 20.0},
     ]
     write_metrics(tmp_path, *rows)
-    with (tmp_path / metrics.FILE).open("a") as file:
+    with (tmp_path / trial_metrics.FILE).open("a") as file:
         file.write('null\n"x"\n{"step": 4, "train/lo')
     read = read_metrics(tmp_path)
     assert [row["step"] for row in read] == [1, 2, 3]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from reformer_dist.errors import UserError
-from reformer_dist.tasks.metrics import answer_f1, best_over, bleu, exact_match, normalize_answer, rouge
+from reformer_dist.tasks.text_metrics import answer_f1, best_over, bleu, exact_match, normalize_answer, rouge
 
 
 def test_answers_are_normalized_as_by_squad() -> None:

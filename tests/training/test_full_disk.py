@@ -15,7 +15,7 @@ from run_helpers import LOSS, checkpoint, losses, train, when_told
 from support.events import scalars
 from support.weights import assert_same
 
-from reformer_dist.checkpoint import writer
+from reformer_dist.checkpoint import async_save
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 
@@ -76,14 +76,14 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save = writer.save_file
+    save = async_save.save_file
 
     def save_on_a_full_disk(*args: object) -> None:
-        monkeypatch.setattr(writer, "save_file", save)
+        monkeypatch.setattr(async_save, "save_file", save)
         fill(disk, STATE // 2)
         save(*args)
 
-    monkeypatch.setattr(writer, "save_file", save_on_a_full_disk)
+    monkeypatch.setattr(async_save, "save_file", save_on_a_full_disk)
     with when_told(could_not_be_written=lambda: empty(disk)):
         run = train(job, tiny_data, disk / "run")
     [told] = [line for line in said.messages if line.startswith(FAILED)]

@@ -23,7 +23,7 @@ from support.threads import on_ranks
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
-from reformer_dist.checkpoint import writer
+from reformer_dist.checkpoint import async_save
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError
 from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
@@ -98,10 +98,10 @@ def test_a_signal_while_the_run_is_built_or_saved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped during a save, then, after a restart, before the checkpoint is read."""
-    save = writer.save_file
+    save = async_save.save_file
 
     def save_when_told(*args: object) -> None:
-        monkeypatch.setattr(writer, "save_file", save)
+        monkeypatch.setattr(async_save, "save_file", save)
         os.kill(os.getpid(), signal.SIGTERM)
         while not stop.is_set:
             time.sleep(0.01)
@@ -113,7 +113,7 @@ def test_a_signal_while_the_run_is_built_or_saved(
             train(job, tiny_data, tmp_path, *LONG, "trainer.save_every=4", stop=stop)
 
     stop = StopSignal()
-    monkeypatch.setattr(writer, "save_file", save_when_told)
+    monkeypatch.setattr(async_save, "save_file", save_when_told)
     train_until_told("saved step|no step since the checkpoint of step 4")
     assert [words for words in said.messages if words.startswith("saved ")]
     step = max(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())

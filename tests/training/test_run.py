@@ -13,7 +13,7 @@ from support.events import read_events, scalars
 from support.tiny import WORDS
 from support.weights import assert_same
 
-from reformer_dist.checkpoint import verify_checkpoint, writer
+from reformer_dist.checkpoint import async_save, verify_checkpoint
 from reformer_dist.data import ByteTokenizer, write_dataset
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import TrainingError, UserError
@@ -98,13 +98,13 @@ def test_a_failed_save_does_not_stop_the_run(
     monkeypatch: pytest.MonkeyPatch,
     said: pytest.LogCaptureFixture,
 ) -> None:
-    save = writer.save_file
+    save = async_save.save_file
 
     def fail_once(*args: object) -> None:
-        monkeypatch.setattr(writer, "save_file", save)
+        monkeypatch.setattr(async_save, "save_file", save)
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", fail_once)
+    monkeypatch.setattr(async_save, "save_file", fail_once)
     run = train(job, tiny_data, tmp_path / "run")
     assert any("could not be written: " in words and "step-00000003" in words for words in said.messages)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
@@ -117,7 +117,7 @@ def test_the_last_save_must_succeed(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_synced", fail)
+    monkeypatch.setattr(async_save, "write_synced", fail)
     with pytest.raises(UserError, match="No space left"):
         train(job, tiny_data, tmp_path / "run", "trainer.max_steps=1")
 

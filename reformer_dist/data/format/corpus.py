@@ -11,8 +11,8 @@ from typing import Any
 
 from reformer_dist.data.format.cache import FileCache
 from reformer_dist.data.format.dataset import CACHE_FOLDER, CACHE_GB, Dataset
+from reformer_dist.data.format.dataset_layout import SPLITS, Shard
 from reformer_dist.data.format.index import ShardIndex
-from reformer_dist.data.format.layout import SPLITS, Shard
 from reformer_dist.errors import DataError
 
 MAX_SHOWN_CHANGES = 8

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.data.format.cache import FileCache
-from reformer_dist.data.format.index import IndexCache, ShardIndex
-from reformer_dist.data.format.layout import (
+from reformer_dist.data.format.dataset_layout import (
     DATASET_FILE,
     FORMAT_VERSION,
     SPLITS,
@@ -23,6 +22,7 @@ from reformer_dist.data.format.layout import (
     require_plain_name,
     require_sha256,
 )
+from reformer_dist.data.format.index import IndexCache, ShardIndex
 from reformer_dist.data.format.storage import Folder, LocalFolder, open_folder
 from reformer_dist.data.format.tokenizer import Tokenizer, load_tokenizer
 from reformer_dist.errors import DataError

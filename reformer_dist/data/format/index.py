@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reformer_dist.data.format.cache import FileRef
-from reformer_dist.data.format.layout import (
+from reformer_dist.data.format.dataset_layout import (
     FORMAT_VERSION,
     MAX_SAMPLE_BYTES,
     MEMBER_SUFFIX,

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset import Dataset
+from reformer_dist.data.format.dataset_layout import Shard
 from reformer_dist.data.format.index import HEADER_BYTES, IndexEntry, member_name
-from reformer_dist.data.format.layout import Shard
 from reformer_dist.errors import DataError
 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".npy")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.layout import id_dtype
+from reformer_dist.data.format.dataset_layout import id_dtype
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
 

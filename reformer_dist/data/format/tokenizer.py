@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.format.layout import (
+from reformer_dist.data.format.dataset_layout import (
     TOKENIZER_FILE,
     id_dtype,
     require_count,

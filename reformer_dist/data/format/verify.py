@@ -9,7 +9,7 @@ from contextlib import closing
 
 from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset import Dataset
-from reformer_dist.data.format.layout import SPLITS, Shard
+from reformer_dist.data.format.dataset_layout import SPLITS, Shard
 from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleReader, SampleRef
 from reformer_dist.errors import DataError
 

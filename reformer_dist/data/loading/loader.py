@@ -20,9 +20,9 @@ import numpy as np
 
 from reformer_dist.data.format.quarantine import CheckedReader, DamagedSample, Quarantine, SampleId
 from reformer_dist.data.loading.collate import Batch, Example, MakeExample, collate, next_token_examples
+from reformer_dist.data.loading.loader_state import LoaderState
 from reformer_dist.data.loading.packing import TokenStream
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
-from reformer_dist.data.loading.state import LoaderState
 
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.1  # between two checks of whether the loader is closed

@@ -8,9 +8,9 @@ import numpy as np
 
 from reformer_dist.data.format.quarantine import SampleId
 from reformer_dist.data.format.sample_reader import SampleRef
+from reformer_dist.data.loading.loader_state import LoaderState, join_digests
 from reformer_dist.data.loading.packing import Span, Tokens
 from reformer_dist.data.loading.sampler import Sampler
-from reformer_dist.data.loading.state import LoaderState, join_digests
 
 
 class Replay:

@@ -30,7 +30,7 @@ from reformer_dist.ops.lsh.partition import (
     window_recipients,
 )
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
-from reformer_dist.parallel.packing import Record, pack_bits, unpack_bits
+from reformer_dist.parallel.row_format import Record, pack_bits, unpack_bits
 
 PHASE = "count"
 # Local tokens that travel in one message: few enough for the next message to overlap with their attention, and for

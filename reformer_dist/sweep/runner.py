@@ -17,11 +17,11 @@ from reformer_dist.process.log import logger
 from reformer_dist.run.compose import compose_run, plain
 from reformer_dist.sweep.driver import Command, Driver, SearchStrategy
 from reformer_dist.sweep.grid import GridSearch, combinations, trial_name
-from reformer_dist.sweep.metrics import COVERAGE, read_coverage, read_metrics, summarise
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.report import best_first, write_report
 from reformer_dist.sweep.request import SweepRequest, as_override, drop_key
-from reformer_dist.sweep.state import SweepFile, Trial, TrialStatus, read_all
+from reformer_dist.sweep.trial_metrics import COVERAGE, read_coverage, read_metrics, summarise
+from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus, read_all
 
 # groups and keys that do not affect the results of a trial
 EXCLUDED_FROM_DIGEST = ("launcher", "sweep", "output_dir", "resume")

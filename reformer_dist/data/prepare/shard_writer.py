@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from reformer_dist.data.format.layout import (
+from reformer_dist.data.format.dataset_layout import (
     DATASET_FILE,
     FORMAT_VERSION,
     MAX_SAMPLE_BYTES,

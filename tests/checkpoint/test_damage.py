@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 
 from reformer_dist.checkpoint import (
     CheckpointReader,
+    async_save,
     find_checkpoint,
     resolve_checkpoint,
     verify_checkpoint,
-    writer,
 )
 from reformer_dist.distributed.runtime import SharedError
 from reformer_dist.errors import CheckpointError
@@ -115,7 +115,7 @@ def test_a_crash_leaves_the_old_one_and_no_half(
     def crash(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, place, crash)
+    monkeypatch.setattr(async_save, place, crash)
     for error in write(tmp_path, 2):
         assert isinstance(error, SharedError)
         assert "No space left on device" in str(error)
@@ -142,14 +142,14 @@ def test_a_kill_before_the_rename_is_no_checkpoint(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_one_rank_that_fails_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_rank: int) -> None:
     """The safetensors error of a full disk must not leave the other ranks waiting."""
-    save = writer.save_file
+    save = async_save.save_file
 
     def fail(tensors: dict[str, object], path: Path) -> None:
         if f"rank-0000{bad_rank}" in path.name:
             raise SafetensorError("I/O error: No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(writer, "save_file", fail)
+    monkeypatch.setattr(async_save, "save_file", fail)
     errors = write(tmp_path, 1)
     assert len({str(error) for error in errors}) == 1
     assert all(isinstance(error, SharedError) for error in errors)

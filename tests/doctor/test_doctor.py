@@ -83,14 +83,14 @@ def test_few_open_files_are_warned_of():
 
 
 def test_little_shared_memory_is_warned_of(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "ENOUGH_SHARED", 2**62)
+    monkeypatch.setattr(check_machine, "ENOUGH_SHARED", 2**62)
     (finding,) = check_machine.check_shared_memory(tmp_path)
     assert finding.state is CheckState.warning and "--shm-size" in finding.advice
 
 
 def test_packages_of_another_version_fail(monkeypatch):
     monkeypatch.setattr(
-        machine, "_version", lambda package: {"deepspeed": "0.1", "numpy": None}.get(package, "99")
+        check_machine, "_version", lambda package: {"deepspeed": "0.1", "numpy": None}.get(package, "99")
     )
     failed = {finding.name for finding in check_machine.check_versions() if finding.state is CheckState.failed}
     assert {"deepspeed", "numpy"} <= failed

@@ -15,7 +15,7 @@ from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule
-from reformer_dist.parallel import SlicedSequence, plan
+from reformer_dist.parallel import SlicedSequence, exchange_plan
 
 
 class Mode(NamedTuple):
@@ -258,9 +258,9 @@ def run_exact_attention(job: Runtime, mesh: tuple[int, int]) -> None:
 
 @contextmanager
 def mesh_of(job: Runtime, mesh: tuple[int, int], mode: str) -> Iterator[SequenceMesh]:
-    before = plan.GROUP_TOKENS["cpu"]
-    plan.GROUP_TOKENS["cpu"] = MODES[mode].group_tokens
+    before = exchange_plan.GROUP_TOKENS["cpu"]
+    exchange_plan.GROUP_TOKENS["cpu"] = MODES[mode].group_tokens
     try:
         yield make_mesh(job, *mesh, overlaps=MODES[mode].overlaps)
     finally:
-        plan.GROUP_TOKENS["cpu"] = before
+        exchange_plan.GROUP_TOKENS["cpu"] = before

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set that no test changes."""
+    """A dataset that no test changes."""
     return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts text to a data set for training: tokenized tar shards with train and held-out splits."""
+"""Converts text to a dataset for training: tokenized tar shards with train and held-out splits."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help="text files and folders")
-    add("--output", required=True, type=Path, metavar="DIR", help="output folder of the data set")
+    add("--output", required=True, type=Path, metavar="DIR", help="output folder of the dataset")
     add("--source", type=Path, metavar="FILE", help="parallel text: source lines")
     add("--target", type=Path, metavar="FILE", help="parallel text: target lines, as many as in --source")
     add("--fields", nargs="+", metavar="NAME", help="text fields of each .jsonl line, in order")
@@ -180,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--shard-mb", type=float, default=16.0, metavar="F", help="size of a shard in MiB (default: 16)")
     add("--heldout", type=float, default=0.05, metavar="F", help="held-out fraction of documents (default: 0.05)")
     add("--jsonl-field", default="text", metavar="NAME", help="text field (default: text)")
-    add("--overwrite", action="store_true", help="replace an existing data set in DIR")
+    add("--overwrite", action="store_true", help="replace an existing dataset in DIR")
     arguments = parser.parse_args()
     problem = check_arguments(arguments)
     if problem:

@@ -1,6 +1,6 @@
-"""Data: from text to batches, with data sets of tar shards and an order that is the same for any number of ranks.
+"""Data: from text to batches, with datasets of tar shards and an order that is the same for any number of ranks.
 
-`format` has data sets on disk, `prepare` writes them from raw files, and `loading` turns them into batches.
+`format` has datasets on disk, `prepare` writes them from raw files, and `loading` turns them into batches.
 """
 
 from reformer_dist.data.format.corpus import Corpus, CorpusShard, describe_changes

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Checks whether this machine is fit to train a Reformer. Exits with 1 if a check fails.",
         epilog="under torchrun, it checks the job: torchrun --nproc_per_node=2 -m reformer_dist.doctor",
     )
-    parser.add_argument("--data", type=Path, help="a data set to check")
+    parser.add_argument("--data", type=Path, help="a dataset to check")
     parser.add_argument("--output", type=Path, default=Path(), help="where runs will be written (default: here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
@@ -58,7 +58,7 @@ def run_checks(arguments: argparse.Namespace) -> list[Finding]:
 
 
 def check_data(folder: Path) -> Iterator[Finding]:
-    """The data set opens, and each shard has the size recorded in its index."""
+    """The dataset opens, and each shard has the size recorded in its index."""
     try:
         corpus = open_corpus(DataConfig(path=str(folder)), ["train"])
     except UserError as error:

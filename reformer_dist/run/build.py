@@ -83,7 +83,7 @@ def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
 
 
 def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
-    """Opens the data sets and makes their task. Raises UserError, alike on every rank."""
+    """Opens the datasets and makes their task. Raises UserError, alike on every rank."""
     return runtime.together(lambda: open_task_data(config))
 
 

@@ -1,4 +1,4 @@
-"""Training data of a run: data sets, sampling order, position to resume from, and the log of damaged samples."""
+"""Training data of a run: datasets, sampling order, position to resume from, and the log of damaged samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
-    """Opens the run's data sets, and checks that no shard of these splits is missing. Raises DataError."""
+    """Opens the run's datasets, and checks that no shard of these splits is missing. Raises DataError."""
     corpus = Corpus.open(data.paths(), data.weights, data.cache_dir, data.cache_gb)
     for split in splits:
         for warning in corpus.check(split, data.max_damaged_fraction):
@@ -51,7 +51,7 @@ def open_training_corpus(config: RunConfig) -> Corpus:
 
 
 def open_task_data(config: RunConfig) -> TaskData:
-    """Opens the data sets of a training run and makes their task. Raises DataError if they do not fit."""
+    """Opens the datasets of a training run and makes their task. Raises DataError if they do not fit."""
     corpus = open_training_corpus(config)
     task = make_task(config, corpus.tokenizer, corpus.labels)
     task.check(corpus)

@@ -27,7 +27,7 @@ KINDS: dict[TaskKind, type[Task]] = {
 
 
 def make_task(config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Task:
-    """The task of config.task.kind; `labels` are those of its data set, for classification."""
+    """The task of config.task.kind; `labels` are those of its dataset, for classification."""
     return KINDS[config.task.kind](config, tokenizer, labels)
 
 

@@ -58,7 +58,7 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, corpus: Corpus) -> None:
-        """Raises DataError if the task can't read the data sets."""
+        """Raises DataError if the task can't read the datasets."""
 
     @abstractmethod
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
@@ -86,9 +86,9 @@ class SampleTask(Task):
     """A task whose rows hold one sample each."""
 
     field_names: ClassVar[tuple[str, ...]] = ("text",)
-    """Roles of the fields of a sample, in order; a data set may name them differently."""
+    """Roles of the fields of a sample, in order; a dataset may name them differently."""
     make_shards_args: ClassVar[str]
-    """Arguments of tools/make_shards.py that write such a data set."""
+    """Arguments of tools/make_shards.py that write such a dataset."""
 
     @abstractmethod
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example: ...

@@ -37,7 +37,7 @@ class LanguageModel(Task):
         for dataset in corpus.datasets:
             if len(dataset.fields) > 1:
                 kind, found = self.config.task.kind.name, ", ".join(dataset.fields)
-                right = f"task.kind={kind} reads running text; give a data set of text, or another task.kind"
+                right = f"task.kind={kind} reads running text; give a dataset of text, or another task.kind"
                 raise DataError(f"data.path={dataset.folder.address}: its samples hold {found}; {right}")
 
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:

@@ -66,7 +66,7 @@ def test_resume_is_exact_and_elastic(
     weights: list[float] | None,
     damaged: bool,
 ) -> None:
-    """Two data sets, pooled or mixed, whole or damaged; resumed on another number of ranks and threads."""
+    """Two datasets, pooled or mixed, whole or damaged; resumed on another number of ranks and threads."""
     corpus = Corpus(corpora[damaged].datasets, weights)
     changed: dict[str, Any] = {"seq_len": seq_len, "batch_size": 4}
     whole, end = read_world(corpus, n_steps + 3, **changed)
@@ -80,7 +80,7 @@ def test_resume_is_exact_and_elastic(
 
 @pytest.fixture(scope="module")
 def corpora(make_dataset: Callable[..., Dataset]) -> dict[bool, Corpus]:
-    """Two data sets, undamaged and damaged."""
+    """Two datasets, undamaged and damaged."""
     both = {}
     for damaged in (False, True):
         datasets = [make_dataset(), make_dataset([(f"n{n}", b"number %d. " % n * (n % 7 + 1)) for n in range(80)])]

@@ -1,4 +1,4 @@
-"""The smallest data set and configuration that still use every part."""
+"""The smallest dataset and configuration that still use every part."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A local cache of remote files with a size limit, shared by all processes that use the same folder.
 
-Copies are keyed by the sha256 that they should have, so data sets share copies of common shards. A copy is written
+Copies are keyed by the sha256 that they should have, so datasets share copies of common shards. A copy is written
 to a temporary file and renamed, so a killed process leaves no partial copy. Space is reserved before a download,
 under a lock, by removing the least recently used copies; a removed file stays readable while it is open.
 """
@@ -25,7 +25,7 @@ MAX_DOWNLOADS = 3  # of a file whose content is wrong in a different way each ti
 
 @dataclass(frozen=True)
 class FileRef:
-    """A file of a data set as recorded: name, size in bytes (None if unknown) and sha256."""
+    """A file of a dataset as recorded: name, size in bytes (None if unknown) and sha256."""
 
     name: str
     size: int | None

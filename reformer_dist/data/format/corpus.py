@@ -1,4 +1,4 @@
-"""All data sets that a run reads: their shards and weights, and the record of them in a checkpoint."""
+"""All datasets that a run reads: their shards and weights, and the record of them in a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MAX_SHOWN_CHANGES = 8
 
 @dataclass(frozen=True)
 class CorpusShard:
-    """A shard of one of the data sets of a corpus."""
+    """A shard of one of the datasets of a corpus."""
 
     dataset_index: int
-    """Index of its data set in the corpus."""
+    """Index of its dataset in the corpus."""
     dataset: Dataset
     shard: Shard
 
@@ -33,10 +33,10 @@ class CorpusShard:
 
 
 class Corpus:
-    """Data sets with one tokenizer, pooled or mixed by weight."""
+    """Datasets with one tokenizer, pooled or mixed by weight."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:
-        """weights: relative number of rows from each data set; None pools all shards as if of one data set.
+        """weights: relative number of rows from each dataset; None pools all shards as if of one dataset.
 
         Raises DataError if tokenizers, labels or numbers of fields differ.
         """
@@ -60,7 +60,7 @@ class Corpus:
         cache_folder: str | Path | None = None,
         cache_gb: float = CACHE_GB,
     ) -> Corpus:
-        """Opens the data sets of these folders and URLs. Raises DataError if one is missing or broken."""
+        """Opens the datasets of these folders and URLs. Raises DataError if one is missing or broken."""
         cache = FileCache(cache_folder or CACHE_FOLDER, int(cache_gb * 2**30))
         return cls([Dataset.open(address, cache) for address in addresses], weights)
 
@@ -70,7 +70,7 @@ class Corpus:
         return ", ".join(dataset.folder.address for dataset in self.datasets)
 
     def shards(self, split: str) -> list[CorpusShard]:
-        """Shards of "train" or "heldout", data set by data set, in the order they were written."""
+        """Shards of "train" or "heldout", dataset by dataset, in the order they were written."""
         return [
             CorpusShard(index, dataset, shard)
             for index, dataset in enumerate(self.datasets)
@@ -83,7 +83,7 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean bytes of text per training token, weighted like the data sets."""
+        """Mean bytes of text per training token, weighted like the datasets."""
         if self.weights is None:
             return self.total("text_bytes", "train") / self.total("tokens", "train")
         ratios = [
@@ -128,15 +128,15 @@ class Corpus:
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences of two records of a corpus, one line per shard or data set, at most MAX_SHOWN_CHANGES."""
+    """Differences of two records of a corpus, one line per shard or dataset, at most MAX_SHOWN_CHANGES."""
     lines = []
     if before["tokenizer"] != now["tokenizer"]:
         lines.append(f"the tokenizer was {before['tokenizer']} and is {now['tokenizer']}")
     if before["weights"] != now["weights"]:
         lines.append(f"data.weights were {before['weights']} and are {now['weights']}")
     old, new = before["datasets"], now["datasets"]
-    lines += [f"data set {dataset['address']} was removed" for dataset in old[len(new) :]]
-    lines += [f"data set {dataset['address']} was added" for dataset in new[len(old) :]]
+    lines += [f"dataset {dataset['address']} was removed" for dataset in old[len(new) :]]
+    lines += [f"dataset {dataset['address']} was added" for dataset in new[len(old) :]]
     for earlier, later in zip(old, new, strict=False):
         for split in SPLITS:
             lines += [f"{later['address']}: {change}" for change in _changed_shards(earlier[split], later[split])]

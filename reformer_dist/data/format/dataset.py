@@ -1,4 +1,4 @@
-"""A data set: its tokenizer, splits and shards, checked when it is opened."""
+"""A dataset: its tokenizer, splits and shards, checked when it is opened."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Dataset:
         folder = open_folder(str(address), cache or FileCache(CACHE_FOLDER, int(CACHE_GB * 2**30)))
         where = folder.where(DATASET_FILE)
         if isinstance(folder, LocalFolder) and not (folder.path / DATASET_FILE).is_file():
-            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {_missing_hint(folder.path)}")
+            raise DataError(f"{folder.path}: holds no dataset (no {DATASET_FILE}); {_missing_hint(folder.path)}")
         record = parse_json(folder.read(DATASET_FILE), where)
         _check_record(record, where)
         tokenizer = _load_tokenizer(record["tokenizer"], folder)
@@ -72,7 +72,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tokenizer and the records of all shards, independent of the data set's address."""
+        """sha256 of the tokenizer and the records of all shards, independent of the dataset's address."""
         listed = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
         named = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
         content = json.dumps([self.tokenizer_spec, listed, *named], sort_keys=True)
@@ -107,7 +107,7 @@ class Dataset:
 
 
 def _missing_hint(path: Path) -> str:
-    """How to get a data set, or how to find it if the working directory is not that of the run."""
+    """How to get a dataset, or how to find it if the working directory is not that of the run."""
     fix = f"make one with: python tools/make_shards.py INPUT --output {path}"
     if path.is_absolute():
         return fix
@@ -116,7 +116,7 @@ def _missing_hint(path: Path) -> str:
 
 def _check_record(record: Mapping[str, Any], where: str) -> None:
     if record.get("format") != FORMAT_VERSION:
-        fix = "write the data set again with tools/make_shards.py"
+        fix = "write the dataset again with tools/make_shards.py"
         raise DataError(
             f"{where}: format {record.get('format')!r} is not {FORMAT_VERSION}, which this version reads; {fix}"
         )

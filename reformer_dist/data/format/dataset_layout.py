@@ -1,4 +1,4 @@
-"""The layout of a data set on disk: file names, and the record of one shard.
+"""The layout of a dataset on disk: file names, and the record of one shard.
 
 docs/data_order.md describes the format for users.
 """
@@ -82,7 +82,7 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not valid JSON ({error}); write the data set again") from error
+        raise DataError(f"{where}: is not valid JSON ({error}); write the dataset again") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: holds a {type(value).__name__}; it must hold a JSON object")
     return value

@@ -16,7 +16,7 @@ from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleRe
 from reformer_dist.errors import DataError
 
 SampleId = tuple[int, str, str]
-"""(data set index, shard name, key)."""
+"""(dataset index, shard name, key)."""
 
 
 @dataclass(frozen=True)

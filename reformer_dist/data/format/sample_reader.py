@@ -34,7 +34,7 @@ class DamagedSampleError(Exception):
 
 @dataclass(frozen=True)
 class SampleRef:
-    """A reference to a sample of a data set."""
+    """A reference to a sample of a dataset."""
 
     dataset: Dataset
     shard: Shard
@@ -118,7 +118,7 @@ def _tokens(payload: bytes, ref: SampleRef) -> NDArray[np.unsignedinteger]:
     ids = np.frombuffer(payload, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"))
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
         right = f"ids must be below {tokenizer.vocab_size}"
-        raise DataError(f"{ref.where} holds token {int(ids.max())}; {right}: write the data set again")
+        raise DataError(f"{ref.where} holds token {int(ids.max())}; {right}: write the dataset again")
     ends = np.cumsum(ref.entry.lengths or [len(ids)])
     narrow = np.promote_types(tokenizer.dtype, np.min_scalar_type(tokenizer.eos_id))
     return np.insert(ids.astype(narrow), ends, tokenizer.eos_id)

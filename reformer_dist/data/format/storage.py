@@ -1,4 +1,4 @@
-"""Folders of data sets: local, or remote (http:, https: and s3:) through fsspec.
+"""Folders of datasets: local, or remote (http:, https: and s3:) through fsspec.
 
 A file of a remote folder is copied whole into the cache when it is first opened. Addresses are checked before use,
 so that none runs a command or chains file systems.
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Folder(Protocol):
-    """The folder of one data set."""
+    """The folder of one dataset."""
 
     @property
     def address(self) -> str:

@@ -1,4 +1,4 @@
-"""Verification of every byte of a data set against its checksums."""
+"""Verification of every byte of a dataset against its checksums."""
 
 from __future__ import annotations
 

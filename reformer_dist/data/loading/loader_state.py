@@ -189,5 +189,5 @@ def _read_quarantine(state: Mapping[str, Any]) -> set[SampleId]:
     try:
         return {(int(number), str(shard), str(key)) for number, shard, key in listed}  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
-        right = "it must list the data set number, shard and key of each sample"
+        right = "it must list the dataset number, shard and key of each sample"
         raise DataError(f"data state: quarantine is {listed!r}; {right}") from error

@@ -25,7 +25,7 @@ HASH_BYTES = 16
 Tokens = NDArray[Any] | range
 """Token ids of a sample, or a range of the same length if only positions are needed."""
 OpenSample = Callable[[int, SampleRef], Tokens | None]
-"""(data set index, sample) -> its tokens, or None if it is damaged and must be skipped."""
+"""(dataset index, sample) -> its tokens, or None if it is damaged and must be skipped."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Span:
 
     @property
     def id(self) -> str:
-        """Identifies the tokens among all data sets of the run. The running hash is computed from these ids."""
+        """Identifies the tokens among all datasets of the run. The running hash is computed from these ids."""
         return f"{self.dataset_index}/{self.ref.shard.name}/{self.ref.entry.key}:{self.start}-{self.stop}"
 
 

@@ -1,6 +1,6 @@
 """Which samples each row reads: a pure function of the seed and the shard indexes.
 
-A pool is a list of shards: all shards of the run or, if data sets are mixed by weight, those of one data set. Pass
+A pool is a list of shards: all shards of the run or, if datasets are mixed by weight, those of one dataset. Pass
 k over a pool is the concatenation of its shards, permuted by (seed, pool, k), with the samples of each permuted by
 (seed, pool, k, shard). This sequence of tokens, or of samples if a row holds one sample, is cut into V equal
 ranges, one per virtual stream. A position in a stream is therefore one integer, the units (tokens or samples)

@@ -77,7 +77,7 @@ def read_documents(
 
 
 def _files_of(path: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
-    """(file, name in the data set) of each file of an input."""
+    """(file, name in the dataset) of each file of an input."""
     if path.is_dir():
         root = path.resolve().name
         for file in _files_below(path, suffixes, skipped):

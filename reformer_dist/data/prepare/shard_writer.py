@@ -1,7 +1,7 @@
-"""Writer of data sets: tar shards, their indexes, and dataset.json.
+"""Writer of datasets: tar shards, their indexes, and dataset.json.
 
 The same documents produce the same shards, bit for bit. Everything is written to a staging folder and moved into
-place at the end, dataset.json last, so that a data set that opens is complete and a failure leaves an older one as
+place at the end, dataset.json last, so that a dataset that opens is complete and a failure leaves an older one as
 it was.
 """
 
@@ -69,7 +69,7 @@ def write_dataset(
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> WriteSummary:
-    """Writes (name, text) documents as a data set. See `write_samples`."""
+    """Writes (name, text) documents as a dataset. See `write_samples`."""
     samples = (RawSample(name, (text,)) for name, text in documents)
     return write_samples(samples, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
 
@@ -86,12 +86,12 @@ def write_samples(
     fields: Sequence[str] = TEXT_FIELDS,
     labels: Sequence[str] = (),
 ) -> WriteSummary:
-    """Writes samples, each with one text per name in `fields`, as a data set.
+    """Writes samples, each with one text per name in `fields`, as a dataset.
 
     shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
     out; by default a `heldout_fraction` of the samples, selected by content. labels: all labels that the metadata
     may hold. Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be
-    written, or it already holds a data set and `overwrite` is False.
+    written, or it already holds a dataset and `overwrite` is False.
     """
     folder = Path(folder)
     if shard_bytes < 1:
@@ -99,7 +99,7 @@ def write_samples(
     if not 0 <= heldout_fraction < 1:
         raise DataError(f"heldout_fraction={heldout_fraction}: must be at least 0 and below 1")
     if not overwrite and any(_existing(folder)):
-        raise DataError(f"{folder}: already holds a data set; give another folder, or --overwrite to replace it")
+        raise DataError(f"{folder}: already holds a dataset; give another folder, or --overwrite to replace it")
     with _staging(folder) as staging:
         assigned = assign_splits(samples, heldout, heldout_fraction)
         summary = _write_splits(assigned, staging, tokenizer, shard_bytes, labels)
@@ -201,7 +201,7 @@ def _describe(
 
 
 def _move_into_place(staging: Path, folder: Path, record: dict[str, Any]) -> None:
-    # first, so that a mixture of the old and the new data set never opens
+    # first, so that a mixture of the old and the new dataset never opens
     (folder / DATASET_FILE).unlink(missing_ok=True)
     for path in list(_existing(folder)):
         path.unlink()

@@ -20,7 +20,7 @@ from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.coverage import Coverage, measure_coverage
 from reformer_dist.ops.lsh.shared_keys import shared_keys
-from reformer_dist.parallel.sequence import share_sequences
+from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
@@ -132,7 +132,7 @@ def _select_rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, 
 
 
 def _evaluate(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
-    sequence = share_sequences(loaded.config, job, arguments.batch)
+    sequence = make_sequence(loaded.config, job, arguments.batch)
     task, mesh = loaded.task, sequence.mesh
     batches = task.heldout(corpus, _select_rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
     return evaluate(loaded.model, batches, task, job, sequence)

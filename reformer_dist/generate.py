@@ -272,8 +272,8 @@ def _check_sources(request: Request) -> Request:
     """Checks prompts that are sources; they are not shown, since the output does not continue them."""
     for prompt in request.prompts:
         if not prompt.text.strip():
-            right = "it must contain the source of a sequence_to_sequence model"
-            raise ConfigError(f"{prompt.name}: is empty; {right}")
+            requirement = "it must contain the source of a sequence_to_sequence model"
+            raise ConfigError(f"{prompt.name}: is empty; {requirement}")
     return replace(request, prompts=[replace(prompt, is_shown=False) for prompt in request.prompts])
 
 

@@ -23,7 +23,7 @@ def train(config: RunConfig) -> None:
     from reformer_dist.distributed import runtime
 
     if not runtime.is_rank():
-        config.launcher.require_read()
+        config.launcher.refuse_unused_keys()
         if config.launcher.kind is not LauncherKind.none:
             _launch(config, sys.argv[1:])
             return

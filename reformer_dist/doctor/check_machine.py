@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from reformer_dist.doctor.findings import Finding, failed, ok, warning
-from reformer_dist.ops.lsh.native.library import why_unavailable
+from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.process.cores import usable_cores
 
 GIB = 2**30
@@ -91,7 +91,7 @@ def check_compiler() -> Iterator[Finding]:
 
 def check_native_backend() -> Iterator[Finding]:
     """Whether the native backend is available."""
-    reason = why_unavailable()
+    reason = unavailable_reason()
     message = "native backend" if reason is None else f"torch backend: the native one {reason}"
     if reason is None or torch.cuda.is_available():
         yield ok("attention on the CPU", message)

@@ -19,7 +19,7 @@ from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.attention import Exchange
-from reformer_dist.ops.lsh.backends import why_not
+from reformer_dist.ops.lsh.backends import unsupported_reason
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
         )
 
     @staticmethod
-    def _open_exchange(
+    def _get_exchange(
         bucket_ids: Callable[[], Tensor],
         options: AttentionOptions,
         context: ForwardContext,
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
         """The exchange of this call; a recompute gets that of the first run, with its bucket ids."""
         if cache is not None and layer in cache.exchanges:
             return cache.exchanges[layer]
-        exchange = context.sequence.open_exchange(bucket_ids(), options, context.key_padding_mask)
+        exchange = context.sequence.make_exchange(bucket_ids(), options, context.key_padding_mask)
         if cache is not None:
             cache.exchanges[layer] = exchange
         return exchange
@@ -136,7 +136,7 @@ class LSHSelfAttention(SelfAttention):
         options = self._options(
             AttentionKind.lsh, config.qk_scale, context, layer, count_pairs_once=config.count_pairs_once
         )
-        exchange = self._open_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
+        exchange = self._get_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
         return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
@@ -160,7 +160,7 @@ class LocalSelfAttention(SelfAttention):
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         options = self._options(AttentionKind.local, self.head_dim**-0.5, context, layer)
-        exchange = self._open_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
+        exchange = self._get_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 
 
@@ -181,7 +181,7 @@ class ExactSelfAttention(SelfAttention):
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
 
 
-def require_attention(config: ModelConfig, device: torch.device) -> None:
+def check_attention_backend(config: ModelConfig, device: torch.device) -> None:
     """Raises ConfigError where model.attention_backend can't run on the device."""
     kinds = set(config.layer_kinds())
     if kinds == {AttentionKind.exact}:
@@ -189,7 +189,7 @@ def require_attention(config: ModelConfig, device: torch.device) -> None:
     name = config.attention_backend.name
     rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
     chunks = any(isinstance(rule, ChunkRule) for rule in rules)
-    reason = why_not(name, device, config.resolved_head_dim, chunks=chunks)
+    reason = unsupported_reason(name, device, config.resolved_head_dim, chunks=chunks)
     if reason is not None:
         raise ConfigError(f"model.attention_backend={name}: {reason}")
 

@@ -54,12 +54,12 @@ class SequenceAccess(Protocol):
     """What a model asks of its sequence."""
 
     @property
-    def n_parts(self) -> int:
+    def n_slices(self) -> int:
         """Parts that the whole sequence is in."""
         ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n_parts, ...]: what each part has for x, in order of positions. Differentiable."""
+        """[n_slices, ...]: what each part has for x, in order of positions. Differentiable."""
         ...
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
@@ -73,7 +73,7 @@ class SequenceAccess(Protocol):
         """The attention of a layer."""
         ...
 
-    def open_exchange(
+    def make_exchange(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
         """The exchange for an attention call and its recompute.
@@ -90,7 +90,7 @@ class SequenceAccess(Protocol):
 class WholeSequence:
     """All tokens are at hand."""
 
-    n_parts = 1
+    n_slices = 1
 
     def gather(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0)
@@ -104,7 +104,7 @@ class WholeSequence:
     def of_layer(self, layer: int) -> LayerAccess:
         return self
 
-    def open_exchange(
+    def make_exchange(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
         return LocalExchange(bucket_ids, options, key_padding_mask)

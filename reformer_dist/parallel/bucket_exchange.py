@@ -23,7 +23,7 @@ from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
 from reformer_dist.parallel.combine import Combiner, MergedCombiner, RoundCombiner
 from reformer_dist.parallel.dispatch import TokenDispatcher, as_heads
 from reformer_dist.parallel.exchange_plan import ExchangePlan, Route, Selection
-from reformer_dist.parallel.row_format import Record
+from reformer_dist.parallel.row_format import RowFormat
 
 
 class BucketExchange:
@@ -113,7 +113,7 @@ class _Backward:
         self._dispatcher, self._tensors, self._sorter = dispatcher, tensors, sorter
         vector, number = (tensors.d_out.dtype, tensors.d_out.shape[3]), (torch.float32, 1)
         self._has_keys = tensors.k is not None
-        self._queries = Record(d_out=vector, lse=number, delta=number, **({"q": vector} if self._has_keys else {}))
+        self._queries = RowFormat(d_out=vector, lse=number, delta=number, **({"q": vector} if self._has_keys else {}))
         self._grads = dispatcher.keys
 
     def pack(self, route: Route) -> list[SplitRows]:

@@ -10,10 +10,10 @@ from torch import Tensor
 from reformer_dist.distributed.comm import SplitRows
 from reformer_dist.ops.lsh.attention import Forward, Sorter
 from reformer_dist.ops.lsh.online_softmax import LOWEST, PartialSoftmax
-from reformer_dist.ops.lsh.torch_tiles.attention import SortedTiles
+from reformer_dist.ops.lsh.torch_tiles.attention import TorchSortedShard
 from reformer_dist.parallel.dispatch import Received, TokenDispatcher
 from reformer_dist.parallel.exchange_plan import Route
-from reformer_dist.parallel.row_format import Record
+from reformer_dist.parallel.row_format import RowFormat
 
 
 class Combiner(Protocol):
@@ -39,7 +39,7 @@ class MergedCombiner:
     def __init__(self, dispatcher: TokenDispatcher) -> None:
         self._dispatcher = dispatcher
         self._width = dispatcher.v.shape[3]
-        self._record = Record(o=(dispatcher.v.dtype, self._width), lse=(torch.float32, 1))
+        self._record = RowFormat(o=(dispatcher.v.dtype, self._width), lse=(torch.float32, 1))
 
     def attend(self, route: Route, received: Received, sorter: Sorter) -> SplitRows:
         v, rows = received.v, received.tokens.query_rows
@@ -73,12 +73,12 @@ class RoundCombiner:
     def __init__(self, dispatcher: TokenDispatcher) -> None:
         self._dispatcher = dispatcher
         self._width = dispatcher.v.shape[3]
-        self._record = Record(o=(torch.float32, self._width), top=(torch.float32, 1), weight=(torch.float32, 1))
+        self._record = RowFormat(o=(torch.float32, self._width), top=(torch.float32, 1), weight=(torch.float32, 1))
 
     def attend(self, route: Route, received: Received, sorter: Sorter) -> SplitRows:
         source = received.tokens.positions // self._dispatcher.plan.n_local
         order = sorter.sort(received.shard)
-        assert isinstance(order, SortedTiles)
+        assert isinstance(order, TorchSortedShard)
         packed, sources = [], []
         for layout, sums in order.attend_rounds(received.q, received.k, received.v):
             rows = (layout.slot_of_row < layout.query_slots.numel() - 1).nonzero().squeeze(1)

@@ -17,7 +17,7 @@ from reformer_dist.parallel.exchange_plan import (
     received_shard,
     received_tokens,
 )
-from reformer_dist.parallel.row_format import Record
+from reformer_dist.parallel.row_format import RowFormat
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class TokenDispatcher:
         self.plan, self.comm = plan, comm
         self.q, self.k, self.v = q, k, v
         vector = (v.dtype, v.shape[3])
-        self.keys = Record(k=vector, v=vector)
-        self.queries = Record(q=vector)
+        self.keys = RowFormat(k=vector, v=vector)
+        self.queries = RowFormat(q=vector)
         self._head_index = options.head_indices(v.shape[0], v.shape[1], v.device)
 
     @staticmethod
@@ -70,7 +70,7 @@ class TokenDispatcher:
         rows = self.keys.pack(k=self.rows_of(keys, route)[tokens], v=self.rows_of(self.v, route)[tokens])
         return SplitRows(rows, route.sent.splits, route.received.splits)
 
-    def pack_queries(self, route: Route, record: Record, **values: Tensor) -> SplitRows:
+    def pack_queries(self, route: Route, record: RowFormat, **values: Tensor) -> SplitRows:
         """Fields [B, H, S, width] of the tokens that other ranks attend as queries."""
         tokens = route.sent_queries.tokens(self.plan.n_local)
         rows = record.pack(**{name: self.rows_of(value, route)[tokens] for name, value in values.items()})

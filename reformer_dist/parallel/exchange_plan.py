@@ -30,7 +30,7 @@ from reformer_dist.ops.lsh.partition import (
     window_recipients,
 )
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
-from reformer_dist.parallel.row_format import Record, pack_bits, unpack_bits
+from reformer_dist.parallel.row_format import RowFormat, pack_bits, unpack_bits
 
 PHASE = "count"
 # Local tokens that travel in one message: few enough for the next message to overlap with their attention, and for
@@ -219,7 +219,7 @@ def _make_route(
     if local.codes is not None:
         fields["codes"] = (torch.int32, ids.shape[1])
         values["codes"] = local.codes[head, :, token]
-    record = Record(**fields)
+    record = RowFormat(**fields)
     received_bits = comm.all_to_all(bits, PHASE)
     sent, sent_queries, received, received_queries = (
         Selection.of(both[:, which].contiguous()) for both in (bits, received_bits) for which in (0, 1)

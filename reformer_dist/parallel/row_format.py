@@ -8,7 +8,7 @@ from torch import Tensor
 ALIGNMENT = 4  # bytes
 
 
-class Record:
+class RowFormat:
     """Named fields of a row: (dtype, width) each, at offsets that suit their dtype."""
 
     def __init__(self, **fields: tuple[torch.dtype, int]) -> None:

@@ -54,7 +54,7 @@ class SlicedSequence:
         return (places < self.seq_len).expand(batch, -1)
 
     @property
-    def n_parts(self) -> int:
+    def n_slices(self) -> int:
         return self.mesh.size
 
     def gather(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class SlicedSequence:
     def of_layer(self, layer: int) -> SlicedSequence:
         return self
 
-    def open_exchange(
+    def make_exchange(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
         """After the head exchange, if any: of whole sequences, or bucket by bucket."""
@@ -108,8 +108,8 @@ class SlicedSequence:
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
         comm, n_heads = self.mesh.sequence_group, q.shape[1]
-        q, k, v = (self._whole_heads(x) for x in (q, k, v))
-        mask = self._whole_mask(key_padding_mask)
+        q, k, v = (self._to_whole_sequences(x) for x in (q, k, v))
+        mask = self._whole_sequence_mask(key_padding_mask)
         first_head = comm.index * n_heads // comm.size
         out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
         return to_slices(self._with_padding(out, self.mesh.size), comm, self._order)
@@ -127,12 +127,12 @@ class SlicedSequence:
         comm, n_heads, other = self.mesh.sequence_group, q.shape[1], sequence_of_keys
         part = keys()
         whole = CrossKeys(
-            other._whole_heads(part.k),
-            other._whole_heads(part.v),
-            other._whole_ids(part.ids),
-            other._whole_mask(part.padding_mask),
+            other._to_whole_sequences(part.k),
+            other._to_whole_sequences(part.v),
+            other._whole_sequence_ids(part.ids),
+            other._whole_sequence_mask(part.padding_mask),
         )
-        q, query_ids = self._whole_heads(q), self._whole_ids(query_ids)
+        q, query_ids = self._to_whole_sequences(q), self._whole_sequence_ids(query_ids)
         options = replace(options, n_heads=n_heads, first_head=comm.index * n_heads // comm.size)
         with self.mesh.stats.timed("attend"):
             out = cross_attention(q, query_ids, whole, options)
@@ -149,15 +149,15 @@ class SlicedSequence:
         """The rank of each slice."""
         return [self.mesh.rank_of_slice(index) for index in range(self.mesh.size)]
 
-    def _whole_heads(self, x: Tensor) -> Tensor:
+    def _to_whole_sequences(self, x: Tensor) -> Tensor:
         """[B, H, n_local, ...] -> [B, H / P, seq_len, ...]: all tokens with a share of the heads."""
         return self._without_padding(to_heads(x, self.mesh.sequence_group, self._order))
 
-    def _whole_ids(self, ids: Tensor | None) -> Tensor | None:
+    def _whole_sequence_ids(self, ids: Tensor | None) -> Tensor | None:
         """[B, H / P, R, seq_len] of [B, H, R, n_local]."""
-        return None if ids is None else self._whole_heads(ids.transpose(2, 3)).transpose(2, 3)
+        return None if ids is None else self._to_whole_sequences(ids.transpose(2, 3)).transpose(2, 3)
 
-    def _whole_mask(self, mask: Tensor | None) -> Tensor | None:
+    def _whole_sequence_mask(self, mask: Tensor | None) -> Tensor | None:
         """[B, seq_len] of [B, n_local]."""
         if mask is None:
             return None
@@ -178,7 +178,7 @@ def _join(part: Tensor, blocks: Tensor, dim: int) -> Tensor:
     return blocks.movedim(0, dim).reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])
 
 
-def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
+def make_sequence(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
     """How the ranks share sequences, in the mesh that was asked for or the one of least traffic.
 
     Every rank calls this, since it makes process groups. Raises ConfigError where the job has not the ranks.

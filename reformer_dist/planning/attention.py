@@ -11,7 +11,7 @@ import torch
 
 from reformer_dist.config import AttentionBackend
 from reformer_dist.models.layer_rule import LayerRule
-from reformer_dist.ops.lsh.backends import why_not
+from reformer_dist.ops.lsh.backends import unsupported_reason
 from reformer_dist.ops.lsh.native.attention import GROUP_TOKENS as NATIVE_TOKENS
 from reformer_dist.ops.lsh.options import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.partition import choose_tiling
@@ -53,7 +53,7 @@ def uses_native(job: JobSpec, layer: LayerRule) -> bool:
     is_selected = backend in (AttentionBackend.auto, AttentionBackend.native)
     chunks = isinstance(layer.rule, ChunkRule)
     head_dim, device = job.layer_shape.head_dim, torch.device("cpu")
-    return is_selected and job.device == "cpu" and why_not("native", device, head_dim, chunks=chunks) is None
+    return is_selected and job.device == "cpu" and unsupported_reason("native", device, head_dim, chunks=chunks) is None
 
 
 def native_backward(job: JobSpec, layer: LayerRule, n_heads: int, seq_len: int) -> float:

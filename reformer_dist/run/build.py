@@ -15,9 +15,9 @@ from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
-from reformer_dist.models.attention import require_attention
+from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.models.block import Block
-from reformer_dist.parallel.sequence import share_sequences
+from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import plain
 from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
@@ -78,8 +78,8 @@ def build_trainer(
 def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
     """Makes the sequence mesh, and divides the step's rows. Raises ConfigError, alike on every rank."""
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
-    runtime.together(lambda: require_attention(config.model, runtime.device))
-    return StepLayout(share_sequences(config, runtime, micro_batch), micro_batch, n_micro)
+    runtime.together(lambda: check_attention_backend(config.model, runtime.device))
+    return StepLayout(make_sequence(config, runtime, micro_batch), micro_batch, n_micro)
 
 
 def open_data(config: RunConfig, runtime: Runtime) -> TaskData:

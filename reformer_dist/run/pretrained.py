@@ -17,7 +17,7 @@ from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Tokenizer, load_tokenizer
 from reformer_dist.errors import CheckpointError, DataError
 from reformer_dist.models import ReformerLM
-from reformer_dist.models.attention import require_attention
+from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import run_config_from
 from reformer_dist.tasks import SequenceToSequence, Task, make_task
@@ -40,8 +40,8 @@ class LoadedModel:
         kind = self.config.task.kind
         if kind in (TaskKind.language_model, TaskKind.completion) and isinstance(self.model, ReformerLM):
             return self.model
-        right = "only language_model and completion continue a text; see reformer-evaluate"
-        raise CheckpointError(f"{self.checkpoint}: task.kind={kind.name}: {right}")
+        requirement = "only language_model and completion continue a text; see reformer-evaluate"
+        raise CheckpointError(f"{self.checkpoint}: task.kind={kind.name}: {requirement}")
 
     def begin(self, prompts: list[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
         """Returns (model, prefixes to decode from) for prompts [S], each beginning with an end-of-text token.
@@ -64,7 +64,7 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     saved = {key: value for key, value in reader.record.config.items() if key != "parallel"}
     saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_backend"}
     config = run_config_from(saved, overrides)
-    require_attention(config.model, device)
+    check_attention_backend(config.model, device)
     tokenizer = load_tokenizer(reader.record.tokenizer, reader.folder)
     _require_vocabulary(reader, tokenizer)
     task = make_task(config, tokenizer, reader.record.labels)
@@ -76,8 +76,8 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
 def _require_vocabulary(reader: CheckpointReader | Export, tokenizer: Tokenizer) -> None:
     expected = reader.record.vocab_size
     if tokenizer.vocab_size != expected:
-        right = f"the model was trained with one of {expected}; restore its own tokenizer"
-        raise CheckpointError(f"{reader.folder}: its tokenizer has {tokenizer.vocab_size} tokens; {right}")
+        requirement = f"the model was trained with one of {expected}; restore its own tokenizer"
+        raise CheckpointError(f"{reader.folder}: its tokenizer has {tokenizer.vocab_size} tokens; {requirement}")
 
 
 HEAD_PREFIX, TOKEN_EMBEDDING = "head.", "embedding.tokens"

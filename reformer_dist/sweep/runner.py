@@ -60,7 +60,7 @@ def _validate(request: SweepRequest) -> None:
         raise ConfigError(
             f"a sweep launches the ranks of its trials; run it without torchrun or deepspeed: {command}"
         )
-    request.launcher.require_read()
+    request.launcher.refuse_unused_keys()
     if not request.space:
         example = "such as model.n_hashes=2,4 or optim.lr=1e-3,3e-4"
         raise ConfigError(f"--multirun: no key has several values; give some, {example}")

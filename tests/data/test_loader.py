@@ -217,7 +217,7 @@ def test_an_interrupt_closes_the_loader(dataset: Dataset, monkeypatch: pytest.Mo
     def interrupt(self: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loader_module._Thread, "next_rows", interrupt)
+    monkeypatch.setattr(loader_module._ReaderThread, "next_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(loader)
     assert threading.active_count() == before

@@ -126,7 +126,7 @@ class Backend(Protocol):
         ...
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
+    def with_supported_strides(x: Tensor) -> Tensor:
         """x, or a copy with the strides that the backend reads."""
         ...
 
@@ -214,8 +214,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange, backend: type[Backend]
     ) -> Tensor:
-        q, v = backend.readable(q), backend.readable(v)
-        k = None if k is None else backend.readable(k)
+        q, v = backend.with_supported_strides(q), backend.with_supported_strides(v)
+        k = None if k is None else backend.with_supported_strides(k)
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
         ctx.exchange, ctx.backend, ctx.orders = exchange, backend, {}
@@ -230,7 +230,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        d_out = ctx.backend.readable(grads[0])
+        d_out = ctx.backend.with_supported_strides(grads[0])
         dq, dv = torch.zeros_like(q), torch.zeros_like(v)
         dk = None if k is None else torch.zeros_like(k)
         with torch.autocast(v.device.type, enabled=False):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.attention import Backend, LocalExchange, attend
 from reformer_dist.ops.lsh.native.attention import NativeBackend
-from reformer_dist.ops.lsh.native.library import why_unavailable
+from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
@@ -29,18 +29,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
-def why_not(
+def unsupported_reason(
     name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
 ) -> str | None:
     """What is amiss where the backend can't run; None where it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     if name == "native":
-        return _why_not_native(device, head_dim, dtype, chunks=chunks)
-    return _why_not_triton(device, head_dim, dtype) if name == "triton" else None
+        return _unsupported_by_native(device, head_dim, dtype, chunks=chunks)
+    return _unsupported_by_triton(device, head_dim, dtype) if name == "triton" else None
 
 
-def _why_not_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
+def _unsupported_by_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
     if chunks:
@@ -49,10 +49,10 @@ def _why_not_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, 
         return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}; torch takes any"
     if dtype not in DTYPES:
         return f"computes in float32, from bfloat16 and float16 too, not in {dtype}; torch takes it"
-    return why_unavailable()
+    return unavailable_reason()
 
 
-def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+def _unsupported_by_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton (pip install triton); torch needs nothing more"
     if head_dim % 16 or not 16 <= head_dim <= 128:
@@ -72,8 +72,8 @@ def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *
     """The backend to run, by name; raises ValueError where the one asked for can't."""
     if name == "auto":
         fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
-    reason = why_not(name, device, head_dim, dtype, chunks=chunks)
+        return fast if unsupported_reason(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
+    reason = unsupported_reason(name, device, head_dim, dtype, chunks=chunks)
     if reason is not None:
         raise ValueError(f"attention backend {name}: {reason}")
     return name

@@ -26,7 +26,7 @@ class NativeBackend:
         self._options = options
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
+    def with_supported_strides(x: Tensor) -> Tensor:
         return x.contiguous()
 
     @staticmethod
@@ -47,8 +47,8 @@ class NativeBackend:
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
         return max(1, GROUP_TOKENS // seq_len)
 
-    def sort(self, shard: Shard) -> SortedRows:
-        return SortedRows(shard, self._options)
+    def sort(self, shard: Shard) -> NativeSortedShard:
+        return NativeSortedShard(shard, self._options)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         out = torch.empty(a.shape[:3], dtype=torch.float32)
@@ -58,7 +58,7 @@ class NativeBackend:
         return out
 
 
-class SortedRows:
+class NativeSortedShard:
     """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position)."""
 
     def __init__(self, shard: Shard, options: AttentionOptions) -> None:

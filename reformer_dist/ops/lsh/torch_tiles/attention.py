@@ -38,14 +38,14 @@ class TorchBackend:
         return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
+    def with_supported_strides(x: Tensor) -> Tensor:
         return x.contiguous()
 
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
         return max(1, GROUP_TOKENS["cuda" if self._is_cuda else "cpu"] // seq_len)
 
-    def sort(self, shard: Shard) -> SortedTiles:
-        return SortedTiles(shard, self._options, self._scratch)
+    def sort(self, shard: Shard) -> TorchSortedShard:
+        return TorchSortedShard(shard, self._options, self._scratch)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         size = GROUP_TOKENS["cuda" if self._is_cuda else "cpu"]
@@ -56,7 +56,7 @@ class TorchBackend:
         return out
 
 
-class SortedTiles:
+class TorchSortedShard:
     """`ops.lsh.attention.SortedShard`: all rounds laid out in tiles."""
 
     def __init__(self, shard: Shard, options: AttentionOptions, scratch: Workspace) -> None:

@@ -31,7 +31,7 @@ class TritonBackend:
         self._options, self._like = options, like
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
+    def with_supported_strides(x: Tensor) -> Tensor:
         """x itself where its last dimension is contiguous, whatever the other strides."""
         return x if x.stride(3) == 1 else x.contiguous()
 
@@ -45,16 +45,16 @@ class TritonBackend:
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
         return min(MOST_HEADS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
 
-    def sort(self, shard: Shard) -> SortedUnits:
+    def sort(self, shard: Shard) -> TritonSortedShard:
         with torch.cuda.device_of(self._like):
-            return SortedUnits(shard, self._options, self._like)
+            return TritonSortedShard(shard, self._options, self._like)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         with torch.cuda.device_of(a):
             return row_products(a, b)
 
 
-class SortedUnits:
+class TritonSortedShard:
     """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position), in tiles."""
 
     def __init__(self, shard: Shard, options: AttentionOptions, like: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import CASES, KernelCase
-from support.held import attend_in_parts
+from support.shards import attend_by_partition
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.reference import reference_attention
@@ -29,7 +29,7 @@ def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
         rows=case.rows(DEVICE), backend="triton",
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
-    actual = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
+    actual = attend_by_partition(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
     leaves = [x.detach().float().clone().requires_grad_() for x in ((q, v) if case.shared else (q, k, v))]
     expected = reference_attention(
         leaves[0],
@@ -55,7 +55,7 @@ def test_shard_without_rows() -> None:
     case = replace(CASES["window"], seq_len=3)
     (q, _, v), ids, _ = case.tensors(DEVICE)
     actual = [
-        attend_in_parts(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, backend=name), None, v, 12)
+        attend_by_partition(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, backend=name), None, v, 12)
         for name in ("triton", "torch")
     ]
     for one, other in zip(*actual, strict=True):

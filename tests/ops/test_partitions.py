@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import Case, cases, needs_compiler, window_rules
-from support.held import attend_in_parts
+from support.shards import attend_by_partition
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.native import calls
 
 
-def assert_parts_are_the_whole(
+def assert_partitions_match_reference(
     case: Case,
     name: str,
     size: int,
@@ -34,7 +34,7 @@ def assert_parts_are_the_whole(
     right = bucket_attention(leaves[0], None if shared else leaves[1], leaves[-1], ids, reference, mask)
     right = [right.detach(), *torch.autograd.grad(right, leaves, d_out.float())]
     options = replace(case.options, backend=name)
-    found = attend_in_parts(q, None if shared else k, v, ids, options, mask, d_out, size)
+    found = attend_by_partition(q, None if shared else k, v, ids, options, mask, d_out, size)
     for one, other in zip(found, right, strict=True):
         assert (one - other).abs().max() <= 5e-5 * max(1.0, other.abs().max())
 
@@ -42,14 +42,14 @@ def assert_parts_are_the_whole(
 @settings(max_examples=60, deadline=None)
 @given(cases(window_rules()), st.integers(1, 5), st.booleans())
 def test_tiles(case: Case, size: int, shared: bool) -> None:
-    assert_parts_are_the_whole(case, "torch", size, shared=shared)
+    assert_partitions_match_reference(case, "torch", size, shared=shared)
 
 
 @needs_compiler
 @settings(max_examples=100, deadline=None)
 @given(cases(window_rules()), st.integers(1, 5), st.booleans(), st.sampled_from([16, 48]))
 def test_native(case: Case, size: int, shared: bool, head_dim: int) -> None:
-    assert_parts_are_the_whole(replace(case, head_dim=head_dim), "native", size, shared=shared)
+    assert_partitions_match_reference(replace(case, head_dim=head_dim), "native", size, shared=shared)
 
 
 @needs_compiler
@@ -61,7 +61,7 @@ def test_native_spans_begin_inside_of_buckets(case: Case, size: int) -> None:
     case = replace(case, head_dim=16, options=replace(case.options, rule=rule, n_buckets=1 + case.seed % 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "SPAN_LEN", 16)
-        assert_parts_are_the_whole(case, "native", size, shared=True)
+        assert_partitions_match_reference(case, "native", size, shared=True)
 
 
 @needs_compiler
@@ -70,7 +70,7 @@ def test_native_spans_begin_inside_of_buckets(case: Case, size: int) -> None:
 def test_native_in_half_precision(case: Case, size: int) -> None:
     """Numbers in half precision are widened first: nothing is rounded again."""
     case = replace(case, head_dim=32)
-    assert_parts_are_the_whole(case, "native", size, shared=True, dtype=torch.bfloat16)
+    assert_partitions_match_reference(case, "native", size, shared=True, dtype=torch.bfloat16)
 
 
 @needs_compiler
@@ -79,4 +79,4 @@ def test_fewer_rows_than_the_window_reaches(seed: int) -> None:
     """Where two rows meet elsewhere, a part sees by places in the whole order, however few rows it holds."""
     options = AttentionOptions(WindowRule(64, causal=True), 8, 0.5, count_pairs_once=True)
     case = Case(1, 1, 3, 100, 16, options, "none", seed)
-    assert_parts_are_the_whole(case, "native", 4, shared=True, local_round=True)
+    assert_partitions_match_reference(case, "native", 4, shared=True, local_round=True)

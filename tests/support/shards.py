@@ -23,7 +23,7 @@ from reformer_dist.ops.lsh.sorting import (
 
 
 @dataclass(frozen=True)
-class ShardPart:
+class PartitionShard:
     shard: Shard
     number: Tensor
     """[rows] of each row in [B * H * S]."""
@@ -31,9 +31,9 @@ class ShardPart:
     """[rows] in any round."""
 
 
-def parts_of(
+def partition_shards(
     ids: Tensor, options: AttentionOptions, mask: Tensor | None, size: int, *, slice_len: int = 7
-) -> Iterator[ShardPart]:
+) -> Iterator[PartitionShard]:
     """Of each round, the members of a bucket that `window_partition` names. Rows come slice by slice."""
     assert isinstance(options.rule, WindowRule)
     batch, n_heads, n_rounds, seq_len = ids.shape
@@ -78,10 +78,10 @@ def parts_of(
             bucket_sizes=total,
             partition=Partition(index, size),
         )
-        yield ShardPart(shard, unit * seq_len + token, asks[unit, :, token].any(dim=1))
+        yield PartitionShard(shard, unit * seq_len + token, asks[unit, :, token].any(dim=1))
 
 
-def attend_in_parts(
+def attend_by_partition(
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
@@ -92,7 +92,7 @@ def attend_in_parts(
     size: int,
 ) -> list[Tensor]:
     """Output and gradients of q, (k), v [B, H, S, D]."""
-    parts = list(parts_of(ids, options, mask, size))
+    parts = list(partition_shards(ids, options, mask, size))
     width = v.shape[3]
     flat_q, flat_v, flat_d_out = (x.reshape(-1, width) for x in (q, v, d_out))
     flat_k = None if k is None else k.reshape(-1, width)
@@ -104,7 +104,7 @@ def attend_in_parts(
     def as_heads(x: Tensor) -> Tensor:
         return x.contiguous().view(1, 1, *x.shape)
 
-    def rows_of(part: ShardPart) -> tuple[Tensor, Tensor | None, Tensor]:
+    def rows_of(part: PartitionShard) -> tuple[Tensor, Tensor | None, Tensor]:
         own_q, own_k, own_v = (None if x is None else x[part.number] for x in (flat_q, flat_k, flat_v))
         if own_k is not None:  # queries of rows that are keys only are not sent
             own_q, own_k = own_q * part.is_query.unsqueeze(1), as_heads(own_k)

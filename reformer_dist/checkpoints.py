@@ -15,7 +15,7 @@ from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.process.command import run_command
-from reformer_dist.run.directory import changed_values
+from reformer_dist.run.directory import config_changes
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MAX_SHOWN = 20  # differing tensors
@@ -80,7 +80,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def diff(arguments: argparse.Namespace) -> None:
     first, second = (CheckpointReader(resolve_checkpoint(path)) for path in (arguments.first, arguments.second))
     print(f"step: {first.step} -> {second.step}; Adam's step: {first.adam_step} -> {second.adam_step}")
-    for line in changed_values(first.record.config, second.record.config):
+    for line in config_changes(first.record.config, second.record.config):
         print(line)
     first.check_shapes(second.record.shapes)
     differing = []

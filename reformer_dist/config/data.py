@@ -47,7 +47,7 @@ class DataConfig(ConfigGroup, prefix="data."):
             requirement = f"must be {len(paths)} numbers above 0, one for each dataset of data.path"
             is_valid = len(self.weights) == len(paths) and all(0 < w < float("inf") for w in self.weights)
             require(is_valid, "data.weights", self.weights, requirement)
-            requirement = "must be 0 with data.weights: datasets then end at different times; use trainer.max_steps"
+            requirement = "must be 0 with data.weights: datasets end at different times; use trainer.max_steps"
             require(self.epochs == 0, "data.epochs", self.epochs, requirement)
 
     def paths(self) -> list[str]:

@@ -126,9 +126,9 @@ def diagnose(reports: dict[int, RankReport], world_size: int) -> str:
         causes.append(f"{lost}: exited without an error, or does not respond")
     if not causes and any("timed out" in report.message.lower() for report in by_rank):
         causes = [
-            f"rank {report.rank} of {world_size} hangs at {report.location}: the others waited for it in a collective"
-            for report in by_rank
-            if report.status is RankStatus.busy
+            f"rank {r.rank} of {world_size} hangs at {r.location}: the others waited for it in a collective"
+            for r in by_rank
+            if r.status is RankStatus.busy
         ]
     if not causes:
         states = [f"rank {r.rank} at {r.location}: {r.message or r.status.value}" for r in by_rank]
@@ -142,8 +142,8 @@ class _Monitor:
     def __init__(self, job: Runtime, advice: str) -> None:
         self._rank, self._world_size, self._advice = job.rank, job.world_size, advice
         self._main = threading.get_ident()
-        # the shared connection would block behind requests of the main thread
-        self._store: Any = distributed_c10d._get_default_store().clone()
+        store: Any = distributed_c10d._get_default_store()
+        self._store = store.clone()  # the shared connection would block behind requests of the main thread
         # an idle connection to the store's port, which closes when the host exits
         self._host = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
         self._is_store_lost = False

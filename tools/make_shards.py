@@ -216,7 +216,7 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
 
 def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokenizer:
     if arguments.tokenizer_of:
-        from reformer_dist.checkpoint.weights import open_weights  # loads torch
+        from reformer_dist.checkpoint.export import open_weights  # loads torch
 
         weights = open_weights(arguments.tokenizer_of)
         tokenizer = load_tokenizer(weights.record.tokenizer, weights.folder)

@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from reformer_dist.checkpoint.export import saved_model_config
 from reformer_dist.checkpoint.record import RunRecord
-from reformer_dist.checkpoint.weights import saved_model_config
 from reformer_dist.config import CompatConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig, StreamMerge
 from reformer_dist.config.parallel import Combine
 from reformer_dist.config.renamed import RENAMED, translate_saved

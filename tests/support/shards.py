@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
-from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard
 from reformer_dist.ops.lsh.backends import backend_for
 from reformer_dist.ops.lsh.online_softmax import LOG_2
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
@@ -116,7 +116,7 @@ def attend_by_partition(
         rows = rows_of(part)
         o = torch.empty(rows[2].shape, dtype=dtype, device=v.device)
         lse = torch.empty(rows[2].shape[:3], device=v.device)
-        order.attend(Forward(*rows, o, lse))
+        order.attend(ForwardTensors(*rows, o, lse))
         o, lse = o[0, 0], lse[0, 0]
         assert torch.isinf(lse[~part.is_query]).all(), "a row that is no query met a key"
         part_lses[part.number] = lse.masked_fill(torch.isinf(lse), -torch.inf)
@@ -146,7 +146,7 @@ def attend_by_partition(
             )
         ]
         found = [None if x is None else torch.zeros_like(x, dtype=dtype) for x in rows]
-        order.attend_backward(Backward(*rows, *of_rows, *found))
+        order.attend_backward(BackwardTensors(*rows, *of_rows, *found))
         for grad, of_part in zip(grads, [x for x in found if x is not None], strict=True):
             grad[part.number] += of_part[0, 0].float()
     return [x.view(v.shape) for x in (out, *grads)]

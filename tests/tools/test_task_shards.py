@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.pieces import train_pieces
 
-from reformer_dist.checkpoint import weights as checkpoint_weights
+from reformer_dist.checkpoint import export as checkpoint_export
 from reformer_dist.data import Corpus, Dataset, RowSelection, read_split
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -103,7 +103,7 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """It shifts answers, so question answering is rejected; for plain text the change is reported."""
     specification = train_pieces(tmp_path, ["two words of text"] * 9).save(tmp_path)
     weights = SimpleNamespace(record=SimpleNamespace(tokenizer=specification), folder=tmp_path)
-    monkeypatch.setattr(checkpoint_weights, "open_weights", lambda path: weights)
+    monkeypatch.setattr(checkpoint_export, "open_weights", lambda path: weights)
     given = ["--tokenizer-of", "MODEL", "--output", tmp_path / "data"]
     assert make_shards(monkeypatch, "--squad", squad(tmp_path / "train.json"), *given) == 1
     assert "MODEL: SentencePiece normalises" in capsys.readouterr().err

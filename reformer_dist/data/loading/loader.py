@@ -42,7 +42,7 @@ class StepBatch:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The loader's state after this batch, as JSON values. A loader resumed from it continues with the next one.
+        """The loader's state after this batch, as JSON values. A resumed loader continues with the next batch.
 
         Valid until the next batch is requested.
         """

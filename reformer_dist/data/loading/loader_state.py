@@ -1,7 +1,7 @@
 """The loader's state, as checkpoints store it in JSON values, and the checks before a run resumes from one.
 
-Each data-parallel rank saves the state of its streams. `merge_states` merges those of all ranks into one, from which
-any number of ranks can resume.
+Each data-parallel rank saves the state of its streams. `merge_states` merges those of all ranks into one, from
+which any number of ranks can resume.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def read_state(
 ) -> LoaderState:
     """The state that a checkpoint stores, for the streams of `sampler`.
 
-    changes: known differences of the data, for the error message. Raises DataError if the state has other settings,
-    or is of other data without `accept_changed`.
+    changes: known differences of the data, for the error message. Raises DataError if the state has other
+    settings, or is of other data without `accept_changed`.
     """
     if (version := state.get("version")) != STATE_VERSION:
         raise DataError(f"data state: version {version!r} is not {STATE_VERSION}, which this version reads")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions, Rule, WindowRule
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
 from reformer_dist.ops.lsh.sorting import mark_padding
 
@@ -69,7 +69,7 @@ class Shard:
         return torch.stack(bounds).flatten(1, 2).int()
 
 
-class Forward(NamedTuple):
+class ForwardTensors(NamedTuple):
     """Inputs and outputs [B, H, S, D] of the forward; a partition has B = H = 1 and S = L."""
 
     q: Tensor
@@ -82,7 +82,7 @@ class Forward(NamedTuple):
     """To be filled, float32 [B, H, S]: logsumexp in base 2 over all rounds; inf for queries that met no key."""
 
 
-class Backward(NamedTuple):
+class BackwardTensors(NamedTuple):
     """The same of the backward. lse = inf silences a query."""
 
     q: Tensor
@@ -100,12 +100,40 @@ class Backward(NamedTuple):
     """Likewise, but dO for queries that met no key."""
 
 
+@dataclass(frozen=True)
+class WorkspaceShape:
+    """Sizes of an attention call, which determine the working memory of a backend."""
+
+    n_heads: int
+    """(Batch row, head) pairs."""
+    seq_len: int
+    """Tokens of a sequence, on all ranks."""
+    n_rounds: int
+    n_buckets: int
+    head_dim: int
+    element_size: int
+    """Bytes of a number: 4 in float32, 2 in half precision."""
+    rule: Rule
+    shared_keys: bool
+    count_pairs_once: bool
+    dropout: bool
+    device: str
+    """cpu or cuda."""
+    n_partition_rows: float | None = None
+    """Expected rows of a partition of the sorted order; None for whole sequences."""
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether position codes are needed."""
+        return self.count_pairs_once and self.n_rounds > 1
+
+
 class SortedShard(Protocol):
     """A shard in the order that a backend attends in."""
 
-    def attend(self, tensors: Forward) -> None: ...
+    def attend(self, tensors: ForwardTensors) -> None: ...
 
-    def attend_backward(self, tensors: Backward) -> None: ...
+    def attend_backward(self, tensors: BackwardTensors) -> None: ...
 
 
 class Backend(Protocol):
@@ -128,6 +156,11 @@ class Backend(Protocol):
     @staticmethod
     def with_supported_strides(x: Tensor) -> Tensor:
         """x, or a copy with the strides that the backend reads."""
+        ...
+
+    @staticmethod
+    def workspace_bytes(shape: WorkspaceShape) -> float:
+        """Peak bytes in the backward, beyond inputs and outputs; for a partition, with its rows' gradients."""
         ...
 
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
@@ -165,11 +198,11 @@ class Exchange(Protocol):
 
     options: AttentionOptions
 
-    def forward(self, tensors: Forward, sorter: Sorter) -> None:
+    def forward(self, tensors: ForwardTensors, sorter: Sorter) -> None:
         """Fills out and lse of this rank's tokens."""
         ...
 
-    def backward(self, tensors: Backward, sorter: Sorter) -> None:
+    def backward(self, tensors: BackwardTensors, sorter: Sorter) -> None:
         """Adds to the gradients of this rank's tokens."""
         ...
 
@@ -181,11 +214,11 @@ class LocalExchange:
         """bucket_ids [B, H, R, S] below options.n_buckets; key_padding_mask [B, S], True for real tokens."""
         self.bucket_ids, self.options, self.key_padding_mask = bucket_ids, options, key_padding_mask
 
-    def forward(self, tensors: Forward, sorter: Sorter) -> None:
+    def forward(self, tensors: ForwardTensors, sorter: Sorter) -> None:
         for order in self._orders(sorter):
             order.attend(tensors)
 
-    def backward(self, tensors: Backward, sorter: Sorter) -> None:
+    def backward(self, tensors: BackwardTensors, sorter: Sorter) -> None:
         for order in self._orders(sorter):
             order.attend_backward(tensors)
 
@@ -221,7 +254,7 @@ class _Attention(torch.autograd.Function):
         ctx.exchange, ctx.backend, ctx.orders = exchange, backend, {}
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(backend(exchange.options, v), ctx.orders)
-            exchange.forward(Forward(q, k, v, out, lse), sorter)
+            exchange.forward(ForwardTensors(q, k, v, out, lse), sorter)
             _select_rows(out, torch.isinf(lse), v)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -237,7 +270,7 @@ class _Attention(torch.autograd.Function):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.orders)
             delta = sorter.backend.row_dot(d_out, out)
             _select_rows(dv, torch.isinf(lse), d_out)  # o = v for queries that met no key
-            ctx.exchange.backward(Backward(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
+            ctx.exchange.backward(BackwardTensors(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
         return dq, dk, dv, None, None
 
 

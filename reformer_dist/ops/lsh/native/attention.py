@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import hashing
-from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
 from reformer_dist.ops.lsh.native.calls import Group, hash_rows, order_rows, row_dot, window_of
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
-# Rows whose order, and in half precision copies, exist at a time.
+# Rows whose order, and in half precision float32 copies, exist at a time.
 GROUP_TOKENS = 2**14
 
 
@@ -44,6 +44,22 @@ class NativeBackend:
         hash_rows(vectors.detach().float().contiguous(), rotations.transpose(2, 3).contiguous(), factors, ids)
         return ids
 
+    @staticmethod
+    def workspace_bytes(shape: WorkspaceShape) -> float:
+        vector, n_grads = shape.head_dim * 4, 2 if shape.shared_keys else 3
+        if (rows := shape.n_partition_rows) is not None:
+            # received rows are contiguous, but not in float32
+            copies = 2 if shape.element_size == 4 else n_grads + 1
+            return _order_bytes(shape, shape.n_heads, rows) + rows * (vector * (copies + n_grads) + 12)
+        n_heads = min(shape.n_heads, max(1, GROUP_TOKENS // shape.seq_len))
+        rows = n_heads * shape.seq_len
+        order = _order_bytes(shape, n_heads, rows) + (4 * rows * shape.n_rounds if shape.has_codes else 0)
+        sorting = shape.n_rounds * 4 * (rows + n_heads * shape.n_buckets)
+        in_float32 = 0 if shape.element_size == 4 else 6 if shape.shared_keys else 8
+        attending = vector * rows * in_float32 + 4 * rows * (3 if shape.shared_keys else 1)
+        # the previous group's order is freed after this one's is computed
+        return order + max(sorting + (order if n_heads < shape.n_heads else 0), attending)
+
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
         return max(1, GROUP_TOKENS // seq_len)
 
@@ -56,6 +72,11 @@ class NativeBackend:
         for target, some_a, some_b in zip(out.view(-1).split(GROUP_TOKENS), *rows, strict=True):
             row_dot(some_a.float(), some_b.float(), target)
         return out
+
+
+def _order_bytes(shape: WorkspaceShape, n_heads: int, rows: float) -> float:
+    """Sorted order of the rows by bucket, and its spans."""
+    return shape.n_rounds * (4 * rows + 16 * n_heads * shape.n_buckets)
 
 
 class NativeSortedShard:
@@ -72,13 +93,13 @@ class NativeSortedShard:
         window = window_of(options, shard.seq_len)
         self._group = Group(options, row_len, window, shard.head_index, order, shard.positions)
 
-    def attend(self, tensors: Forward) -> None:
+    def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.out))
         assert q is not None and v is not None and out is not None
         self._group.attend(q, k, v, out, tensors.lse.view(-1)[self._rows])
         self._write_back(tensors.out, out)
 
-    def attend_backward(self, tensors: Backward) -> None:
+    def attend_backward(self, tensors: BackwardTensors) -> None:
         q, k, v, d_out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.d_out))
         dq, dk, dv = (self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv))
         assert q is not None and v is not None and d_out is not None and dq is not None and dv is not None

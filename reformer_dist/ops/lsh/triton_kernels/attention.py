@@ -1,8 +1,8 @@
-"""LSH and local attention by the kernels, forward and backward. The host never waits.
+"""LSH and local attention by the kernels, forward and backward, without host synchronization.
 
-All rounds of a group of heads are one launch, and another merges them. Kept for the backward are the inputs, the
-output, the logsumexp, and the order: 4 bytes per token, head and round, and its tiles. Reversible layers keep none
-of it, since they run their forward again before each backward.
+All rounds of a group of heads are one launch, and another merges them. Saved for the backward are the inputs, the
+output, the logsumexp, and the order with its tiles: 4 bytes per token, head and round. Reversible layers save none
+of these, since they recompute the forward before each backward.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
 from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
 from reformer_dist.ops.lsh.triton_kernels.rowwise import row_products
 from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads, tile_partition
-from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of
+from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of, workspace_bytes
 
-# Heads lie along dimensions of grids that are shorter than the first, alone or with their rounds.
-MOST_HEADS = 2**16 - 1
+# Heads, or heads x rounds, are the second or third dimension of a grid, whose size CUDA limits.
+MAX_HEADS = 2**16 - 1
 
 
 class TritonBackend:
@@ -42,8 +42,12 @@ class TritonBackend:
         with torch.cuda.device_of(vectors):  # kernels are launched on the current device
             return hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
+    @staticmethod
+    def workspace_bytes(shape: WorkspaceShape) -> float:
+        return workspace_bytes(shape)
+
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
-        return min(MOST_HEADS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
+        return min(MAX_HEADS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
 
     def sort(self, shard: Shard) -> TritonSortedShard:
         with torch.cuda.device_of(self._like):
@@ -58,21 +62,16 @@ class TritonSortedShard:
     """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position), in tiles."""
 
     def __init__(self, shard: Shard, options: AttentionOptions, like: Tensor) -> None:
-        largest = tuning_of(like.shape[3], like.dtype).block
-        if shard.is_whole:
-            numbers = shard.head_index.int() if options.dropout > 0 else None
-            tiles = tile_heads(shard.sort_keys, numbers, options, largest=largest, has_padding=shard.has_padding)
-        else:
-            tiles = tile_partition(shard, options, largest=largest)
-        self._units = HeadGroup(options, tiles, shard.first_head)
+        tile = tile_heads if shard.is_whole else tile_partition
+        tiles = tile(shard, options, largest=tuning_of(like.shape[3], like.dtype).block)
+        self._heads = HeadGroup(options, tiles, shard.first_head)
 
-    def attend(self, tensors: Forward) -> None:
-        if tensors.v.numel():  # a rank may have nothing to attend
+    def attend(self, tensors: ForwardTensors) -> None:
+        if tensors.v.numel():  # a rank may have no tokens to attend
             with torch.cuda.device_of(tensors.v):
-                self._units.attend(*tensors)
+                self._heads.attend(*tensors)
 
-    def attend_backward(self, tensors: Backward) -> None:
+    def attend_backward(self, tensors: BackwardTensors) -> None:
         if tensors.v.numel():
             with torch.cuda.device_of(tensors.v):
-                q, k, v, d_out, lse, delta, dq, dk, dv = tensors
-                self._units.attend_backward((q, k, v, d_out), lse, delta, (dq, dk, dv))
+                self._heads.attend_backward(*tensors)

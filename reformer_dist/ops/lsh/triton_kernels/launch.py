@@ -1,4 +1,4 @@
-"""Launches of the attention kernels: all rounds of some heads, forward or backward."""
+"""Launches of the attention kernels: all rounds of a group of heads, forward or backward."""
 
 from __future__ import annotations
 
@@ -24,49 +24,33 @@ class HeadGroup:
     options: AttentionOptions
     tiles: Tiles
     first: int
-    """Index of the first pair: batch row * H + head."""
+    """Index of the first: batch row * H + head."""
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Writes out [B, H, S, D] and lse [B, H, S]; k is None where keys are q / |q|."""
         o, round_lse = self._round_buffer(out), self._round_buffer(lse)
         keys = q if k is None else k
         attend_round[self._grid()](
-            q,
-            keys,
-            v,
-            o,
-            round_lse,
-            *_strides(q, keys, v, out),
-            *self._arguments(q),
-            **self._flags(q, k, is_backward=False),
-        )
+            q, keys, v, o, round_lse, *_strides(q, keys, v, out),
+            *self._arguments(q), **self._flags(q, k, is_backward=False),
+        )  # fmt: skip
         if o is not out:
             merge_rounds(o, round_lse, out, lse, self.first, self.tiles.present)
 
     def attend_backward(
-        self,
-        inputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-        lse: Tensor,
-        delta: Tensor,
-        grads: tuple[Tensor, Tensor | None, Tensor],
-    ) -> None:
-        """From inputs q, k, v, d_out, writes grads of q, k, v [B, H, S, D]; delta = rowsum(dO * o) [B, H, S]."""
-        q, k, v, d_out = inputs
-        dq, dk, dv = grads
+        self, q: Tensor, k: Tensor | None, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+        dq: Tensor, dk: Tensor | None, dv: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes the gradients of q, k, v [B, H, S, D]; delta = rowsum(dO * o) [B, H, S]."""
         outputs = (dq, dv) if dk is None else (dq, dv, dk)
         buffers = [self._round_buffer(output) for output in outputs]
         read = (q, q if k is None else k, v, d_out)
-        # without dk its pointer is never written through
+        # without dk, the kernel does not write to its pointer
         written, written_strides = ((x[0], x[-1], x[1]) for x in (buffers, outputs))
         attend_round_backward[self._grid()](
-            *read,
-            lse,
-            delta,
-            *written,
-            *_strides(*read, *written_strides),
-            *self._arguments(q),
-            **self._flags(q, k, is_backward=True),
-        )
+            *read, lse, delta, *written, *_strides(*read, *written_strides),
+            *self._arguments(q), **self._flags(q, k, is_backward=True),
+        )  # fmt: skip
         for buffer, output in zip(buffers, outputs, strict=True):
             if buffer is not output:
                 sum_rounds(buffer, output, self.first, self.tiles.present, lse if output is dv else None)
@@ -83,7 +67,7 @@ class HeadGroup:
         return n_entries, n_rounds, n_heads
 
     def _arguments(self, q: Tensor) -> tuple[Any, ...]:
-        """Arguments of either kernel from order_ptr on."""
+        """The arguments of both kernels from order_ptr on."""
         tiles, (_, n_heads, seq_len, _) = self.tiles, q.shape
         codes, token_ids = (tiles.order if x is None else x for x in (tiles.codes, tiles.token_ids))
         sizes = (self.first, n_heads, seq_len, tiles.table.shape[2])

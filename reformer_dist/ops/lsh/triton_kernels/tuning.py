@@ -49,9 +49,11 @@ def tuning_of(head_dim: int, dtype: torch.dtype) -> Tuning:
 
 def workspace_bytes(shape: WorkspaceShape) -> float:
     """`Backend.workspace_bytes`: order, tiles, rowsum(dO * o), and a group's gradients per round."""
-    n_rounds = shape.n_rounds
-    vector, n_grads = shape.head_dim * shape.element_size, 2 if shape.shared_keys else 3
-    if rows is None:
+    n_rounds, n_grads = shape.n_rounds, 2 if shape.shared_keys else 3
+    vector = shape.head_dim * shape.element_size
+    rows: float
+    sorted_rows: float
+    if shape.n_partition_rows is None:
         sorted_rows = shape.n_heads * shape.seq_len
         other = 4.0 * sorted_rows
         rows = min(shape.n_heads, max(1, GROUP_TOKENS // (n_rounds * shape.seq_len))) * shape.seq_len

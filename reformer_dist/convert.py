@@ -23,7 +23,7 @@ from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_fac
 from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, ForeignOptions, HeadKind
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.process.command import run_command
-from reformer_dist.run.compose import plain
+from reformer_dist.run.compose import to_dict
 from reformer_dist.run.pretrained import load_model
 
 EPILOG = """\
@@ -123,7 +123,7 @@ def _from_foreign(model: ForeignModel, source: Path, target: Path, vocabulary: s
         folder = Path(temporary)
         specification = tokenizer.save(folder)
         record = RunRecord(
-            config=plain(run_config(model)),
+            config=to_dict(run_config(model)),
             tokenizer=specification,
             vocab_size=vocab_size,
             labels=model.classes,

@@ -19,7 +19,7 @@ from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.models.block import Block
 from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.log import logger
-from reformer_dist.run.compose import plain
+from reformer_dist.run.compose import to_dict
 from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
 from reformer_dist.run.directory import (
     RunDirectory,
@@ -109,7 +109,7 @@ def _describe_run(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[
         specification = corpus.tokenizer.save(Path(folder))
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     record = RunRecord(
-        config=plain(config),
+        config=to_dict(config),
         tokenizer=specification,
         vocab_size=corpus.tokenizer.vocab_size,
         labels=corpus.labels,

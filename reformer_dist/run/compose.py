@@ -151,19 +151,19 @@ def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
     return to_run_config(merged)
 
 
-def plain(config: Any) -> Any:
-    """A configuration as JSON values, enums by name."""
+def to_dict(config: Any) -> Any:
+    """A configuration or group as a dict of JSON values, with enums by name."""
     if is_dataclass(config) and not isinstance(config, type):
-        return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
     if isinstance(config, Enum):
         return config.name
     if isinstance(config, list):
-        return [plain(item) for item in config]
+        return [to_dict(item) for item in config]
     return config
 
 
 def to_yaml(config: RunConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def explain(error: BaseException) -> str:
@@ -206,7 +206,7 @@ def _example(key: str) -> str:
     value: Any = RunConfig()
     for name in key.split("."):
         value = getattr(value, name, None)
-    return f"[{','.join(map(str, plain(value)))}]" if isinstance(value, list) and value else "[a,b]"
+    return f"[{','.join(map(str, to_dict(value)))}]" if isinstance(value, list) and value else "[a,b]"
 
 
 def _suggest(key: str, group: Any) -> str:

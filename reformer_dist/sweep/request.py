@@ -26,12 +26,11 @@ from reformer_dist.run.compose import (
     hydra_context,
     hydra_entry,
     refuse_unknown,
-    register_schema,
 )
 from reformer_dist.sweep.space import Choices, Dimension, Interval, SearchSpace
 
 SWEEP = "sweep"
-# keys that a sweep sets for its trials
+# keys that a sweep sets for each trial
 RESERVED_KEYS = ("output_dir", "resume")
 
 
@@ -73,7 +72,6 @@ def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepReques
 
 def parse_request(arguments: list[str]) -> SweepRequest:
     """Parses overrides. Fixed keys are only partly checked: trials may still be invalid. Raises ConfigError."""
-    register_schema()
     with hydra_context() as loader:
         overrides = classify_overrides(arguments, loader)
         composed = compose_config([*overrides.fixed, *overrides.settings])
@@ -116,9 +114,7 @@ def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> 
         key = override.get_key_element()
         name = override.key_or_group
         if override.is_hydra_override():
-            raise ConfigError(
-                f"{word}: Hydra's own settings do not apply to a sweep; see sweep=... and launcher=..."
-            )
+            raise ConfigError(f"{word}: Hydra's settings do not apply to a sweep; see sweep=... and launcher=...")
         if name == SWEEP or name.startswith(f"{SWEEP}."):
             if override.is_sweep_override():
                 raise ConfigError(f"{word}: settings of the sweep take one value each")
@@ -162,27 +158,22 @@ def _parse_dimension(override: Override, word: str) -> Dimension:
         is_integer = isinstance(value.start, int) and isinstance(value.end, int)
         low, high, is_log = float(value.start), float(value.end), "log" in value.tags
         if not low < high or (is_log and low <= 0):
-            raise ConfigError(
-                f"{word}: an interval must be increasing{' and start above 0 if logarithmic' if is_log else ''}"
-            )
+            condition = " and start above 0 if logarithmic" if is_log else ""
+            raise ConfigError(f"{word}: an interval must be increasing{condition}")
         return Interval(low, high, is_integer=is_integer, is_log=is_log)
     if getattr(value, "shuffle", False):
         raise ConfigError(f"{word}: the order would differ at each start; leave shuffle out")
     if isinstance(value, RangeSweep):
-        return _parse_range(value, word)
+        numbers = list(value.range())
+        if not numbers:
+            raise ConfigError(f"{word}: the range is empty; give at least one value")
+        is_integer = all(isinstance(number, int) for number in numbers)
+        low, high, step = float(min(numbers)), float(max(numbers)), abs(float(value.step))
+        return Interval(low, high, step, is_integer, "log" in value.tags)
     values = tuple(dict.fromkeys(override.sweep_string_iterator()))
     if not values:
         raise ConfigError(f"{word}: has no values; give at least one")
     return Choices(values)
-
-
-def _parse_range(value: RangeSweep, word: str) -> Interval:
-    values = list(value.range())
-    if not values:
-        raise ConfigError(f"{word}: the range is empty; give at least one value")
-    low, high = min(values), max(values)
-    is_integer = all(isinstance(each, int) for each in values)
-    return Interval(float(low), float(high), abs(float(value.step)), is_integer, "log" in value.tags)
 
 
 def as_override(key: str, value: str) -> str:
@@ -193,7 +184,7 @@ def as_override(key: str, value: str) -> str:
         if not override.is_sweep_override() and override.value() == value:
             return word
     except HydraException:
-        pass
+        pass  # quoted below
     quoted = value.replace("\\", "\\\\").replace("'", "\\'") if value.endswith("\\") else value.replace("'", "\\'")
     return f"{key}='{quoted}'"
 

@@ -73,7 +73,7 @@ def run_conversion(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise CheckpointError(f"{target}: exists; name a directory that does not")
     if not source.is_dir():
-        raise CheckpointError(f"{source}: is no directory; name the one with the model's files")
+        raise CheckpointError(f"{source}: is not a directory; name the one with the model's files")
     model = _read_foreign(source)
     if model is None:
         _to_hugging_face(source, target)
@@ -96,8 +96,8 @@ def _read_foreign(source: Path) -> ForeignModel | None:
     if "num_tokens" in options:
         return reformer_pytorch.read(source)
     raise CheckpointError(
-        f"{path}: is of no known implementation: transformers has model_type in it, reformer_pytorch "
-        "the arguments of ReformerLM (num_tokens, ...), and Trax has a model.pkl.gz next to it"
+        f"{path}: is of an unknown implementation; for transformers it has model_type, for reformer_pytorch "
+        "the arguments of ReformerLM (num_tokens, ...), and for Trax a model.pkl.gz next to it"
     )
 
 

@@ -222,7 +222,7 @@ def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokeni
         tokenizer = load_tokenizer(weights.record.tokenizer, weights.folder)
         if arguments.squad and not tokenizer.is_lossless:
             problem = (
-                "SentencePiece normalises text, which shifts the answers of --squad; use --tokenizer bytes or bpe"
+                "SentencePiece normalizes text, which shifts the answers of --squad; use --tokenizer bytes or bpe"
             )
             raise DataError(f"--tokenizer-of {arguments.tokenizer_of}: {problem}")
         return tokenizer
@@ -251,7 +251,7 @@ def show(summary: WriteSummary, left_out: SkippedFiles, tokenizer: Tokenizer, fo
     for kind, (count, first) in left_out.items():
         print(f"  skipped: {count:,} {kind}, such as {first}")
     if summary.normalized:
-        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalised by SentencePiece:"
+        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalized by SentencePiece:"
         print(f"  {change} {summary.normalized:,} documents")
 
 

@@ -104,7 +104,7 @@ class Export:
             self.step: int = document["step"]
             self._files = self._read_weight_map()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"is no export of a model ({type(error).__name__}: {error})"
+            problem = f"is not an export of a model ({type(error).__name__}: {error})"
             raise CheckpointError(f"{folder}: {problem}") from error
 
     def _read_weight_map(self) -> dict[str, Path]:

@@ -108,7 +108,7 @@ def _json_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its JSON files are not those of a checkpoint ({error!r})") from error
+        raise CheckpointError(f"{folder}: its JSON files are not a checkpoint's ({error!r})") from error
 
 
 class CheckpointReader:
@@ -215,4 +215,4 @@ def check_shapes(
     if differing:
         more = f"\n  and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
         lines = "".join(f"\n  {line}" for line in differing[:MAX_SHOWN])
-        raise CheckpointError(f"{folder}: is of another model:{lines}{more}")
+        raise CheckpointError(f"{folder}: is of a different model:{lines}{more}")

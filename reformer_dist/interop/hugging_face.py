@@ -197,8 +197,8 @@ def _weights(
     }
     shapes = parameter_shapes(builders[head])
     return {
-        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.directory)
-        for ours, theirs in names.items()
+        name: reshape_checked(tensors.get(hf_name), shapes[name], hf_name, tensors.directory)
+        for name, hf_name in names.items()
     }
 
 
@@ -223,21 +223,21 @@ def tensor_names(config: ModelConfig, head: HeadKind) -> Iterator[tuple[str, str
         yield from _weight_and_bias("head", "qa_outputs")
 
 
-def _layer_names(ours: str, theirs: str, kind: AttentionKind) -> Iterator[tuple[str, str]]:
-    attention = f"{theirs}.attention.self_attention"
-    yield from _weight_and_bias(f"{ours}.attention_norm", f"{theirs}.attention.layer_norm")
+def _layer_names(prefix: str, hf_prefix: str, kind: AttentionKind) -> Iterator[tuple[str, str]]:
+    attention = f"{hf_prefix}.attention.self_attention"
+    yield from _weight_and_bias(f"{prefix}.attention_norm", f"{hf_prefix}.attention.layer_norm")
     if kind is AttentionKind.lsh:
-        yield f"{ours}.attention.to_q.weight", f"{attention}.query_key.weight"
+        yield f"{prefix}.attention.to_q.weight", f"{attention}.query_key.weight"
     else:
-        yield f"{ours}.attention.to_q.weight", f"{attention}.query.weight"
-        yield f"{ours}.attention.to_k.weight", f"{attention}.key.weight"
-    yield f"{ours}.attention.to_v.weight", f"{attention}.value.weight"
-    yield f"{ours}.attention.to_out.weight", f"{theirs}.attention.output.dense.weight"
-    yield from _weight_and_bias(f"{ours}.feed_forward_norm", f"{theirs}.feed_forward.layer_norm")
-    yield from _weight_and_bias(f"{ours}.feed_forward.to_inner", f"{theirs}.feed_forward.dense.dense")
-    yield from _weight_and_bias(f"{ours}.feed_forward.to_out", f"{theirs}.feed_forward.output.dense")
+        yield f"{prefix}.attention.to_q.weight", f"{attention}.query.weight"
+        yield f"{prefix}.attention.to_k.weight", f"{attention}.key.weight"
+    yield f"{prefix}.attention.to_v.weight", f"{attention}.value.weight"
+    yield f"{prefix}.attention.to_out.weight", f"{hf_prefix}.attention.output.dense.weight"
+    yield from _weight_and_bias(f"{prefix}.feed_forward_norm", f"{hf_prefix}.feed_forward.layer_norm")
+    yield from _weight_and_bias(f"{prefix}.feed_forward.to_inner", f"{hf_prefix}.feed_forward.dense.dense")
+    yield from _weight_and_bias(f"{prefix}.feed_forward.to_out", f"{hf_prefix}.feed_forward.output.dense")
 
 
-def _weight_and_bias(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+def _weight_and_bias(name: str, hf_name: str) -> Iterator[tuple[str, str]]:
     for part in ("weight", "bias"):
-        yield f"{ours}.{part}", f"{theirs}.{part}"
+        yield f"{name}.{part}", f"{hf_name}.{part}"

@@ -225,19 +225,19 @@ class _Model:
         return {"head.weight": weight, "head.bias": bias}
 
     def _layer(self, layer: int) -> dict[str, Tensor]:
-        config, theirs = self.config, f"reformer.layers.blocks.{layer}"
-        dim, inner, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
-        attention, feed_forward = f"{theirs}.f.net", f"{theirs}.g.net"
-        to_qk = self._get(f"{attention}.fn.toqk.weight", inner, dim)
+        config, block = self.config, f"reformer.layers.blocks.{layer}"
+        dim, attention_dim, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
+        attention, feed_forward = f"{block}.f.net", f"{block}.g.net"
+        to_qk = self._get(f"{attention}.fn.toqk.weight", attention_dim, dim)
         if config.position is Position.rotary:
             # reformer_pytorch rotates adjacent pairs of channels, and we rotate channels half a head apart
-            to_qk = to_qk.view(config.n_heads, -1, 2, dim).transpose(1, 2).reshape(inner, dim)
+            to_qk = to_qk.view(config.n_heads, -1, 2, dim).transpose(1, 2).reshape(attention_dim, dim)
         n_values = 1 if self.one_value_head else config.n_heads
         to_v = self._get(f"{attention}.fn.tov.weight", n_values * config.resolved_head_dim, dim)
-        n_inner = 2 * ff_dim if config.activation is Activation.glu else ff_dim
+        inner_dim = 2 * ff_dim if config.activation is Activation.glu else ff_dim
         to_inner = [
-            self._get(f"{feed_forward}.fn.fn.w1.weight", n_inner, dim),
-            self._get(f"{feed_forward}.fn.fn.w1.bias", n_inner),
+            self._get(f"{feed_forward}.fn.fn.w1.weight", inner_dim, dim),
+            self._get(f"{feed_forward}.fn.fn.w1.bias", inner_dim),
         ]
         if config.activation is Activation.glu:
             # the gate comes first in reformer_pytorch, and after the value here
@@ -247,7 +247,7 @@ class _Model:
             "attention_norm.bias": self._get(f"{attention}.norm.bias", dim),
             "attention.to_q.weight": to_qk,
             "attention.to_v.weight": to_v.repeat(config.n_heads // n_values, 1),
-            "attention.to_out.weight": self._get(f"{attention}.fn.to_out.weight", dim, inner),
+            "attention.to_out.weight": self._get(f"{attention}.fn.to_out.weight", dim, attention_dim),
             "attention.to_out.bias": self._get(f"{attention}.fn.to_out.bias", dim),
             "feed_forward_norm.weight": self._get(f"{feed_forward}.norm.weight", dim),
             "feed_forward_norm.bias": self._get(f"{feed_forward}.norm.bias", dim),

@@ -35,7 +35,7 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
     wraps = config.compat.chunk_wrap or not (has_lsh or has_local)
-    checks = {  # True, or a reason
+    checks: dict[str, bool | str] = {  # True if supported, else the reason
         "model.layers": AttentionKind.exact not in kinds or "they have no exact layers; must be lsh and local",
         "model.compat.merge_streams": config.is_concat or "their head reads both streams; must be concat",
         "model.neighbours": not has_lsh
@@ -84,7 +84,8 @@ def model_files(
     if reasons:
         lines = "".join(f"\n  {line}" for line in reasons)
         raise CheckpointError(f"transformers can't express this model:{lines}")
-    tensors = {theirs: _convert_tensor(config, ours, weights) for ours, theirs in tensor_names(config, head)}
+    names = tensor_names(config, head)
+    tensors = {hf_name: _convert_tensor(config, name, weights) for name, hf_name in names}
     if head is HeadKind.language_model:
         tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"].clone()
     return {**_options(config, head, vocab_size, classes), "eos_token_id": eos_id}, tensors

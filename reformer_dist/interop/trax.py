@@ -1,8 +1,8 @@
 """Import of language models of Trax: the weights of a `ReformerLM` and its gin configuration.
 
 The weights are in model.weights.npy.gz (concatenated arrays) or, with older versions and `save_to_file`, in the
-pickle model.pkl.gz, which is read without executing it. A config.json next to them is a JSON object of the arguments
-of ReformerLM and of its attention layers, such as "LSHSelfAttention.chunk_len".
+pickle model.pkl.gz, which is read without executing it. A config.json next to them is a JSON object with the
+arguments of ReformerLM and of its attention layers, such as "LSHSelfAttention.chunk_len".
 Written against Trax's source; docs/interop.md lists what is equal.
 """
 

@@ -44,7 +44,7 @@ def find_tokenizer(directory: Path, vocab_size: int, name: str | None) -> Tokeni
             f"pass --tokenizer {', '.join(BYTES)} or the path of such a file"
         )
     if tokenizer.vocab_size != vocab_size:
-        expected = f"must have {vocab_size}, as the model"
+        expected = f"must have {vocab_size}, as in the model"
         raise DataError(f"{name or directory}: has {tokenizer.vocab_size} tokens; {expected}")
     return tokenizer
 

@@ -35,18 +35,6 @@ RESERVED_KEYS = ("output_dir", "resume")
 
 
 @dataclass(frozen=True)
-class SweepOverrides:
-    """The overrides of a command line by their role, as typed."""
-
-    fixed: list[str]
-    """Overrides with a single value, passed to every trial."""
-    settings: list[str]
-    """sweep=... and sweep.key=..., not passed to trials."""
-    space: SearchSpace
-    """Overrides with several values."""
-
-
-@dataclass(frozen=True)
 class SweepRequest:
     """A sweep as requested on the command line."""
 
@@ -73,8 +61,8 @@ def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepReques
 def parse_request(arguments: list[str]) -> SweepRequest:
     """Parses overrides. Fixed keys are only partly checked: trials may still be invalid. Raises ConfigError."""
     with hydra_context() as loader:
-        overrides = classify_overrides(arguments, loader)
-        composed = compose_config([*overrides.fixed, *overrides.settings])
+        fixed, sweep_settings, space = _classify_overrides(arguments, loader)
+        composed = compose_config([*fixed, *sweep_settings])
         refuse_unknown(OmegaConf.to_container(composed.sweep), SweepConfig(), "sweep.")
         try:
             settings, launcher = OmegaConf.to_object(composed.sweep), OmegaConf.to_object(composed.launcher)
@@ -82,10 +70,15 @@ def parse_request(arguments: list[str]) -> SweepRequest:
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error)) from error
         assert isinstance(settings, SweepConfig) and isinstance(launcher, LauncherConfig)
-        fixed_keys = {override.partition("=")[0] for override in overrides.fixed}
-        params = {key: value for key, value in settings.params.items() if key not in fixed_keys}
-        space = parse_params(params, loader) | overrides.space
-    return SweepRequest(settings, launcher, folder, overrides.fixed, space)
+        fixed_keys = {word.partition("=")[0] for word in fixed}
+        params: SearchSpace = {}
+        for key, value in settings.params.items():
+            if key not in fixed_keys:
+                (override,) = _parse([f"{key}={value}"], loader)
+                is_range = override.is_sweep_override()
+                word = f"sweep.params: {key}={value}"
+                params[key] = _parse_dimension(override, word) if is_range else Choices((value,))
+    return SweepRequest(settings, launcher, folder, fixed, params | space)
 
 
 def is_sweep(arguments: list[str]) -> bool:
@@ -105,8 +98,11 @@ def is_sweep(arguments: list[str]) -> bool:
     return False
 
 
-def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> SweepOverrides:
-    """Classifies overrides by role. loader: resolves the options of `group=glob(*)`. Raises ConfigError."""
+def _classify_overrides(words: list[str], loader: ConfigLoader) -> tuple[list[str], list[str], SearchSpace]:
+    """Returns (overrides with one value, sweep=... and sweep.key=..., overrides with several values).
+
+    loader: resolves the options of `group=glob(*)`. Raises ConfigError.
+    """
     fixed: list[str] = []
     settings: list[str] = []
     space: SearchSpace = {}
@@ -127,22 +123,10 @@ def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> 
         else:
             space[key] = _parse_dimension(override, word)
             fixed = drop_key(fixed, name)
-    return SweepOverrides(fixed, settings, space)
+    return fixed, settings, space
 
 
-def parse_params(params: dict[str, str], loader: ConfigLoader | None = None) -> SearchSpace:
-    """The search space of sweep.params, with values in the syntax of overrides. Raises ConfigError."""
-    space: SearchSpace = {}
-    for key, value in params.items():
-        (override,) = _parse([f"{key}={value}"], loader)
-        if override.is_sweep_override():
-            space[key] = _parse_dimension(override, f"sweep.params: {key}={value}")
-        else:
-            space[key] = Choices((value,))
-    return space
-
-
-def _parse(words: list[str], loader: ConfigLoader | None) -> list[Override]:
+def _parse(words: list[str], loader: ConfigLoader) -> list[Override]:
     refuse_renamed_overrides(words)
     try:
         parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)

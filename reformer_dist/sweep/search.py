@@ -90,10 +90,9 @@ class OptunaSearch:
         storage = optuna.storages.JournalStorage(backend)
         study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, direction="minimize")
         # launcher and output_dir do not affect the results
-        overrides = [
-            word for word in request.fixed if not word.lstrip("+").startswith(("launcher", "output_dir="))
-        ]
-        attributes = {"overrides": " ".join(sorted(overrides)), "space": str(request.space)}
+        excluded = ("launcher", "output_dir=")
+        overrides = sorted(word for word in request.fixed if not word.lstrip("+").startswith(excluded))
+        attributes = {"overrides": " ".join(overrides), "space": str(request.space)}
         for key, value in attributes.items():
             stored = study.user_attrs.get(key, value)
             if stored != value:

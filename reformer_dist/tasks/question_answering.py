@@ -59,7 +59,7 @@ class QuestionAnswering(SampleTask):
         limit = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
         require(stride < seq_len - 2, "task.stride", stride, limit)
         if not self.tokenizer.is_lossless:
-            problem = "its vocabulary is of SentencePiece, which normalises texts and so moves answers"
+            problem = "its SentencePiece vocabulary normalizes text, which shifts answers"
             hint = f"write it with make_shards.py {self.make_shards_args} --tokenizer bytes or bpe"
             raise DataError(f"data.path={corpus.where}: {problem}; {hint}")
 

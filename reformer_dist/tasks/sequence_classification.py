@@ -33,7 +33,7 @@ class SequenceClassification(SampleTask):
             if dataset.labels != self.labels:
                 differing = ", ".join(sorted(set(dataset.labels) ^ set(self.labels)))
                 expected = f"the model's labels are {', '.join(self.labels)}"
-                raise DataError(f"{where}: its labels are others ({differing}); {expected}")
+                raise DataError(f"{where}: its labels differ ({differing}); {expected}")
 
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
         tokens = concat_ids(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])

@@ -46,7 +46,7 @@ class Corpus:
         for other in self.datasets[1:]:
             address, first_address = other.folder.address, first.folder.address
             if (len(other.fields), other.labels) != (len(first.fields), first.labels):
-                expected = f"must be those of {first_address}; its samples have others"
+                expected = f"must be those of {first_address}; its samples differ"
                 raise DataError(f"data.path: fields and labels of {address} {expected}")
             if other.tokenizer_spec != first.tokenizer_spec:
                 expected = f"must be that of {first_address}; write both with one tokenizer"
@@ -159,4 +159,4 @@ def _changed_shards(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]
         elif before[name] != now[name]:
             yield f"{name} was altered ({before[name][0]} samples, now {now[name][0]})"
     if list(before) != list(now) and before.keys() == now.keys():
-        yield "the shards are in another order"
+        yield "the order of the shards has changed"

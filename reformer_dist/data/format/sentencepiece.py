@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies of converted models. They normalise text, so they are not lossless."""
+"""SentencePiece vocabularies of converted models. They normalize text, so they are not lossless."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SentencePieceTokenizer:
         return lengths
 
     def normalize(self, text: bytes) -> bytes:
-        """The text as SentencePiece normalises it, with U+2047 for unknown pieces."""
+        """The text as SentencePiece normalizes it, with U+2047 for unknown pieces."""
         return self.decode(self.encode(text)).encode()
 
     def encode(self, text: bytes) -> NDArray[Any]:

@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         """Whether UTF-8 text is preserved byte for byte, so that byte offsets can be mapped to tokens."""
 
     def normalize(self, text: bytes) -> bytes:
-        """The text that `encode` preserves: invalid UTF-8 replaced by U+FFFD, or normalised by SentencePiece."""
+        """The text that `encode` preserves: invalid UTF-8 replaced by U+FFFD, or normalized by SentencePiece."""
 
     def encode(self, text: bytes) -> NDArray[Any]:
         """Token ids of a text, [n_tokens] of `dtype`, without end-of-text."""

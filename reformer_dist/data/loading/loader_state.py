@@ -59,7 +59,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises DataError if there is none or if they are not of one run.
     """
     if not states:
-        raise DataError("data state: none given; at least one rank's must be")
+        raise DataError("data state: no rank's state was given; at least one is required")
     per_rank = ("streams", "quarantine")
     shared = {key: value for key, value in states[0].items() if key not in per_rank}
     streams: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def read_state(
     if not accept_changed:
         lines = "".join(f"\n  {line}" for line in changes)
         hint = "restore the old data, or accept a new order with data.accept_changed=true"
-        raise DataError(f"the data are not those that the run began with; {hint}{lines}")
+        raise DataError(f"the data differ from those that the run began with; {hint}{lines}")
     return _read_state_of_changed_data(state, sampler)
 
 

@@ -66,9 +66,9 @@ def read_documents(
     inputs, skipped = [Path(path) for path in paths], SkippedFiles() if skipped is None else skipped
     n_files = n_documents = 0
     for path in inputs:
-        for file, label in _files_of(path, tuple(suffixes), skipped):
+        for file, label in _find_files(path, tuple(suffixes), skipped):
             n_files += 1
-            for document in _documents_of(file, label, jsonl_field, file != path, skipped):
+            for document in _read_file(file, label, jsonl_field, file != path, skipped):
                 n_documents += 1
                 yield document
     if n_documents == 0:
@@ -78,11 +78,11 @@ def read_documents(
         raise DataError(f"no text in {where}" + (f"; skipped: {skipped}" if skipped else ""))
 
 
-def _files_of(path: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
+def _find_files(path: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
     """(file, name in the dataset) of each file of an input."""
     if path.is_dir():
         root = path.resolve().name
-        for file in _files_below(path, suffixes, skipped):
+        for file in _walk_folder(path, suffixes, skipped):
             yield file, f"{root}/{file.relative_to(path).as_posix()}"
     elif path.exists():
         yield path, path.name
@@ -91,7 +91,7 @@ def _files_of(path: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> I
         raise DataError(f"{path}: no such file or folder; {expected}")
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[Path]:
+def _walk_folder(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[Path]:
     def raise_unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename}: folder can't be read ({error.strerror})") from error
 
@@ -102,7 +102,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles)
                 skipped.add("links to folders", str(Path(parent, name)))
         for name in sorted(names):
             path = Path(parent, name)
-            is_selected = not suffixes or name.endswith(suffixes) or _unzipped(name).endswith(suffixes)
+            is_selected = not suffixes or name.endswith(suffixes) or _uncompressed_name(name).endswith(suffixes)
             if not is_selected or name.startswith("."):
                 continue
             if path.is_file():
@@ -111,7 +111,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles)
                 skipped.add("broken links or devices", str(path))
 
 
-def _unzipped(name: str) -> str:
+def _uncompressed_name(name: str) -> str:
     """x.tar for x.tar.gz or x.tgz."""
     return name.removesuffix(".tgz") + ".tar" if name.endswith(".tgz") else name.removesuffix(".gz")
 
@@ -127,10 +127,10 @@ def open_raw(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"{path}: can't be read ({error})") from error
 
 
-def _documents_of(
+def _read_file(
     path: Path, label: str, jsonl_field: str, in_folder: bool, skipped: SkippedFiles
 ) -> Iterator[tuple[str, bytes]]:
-    name = _unzipped(path.name)
+    name = _uncompressed_name(path.name)
     with open_raw(path) as file:
         if name.endswith(".jsonl"):
             for number, line in enumerate(file, start=1):

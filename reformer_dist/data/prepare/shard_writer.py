@@ -48,7 +48,7 @@ class WriteSummary:
     empty: int = 0
     """Documents skipped because they, or one of their fields, contain no text."""
     normalized: int = 0
-    """Documents changed by `Tokenizer.normalize`, which replaces invalid UTF-8 or normalises the text."""
+    """Documents changed by `Tokenizer.normalize`, which replaces invalid UTF-8 or normalizes the text."""
 
     def total(self, count: str, *splits: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over splits, by default all."""

@@ -56,7 +56,7 @@ def job() -> Iterator[Runtime]:
 
 @pytest.fixture(scope="session")
 def run_on() -> Iterator[Callable[..., None]]:
-    """run_on(size, case, **params) calls `case(runtime, **params)` on each of `size` ranks, alive for the session."""
+    """run_on(size, case, **params) calls `case(runtime, **params)` on each of the session's `size` ranks."""
     pools: dict[int, RankPool] = {}
 
     def run(size: int, case: Callable[..., None], /, **params: Any) -> None:

@@ -149,7 +149,7 @@ class LSHSelfAttention(SelfAttention):
 
 
 class LocalSelfAttention(SelfAttention):
-    """Sliding-window attention, to itself too: one bucket, one round, separate keys."""
+    """Attention to the nearest positions, including its own: one bucket, one round, separate keys."""
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None

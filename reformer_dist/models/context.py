@@ -33,8 +33,8 @@ class ForwardOptions(TypedDict, total=False):
     bucket_stats: list[BucketStats] | None
     """List that LSH layers append their bucket statistics to."""
     sequence: SequenceAccess
-    """Access to the sequences of which the tokens are a part (`models.sequence`), such as slices on several ranks, or
-    a `models.decoding.DecodingState`, which continues the sequences in its cache."""
+    """Access to the sequences of which the tokens are a part (`models.sequence`): slices on several ranks, or a
+    `models.decoding.DecodingState`, which continues the sequences in its cache. Default: whole sequences."""
 
 
 @dataclass(frozen=True)

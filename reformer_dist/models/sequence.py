@@ -45,7 +45,7 @@ class LayerAccess(Protocol):
     ) -> Tensor:
         """`ops.lsh.cross_attention` to the whole of another sequence.
 
-        keys: computes the keys of its local part, which sequence_of_keys describes; called only if they are needed.
+        keys: computes the keys of its local part, which sequence_of_keys describes; called only if needed.
         """
         ...
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
-from reformer_dist.ops.lsh.native.calls import Group, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native.calls import HeadGroup, hash_rows, order_rows, row_dot, window_of
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
 # Rows whose order, and in half precision float32 copies, exist at a time.
@@ -33,7 +33,7 @@ class NativeBackend:
     def hash(
         vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, factors: tuple[int, ...] | None
     ) -> Tensor:
-        """As `hashing.hash_vectors`; the id of a vector depends on no length, neighbour or thread."""
+        """As `hashing.hash_vectors`; an id depends on its vector alone, not on lengths or threads."""
         if scheme != "rotation":
             return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
         batch, n_heads, seq_len, _ = vectors.shape
@@ -88,15 +88,14 @@ class NativeSortedShard:
         self._rows = slice(shard.first_head * row_len, shard.first_head * row_len + shard.n_rows)
         bounds = None if shard.is_whole else shard.query_bounds(options.rule)
         order = order_rows(shard.sort_keys, options, bounds)
-        if not shard.is_whole:
-            order = replace(order, codes=shard.position_codes)
+        order = order if shard.is_whole else replace(order, codes=shard.position_codes)
         window = window_of(options, shard.seq_len)
-        self._group = Group(options, row_len, window, shard.head_index, order, shard.positions)
+        self._heads = HeadGroup(options, row_len, window, shard.head_index, order, shard.positions)
 
     def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.out))
         assert q is not None and v is not None and out is not None
-        self._group.attend(q, k, v, out, tensors.lse.view(-1)[self._rows])
+        self._heads.attend(q, k, v, out, tensors.lse.view(-1)[self._rows])
         self._write_back(tensors.out, out)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
@@ -104,7 +103,7 @@ class NativeSortedShard:
         dq, dk, dv = (self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv))
         assert q is not None and v is not None and d_out is not None and dq is not None and dv is not None
         lse, delta = (x.view(-1)[self._rows] for x in (tensors.lse, tensors.delta))
-        self._group.attend_backward(q, k, v, d_out, lse, delta, dq, dk, dv)
+        self._heads.attend_backward(q, k, v, d_out, lse, delta, dq, dk, dv)
         for target, rows in ((tensors.dq, dq), (tensors.dk, dk), (tensors.dv, dv)):
             self._write_back(target, rows)
 

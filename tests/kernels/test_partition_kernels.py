@@ -1,4 +1,4 @@
-"""Attention over the shards of the sorted order adds up to the whole: outputs and every gradient."""
+"""Partitions of the sorted order, attended by the kernels, combine to the reference: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
-def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
+def test_partitions_match_the_reference(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
@@ -51,7 +51,7 @@ def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
         assert (one - other).abs().max() <= case.tolerance * max(1.0, other.abs().max())
 
 
-def test_shard_without_rows() -> None:
+def test_partition_without_rows() -> None:
     case = replace(CASES["window"], seq_len=3)
     (q, _, v), ids, _ = case.tensors(DEVICE)
     actual = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
-from reformer_dist.ops.lsh.native.calls import HeadGroup, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native import calls
+from reformer_dist.ops.lsh.native.calls import addresses, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native.library import library
+from reformer_dist.ops.lsh.online_softmax import LOG2_E
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
 # Rows whose order, and in half precision float32 copies, exist at a time.
@@ -88,24 +93,48 @@ class NativeSortedShard:
         self._rows = slice(shard.first_head * row_len, shard.first_head * row_len + shard.n_rows)
         bounds = None if shard.is_whole else shard.query_bounds(options.rule)
         order = order_rows(shard.sort_keys, options, bounds)
-        order = order if shard.is_whole else replace(order, codes=shard.position_codes)
-        window = window_of(options, shard.seq_len)
-        self._heads = HeadGroup(options, row_len, window, shard.head_index, order, shard.positions)
+        self._order = order if shard.is_whole else replace(order, codes=shard.position_codes)
+        self._options, self._row_len, self._window = options, row_len, window_of(options, shard.seq_len)
+        drops = options.dropout > 0
+        self._head_index = shard.head_index.int() if drops else None
+        self._positions = shard.positions.int() if drops and shard.positions is not None else None
 
     def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.out))
-        assert q is not None and v is not None and out is not None
-        self._heads.attend(q, k, v, out, tensors.lse.view(-1)[self._rows])
+        self._call("reformer_attend", tensors.lse, None, q, k, v, out=out)
         self._write_back(tensors.out, out)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
         q, k, v, d_out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.d_out))
-        dq, dk, dv = (self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv))
-        assert q is not None and v is not None and d_out is not None and dq is not None and dv is not None
-        lse, delta = (x.view(-1)[self._rows] for x in (tensors.lse, tensors.delta))
-        self._heads.attend_backward(q, k, v, d_out, lse, delta, dq, dk, dv)
-        for target, rows in ((tensors.dq, dq), (tensors.dk, dk), (tensors.dv, dv)):
+        grads = [self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv)]
+        self._call("reformer_attend_backward", tensors.lse, tensors.delta, q, k, v, d_out=d_out, grads=grads)
+        for target, rows in zip((tensors.dq, tensors.dk, tensors.dv), grads, strict=True):
             self._write_back(target, rows)
+
+    def _call(
+        self, function: str, lse: Tensor, delta: Tensor | None,
+        q: Tensor | None, k: Tensor | None, v: Tensor | None, *, d_out: Tensor | None = None, out: Tensor | None = None,
+        grads: Sequence[Tensor | None] = (None, None, None),
+    ) -> None:  # fmt: skip
+        """Fills out and lse, or adds to grads; k is None for keys q / |q|, whose gradients are added to dq."""
+        options, order, rule = self._options, self._order, self._options.rule
+        assert isinstance(rule, WindowRule) and q is not None
+        lse = lse.view(-1)[self._rows]
+        sums = torch.empty_like(lse) if delta is None else delta.view(-1)[self._rows]
+        key_scales, along = (torch.empty_like(lse), torch.empty_like(lse)) if k is None else (None, None)
+        (dq, dk, dv), (n_rounds, n_rows) = grads, order.order.shape
+        call = calls.AttentionCall(
+            self._row_len, n_rows // max(1, self._row_len), n_rounds, q.shape[1],
+            self._window, rule.causal, rule.sees_self,
+            order.spans.shape[1], torch.get_num_threads(),
+            int(options.dropout * 2**31), options.dropout_seed,
+            options.scale * LOG2_E, 1 / (1 - options.dropout),
+            *addresses(order.order, order.spans, order.span_counts, order.codes),
+            *addresses(self._head_index, self._positions),
+            *addresses(q, q if k is None else k, v, d_out, out, lse, sums),
+            *addresses(key_scales, along, dq, dq if k is None else dk, dv),
+        )  # fmt: skip
+        getattr(library(), function)(ctypes.byref(call))
 
     def _float_rows(self, x: Tensor | None) -> Tensor | None:
         """The shard's rows [N * L, D] of x [B, H, S, D]: a view if x is float32, else a copy."""

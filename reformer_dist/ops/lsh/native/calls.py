@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.native.library import library
-from reformer_dist.ops.lsh.online_softmax import LOG2_E
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
 # Slots of a bucket that a thread processes at a time: long enough to amortize the scheduling.
@@ -57,7 +56,7 @@ class AttentionCall(ctypes.Structure):
 def row_dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Fills out [n_rows] with the dot products of the rows of a and b [n_rows, D]; all float32."""
     sizes = (ctypes.c_int64(n) for n in (*a.shape, torch.get_num_threads()))
-    pointers = (ctypes.c_void_p(address) for address in _addresses(a, b, out))
+    pointers = (ctypes.c_void_p(address) for address in addresses(a, b, out))
     library().reformer_row_dot(*pointers, *sizes)
 
 
@@ -67,7 +66,7 @@ def hash_rows(x: Tensor, rotations: Tensor, factors: tuple[int, ...], ids: Tenso
     sizes = torch.tensor(factors, dtype=torch.int64)
     call = HashCall(
         seq_len, batch * n_heads, n_heads, n_rounds, x.shape[3], rotations.shape[2], len(factors),
-        ids.element_size(), torch.get_num_threads(), *_addresses(sizes, x, rotations, ids),
+        ids.element_size(), torch.get_num_threads(), *addresses(sizes, x, rotations, ids),
     )  # fmt: skip
     library().reformer_hash(ctypes.byref(call))
 
@@ -113,7 +112,7 @@ def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor 
     ids, ends = buckets.int().contiguous(), ints(n_rounds, n_batch_heads, n_buckets + 2)
     call = OrderCall(
         seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
-        *_addresses(ids, query_bounds, ends, order.order, order.spans, order.span_counts, order.codes),
+        *addresses(ids, query_bounds, ends, order.order, order.spans, order.span_counts, order.codes),
     )  # fmt: skip
     if not library().reformer_order(ctypes.byref(call)):
         wrong = ids[(ids < 0) | (ids > n_buckets)]
@@ -121,59 +120,8 @@ def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor 
     return order
 
 
-@dataclass(frozen=True)
-class HeadGroup:
-    """Heads that are attended by one call. Tensors are contiguous, and those of rows are float32."""
-
-    options: AttentionOptions
-    seq_len: int
-    """Rows of a head; a partition is one head."""
-    window: int
-    """See `window_of`."""
-    head_index: Tensor
-    """[BH] as in `DropoutOptions.head_indices`; of a partition, [n_rows]."""
-    order: Order
-    positions: Tensor | None
-    """[n_rows] of a partition; None for whole sequences."""
-
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Fills out [n_rows, D] and lse [n_rows]; k is None for keys q / |q|."""
-        library().reformer_attend(self._call(q, k, v, None, out, lse, torch.empty_like(lse)))
-
-    def attend_backward(
-        self, q: Tensor, k: Tensor | None, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
-        dq: Tensor, dk: Tensor | None, dv: Tensor,
-    ) -> None:  # fmt: skip
-        """Adds to dq, dk and dv; k and dk are None for keys q / |q|, whose gradients are added to dq."""
-        library().reformer_attend_backward(self._call(q, k, v, d_out, None, lse, delta, dq, dk, dv))
-
-    def _call(
-        self, q: Tensor, k: Tensor | None, v: Tensor, d_out: Tensor | None, out: Tensor | None,
-        lse: Tensor, sums: Tensor, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    ) -> object:  # fmt: skip
-        options, order, rule = self.options, self.order, self.options.rule
-        assert isinstance(rule, WindowRule)
-        shared, drops = k is None, options.dropout > 0
-        key_scales, along = (torch.empty_like(lse), torch.empty_like(lse)) if shared else (None, None)
-        head_index, positions = (
-            x.int() if drops and x is not None else None for x in (self.head_index, self.positions)
-        )
-        n_rounds, n_rows = order.order.shape
-        call = AttentionCall(
-            self.seq_len, n_rows // max(1, self.seq_len), n_rounds, q.shape[1],
-            self.window, rule.causal, rule.sees_self,
-            order.spans.shape[1], torch.get_num_threads(),
-            int(options.dropout * 2**31), options.dropout_seed,
-            options.scale * LOG2_E, 1 / (1 - options.dropout),
-            *_addresses(order.order, order.spans, order.span_counts, order.codes, head_index, positions),
-            *_addresses(q, q if shared else k, v, d_out, out, lse, sums),
-            *_addresses(key_scales, along, dq, dq if shared else dk, dv),
-        )  # fmt: skip
-        call.kept = (head_index, positions, sums, key_scales, along)  # tensors that only the call points to
-        return ctypes.byref(call)
-
-
-def _addresses(*tensors: Tensor | None) -> Iterable[int | None]:
+def addresses(*tensors: Tensor | None) -> Iterable[int | None]:
+    """Pointers to contiguous tensors, which the caller keeps alive until the call returns."""
     for tensor in tensors:
         assert tensor is None or tensor.is_contiguous()
         yield None if tensor is None else tensor.data_ptr()

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_evaluation(arguments: argparse.Namespace) -> None:
-    """Evaluates as one rank of the job; rank 0 prints. Raises UserError, alike on every rank."""
+    """Evaluates as one rank of the job; rank 0 prints. Raises UserError on every rank."""
     job = runtime.start()
     with failures.detect_lost_ranks(job):
         if arguments.coverage:

@@ -19,7 +19,7 @@ ADVICE = "run the same command again to resume from the last checkpoint"
 
 
 def train(config: RunConfig) -> None:
-    """Trains as one rank of the job, or launches its ranks. Raises UserError, alike on every rank."""
+    """Trains as one rank of the job, or launches its ranks. Raises UserError on every rank."""
     from reformer_dist.distributed import runtime
 
     if not runtime.is_rank():

@@ -1,4 +1,4 @@
-"""A new store for each start of a job, inside the one that torchrun keeps across restarts.
+"""A new store for each start of a job, within the store that torchrun keeps across restarts.
 
 When torchrun restarts the ranks of a job, its store still holds what the previous ones wrote: addresses that are
 no longer in use, and reports of lost ranks. Its restart count identifies a start on one machine only, since an

@@ -14,7 +14,7 @@ logger = logging.getLogger("reformer_dist")
 
 class _Handler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Discards further output if the reader is gone, where logging would print a traceback for each line."""
+        """Discards all further output if the reader is gone. logging would print a traceback for each line."""
         if stdio.is_disconnected(self.stream):
             stdio.silence(self.stream)
         else:

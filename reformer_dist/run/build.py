@@ -43,8 +43,8 @@ def build_trainer(
 ) -> Trainer:
     """Validates the configuration, builds all parts, and resumes from a checkpoint if there is one.
 
-    resources: receives what must be closed at the end of the run. stop: ends it early. Raises UserError, alike on
-    every rank.
+    resources: receives what must be closed at the end of the run. stop: ends it early. Raises UserError on every
+    rank.
     """
     require_same_config(config, runtime)
     layout = make_layout(config, runtime)
@@ -76,14 +76,14 @@ def build_trainer(
 
 
 def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
-    """Makes the sequence mesh, and divides the step's rows. Raises ConfigError, alike on every rank."""
+    """Makes the sequence mesh, and divides the step's rows. Raises ConfigError on every rank."""
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
     runtime.together(lambda: check_attention_backend(config.model, runtime.device))
     return StepLayout(make_sequence(config, runtime, micro_batch), micro_batch, n_micro)
 
 
 def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resources: ExitStack) -> EngineParts:
-    """Builds the engine with its initial or resumed state. Raises UserError, alike on every rank."""
+    """Builds the engine with its initial or resumed state. Raises UserError on every rank."""
     config, runtime, resume_from = run.config, run.runtime, directory.resume_from
     model = data.task.build_model().to(runtime.device)
     record, tokenizer_files = _describe_run(config, data.corpus, model)

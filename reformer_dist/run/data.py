@@ -123,7 +123,7 @@ class QuarantineFile:
         self._path = folder / QUARANTINE_FILE
 
     def add(self, damaged: list[DamagedSample]) -> None:
-        """Also logs a warning for each. A file that can't be written does not end the run."""
+        """Appends new samples, and logs a warning for each sample. A write error does not end the run."""
         for sample in damaged:
             logger.warning(f"skipped damaged sample: {sample}")
         lines = [json.dumps(asdict(sample), sort_keys=True) for sample in damaged]

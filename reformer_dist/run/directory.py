@@ -30,7 +30,7 @@ class RunDirectory:
 
 
 def require_same_config(config: RunConfig, runtime: Runtime) -> None:
-    """Raises ConfigError alike on every rank unless all ranks have the same configuration."""
+    """Raises ConfigError on every rank unless all ranks have the same configuration."""
     digests = runtime.gather(hashlib.sha256(to_yaml(config).encode()).hexdigest())
     ranks = ", ".join(str(rank) for rank, digest in enumerate(digests) if digest != digests[0])
     if ranks:
@@ -40,7 +40,7 @@ def require_same_config(config: RunConfig, runtime: Runtime) -> None:
 def open_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack) -> RunDirectory:
     """Creates and locks output_dir until `resources` close, and selects the checkpoint to resume from.
 
-    Raises alike on every rank: ConfigError if it can't be written to or another job has locked it, CheckpointError
+    Raises on every rank: ConfigError if it can't be written to or another job has locked it, CheckpointError
     if resuming is impossible.
     """
     folder = Path(config.output_dir)

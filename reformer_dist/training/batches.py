@@ -111,7 +111,7 @@ class BatchReader:
     def next_step(self) -> StepInputs:
         """This rank's inputs of the next step.
 
-        Raises alike on every rank: Preempted if any received a stop signal, an error if any can't read its rows.
+        Raises on every rank: Preempted if any received a stop signal, an error if any can't read its rows.
         """
         batch, micro_batches, error = None, [], None
         try:

@@ -104,7 +104,7 @@ class CheckpointManager:
     def begin(self, state: TrainState, data_state: dict[str, Any]) -> None:
         """Copies the state after the step just done, and starts a thread that writes it.
 
-        The previous save must have been waited for. Raises UserError alike on every rank, as `wait` does.
+        The previous save must have been waited for. Raises UserError on every rank, as `wait` does.
         """
         assert self._pending is None
         record = replace(

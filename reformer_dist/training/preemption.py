@@ -72,7 +72,7 @@ class StopSignal:
     def until_stopped(self, items: Iterable[T], runtime: Runtime) -> Iterator[T]:
         """Yields the items, of which every rank has the same number.
 
-        Before each item, raises alike on every rank: Preempted if any received a stop signal, or the error of any
+        Before each item, raises on every rank: Preempted if any received a stop signal, or the error of any
         rank that failed to produce its item.
         """
         source = iter(items)

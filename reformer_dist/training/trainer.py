@@ -46,7 +46,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves.
 
-        Raises alike on every rank: UserError, and Preempted after saving if any rank received a stop signal.
+        Raises on every rank: UserError, and Preempted after saving if any rank received a stop signal.
         """
         if self.state.step >= self.config.trainer.max_steps and self.state.is_observed:
             logger.info(f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train")
@@ -59,7 +59,7 @@ class Trainer:
                 self._train()
         except Preempted as stopped:
             raise Preempted(f"{stopped}: {self._save_before_exit()}") from None
-        except (SharedError, TrainingError):  # alike on every rank
+        except (SharedError, TrainingError):  # on every rank
             self._wait_for_save(block=True)
             raise
 

@@ -36,7 +36,7 @@ class Validator:
     def evaluate(self, step: int, seconds: float) -> None:
         """Logs the held-out loss over data.eval_rows rows, and statistics of the model on the first of them.
 
-        seconds: time spent training so far. Raises Preempted alike on every rank if any receives a stop signal.
+        seconds: time spent training so far. Raises Preempted on every rank if any receives a stop signal.
         """
         self._engine.train(False)
         sequence = self._layout.sequence

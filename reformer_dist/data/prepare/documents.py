@@ -118,7 +118,7 @@ def _uncompressed_name(name: str) -> str:
 
 @contextmanager
 def open_raw(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, decompressing .gz. Raises DataError if it, or the tar file that it is, can't be read."""
+    """Opens a file, decompressing .gz. Raises DataError if it, or a tar archive in it, can't be read."""
     try:
         # gzip's reader implements what is used of IO[bytes], but is not typed so
         with cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb") as file:

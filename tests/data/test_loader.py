@@ -147,7 +147,7 @@ def test_states_of_different_runs_do_not_merge(dataset: Dataset) -> None:
     states = [read_steps(dataset, 1, seed=seed)[1] for seed in (1, 2)]
     with pytest.raises(DataError, match="one run"):
         merge_states(states)
-    with pytest.raises(DataError, match="data state: .*at least one"):
+    with pytest.raises(DataError, match=r"data state: .*at least one"):
         merge_states([])
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
-from reformer_dist.ops.lsh.native import calls
-from reformer_dist.ops.lsh.native.calls import addresses, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native.calls import AttentionCall, addresses, hash_rows, order_rows, row_dot, window_of
 from reformer_dist.ops.lsh.native.library import library
 from reformer_dist.ops.lsh.online_softmax import LOG2_E
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
@@ -101,29 +100,34 @@ class NativeSortedShard:
 
     def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.out))
-        self._call("reformer_attend", tensors.lse, None, q, k, v, out=out)
+        self._call("reformer_attend", (q, k, v, None), out, tensors.lse, None, (None, None, None))
         self._write_back(tensors.out, out)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
-        q, k, v, d_out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.d_out))
+        inputs = [self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.d_out)]
         grads = [self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv)]
-        self._call("reformer_attend_backward", tensors.lse, tensors.delta, q, k, v, d_out=d_out, grads=grads)
+        self._call("reformer_attend_backward", inputs, None, tensors.lse, tensors.delta, grads)
         for target, rows in zip((tensors.dq, tensors.dk, tensors.dv), grads, strict=True):
             self._write_back(target, rows)
 
     def _call(
-        self, function: str, lse: Tensor, delta: Tensor | None,
-        q: Tensor | None, k: Tensor | None, v: Tensor | None, *, d_out: Tensor | None = None, out: Tensor | None = None,
-        grads: Sequence[Tensor | None] = (None, None, None),
-    ) -> None:  # fmt: skip
+        self,
+        function: str,
+        inputs: Sequence[Tensor | None],
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        grads: Sequence[Tensor | None],
+    ) -> None:
         """Fills out and lse, or adds to grads; k is None for keys q / |q|, whose gradients are added to dq."""
         options, order, rule = self._options, self._order, self._options.rule
+        (q, k, v, d_out), (dq, dk, dv) = inputs, grads
         assert isinstance(rule, WindowRule) and q is not None
         lse = lse.view(-1)[self._rows]
         sums = torch.empty_like(lse) if delta is None else delta.view(-1)[self._rows]
         key_scales, along = (torch.empty_like(lse), torch.empty_like(lse)) if k is None else (None, None)
-        (dq, dk, dv), (n_rounds, n_rows) = grads, order.order.shape
-        call = calls.AttentionCall(
+        n_rounds, n_rows = order.order.shape
+        call = AttentionCall(
             self._row_len, n_rows // max(1, self._row_len), n_rounds, q.shape[1],
             self._window, rule.causal, rule.sees_self,
             order.spans.shape[1], torch.get_num_threads(),

@@ -3,7 +3,8 @@
 A *backend* sorts the tokens of a shard and attends among them. An *exchange* brings the tokens of each group of
 heads to where they are attended, and the results back; `LocalExchange` moves nothing. The rest is the same for
 all: autocast is off, the backward needs the output and one logsumexp per query whatever the number of rounds
-(dS = P * (dP - delta), as in flash attention), and a query that met no key attends to itself.
+(dS = P * (dP - delta), as in flash attention), and a query that met no key attends to itself, or to nothing if
+values are those of the next token.
 """
 
 from __future__ import annotations
@@ -222,7 +223,10 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(backend(exchange.options, v), ctx.orders)
             exchange.forward(Forward(q, k, v, out, lse), sorter)
-            _select_rows(out, torch.isinf(lse), v)
+            if exchange.options.next_value_heads:
+                out.masked_fill_(torch.isinf(lse).unsqueeze(3), 0)
+            else:
+                _select_rows(out, torch.isinf(lse), v)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -236,7 +240,8 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.orders)
             delta = sorter.backend.row_dot(d_out, out)
-            _select_rows(dv, torch.isinf(lse), d_out)  # o = v for queries that met no key
+            if not ctx.exchange.options.next_value_heads:
+                _select_rows(dv, torch.isinf(lse), d_out)  # o = v for queries that met no key
             ctx.exchange.backward(Backward(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
         return dq, dk, dv, None, None
 

@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made when it is needed.
+# Everything runs in .venv, which is created when it is first needed.
 PYTHON ?= python3
 TEXT ?=
 VENV := .venv
@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart install test test-slow check clean
 
 help:
-	@echo "make quickstart            train a small Reformer on real text, evaluate it, let it write"
-	@echo "make quickstart TEXT=PATH  the same on a file or folder of yours"
-	@echo "make test                  the tests (minutes)"
-	@echo "make test-slow             proofs that take longer"
-	@echo "make check                 ruff and mypy"
+	@echo "make quickstart            train a small Reformer on real text, evaluate it, sample from it"
+	@echo "make quickstart TEXT=PATH  the same on your own file or folder"
+	@echo "make install               create .venv with the package and its dependencies"
+	@echo "make test                  run the tests (minutes)"
+	@echo "make test-slow             run the slow tests"
+	@echo "make check                 run ruff and mypy"
+	@echo "make clean                 remove .venv, build outputs and caches"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

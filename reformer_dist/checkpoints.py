@@ -15,7 +15,7 @@ from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.process.command import run_command
-from reformer_dist.run.directory import changed_values
+from reformer_dist.run.directory import config_changes
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MAX_SHOWN = 20  # differing tensors
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=description, description=description)
         command.set_defaults(action=action)
         for path in paths:
-            command.add_argument(path, type=_resolved)
+            command.add_argument(path, type=_absolute_path)
         return command
 
     add("ls", "list the checkpoints of a run: step, ranks, ZeRO stage, bytes", list_all, "run")
@@ -47,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _resolved(path: str) -> Path:
-    """The absolute path, so that `.` and links have the name and parent of their target."""
+def _absolute_path(path: str) -> Path:
+    """Absolute path, so that `.` and links have the name and parent of their target."""
     return Path(path).resolve()
 
 
@@ -80,7 +80,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def diff(arguments: argparse.Namespace) -> None:
     first, second = (CheckpointReader(resolve_checkpoint(path)) for path in (arguments.first, arguments.second))
     print(f"step: {first.step} -> {second.step}; Adam's step: {first.adam_step} -> {second.adam_step}")
-    for line in changed_values(first.record.config, second.record.config):
+    for line in config_changes(first.record.config, second.record.config):
         print(line)
     first.check_shapes(second.record.shapes)
     differing = []
@@ -98,11 +98,11 @@ def diff(arguments: argparse.Namespace) -> None:
 
 
 def prune_run(arguments: argparse.Namespace) -> None:
-    for name, value, least in (("keep", arguments.keep, 1), ("keep-every", arguments.keep_every, 0)):
-        if value < least:
-            raise ConfigError(f"--{name} {value}: must be at least {least}")
+    for name, value, minimum in (("keep", arguments.keep, 1), ("keep-every", arguments.keep_every, 0)):
+        if value < minimum:
+            raise ConfigError(f"--{name} {value}: must be at least {minimum}")
     root = _folders(arguments.run)[0].parent
-    lock = RunLock(root.parent)  # a running job prunes by itself
+    lock = RunLock(root.parent)  # a running job prunes its checkpoints itself
     try:
         intact = [folder for folder in step_folders(root) if verify_checkpoint(folder) is None]
         if not intact:

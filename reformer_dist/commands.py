@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 from reformer_dist.process.signals import exit_on_interrupt
 
@@ -12,8 +13,8 @@ SPIN_COUNT = "1000"
 def _limit_spinning() -> None:
     """Lets waiting threads of GNU OpenMP spin only briefly.
 
-    With other programs on the cores, ten times as much spinning made a step ten times slower, since a waiting
-    thread takes the core from the one it waits for. On an idle machine it gains a few percent.
+    On cores shared with other programs, ten times as much spinning made a step ten times slower, since a waiting
+    thread takes the core from the one it waits for. On an idle machine, it gains a few percent.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
@@ -25,39 +26,30 @@ def train() -> None:
     main()
 
 
+def _run_main(module: str) -> None:
+    with exit_on_interrupt():
+        main = import_module(module).main
+    main()
+
+
 def evaluate() -> None:
     _limit_spinning()
-    with exit_on_interrupt():
-        from reformer_dist.evaluate import main
-
-    main()
+    _run_main("reformer_dist.evaluate")
 
 
 def generate() -> None:
     _limit_spinning()
-    with exit_on_interrupt():
-        from reformer_dist.generate import main
-
-    main()
+    _run_main("reformer_dist.generate")
 
 
 def convert() -> None:
-    with exit_on_interrupt():
-        from reformer_dist.convert import main
-
-    main()
+    _run_main("reformer_dist.convert")
 
 
 def doctor() -> None:
     _limit_spinning()
-    with exit_on_interrupt():
-        from reformer_dist.doctor.__main__ import main
-
-    main()
+    _run_main("reformer_dist.doctor.__main__")
 
 
 def checkpoints() -> None:
-    with exit_on_interrupt():
-        from reformer_dist.checkpoints import main
-
-    main()
+    _run_main("reformer_dist.checkpoints")

@@ -23,7 +23,7 @@ from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_fac
 from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, ForeignOptions, HeadKind
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.process.command import run_command
-from reformer_dist.run.compose import plain
+from reformer_dist.run.compose import to_dict
 from reformer_dist.run.pretrained import load_model
 
 EPILOG = """\
@@ -46,7 +46,7 @@ HEADS = {
     TaskKind.sequence_classification: HeadKind.sequence_classification,
     TaskKind.question_answering: HeadKind.question_answering,
 }
-NEVER = -1e4  # logit of a token of probability 0
+MIN_LOGIT = -1e4  # of a token that is never predicted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,32 +73,31 @@ def run_conversion(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise CheckpointError(f"{target}: exists; name a directory that does not")
     if not source.is_dir():
-        raise CheckpointError(f"{source}: is no directory; name the one with the model's files")
-    if _is_ours(source):
+        raise CheckpointError(f"{source}: is not a directory; name the one with the model's files")
+    model = _read_foreign(source)
+    if model is None:
         _to_hugging_face(source, target)
     else:
-        _from_foreign(_read_foreign(source), source, target, arguments.tokenizer)
+        _from_foreign(model, source, target, arguments.tokenizer)
 
 
-def _is_ours(source: Path) -> bool:
+def _read_foreign(source: Path) -> ForeignModel | None:
+    """The model of another implementation; None for one of ours, or if there is none."""
     path = source / CONFIG_FILE
-    if not path.is_file():
-        return not trax.is_trax(source)  # a run, a checkpoint, or an error when it is loaded
-    options = ForeignOptions.read(path)
-    return "shapes" in options and "config" in options
-
-
-def _read_foreign(source: Path) -> ForeignModel:
+    options = ForeignOptions.read(path) if path.is_file() else ForeignOptions(path, {})
+    if "shapes" in options and "config" in options:
+        return None
     if trax.is_trax(source):
         return trax.read(source)
-    options = ForeignOptions.read(source / CONFIG_FILE)
+    if not path.is_file():
+        return None
     if "model_type" in options:
         return hugging_face.read(source)
     if "num_tokens" in options:
         return reformer_pytorch.read(source)
     raise CheckpointError(
-        f"{options.path}: is of no known implementation: transformers has model_type in it, reformer_pytorch "
-        "the arguments of ReformerLM (num_tokens, ...), and Trax has a model.pkl.gz next to it"
+        f"{path}: is of an unknown implementation; for transformers it has model_type, for reformer_pytorch "
+        "the arguments of ReformerLM (num_tokens, ...), and for Trax a model.pkl.gz next to it"
     )
 
 
@@ -120,31 +119,31 @@ def _from_foreign(model: ForeignModel, source: Path, target: Path, vocabulary: s
     vocab_size = model.vocab_size - model.has_mask_token
     tokenizer = find_tokenizer(source, vocab_size, vocabulary)
     weights = with_mask_token(model) if model.is_masked and not model.has_mask_token else model.weights
-    with tempfile.TemporaryDirectory() as scratch:
-        specification = tokenizer.save(Path(scratch))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        specification = tokenizer.save(folder)
         record = RunRecord(
-            config=plain(run_config(model)),
+            config=to_dict(run_config(model)),
             tokenizer=specification,
             vocab_size=vocab_size,
             labels=model.classes,
             shapes={name: list(tensor.shape) for name, tensor in weights.items()},
         )
-        files = sorted(path.name for path in Path(scratch).iterdir())
-        write_export(_ConvertedWeights(Path(scratch), record, weights, files), target)
-    n_parameters = sum(tensor.numel() for tensor in weights.values())
-    kind = _task_kind(model).name
+        files = sorted(path.name for path in folder.iterdir())
+        write_export(_ConvertedWeights(folder, record, weights, files), target)
+    n_parameters, kind = sum(tensor.numel() for tensor in weights.values()), _task_kind(model).name
     print(f"converted a {kind} of {model.system}, {n_parameters:,} parameters, to {target}")
     for note in model.notes:
         print(f"note: {note}")
 
 
 def with_mask_token(model: ForeignModel) -> dict[str, Tensor]:
-    """Weights with an added mask token: its embedding is the mean of all, and it is never predicted."""
+    """Weights with an added mask token, whose embedding is the mean of all. It is never predicted."""
     weights = dict(model.weights)
     table, head, bias = (weights[name] for name in ("embedding.tokens.weight", "head.weight", "head.bias"))
     weights["embedding.tokens.weight"] = torch.cat([table, table.mean(dim=0, keepdim=True)])
     weights["head.weight"] = torch.cat([head, torch.zeros_like(head[:1])])
-    weights["head.bias"] = torch.cat([bias, torch.full_like(bias[:1], NEVER)])
+    weights["head.bias"] = torch.cat([bias, torch.full_like(bias[:1], MIN_LOGIT)])
     return weights
 
 
@@ -153,11 +152,11 @@ def _task_kind(model: ForeignModel) -> TaskKind:
 
 
 def run_config(model: ForeignModel) -> RunConfig:
-    """The configuration of a run with the model and its task, and defaults elsewhere."""
+    """The configuration of a run with the model and its task, otherwise with the defaults."""
     kind, data, trainer = _task_kind(model), DataConfig(), TrainerConfig()
-    longest = model.config.max_positions
-    if longest is not None:
-        data = replace(data, seq_len=min(data.seq_len, longest))
+    max_positions = model.config.max_positions
+    if max_positions is not None:
+        data = replace(data, seq_len=min(data.seq_len, max_positions))
     if kind is not TaskKind.language_model:
         trainer = replace(trainer, sample_every=0)
     return RunConfig(task=TaskConfig(kind=kind), model=model.config, data=data, trainer=trainer)

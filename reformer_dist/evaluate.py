@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection, Tokenizer, heldout_text_batches
+from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection, heldout_text_batches
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.coverage import Coverage, measure_coverage
 from reformer_dist.ops.lsh.shared_keys import shared_keys
-from reformer_dist.parallel.sequence import share_sequences
+from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.command import run_command
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
@@ -36,24 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Evaluates a trained model on held-out data: the loss, and the metrics of its task.",
         epilog="example: reformer-evaluate outputs/quickstart --rows 200 model.n_hashes=8",
     )
-    parser.add_argument("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=..."
-    )
-    parser.add_argument("--rows", type=int, default=0, help="number of held-out rows; 0, the default, means all")
-    parser.add_argument("--batch", type=int, default=MICRO_BATCH, help=f"rows per batch (default: {MICRO_BATCH})")
-    parser.add_argument(
-        "--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples"
-    )
-    parser.add_argument(
-        "--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8"
-    )
-    parser.add_argument(
-        "--coverage",
-        action="store_true",
-        help="instead of the loss, the fraction of exact attention's softmax mass that each LSH layer covers",
-    )
-    parser.add_argument("--output", type=Path, help="with --coverage: JSON file to write the result to")
+    add = parser.add_argument
+    add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
+    add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=...")
+    add("--rows", type=int, default=0, help="number of held-out rows; 0, the default, means all")
+    add("--batch", type=int, default=MICRO_BATCH, help=f"rows per batch (default: {MICRO_BATCH})")
+    add("--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples")
+    add("--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8")
+    coverage = "instead of the loss, the fraction of exact attention's softmax mass that each LSH layer covers"
+    add("--coverage", action="store_true", help=coverage)
+    add("--output", type=Path, help="with --coverage: JSON file to write the result to")
     return parser
 
 
@@ -74,31 +67,43 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     result = _evaluate(arguments, loaded, corpus, job)
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
-        return [*lines, *_text_lines(result, _heldout_text(arguments, loaded, corpus))]
-    lines += [
-        f"task: {loaded.config.task.kind.name}",
-        *_metric_lines(result, "held-out" if arguments.split == "heldout" else "training"),
-    ]
+        text = _heldout_text(arguments, loaded, corpus)  # for the baselines
+        return [
+            *lines,
+            f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens",
+            f"held-out loss: {result.loss:.4f} nats per token",
+            f"held-out bits per byte: {result.bits_per_byte:.4f}",
+            f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
+            f"  gzip -9 of the same text: {gzip_bits_per_byte(text):.4f}",
+        ]
+    split = "held-out" if arguments.split == "heldout" else "training"
+    lines.append(f"task: {loaded.config.task.kind.name}")
+    lines.append(f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels")
+    if result.bits_per_byte is not None:
+        lines.append(f"{split} bits per byte: {result.bits_per_byte:.4f}")
+    if result.accuracy is not None:
+        lines.append(f"{split} accuracy: {100 * result.accuracy:.2f} %")
+
+    def all_gather(local: list[Any]) -> list[Any]:
+        return list(chain.from_iterable(job.gather(local)))
+
     rows = _select_rows(arguments, loaded, job.rank, job.world_size)
-    return [*lines, *loaded.task.measure(loaded.model, corpus, rows, lambda local: _all_gather(job, local))]
+    return lines + loaded.task.measure(loaded.model, corpus, rows, all_gather)
 
 
 def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     lines: list[str] = []
-    for rounds in _parse_rounds(arguments.rounds):
+    numbers = arguments.rounds.split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        requirement = "must be positive numbers separated by commas, such as 1,2,4,8"
+        raise ConfigError(f"--rounds {arguments.rounds}: {requirement}")
+    for rounds in map(int, numbers):
         loaded, corpus = _open(arguments, [f"model.n_hashes={rounds}"], job)
         values = _evaluate(arguments, loaded, corpus, job).values()
         if not lines:
             lines = [f"checkpoint: {loaded.checkpoint}", "".join(f"{name:>16}" for name in ("rounds", *values))]
         lines.append(f"{rounds:>16}" + "".join(f"{value:>16.4f}" for value in values.values()))
     return lines
-
-
-def _parse_rounds(text: str) -> list[int]:
-    numbers = text.split(",")
-    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise ConfigError(f"--rounds {text}: must be positive numbers separated by commas, such as 1,2,4,8")
-    return [int(number) for number in numbers]
 
 
 def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> tuple[LoadedModel, Corpus]:
@@ -110,16 +115,13 @@ def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> 
 
 def _open_corpus(loaded: LoadedModel, split: str) -> Corpus:
     corpus = open_corpus(loaded.config.data, [split])
-    if _specification(corpus.tokenizer) != _specification(loaded.tokenizer):
+    with tempfile.TemporaryDirectory() as folder:
+        specifications = [tokenizer.save(Path(folder)) for tokenizer in (corpus.tokenizer, loaded.tokenizer)]
+    if specifications[0] != specifications[1]:
         fix = f"write the data with tools/make_shards.py --tokenizer-of {loaded.checkpoint}"
         raise DataError(f"data.path={corpus.where}: has another tokenizer than the model; {fix}")
     loaded.task.check(corpus)
     return corpus
-
-
-def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        return tokenizer.save(Path(folder))
 
 
 def _select_rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, size: int) -> RowSelection:
@@ -132,39 +134,17 @@ def _select_rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, 
 
 
 def _evaluate(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
-    sequence = share_sequences(loaded.config, job, arguments.batch)
+    sequence = make_sequence(loaded.config, job, arguments.batch)
     task, mesh = loaded.task, sequence.mesh
     batches = task.heldout(corpus, _select_rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
     return evaluate(loaded.model, batches, task, job, sequence)
 
 
-def _all_gather(job: Runtime, local: list[Any]) -> list[Any]:
-    return [each for of_rank in job.gather(local) for each in of_rank]
-
-
 def _heldout_text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) -> bytes:
-    """The text of all labels, for the baselines."""
+    """The text of all labels."""
     batches = loaded.task.heldout(corpus, _select_rows(arguments, loaded, 0, 1))
-    labels = (batch["labels"] for batch in batches)
-    ids = torch.cat([each[each != IGNORE_INDEX] for each in labels])
+    ids = torch.cat([batch["labels"][batch["labels"] != IGNORE_INDEX] for batch in batches])
     return loaded.tokenizer.decode_bytes(ids.numpy())
-
-
-def _text_lines(result: EvalResult, text: bytes) -> list[str]:
-    return [
-        f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens",
-        f"held-out loss: {result.loss:.4f} nats per token",
-        f"held-out bits per byte: {result.bits_per_byte:.4f}",
-        f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
-        f"  gzip -9 of the same text: {gzip_bits_per_byte(text):.4f}",
-    ]
-
-
-def _metric_lines(result: EvalResult, split: str) -> list[str]:
-    lines = [f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels"]
-    if result.bits_per_byte is not None:
-        lines.append(f"{split} bits per byte: {result.bits_per_byte:.4f}")
-    return lines if result.accuracy is None else [*lines, f"{split} accuracy: {100 * result.accuracy:.2f} %"]
 
 
 class CoverageSequence(WholeSequence):
@@ -183,8 +163,8 @@ class CoverageSequence(WholeSequence):
 
 
 @torch.no_grad()
-def coverage_of(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
-    """Coverage of each LSH layer over held-out rows, a mean over heads. Raises UserError."""
+def _measure_layers(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
+    """Coverage of each LSH layer over held-out rows, averaged over heads. Raises UserError."""
     corpus = open_corpus(loaded.config.data, ["heldout"])
     device = next(loaded.model.parameters()).device
     totals: list[Coverage] = []
@@ -205,10 +185,9 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded = load_model(arguments.run, arguments.overrides, job.device)
     model = loaded.config.model
     if model.compat.chunk_wrap:
-        raise ConfigError(
-            "model.compat.chunk_wrap=true: coverage is not defined for chunks that wrap into other rounds"
-        )
-    layers = coverage_of(loaded, arguments.rows)
+        reason = "coverage is not defined for chunks that wrap into other rounds"
+        raise ConfigError(f"model.compat.chunk_wrap=true: {reason}")
+    layers = _measure_layers(loaded, arguments.rows)
     if not layers:
         raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")
     mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}

@@ -39,30 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
-    add(
-        "--prompt-file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="file whose text is a prompt, which is not printed; - is standard input; may be repeated",
-    )
+    prompt_file = "file whose text is a prompt, which is not printed; - is standard input; may be repeated"
+    add("--prompt-file", action="append", default=[], metavar="FILE", help=prompt_file)
     add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to sample per text (default: 200)")
     add("--samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="string that ends a text and is not printed; may be repeated",
-    )
+    stop = "string that ends a text and is not printed; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=stop)
     add("--temperature", type=float, metavar="T", help="0 always takes the most likely token (default: 0.8)")
     add("--top-k", type=int, metavar="K", help="sample from the k most likely tokens (default: 0, all)")
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="sample from the most likely tokens of this total probability (default: 0.95)",
-    )
+    top_p = "sample from the most likely tokens with this total probability (default: 0.95)"
+    add("--top-p", type=float, metavar="P", help=top_p)
     add("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repetitions (default: 1)")
     add(
         "--beams",
@@ -78,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 @dataclass(frozen=True)
 class Prompt:
     name: str
-    """Option that gave it, for error messages."""
+    """The option it comes from, for error messages."""
     text: bytes
     is_shown: bool
 
@@ -173,12 +159,12 @@ def _sample(
         ended = set()
         n_written += 1
         for row, token in sampler.step().items():
-            text, shown = texts[row], first * n_samples + row
+            text, output_row = texts[row], first * n_samples + row
             is_eos = token == tokenizer.eos_id
-            writer.write(shown, "" if is_eos else text.add(token))
+            writer.write(output_row, "" if is_eos else text.add(token))
             if is_eos or text.is_stopped or n_written == limits[row]:
-                writer.write(shown, text.flush())
-                writer.end(shown)
+                writer.write(output_row, text.flush())
+                writer.end(output_row)
                 ended.add(row)
                 writer.hit_max_positions |= not (is_eos or text.is_stopped) and n_written < request.n_tokens
         sampler.finish(ended)
@@ -198,14 +184,13 @@ def _search(
                 text = TextStream(loaded.tokenizer.decode, request.stops, before)
                 tokens = beams[sample].tokens
                 writer.write(row, "".join(map(text.add, tokens)) + text.flush())
-                writer.hit_max_positions |= (
-                    limit < request.n_tokens and len(tokens) == limit and not is_end(tokens)
-                )
+                is_cut = len(tokens) == limit and not is_end(tokens)
+                writer.hit_max_positions |= is_cut and limit < request.n_tokens
             writer.end(row)
 
 
 def _make_stop_check(tokenizer: Tokenizer, before: list[int], stops: list[str]) -> Callable[[list[int]], bool]:
-    """Returns a function that tells whether a text ends with its last token. before: tokens that precede it."""
+    """Returns a function that checks whether a text ends with its last token. before: tokens that precede it."""
     # a stop string spans at most as many tokens as it has bytes
     tail = max((len(stop.encode()) for stop in stops), default=0) + 4
 
@@ -228,33 +213,24 @@ def _parse_request(arguments: argparse.Namespace) -> Request:
         raise ConfigError("--stop '': must not be empty")
     prompts = [Prompt("--prompt", text.encode(errors="surrogateescape"), True) for text in arguments.prompt]
     prompts += [_read_prompt(name) for name in arguments.prompt_file]
+    options = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    n_beams, length_penalty, beams = arguments.beams, arguments.length_penalty, None
+    if n_beams is None and length_penalty is not None:
+        raise ConfigError(f"--length-penalty {length_penalty}: needs --beams")
+    if n_beams is not None:
+        for name, value in options.items():
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: excludes --beams, which does not sample")
+        if arguments.samples > n_beams:
+            raise ConfigError(f"--samples {arguments.samples}: must be at most --beams {n_beams}")
+        beams = BeamOptions(n_beams, 1.0 if length_penalty is None else length_penalty)
     return Request(
         prompts or [Prompt("--prompt", b"", True)],
         arguments.max_new_tokens,
         arguments.samples,
         arguments.stop,
-        _sampling(arguments),
-        _beams(arguments),
+        SamplingOptions(**{**SAMPLING, **options}, seed=arguments.seed),
+        beams,
     )
-
-
-def _sampling(arguments: argparse.Namespace) -> SamplingOptions:
-    options = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
-    if options and arguments.beams is not None:
-        name, value = next(iter(options.items()))
-        raise ConfigError(f"--{name.replace('_', '-')} {value}: excludes --beams, which does not sample")
-    return SamplingOptions(**{**SAMPLING, **options}, seed=arguments.seed)
-
-
-def _beams(arguments: argparse.Namespace) -> BeamOptions | None:
-    length_penalty = arguments.length_penalty
-    if arguments.beams is None:
-        if length_penalty is not None:
-            raise ConfigError(f"--length-penalty {length_penalty}: needs --beams")
-        return None
-    if arguments.samples > arguments.beams:
-        raise ConfigError(f"--samples {arguments.samples}: must be at most --beams {arguments.beams}")
-    return BeamOptions(arguments.beams, 1.0 if length_penalty is None else length_penalty)
 
 
 def _read_prompt(name: str) -> Prompt:
@@ -269,16 +245,16 @@ def _read_prompt(name: str) -> Prompt:
 
 
 def _check_sources(request: Request) -> Request:
-    """Checks prompts that are sources; they are not shown, since the output does not continue them."""
+    """Checks prompts that are sources, and hides them, since the output does not continue them."""
     for prompt in request.prompts:
         if not prompt.text.strip():
-            right = "it must contain the source of a sequence_to_sequence model"
-            raise ConfigError(f"{prompt.name}: is empty; {right}")
+            requirement = "it must contain the source of a sequence_to_sequence model"
+            raise ConfigError(f"{prompt.name}: is empty; {requirement}")
     return replace(request, prompts=[replace(prompt, is_shown=False) for prompt in request.prompts])
 
 
 def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> torch.Tensor:
-    """Token ids [S] of an end-of-text token, as before every document in training, and the prompt."""
+    """Token ids [S] of the prompt after an end-of-text token, which precedes each document in training."""
     tokenizer = loaded.tokenizer
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist()], device=device)
     longest = loaded.config.model.max_positions

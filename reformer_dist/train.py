@@ -23,11 +23,11 @@ def train(config: RunConfig) -> None:
     from reformer_dist.distributed import runtime
 
     if not runtime.is_rank():
-        config.launcher.require_read()
+        config.launcher.refuse_unused_keys()
         if config.launcher.kind is not LauncherKind.none:
             _launch(config, sys.argv[1:])
             return
-    # imports torch and DeepSpeed, which --help and a bad override need not wait for
+    # imports torch and DeepSpeed, for which --help and an invalid override need not wait
     from reformer_dist.distributed import failures
     from reformer_dist.run.build import build_trainer
     from reformer_dist.training.preemption import StopSignal
@@ -75,11 +75,11 @@ def sweep(request: SweepRequest) -> None:
 def _run() -> None:
     from reformer_dist.sweep.request import run_or_sweep
 
-    flags = [word for word in sys.argv[1:] if word.split("=")[0] == DRY_RUN]
+    flags = [argument for argument in sys.argv[1:] if argument.split("=")[0] == DRY_RUN]
     if not flags:
         run_or_sweep(train, sweep)
         return
-    sys.argv = [word for word in sys.argv if word not in flags]  # unknown to Hydra
+    sys.argv = [argument for argument in sys.argv if argument not in flags]  # unknown to Hydra
 
     def plan(config: RunConfig) -> None:
         from reformer_dist.run.dry_run import dry_run
@@ -88,7 +88,7 @@ def _run() -> None:
 
     def refuse(request: SweepRequest) -> None:
         raise ConfigError(
-            f"{DRY_RUN}: describes one run, and this command line is a sweep; give each key one value"
+            f"{DRY_RUN}: describes one run, but this command line is a sweep; give each key one value"
         )
 
     run_or_sweep(plan, refuse)

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set that no test changes."""
+    """A dataset that no test changes."""
     return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
@@ -56,7 +56,7 @@ def job() -> Iterator[Runtime]:
 
 @pytest.fixture(scope="session")
 def run_on() -> Iterator[Callable[..., None]]:
-    """run_on(size, case, **params) calls `case(runtime, **params)` on each of `size` ranks, alive for the session."""
+    """run_on(size, case, **params) calls `case(runtime, **params)` on each of the session's `size` ranks."""
     pools: dict[int, RankPool] = {}
 
     def run(size: int, case: Callable[..., None], /, **params: Any) -> None:

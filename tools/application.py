@@ -7,7 +7,7 @@
   classification      --train and --heldout: JSON lines of text and label (default: standard library)
   duplication         random texts to be repeated
 
-A second run reuses the data set and resumes training.
+A second run reuses the dataset and resumes training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quickstart import TOOLS, command, execute, print_heading
 
 @dataclass(frozen=True)
 class Application:
-    """Conversion of raw files to a data set, and evaluation of the model; the rest is in conf/experiment/."""
+    """Conversion of raw files to a dataset, and evaluation of the model; the rest is in conf/experiment/."""
 
     input_format: list[str]
     """Arguments of make_shards.py that describe the inputs."""

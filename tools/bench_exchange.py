@@ -151,7 +151,7 @@ class ExchangeBenchmark:
             ids = hash_vectors(self.q, self.rotations, self.n_buckets, "rotation")
         mask = sequence.key_padding_mask(self.arguments.batch, self.job.device)
         leaves = [t.detach().requires_grad_(backward) for t in (self.q, self.v)]
-        exchange = sequence.open_exchange(ids, self.options, mask)
+        exchange = sequence.make_exchange(ids, self.options, mask)
         out = sequence.bucket_attention(leaves[0], None, leaves[1], exchange)
         if backward:
             torch.autograd.grad(out, leaves, self.d_out)

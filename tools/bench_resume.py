@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time to the first batch after resuming at several positions in the data.
 
-Prints the seconds from opening the data set to the first batch and their ratio to the first position. Times are
+Prints the seconds from opening the dataset to the first batch and their ratio to the first position. Times are
 medians over --rounds, with positions interleaved. Exits 1 if a ratio exceeds --limit.
 """
 
@@ -31,7 +31,7 @@ SEQ_LEN, BATCH_SIZE = 1024, 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="data set (default: 20000 generated documents)")
+    parser.add_argument("--data", type=Path, help="dataset (default: 20000 generated documents)")
     parser.add_argument("--samples", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="positions")
     parser.add_argument("--rounds", type=int, default=15, help="repetitions (default: 15)")
     parser.add_argument("--limit", type=float, default=1.5, help="largest accepted ratio (default: 1.5)")

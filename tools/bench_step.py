@@ -58,7 +58,7 @@ from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.torch_tiles import attention as torch_attention
 from reformer_dist.planning import JobSpec, make_plan
 from reformer_dist.planning.flops import layer_flops
-from reformer_dist.run.compose import plain, run_config_from
+from reformer_dist.run.compose import run_config_from, to_dict
 
 IMPLEMENTATIONS = ("ours", "reformer_pytorch")
 DEFAULTS = [
@@ -128,7 +128,7 @@ def run_in_process(impl: str) -> dict[str, Any] | None:
 
 def run_row(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
-    config = run_config_from(plain(RunConfig()), [*DEFAULTS, *arguments.overrides])
+    config = run_config_from(to_dict(RunConfig()), [*DEFAULTS, *arguments.overrides])
     device = runtime.start().device
     try:
         bench = (Ours if arguments.row == "ours" else ReformerPytorch)(config, device)
@@ -154,7 +154,7 @@ class Ours:
         tokens = random_tokens(self._config, self._device)[:1, : CHECK_SEQ_LEN + 1]
         results = []
         for recompute in (self._config.model.recompute.name, "none"):
-            changed = run_config_from(plain(self._config), [f"model.recompute={recompute}"])
+            changed = run_config_from(to_dict(self._config), [f"model.recompute={recompute}"])
             model = ReformerLM(changed.model, VOCAB_SIZE, seed=0).to(self._device)
             loss = model(tokens[:, :-1], tokens[:, 1:], step=0)
             results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])

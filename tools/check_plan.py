@@ -2,7 +2,7 @@
 """Compares the peak memory of training runs with the estimate of `reformer-train --dry-run`.
 
 Exits 1 if an estimate is off by more than 10 %. Each row is a separate job with the real trainer and engine, two
-or three steps long, on a small generated data set. On a CPU the peak is the largest resident size of any rank
+or three steps long, on a small generated dataset. On a CPU the peak is the largest resident size of any rank
 (ru_maxrss), which includes the interpreter and its libraries. Their memory is measured in a separate process, and
 `tensors` is planned tensors / (measured - libraries). On CUDA the peak is PyTorch's allocated memory.
 
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_text(folder: Path) -> None:
-    """Writes a language model data set and one of pairs; each document is longer than a row."""
+    """Writes a language model dataset and one of pairs; each document is longer than a row."""
     text = b"".join(b"%d is a number, and the next one is %d.\n" % (n, n + 1) for n in range(1000))
     documents = [(f"document{i}", text) for i in range(50)]
     write_dataset(documents, folder / "data", ByteTokenizer(), shard_bytes=10**6, heldout_fraction=0.0)

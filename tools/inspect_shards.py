@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows the contents of a data set, verifies its checksums, and lists the samples of a training step."""
+"""Shows the contents of a dataset, verifies its checksums, and lists the samples of a training step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts text to a data set for training: tokenized tar shards with train and held-out splits."""
+"""Converts text to a dataset for training: tokenized tar shards with train and held-out splits."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help="text files and folders")
-    add("--output", required=True, type=Path, metavar="DIR", help="output folder of the data set")
+    add("--output", required=True, type=Path, metavar="DIR", help="output folder of the dataset")
     add("--source", type=Path, metavar="FILE", help="parallel text: source lines")
     add("--target", type=Path, metavar="FILE", help="parallel text: target lines, as many as in --source")
     add("--fields", nargs="+", metavar="NAME", help="text fields of each .jsonl line, in order")
@@ -180,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--shard-mb", type=float, default=16.0, metavar="F", help="size of a shard in MiB (default: 16)")
     add("--heldout", type=float, default=0.05, metavar="F", help="held-out fraction of documents (default: 0.05)")
     add("--jsonl-field", default="text", metavar="NAME", help="text field (default: text)")
-    add("--overwrite", action="store_true", help="replace an existing data set in DIR")
+    add("--overwrite", action="store_true", help="replace an existing dataset in DIR")
     arguments = parser.parse_args()
     problem = check_arguments(arguments)
     if problem:
@@ -216,13 +216,13 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
 
 def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokenizer:
     if arguments.tokenizer_of:
-        from reformer_dist.checkpoint.weights import open_weights  # loads torch
+        from reformer_dist.checkpoint.export import open_weights  # loads torch
 
         weights = open_weights(arguments.tokenizer_of)
         tokenizer = load_tokenizer(weights.record.tokenizer, weights.folder)
         if arguments.squad and not tokenizer.is_lossless:
             problem = (
-                "SentencePiece normalises text, which shifts the answers of --squad; use --tokenizer bytes or bpe"
+                "SentencePiece normalizes text, which shifts the answers of --squad; use --tokenizer bytes or bpe"
             )
             raise DataError(f"--tokenizer-of {arguments.tokenizer_of}: {problem}")
         return tokenizer
@@ -251,7 +251,7 @@ def show(summary: WriteSummary, left_out: SkippedFiles, tokenizer: Tokenizer, fo
     for kind, (count, first) in left_out.items():
         print(f"  skipped: {count:,} {kind}, such as {first}")
     if summary.normalized:
-        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalised by SentencePiece:"
+        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalized by SentencePiece:"
         print(f"  {change} {summary.normalized:,} documents")
 
 

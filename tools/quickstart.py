@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """From text to a trained model in four steps; prints the command of each.
 
-A second run reuses the data set and resumes training.
+A second run reuses the dataset and resumes training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _source(text: Path | None) -> tuple[Path, str]:
-    """The text, and a name for its data set and run that is unique to the text."""
+    """The text, and a name for its dataset and run that is unique to the text."""
     if text is None:
         return STDLIB, "quickstart"
     if not text.exists():
@@ -76,7 +76,7 @@ def execute(command: list[str]) -> None:
 
 def _print_summary(data: Path, run: Path, train: list[str]) -> None:
     print_heading("Done")
-    print(f"data set     {data}")
+    print(f"dataset      {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
     print(f"continue     {shlex.join([*train, 'trainer.max_steps=1000'])}")
     print(f"TensorBoard  {command('tensorboard')} --logdir {run}")

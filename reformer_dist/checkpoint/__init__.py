@@ -1,4 +1,4 @@
-"""Sharded checkpoints independent of ZeRO stage and world size: safetensors and JSON, never pickles."""
+"""Sharded checkpoints independent of ZeRO stage and world size: safetensors and JSON, no pickles."""
 
 from reformer_dist.checkpoint.async_save import AsyncSave, prune
 from reformer_dist.checkpoint.export import Export, WeightSource, write_export

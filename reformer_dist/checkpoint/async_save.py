@@ -1,4 +1,4 @@
-"""Writes a checkpoint: each rank its fragments, then rank 0 the manifest, then the rename that publishes it."""
+"""Writes a checkpoint: each rank its fragments, then rank 0 the manifest, then a rename publishes it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from reformer_dist.fs.atomic import publish, sync, write_synced
 
 
 class AsyncSave:
-    """One checkpoint being saved: copied by the constructor, written by a thread, published by `finish`.
+    """One save in progress: copied by the constructor, written by a thread, published by `finish`.
 
-    Every rank makes the same calls in the same order. The thread takes part in no collective, so it can't
-    interleave with those of training; the ranks agree on the outcome in `is_done` and `finish`.
+    Every rank makes the same calls in the same order. The thread calls no collectives, so it can't interleave with
+    those of training. The ranks agree on the outcome in `is_done` and `finish`.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class AsyncSave:
         extra_files: dict[str, bytes],
         buffers: dict[str, Tensor] | None = None,
     ) -> None:
-        """rank_state: JSON values of this rank; record and extra_files: rank 0's are written.
+        """rank_state: JSON values of this rank. record, extra_files: those of rank 0 are written.
 
-        buffers: host tensors for the copies, allocated by the first save and reused by later ones, which saves
-        them the page faults; not to be touched while a save is in progress.
+        buffers: host tensors for the copies, allocated by the first save and reused by later ones, which avoids
+        page faults. They must not be modified while a save is in progress.
 
-        Raises an error alike on every rank if the directory can't be created or the disk is too full.
+        Raises the same error on every rank if the directory can't be created or the disk is too full.
         """
         self.step = step
         self._runtime, self._extra_files = runtime, extra_files
@@ -66,17 +66,25 @@ class AsyncSave:
         runtime.on_main(lambda: _prepare_folder(root, self._partial, int(needed)))
         self._record = json_bytes(record.to_json())
         self._error: CheckpointError | None = None
-        self._entries: dict[str, Any] = {}
+        self._entries: dict[str, Any] = {}  # of this rank's files in the manifest
         tensors = _copy(fragments, {} if buffers is None else buffers)
-        index = json_bytes(_index(fragments, rank_state))
-        self._thread = threading.Thread(target=self._write, args=(tensors, index), name="checkpoint")
+        index = {
+            "fragments": [{"name": each.name, "offset": each.offset, "length": each.length} for each in fragments],
+            "adam_step": max((fragment.adam_step for fragment in fragments), default=0),
+            "state": rank_state,
+        }
+        self._thread = threading.Thread(target=self._write, args=(tensors, json_bytes(index)), name="checkpoint")
         self._thread.start()
 
     def _write(self, tensors: dict[str, Tensor], index: bytes) -> None:
+        paths = [self._partial / rank_file(self._runtime.rank, suffix) for suffix in ("safetensors", "json")]
         try:
-            self._entries = _write_rank(self._partial, self._runtime.rank, tensors, index)
-        except CheckpointError as error:
-            self._error = error
+            save_file(tensors, paths[0])
+            sync(paths[0])
+            write_synced(paths[1], index)
+            self._entries = {path.name: manifest_entry(path) for path in paths}
+        except SafetensorError as error:  # such as a full disk
+            self._error = CheckpointError(f"{paths[0]}: can't be written: {error}")
         except Exception as error:  # any failure must reach the main thread
             self._error = CheckpointError(f"{self._partial}: can't be written: {error or type(error).__name__}")
 
@@ -86,24 +94,33 @@ class AsyncSave:
         return self._runtime.sum([float(self._thread.is_alive())])[0] == 0
 
     def finish(self) -> Path:
-        """Waits for all ranks and gives the checkpoint its final name. Raises an error alike on every rank."""
+        """Waits for all ranks and publishes the checkpoint. Raises the same error on every rank."""
         runtime = self._runtime
         self._thread.join()
         try:
             runtime.raise_together(self._error)
             entries = runtime.gather(self._entries)
-            runtime.on_main(
-                lambda: _finish(self._partial, self._final, self.step, entries, self._record, self._extra_files)
-            )
+            runtime.on_main(lambda: self._publish(entries))
         except Exception:
             if runtime.is_main:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
         return self._final
 
+    def _publish(self, entries: list[dict[str, Any]]) -> None:
+        """Writes rank 0's files and the manifest, then renames the directory. entries: of each rank's files."""
+        shared_files = {RUN_FILE: self._record, **self._extra_files}
+        for name, content in shared_files.items():
+            write_synced(self._partial / name, content)
+        files = {name: entry for rank_entries in entries for name, entry in rank_entries.items()}
+        files.update({name: manifest_entry(self._partial / name) for name in shared_files})
+        manifest = {"format": FORMAT, "step": self.step, "world_size": len(entries), "files": files}
+        write_synced(self._partial / MANIFEST, json_bytes(manifest))
+        publish(self._partial, self._final)
+
 
 def _prepare_folder(root: Path, partial: Path, needed: int) -> None:
-    """Creates an empty directory on a disk with `needed` free bytes; removes leftovers of killed saves."""
+    """Creates an empty directory on a disk with `needed` free bytes. Removes leftovers of killed saves."""
     for leftover in root.glob(partial_folder(root, 0).name.replace("0" * 8, "*")):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -114,7 +131,7 @@ def _prepare_folder(root: Path, partial: Path, needed: int) -> None:
 
 
 def _copy(fragments: Sequence[Fragment], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of all fragments by their names in the file, in `buffers` where shapes match."""
+    """Copies of all fragments by name in the file, in `buffers` where shapes match."""
     copies: dict[str, Tensor] = {}
     for fragment in fragments:
         for kind in KINDS:
@@ -127,56 +144,19 @@ def _copy(fragments: Sequence[Fragment], buffers: dict[str, Tensor]) -> dict[str
     return copies
 
 
-def _index(fragments: Sequence[Fragment], rank_state: dict[str, Any]) -> dict[str, Any]:
-    entries = [{"name": each.name, "offset": each.offset, "length": each.length} for each in fragments]
-    adam_step = max((fragment.adam_step for fragment in fragments), default=0)
-    return {"fragments": entries, "adam_step": adam_step, "state": rank_state}
-
-
-def _write_rank(folder: Path, rank: int, tensors: dict[str, Tensor], index: bytes) -> dict[str, Any]:
-    """Writes this rank's two files; returns their manifest entries by name."""
-    weights_path, index_path = folder / rank_file(rank, "safetensors"), folder / rank_file(rank, "json")
-    try:
-        save_file(tensors, weights_path)
-    except SafetensorError as error:  # such as a full disk
-        raise CheckpointError(f"{weights_path}: can't be written: {error}") from error
-    sync(weights_path)
-    write_synced(index_path, index)
-    return {path.name: manifest_entry(path) for path in (weights_path, index_path)}
-
-
 def prune(
     root: Path, newest: Path, keep: int, keep_every: int, candidates: list[Path] | None = None
 ) -> list[Path]:
     """Removes all but the last `keep` checkpoints up to `newest` (0: removes none); returns the removed ones.
 
-    Steps that `keep_every` divides stay (0: no such rule). Checkpoints other than `candidates` (default: all under
-    `root`) are neither counted nor removed.
+    Multiples of `keep_every` steps are kept (0: no such rule). Checkpoints other than `candidates` (default: all
+    under `root`) are neither counted nor removed.
     """
     if keep == 0:
         return []
-    # later ones are damaged or of an abandoned branch of the run: they must not displace this one
+    # later ones are damaged or of an abandoned branch of the run: they must not displace `newest`
     counted = [folder for folder in candidates or step_folders(root) if step_of(folder) <= step_of(newest)]
     old = [folder for folder in counted[:-keep] if not keep_every or step_of(folder) % keep_every]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)
     return old
-
-
-def _finish(
-    partial: Path,
-    final: Path,
-    step: int,
-    entries: list[dict[str, Any]],
-    record: bytes,
-    extra_files: dict[str, bytes],
-) -> None:
-    """Writes rank 0's files and the manifest, then renames the directory."""
-    write_synced(partial / RUN_FILE, record)
-    for name, data in extra_files.items():
-        write_synced(partial / name, data)
-    files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
-    files.update({name: manifest_entry(partial / name) for name in (RUN_FILE, *extra_files)})
-    manifest = {"format": FORMAT, "step": step, "world_size": len(entries), "files": files}
-    write_synced(partial / MANIFEST, json_bytes(manifest))
-    publish(partial, final)

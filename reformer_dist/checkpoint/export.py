@@ -1,7 +1,7 @@
-"""Exports: whole float32 weights by name in safetensors, as other programs read them; no optimizer states.
+"""Exports: full float32 weights in safetensors, for other programs, without optimizer states.
 
 EXPORT/
-    config.json                       RunRecord (configuration, tokenizer, shapes of the parameters), step
+    config.json                       RunRecord (configuration, tokenizer, parameter shapes), step
     model.safetensors                 or model-00001-of-00003.safetensors ... and
     model.safetensors.index.json      file of each parameter
     tokenizer.json                    if the tokenizer needs a file
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reformer_dist.checkpoint.files import json_bytes
 from reformer_dist.checkpoint.fragment import ELEMENT_SIZE
-from reformer_dist.checkpoint.reader import check_shapes
+from reformer_dist.checkpoint.reader import CheckpointReader, check_shapes, resolve_checkpoint
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.errors import CheckpointError
 from reformer_dist.fs.atomic import make_staging, publish, sync, write_synced
@@ -59,9 +59,8 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
         raise CheckpointError(f"{folder}: exists; name a directory that does not")
     partial = make_staging(folder)
     shapes = source.record.shapes
-    shards = _split_shards(
-        {name: ELEMENT_SIZE * math.prod(shape) for name, shape in shapes.items()}, max_shard_bytes
-    )
+    sizes = {name: ELEMENT_SIZE * math.prod(shape) for name, shape in shapes.items()}
+    shards = _split_shards(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
         shard_file = WEIGHTS_FILE.replace(".", f"-{number:05d}-of-{len(shards):05d}.")
@@ -73,8 +72,7 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
         sync(partial / file)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        total = sum(ELEMENT_SIZE * math.prod(shape) for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_synced(partial / INDEX_FILE, json_bytes(index))
     for name in source.extra_files:
         shutil.copy(source.folder / name, partial / name)
@@ -85,18 +83,18 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
 def _split_shards(sizes: dict[str, int], limit: int | None) -> list[list[str]]:
     """Names of the parameters of each file, in order."""
     shards: list[list[str]] = [[]]
-    filled = 0
+    shard_size = 0
     for name, size in sizes.items():
-        if limit is not None and shards[-1] and filled + size > limit:
+        if limit is not None and shards[-1] and shard_size + size > limit:
             shards.append([])
-            filled = 0
+            shard_size = 0
         shards[-1].append(name)
-        filled += size
+        shard_size += size
     return shards
 
 
 class Export:
-    """Reads an export, with the interface of CheckpointReader as far as weights go. Raises CheckpointError."""
+    """Reads an export, with the interface of CheckpointReader for weights. Raises CheckpointError."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -104,13 +102,12 @@ class Export:
             document: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
             self.record = RunRecord.from_json(document)
             self.step: int = document["step"]
-            self._files = self._weight_map()
+            self._files = self._read_weight_map()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder}: is no export of a model ({type(error).__name__}: {error})"
-            ) from error
+            problem = f"is not an export of a model ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{folder}: {problem}") from error
 
-    def _weight_map(self) -> dict[str, Path]:
+    def _read_weight_map(self) -> dict[str, Path]:
         index = self.folder / INDEX_FILE
         if not index.is_file():
             return dict.fromkeys(self.record.shapes, self.folder / WEIGHTS_FILE)
@@ -121,9 +118,9 @@ class Export:
         return {name: self.folder / file for name, file in files.items()}
 
     def load_weights(self, model: torch.nn.Module, ignored: Collection[str] = ()) -> None:
-        """Fills a model's parameters from all exported ones but `ignored`.
+        """Loads all exported parameters but `ignored` into a model.
 
-        Raises CheckpointError if their names or shapes differ.
+        Raises CheckpointError if names or shapes differ.
         """
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         check_shapes(self.folder, self.record.shapes, shapes, ignored)
@@ -142,3 +139,16 @@ class Export:
                 return tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._files[name]}: can't be read: {error}") from error
+
+
+def open_weights(path: Path) -> CheckpointReader | Export:
+    """Opens a run directory (its newest intact checkpoint), a checkpoint, or an export. Raises CheckpointError."""
+    is_export = (path / CONFIG_FILE).is_file()
+    return Export(path) if is_export else CheckpointReader(resolve_checkpoint(path))
+
+
+def saved_model_config(path: str) -> dict[str, Any]:
+    """model.* of the weights at a path, without the attention backend. Raises CheckpointError."""
+    saved: dict[str, Any] = dict(open_weights(Path(path)).record.config["model"])
+    saved.pop("attention_backend", None)
+    return saved

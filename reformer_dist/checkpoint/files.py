@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
         rank-00000.safetensors   fragments of parameters and Adam moments, named "<parameter>|<kind>"
         rank-00000.json          parameter, offset and length of each fragment; this rank's data position
-        run.json                 RunRecord: resolved configuration, tokenizer, shapes of the parameters
+        run.json                 RunRecord: resolved configuration, tokenizer, parameter shapes
         tokenizer.json           if the tokenizer needs a file
         manifest.json            step, and size and sha256 of every other file; written last
 
@@ -29,7 +29,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """All paths with the name of a checkpoint, ordered by step."""
+    """All paths named like a checkpoint, ordered by step."""
     return sorted((path for path in root.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal()), key=step_of)
 
 
@@ -38,7 +38,7 @@ def step_of(folder: Path) -> int:
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """Directory in which the checkpoint of a step is written until it is complete."""
+    """Directory that holds the checkpoint of a step until it is complete."""
     return root / f".{PREFIX}{step:08d}.partial"
 
 

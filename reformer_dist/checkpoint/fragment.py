@@ -1,4 +1,4 @@
-"""Fragments: ranges of flattened parameters, the unit in which checkpoints store weights and moments."""
+"""Fragments: ranges of flattened parameters, in which checkpoints store weights and moments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ELEMENT_SIZE = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range of one parameter that this rank owns, with its float32 master copy."""
+    """The range of a parameter that this rank owns, with its float32 master copy."""
 
     name: str
     offset: int

@@ -1,4 +1,4 @@
-"""Finds intact checkpoints, and reads any range of a parameter from the rank files that contain it."""
+"""Finds intact checkpoints, and reads ranges of parameters from the rank files that contain them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def verify_checkpoint(folder: Path) -> str | None:
             return f"{MANIFEST} is of step {manifest['step']}"
         ranks = range(manifest["world_size"])
         needed = {RUN_FILE, *(rank_file(rank, suffix) for rank in ranks for suffix in RANK_SUFFIXES)}
-        if absent := sorted(needed - files.keys()):
-            return f"{MANIFEST} does not list {absent[0]}"
+        if missing := sorted(needed - files.keys()):
+            return f"{MANIFEST} does not list {missing[0]}"
         for name, entry in files.items():
             path = folder / name
             if Path(name).name != name or path.is_symlink():
@@ -77,7 +77,7 @@ def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint at a user's path: a checkpoint, or the newest intact one of a run or checkpoints directory.
+    """The checkpoint at `path`, or the newest intact one if it is a run or checkpoints directory.
 
     Raises CheckpointError if there is none, or none that is intact.
     """
@@ -90,8 +90,8 @@ def resolve_checkpoint(path: Path) -> Path:
     newest, problems = find_checkpoint(root) if root.is_dir() else (None, [])
     if newest is None:
         damaged = "".join(f"\n  {problem}" for problem in problems)
-        kinds = f"neither a checkpoint (a directory with {MANIFEST}) nor a run directory that contains one"
-        raise CheckpointError(f"{path}: is {kinds}{damaged}")
+        problem = f"neither a checkpoint (a directory with {MANIFEST}) nor a run directory that contains one"
+        raise CheckpointError(f"{path}: is {problem}{damaged}")
     return newest
 
 
@@ -108,7 +108,7 @@ def _json_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its JSON files are not those of a checkpoint ({error!r})") from error
+        raise CheckpointError(f"{folder}: its JSON files are not a checkpoint's ({error!r})") from error
 
 
 class CheckpointReader:
@@ -149,25 +149,25 @@ class CheckpointReader:
                 for entry in index["fragments"]:
                     fragment = _StoredFragment(int(entry["offset"]), int(entry["length"]), file)
                     fragments.setdefault(entry["name"], []).append(fragment)
-        return {name: sorted(of_parameter) for name, of_parameter in fragments.items()}
+        return {name: sorted(unordered) for name, unordered in fragments.items()}
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
-        """`length` float32 elements of the flattened parameter `name` from `offset`.
+        """`length` float32 elements of the flattened parameter `name`, from `offset` on.
 
         kind: one of fragment.KINDS. Raises CheckpointError unless each element is stored exactly once.
         """
         parts: list[Tensor] = []
-        n_found, end = 0, offset + length
+        n_read, end = 0, offset + length
         for fragment in self._fragments.get(name, []):
             first, last = max(offset, fragment.offset), min(end, fragment.offset + fragment.length)
             if first >= last:
                 continue
-            if first < offset + n_found:
+            if first < offset + n_read:
                 raise CheckpointError(f"{fragment.file}: element {first} of {name} is in another file as well")
             parts.append(self._read_fragment(fragment, f"{name}|{kind}", first, last))
-            n_found += last - first
-        if n_found != length:
-            raise CheckpointError(f"{self.folder}: holds {n_found} of {length} elements of {name} from {offset}")
+            n_read += last - first
+        if n_read != length:
+            raise CheckpointError(f"{self.folder}: holds {n_read} of {length} elements of {name} from {offset}")
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _read_fragment(self, fragment: _StoredFragment, key: str, first: int, last: int) -> Tensor:
@@ -183,9 +183,9 @@ class CheckpointReader:
             raise CheckpointError(f"{file}: can't be read: {error}") from error
 
     def load_weights(self, model: torch.nn.Module, ignored: Collection[str] = ()) -> None:
-        """Fills a plain model's parameters from all saved ones but `ignored`.
+        """Loads all saved parameters but `ignored` into a model.
 
-        Raises CheckpointError if their names or shapes differ.
+        Raises CheckpointError if names or shapes differ.
         """
         self.check_shapes({name: list(p.shape) for name, p in model.named_parameters()}, ignored)
         with torch.no_grad():
@@ -215,4 +215,4 @@ def check_shapes(
     if differing:
         more = f"\n  and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
         lines = "".join(f"\n  {line}" for line in differing[:MAX_SHOWN])
-        raise CheckpointError(f"{folder}: is of another model:{lines}{more}")
+        raise CheckpointError(f"{folder}: is of a different model:{lines}{more}")

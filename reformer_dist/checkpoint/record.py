@@ -1,4 +1,4 @@
-"""RunRecord: the description of a run that its checkpoints and exports carry."""
+"""RunRecord: the description of a run in its checkpoints and exports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from reformer_dist.config.renamed import translate_saved
 
-EXPORTED = ("config", "tokenizer", "vocab_size", "labels", "shapes")
+EXPORTED_FIELDS = ("config", "tokenizer", "vocab_size", "labels", "shapes")
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,11 @@ class RunRecord:
     """Contents of a checkpoint's run.json, and, without the optional fields, of an export's config.json."""
 
     config: dict[str, Any]
-    """Resolved configuration, enums by name; read from an older version, with the keys of this one."""
+    """Resolved configuration, enums by name. Keys that older versions named differently are translated."""
     tokenizer: dict[str, Any]
     """Specification of the tokenizer, as `load_tokenizer` takes it."""
     vocab_size: int
-    """Of the tokenizer; a model may have rows for special tokens besides."""
+    """Of the tokenizer; a model may have additional rows for special tokens."""
     shapes: dict[str, list[int]]
     """Shape of each trained parameter by name."""
     labels: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class RunRecord:
     def from_json(cls, document: dict[str, Any]) -> RunRecord:
         """Ignores unknown keys, and translates renamed keys of the configuration.
 
-        Raises TypeError for missing keys or values that are no objects.
+        Raises TypeError for missing keys, and for values that should be objects.
         """
         record = cls(**{each.name: document[each.name] for each in fields(cls) if each.name in document})
         for name in ("config", "tokenizer", "shapes"):
@@ -44,10 +44,10 @@ class RunRecord:
         return replace(record, config=translate_saved(record.config))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by name; None is left out."""
+        """JSON values by name, without those that are None."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def to_export_json(self) -> dict[str, Any]:
-        """The fields that describe the model alone, without the state of training."""
-        return {name: getattr(self, name) for name in EXPORTED}
+        """The fields that describe the model, without the state of training."""
+        return {name: getattr(self, name) for name in EXPORTED_FIELDS}

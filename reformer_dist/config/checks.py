@@ -1,4 +1,4 @@
-"""Checks of names, types and bounds for all groups. Messages have the form "key=value: what would be right"."""
+"""Checks of names, types and bounds for all groups. Messages have the form "key=value: requirement"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 LARGEST_INT32 = 2**31 - 1
 LARGEST_INT64 = 2**63 - 1
 
-# per annotation: the accepted type, and what a message calls it
+# per annotation: the accepted type, and the requirement that a message states
 PLAIN_TYPES: Mapping[type, tuple[type, str]] = {
     bool: (bool, "must be true or false"),
     int: (Integral, "must be a whole number"),
@@ -26,14 +26,14 @@ PLAIN_TYPES: Mapping[type, tuple[type, str]] = {
 
 
 class ConfigGroup:
-    """Base of the configuration's dataclasses. Checks names, types and bounds when an instance is made.
+    """Base of the configuration's dataclasses. Checks names, types and bounds when an instance is created.
 
-    Hydra checks the types of a run that it composes. A configuration made by a program must be held to the same
-    rules: a string never equals a member of an Enum, so that each comparison with it would silently be false.
+    Hydra checks the types of a run that it composes. A configuration created in code must meet the same rules:
+    a string never equals a member of an Enum, so each comparison with it would silently be false.
     """
 
     _prefix: ClassVar[str]
-    """Of a field's key: "model." for model.dim."""
+    """Prefix of the keys: "model." for model.dim."""
 
     def __init_subclass__(cls, prefix: str) -> None:
         cls._prefix = prefix
@@ -46,12 +46,12 @@ class ConfigGroup:
     def __post_init__(self) -> None:
         """Raises ConfigError. Turns the names of choices into members of their Enum."""
         hints = get_type_hints(type(self))
-        for each in fields(self):  # type: ignore[arg-type]
-            key = f"{self._prefix}{each.name}"
-            value = _typed(getattr(self, each.name), hints[each.name], key)
-            setattr(self, each.name, value)
-            if "bounds" in each.metadata and value is not None:
-                each.metadata["bounds"].check(key, value)
+        for option in fields(self):  # type: ignore[arg-type]
+            key = f"{self._prefix}{option.name}"
+            value = _convert(getattr(self, option.name), hints[option.name], key)
+            setattr(self, option.name, value)
+            if "bounds" in option.metadata and value is not None:
+                option.metadata["bounds"].check(key, value)
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,15 @@ class Bounds:
     hint: str
 
     def check(self, key: str, value: float) -> None:
-        fits = (
+        """Raises ConfigError if the value is outside the range."""
+        is_inside = (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
             and (self.below is None or value < self.below)
             and value < math.inf
         )
-        require(fits, key, value, self._right(value))
-
-    def _right(self, value: float) -> str:
-        # a bound that is only there against overflow is of no interest below it
+        # a bound that only prevents overflow is not worth mentioning below it
         has_most = self.most is not None and (self.most < LARGEST_INT32 or value > self.most)
         parts = [
             *([f"at least {self.least}"] if self.least is not None else []),
@@ -85,7 +83,7 @@ class Bounds:
             *(["finite"] if value == math.inf else []),
         ]
         hint = f"; {self.hint}" if self.hint and has_most else ""
-        return f"must be {' and '.join(parts)}{hint}"
+        require(is_inside, key, value, f"must be {' and '.join(parts)}{hint}")
 
 
 def bounded(
@@ -104,61 +102,52 @@ def bounded(
     """
     if most is None and below is None and isinstance(least, int) and not isinstance(default, float):
         most = LARGEST_INT32
-    bounds = Bounds(least, above, most, below, hint)
-    return field(default=default, metadata={"bounds": bounds})
+    return field(default=default, metadata={"bounds": Bounds(least, above, most, below, hint)})
 
 
-def require(condition: bool, key: str, value: object, right: str) -> None:
-    """Raise ConfigError "key=value: right" unless the condition holds."""
+def require(condition: bool, key: str, value: object, requirement: str) -> None:
+    """Raise ConfigError "key=value: requirement" unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key}={value}: {right}")
+        raise ConfigError(f"{key}={value}: {requirement}")
 
 
-def _typed(value: Any, kind: Any, key: str) -> Any:
-    parts = get_args(kind)
-    if type(None) in parts:
+def _convert(value: Any, annotation: Any, key: str) -> Any:
+    """The value in the annotated type: lists from tuples, members of an Enum from their names."""
+    arguments = get_args(annotation)
+    if type(None) in arguments:
         if value is None:
             return None
-        (kind,) = (part for part in parts if part is not type(None))
-    if get_origin(kind) is list:
-        (item,) = get_args(kind)
-        shown = repr(value) if isinstance(value, str) else value
+        (annotation,) = (argument for argument in arguments if argument is not type(None))
+        arguments = get_args(annotation)
+    shown = repr(value) if isinstance(value, str) else value
+    if get_origin(annotation) is list:
         require(isinstance(value, list | tuple), key, shown, "must be a list, such as [a, b]")
-        return [_typed(element, item, f"{key}[{index}]") for index, element in enumerate(value)]
-    if get_origin(kind) is dict:
+        return [_convert(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(value)]
+    if get_origin(annotation) is dict:
         require(isinstance(value, Mapping), key, value, "must be a mapping, such as {key: value}")
-        return {
-            _typed(k, get_args(kind)[0], key): _typed(v, get_args(kind)[1], f"{key}.{k}") for k, v in value.items()
-        }
-    if is_dataclass(kind):
-        assert isinstance(kind, type)
-        require(isinstance(value, kind), key, value, f"must be a {kind.__name__}")
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return _member(value, kind, key)
-    if kind in PLAIN_TYPES:
-        wanted, right = PLAIN_TYPES[kind]
+        return {_convert(k, arguments[0], key): _convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
+    if annotation in PLAIN_TYPES:
+        accepted, requirement = PLAIN_TYPES[annotation]
         # bool is a subclass of int
-        fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
-        require(fits, key, repr(value) if isinstance(value, str) else value, right)
+        is_valid = isinstance(value, accepted) and isinstance(value, bool) == (annotation is bool)
+        require(is_valid, key, shown, requirement)
+    elif isinstance(annotation, type) and issubclass(annotation, Enum) and not isinstance(value, annotation):
+        names = list(annotation.__members__)
+        require(isinstance(value, str) and value in names, key, value, f"must be {one_of(names)}")
+        return annotation[value]
+    elif isinstance(annotation, type) and is_dataclass(annotation):
+        require(isinstance(value, annotation), key, value, f"must be a {annotation.__name__}")
     return value
 
 
-def _member(value: Any, kind: type[Enum], key: str) -> Enum:
-    if isinstance(value, kind):
-        return value
-    member = kind.__members__.get(value) if isinstance(value, str) else None
-    if member is None:
-        raise ConfigError(f"{key}={value}: must be {one_of(list(kind.__members__))}")
-    return member
-
-
 def one_of(names: Sequence[str]) -> str:
-    """ "a, b or c"."""
-    return " or ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
+    """Joins names as "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def nearest_divisors(whole: int, value: int) -> str:
-    """The divisors of `whole` nearest to `value`, which is none: "2 or 4" for 8 and 3."""
+    """The divisors of `whole` nearest to `value`, which does not divide it: "2 or 4" for 8 and 3."""
     below = next((number for number in range(min(value - 1, whole), 0, -1) if whole % number == 0), None)
     above = next((number for number in range(value + 1, whole + 1) if whole % number == 0), None)
     return " or ".join(str(number) for number in (below, above) if number is not None)

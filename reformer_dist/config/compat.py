@@ -20,7 +20,7 @@ class CompatConfig(ConfigGroup, prefix="model.compat."):
     """model.compat.*: set by the converters. A new model needs none of it."""
 
     bucket_factors: list[int] | None = None
-    """Even numbers whose product is n_buckets, each hashed by an argmax of its own; null chooses them."""
+    """Even numbers whose product is n_buckets, each hashed by a separate argmax; null chooses them."""
     hash_seed: int | None = bounded(None, least=0, most=LARGEST_INT64)
     """All steps and layers use the rotations that Hugging Face draws from this seed; null draws new ones."""
     chunk_wrap: bool = False
@@ -32,6 +32,6 @@ class CompatConfig(ConfigGroup, prefix="model.compat."):
     attention_bias: bool = False
     """The output projection of attention has a bias."""
     axial_sum: bool = False
-    """axial: the embeddings of the sides are embedding_dim wide and summed instead of concatenated."""
+    """axial: the embeddings of the axes are embedding_dim wide and summed instead of concatenated."""
     merge_streams: StreamMerge = StreamMerge.mean
-    """Input of the last norm and the head: the mean of the two streams, or both concatenated (2 * dim wide)."""
+    """Input of the final norm and the head: mean of the two streams, or both concatenated (2 * dim wide)."""

@@ -1,4 +1,4 @@
-"""Data sets, rows and batches, and what happens to damaged samples."""
+"""Datasets, rows and batches, and what happens to damaged samples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from reformer_dist.config.checks import ConfigGroup, bounded, require
 
 @dataclass(kw_only=True)
 class DataConfig(ConfigGroup, prefix="data."):
-    """Data sets written by tools/make_shards.py and how they are split into rows."""
+    """Datasets written by tools/make_shards.py, and how they are split into rows."""
 
     path: Any = "data/quickstart"
     """Directory with dataset.json and the shards, local or at an http(s): or s3: URL; or a list of directories."""
     weights: list[float] | None = None
-    """Rows drawn from each data set of path, in any unit; null pools their shards as if they were one data set."""
-    seq_len: int = bounded(1024, least=2)  # the first token of a text row is only a label of the row before
+    """Relative number of rows from each dataset of path; null pools their shards as if they were one dataset."""
+    seq_len: int = bounded(1024, least=2)  # the first token of a text row is only a label of the previous row
     """Tokens per row, at least 2; one more is read for the last label."""
     batch_size: int = bounded(8, least=1)
     """Rows per optimizer step, over all ranks."""
@@ -29,7 +29,7 @@ class DataConfig(ConfigGroup, prefix="data."):
     workers: int = bounded(1, least=0)
     """Prefetch threads per rank; 0 reads between steps."""
     max_damaged_fraction: float = bounded(0.01, least=0, below=1)
-    """Damaged samples are skipped; the run stops if they are more than this fraction of all."""
+    """Damaged samples are skipped; the run stops if they exceed this fraction of all samples."""
     accept_changed: bool = False
     """Resume although the data changed since the run began; the current epoch starts over."""
     cache_dir: str | None = None
@@ -44,15 +44,15 @@ class DataConfig(ConfigGroup, prefix="data."):
         paths = self.paths()
         require(self.cache_dir != "", "data.cache_dir", "''", "must name a directory")
         if self.weights is not None:
-            right = f"must be {len(paths)} numbers above 0, one for each data set of data.path"
-            fits = len(self.weights) == len(paths) and all(0 < weight < float("inf") for weight in self.weights)
-            require(fits, "data.weights", self.weights, right)
-            right = "must be 0 with data.weights: data sets then end at different times; see trainer.max_steps"
-            require(self.epochs == 0, "data.epochs", self.epochs, right)
+            requirement = f"must be {len(paths)} numbers above 0, one for each dataset of data.path"
+            is_valid = len(self.weights) == len(paths) and all(0 < w < float("inf") for w in self.weights)
+            require(is_valid, "data.weights", self.weights, requirement)
+            requirement = "must be 0 with data.weights: datasets end at different times; use trainer.max_steps"
+            require(self.epochs == 0, "data.epochs", self.epochs, requirement)
 
     def paths(self) -> list[str]:
-        """Directories and URLs of all data sets."""
+        """Directories and URLs of all datasets."""
         paths = self.path if isinstance(self.path, list) else [self.path]
-        fits = bool(paths) and all(isinstance(path, str) and path for path in paths)
-        require(fits, "data.path", self.path, "must be a directory or URL, or a list of them")
+        is_valid = bool(paths) and all(isinstance(path, str) and path for path in paths)
+        require(is_valid, "data.path", self.path, "must be a directory or URL, or a list of them")
         return [str(path) for path in paths]

@@ -27,13 +27,13 @@ class LauncherKind(Enum):
     """Prints a TrainJob of Kubeflow Trainer."""
 
 
-BY_HOSTS = (LauncherKind.torchrun, LauncherKind.deepspeed)
-ON_ONE_MACHINE = (LauncherKind.local, LauncherKind.job)
+WITH_HOSTS = (LauncherKind.torchrun, LauncherKind.deepspeed)
+SINGLE_MACHINE = (LauncherKind.local, LauncherKind.job)
 
 
 @dataclass(kw_only=True)
 class LauncherConfig(ConfigGroup, prefix="launcher."):
-    """How ranks are started. Ignored by a process that is a rank already."""
+    """How ranks are started. Ignored by a process that is already a rank."""
 
     kind: LauncherKind = LauncherKind.none
     nproc_per_node: int | None = bounded(None, least=1)
@@ -67,26 +67,26 @@ class LauncherConfig(ConfigGroup, prefix="launcher."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind in BY_HOSTS:
+        if self.kind in WITH_HOSTS:
             require(bool(self.hosts), "launcher.hosts", "[]", "must name the machines, such as [node1,node2]")
-        if self.kind in ON_ONE_MACHINE:
-            right = f"must be 1: launcher={self.kind.name} uses one machine"
-            require(self.nnodes == 1, "launcher.nnodes", self.nnodes, right)
+        if self.kind in SINGLE_MACHINE:
+            requirement = f"must be 1: launcher={self.kind.name} uses one machine"
+            require(self.nnodes == 1, "launcher.nnodes", self.nnodes, requirement)
         if self.min_nodes is not None:
-            right = f"must be at most the {self.n_nodes} machines of the job"
-            require(self.min_nodes <= self.n_nodes, "launcher.min_nodes", self.min_nodes, right)
+            requirement = f"must be at most the {self.n_nodes} machines of the job"
+            require(self.min_nodes <= self.n_nodes, "launcher.min_nodes", self.min_nodes, requirement)
 
-    def require_read(self) -> None:
-        """Raises ConfigError if a key is set without a launcher to read it.
+    def refuse_unused_keys(self) -> None:
+        """Raises ConfigError if keys are set, but no launcher that would read them.
 
-        For the process that starts a job only: ranks and readers of a saved configuration ignore launcher.*.
+        Only for the process that starts a job: ranks and readers of a saved configuration ignore launcher.*.
         """
         if self.kind is LauncherKind.none:
             kinds = [kind.name for kind in LauncherKind if kind is not LauncherKind.none]
-            right = f"needs launcher={kinds[0]} (or {', '.join(kinds[1:])}); this process is the only rank"
+            requirement = f"needs launcher={kinds[0]} (or {', '.join(kinds[1:])}); this process is the only rank"
             for key, value in vars(LauncherConfig()).items():
-                require(getattr(self, key) == value, f"launcher.{key}", getattr(self, key), right)
+                require(getattr(self, key) == value, f"launcher.{key}", getattr(self, key), requirement)
 
     @property
     def n_nodes(self) -> int:
-        return len(self.hosts) if self.kind in BY_HOSTS else self.nnodes
+        return len(self.hosts) if self.kind in WITH_HOSTS else self.nnodes

@@ -94,9 +94,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     encoder_layers: list[AttentionKind] | None = None
     """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder."""
     cross_attention: CrossAttentionKind = CrossAttentionKind.exact
-    """Encoder-decoder: attention of the decoder to the source: exact, or lsh (keys in the bucket of the query)."""
+    """Encoder-decoder: attention of the decoder to the source: exact, or lsh (keys in the query's bucket)."""
     embedding_dim: int | None = bounded(None, least=1)
-    """Width of token and position vectors, and of the head's table; null means dim. Otherwise linear
+    """Width of token and position embeddings, and of the head's table; null means dim. Otherwise linear
     layers project to dim and back."""
     norm: Norm = Norm.layer
     """Sublayer input. layer: layer norm; scale: x / |x| times a learned scalar; rezero: none, but the output
@@ -151,7 +151,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
     axial_shape: list[int] = field(default_factory=lambda: [32, 64])
     """axial: shape of the grid of positions; its size bounds the sequence length."""
     axial_dims: list[int] | None = None
-    """axial: embedding width of each side, summing to embedding_dim; null splits it evenly."""
+    """axial: embedding width of each axis, summing to embedding_dim; null splits it evenly."""
     max_seq_len: int = bounded(2048, least=1)
     """learned: rows of the position table. Other kinds ignore it."""
 
@@ -173,49 +173,49 @@ class ModelConfig(ConfigGroup, prefix="model."):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.layers) > 0, "model.layers", self.layers, "must name at least one of lsh, local, exact")
-        right = "must name at least one of lsh, local, exact, or be null"
-        require(self.encoder_layers != [], "model.encoder_layers", self.encoder_layers, right)
-        right = "needs model.causal=false, since the first token of a causal model attends to no other"
-        require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", right)
+        requirement = "must name at least one of lsh, local, exact, or be null"
+        require(self.encoder_layers != [], "model.encoder_layers", self.encoder_layers, requirement)
+        requirement = "needs model.causal=false, since the first token of a causal model attends to no other"
+        require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", requirement)
         self._check_heads()
         self._check_lsh()
         self._check_chunks()
         if self.embedding_dim is None:
-            right = "excludes model.compat.merge_streams=concat, whose head is 2 * dim wide"
-            require(not (self.tie_embeddings and self.is_concat), "model.tie_embeddings", True, right)
+            requirement = "excludes model.compat.merge_streams=concat, whose head is 2 * dim wide"
+            require(not (self.tie_embeddings and self.is_concat), "model.tie_embeddings", True, requirement)
         if self.position is Position.axial:
             self._check_axial()
 
     def _check_heads(self) -> None:
         if self.head_dim is None:
-            right = f"must divide model.dim={self.dim}, or model.head_dim be given"
-            require(self.dim % self.n_heads == 0, "model.n_heads", self.n_heads, right)
+            requirement = f"must divide model.dim={self.dim}, or model.head_dim be given"
+            require(self.dim % self.n_heads == 0, "model.n_heads", self.n_heads, requirement)
         if self.position is Position.rotary:
-            right = "must be even with model.position=rotary"
-            require(self.resolved_head_dim % 2 == 0, "model.head_dim", self.resolved_head_dim, right)
+            requirement = "must be even with model.position=rotary"
+            require(self.resolved_head_dim % 2 == 0, "model.head_dim", self.resolved_head_dim, requirement)
 
     def _check_lsh(self) -> None:
-        even = self.n_buckets == 1 or self.n_buckets % 2 == 0
-        require(even, "model.n_buckets", self.n_buckets, "must be 1 or an even number")
+        is_valid = self.n_buckets == 1 or self.n_buckets % 2 == 0
+        require(is_valid, "model.n_buckets", self.n_buckets, "must be 1 or an even number")
         factors = self.compat.bucket_factors
         if factors is not None:
-            fits = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
-            right = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
-            require(fits, "model.compat.bucket_factors", factors, right)
+            is_valid = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
+            requirement = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
+            require(is_valid, "model.compat.bucket_factors", factors, requirement)
         if self.next_value_heads:
-            right = f"must be at most model.n_heads={self.n_heads}"
-            require(self.next_value_heads <= self.n_heads, "model.next_value_heads", self.next_value_heads, right)
-            right = "needs an lsh layer in model.layers"
-            kinds = (*self.layers, *(self.encoder_layers or ()))
-            require(AttentionKind.lsh in kinds, "model.next_value_heads", self.next_value_heads, right)
+            n_heads, kinds = self.next_value_heads, (*self.layers, *(self.encoder_layers or ()))
+            requirement = f"must be at most model.n_heads={self.n_heads}"
+            require(n_heads <= self.n_heads, "model.next_value_heads", n_heads, requirement)
+            requirement = "needs an lsh layer in model.layers"
+            require(AttentionKind.lsh in kinds, "model.next_value_heads", n_heads, requirement)
         if self.compat.hash_seed is not None:
-            right = "needs model.hash_scheme=rotation"
+            requirement = "needs model.hash_scheme=rotation"
             is_rotation = self.hash_scheme is HashScheme.rotation
-            require(is_rotation, "model.compat.hash_seed", self.compat.hash_seed, right)
+            require(is_rotation, "model.compat.hash_seed", self.compat.hash_seed, requirement)
         if self.count_pairs_once:  # implemented as buckets that are a window apart
-            most = LARGEST_WINDOW // self.n_buckets
-            right = f"must be at most {most} with model.n_buckets={self.n_buckets} and model.count_pairs_once=true"
-            require(self.window <= most, "model.window", self.window, right)
+            limit = LARGEST_WINDOW // self.n_buckets
+            condition = f"model.n_buckets={self.n_buckets} and model.count_pairs_once=true"
+            require(self.window <= limit, "model.window", self.window, f"must be at most {limit} with {condition}")
 
     def _check_chunks(self) -> None:
         compat, key = self.compat, "model.compat.chunk_wrap"
@@ -224,25 +224,25 @@ class ModelConfig(ConfigGroup, prefix="model."):
             require(not self.count_pairs_once, key, True, "excludes model.count_pairs_once=true")
             require(not self.local_round, key, True, "excludes model.local_round=true")
         if self.causal:
-            right = "must be 0 in a causal model"
+            requirement = "must be 0 in a causal model"
             if self.neighbours is NeighbourRule.chunk:
-                require(self.n_chunks_after == 0, "model.n_chunks_after", self.n_chunks_after, right)
+                require(self.n_chunks_after == 0, "model.n_chunks_after", self.n_chunks_after, requirement)
             if compat.local_chunk_len:
                 after = compat.local_chunks_after
-                require(after == 0, "model.compat.local_chunks_after", after, right)
+                require(after == 0, "model.compat.local_chunks_after", after, requirement)
 
     def _check_axial(self) -> None:
-        require(len(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must name at least one side")
+        require(len(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must name at least one axis")
         require(min(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must hold positive numbers")
         dims = self.resolved_axial_dims
         if self.compat.axial_sum:
-            right = "must be null with model.compat.axial_sum=true: each side is as wide as the embedding"
-            require(self.axial_dims is None, "model.axial_dims", self.axial_dims, right)
+            requirement = "must be null with model.compat.axial_sum=true: each axis is as wide as the embedding"
+            require(self.axial_dims is None, "model.axial_dims", self.axial_dims, requirement)
             return
-        fits = len(dims) == len(self.axial_shape) and min(dims) > 0 and sum(dims) == self.embedding_width
-        sides = f"{len(self.axial_shape)} sides"
-        right = f"must hold a positive width for each of {sides}, summing to {self.embedding_width}"
-        require(fits, "model.axial_dims", dims, right)
+        n_axes = len(self.axial_shape)
+        is_valid = len(dims) == n_axes and min(dims) > 0 and sum(dims) == self.embedding_width
+        requirement = f"must hold a positive width for each of {n_axes} axes, summing to {self.embedding_width}"
+        require(is_valid, "model.axial_dims", dims, requirement)
 
     @property
     def resolved_head_dim(self) -> int:
@@ -273,12 +273,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     @property
     def chunk_multiple(self) -> int:
         """compat.chunk_wrap: other systems pad to a multiple of all chunk lengths in use, and wrap there."""
-        kinds = set(self.layer_kinds())
-        lengths = [self.chunk_len] if AttentionKind.lsh in kinds else []
-        lengths += (
-            [self.compat.local_chunk_len] if AttentionKind.local in kinds and self.compat.local_chunk_len else []
-        )
-        return math.lcm(*lengths) if self.compat.chunk_wrap else 1
+        lengths = {AttentionKind.lsh: self.chunk_len, AttentionKind.local: self.compat.local_chunk_len or 1}
+        used = [lengths.get(kind, 1) for kind in self.layer_kinds()]
+        return math.lcm(*used) if self.compat.chunk_wrap else 1
 
     @property
     def resolved_axial_dims(self) -> list[int]:
@@ -286,9 +283,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
             return self.axial_dims
         if self.compat.axial_sum:
             return [self.embedding_width] * len(self.axial_shape)
-        n_sides = len(self.axial_shape)
-        width, rest = divmod(self.embedding_width, n_sides)
-        return [width + (side < rest) for side in range(n_sides)]
+        width, remainder = divmod(self.embedding_width, len(self.axial_shape))
+        return [width + (axis < remainder) for axis in range(len(self.axial_shape))]
 
     @property
     def max_positions(self) -> int | None:

@@ -35,8 +35,8 @@ class OptimConfig(ConfigGroup, prefix="optim."):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.betas) == 2, "optim.betas", self.betas, "must hold two numbers")
-        fits = all(0 <= beta < 1 for beta in self.betas)
-        require(fits, "optim.betas", self.betas, "must be at least 0 and below 1, both")
+        is_valid = all(0 <= beta < 1 for beta in self.betas)
+        require(is_valid, "optim.betas", self.betas, "must both be at least 0 and below 1")
 
 
 @dataclass(kw_only=True)
@@ -54,5 +54,5 @@ class DeepSpeedConfig(ConfigGroup, prefix="deepspeed."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sharded = self.stage > 0 or not self.offload_optimizer
-        require(sharded, "deepspeed.offload_optimizer", True, "needs deepspeed.stage of 1, 2 or 3")
+        is_valid = self.stage > 0 or not self.offload_optimizer
+        require(is_valid, "deepspeed.offload_optimizer", True, "needs deepspeed.stage of 1, 2 or 3")

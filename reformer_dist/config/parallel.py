@@ -41,8 +41,8 @@ class ParallelConfig(ConfigGroup, prefix="parallel."):
             if value is not None and self.sequence % value:
                 raise ConfigError(f"parallel.{name}={value}: must divide parallel.sequence={self.sequence}")
         if self.heads is not None and self.buckets is not None:
-            right = f"times parallel.heads={self.heads} must be parallel.sequence={self.sequence}"
-            require(self.heads * self.buckets == self.sequence, "parallel.buckets", self.buckets, right)
+            requirement = f"times parallel.heads={self.heads} must be parallel.sequence={self.sequence}"
+            require(self.heads * self.buckets == self.sequence, "parallel.buckets", self.buckets, requirement)
 
     @property
     def merges_rounds(self) -> bool:
@@ -50,9 +50,5 @@ class ParallelConfig(ConfigGroup, prefix="parallel."):
 
     def meshes(self) -> list[tuple[int, int]]:
         """All (heads, buckets) that these values allow, most heads first."""
-        pairs = [(self.sequence // b, b) for b in range(1, self.sequence + 1) if self.sequence % b == 0]
-        return [
-            (heads, buckets)
-            for heads, buckets in pairs
-            if self.heads in (None, heads) and self.buckets in (None, buckets)
-        ]
+        factors = [(self.sequence // b, b) for b in range(1, self.sequence + 1) if self.sequence % b == 0]
+        return [(h, b) for h, b in factors if self.heads in (None, h) and self.buckets in (None, b)]

@@ -17,10 +17,10 @@ from reformer_dist.errors import ConfigError
 class Renamed:
     key: str
     values: Mapping[str, str] = field(default_factory=dict)
-    """New value per old one, both in lower case as on a command line; others stay as they are."""
+    """New value per old one, both in lower case as on a command line; other values are unchanged."""
 
-    def value(self, old: Any) -> Any:
-        return self.values.get(_shown(old).lower(), old)
+    def new_value(self, old: Any) -> Any:
+        return self.values.get(_format(old).lower(), old)
 
     def __str__(self) -> str:
         values = ", ".join(f"{new} for {old}" for old, new in self.values.items())
@@ -48,13 +48,14 @@ def refuse_renamed(key: str, value: Any) -> None:
     """Raises ConfigError, which names the new key and value, if `key` is an old name."""
     if key in RENAMED:
         new = RENAMED[key]
-        raise ConfigError(f"{key}={_shown(value)}: has been renamed; use {new.key}={_shown(new.value(value))}")
+        replacement = f"{new.key}={_format(new.new_value(value))}"
+        raise ConfigError(f"{key}={_format(value)}: has been renamed; use {replacement}")
 
 
 def refuse_renamed_overrides(overrides: list[str]) -> None:
-    """refuse_renamed for each of the words `key=value`, `+key=value` or `~key` of a command line."""
-    for word in overrides:
-        key, _, value = word.lstrip("+~").partition("=")
+    """refuse_renamed for each override `key=value`, `+key=value` or `~key` of a command line."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
         refuse_renamed(key, value)
 
 
@@ -67,14 +68,14 @@ def translate_saved(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values, dict) and name in values:
             *groups, new_name = new.key.split(".")
             target = translated
-            for each in groups:
-                target = target.setdefault(each, {})
-            target.setdefault(new_name, new.value(values.pop(name)))
+            for subgroup in groups:
+                target = target.setdefault(subgroup, {})
+            target.setdefault(new_name, new.new_value(values.pop(name)))
     return translated
 
 
-def _shown(value: Any) -> str:
-    """As on a command line."""
+def _format(value: Any) -> str:
+    """Formats a value as on a command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(getattr(value, "name", value))

@@ -39,13 +39,16 @@ class RunConfig(ConfigGroup, prefix=""):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        longest = self.model.max_positions
-        if longest is not None:
-            right = f"must be at most {longest}, the limit of model.position={self.model.position.name}"
-            require(self.data.seq_len <= longest, "data.seq_len", self.data.seq_len, right)
+        limit = self.model.max_positions
+        if limit is not None:
+            requirement = f"must be at most {limit}, the limit of model.position={self.model.position.name}"
+            require(self.data.seq_len <= limit, "data.seq_len", self.data.seq_len, requirement)
+            if self.task.kind is TaskKind.sequence_to_sequence:
+                source_len = self.task.max_source_len
+                require(source_len <= limit, "task.max_source_len", source_len, requirement)
         if self.model.share_layers and self.deepspeed.stage == 3:
-            right = "excludes deepspeed.stage=3, which sums shared gradients wrongly; use stage 0, 1 or 2"
-            raise ConfigError(f"model.share_layers=true: {right}")
+            requirement = "excludes deepspeed.stage=3, which sums shared gradients wrongly; use stage 0, 1 or 2"
+            raise ConfigError(f"model.share_layers=true: {requirement}")
         require(self.output_dir != "", "output_dir", "''", "must name a directory")
         require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
         self._check_task()
@@ -53,18 +56,13 @@ class RunConfig(ConfigGroup, prefix=""):
 
     def _check_task(self) -> None:
         task, causal = self.task, self.model.causal
+        requirement = f"must be false: task.kind={task.kind.name} needs context from both sides"
         if task.is_causal:
-            right = f"must be true: with task.kind={task.kind.name}, a bidirectional model would see its labels"
-        else:
-            right = f"must be false: task.kind={task.kind.name} needs context from both sides"
-        require(causal == task.is_causal, "model.causal", causal, right)
+            requirement = f"must be true: task.kind={task.kind.name} would show a bidirectional model its labels"
+        require(causal == task.is_causal, "model.causal", causal, requirement)
         if self.trainer.sample_every > 0 and task.kind is not TaskKind.language_model:
-            right = f"must be 0: task.kind={task.kind.name} does not continue text"
-            raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {right}")
-        longest = self.model.max_positions
-        if task.kind is TaskKind.sequence_to_sequence and longest is not None:
-            right = f"must be at most {longest}, the limit of model.position={self.model.position.name}"
-            require(task.max_source_len <= longest, "task.max_source_len", task.max_source_len, right)
+            requirement = f"must be 0: task.kind={task.kind.name} does not continue text"
+            raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {requirement}")
 
     def _check_parallel(self) -> None:
         parallel, n_heads = self.parallel, self.model.n_heads
@@ -73,28 +71,26 @@ class RunConfig(ConfigGroup, prefix=""):
                 f"model.attention_backend=reference: needs parallel.sequence=1, not {parallel.sequence}; "
                 "it supports whole sequences only"
             )
-        kinds = [*self.model.layers, *(self.model.encoder_layers or [])]
-        if AttentionKind.exact in kinds and n_heads % parallel.sequence:
-            raise ConfigError(
-                f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since exact layers "
-                "are split over ranks by heads only; use fewer ranks, or local and lsh layers"
-            )
-        if self.task.kind is TaskKind.sequence_to_sequence and n_heads % parallel.sequence:
-            raise ConfigError(
-                f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since cross "
-                "attention, exact or lsh, is split over ranks by heads only; use fewer ranks, or more heads"
-            )
+        if n_heads % parallel.sequence:
+            requirement = f"parallel.sequence={parallel.sequence}: must divide model.n_heads={n_heads}, since"
+            if AttentionKind.exact in [*self.model.layers, *(self.model.encoder_layers or [])]:
+                reason = "exact layers are split over ranks by heads only"
+                raise ConfigError(f"{requirement} {reason}; use fewer ranks, or local and lsh layers")
+            if self.task.kind is TaskKind.sequence_to_sequence:
+                reason = "cross attention is split over ranks by heads only"
+                raise ConfigError(f"{requirement} {reason}; use fewer ranks, or more heads")
         if not any(n_heads % heads == 0 for heads, _ in parallel.meshes()):
-            right = f"must allow a number of head ranks that divides model.n_heads={n_heads}"
-            raise ConfigError(f"parallel.heads={parallel.heads}, parallel.buckets={parallel.buckets}: {right}")
+            keys = f"parallel.heads={parallel.heads}, parallel.buckets={parallel.buckets}"
+            raise ConfigError(f"{keys}: must allow a number of head ranks that divides model.n_heads={n_heads}")
 
     def dp_size(self, world_size: int) -> int:
         """Size of the data-parallel dimension. Raises ConfigError."""
         degree = self.parallel.sequence
-        right = f"must divide the {world_size} ranks of the job; {nearest_divisors(world_size, degree)} would fit"
+        divisors = nearest_divisors(world_size, degree)
+        requirement = f"must divide the {world_size} ranks of the job; {divisors} would work"
         if world_size == 1:
-            right += f"; to start that many: launcher=local launcher.nproc_per_node={degree}"
-        require(world_size % degree == 0, "parallel.sequence", degree, right)
+            requirement += f"; to start that many: launcher=local launcher.nproc_per_node={degree}"
+        require(world_size % degree == 0, "parallel.sequence", degree, requirement)
         return world_size // degree
 
     def micro_batching(self, world_size: int) -> tuple[int, int]:
@@ -103,12 +99,13 @@ class RunConfig(ConfigGroup, prefix=""):
         Raises ConfigError if the batch is not divisible.
         """
         dp_size, batch_size = self.dp_size(world_size), self.data.batch_size
-        right = f"must be a multiple of the {dp_size} data-parallel ranks; "
-        right += f"{nearest_divisors(batch_size, dp_size)} of them would fit"
-        require(batch_size % dp_size == 0, "data.batch_size", batch_size, right)
+        divisors = nearest_divisors(batch_size, dp_size)
+        requirement = f"must be a multiple of the {dp_size} data-parallel ranks; {divisors} of them would work"
+        require(batch_size % dp_size == 0, "data.batch_size", batch_size, requirement)
         rows = batch_size // dp_size
         micro = self.trainer.micro_batch_size or rows
-        right = f"must divide the {rows} of data.batch_size={batch_size} rows of each rank; "
-        right += f"{nearest_divisors(rows, micro)} would fit"
-        require(rows % micro == 0, "trainer.micro_batch_size", micro, right)
+        divisors = nearest_divisors(rows, micro)
+        rows_per_rank = f"{rows} rows of each rank (data.batch_size={batch_size})"
+        requirement = f"must divide the {rows_per_rank}; {divisors} would work"
+        require(rows % micro == 0, "trainer.micro_batch_size", micro, requirement)
         return micro, rows // micro

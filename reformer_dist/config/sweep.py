@@ -36,7 +36,7 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
     n_trials: int = bounded(20, least=1)
     """optuna: trials of the study in total, including those of earlier drivers."""
     seed: int = bounded(0, least=0, most=LARGEST_INT64)
-    """optuna: of its sampler."""
+    """optuna: seed of its sampler."""
     prune_after: int | None = bounded(0, least=0)
     """optuna: from this step on, trials worse than the median of the others are pruned; null: none."""
 
@@ -47,8 +47,8 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
 
     def parse_shard(self) -> tuple[int, int]:
         """(i, n) of sweep.shard."""
-        first, _, second = self.shard.partition("/")
-        if first.isdecimal() and second.isdecimal() and int(first) < int(second):
-            return int(first), int(second)
-        right = "must be i/n, the index of the shard from 0 and the number of shards, such as 0/4"
-        raise ConfigError(f"sweep.shard={self.shard}: {right}")
+        index, _, count = self.shard.partition("/")
+        if index.isdecimal() and count.isdecimal() and int(index) < int(count):
+            return int(index), int(count)
+        requirement = "must be i/n, the index of the shard from 0 and the number of shards, such as 0/4"
+        raise ConfigError(f"sweep.shard={self.shard}: {requirement}")

@@ -23,8 +23,8 @@ class TaskKind(Enum):
     """Generation of a target from a source; BLEU or ROUGE."""
 
 
-CAUSAL = (TaskKind.language_model, TaskKind.completion, TaskKind.sequence_to_sequence)
-OF_TEXT = (TaskKind.language_model, TaskKind.masked_language_model)
+CAUSAL_TASKS = (TaskKind.language_model, TaskKind.completion, TaskKind.sequence_to_sequence)
+TEXT_TASKS = (TaskKind.language_model, TaskKind.masked_language_model)
 
 
 class TextMetric(Enum):
@@ -53,9 +53,9 @@ class TaskConfig(ConfigGroup, prefix="task."):
     @property
     def is_causal(self) -> bool:
         """Whether the model must not attend to later tokens."""
-        return self.kind in CAUSAL
+        return self.kind in CAUSAL_TASKS
 
     @property
     def packs_text(self) -> bool:
         """Whether rows are cut from packed text; otherwise each holds one sample."""
-        return self.kind in OF_TEXT
+        return self.kind in TEXT_TASKS

@@ -20,7 +20,7 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
 
     max_steps: int = bounded(1000, least=1)
     seed: int = bounded(0, least=0, most=LARGEST_INT64)
-    """Of initial weights, data order, hash rotations and dropout."""
+    """Seed of the initial weights, data order, hash rotations and dropout."""
     precision: Precision = Precision.fp32
     """fp32, bf16, or fp16 (GPU only). Residual streams, softmax and loss stay float32."""
     micro_batch_size: int | None = bounded(None, least=1)

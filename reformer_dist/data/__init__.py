@@ -1,12 +1,11 @@
-"""Data: from text to batches, with data sets of tar shards and an order that is the same for any number of ranks.
+"""Data: from text to batches, through datasets of tar shards, in the same order for any number of ranks.
 
-`format` has data sets on disk, `prepare` writes them from raw files, and `loading` turns them into batches.
+`format` defines datasets on disk, `prepare` writes them from raw files, and `loading` turns them into batches.
 """
 
-from reformer_dist.data.format.corpus import Corpus, CorpusShard, describe_changes
+from reformer_dist.data.format.corpus import Corpus, describe_changes
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.dataset_layout import SPLITS, TEXT_FIELDS, Shard
-from reformer_dist.data.format.index import IndexEntry
 from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -50,12 +49,10 @@ __all__ = [
     "BpeTokenizer",
     "ByteTokenizer",
     "Corpus",
-    "CorpusShard",
     "DamagedSample",
     "Dataset",
     "DrawKey",
     "Example",
-    "IndexEntry",
     "LoaderState",
     "MakeExample",
     "Quarantine",

@@ -52,7 +52,7 @@ class Work:
         self._sent, self._received, self._work = sent, received, work
 
     def wait(self) -> Tensor:
-        """The rows received from all ranks, ordered by rank."""
+        """Returns the rows received from all ranks, ordered by rank."""
         if self._work is not None:
             self._work.wait()
         return self._received
@@ -104,5 +104,5 @@ class CommGroup:
         return values
 
     def all_gather(self, block: Tensor, phase: str) -> Tensor:
-        """[size, ...]: the blocks of all ranks."""
+        """Returns the blocks of all ranks, [size, ...]."""
         return self.all_to_all(block.unsqueeze(0).expand(self.size, *block.shape), phase)

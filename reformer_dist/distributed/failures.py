@@ -35,12 +35,12 @@ from reformer_dist.errors import PeerLost
 POLL_SECONDS = 0.5  # between checks for an alarm, a small request each
 ALARM_POLL_SECONDS = 0.2  # between reads of the reports after an alarm
 REPORT_SECONDS = 5.0  # for a rank to report after an alarm: its thread is only late on a very busy machine
-NOTICE_SECONDS = 5.0  # for a main thread to get an error of its own after the monitor knows the diagnosis
+NOTICE_SECONDS = 5.0  # for the main thread to get an error after the monitor has a diagnosis
 EXIT_SECONDS = 10.0  # for it to close its files and exit afterwards
 LOG_KEY = "failures/log"  # in the store: a line of JSON per report
 MAX_MESSAGE_LENGTH = 500
 # gloo raises plain RuntimeErrors, but names its source file in all of them
-GLOO_MARKS = ("gloo/transport/", "third_party/gloo/", "Gloo connectFullMesh")
+GLOO_MARKERS = ("gloo/transport/", "third_party/gloo/", "Gloo connectFullMesh")
 COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 # code whose innermost frame waits for an asynchronous collective
 WAITING_FILES = (str(Path(__file__).parent), "/deepspeed/")
@@ -49,7 +49,7 @@ LIBRARIES = ("/site-packages/", "/dist-packages/", "/lib/python")
 
 class RankStatus(str, Enum):
     failed = "failed"
-    """Raised an error that is not of a collective."""
+    """Raised an error that does not come from a collective."""
     noticed = "noticed"
     """Got an error from a collective."""
     waiting = "waiting"
@@ -105,7 +105,7 @@ def is_collective_error(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, dist.DistError):
             return True
-        if isinstance(cause, RuntimeError) and any(mark in str(cause) for mark in GLOO_MARKS):
+        if isinstance(cause, RuntimeError) and any(marker in str(cause) for marker in GLOO_MARKERS):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
@@ -113,25 +113,26 @@ def is_collective_error(error: BaseException) -> bool:
 
 def diagnose(reports: dict[int, RankReport], world_size: int) -> str:
     """The lost, failed or hanging ranks, from all reports that arrived in time."""
-    of, by_rank = f"of {world_size}", sorted(reports.items())
-    failed = [each for each in by_rank if each[1].status is RankStatus.failed]
-    causes = [f"rank {rank} {of} failed: {report.message}" for rank, report in failed]
+    by_rank = [report for _, report in sorted(reports.items())]
+    causes = [
+        f"rank {report.rank} of {world_size} failed: {report.message}"
+        for report in by_rank
+        if report.status is RankStatus.failed
+    ]
     silent = [str(rank) for rank in range(world_size) if rank not in reports]
     if silent:
-        were = f"rank {silent[0]} {of} was" if len(silent) == 1 else f"ranks {', '.join(silent)} {of} were"
-        causes.append(f"{were} lost: exited without an error, or does not respond")
-    if not causes and any("timed out" in report.message.lower() for report in reports.values()):
+        ranks, verb = ("rank", "was") if len(silent) == 1 else ("ranks", "were")
+        lost = f"{ranks} {', '.join(silent)} of {world_size} {verb} lost"
+        causes.append(f"{lost}: exited without an error, or does not respond")
+    if not causes and any("timed out" in report.message.lower() for report in by_rank):
         causes = [
-            f"rank {rank} {of} hangs at {report.location}: the others waited for it in a collective"
-            for rank, report in by_rank
-            if report.status is RankStatus.busy
+            f"rank {r.rank} of {world_size} hangs at {r.location}: the others waited for it in a collective"
+            for r in by_rank
+            if r.status is RankStatus.busy
         ]
     if not causes:
-        each = "; ".join(
-            f"rank {rank} at {report.location}: {report.message or report.status.value}"
-            for rank, report in by_rank
-        )
-        causes = [f"all {world_size} ranks are alive, but a collective failed among them: {each}"]
+        states = [f"rank {r.rank} at {r.location}: {r.message or r.status.value}" for r in by_rank]
+        causes = [f"all {world_size} ranks are alive, but a collective failed among them: {'; '.join(states)}"]
     return "; ".join(causes)
 
 
@@ -141,9 +142,10 @@ class _Monitor:
     def __init__(self, job: Runtime, advice: str) -> None:
         self._rank, self._world_size, self._advice = job.rank, job.world_size, advice
         self._main = threading.get_ident()
-        # the shared connection would block behind requests of the main thread
-        self._store: Any = _default_store().clone()
-        self._host = _connect_to_host()
+        store: Any = distributed_c10d._get_default_store()
+        self._store = store.clone()  # the shared connection would block behind requests of the main thread
+        # an idle connection to the store's port, which closes when the host exits
+        self._host = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
         self._is_store_lost = False
         self._reports: dict[int, RankReport] = {}
         self._done: set[int] = set()
@@ -166,7 +168,7 @@ class _Monitor:
         self._main_is_done.set()
         if self._has_diagnosis.wait(2 * REPORT_SECONDS + NOTICE_SECONDS):
             return self._diagnosis
-        self._is_store_lost = True  # the thread is blocked in a request
+        self._is_store_lost = True  # the monitor is blocked in a request
         return self._diagnose()
 
     def _run(self) -> None:
@@ -264,15 +266,6 @@ class _Monitor:
         os._exit(1)
 
 
-def _default_store() -> Any:
-    return distributed_c10d._get_default_store()
-
-
-def _connect_to_host() -> socket.socket:
-    """An idle connection to the store's port, which closes when the host exits."""
-    return socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-
-
 def _has_ended(connection: socket.socket) -> bool:
     try:
         return bool(select.select([connection], [], [], 0)[0]) and connection.recv(1) == b""
@@ -289,14 +282,14 @@ def _summarize(error: BaseException) -> str:
 def _inspect_thread(rank: int, frame: FrameType) -> RankReport:
     """A report from the current stack of the main thread."""
     stack = list(traceback.walk_stack(frame))
-    waits = any(part in _file(each) for each, _ in stack for part in COLLECTIVE_FILES)
-    waits = waits or any(part in _file(frame) for part in WAITING_FILES)
-    return RankReport(rank, RankStatus.waiting if waits else RankStatus.busy, location=_location(stack))
+    is_waiting = any(part in _file(outer) for outer, _ in stack for part in COLLECTIVE_FILES)
+    is_waiting = is_waiting or any(part in _file(frame) for part in WAITING_FILES)
+    return RankReport(rank, RankStatus.waiting if is_waiting else RankStatus.busy, location=_location(stack))
 
 
 def _location(stack: list[tuple[FrameType, int]]) -> str:
     """The innermost line outside of libraries, from frames with the innermost first."""
-    outside = [each for each in stack if not any(part in _file(each[0]) for part in LIBRARIES)]
+    outside = [(frame, line) for frame, line in stack if not any(part in _file(frame) for part in LIBRARIES)]
     frame, line = (outside or stack)[0]
     return f"{Path(_file(frame)).name}:{line} in {frame.f_code.co_name}"
 

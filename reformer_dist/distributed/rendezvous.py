@@ -2,8 +2,8 @@
 
 When torchrun restarts the ranks of a job, its store still holds what the previous ones wrote: addresses that are
 no longer in use, and reports of lost ranks. Its restart count identifies a start on one machine only, since an
-agent whose ranks are restarted because of another machine does not count that. So rank 0 draws a name for each
-start, and every rank asks for it.
+agent does not count restarts that another machine caused. So rank 0 chooses a random name for each start, and
+every other rank requests it.
 """
 
 from __future__ import annotations

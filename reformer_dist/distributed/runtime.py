@@ -26,11 +26,11 @@ DRAIN_SECONDS = 0.1
 
 
 class SharedError(UserError):
-    """An error that every rank raises alike, so that one of them may report it for all."""
+    """An error that all ranks raise together, so that one of them may report it for all."""
 
 
 class Preempted(SharedError):
-    """Every rank stops at the same point, because of a stop signal; progress is saved."""
+    """All ranks stop at the same point because of a stop signal; progress is saved."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Runtime:
         dist.barrier(group=self.control_group)
 
     def raise_together(self, error: UserError | OSError | None) -> None:
-        """Raises on every rank the errors that any rank passes. Every rank calls this."""
+        """Raises the errors of any rank on all ranks. Every rank calls this."""
         messages = self.gather(None if error is None else str(error))
         if any(message is not None for message in messages):
-            raise SharedError(_merge(messages)) from error
+            raise SharedError(_merge_messages(messages)) from error
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; if any raises a UserError or OSError, all ranks raise it."""
@@ -81,8 +81,8 @@ class Runtime:
         error: UserError | OSError | None = None
         try:
             result = action()
-        except (UserError, OSError) as caught:
-            error = caught
+        except (UserError, OSError) as raised:
+            error = raised
         self.raise_together(error)
         return result  # type: ignore[return-value]
 
@@ -102,14 +102,14 @@ class Runtime:
         return result  # type: ignore[return-value]
 
 
-def _merge(messages: list[str | None]) -> str:
-    """Each distinct message once, with its ranks unless all have the same."""
+def _merge_messages(messages: list[str | None]) -> str:
+    """Each distinct message once, with its ranks unless all ranks have the same."""
     ranks_of: dict[str, list[int]] = {}
     for rank, message in enumerate(messages):
         if message is not None:
             ranks_of.setdefault(message, []).append(rank)
-    if len(ranks_of) == 1 and len(messages) in (1, len(next(iter(ranks_of.values())))):
-        return next(iter(ranks_of))
+    if messages[0] is not None and ranks_of[messages[0]] == list(range(len(messages))):
+        return messages[0]
     return "\n".join(f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in ranks_of.items())
 
 
@@ -178,7 +178,7 @@ def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
 
 
 def stop() -> None:
-    """Leaves the job. Without it, a process that exits early would leave its peers waiting."""
+    """Leaves the job. Otherwise, a process that exits early would leave its peers waiting."""
     if dist.is_initialized():
         dist.destroy_process_group()
         # DeepSpeed keeps groups alive, and gloo's threads may still hold tensors of the last collective. A thread

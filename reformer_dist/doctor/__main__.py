@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from reformer_dist.config import DataConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.doctor import check_machine
 from reformer_dist.doctor.check_attention import check_attention
-from reformer_dist.doctor.check_collectives import ADVICE, check_job_collectives, check_local_collectives
+from reformer_dist.doctor.check_collectives import ADVICE, check_collectives, check_local_collectives
 from reformer_dist.doctor.findings import CheckState, Finding, failed, ok, run_check
 from reformer_dist.errors import UserError
 from reformer_dist.process.command import run_command
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Checks whether this machine is fit to train a Reformer. Exits with 1 if a check fails.",
         epilog="under torchrun, it checks the job: torchrun --nproc_per_node=2 -m reformer_dist.doctor",
     )
-    parser.add_argument("--data", type=Path, help="a data set to check")
+    parser.add_argument("--data", type=Path, help="a dataset to check")
     parser.add_argument("--output", type=Path, default=Path(), help="where runs will be written (default: here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
@@ -53,12 +54,23 @@ def run_checks(arguments: argparse.Namespace) -> list[Finding]:
         return findings + run_check("collectives", check_local_collectives, ADVICE)
     job = runtime.start()
     findings += run_check("LSH attention", lambda: check_attention(job.device), "do not train here")
-    findings += run_check("collectives", lambda: check_job_collectives(job), ADVICE)
-    return _merge_ranks(job.gather(findings))
+
+    def check_job() -> list[Finding]:
+        return [ok("collectives", f"{job.world_size} ranks of this job: {check_collectives(job)}")]
+
+    findings += run_check("collectives", check_job, ADVICE)
+    by_rank: list[list[Finding]] = job.gather(findings)
+    # all findings of rank 0, and the problems of the others
+    return by_rank[0] + [
+        replace(finding, name=f"rank {rank}, {finding.name}")
+        for rank, others in enumerate(by_rank[1:], start=1)
+        for finding in others
+        if finding.state is not CheckState.ok
+    ]
 
 
 def check_data(folder: Path) -> Iterator[Finding]:
-    """The data set opens, and each shard has the size recorded in its index."""
+    """The dataset opens, and each shard has the size recorded in its index."""
     try:
         corpus = open_corpus(DataConfig(path=str(folder)), ["train"])
     except UserError as error:
@@ -67,24 +79,11 @@ def check_data(folder: Path) -> Iterator[Finding]:
     yield ok("data", f"{corpus.total('tokens', 'train'):,} training tokens in {folder}")
 
 
-def _merge_ranks(by_rank: list[list[Finding]]) -> list[Finding]:
-    """All findings of rank 0, and the problems of the others."""
-    others = [
-        Finding(f"rank {rank}, {finding.name}", finding.state, finding.message, finding.advice)
-        for rank, findings in enumerate(by_rank[1:], start=1)
-        for finding in findings
-        if finding.state is not CheckState.ok
-    ]
-    return [*by_rank[0], *others]
-
-
 def report(findings: list[Finding], *, as_json: bool) -> str:
-    n_findings = {state: sum(finding.state is state for finding in findings) for state in CheckState}
+    counts = {state.value: sum(finding.state is state for finding in findings) for state in CheckState}
     if as_json:
-        counts = {state.value: n for state, n in n_findings.items()}
         return json.dumps({"findings": [finding.to_json() for finding in findings], **counts}, indent=1)
-    n_ok, n_warnings, n_failed = (n_findings[state] for state in CheckState)
-    summary = f"{n_ok} ok, {n_warnings} warnings, {n_failed} failed"
+    summary = f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed"
     return "\n".join([*(finding.line() for finding in findings), summary])
 
 

@@ -19,13 +19,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the large
 AttentionOp = Callable[[Tensor, None, Tensor, Tensor, AttentionOptions], Tensor]
 
 
-def check_attention(device: torch.device, fast: AttentionOp = bucket_attention) -> Iterator[Finding]:
+def check_attention(device: torch.device, attention: AttentionOp = bucket_attention) -> Iterator[Finding]:
     """Checks the backend that a run on this device uses, in float32 and bf16."""
     for dtype, tolerance in TOLERANCE.items():
         name = f"LSH attention, {str(dtype).removeprefix('torch.')}"
-        errors = largest_errors(device, dtype, fast)
-        message = ", ".join(f"{tensor} {error:.1e}" for tensor, error in errors.items())
-        message = f"largest relative errors on {device.type}: {message}"
+        errors = largest_errors(device, dtype, attention)
+        shown = ", ".join(f"{tensor} {error:.1e}" for tensor, error in errors.items())
+        message = f"largest relative errors on {device.type}: {shown}"
         if all(error <= tolerance for error in errors.values()):
             yield ok(name, message)
         else:
@@ -33,23 +33,23 @@ def check_attention(device: torch.device, fast: AttentionOp = bucket_attention) 
             yield failed(name, f"{message}; must be at most {tolerance:g}", advice)
 
 
-def largest_errors(device: torch.device, dtype: torch.dtype, fast: AttentionOp) -> dict[str, float]:
+def largest_errors(device: torch.device, dtype: torch.dtype, attention: AttentionOp) -> dict[str, float]:
     """Largest error of the output and each gradient, relative to the reference's largest value; inf for NaN."""
-    draw = torch.Generator().manual_seed(0)
-    q, v, d_out = (torch.randn(SHAPE, generator=draw).to(device, dtype) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    q, v, d_out = (torch.randn(SHAPE, generator=generator).to(device, dtype) for _ in range(3))
     rotations = draw_rotations(SHAPE[1], SHAPE[3], N_HASHES, N_BUCKETS, "rotation", seed=1)
     ids = hash_vectors(q, rotations, N_BUCKETS, "rotation")
     rule = WindowRule(WINDOW, causal=True)
     options = AttentionOptions(rule, N_BUCKETS, scale=1.0)
 
-    def slow(q: Tensor, v: Tensor) -> Tensor:
+    def reference(q: Tensor, v: Tensor) -> Tensor:
         return reference_attention(q, shared_keys(q), v, ids, rule, scale=1.0)
 
-    expected = _with_gradients(slow, q.float(), v.float(), d_out.float())
-    actual = _with_gradients(lambda q, v: fast(q, None, v, ids, options), q, v, d_out)
+    all_expected = _with_gradients(reference, q.float(), v.float(), d_out.float())
+    all_actual = _with_gradients(lambda q, v: attention(q, None, v, ids, options), q, v, d_out)
     errors = {}
-    for name, want, have in zip(("output", "dq", "dv"), expected, actual, strict=True):
-        error = ((want - have.float()).abs().max() / want.abs().max()).item()
+    for name, expected, actual in zip(("output", "dq", "dv"), all_expected, all_actual, strict=True):
+        error = ((expected - actual.float()).abs().max() / expected.abs().max()).item()
         errors[name] = error if error == error else float("inf")
     return errors
 

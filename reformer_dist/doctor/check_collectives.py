@@ -1,6 +1,6 @@
 """Check of the collectives that training uses, including all-to-all with empty splits.
 
-As a module, it is one rank of a job, which fails if it receives a wrong value.
+Run as a module, it is one rank of a job, which fails if it receives a wrong value.
 """
 
 from __future__ import annotations
@@ -33,24 +33,20 @@ def check_local_collectives() -> Iterator[Finding]:
     command = [sys.executable, *launch, "-m", __name__]
     start = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_TIMEOUT)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=JOB_TIMEOUT)
     except subprocess.TimeoutExpired:
         yield failed("collectives", f"{n_ranks} local ranks hang: not done after {JOB_TIMEOUT} s", ADVICE)
         return
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
+    if process.returncode:
+        errors = [line for line in process.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
         yield failed("collectives", f"{n_ranks} local ranks: {errors[0] if errors else 'failed'}", ADVICE)
         return
-    yield ok("collectives", f"{n_ranks} local ranks: {done.stdout.strip()} ({time.perf_counter() - start:.0f} s)")
-
-
-def check_job_collectives(job: Runtime) -> Iterator[Finding]:
-    """Checks the job of this rank. Every rank calls this."""
-    yield ok("collectives", f"{job.world_size} ranks of this job: {check_collectives(job)}")
+    seconds = time.perf_counter() - start
+    yield ok("collectives", f"{n_ranks} local ranks: {process.stdout.strip()} ({seconds:.0f} s)")
 
 
 def check_collectives(job: Runtime) -> str:
-    """Runs all of them; returns their names. Raises RuntimeError for a wrong value."""
+    """Runs all collectives; returns their names. Every rank calls this. Raises RuntimeError for a wrong value."""
     rank, size, device = job.rank, job.world_size, job.device
     ranks = torch.arange(size, dtype=torch.float32, device=device)
     total = torch.full((WIDTH,), float(rank), device=device)

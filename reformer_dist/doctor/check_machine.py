@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from reformer_dist.doctor.findings import Finding, failed, ok, warning
-from reformer_dist.ops.lsh.native.library import why_unavailable
+from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.process.cores import usable_cores
 
 GIB = 2**30
@@ -34,20 +34,17 @@ def check_versions() -> Iterator[Finding]:
     yield ok("python", f"{platform.python_version()} on {platform.platform()}")
     for line in importlib.metadata.requires("reformer_dist") or []:
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _package(requirement)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version, fix = _version(requirement.name), f"pip install '{requirement}'"
+        if version is None:
+            yield failed(requirement.name, "not installed", fix)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield failed(requirement.name, f"{version}, but {requirement.specifier} is required", fix)
+        else:
+            yield ok(requirement.name, version)
     for name in OPTIONAL:
-        version = _version(name)
-        yield ok(name, version or "not installed; not needed by training")
-
-
-def _package(requirement: Requirement) -> Finding:
-    version, fix = _version(requirement.name), f"pip install '{requirement}'"
-    if version is None:
-        return failed(requirement.name, "not installed", fix)
-    if not requirement.specifier.contains(version, prereleases=True):
-        return failed(requirement.name, f"{version}, but {requirement.specifier} is required", fix)
-    return ok(requirement.name, version)
+        yield ok(name, _version(name) or "not installed; not needed by training")
 
 
 def _version(package: str) -> str | None:
@@ -68,21 +65,17 @@ def check_devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        yield ok(
-            f"GPU {index}",
-            f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, compute capability {capability}",
-        )
+        memory, capability = f"{properties.total_memory / GIB:.1f} GiB", f"{properties.major}.{properties.minor}"
+        yield ok(f"GPU {index}", f"{properties.name}, {memory}, compute capability {capability}")
     yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
 
 
 def check_compiler() -> Iterator[Finding]:
     """Triton compiles kernel launchers with it; on a CPU it compiles the native attention."""
-    name = next(
-        (name for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name and shutil.which(name)), None
-    )
-    if name is not None:
-        yield ok("C compiler", shutil.which(name) or name)
+    paths = [shutil.which(name) for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name]
+    path = next(filter(None, paths), None)
+    if path is not None:
+        yield ok("C compiler", path)
     elif torch.cuda.is_available():
         yield failed("C compiler", "none", "install gcc, which Triton needs on a GPU")
     else:
@@ -91,14 +84,13 @@ def check_compiler() -> Iterator[Finding]:
 
 def check_native_backend() -> Iterator[Finding]:
     """Whether the native backend is available."""
-    reason = why_unavailable()
+    reason = unavailable_reason()
     message = "native backend" if reason is None else f"torch backend: the native one {reason}"
     if reason is None or torch.cuda.is_available():
         yield ok("attention on the CPU", message)
     else:
-        yield warning(
-            "attention on the CPU", message, "install gcc: LSH attention is several times slower without it"
-        )
+        advice = "install gcc: LSH attention is several times slower without it"
+        yield warning("attention on the CPU", message, advice)
 
 
 def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
@@ -117,8 +109,8 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
 def check_open_files() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < ENOUGH_FILES:
-        most = "unlimited" if hard == resource.RLIM_INFINITY else hard
-        advice = f"ulimit -n {ENOUGH_FILES} before starting (hard limit: {most})"
+        hard_limit = "unlimited" if hard == resource.RLIM_INFINITY else hard
+        advice = f"ulimit -n {ENOUGH_FILES} before starting (hard limit: {hard_limit})"
         yield warning("open files", f"at most {soft}", advice)
     else:
         yield ok("open files", f"at most {'unlimited' if soft == resource.RLIM_INFINITY else soft}")

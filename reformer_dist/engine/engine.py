@@ -71,7 +71,7 @@ class TrainEngine:
     def backward(self, loss_sum: Tensor, valid_tokens: float) -> None:
         """Accumulates the gradient of this rank's summed loss, as its part of the step's mean.
 
-        valid_tokens: of the whole step, over all ranks and micro-batches.
+        valid_tokens: number in the whole step, over all ranks and micro-batches.
         """
         # undoes DeepSpeed's average over ranks and micro-batches
         scale = self.world_size * self.n_micro / valid_tokens
@@ -92,7 +92,7 @@ class TrainEngine:
         return StepResult(float(self._engine.get_global_grad_norm()), was_skipped=False)
 
     def _stage0_step(self) -> StepResult:
-        """Clips, checks and applies gradients, which are whole and equal on every rank."""
+        """Checks, clips and applies gradients, which are complete and equal on every rank."""
         trained = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         is_finite = math.isfinite(norm)

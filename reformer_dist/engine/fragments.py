@@ -38,12 +38,12 @@ def engine_fragments(engine: Any, stage: int) -> list[Fragment]:
 
 def _slice(fragments: list[Fragment], low: int, high: int) -> Iterator[Fragment]:
     """The range [low, high) of the concatenation of whole parameters."""
-    position = 0
+    start = 0
     for whole in fragments:
-        first, last = max(low, position) - position, min(high, position + whole.length) - position
+        first, last = max(low, start) - start, min(high, start + whole.length) - start
         if first < last:
             yield Fragment(whole.name, first, last - first, whole.master, first, whole.state)
-        position += whole.length
+        start += whole.length
 
 
 def _local_fragments(engine: Any, stage: int) -> Iterator[Fragment]:
@@ -55,23 +55,19 @@ def _local_fragments(engine: Any, stage: int) -> Iterator[Fragment]:
             state = optimizer.state.get(parameter, {})
             yield Fragment(name, 0, parameter.numel(), parameter, 0, state)
         elif stage == 3:
-            yield from _stage3_fragment(optimizer, name, parameter)
+            group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            offset = torch.distributed.get_rank() * parameter.ds_tensor.ds_numel
+            length = min(length, parameter.ds_numel - offset)  # the last rank's part may end in padding
+            if length > 0:
+                master = optimizer.fp32_partitioned_groups_flat[group]
+                state = optimizer.optimizer.state.get(master, {})
+                yield Fragment(name, offset, length, master, start, state)
         elif parameter._hp_mapping is not None:
             mapping = parameter._hp_mapping
             master = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             in_parameter, in_master = mapping.lp_fragment_address, mapping.hp_fragment_address
             state = optimizer.optimizer.state.get(master, {})
             yield Fragment(name, in_parameter.start, in_parameter.numel, master, in_master.start, state)
-
-
-def _stage3_fragment(optimizer: Any, name: str, parameter: Any) -> Iterator[Fragment]:
-    group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    offset = torch.distributed.get_rank() * parameter.ds_tensor.ds_numel
-    length = min(length, parameter.ds_numel - offset)  # the last rank's part may end in padding
-    if length > 0:
-        master = optimizer.fp32_partitioned_groups_flat[group]
-        state = optimizer.optimizer.state.get(master, {})
-        yield Fragment(name, offset, length, master, start, state)
 
 
 @torch.no_grad()
@@ -91,21 +87,17 @@ def load_engine_fragments(engine: Any, stage: int, reader: CheckpointReader) -> 
         for kind in KINDS if reader.adam_step > 0 else ("fp32",):
             fragment.values(kind).copy_(reader.read(fragment.name, kind, fragment.offset, fragment.length))
     if stage in (1, 2):
-        _fill_whole_weights(engine.module, reader)
+        # every rank has the complete model weights besides its partition of the master weights
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad:
+                values = reader.read(name, "fp32", 0, parameter.numel())
+                parameter.data.copy_(values.view(parameter.shape))
     elif stage == 3:
-        _fill_partitioned_weights(engine, fragments)
+        _load_stage3_weights(engine, fragments)
 
 
-def _fill_whole_weights(model: nn.Module, reader: CheckpointReader) -> None:
-    """Stages 1 and 2: the model's weights are whole copies besides the master partitions."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            values = reader.read(name, "fp32", 0, parameter.numel())
-            parameter.data.copy_(values.view(parameter.shape))
-
-
-def _fill_partitioned_weights(engine: Any, fragments: list[Fragment]) -> None:
-    """Stage 3: fills this rank's partitions of the weights, then regathers small, persistent parameters."""
+def _load_stage3_weights(engine: Any, fragments: list[Fragment]) -> None:
+    """Fills this rank's partitions of the model weights, then regathers small, persistent parameters."""
     optimizer = engine.optimizer
     optimizer._partition_all_parameters()
     parameters = dict(engine.module.named_parameters())

@@ -36,14 +36,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for p in module.parameters()
     }
     decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = parameter.dim() >= 2 and id(parameter) not in undecayed
-            (decayed if is_matrix else rest).append(parameter)
+            (decayed if is_matrix else others).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

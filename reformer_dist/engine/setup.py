@@ -14,9 +14,9 @@ from reformer_dist.errors import ConfigError
 
 
 def import_deepspeed() -> Any:
-    """Imports deepspeed, quiet, with the JIT build of its shared-memory CPU collective disabled.
+    """Imports deepspeed without its log output, and disables the JIT build of its shared-memory CPU collective.
 
-    Otherwise initialization compiles for a minute on CPU, and fails without a compiler.
+    That build takes a minute on CPU, and fails without a compiler.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -43,6 +43,11 @@ def deepspeed_dict(
             raise ConfigError("trainer.precision=fp16: needs a GPU; use bf16 or fp32 on a CPU")
         if zero.stage == 0:
             raise ConfigError("trainer.precision=fp16: needs deepspeed.stage of 1, 2 or 3; or use bf16")
+    zero_optimization: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": zero.reduce_bucket_size}
+    if zero.stage == 3:
+        zero_optimization["stage3_param_persistence_threshold"] = zero.param_persistence_threshold
+    if zero.offload_optimizer:
+        zero_optimization["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": n_micro,
@@ -51,7 +56,7 @@ def deepspeed_dict(
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_dict(zero),
+        "zero_optimization": zero_optimization,
     }
     if precision is Precision.fp16:
         config["fp16"] = {"enabled": True}
@@ -60,13 +65,4 @@ def deepspeed_dict(
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif precision is Precision.bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    return config
-
-
-def _zero_dict(zero: DeepSpeedConfig) -> dict[str, Any]:
-    config: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": zero.reduce_bucket_size}
-    if zero.stage == 3:
-        config["stage3_param_persistence_threshold"] = zero.param_persistence_threshold
-    if zero.offload_optimizer:
-        config["offload_optimizer"] = {"device": "cpu"}
     return config

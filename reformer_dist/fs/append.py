@@ -10,7 +10,7 @@ from reformer_dist.process.log import logger
 
 
 class AppendFile:
-    """Appends whole records. Those that can't be written are kept in memory and written before the next."""
+    """Appends whole records. Records that can't be written are kept in memory and written before the next."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if the file can't be created."""
@@ -45,9 +45,9 @@ class AppendFile:
     def _write_pending(self) -> None:
         end = os.fstat(self._file.fileno()).st_size
         try:
-            rest = self._pending
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            unwritten = self._pending
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
         except OSError as error:
             self._file.truncate(end)  # readers must only see whole records
             raise OSError(error.errno, error.strerror, str(self._path)) from error

@@ -1,4 +1,4 @@
-"""Durable and atomic writes: what stands under its final name is complete, even after a crash."""
+"""Durable and atomic writes: a file under its final name is complete, even after a crash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_synced(path: Path, data: bytes | str) -> None:
 
 
 def make_staging(folder: Path) -> Path:
-    """A new, empty directory beside `folder` to fill and to publish; replaces one that a crash has left."""
+    """Creates an empty directory beside `folder`, to be filled and published; replaces one left by a crash."""
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -16,7 +16,7 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.process.log import logger
 
 LOCK_FILE = ".lock"
-LEASE = 120.0  # seconds for which the lock of a lost machine may live on; 90 by default with NFS
+LEASE = 120.0  # seconds for which the lock of a lost machine may persist; 90 by default with NFS
 POLL = 0.5  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -26,7 +26,7 @@ def acquire_lock(path: Path) -> int | None:
 
     The lock is released when the last process with an inherited copy of the descriptor closes it.
     """
-    descriptor = _open(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -40,7 +40,7 @@ def acquire_lock(path: Path) -> int | None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of a file within the block, after waiting for it. Excludes threads, too."""
-    descriptor = _open(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -48,21 +48,17 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-
 class RunLock:
     """Admits one job at a time to a run directory: rank 0 holds the lock of a file there until it is closed.
 
-    A POSIX lock, which network file systems keep across machines. That of a lost machine may outlive it until a
-    lease ends. The content of the file only serves the message.
+    A POSIX lock, which network file systems keep across machines. The lock of a lost machine may outlive it until
+    a lease ends. The content of the file is only used in messages.
     """
 
     def __init__(self, folder: Path, lease: float = LEASE) -> None:
         """Raises ConfigError, which names host and process, if another job holds the lock.
 
-        A lock held on this machine is refused at once; one held on another is awaited for `lease` seconds.
+        Raises at once if the lock is held on this machine; waits `lease` seconds if it is held on another.
         """
         self._path = folder / LOCK_FILE
         # not "w", which would erase what the holder wrote
@@ -82,11 +78,10 @@ class RunLock:
         deadline, logged = time.monotonic() + lease, ""
         while not self._try():
             holder = self._holder()
-            message = (
-                f"output_dir={self._path.parent}: in use by process {holder.get('pid')} on {holder.get('host')}"
-            )
-            is_here = holder.get("machine") == _own_record()["machine"]
-            if is_here or time.monotonic() > deadline:
+            process = f"process {holder.get('pid')} on {holder.get('host')}"
+            message = f"output_dir={self._path.parent}: in use by {process}"
+            is_local = holder.get("machine") == _own_record()["machine"]
+            if is_local or time.monotonic() > deadline:
                 raise ConfigError(f"{message}; wait until that job ends, or choose another output_dir")
             if holder and message != logged:
                 logger.info(f"{message}; waiting up to {lease:g} s, in case that machine was lost")
@@ -104,7 +99,7 @@ class RunLock:
         return True
 
     def _holder(self) -> dict[str, Any]:
-        """Record of the job that holds the lock; empty if it has not written it yet."""
+        """Record of the process that holds the lock; empty if it has not been written yet."""
         with suppress(ValueError):
             self._file.seek(0)
             return dict(json.loads(self._file.read()))

@@ -17,7 +17,7 @@ from reformer_dist.config import ModelConfig
 from reformer_dist.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class HeadKind(Enum):
@@ -30,7 +30,7 @@ class HeadKind(Enum):
 
 @dataclass
 class ForeignModel:
-    """A model of another system, converted to our config and parameter names."""
+    """A model of another implementation, converted to our config and parameter names."""
 
     system: str
     head: HeadKind
@@ -39,7 +39,7 @@ class ForeignModel:
     weights: dict[str, Tensor]
     """float32, by our parameter names."""
     notes: list[str] = field(default_factory=list)
-    """Differences from the original model that a user should know."""
+    """Differences from the original model that users should know about."""
     classes: list[str] = field(default_factory=list)
     """Class names, if the head is sequence_classification."""
     has_mask_token: bool = False
@@ -52,10 +52,10 @@ class ForeignModel:
 
 
 class ForeignOptions:
-    """Options of a foreign model. Options that are never taken, or have no counterpart, are refused by name."""
+    """Options of a foreign model. Those that are never taken, or have no counterpart, are refused by name."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self._values, self._unread = path, values, set(values)
+        self.path, self._values, self._untaken = path, values, set(values)
 
     @staticmethod
     def read(path: Path) -> ForeignOptions:
@@ -75,13 +75,10 @@ class ForeignOptions:
 
     def take(self, name: str, default: Any = None, *, kind: type | tuple[type, ...] | None = None) -> Any:
         """The value of an option, `default` if it is absent. Raises CheckpointError if its type is wrong."""
-        self._unread.discard(name)
+        self._untaken.discard(name)
         value = self._values.get(name, default)
         kinds = kind if isinstance(kind, tuple) else () if kind is None else (kind,)
-        is_wrong = bool(kinds) and (
-            not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        )
-        if is_wrong:
+        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             self.refuse(name, f"must be {' or '.join(k.__name__ for k in kinds)}")
         return value
 
@@ -98,6 +95,14 @@ class ForeignOptions:
             self.refuse(name, f"must be {' or '.join(choices)}")
         return choices[value]
 
+    def take_factors(self, name: str) -> list[int] | None:
+        """Even factors of a number of buckets; None if the option is absent. Raises CheckpointError."""
+        value = self.take(name, None)
+        factors = [value] if isinstance(value, int) else list(value or ())
+        if not all(isinstance(factor, int) and factor > 0 and factor % 2 == 0 for factor in factors):
+            self.refuse(name, "must be an even number or a list of even numbers")
+        return None if value is None else factors
+
     def refuse_other_values(self, supported: Mapping[str, tuple[Any, str]]) -> None:
         """Refuses options that differ from their only supported value; supported: (value, reason) by name."""
         for name, (value, reason) in supported.items():
@@ -110,8 +115,8 @@ class ForeignOptions:
 
     def refuse_unknown(self, system: str) -> None:
         """Refuses options that were never taken."""
-        if self._unread:
-            unknown = ", ".join(sorted(self._unread))
+        if self._untaken:
+            unknown = ", ".join(sorted(self._untaken))
             raise CheckpointError(f"{self.path}: {system} has no such option: {unknown}")
 
 
@@ -121,9 +126,10 @@ class ForeignTensors:
     def __init__(self, directory: Path, pickle_hint: str) -> None:
         """pickle_hint: how to convert a pickle to safetensors, for the error message."""
         self.directory = directory
-        self._files = self._list_files(pickle_hint)
+        self._files = self._find_files(pickle_hint)
 
-    def _list_files(self, pickle_hint: str) -> dict[str, Path]:
+    def _find_files(self, pickle_hint: str) -> dict[str, Path]:
+        """Maps names of tensors to files."""
         directory = self.directory
         if (directory / INDEX_FILE).is_file():
             try:
@@ -141,11 +147,10 @@ class ForeignTensors:
                     return dict.fromkeys(tensors.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: can't be read: {error}") from error
-        pickles = sorted(each.name for each in directory.iterdir() if each.suffix in PICKLES)
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
         if pickles:
-            raise CheckpointError(
-                f"{directory / pickles[0]}: is a pickle, which can run arbitrary code; {pickle_hint}"
-            )
+            problem = "is a pickle, which can run arbitrary code"
+            raise CheckpointError(f"{directory / pickles[0]}: {problem}; {pickle_hint}")
         raise CheckpointError(f"{directory}: has no {WEIGHTS_FILE}")
 
     def names(self) -> set[str]:
@@ -163,15 +168,14 @@ class ForeignTensors:
 
 
 def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Parameter shapes of a model, which is built on the meta device."""
+    """Parameter shapes of a model that is built on the meta device."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build().named_parameters()}
 
 
-def reshape_checked(tensor: Tensor, shape: tuple[int, ...], theirs: str, where: Path) -> Tensor:
-    """Reshapes a tensor if only dimensions of size 1 differ, else raises CheckpointError naming `theirs`."""
+def reshape_checked(tensor: Tensor, shape: tuple[int, ...], name: str, where: Path) -> Tensor:
+    """Reshapes a tensor if only dimensions of size 1 differ, else raises CheckpointError for `name`."""
     if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:
-        raise CheckpointError(
-            f"{where}: {theirs} has shape {list(tensor.shape)}; its options require {list(shape)}"
-        )
+        expected = f"its options require {list(shape)}"
+        raise CheckpointError(f"{where}: {name} has shape {list(tensor.shape)}; {expected}")
     return tensor.reshape(shape).contiguous()

@@ -60,7 +60,10 @@ def read(directory: Path) -> ForeignModel:
     if kind != "reformer":
         raise CheckpointError(f"{options.path}: model_type={kind!r}: can't be converted; must be reformer")
     tensors = ForeignTensors(directory, PICKLE_HINT)
-    head = _head_of(tensors)
+    head = next((head for name, head in HEAD_TENSORS.items() if name in tensors.names()), None)
+    if head is None:
+        known = ", ".join(HEAD_TENSORS)
+        raise CheckpointError(f"{directory}: has no head: none of {known} is present; save a model with a head")
     notes: list[str] = []
     config = model_config(options, notes)
     vocab_size: int = options.take("vocab_size", 320, kind=int)
@@ -80,26 +83,19 @@ def _classes(options: ForeignOptions, tensors: ForeignTensors) -> list[str]:
     return [str(names.get(str(label), label)) for label in range(n_classes)]
 
 
-def _head_of(tensors: ForeignTensors) -> HeadKind:
-    for name, head in HEAD_TENSORS.items():
-        if name in tensors.names():
-            return head
-    known = ", ".join(HEAD_TENSORS)
-    raise CheckpointError(
-        f"{tensors.directory}: has no head: none of {known} is present; save a model with a head"
-    )
-
-
 def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
-    """Converts their options to our config. Raises CheckpointError; appends to notes."""
-    layers = [AttentionKind[name] for name in _attn_layers(options)]
+    """Converts options of transformers to a ModelConfig. Raises CheckpointError. Appends to notes."""
+    layer_names = options.take("attn_layers", ["local", "lsh"] * 3, kind=list)
+    if not layer_names or not set(layer_names) <= {"local", "lsh"}:
+        options.refuse("attn_layers", "must name local and lsh layers")
+    layers = [AttentionKind[name] for name in layer_names]
     dim: int = options.take("hidden_size", 256, kind=int)
     chunk_len: int = options.take("lsh_attn_chunk_length", 64, kind=int)
     factors = _bucket_factors(options, chunk_len, AttentionKind.lsh in layers, notes)
     hidden_dropout = float(options.take("hidden_dropout_prob", 0.05, kind=FLOAT))
     if options.take("tie_word_embeddings", False):
         options.refuse(
-            "tie_word_embeddings", "their own model can't run: the head is twice as wide; must be false"
+            "tie_word_embeddings", "the head is twice as wide, so it fails in transformers too; must be false"
         )
     return ModelConfig(
         dim=dim,
@@ -134,13 +130,6 @@ def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
     )
 
 
-def _attn_layers(options: ForeignOptions) -> list[str]:
-    names = options.take("attn_layers", ["local", "lsh"] * 3, kind=list)
-    if not names or not set(names) <= {"local", "lsh"}:
-        options.refuse("attn_layers", "must name local and lsh layers")
-    return list(names)
-
-
 def _shortest_period(layers: list[AttentionKind]) -> list[AttentionKind]:
     """The shortest pattern whose repetition yields the layers."""
     lengths = range(1, len(layers) + 1)
@@ -148,11 +137,8 @@ def _shortest_period(layers: list[AttentionKind]) -> list[AttentionKind]:
 
 
 def _bucket_factors(options: ForeignOptions, chunk_len: int, has_lsh: bool, notes: list[str]) -> list[int]:
-    num_buckets = options.take("num_buckets", None)
-    if num_buckets is not None:
-        factors = [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
-        if not all(isinstance(factor, int) and factor > 0 and factor % 2 == 0 for factor in factors):
-            options.refuse("num_buckets", "must be an even number or a list of even numbers")
+    factors = options.take_factors("num_buckets")
+    if factors is not None:
         return factors
     max_len: int = options.take("max_position_embeddings", 4096, kind=int)
     factors = buckets_for(max_len, chunk_len, max_len)
@@ -172,14 +158,14 @@ def buckets_for(seq_len: int, chunk_len: int, max_positions: int) -> list[int]:
 
 
 def _attention_dropout(options: ForeignOptions, layers: list[AttentionKind], notes: list[str]) -> float:
-    of_kind = {
+    by_kind = {
         AttentionKind.local: float(options.take("local_attention_probs_dropout_prob", 0.05, kind=FLOAT)),
         AttentionKind.lsh: float(options.take("lsh_attention_probs_dropout_prob", 0.0, kind=FLOAT)),
     }
-    used = {of_kind[kind] for kind in layers}
-    if len(used) > 1:
-        notes.append(f"attention dropout differs by kind of layer in transformers; {min(used)} is used for all")
-    return min(used)
+    rates = {by_kind[kind] for kind in layers}
+    if len(rates) > 1:
+        notes.append(f"attention dropout differs by kind of layer in transformers; {min(rates)} is used for all")
+    return min(rates)
 
 
 def _positions(options: ForeignOptions, dim: int) -> dict[str, Any]:
@@ -197,33 +183,27 @@ def _weights(
     tensors: ForeignTensors, head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int
 ) -> dict[str, Tensor]:
     names = dict(tensor_names(config, head))
-    bias = next((name for name in LM_BIAS if name in tensors.names()), LM_BIAS[0])
     if head is HeadKind.language_model:
-        names["head.bias"] = bias
+        names["head.bias"] = next((name for name in LM_BIAS if name in tensors.names()), LM_BIAS[0])
     # mask_value: constants that versions before 4.0 saved among the weights
     unexpected = {name for name in tensors.names() if "mask_value" not in name} - {*names.values(), *LM_BIAS}
     if unexpected:
-        raise CheckpointError(
-            f"{tensors.directory}: tensor {min(unexpected)} is not in the model its options describe"
-        )
-    shapes = parameter_shapes(builder(head, config, vocab_size, n_classes))
+        problem = "is not in the model its options describe"
+        raise CheckpointError(f"{tensors.directory}: tensor {min(unexpected)} {problem}")
+    builders: dict[HeadKind, Callable[[], nn.Module]] = {
+        HeadKind.language_model: lambda: ReformerLM(config, vocab_size),
+        HeadKind.sequence_classification: lambda: ReformerForSequenceClassification(config, vocab_size, n_classes),
+        HeadKind.question_answering: lambda: ReformerForQuestionAnswering(config, vocab_size),
+    }
+    shapes = parameter_shapes(builders[head])
     return {
-        ours: reshape_checked(tensors.get(theirs), shapes[ours], theirs, tensors.directory)
-        for ours, theirs in names.items()
+        name: reshape_checked(tensors.get(hf_name), shapes[name], hf_name, tensors.directory)
+        for name, hf_name in names.items()
     }
 
 
-def builder(head: HeadKind, config: ModelConfig, vocab_size: int, n_classes: int) -> Callable[[], nn.Module]:
-    """Constructor of our model with that head."""
-    if head is HeadKind.sequence_classification:
-        return lambda: ReformerForSequenceClassification(config, vocab_size, n_classes)
-    if head is HeadKind.question_answering:
-        return lambda: ReformerForQuestionAnswering(config, vocab_size)
-    return lambda: ReformerLM(config, vocab_size)
-
-
 def tensor_names(config: ModelConfig, head: HeadKind) -> Iterator[tuple[str, str]]:
-    """(our name, their name) of every parameter."""
+    """(our name, name in transformers) of every parameter."""
     yield "embedding.tokens.weight", "reformer.embeddings.word_embeddings.weight"
     if config.position is Position.axial:
         for side in range(len(config.axial_shape)):
@@ -232,32 +212,32 @@ def tensor_names(config: ModelConfig, head: HeadKind) -> Iterator[tuple[str, str
         yield "embedding.positions.table", "reformer.embeddings.position_embeddings.embedding.weight"
     for layer, kind in enumerate(config.layer_kinds()):
         yield from _layer_names(f"stack.blocks.{layer}", f"reformer.encoder.layers.{layer}", kind)
-    yield from _both("stack.norm", "reformer.encoder.layer_norm")
+    yield from _weight_and_bias("stack.norm", "reformer.encoder.layer_norm")
     if head is HeadKind.language_model:
         yield "head.weight", "lm_head.decoder.weight"
         yield "head.bias", LM_BIAS[0]
     elif head is HeadKind.sequence_classification:
-        yield from _both("head.dense", "classifier.dense")
-        yield from _both("head.to_logits", "classifier.out_proj")
+        yield from _weight_and_bias("head.dense", "classifier.dense")
+        yield from _weight_and_bias("head.to_logits", "classifier.out_proj")
     else:
-        yield from _both("head", "qa_outputs")
+        yield from _weight_and_bias("head", "qa_outputs")
 
 
-def _layer_names(ours: str, theirs: str, kind: AttentionKind) -> Iterator[tuple[str, str]]:
-    attention = f"{theirs}.attention.self_attention"
-    yield from _both(f"{ours}.attention_norm", f"{theirs}.attention.layer_norm")
+def _layer_names(prefix: str, hf_prefix: str, kind: AttentionKind) -> Iterator[tuple[str, str]]:
+    attention = f"{hf_prefix}.attention.self_attention"
+    yield from _weight_and_bias(f"{prefix}.attention_norm", f"{hf_prefix}.attention.layer_norm")
     if kind is AttentionKind.lsh:
-        yield f"{ours}.attention.to_q.weight", f"{attention}.query_key.weight"
+        yield f"{prefix}.attention.to_q.weight", f"{attention}.query_key.weight"
     else:
-        yield f"{ours}.attention.to_q.weight", f"{attention}.query.weight"
-        yield f"{ours}.attention.to_k.weight", f"{attention}.key.weight"
-    yield f"{ours}.attention.to_v.weight", f"{attention}.value.weight"
-    yield f"{ours}.attention.to_out.weight", f"{theirs}.attention.output.dense.weight"
-    yield from _both(f"{ours}.feed_forward_norm", f"{theirs}.feed_forward.layer_norm")
-    yield from _both(f"{ours}.feed_forward.to_inner", f"{theirs}.feed_forward.dense.dense")
-    yield from _both(f"{ours}.feed_forward.to_out", f"{theirs}.feed_forward.output.dense")
+        yield f"{prefix}.attention.to_q.weight", f"{attention}.query.weight"
+        yield f"{prefix}.attention.to_k.weight", f"{attention}.key.weight"
+    yield f"{prefix}.attention.to_v.weight", f"{attention}.value.weight"
+    yield f"{prefix}.attention.to_out.weight", f"{hf_prefix}.attention.output.dense.weight"
+    yield from _weight_and_bias(f"{prefix}.feed_forward_norm", f"{hf_prefix}.feed_forward.layer_norm")
+    yield from _weight_and_bias(f"{prefix}.feed_forward.to_inner", f"{hf_prefix}.feed_forward.dense.dense")
+    yield from _weight_and_bias(f"{prefix}.feed_forward.to_out", f"{hf_prefix}.feed_forward.output.dense")
 
 
-def _both(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+def _weight_and_bias(name: str, hf_name: str) -> Iterator[tuple[str, str]]:
     for part in ("weight", "bias"):
-        yield f"{ours}.{part}", f"{theirs}.{part}"
+        yield f"{name}.{part}", f"{hf_name}.{part}"

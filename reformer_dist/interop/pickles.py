@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +25,13 @@ NUMBERS = (
 NUMERIC_KINDS = "biuf"  # kinds of NumPy dtypes
 
 
-class Refused(Exception):
+class Unsupported(Exception):
     """An operation that the interpreter does not support."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A global name in the file, which is never resolved."""
+    """A global name in the file. It is never resolved."""
 
     module: str
     name: str
@@ -43,13 +43,13 @@ class _Name:
 class _DType:
     def __init__(self, name: object) -> None:
         if not isinstance(name, str):
-            raise Refused(f"a dtype of {name!r}")
+            raise Unsupported(f"a dtype of {name!r}")
         try:
             self.value = np.dtype(name)
         except (TypeError, ValueError) as error:
-            raise Refused(f"the dtype {name!r}") from error
+            raise Unsupported(f"the dtype {name!r}") from error
         if self.value.kind not in NUMERIC_KINDS:
-            raise Refused(f"the dtype {name!r}")
+            raise Unsupported(f"the dtype {name!r}")
 
     def set_state(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
@@ -72,7 +72,7 @@ class _Ignored:
 
 def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray[Any, Any]:
     if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
-        raise Refused("a non-numeric array")
+        raise Unsupported("a non-numeric array")
     return np.frombuffer(data, dtype=dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
 
@@ -82,7 +82,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 def _encode(text: Any, encoding: Any) -> bytes:
     if encoding != "latin1" or not isinstance(text, str):
-        raise Refused(f"bytes in the encoding {encoding!r}")
+        raise Unsupported(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
@@ -117,10 +117,11 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
 }
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MARK = object()
 
 
-class _Machine:
+class _Interpreter:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -130,10 +131,12 @@ class _Machine:
             self.stack.append(arg)
         elif name in CONSTANTS:
             self.stack.append(CONSTANTS[name]())
+        elif name in TUPLES:
+            self.stack[-TUPLES[name] :] = [tuple(self.stack[-TUPLES[name] :])]
         elif hasattr(self, f"do_{name}"):
             getattr(self, f"do_{name}")(arg)
         else:
-            raise Refused(f"the opcode {name}")
+            raise Unsupported(f"the opcode {name}")
 
     def _since_mark(self) -> list[Any]:
         items: list[Any] = []
@@ -143,9 +146,7 @@ class _Machine:
 
     def do_PROTO(self, arg: Any) -> None: ...
 
-    def do_FRAME(self, arg: Any) -> None: ...
-
-    def do_STOP(self, arg: Any) -> None: ...
+    do_FRAME = do_STOP = do_PROTO
 
     def do_MARK(self, arg: Any) -> None:
         self.stack.append(MARK)
@@ -179,15 +180,6 @@ class _Machine:
         items = self._since_mark()
         self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
 
-    def do_TUPLE1(self, arg: Any) -> None:
-        self.stack[-1:] = [tuple(self.stack[-1:])]
-
-    def do_TUPLE2(self, arg: Any) -> None:
-        self.stack[-2:] = [tuple(self.stack[-2:])]
-
-    def do_TUPLE3(self, arg: Any) -> None:
-        self.stack[-3:] = [tuple(self.stack[-3:])]
-
     def do_APPEND(self, arg: Any) -> None:
         self._extend([self.stack.pop()])
 
@@ -196,7 +188,7 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise Refused("appending to a non-list")
+            raise Unsupported("appending to a non-list")
         self.stack[-1].extend(items)
 
     def do_SETITEM(self, arg: Any) -> None:
@@ -208,7 +200,7 @@ class _Machine:
 
     def _update(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict:
-            raise Refused("setting items of a non-dict")
+            raise Unsupported("setting items of a non-dict")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def do_GLOBAL(self, arg: Any) -> None:
@@ -221,14 +213,14 @@ class _Machine:
 
     def _push_name(self, module: Any, name: Any) -> None:
         if (module, name) not in CALLABLES and (module, name) not in NAMES:
-            raise Refused(f"the name {module}.{name}")
+            raise Unsupported(f"the name {module}.{name}")
         self.stack.append(_Name(module, name))
 
     def do_REDUCE(self, arg: Any) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
         function = CALLABLES.get((called.module, called.name)) if isinstance(called, _Name) else None
         if function is None or type(arguments) is not tuple:
-            raise Refused(f"a call of {called}")
+            raise Unsupported(f"a call of {called}")
         self.stack.append(function(*arguments))
 
     do_NEWOBJ = do_REDUCE
@@ -236,7 +228,7 @@ class _Machine:
     def do_BUILD(self, arg: Any) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _DType | _Array | _Ignored):
-            raise Refused(f"setting the state of {self.stack[-1]!r}")
+            raise Unsupported(f"setting the state of {self.stack[-1]!r}")
         self.stack[-1].set_state(state)
 
 
@@ -245,23 +237,21 @@ def read_pickle(data: bytes, where: str) -> Any:
 
     Raises CheckpointError, naming the opcode and its offset, for anything else or an invalid pickle.
     """
-    machine, current = _Machine(), ""
+    interpreter, current = _Interpreter(), ""
+    cause: Exception
     try:
         for opcode, arg, offset in pickletools.genops(data):
             current = f"opcode {opcode.name} at byte {offset} is refused:"
-            machine.step(opcode.name, arg)
-        (value,) = machine.stack
+            interpreter.step(opcode.name, arg)
+        (value,) = interpreter.stack
         return _unwrap_arrays(value)
-    except Refused as refused:
-        _refuse(where, f"{current} {refused}", refused)
+    except Unsupported as error:
+        cause, problem = error, f"{current} {error}"
     except RecursionError as error:
-        _refuse(where, "contains itself", error)
+        cause, problem = error, "contains itself"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
-        _refuse(where, f"can't be read as a pickle ({type(error).__name__}: {error})", error)
-
-
-def _refuse(where: str, reason: str, cause: BaseException) -> NoReturn:
-    raise CheckpointError(f"{where}: {reason}; only arrays, numbers, strings and containers are read") from cause
+        cause, problem = error, f"can't be read as a pickle ({type(error).__name__}: {error})"
+    raise CheckpointError(f"{where}: {problem}; only arrays, numbers, strings and containers are read") from cause
 
 
 def _unwrap_arrays(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Import of language models of reformer_pytorch: the state dict of a `ReformerLM` and its constructor arguments.
 
-A state dict has no options, so config.json beside it holds ReformerLM's keyword arguments as a JSON object.
+A state dict has no options, so a config.json next to it holds ReformerLM's keyword arguments as a JSON object.
 Written for reformer_pytorch 1.4.4; docs/interop.md lists what is equal.
 """
 
@@ -82,8 +82,8 @@ class _State:
         self._tensors = tensors
         inner = next((name for name in sorted(tensors.names()) if name.endswith("token_emb.weight")), None)
         if inner is None:
-            requirement = "must be the state dict of a ReformerLM; a bare Reformer has no vocabulary"
-            raise CheckpointError(f"{tensors.directory}: has no token_emb.weight: {requirement}")
+            expected = "must be the state dict of a ReformerLM; a bare Reformer has no vocabulary"
+            raise CheckpointError(f"{tensors.directory}: has no token_emb.weight: {expected}")
         self._prefix = inner.removesuffix("token_emb.weight")
         self.directory, self._taken = tensors.directory, set[str]()
 
@@ -100,9 +100,8 @@ class _State:
         unread = self._tensors.names() - self._taken
         unread = {name for name in unread if not any(part in name for part in redundant)}
         if unread:
-            raise CheckpointError(
-                f"{self.directory}: tensor {min(unread)} is not in the model its options describe"
-            )
+            problem = "is not in the model its options describe"
+            raise CheckpointError(f"{self.directory}: tensor {min(unread)} {problem}")
 
 
 class _Model:
@@ -114,7 +113,9 @@ class _Model:
         self.one_value_head = bool(options.take("one_value_head", False))
         self.ties_embedding = bool(options.take("weight_tie_embedding", False))
         self.bucket_size: int = options.take("bucket_size", 64, kind=int)
-        self.position = _position(options)
+        kinds = {"axial": Position.axial, "absolute": Position.learned, "fixed": Position.sinusoidal}
+        chosen = [kind for name, kind in kinds.items() if options.take(f"{name}_position_emb", False)]
+        self.position = chosen[0] if chosen else Position.rotary
         self.axial_shape = options.take("axial_position_shape", None) or [
             math.ceil(self.max_seq_len / self.bucket_size),
             self.bucket_size,
@@ -128,13 +129,11 @@ class _Model:
         head_dim: int = options.take("dim_head", None, kind=(int, type(None))) or 64
         use_full = bool(options.take("use_full_attn", False))
         if use_full and self.position is Position.rotary:
-            options.refuse(
-                "use_full_attn",
-                "their exact attention ignores rotary positions; needs another kind of position",
-            )
+            reason = "its exact attention ignores rotary positions; needs another kind of position"
+            options.refuse("use_full_attn", reason)
         n_hashes: int = options.take("n_hashes", 4, kind=int)
-        chosen = self._exact() if use_full else self._chunked(n_hashes, notes)
-        compat = chosen.pop("compat", CompatConfig())
+        attention = self._exact_attention() if use_full else self._chunked_attention(n_hashes, notes)
+        compat = attention.pop("compat", CompatConfig())
         is_table = self.position is Position.sinusoidal and self.emb_dim != dim
         return ModelConfig(
             dim=dim,
@@ -152,10 +151,10 @@ class _Model:
             attention_dropout=float(options.take("lsh_dropout", 0.0, kind=FLOAT)),
             ff_dropout=float(options.take("ff_dropout", 0.0, kind=FLOAT)),
             compat=replace(compat, attention_bias=True, axial_sum=self.position is Position.axial),
-            **chosen,
+            **attention,
         )
 
-    def _chunked(self, n_hashes: int, notes: list[str]) -> dict[str, Any]:
+    def _chunked_attention(self, n_hashes: int, notes: list[str]) -> dict[str, Any]:
         n_buckets = max(2, 2 * (self.max_seq_len // (2 * self.bucket_size)))
         notes.append(
             f"n_buckets={n_buckets} is set for max_seq_len={self.max_seq_len} tokens; reformer_pytorch uses each "
@@ -170,7 +169,7 @@ class _Model:
             "compat": CompatConfig(bucket_factors=[n_buckets], chunk_wrap=True),
         }
 
-    def _exact(self) -> dict[str, Any]:
+    def _exact_attention(self) -> dict[str, Any]:
         """Shared query-key attention to all tokens: one bucket, and a window of max_seq_len."""
         return {"n_hashes": 1, "n_buckets": 1, "neighbours": NeighbourRule.window, "window": self.max_seq_len}
 
@@ -184,16 +183,14 @@ class _Model:
         weights["stack.norm.bias"] = self._get("norm.bias", dim)
         self._state.refuse_unread()
         shapes = parameter_shapes(lambda: ReformerLM(self.config, self.vocab_size))
-        return {
-            name: reshape_checked(weights[name], shape, name, self._state.directory)
-            for name, shape in shapes.items()
-        }
+        where = self._state.directory
+        return {name: reshape_checked(weights[name], shape, name, where) for name, shape in shapes.items()}
 
     def _get(self, name: str, *shape: int) -> Tensor:
         return self._state.get(name, shape)
 
     def _embedding(self) -> dict[str, Tensor]:
-        """Token and position tables; with emb_dim, multiplied by the projection to dim."""
+        """Token and position tables, with emb_dim multiplied by the projection to dim."""
         config, width = self.config, self.emb_dim
         table = self._get("token_emb.weight", self.vocab_size, width)
         positions: dict[str, Tensor] = {}
@@ -208,12 +205,10 @@ class _Model:
             positions["embedding.positions.table"] = SinusoidalPositions(width)(torch.arange(self.max_seq_len))
         if width == config.dim:
             return {"embedding.tokens.weight": table, **positions}
-        widen, bias = (
-            self._get("to_model_dim.weight", config.dim, width),
-            self._get("to_model_dim.bias", config.dim),
-        )
-        positions = {name: x @ widen.T for name, x in positions.items()}
-        return {"embedding.tokens.weight": table @ widen.T + bias, **positions}
+        projection = self._get("to_model_dim.weight", config.dim, width).T
+        bias = self._get("to_model_dim.bias", config.dim)
+        positions = {name: x @ projection for name, x in positions.items()}
+        return {"embedding.tokens.weight": table @ projection + bias, **positions}
 
     def _head(self) -> dict[str, Tensor]:
         width, dim = self.emb_dim, self.config.dim
@@ -225,49 +220,40 @@ class _Model:
             weight = self._get("out.1.weight", self.vocab_size, width)
             bias = self._get("out.1.bias", self.vocab_size)
         if width != dim:
-            narrow = self._get("out.0.weight", width, dim)
             bias = bias + weight @ self._get("out.0.bias", width)
-            weight = weight @ narrow
+            weight = weight @ self._get("out.0.weight", width, dim)
         return {"head.weight": weight, "head.bias": bias}
 
     def _layer(self, layer: int) -> dict[str, Tensor]:
-        config, theirs = self.config, f"reformer.layers.blocks.{layer}"
-        dim, inner, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
-        attention, feed = f"{theirs}.f.net", f"{theirs}.g.net"
-        to_qk = self._get(f"{attention}.fn.toqk.weight", inner, dim)
+        config, block = self.config, f"reformer.layers.blocks.{layer}"
+        dim, attention_dim, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
+        attention, feed_forward = f"{block}.f.net", f"{block}.g.net"
+        to_qk = self._get(f"{attention}.fn.toqk.weight", attention_dim, dim)
         if config.position is Position.rotary:
-            # they rotate adjacent pairs of channels, we rotate channels half a head apart
-            pairs = to_qk.view(config.n_heads, -1, 2, dim)
-            to_qk = pairs.transpose(1, 2).reshape(inner, dim)
+            # reformer_pytorch rotates adjacent pairs of channels, and we rotate channels half a head apart
+            to_qk = to_qk.view(config.n_heads, -1, 2, dim).transpose(1, 2).reshape(attention_dim, dim)
         n_values = 1 if self.one_value_head else config.n_heads
         to_v = self._get(f"{attention}.fn.tov.weight", n_values * config.resolved_head_dim, dim)
-        wide = 2 * ff_dim if config.activation is Activation.glu else ff_dim
-        to_inner = [self._get(f"{feed}.fn.fn.w1.weight", wide, dim), self._get(f"{feed}.fn.fn.w1.bias", wide)]
+        inner_dim = 2 * ff_dim if config.activation is Activation.glu else ff_dim
+        to_inner = [
+            self._get(f"{feed_forward}.fn.fn.w1.weight", inner_dim, dim),
+            self._get(f"{feed_forward}.fn.fn.w1.bias", inner_dim),
+        ]
         if config.activation is Activation.glu:
-            # their gate comes first, ours after the value
+            # the gate comes first in reformer_pytorch, and after the value here
             to_inner = [torch.cat(x.chunk(2)[::-1]) for x in to_inner]
         weights = {
             "attention_norm.weight": self._get(f"{attention}.norm.weight", dim),
             "attention_norm.bias": self._get(f"{attention}.norm.bias", dim),
             "attention.to_q.weight": to_qk,
             "attention.to_v.weight": to_v.repeat(config.n_heads // n_values, 1),
-            "attention.to_out.weight": self._get(f"{attention}.fn.to_out.weight", dim, inner),
+            "attention.to_out.weight": self._get(f"{attention}.fn.to_out.weight", dim, attention_dim),
             "attention.to_out.bias": self._get(f"{attention}.fn.to_out.bias", dim),
-            "feed_forward_norm.weight": self._get(f"{feed}.norm.weight", dim),
-            "feed_forward_norm.bias": self._get(f"{feed}.norm.bias", dim),
+            "feed_forward_norm.weight": self._get(f"{feed_forward}.norm.weight", dim),
+            "feed_forward_norm.bias": self._get(f"{feed_forward}.norm.bias", dim),
             "feed_forward.to_inner.weight": to_inner[0],
             "feed_forward.to_inner.bias": to_inner[1],
-            "feed_forward.to_out.weight": self._get(f"{feed}.fn.fn.w2.weight", dim, ff_dim),
-            "feed_forward.to_out.bias": self._get(f"{feed}.fn.fn.w2.bias", dim),
+            "feed_forward.to_out.weight": self._get(f"{feed_forward}.fn.fn.w2.weight", dim, ff_dim),
+            "feed_forward.to_out.bias": self._get(f"{feed_forward}.fn.fn.w2.bias", dim),
         }
         return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in weights.items()}
-
-
-def _position(options: ForeignOptions) -> Position:
-    kinds = {
-        "axial_position_emb": Position.axial,
-        "absolute_position_emb": Position.learned,
-        "fixed_position_emb": Position.sinusoidal,
-    }
-    chosen = [kind for name, kind in kinds.items() if options.take(name, False)]
-    return chosen[0] if chosen else Position.rotary

@@ -2,7 +2,7 @@
 
 The table `OPTIONS` maps every option to a config key, or states why it has no counterpart and what to use instead;
 no option is ignored silently. Inputs may have any length, so there is no Autopadder. `reformer-convert` imports
-weights trained with reformer_pytorch and keeps its arithmetic. Models made here have this library's: a window
+weights trained with reformer_pytorch and keeps its arithmetic. New models have this library's arithmetic: a window
 within each bucket instead of chunks across buckets, strictly causal, with logits q.k / |k| as in the paper.
 """
 
@@ -60,7 +60,7 @@ def _ignored(note: str) -> OptionRule:
 
 def _buckets(bucket_size: int, options: Options) -> ConfigKeys:
     n_buckets = max(1, math.ceil(options["max_seq_len"] / bucket_size))
-    # as many keys as a chunk and the previous chunk have; a bidirectional window extends both ways
+    # as many keys as a chunk and the previous one; a bidirectional window extends both ways
     window = 2 * bucket_size if options["causal"] else bucket_size
     return {"n_buckets": n_buckets + n_buckets % 2 if n_buckets > 1 else 1, "window": window}
 
@@ -146,11 +146,7 @@ OPTIONS: dict[str, OptionRule] = {
     ),
     "axial_position_shape": OptionRule(_drop, "`axial_shape`"),
     "return_attn": _unsupported("omit it, and call reformer_dist.inspect_attention"),
-    "rehash_each_round": OptionRule(
-        _drop,
-        "each round has its own hash here; omit it",
-        accepts=bool,
-    ),
+    "rehash_each_round": OptionRule(_drop, "each round has its own hash here; omit it", accepts=bool),
     "drop_for_hash_rate": _unsupported("training and evaluation hash the same way here; omit it"),
 }
 SHARED_DEFAULTS: ConfigKeys = {
@@ -235,7 +231,7 @@ def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
     if refused:
         lines = [f"{option}={values[option]!r}: {rule.note}" for option, rule in refused.items()]
         raise ConfigError("\n".join([f"{name}: no counterpart here for", *lines]))
-    # their bare stack has no positions: the caller adds them to its input
+    # reformer_pytorch's bare stack has no positions: the caller adds them to its input
     position = Position.rotary if name == "ReformerLM" else Position.sinusoidal
     keys: ConfigKeys = {"position": position, "layers": [AttentionKind.lsh]}
     for option, value in values.items():
@@ -244,73 +240,57 @@ def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
 
 
 def _refuse_keywords(keywords: Options) -> None:
-    given = {name: value for name, value in keywords.items() if value is not None}
-    unknown = sorted(given.keys() - KEYWORDS.keys())
+    names = [name for name, value in keywords.items() if value is not None]
+    unknown = sorted(set(names) - KEYWORDS.keys())
     if unknown:
         raise ConfigError(f"forward: reformer_pytorch has no keyword {', '.join(unknown)}")
-    if given:
-        lines = [f"{name}: {KEYWORDS[name]}" for name in given]
+    if names:
+        lines = [f"{name}: {KEYWORDS[name]}" for name in names]
         raise ConfigError("\n".join(["forward: no counterpart here for", *lines]))
 
 
-class Reformer(nn.Module):
+class _Adapter(nn.Module):
+    """Calls `net` with the arguments of reformer_pytorch's forward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._step = -1
+
+    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
+        _refuse_keywords(keywords)
+        if self.training:
+            self._step += 1  # each training forward hashes with new rotations
+        options: ForwardOptions = {"key_padding_mask": input_mask, "step": self._step if self.training else None}
+        out: Tensor = self.net(x, **options)
+        return out
+
+
+class Reformer(_Adapter):
     """reformer_pytorch's Reformer: `net` is a `ReformerStack`, [B, S, dim] -> [B, S, dim] at any length S.
 
     max_seq_len: the length for which the number of buckets is chosen.
     """
 
     def __init__(self, dim: int, depth: int, *, max_seq_len: int = 8192, **options: Any) -> None:
-        super().__init__()
         config = to_config("Reformer", {"dim": dim, "depth": depth, "max_seq_len": max_seq_len}, options)
-        self.net, self._rotations = models.ReformerStack(config), _Rotations()
+        super().__init__(models.ReformerStack(config))
         models.init_weights(self.net, config, seed=0)
 
-    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
-        _refuse_keywords(keywords)
-        out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
-        return out
 
-
-class ReformerLM(nn.Module):
+class ReformerLM(_Adapter):
     """reformer_pytorch's ReformerLM: `net` is ours, [B, S] -> logits [B, S, num_tokens] at any length S."""
 
     def __init__(self, num_tokens: int, dim: int, depth: int, max_seq_len: int, **options: Any) -> None:
-        super().__init__()
         sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "max_seq_len": max_seq_len}
-        config = to_config("ReformerLM", sizes, options)
-        self.net, self._rotations = models.ReformerLM(config, num_tokens), _Rotations()
-
-    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
-        _refuse_keywords(keywords)
-        out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
-        return out
+        super().__init__(models.ReformerLM(to_config("ReformerLM", sizes, options), num_tokens))
 
 
-class LSHSelfAttention(nn.Module):
+class LSHSelfAttention(_Adapter):
     """reformer_pytorch's LSHSelfAttention: `net` is ours, [B, S, dim] -> [B, S, dim] at any length S."""
 
     def __init__(self, dim: int, *, max_seq_len: int = 8192, **options: Any) -> None:
-        super().__init__()
         config = to_config("LSHSelfAttention", {"dim": dim, "max_seq_len": max_seq_len}, options)
         kind = models.ExactSelfAttention if options.get("use_full_attn") else models.LSHSelfAttention
-        self.net, self._rotations = kind(config), _Rotations()
-
-    def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
-        _refuse_keywords(keywords)
-        out: Tensor = self.net(x, **self._rotations.next(self, input_mask))
-        return out
-
-
-class _Rotations:
-    """Counts training forwards, so that each one hashes with its own rotations."""
-
-    def __init__(self) -> None:
-        self._step = -1
-
-    def next(self, model: nn.Module, input_mask: Tensor | None) -> ForwardOptions:
-        if model.training:
-            self._step += 1
-        return {"key_padding_mask": input_mask, "step": self._step if model.training else None}
+        super().__init__(kind(config))

@@ -1,4 +1,4 @@
-"""Export to a directory that `from_pretrained` of Hugging Face's transformers reads."""
+"""Export to the format of Hugging Face's transformers, for `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
     kinds = set(config.layer_kinds())
     has_lsh, has_local = AttentionKind.lsh in kinds, AttentionKind.local in kinds
     wraps = config.compat.chunk_wrap or not (has_lsh or has_local)
-    checks = {
+    checks: dict[str, bool | str] = {  # True if supported, else the reason
         "model.layers": AttentionKind.exact not in kinds or "they have no exact layers; must be lsh and local",
         "model.compat.merge_streams": config.is_concat or "their head reads both streams; must be concat",
         "model.neighbours": not has_lsh
@@ -80,20 +80,24 @@ def model_files(
     classes: Sequence[str] = (),
     eos_id: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by their names). Raises CheckpointError if transformers can't express the model."""
+    """(config.json, tensors by name in transformers). Raises CheckpointError if it can't express the model."""
     reasons = incompatibilities(config, head)
     if reasons:
         lines = "".join(f"\n  {line}" for line in reasons)
         raise CheckpointError(f"transformers can't express this model:{lines}")
-    named = {theirs: _tensor(config, ours, weights) for ours, theirs in tensor_names(config, head)}
+    names = tensor_names(config, head)
+    tensors = {hf_name: _convert_tensor(config, name, weights) for name, hf_name in names}
     if head is HeadKind.language_model:
-        named["lm_head.decoder.bias"] = named["lm_head.bias"].clone()
-    return {**_options(config, head, vocab_size, classes), "eos_token_id": eos_id}, named
+        tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"].clone()
+    return {**_options(config, head, vocab_size, classes), "eos_token_id": eos_id}, tensors
 
 
-def _tensor(config: ModelConfig, ours: str, weights: Mapping[str, Tensor]) -> Tensor:
-    tensor = weights[_stored_name(config, ours)].detach().float()
-    path = ours.split(".")
+def _convert_tensor(config: ModelConfig, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+    path = name.split(".")
+    stored = list(path)
+    if config.share_layers and path[1] == "blocks":
+        stored[2] = str(int(path[2]) % len(config.layers))  # the layer that has the parameters
+    tensor = weights[".".join(stored)].detach().float()
     if "tables" in path:
         side = int(path[-1])
         shape = [1] * len(config.axial_shape)
@@ -103,14 +107,6 @@ def _tensor(config: ModelConfig, ours: str, weights: Mapping[str, Tensor]) -> Te
         # keys are normalized, so qk_scale can be folded into the queries
         return tensor * config.qk_scale
     return tensor.clone()
-
-
-def _stored_name(config: ModelConfig, name: str) -> str:
-    """The name of the parameter that a layer uses under config.share_layers."""
-    path = name.split(".")
-    if config.share_layers and path[1] == "blocks":
-        path[2] = str(int(path[2]) % len(config.layers))
-    return ".".join(path)
 
 
 def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Import of language models of Trax: the weights of a `ReformerLM` and its gin configuration.
 
 The weights are in model.weights.npy.gz (concatenated arrays) or, with older versions and `save_to_file`, in the
-pickle model.pkl.gz, which is read without executing it. config.json beside them is a JSON object of ReformerLM's
-arguments and those of its attention layers, such as "LSHSelfAttention.chunk_len".
-Written against Trax's code; docs/interop.md lists what is equal.
+pickle model.pkl.gz, which is read without executing it. A config.json next to them is a JSON object with the
+arguments of ReformerLM and of its attention layers, such as "LSHSelfAttention.chunk_len".
+Written against Trax's source; docs/interop.md lists what is equal.
 """
 
 from __future__ import annotations
@@ -69,21 +69,20 @@ def read(directory: Path) -> ForeignModel:
     notes = ["Trax's ShiftRight prepends token 0 to every input; prepend it yourself here"]
     vocab_size: int = options.require("vocab_size", int)
     config = model_config(options, notes)
-    where, arrays = _arrays(directory)
+    where, arrays = _read_arrays(directory)
     weights = dict(_FlatWeights(where, arrays).named(config, vocab_size))
     return ForeignModel("Trax", HeadKind.language_model, config, vocab_size, weights, notes)
 
 
 def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
-    """Converts their options to our config. Raises CheckpointError; appends to notes."""
+    """Converts options of Trax to a ModelConfig. Raises CheckpointError. Appends to notes."""
     options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in LAYER_OPTIONS)):
         options.take(name)
     head_dim: int = options.take("d_attention_key", 64, kind=int)
     if options.take("d_attention_value", 64, kind=int) != head_dim:
-        options.refuse(
-            "d_attention_value", f"must be d_attention_key={head_dim}: queries and values have one width"
-        )
+        reason = f"must be d_attention_key={head_dim}: queries and values have one width"
+        options.refuse("d_attention_value", reason)
     max_len: int = options.take("max_len", 2048, kind=int)
     local_chunk: int | None = options.take("SelfAttention.chunk_len", None, kind=SIZE)
     chunk_len: int = options.take("LSHSelfAttention.chunk_len", 128, kind=int)
@@ -131,11 +130,8 @@ def _layers(options: ForeignOptions, local_chunk: int | None) -> list[AttentionK
 
 
 def _bucket_factors(options: ForeignOptions, chunk_len: int, max_len: int, notes: list[str]) -> list[int]:
-    n_buckets = options.take("LSHSelfAttention.n_buckets", None)
-    if n_buckets is not None:
-        factors = [n_buckets] if isinstance(n_buckets, int) else list(n_buckets)
-        if not all(isinstance(factor, int) and factor > 0 and factor % 2 == 0 for factor in factors):
-            options.refuse("LSHSelfAttention.n_buckets", "must be an even number or a list of even numbers")
+    factors = options.take_factors("LSHSelfAttention.n_buckets")
+    if factors is not None:
         return factors
     n_buckets = 2 * max(1, max_len // chunk_len)
     notes.append(f"Trax derives n_buckets from the length; set for max_len={max_len} tokens: {n_buckets}")
@@ -149,18 +145,15 @@ def _positions(options: ForeignOptions, max_len: int) -> dict[str, Any]:
     shape, dims = options.take("pos_axial_shape", []), options.take("pos_d_axial_embs", None)
     if not shape:
         return {"position": Position.learned, "max_seq_len": max_len}
-    return {
-        "position": Position.axial,
-        "axial_shape": list(shape),
-        "axial_dims": None if dims is None else list(dims),
-    }
+    axial_dims = None if dims is None else list(dims)
+    return {"position": Position.axial, "axial_shape": list(shape), "axial_dims": axial_dims}
 
 
-def _arrays(directory: Path) -> tuple[Path, list[NDArray[Any]]]:
+def _read_arrays(directory: Path) -> tuple[Path, list[NDArray[Any]]]:
     """The weights in file order, and their path. Raises CheckpointError."""
     path = directory / ARRAYS
     if path.is_file():
-        return path, list(_rows_of_npy(path))
+        return path, list(_concatenated_arrays(path))
     path = directory / PICKLE
     if not path.is_file():
         raise CheckpointError(f"{directory}: has neither {ARRAYS} nor {PICKLE}")
@@ -168,7 +161,7 @@ def _arrays(directory: Path) -> tuple[Path, list[NDArray[Any]]]:
     for key in ("flat_weights", "weights"):
         if isinstance(saved, dict) and isinstance(saved.get(key), list | tuple):
             return path, list(_leaves(saved[key], str(path)))
-    raise CheckpointError(f"{path}: contains no weights; they should be in {ARRAYS} beside it")
+    raise CheckpointError(f"{path}: contains no weights; they should be in {ARRAYS} next to it")
 
 
 def _decompress(path: Path) -> bytes:
@@ -178,7 +171,7 @@ def _decompress(path: Path) -> bytes:
         raise CheckpointError(f"{path}: can't be decompressed: {error}") from error
 
 
-def _rows_of_npy(path: Path) -> Iterator[NDArray[Any]]:
+def _concatenated_arrays(path: Path) -> Iterator[NDArray[Any]]:
     data = _decompress(path)
     file = io.BytesIO(data)
     try:
@@ -222,8 +215,7 @@ class _FlatWeights:
         """(our name, weight) of every parameter. Raises CheckpointError if the arrays do not match the config."""
         yield "embedding.tokens.weight", self.take("embedding", vocab_size, config.dim)
         if config.position is Position.axial:
-            sides = zip(config.axial_shape, config.resolved_axial_dims, strict=True)
-            for side, shape in enumerate(sides):
+            for side, shape in enumerate(zip(config.axial_shape, config.resolved_axial_dims, strict=True)):
                 yield f"embedding.positions.tables.{side}", self.take(f"positions, side {side}", *shape)
         else:
             yield "embedding.positions.table", self.take("positions", config.max_seq_len, config.dim)

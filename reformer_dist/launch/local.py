@@ -14,8 +14,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -29,7 +29,7 @@ from reformer_dist.config import LauncherConfig
 from reformer_dist.process import stdio
 from reformer_dist.process.cores import usable_cores
 from reformer_dist.process.exit_status import KILLED, PREEMPTED
-from reformer_dist.process.signals import LAUNCHER
+from reformer_dist.process.signals import LAUNCHER, handling
 
 LOCALHOST = "127.0.0.1"
 # signal received: signal that the ranks get. When the terminal closes they must stop, not die
@@ -46,9 +46,9 @@ def n_ranks(launcher: LauncherConfig) -> int:
 def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, advice: str) -> int:
     """Runs `python -m module arguments...` as the ranks of one job; returns the exit status of the job.
 
-    That is the status of the first rank that exited with another than 0. SIGTERM, SIGINT and SIGHUP are forwarded
-    to all ranks, which are awaited; if they kill a rank that does not handle them yet, the status is PREEMPTED. If
-    a rank is killed by any other signal, all are restarted, up to launcher.max_restarts times.
+    That is the status of the first rank that did not exit with 0. SIGTERM, SIGINT and SIGHUP are forwarded to all
+    ranks; if they kill a rank that does not handle them yet, the status is PREEMPTED. If a rank is killed by any
+    other signal, all are restarted, up to launcher.max_restarts times.
 
     advice: what the user should do if a rank was killed.
     """
@@ -62,10 +62,10 @@ def run_ranks(module: str, arguments: Sequence[str], launcher: LauncherConfig, a
     for restarts_left in reversed(range(launcher.max_restarts + 1)):
         job = _Job((sys.executable, "-m", module, *arguments), ranks)
         status = job.run()
-        if not job.loss or job.was_signalled:
+        if not job.killed_rank or job.was_signalled:
             break
-        consequence = advice if restarts_left == 0 else "restarting all ranks"
-        stdio.write(sys.stderr, f"error: {job.loss}; {consequence}\n")
+        reaction = advice if restarts_left == 0 else "restarting all ranks"
+        stdio.write(sys.stderr, f"error: {job.killed_rank}; {reaction}\n")
     return status
 
 
@@ -80,8 +80,8 @@ class _Job:
     def __init__(self, command: tuple[str, ...], ranks: int) -> None:
         self._command, self._ranks = command, ranks
         self.was_signalled = False
-        self.loss = ""
-        """The rank that was killed, and the signal; empty if none was."""
+        self.killed_rank = ""
+        """Message with the rank that was killed, and the signal; empty if none was."""
 
     def run(self) -> int:
         with tempfile.TemporaryDirectory(prefix="reformer-") as logs:
@@ -98,12 +98,19 @@ class _Job:
                 local_addr=LOCALHOST,
             )
             agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs))
-            try:
-                with self._forward_signals(agent):
-                    return self._status(agent.run().failures)
-            except SignalException as ended:
+
+            def forward(signum: int, _: FrameType | None) -> None:
                 self.was_signalled = True
-                return KILLED + ended.sigval
+                # in a thread: there may be no ranks yet, and the agent only starts them after this returns
+                arguments = (agent, FORWARDED[signal.Signals(signum)])
+                threading.Thread(target=_send_to_all, args=arguments, daemon=True).start()
+
+            try:
+                with handling(FORWARDED, forward):
+                    return self._status(agent.run().failures)
+            except SignalException as exit_signal:
+                self.was_signalled = True
+                return KILLED + exit_signal.sigval
             finally:
                 rendezvous.shutdown()
 
@@ -115,26 +122,8 @@ class _Job:
             return first.exitcode
         if self.was_signalled and -first.exitcode in FORWARDED.values():
             return PREEMPTED  # it had no handler yet
-        self.loss = f"rank {rank} of {self._ranks} was killed by {signal.Signals(-first.exitcode).name}"
+        self.killed_rank = f"rank {rank} of {self._ranks} was killed by {signal.Signals(-first.exitcode).name}"
         return KILLED - first.exitcode
-
-    @contextmanager
-    def _forward_signals(self, agent: LocalElasticAgent) -> Iterator[None]:
-        def forward(signum: int, frame: FrameType | None) -> None:
-            self.was_signalled = True
-            # in a thread: there may be no ranks yet, and the agent only starts them after this returns
-            threading.Thread(
-                target=_send_to_all, args=(agent, FORWARDED[signal.Signals(signum)]), daemon=True
-            ).start()
-
-        # under nohup, SIGHUP stays ignored
-        handled = [signum for signum in FORWARDED if signal.getsignal(signum) is not signal.SIG_IGN]
-        before = {signum: signal.signal(signum, forward) for signum in handled}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
 
 def _send_to_all(agent: LocalElasticAgent, signum: int) -> None:

@@ -23,17 +23,12 @@ def job(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
     """A Job of one pod, in which reformer-train starts the ranks."""
     local = ["launcher=local", f"launcher.nproc_per_node={launcher.nproc_per_node}"]
     pod = _pod(launcher, ["reformer-train", *local, *arguments], [])
-    manifest = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": launcher.name},
-        "spec": {
-            "backoffLimit": launcher.max_restarts,
-            "podFailurePolicy": {"rules": [EVICTED, SAVED]},
-            "template": {"spec": pod},
-        },
+    spec = {
+        "backoffLimit": launcher.max_restarts,
+        "podFailurePolicy": {"rules": [EVICTED, SAVED]},
+        "template": {"spec": pod},
     }
-    return _text(manifest, source)
+    return _manifest("batch/v1", "Job", launcher, spec, source)
 
 
 def jobset(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
@@ -49,17 +44,12 @@ def jobset(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> s
         "podFailurePolicy": {"rules": [EVICTED]},
         "template": {"spec": pod},
     }
-    manifest = {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {"name": launcher.name},
-        "spec": {
-            "failurePolicy": {"maxRestarts": launcher.max_restarts},
-            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": pods}}],
-        },
+    spec = {
+        "failurePolicy": {"maxRestarts": launcher.max_restarts},
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+        "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": pods}}],
     }
-    return _text(manifest, source)
+    return _manifest("jobset.x-k8s.io/v1alpha2", "JobSet", launcher, spec, source)
 
 
 def trainjob(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
@@ -70,34 +60,25 @@ def trainjob(launcher: LauncherConfig, arguments: Sequence[str], source: str) ->
         "containers": [{"name": "node", "volumeMounts": _mounts()}],
         "volumes": _volumes(launcher),
     }
-    patch = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
-    manifest = {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": {"name": launcher.name},
-        "spec": {
-            "runtimeRef": {
-                "apiGroup": "trainer.kubeflow.org",
-                "kind": "ClusterTrainingRuntime",
-                "name": "torch-distributed",
-            },
-            "trainer": {
-                "image": launcher.image,
-                "numNodes": launcher.n_nodes,
-                "numProcPerNode": launcher.nproc_per_node,
-                "command": ["bash", "-c", f"cd {FOLDER} && exec {shlex.join(torchrun)}"],
-                "env": [_threads(launcher), *_shutdown_timeout(launcher)],
-                "resourcesPerNode": _resources(launcher),
-            },
-            "runtimePatches": [
-                {
-                    "manager": "reformer.dist/launch",
-                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patch]}}},
-                }
-            ],
-        },
+    replicated_job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    patch = {
+        "manager": "reformer.dist/launch",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated_job]}}},
     }
-    return _text(manifest, source)
+    group = "trainer.kubeflow.org"
+    spec = {
+        "runtimeRef": {"apiGroup": group, "kind": "ClusterTrainingRuntime", "name": "torch-distributed"},
+        "trainer": {
+            "image": launcher.image,
+            "numNodes": launcher.n_nodes,
+            "numProcPerNode": launcher.nproc_per_node,
+            "command": ["bash", "-c", f"cd {FOLDER} && exec {shlex.join(torchrun)}"],
+            "env": [_threads(launcher), *_shutdown_timeout(launcher)],
+            "resourcesPerNode": _resources(launcher),
+        },
+        "runtimePatches": [patch],
+    }
+    return _manifest(f"{group}/v1alpha1", "TrainJob", launcher, spec, source)
 
 
 def _pod(launcher: LauncherConfig, command: list[str], environment: list[Tree]) -> Tree:
@@ -148,13 +129,13 @@ def _volumes(launcher: LauncherConfig) -> list[Tree]:
     ]
 
 
-def _text(manifest: Tree, source: str) -> str:
-    body = yaml.dump(manifest, Dumper=_Plain, sort_keys=False, width=110)
-    return f"# {source}\n{body}"
+def _manifest(api_version: str, kind: str, launcher: LauncherConfig, spec: Tree, source: str) -> str:
+    manifest = {"apiVersion": api_version, "kind": kind, "metadata": {"name": launcher.name}, "spec": spec}
+    return f"# {source}\n" + yaml.dump(manifest, Dumper=_PlainDumper, sort_keys=False, width=110)
 
 
-class _Plain(yaml.SafeDumper):
-    """Without anchors: repeated values are written out."""
+class _PlainDumper(yaml.SafeDumper):
+    """Writes repeated values out, without anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -25,11 +25,11 @@ def render(config: RunConfig, arguments: Sequence[str]) -> str:
     Raises ConfigError if the job would fail as soon as it starts.
     """
     launcher = config.launcher
-    right = "must be set: the GPUs of this machine say nothing about those of the job"
-    require(launcher.nproc_per_node is not None, "launcher.nproc_per_node", "null", right)
+    requirement = "must be set: the machines of the job may have other GPUs than this one"
+    require(launcher.nproc_per_node is not None, "launcher.nproc_per_node", "null", requirement)
     config.micro_batching((launcher.nproc_per_node or 1) * launcher.n_nodes)
-    right = "must be 0: an array is for the trials of a sweep; add --multirun"
-    require(launcher.array == 0, "launcher.array", launcher.array, right)
+    requirement = "must be 0: an array is for the trials of a sweep; add --multirun"
+    require(launcher.array == 0, "launcher.array", launcher.array, requirement)
     return RENDERERS[launcher.kind](launcher, _without_launcher(arguments), _header(arguments))
 
 
@@ -38,17 +38,17 @@ def render_sweep(launcher: LauncherConfig, arguments: Sequence[str]) -> str:
 
     Raises ConfigError if `launcher` does not describe a job array.
     """
-    right = "can't distribute a sweep: use launcher=slurm, or launcher=local on this machine"
-    require(launcher.kind is LauncherKind.slurm, "launcher", launcher.kind.name, right)
-    right = "must be the number of tasks of the SLURM array that runs the trials"
-    require(launcher.array > 0, "launcher.array", launcher.array, right)
-    right = "must be 1: each trial runs on one machine"
-    require(launcher.nnodes == 1, "launcher.nnodes", launcher.nnodes, right)
+    requirement = "can't distribute a sweep: use launcher=slurm, or launcher=local on this machine"
+    require(launcher.kind is LauncherKind.slurm, "launcher", launcher.kind.name, requirement)
+    requirement = "must be the number of tasks of the SLURM array that runs the trials"
+    require(launcher.array > 0, "launcher.array", launcher.array, requirement)
+    requirement = "must be 1: each trial runs on one machine"
+    require(launcher.nnodes == 1, "launcher.nnodes", launcher.nnodes, requirement)
     return scripts.slurm_sweep(launcher, _without_launcher(arguments), _header(arguments))
 
 
 def _without_launcher(arguments: Sequence[str]) -> list[str]:
-    return [each for each in arguments if not each.lstrip("+").startswith(("launcher=", "launcher."))]
+    return [word for word in arguments if not word.lstrip("+").startswith(("launcher=", "launcher."))]
 
 
 def _header(arguments: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$((cores > {ranks} ? cores / {ranks}
 # seconds for ranks to save after SIGTERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={launcher.grace}
 
-exec {_lines(["torchrun", *options, f"-m {MODULE}"], [*map(shlex.quote, arguments)])}
+exec {_join_lines(["torchrun", *options, f"-m {MODULE}"], [*map(shlex.quote, arguments)])}
 """
 
 
@@ -81,13 +81,13 @@ OMP_NUM_THREADS=${{OMP_NUM_THREADS:-$((cores > {ranks} ? cores / {ranks} : 1))}}
 END
 export DS_ENV_FILE="$folder/environment"
 
-{_lines(command, [*map(shlex.quote, arguments)])}
+{_join_lines(command, [*map(shlex.quote, arguments)])}
 """
 
 
 def slurm(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
     options = _sbatch(launcher, launcher.nproc_per_node or 1, launcher.cpus_per_rank)
-    command = _lines(["rank"], [*map(shlex.quote, arguments)])
+    command = _join_lines(["rank"], [*map(shlex.quote, arguments)])
     return f"""#!/usr/bin/env bash
 # {source}
 {options}
@@ -114,14 +114,13 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
 def slurm_sweep(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
     """A job array, each task of which runs one shard of a sweep on one machine."""
     ranks = launcher.nproc_per_node or 1
-    options = [_sbatch(launcher, 1, ranks * launcher.cpus_per_rank), f"#SBATCH --array=0-{launcher.array - 1}"]
+    options = f"{_sbatch(launcher, 1, ranks * launcher.cpus_per_rank)}\n#SBATCH --array=0-{launcher.array - 1}"
     local = ["launcher=local", f"launcher.nproc_per_node={ranks}"]
     shard = '"sweep.shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"'
-    command = _lines(["reformer-train"], [*map(shlex.quote, [*arguments, *local]), shard])
-    lines = "\n".join(options)
+    command = _join_lines(["reformer-train"], [*map(shlex.quote, [*arguments, *local]), shard])
     return f"""#!/usr/bin/env bash
 # {source}
-{lines}
+{options}
 #
 # Each task of the array runs one shard of the trials, as many in parallel as its machine holds. On SIGTERM,
 # running trials save; the task exits with status {PREEMPTED}, is requeued, and resumes.
@@ -151,6 +150,6 @@ def _sbatch(launcher: LauncherConfig, tasks_per_node: int, cpus_per_task: int) -
     return "\n".join(f"#SBATCH {option}" for option in options)
 
 
-def _lines(command: Sequence[str], arguments: Sequence[str]) -> str:
+def _join_lines(command: Sequence[str], arguments: Sequence[str]) -> str:
     """One shell command over several lines."""
     return " \\\n    ".join([*command, *arguments])

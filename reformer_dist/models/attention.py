@@ -1,6 +1,6 @@
 """The three kinds of self-attention of a layer: LSH (shared query-key), local and exact.
 
-Each maps [B, S, dim] to [B, S, dim] and knows heads and projections; the mathematics is in `ops`.
+Each maps [B, S, dim] to [B, S, dim]: projections to and from heads, around the attention in `ops`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.attention import Exchange
-from reformer_dist.ops.lsh.backends import why_not
+from reformer_dist.ops.lsh.backends import unsupported_reason
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
@@ -27,16 +27,13 @@ from reformer_dist.seeds import derive_seed
 
 def build_attention(config: ModelConfig, kind: AttentionKind) -> SelfAttention:
     """The attention of one layer."""
-    layer: type[SelfAttention] = {
-        AttentionKind.lsh: LSHSelfAttention,
-        AttentionKind.local: LocalSelfAttention,
-        AttentionKind.exact: ExactSelfAttention,
-    }[kind]
-    return layer(config)
+    if kind is AttentionKind.exact:
+        return ExactSelfAttention(config)
+    return LSHSelfAttention(config) if kind is AttentionKind.lsh else LocalSelfAttention(config)
 
 
 class SelfAttention(nn.Module):
-    """Projections around an attention: subclasses say what happens between heads' queries, keys and values."""
+    """Projections to and from heads; subclasses implement the attention of the heads."""
 
     has_own_keys = True
 
@@ -62,9 +59,9 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """[B, S, dim] -> [B, S, dim].
 
-        layer: its number, which draws rotations and dropout masks of its own. In a stack, `context` is that of
-        the forward call, and `cache` is written on the first run and read by a recompute. A layer that is used
-        alone is called without them, as in `layer(x, key_padding_mask=mask, step=step)`.
+        layer: index, from which rotations and dropout masks are seeded. In a stack, `context` is that of the
+        forward call, and `cache` is filled by the first run and read by a recompute. A standalone layer is called
+        without them, as in `layer(x, key_padding_mask=mask, step=step)`.
         """
         if context is None:
             n_tokens, is_training = x.shape[1], self.training
@@ -82,7 +79,7 @@ class SelfAttention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
-        """Heads' outputs [B, H, S, D]."""
+        """Outputs of the heads, [B, H, S, D]."""
         raise NotImplementedError
 
     def _options(self, kind: AttentionKind, context: ForwardContext, layer: int) -> AttentionOptions:
@@ -101,24 +98,24 @@ class SelfAttention(nn.Module):
         )
 
     @staticmethod
-    def _open_exchange(
+    def _get_exchange(
         bucket_ids: Callable[[], Tensor],
         options: AttentionOptions,
         context: ForwardContext,
         layer: int,
         cache: RecomputeCache | None,
     ) -> Exchange:
-        """The exchange of this call; a recompute gets that of the first run, with its bucket ids."""
+        """The exchange of this call; a recompute reuses that of the first run, with its bucket ids."""
         if cache is not None and layer in cache.exchanges:
             return cache.exchanges[layer]
-        exchange = context.sequence.open_exchange(bucket_ids(), options, context.key_padding_mask)
+        exchange = context.sequence.make_exchange(bucket_ids(), options, context.key_padding_mask)
         if cache is not None:
             cache.exchanges[layer] = exchange
         return exchange
 
 
 class LSHSelfAttention(SelfAttention):
-    """Shared query-key attention among tokens of one bucket (paper, section 2): k = q / |q|."""
+    """Shared query-key attention within buckets (paper, section 2): k = q / |q|."""
 
     has_own_keys = False
 
@@ -126,7 +123,7 @@ class LSHSelfAttention(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         options = self._options(AttentionKind.lsh, context, layer)
-        exchange = self._open_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
+        exchange = self._get_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
         if options.next_value_heads and context.key_padding_mask is not None:
@@ -134,7 +131,7 @@ class LSHSelfAttention(SelfAttention):
         return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
 
     def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:
-        """[B, H, R, S] of all rounds, the local one included."""
+        """[B, H, R, S] of all rounds, including the local one."""
         config = self.config
         bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
         if context.bucket_stats is not None:
@@ -144,7 +141,7 @@ class LSHSelfAttention(SelfAttention):
 
 
 class LocalSelfAttention(SelfAttention):
-    """Attention to the nearest positions, own included: one bucket, one round, keys of its own."""
+    """Attention to the nearest positions, including its own: one bucket, one round, separate keys."""
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
@@ -152,12 +149,12 @@ class LocalSelfAttention(SelfAttention):
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         options = self._options(AttentionKind.local, context, layer)
-        exchange = self._open_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
+        exchange = self._get_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 
 
 class ExactSelfAttention(SelfAttention):
-    """Attention to every position (or every earlier one), through PyTorch's own kernels."""
+    """Attention to all positions (or all earlier ones), through PyTorch's kernels."""
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
@@ -173,21 +170,21 @@ class ExactSelfAttention(SelfAttention):
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
 
 
-def require_attention(config: ModelConfig, device: torch.device) -> None:
-    """Raises ConfigError where model.attention_backend can't run on the device."""
+def check_attention_backend(config: ModelConfig, device: torch.device) -> None:
+    """Raises ConfigError if model.attention_backend can't run on the device."""
     kinds = set(config.layer_kinds())
     if kinds == {AttentionKind.exact}:
         return
     name = config.attention_backend.name
     rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
     chunks = any(isinstance(rule, ChunkRule) for rule in rules)
-    reason = why_not(name, device, config.resolved_head_dim, chunks=chunks)
+    reason = unsupported_reason(name, device, config.resolved_head_dim, chunks=chunks)
     if reason is not None:
         raise ConfigError(f"model.attention_backend={name}: {reason}")
 
 
 def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
-    """Bucket ids [B, H, R, S] of vectors [B, H, S, D], under rotations of a seed, or of config.compat.hash_seed."""
+    """Bucket ids [B, H, R, S] of vectors [B, H, S, D]; config.compat.hash_seed overrides the seed of rotations."""
     scheme, backend = config.hash_scheme.name, config.attention_backend.name
     factors = None if config.compat.bucket_factors is None else tuple(config.compat.bucket_factors)
     sizes = (vectors.shape[1], vectors.shape[3], config.n_hashes, config.n_buckets)

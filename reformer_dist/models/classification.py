@@ -38,7 +38,7 @@ class ReformerForSequenceClassification(ReformerModel):
         if labels is None:
             return logits
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
-        return loss / context.sequence.n_parts
+        return loss / context.sequence.n_slices
 
 
 class ClassificationHead(nn.Module):

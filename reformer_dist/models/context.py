@@ -33,8 +33,8 @@ class ForwardOptions(TypedDict, total=False):
     bucket_stats: list[BucketStats] | None
     """List that LSH layers append their bucket statistics to."""
     sequence: SequenceAccess
-    """Which part of each sequence the tokens are, if not all of it (`models.sequence`); a
-    `models.decoding.DecodingState` continues the sequences that it caches."""
+    """Access to the sequences of which the tokens are a part (`models.sequence`): slices on several ranks, or a
+    `models.decoding.DecodingState`, which continues the sequences in its cache. Default: whole sequences."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EncodedSource:
     key_padding_mask: Tensor | None
     """[B, T], True for real tokens."""
     sequence: SequenceAccess
-    """Which part of each source is local."""
+    """Access to the sources, of which the local tokens are a part."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ForwardContext:
     coords: TokenCoords
     """Coordinates of the local tokens in the global batch, which dropout masks depend on."""
     sequence: SequenceAccess
-    """How attention reaches the rest of the sequence."""
+    """Access to the sequences of which the tokens are a part."""
     key_padding_mask: Tensor | None = None
     """[B, S], True for real tokens."""
     rotary: tuple[Tensor, Tensor] | None = None
@@ -118,7 +118,7 @@ class RecomputeCache:
     """
 
     exchanges: dict[int, Exchange] = field(default_factory=dict)
-    """Bucket ids, and how tokens travel between ranks, by layer."""
+    """Bucket ids, and the plan of exchanges between ranks, by layer."""
     query_ids: dict[int, Tensor] = field(default_factory=dict)
     """Bucket ids [B, H, R, S] of the queries of LSH cross attention, by layer."""
     key_ids: dict[int, Tensor] = field(default_factory=dict)

@@ -70,4 +70,4 @@ def _cross_entropy_over_positions(
     )
     logsumexp = sequence.gather(logits.logsumexp(dim=1)).logsumexp(dim=0)
     # without a logit of the label, the loss would be unbounded
-    return torch.where(n_found > 0, logsumexp - label_logit, 0.0).sum() / sequence.n_parts
+    return torch.where(n_found > 0, logsumexp - label_logit, 0.0).sum() / sequence.n_slices

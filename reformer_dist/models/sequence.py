@@ -1,7 +1,7 @@
-"""The part of the sequence that a model call has at hand, and how attention reaches the rest.
+"""The local part of a sequence, and attention over the whole of it.
 
-A model that holds whole sequences uses `WholeSequence`. One whose sequences lie on several ranks is given
-another object with the same methods, and knows no more about it.
+By default a model call holds whole sequences (`WholeSequence`). `parallel.SlicedSequence` implements the same
+protocol for sequences that are sliced over ranks, and `decoding.DecodingState` for sequences in a KV cache.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from reformer_dist.ops.lsh.sorting import count_buckets
 
 
 class LayerAccess(Protocol):
-    """How the attention of one layer reaches the sequence.
+    """Attention of one layer over whole sequences.
 
-    Tensors are those of the tokens at hand: q, k, v [B, H, S, D], key_padding_mask [B, S].
+    Tensors are those of the local tokens: q, k, v [B, H, S, D], key_padding_mask [B, S].
     """
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
-        """`ops.lsh.bucket_attention` over the whole sequence, by an exchange that this sequence has opened."""
+        """`ops.lsh.bucket_attention` over the whole sequence, by an exchange of `SequenceAccess.make_exchange`."""
         ...
 
     def exact_attention(
@@ -46,25 +46,25 @@ class LayerAccess(Protocol):
     ) -> Tensor:
         """`ops.lsh.cross_attention` to the whole of another sequence.
 
-        keys(): those of the part of it at hand, which sequence_of_keys describes; asked for where they are needed.
+        keys: computes the keys of its local part, which sequence_of_keys describes; called only if needed.
         """
         ...
 
 
 class SequenceAccess(Protocol):
-    """What a model asks of its sequence."""
+    """The sequence of a model call, of which the local tokens are a part."""
 
     @property
-    def n_parts(self) -> int:
-        """Parts that the whole sequence is in."""
+    def n_slices(self) -> int:
+        """Number of slices of the sequence."""
         ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n_parts, ...]: what each part has for x, in order of positions. Differentiable."""
+        """[n_slices, ...]: x of every slice, in order of positions. Differentiable."""
         ...
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Positions of the tokens at hand in their sequences, int64: [n_tokens], or [B, n_tokens] given a mask.
+        """Positions of the local tokens in their sequences, int64: [n_tokens], or [B, n_tokens] given a mask.
 
         They count from the first real token of each row; padding before it is at position 0.
         """
@@ -74,38 +74,38 @@ class SequenceAccess(Protocol):
         """The attention of a layer."""
         ...
 
-    def open_exchange(
+    def make_exchange(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
-        """The exchange for an attention call and its recompute.
+        """The exchange of an attention call and of its recompute.
 
-        bucket_ids [B, H, R, S] of this rank's tokens; key_padding_mask [B, S].
+        bucket_ids [B, H, R, S] of the local tokens; key_padding_mask [B, S].
         """
         ...
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
-        """Health of the hashing of the whole sequence."""
+        """Statistics of the buckets of the whole sequence."""
         ...
 
 
 class WholeSequence:
-    """All tokens are at hand."""
+    """Whole sequences: all tokens are local."""
 
-    n_parts = 1
+    n_slices = 1
 
     def gather(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0)
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
-        places = torch.arange(n_tokens, device=device)
+        indices = torch.arange(n_tokens, device=device)
         if key_padding_mask is None:
-            return places
-        return (places - first_real(key_padding_mask).unsqueeze(1)).clamp_min(0)
+            return indices
+        return (indices - first_real(key_padding_mask).unsqueeze(1)).clamp_min(0)
 
     def of_layer(self, layer: int) -> LayerAccess:
         return self
 
-    def open_exchange(
+    def make_exchange(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
         return LocalExchange(bucket_ids, options, key_padding_mask)
@@ -135,5 +135,5 @@ class WholeSequence:
 
 
 def first_real(key_padding_mask: Tensor) -> Tensor:
-    """Index [B] of the first real token of each row of a mask [B, S]; 0 where there is none."""
+    """Index [B] of the first real token of each row of a mask [B, S]; 0 if there is none."""
     return key_padding_mask.int().argmax(dim=1)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HEADROOM = 1.1  # of a buffer, since rounds need similar but not equal sizes
+
 
 class Workspace:
     """Named float32 buffers for one call; requesting a name again invalidates the buffer returned before."""
@@ -19,8 +21,7 @@ class Workspace:
         size = n_rows * width
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            # 10% headroom, since rounds need similar but not equal sizes
-            buffer = torch.empty(size + size // 10, dtype=torch.float32, device=self._device)
+            buffer = torch.empty(int(size * HEADROOM), dtype=torch.float32, device=self._device)
             self._buffers[name] = buffer
         return buffer[:size].view(n_rows, width)
 

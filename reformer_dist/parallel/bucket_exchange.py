@@ -1,10 +1,10 @@
-"""LSH bucket exchange: the tokens of a sequence that lies on several ranks travel to the ranks of their buckets.
+"""Bucket exchange: LSH attention over a sequence that is sliced over ranks. Tokens are sent to their buckets.
 
-Group by group of heads, a token's vectors are sent to each rank that attends it or needs it as a key, in one
-message (dispatch). There the tokens are a shard like any other (`ops.lsh.attention`), and their partial softmax is
-sent back and merged (combine). While one group is attended, the next one travels.
+Group of heads by group of heads, each token's vectors are sent, in one message, to every rank that attends from it
+or needs it as a key (dispatch). The received tokens are a shard like any other (`ops.lsh.attention`), and their
+partial softmax is sent back and merged (combine). While one group is attended, the next one is in flight.
 
-The backward sends the same tokens again, with dO, the logsumexp and rowsum(dO * o), and gets gradients back.
+Backward sends the same tokens again, with dO, the logsumexp and rowsum(dO * o), and receives their gradients.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from reformer_dist.distributed.comm import CommGroup, SplitRows, Work
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.attention import Backward, Forward, Sorter, attend
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Sorter, attend
 from reformer_dist.ops.lsh.backends import backend_for
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
-from reformer_dist.parallel.combine import Combiner, MergedCombiner, RoundCombiner
-from reformer_dist.parallel.dispatch import TokenDispatcher, as_heads
+from reformer_dist.parallel.combine import MergedCombiner, RoundCombiner
+from reformer_dist.parallel.dispatch import TokenDispatcher, as_one_head
 from reformer_dist.parallel.exchange_plan import ExchangePlan, Route, Selection
-from reformer_dist.parallel.row_format import Record
+from reformer_dist.parallel.row_format import RowFormat
 
 
 class BucketExchange:
@@ -34,20 +34,19 @@ class BucketExchange:
     ) -> None:
         """per_round: rounds are combined one by one, which in float32 is bitwise the result of one rank.
 
-        Otherwise partial results of a token whose rounds are attended on the same rank are merged there, which
-        saves bytes. per_round needs the `torch` backend.
+        Otherwise the partial softmaxes of a token's rounds on one rank are merged there, which saves bytes.
+        per_round needs the `torch` backend.
         """
         self.plan, self.comm, self.per_round, self.options = plan, comm, per_round, options
 
-    def forward(self, tensors: Forward, sorter: Sorter) -> None:
+    def forward(self, tensors: ForwardTensors, sorter: Sorter) -> None:
         dispatcher = TokenDispatcher(self.plan, self.options, self.comm, tensors.q, tensors.k, tensors.v)
-        combiner: Combiner = (RoundCombiner if self.per_round else MergedCombiner)(dispatcher)
+        combiner = RoundCombiner(dispatcher) if self.per_round else MergedCombiner(dispatcher)
         lses = tensors.lse.unsqueeze(3)
 
         def attend(route: Route, arrived: list[Tensor]) -> list[SplitRows]:
-            query_rows = None if tensors.k is None else dispatcher.queries.field(arrived[1], "q")
-            received = dispatcher.unpack(route, arrived[0], query_rows)
-            return [combiner.attend(route, received, sorter)]
+            queries = None if tensors.k is None else dispatcher.query_format.field(arrived[1], "q")
+            return [combiner.attend(route, dispatcher.unpack(route, arrived[0], queries), sorter)]
 
         def merge(route: Route, results: list[Tensor]) -> None:
             o, lse = combiner.merge(route, results[0]).output()
@@ -56,7 +55,7 @@ class BucketExchange:
 
         self._run(dispatcher.pack, attend, merge)
 
-    def backward(self, tensors: Backward, sorter: Sorter) -> None:
+    def backward(self, tensors: BackwardTensors, sorter: Sorter) -> None:
         tensors = tensors._replace(d_out=tensors.d_out.contiguous())
         dispatcher = TokenDispatcher(self.plan, self.options, self.comm, tensors.q, tensors.k, tensors.v)
         call = _Backward(dispatcher, tensors, sorter)
@@ -68,28 +67,28 @@ class BucketExchange:
         attend: Callable[[Route, list[Tensor]], list[SplitRows]],
         finish: Callable[[Route, list[Tensor]], None],
     ) -> None:
-        """Each route is dispatched, attended and combined; the next one travels while this one is attended."""
+        """Dispatches, attends and combines each route; the next one is in flight while this one is attended."""
         self._check_same_plan()
         routes, comm = self.plan.routes, self.comm
         timed = comm.stats.timed
         dispatched: list[Work] = []
         returned: list[Work] = []
-        # two more turns: what is dispatched at one is attended at the next, and combined at the one after that
-        for turn in range(len(routes) + 2):
+        # two more steps: a route dispatched in one step is attended in the next and combined in the one after
+        for step in range(len(routes) + 2):
             with timed("exchange"):
-                arrived = [delivery.wait() for delivery in dispatched]
-                parcels = pack(routes[turn]) if turn < len(routes) else []
-                dispatched = [comm.all_to_all_v(parcel, "exchange") for parcel in parcels]
+                arrived = [work.wait() for work in dispatched]
+                messages = pack(routes[step]) if step < len(routes) else []
+                dispatched = [comm.all_to_all_v(message, "exchange") for message in messages]
             with timed("attend"):
-                results = attend(routes[turn - 1], arrived) if arrived else []
+                results = attend(routes[step - 1], arrived) if arrived else []
             with timed("return"):
-                combined = [delivery.wait() for delivery in returned]
-                returned = [comm.all_to_all_v(parcel, "return") for parcel in results]
+                combined = [work.wait() for work in returned]
+                returned = [comm.all_to_all_v(message, "return") for message in results]
                 if combined:
-                    finish(routes[turn - 2], combined)
+                    finish(routes[step - 2], combined)
 
     def _check_same_plan(self) -> None:
-        """All ranks are about to exchange by plans that match, or all of them raise TrainingError."""
+        """Raises TrainingError on all ranks unless their plans match."""
         checksum = torch.tensor([self.plan.checksum], device=self.plan.routes[0].bucket_ids.device)
         difference = int(self.comm.all_reduce(checksum, "count"))
         if difference:
@@ -100,65 +99,66 @@ class BucketExchange:
 
 
 def exchanged_attention(q: Tensor, k: Tensor | None, v: Tensor, exchange: BucketExchange) -> Tensor:
-    """What `bucket_attention` computes for the whole sequence, of which this rank has q, k, v [B, H, S, D]."""
+    """`bucket_attention` over the whole sequence, of which this rank has q, k, v [B, H, S, D]."""
     q, v, k = q.contiguous(), v.contiguous(), None if k is None else k.contiguous()
     backend = TorchBackend if exchange.per_round else backend_for(exchange.options, v, partitioned=True)
     return attend(q, k, v, exchange, backend)
 
 
 class _Backward:
-    """What travels in the backward, and the gradients of this rank's tokens."""
+    """Messages of the backward, and the gradients of this rank's tokens."""
 
-    def __init__(self, dispatcher: TokenDispatcher, tensors: Backward, sorter: Sorter) -> None:
+    def __init__(self, dispatcher: TokenDispatcher, tensors: BackwardTensors, sorter: Sorter) -> None:
         self._dispatcher, self._tensors, self._sorter = dispatcher, tensors, sorter
         vector, number = (tensors.d_out.dtype, tensors.d_out.shape[3]), (torch.float32, 1)
         self._has_keys = tensors.k is not None
-        self._queries = Record(d_out=vector, lse=number, delta=number, **({"q": vector} if self._has_keys else {}))
-        self._grads = dispatcher.keys
+        separate_q = {"q": vector} if self._has_keys else {}
+        self._query_format = RowFormat(d_out=vector, lse=number, delta=number, **separate_q)
 
     def pack(self, route: Route) -> list[SplitRows]:
         tensors = self._tensors
-        values = {"d_out": tensors.d_out, "lse": tensors.lse.unsqueeze(3), "delta": tensors.delta.unsqueeze(3)}
+        fields = {"d_out": tensors.d_out, "lse": tensors.lse.unsqueeze(3), "delta": tensors.delta.unsqueeze(3)}
         if self._has_keys:
-            values["q"] = tensors.q
-        return [self._dispatcher.pack_keys(route), self._dispatcher.pack_queries(route, self._queries, **values)]
+            fields["q"] = tensors.q
+        queries = self._dispatcher.pack_queries(route, self._query_format, **fields)
+        return [self._dispatcher.pack_keys(route), queries]
 
     def attend(self, route: Route, arrived: list[Tensor]) -> list[SplitRows]:
-        query_rows = self._queries.field(arrived[1], "q") if self._has_keys else None
-        received = self._dispatcher.unpack(route, arrived[0], query_rows)
-        rows, v = received.tokens.query_rows, received.v[0, 0]
-        d_out = torch.zeros_like(v)
-        # lse = inf silences rows that are no queries here, as it does queries that met no key anywhere
-        lse = torch.full((len(v),), torch.inf, device=v.device)
+        queries = self._query_format.field(arrived[1], "q") if self._has_keys else None
+        received = self._dispatcher.unpack(route, arrived[0], queries)
+        (q, k, v), rows = (received.q, received.k, received.v), received.query_rows
+        d_out = torch.zeros_like(v[0, 0])
+        # lse = inf excludes rows that are not queries here, as well as queries that met no key on any rank
+        lse = torch.full((len(d_out),), torch.inf, device=v.device)
         delta = torch.zeros_like(lse)
         for target, name in ((d_out, "d_out"), (lse, "lse"), (delta, "delta")):
-            target[rows] = self._queries.field(arrived[1], name).view(-1, *target.shape[1:])
-        q, k, v = received.q, received.k, received.v
+            target[rows] = self._query_format.field(arrived[1], name).view(-1, *target.shape[1:])
         dq, dv = torch.zeros_like(q), torch.zeros_like(v)
         dk = None if k is None else torch.zeros_like(k)
-        lse, delta = as_heads(lse), as_heads(delta)
-        order = self._sorter.sort(received.shard)
-        order.attend_backward(Backward(q, k, v, as_heads(d_out), lse, delta, dq, dk, dv))
-        of_keys = self._grads.pack(k=(dq if dk is None else dk)[0, 0], v=dv[0, 0])
-        grads = SplitRows(of_keys, route.received.splits, route.sent.splits)
-        if not self._has_keys:
-            return [grads]
-        of_queries = self._dispatcher.queries.pack(q=dq[0, 0, rows])
-        return [grads, SplitRows(of_queries, route.received_queries.splits, route.sent_queries.splits)]
+        inputs = (q, k, v, as_one_head(d_out), as_one_head(lse), as_one_head(delta))
+        self._sorter.sort(received.shard).attend_backward(BackwardTensors(*inputs, dq, dk, dv))
+        key_grads = self._dispatcher.key_format.pack(k=(dq if dk is None else dk)[0, 0], v=dv[0, 0])
+        messages = [SplitRows(key_grads, route.received.splits, route.sent.splits)]
+        if self._has_keys:
+            query_grads = self._dispatcher.query_format.pack(q=dq[0, 0, rows])
+            messages.append(SplitRows(query_grads, route.received_queries.splits, route.sent_queries.splits))
+        return messages
 
     def add_gradients(self, route: Route, results: list[Tensor]) -> None:
-        tensors = self._tensors
-        of_keys = tensors.dq if tensors.dk is None else tensors.dk
-        for target, name in ((of_keys, "k"), (tensors.dv, "v")):
-            self._add(target, route.sent, route, self._grads.field(results[0], name))
+        tensors, key_format = self._tensors, self._dispatcher.key_format
+        self._add(
+            tensors.dq if tensors.dk is None else tensors.dk, route.sent, route, key_format.field(results[0], "k")
+        )
+        self._add(tensors.dv, route.sent, route, key_format.field(results[0], "v"))
         if self._has_keys:
-            self._add(tensors.dq, route.sent_queries, route, self._dispatcher.queries.field(results[1], "q"))
+            dq = self._dispatcher.query_format.field(results[1], "q")
+            self._add(tensors.dq, route.sent_queries, route, dq)
 
     def _add(self, target: Tensor, selection: Selection, route: Route, rows: Tensor) -> None:
-        """Adds the sums over the ranks that returned a token's gradients, in order of ranks."""
+        """Adds each token's gradients, summed over the ranks that returned them, in order of ranks."""
         tokens, splits = selection.tokens(self._dispatcher.plan.n_local), selection.splits
         grads = self._dispatcher.rows_of(target, route)
         total = torch.zeros(grads.shape, device=rows.device)
-        for own, part in zip(tokens.split(splits), rows.split(splits), strict=True):
-            total[own] += part.float()
+        for index, part in zip(tokens.split(splits), rows.split(splits), strict=True):
+            total[index] += part.float()
         grads.add_(total)

@@ -1,6 +1,6 @@
-"""From slices of the sequence with all heads to longer slices with a share of the heads, and back.
+"""Head exchange: from slices of the sequence with all heads to longer slices with 1 / P of the heads, and back.
 
-One all-to-all each way (DeepSpeed-Ulysses, arXiv 2309.14509): B, H, S / P, D <-> B, H / P, S, D.
+One all-to-all each way (DeepSpeed-Ulysses, arXiv 2309.14509): [B, H, S / P, D] <-> [B, H / P, S, D].
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _to_slices(x: Tensor, comm: CommGroup, order: list[int]) -> Tensor:
 
 
 def gather_slices(x: Tensor, mesh: SequenceMesh) -> Tensor:
-    """[P, ...]: x of the rank of each slice, in their order. Differentiable; every rank must go backward."""
+    """[P, ...]: x of the rank of each slice, in order of slices. Differentiable; all ranks must run backward."""
     if mesh.size == 1:
         return x.unsqueeze(0)
     out: Tensor = _Gather.apply(x, mesh)
@@ -67,9 +67,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: SequenceMesh) -> Tensor:
         ctx.mesh = mesh
-        return mesh.sequence_group.all_gather(x, GATHER_PHASE)[
-            [mesh.rank_of_slice(index) for index in range(mesh.size)]
-        ]
+        by_rank = mesh.sequence_group.all_gather(x, GATHER_PHASE)
+        return by_rank[[mesh.rank_of_slice(index) for index in range(mesh.size)]]
 
     @staticmethod
     @once_differentiable

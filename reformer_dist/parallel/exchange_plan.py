@@ -1,16 +1,15 @@
-"""The plan of a bucket exchange: which tokens go to which rank. Made in a forward, kept for its recompute.
+"""The plan of a bucket exchange: which tokens are sent to which rank. Made in a forward, kept for its recompute.
 
-Every rank counts its tokens by bucket. An exclusive scan over the ranks counts the members of each bucket that
+Each rank counts its tokens by bucket. An exclusive scan over the ranks counts the members of each bucket that
 precede a rank's own, so each rank knows the slots of its tokens in the sorted order of the whole sequence without
-holding it, hence the rank that attends them and the ranks that need them as keys (`ops.lsh.partition`). A token is
-sent once to each of those, whatever the number of rounds that are attended there.
+holding it. The slots determine the rank that attends from a token and the ranks that need it as a key
+(`ops.lsh.partition`). A token is sent once to each of them, whatever the number of rounds attended there.
 
-Sizes: BH heads (batch row x head) of a route, S local tokens of each, R rounds, K buckets, P ranks.
+Sizes: BH (batch row, head) pairs of a route, S local tokens of each, R rounds, K buckets, P ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.partition import (
     Partition,
@@ -30,34 +28,33 @@ from reformer_dist.ops.lsh.partition import (
     window_recipients,
 )
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
-from reformer_dist.parallel.row_format import Record, pack_bits, unpack_bits
+from reformer_dist.parallel.row_format import RowFormat, pack_bits, unpack_bits
 
 PHASE = "count"
-# Local tokens that travel in one message: few enough for the next message to overlap with their attention, and for
-# what is received of them to fit beside the model.
+# Local tokens per message: few enough for the next message to overlap with their attention, and for the tokens
+# received to fit beside the model.
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some local tokens for each rank, or tokens from each rank."""
+    """The local tokens to send to each rank, or the tokens to receive from each."""
 
     bits: Tensor
     """uint8 [P, BH, S / 8]"""
     splits: list[int]
-    """How many for, or from, each rank."""
+    """Number of tokens per rank."""
 
     @staticmethod
     def of(bits: Tensor) -> Selection:
-        ones = unpack_bits(bits, bits.shape[2] * 8)
-        return Selection(bits, ones.sum(dim=(1, 2)).tolist())
+        return Selection(bits, unpack_bits(bits, bits.shape[2] * 8).sum(dim=(1, 2)).tolist())
 
     def mask(self, n_local: int) -> Tensor:
         """bool [P, BH, S]."""
         return unpack_bits(self.bits, n_local)
 
     def tokens(self, n_local: int) -> Tensor:
-        """Their indices in [BH * S], rank by rank."""
+        """Indices in [0, BH * S), rank by rank."""
         return self.mask(n_local).flatten(1).nonzero()[:, 1]
 
 
@@ -70,21 +67,26 @@ class Route:
     sent: Selection
     """Local tokens that each rank needs."""
     sent_queries: Selection
-    """Those of them that it attends as queries, in any round."""
+    """Those of them that it attends from in any round."""
     received: Selection
     """Tokens of each rank that this rank needs."""
     received_queries: Selection
-    """Those of them that it attends as queries, in any round."""
+    """Those of them that it attends from in any round."""
     bucket_ids: Tensor
     """[L, R] of the L received tokens; n_buckets in rounds in which they are not needed here."""
     position_codes: Tensor | None
-    """[R, L] likewise, with count_pairs_once: see `sorting.position_codes`."""
+    """[R, L] with count_pairs_once: see `sorting.position_codes`."""
     owners: Tensor | None
-    """int32 [R, BH * S] rank that attends each local token, -1 for padding; only if combined round by round."""
+    """int32 [R, BH * S] rank that attends from each local token, -1 for padding; only if combined per round."""
     bucket_sizes: Tensor
     """int32 [BH, R, K] members of each bucket on all ranks."""
     checksum: int
-    """That of what this rank sends less that of what it receives: over all ranks they sum to 0."""
+    """Checksum of what this rank sends minus that of what it receives: over all ranks they sum to 0."""
+
+    def sort_keys(self, head: Tensor) -> list[Tensor]:
+        """`sorting.row_sort_keys` of the L received tokens in each round; head [L]: their heads, from 0."""
+        n_heads, n_rounds, n_buckets = self.bucket_sizes.shape
+        return [row_sort_keys(head, self.bucket_ids[:, r], n_heads, n_buckets) for r in range(n_rounds)]
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,11 @@ class ExchangePlan:
 
     routes: list[Route]
     seq_len: int
-    """Of the whole sequence, as attention sees it."""
+    """Length of the whole sequence."""
     n_local: int
     """Tokens of a sequence on each rank."""
     checksum: int
-    """The sum of its routes' checksums."""
+    """Sum of the checksums of the routes."""
 
 
 def make_plan(
@@ -105,28 +107,22 @@ def make_plan(
 ) -> ExchangePlan:
     """The plan for bucket ids [BH, R, S] of the local tokens of all heads, where n_buckets marks padding.
 
-    per_round: rounds will be combined one by one. Raises TrainingError, alike on every rank, where the tokens that
-    were received are not those that the counts predict.
+    per_round: rounds will be combined one by one. Raises TrainingError on all ranks if the tokens received are not
+    those that the bucket counts predict.
     """
-    with comm.stats.timed(PHASE):
-        return _make_plan(buckets, options, seq_len, comm, keeps_owners=per_round)
-
-
-def _make_plan(
-    buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, keeps_owners: bool
-) -> ExchangePlan:
     n_heads, _, n_local = buckets.shape
-    preceding, sizes = _scan(count_buckets(buckets, options.n_buckets), comm)
     group_size = max(1, GROUP_TOKENS["cuda" if buckets.is_cuda else "cpu"] // n_local)
     routes, mismatches = [], 0
-    for first in range(0, n_heads, group_size):
-        heads = slice(first, min(first + group_size, n_heads))
-        local = _LocalTokens(buckets[heads], preceding[heads], sizes[heads], options, seq_len, comm.size)
-        routes.append(_make_route(heads, local, options, comm, keeps_owners=keeps_owners))
-        mismatches += _count_mismatches(routes[-1], options, seq_len, n_local, comm)
-    checksum = _wrapped(sum(route.checksum for route in routes))
-    sums = torch.tensor([mismatches, checksum], device=buckets.device)
-    mismatches, difference = comm.all_reduce(sums, PHASE).tolist()
+    with comm.stats.timed(PHASE):
+        preceding, sizes = _scan(count_buckets(buckets, options.n_buckets), comm)
+        for first in range(0, n_heads, group_size):
+            heads = slice(first, min(first + group_size, n_heads))
+            local = _LocalTokens(buckets[heads], preceding[heads], sizes[heads], options, seq_len, comm.size)
+            routes.append(_make_route(heads, local, options, comm, keeps_owners=per_round))
+            mismatches += _count_mismatches(routes[-1], options, seq_len, n_local, comm)
+        checksum = _wrap_int64(sum(route.checksum for route in routes))
+        sums = torch.tensor([mismatches, checksum], device=buckets.device)
+        mismatches, difference = comm.all_reduce(sums, PHASE).tolist()
     if mismatches or difference:
         raise TrainingError(
             f"bucket exchange: {mismatches} received tokens differ from what the bucket counts predict (checksums "
@@ -136,9 +132,9 @@ def _make_plan(
 
 
 def _scan(counts: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
-    """From [BH, R, K] of this rank: the sums over the ranks before it, and over all ranks.
+    """Sums of counts [BH, R, K] over the ranks before this one, and over all ranks.
 
-    Each rank sums K / P of the columns, so that none holds the counts of all ranks.
+    Each rank sums K / P of the columns, so no rank holds the counts of all ranks.
     """
     n_heads, n_rounds, n_buckets = counts.shape
     padded = torch.nn.functional.pad(counts, (0, -n_buckets % comm.size))
@@ -153,7 +149,7 @@ def _scan(counts: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
 
 
 class _LocalTokens:
-    """The slots of the local tokens of a group of heads, and the ranks that read them."""
+    """The slots of the local tokens of a group of heads, and the ranks that need them."""
 
     def __init__(
         self, buckets: Tensor, preceding: Tensor, sizes: Tensor, options: AttentionOptions, seq_len: int, size: int
@@ -162,10 +158,10 @@ class _LocalTokens:
         self.buckets, self.sizes, self._size = buckets, sizes, size
         n_heads, n_rounds, n_local = buckets.shape
         self.is_needed = torch.zeros(size, n_heads, n_local, dtype=torch.bool, device=buckets.device)
-        """[P, BH, S]: by a rank, as a query or a key."""
+        """[P, BH, S]: whether a rank needs the token, as a query or a key."""
         self.is_query = torch.zeros_like(self.is_needed)
-        """[P, BH, S]: at a rank."""
-        self._readers: list[list[Recipients]] = []
+        """[P, BH, S]: whether a rank attends from the token in any round."""
+        self._recipients: list[list[Recipients]] = []
         codes, owners = [], []
         rule = options.rule
         tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len
@@ -173,14 +169,14 @@ class _LocalTokens:
             bucket = buckets[:, r]
             rank = bucket_ranks(bucket, preceding[:, r])
             if isinstance(rule, ChunkRule):
-                owner, readers = chunk_recipients(bucket, rank, sizes[:, r], rule, seq_len, size)
+                owner, recipients = chunk_recipients(bucket, rank, sizes[:, r], rule, seq_len, size)
             else:
-                owner, readers = window_recipients(bucket, rank, sizes[:, r], rule, tile_len, size)
+                owner, recipients = window_recipients(bucket, rank, sizes[:, r], rule, tile_len, size)
             self._mark(self.is_query, owner, owner >= 0)
-            for some in readers:
-                for reader, reads in some.iter_ranks(size):
-                    self._mark(self.is_needed, reader, reads)
-            self._readers.append(readers)
+            for ranks in recipients:
+                for recipient, is_needed in ranks.iter_ranks(size):
+                    self._mark(self.is_needed, recipient, is_needed)
+            self._recipients.append(recipients)
             owners.append(owner.flatten().to(torch.int32))
             if options.count_pairs_once:
                 codes.append(position_codes(bucket, rank, sizes[:, r], rule))
@@ -189,115 +185,71 @@ class _LocalTokens:
         self.owners = torch.stack(owners)
         """[R, BH * S]"""
 
-    def _mark(self, mask: Tensor, rank: Tensor, reads: Tensor) -> None:
-        head, token = reads.nonzero(as_tuple=True)
+    @staticmethod
+    def _mark(mask: Tensor, rank: Tensor, where: Tensor) -> None:
+        head, token = where.nonzero(as_tuple=True)
         mask[rank[head, token], head, token] = True
 
-    def sent_ids(self, reader: Tensor, head: Tensor, token: Tensor, n_buckets: int) -> Tensor:
-        """[rows, R] bucket of each sent token, n_buckets in rounds in which the reader does not need it."""
+    def sent_ids(self, recipient: Tensor, head: Tensor, token: Tensor, n_buckets: int) -> Tensor:
+        """[rows, R] bucket of each sent token, n_buckets in rounds in which the recipient does not need it."""
         columns = []
-        for r, readers in enumerate(self._readers):
-            reads = torch.zeros_like(reader, dtype=torch.bool)
-            for some in readers:
-                reads |= (some.first[head, token] <= reader) & (reader <= some.last[head, token])
-            # between the first and the last reader there may be ranks that own nothing
-            n_tiles = readers[0].n_tiles[head, 0]
-            reads &= (reader + 1) * n_tiles // self._size > reader * n_tiles // self._size
-            columns.append(self.buckets[head, r, token].masked_fill(~reads, n_buckets))
+        for r, recipients in enumerate(self._recipients):
+            is_needed = torch.zeros_like(recipient, dtype=torch.bool)
+            for ranks in recipients:
+                is_needed |= (ranks.first[head, token] <= recipient) & (recipient <= ranks.last[head, token])
+            # between the first and the last recipient there may be ranks that own nothing
+            n_tiles = recipients[0].n_tiles[head, 0]
+            is_needed &= (recipient + 1) * n_tiles // self._size > recipient * n_tiles // self._size
+            columns.append(self.buckets[head, r, token].masked_fill(~is_needed, n_buckets))
         return torch.stack(columns, dim=1)
 
 
 def _make_route(
     heads: slice, local: _LocalTokens, options: AttentionOptions, comm: CommGroup, *, keeps_owners: bool
 ) -> Route:
-    """Exchanges with every rank which tokens of these heads each will receive, and their bucket ids."""
+    """Tells each rank which tokens of these heads it will receive, and their bucket ids."""
     bits = torch.stack([pack_bits(local.is_needed), pack_bits(local.is_query)], dim=1)
-    reader, head, token = local.is_needed.nonzero(as_tuple=True)
-    ids = local.sent_ids(reader, head, token, options.n_buckets)
-    fields = {"ids": (ids.dtype, ids.shape[1])}
-    values = {"ids": ids}
-    if local.codes is not None:
-        fields["codes"] = (torch.int32, ids.shape[1])
-        values["codes"] = local.codes[head, :, token]
-    record = Record(**fields)
+    recipient, head, token = local.is_needed.nonzero(as_tuple=True)
+    ids = local.sent_ids(recipient, head, token, options.n_buckets)
+    fields = {"ids": ids} if local.codes is None else {"ids": ids, "codes": local.codes[head, :, token]}
+    row_format = RowFormat(**{name: (x.dtype, ids.shape[1]) for name, x in fields.items()})
     received_bits = comm.all_to_all(bits, PHASE)
     sent, sent_queries, received, received_queries = (
-        Selection.of(both[:, which].contiguous()) for both in (bits, received_bits) for which in (0, 1)
+        Selection.of(both[:, i].contiguous()) for both in (bits, received_bits) for i in (0, 1)
     )
-    arrived = comm.all_to_all_v(SplitRows(record.pack(**values), sent.splits, received.splits), PHASE).wait()
-    codes = record.field(arrived, "codes").t().contiguous() if local.codes is not None else None
-    received_ids = record.field(arrived, "ids").contiguous()
+    rows = comm.all_to_all_v(SplitRows(row_format.pack(**fields), sent.splits, received.splits), PHASE).wait()
+    codes = None if local.codes is None else row_format.field(rows, "codes").t().contiguous()
+    received_ids = row_format.field(rows, "ids").contiguous()
     checksum = _checksum(sent, sent_queries, ids, comm, is_sent=True)
     checksum -= _checksum(received, received_queries, received_ids, comm, is_sent=False)
     owners = local.owners if keeps_owners else None
     selections = (sent, sent_queries, received, received_queries)
-    return Route(heads, *selections, received_ids, codes, owners, local.sizes, _wrapped(checksum))
-
-
-@dataclass(frozen=True)
-class ReceivedTokens:
-    """The L tokens that this rank received of a route, its own among them."""
-
-    head: Tensor
-    """[L] from 0 in the route."""
-    positions: Tensor
-    """[L] in the whole sequence."""
-    query_rows: Tensor
-    """Indices of those that are queries here in any round, in order of ranks."""
-
-
-def received_tokens(route: Route, plan: ExchangePlan) -> ReceivedTokens:
-    source, head, token = route.received.mask(plan.n_local).nonzero(as_tuple=True)
-    is_query = route.received_queries.mask(plan.n_local)[source, head, token]
-    return ReceivedTokens(head, source * plan.n_local + token, is_query.nonzero().squeeze(1))
-
-
-def received_shard(
-    route: Route, tokens: ReceivedTokens, plan: ExchangePlan, head_index: Tensor, comm: CommGroup
-) -> Shard:
-    """The received tokens as a shard. head_index [B * H]: that of this rank's heads in their step."""
-    n_heads, n_rounds, n_buckets = route.bucket_sizes.shape
-    return Shard(
-        sort_keys=torch.stack(list(_sort_keys(route, tokens.head))).unsqueeze(0),
-        n_sort_keys=n_heads * n_buckets,
-        head_index=head_index[route.heads][tokens.head],
-        seq_len=plan.seq_len,
-        positions=tokens.positions,
-        position_codes=route.position_codes if n_rounds > 1 else None,
-        bucket_sizes=route.bucket_sizes,
-        partition=Partition(comm.index, comm.size),
-    )
-
-
-def _sort_keys(route: Route, head: Tensor) -> Iterator[Tensor]:
-    """[L] of each round."""
-    n_heads, n_rounds, n_buckets = route.bucket_sizes.shape
-    for r in range(n_rounds):
-        yield row_sort_keys(head, route.bucket_ids[:, r], n_heads, n_buckets)
+    return Route(heads, *selections, received_ids, codes, owners, local.sizes, _wrap_int64(checksum))
 
 
 def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_local: int, comm: CommGroup) -> int:
-    """How many tokens were received, or are missing, against what the counts of all ranks predict."""
-    part, rule = Partition(comm.index, comm.size), options.rule
+    """Number of tokens received in excess of, or missing from, what the counts of all ranks predict."""
+    partition, rule = Partition(comm.index, comm.size), options.rule
     _, head, _ = route.received.mask(n_local).nonzero(as_tuple=True)
     mismatches = 0
-    for r, keys in enumerate(_sort_keys(route, head)):
+    for r, keys in enumerate(route.sort_keys(head)):
         sizes = route.bucket_sizes[:, r].long()
         counts = torch.bincount(keys, minlength=sizes.numel() + 1)[:-1].view_as(sizes)
         if isinstance(rule, ChunkRule):
             counts = counts.sum(dim=1)
-            run = chunk_partition(seq_len, rule, part)
-            first = torch.tensor(run.needed, dtype=torch.int64, device=keys.device) * rule.chunk_len
+            chunks = torch.tensor(chunk_partition(seq_len, rule, partition).needed, dtype=torch.int64)
+            first = chunks.to(keys.device) * rule.chunk_len
             predicted = (sizes.sum(dim=1, keepdim=True) - first).clamp(0, rule.chunk_len).sum(dim=1)
         else:
-            run_of = window_partition(sizes, rule, choose_tiling(rule, seq_len, options.n_buckets).tile_len, part)
-            predicted = run_of.stop - run_of.start
+            tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len
+            members = window_partition(sizes, rule, tile_len, partition)
+            predicted = members.stop - members.start
         mismatches += int((counts - predicted).abs().sum())
     return mismatches
 
 
 def _checksum(needed: Selection, queries: Selection, ids: Tensor, comm: CommGroup, *, is_sent: bool) -> int:
-    """A checksum of the tokens, and their bucket ids, that this rank sends to or receives from each rank."""
+    """Checksum of the tokens, with their bucket ids, that this rank sends to or receives from each rank."""
     other = torch.arange(comm.size, device=ids.device)
     pair = comm.index * comm.size + other if is_sent else other * comm.size + comm.index
     of_ids = torch.stack([_weighted_sum(part.flatten()) for part in ids.split(needed.splits)])
@@ -305,8 +257,8 @@ def _checksum(needed: Selection, queries: Selection, ids: Tensor, comm: CommGrou
     return int(((of_ids + 3 * of_bits[0] + 5 * of_bits[1]) * (pair + 1)).sum())
 
 
-def _wrapped(number: int) -> int:
-    """Modulo 2^64, as sums over the ranks are: what should sum to 0 still does."""
+def _wrap_int64(number: int) -> int:
+    """The number modulo 2^64, as an all-reduce wraps its sums: sums to 0 stay 0."""
     return (number + 2**63) % 2**64 - 2**63
 
 

@@ -1,4 +1,4 @@
-"""Rows of bytes that hold several vectors each, so that one message carries all that a token needs."""
+"""Rows of bytes with several fields each, so that one message holds all vectors of a token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 ALIGNMENT = 4  # bytes
 
 
-class Record:
-    """Named fields of a row: (dtype, width) each, at offsets that suit their dtype."""
+class RowFormat:
+    """Named fields of a row, (dtype, width) each, aligned to 4 bytes."""
 
     def __init__(self, **fields: tuple[torch.dtype, int]) -> None:
         self._fields: dict[str, tuple[torch.dtype, slice, int]] = {}
@@ -21,17 +21,17 @@ class Record:
         self.nbytes = offset
 
     def pack(self, **values: Tensor) -> Tensor:
-        """uint8 [n, nbytes] of one tensor [n, width] (or [n]) for each field."""
-        some = next(iter(values.values()))
-        rows = torch.empty(some.shape[0], self.nbytes, dtype=torch.uint8, device=some.device)
+        """uint8 [n, nbytes] from one tensor [n, width] (or [n]) per field."""
+        first = next(iter(values.values()))
+        rows = torch.empty(first.shape[0], self.nbytes, dtype=torch.uint8, device=first.device)
         for name, value in values.items():
             self.field(rows, name).copy_(value if value.dim() == 2 else value.unsqueeze(1))
         return rows
 
     def field(self, rows: Tensor, name: str) -> Tensor:
         """The field [n, width] of rows, as a view."""
-        dtype, place, width = self._fields[name]
-        return rows[:, place].view(dtype)[:, :width]
+        dtype, columns, width = self._fields[name]
+        return rows[:, columns].view(dtype)[:, :width]
 
 
 WEIGHTS = [1 << bit for bit in range(8)]
@@ -45,6 +45,6 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """The inverse: uint8 [..., ceil(n / 8)] -> bool [..., n]."""
+    """The inverse of `pack_bits`: uint8 [..., ceil(n / 8)] -> bool [..., n]."""
     weights = torch.tensor(WEIGHTS, dtype=torch.uint8, device=packed.device)
     return (packed.unsqueeze(-1) & weights).ne(0).flatten(-2)[..., :n]

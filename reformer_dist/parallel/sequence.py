@@ -1,6 +1,6 @@
-"""A slice of each sequence, and attention that reaches the ranks which hold the others.
+"""Attention over sequences that are sliced over the ranks of a mesh.
 
-Implements `models.sequence.SequenceAccess`: heads are exchanged first, then buckets, as far as the mesh has them.
+Implements `models.sequence.SequenceAccess`: head exchange first, then bucket exchange, along the axes of the mesh.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from reformer_dist.process.log import logger
 
 
 class SlicedSequence:
-    """Sequences of seq_len tokens, of which each rank of a mesh holds one of `size` equal slices.
+    """Sequences of seq_len tokens, in equal slices over the `size` ranks of a mesh.
 
-    Where the length does not divide, the last slices end with padding that nobody sees.
+    If the length does not divide, the last slices end in padding, which is masked.
     """
 
     def __init__(self, mesh: SequenceMesh, seq_len: int, *, per_round: bool = False) -> None:
@@ -39,30 +39,30 @@ class SlicedSequence:
         self._start = mesh.slice_index * self.n_local
 
     def of_length(self, seq_len: int) -> SlicedSequence:
-        """The same ranks over rows of another length."""
+        """The same ranks, with sequences of another length."""
         return SlicedSequence(self.mesh, seq_len, per_round=self._per_round)
 
     def take(self, x: Tensor, fill: float | int) -> Tensor:
-        """This rank's slice [B, n_local] of whole rows x [B, seq_len], with `fill` where they have ended."""
+        """This rank's slice [B, n_local] of whole rows x [B, seq_len], padded with `fill`."""
         part = x[:, self._start : self._start + self.n_local]
         return torch.nn.functional.pad(part, (0, self.n_local - part.shape[1]), value=fill)
 
     def key_padding_mask(self, batch: int, device: torch.device) -> Tensor | None:
-        """[B, n_local], True for real tokens; None where the slices of all ranks are full."""
+        """[B, n_local], True for real tokens; None if the slices of all ranks are full."""
         if self.n_local * self.mesh.size == self.seq_len:
             return None
-        places = torch.arange(self._start, self._start + self.n_local, device=device)
-        return (places < self.seq_len).expand(batch, -1)
+        positions = torch.arange(self._start, self._start + self.n_local, device=device)
+        return (positions < self.seq_len).expand(batch, -1)
 
     @property
-    def n_parts(self) -> int:
+    def n_slices(self) -> int:
         return self.mesh.size
 
     def gather(self, x: Tensor) -> Tensor:
         return gather_slices(x, self.mesh)
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
-        """[n_tokens]; padding must stand behind the text."""
+        """[n_tokens]; padding must follow the text. Raises ValueError unless n_tokens is n_local."""
         if n_tokens != self.n_local:
             raise ValueError(f"{n_tokens} tokens: this rank's slice of {self.seq_len} has {self.n_local}")
         # padding takes the last position, since position tables may end there
@@ -71,17 +71,17 @@ class SlicedSequence:
     def of_layer(self, layer: int) -> SlicedSequence:
         return self
 
-    def open_exchange(
+    def make_exchange(
         self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
     ) -> Exchange:
-        """After the head exchange, if any: of whole sequences, or bucket by bucket."""
+        """A `BucketExchange`, or a `LocalExchange` if the head exchange makes sequences whole."""
         mesh, n_heads, mask = self.mesh, bucket_ids.shape[1], key_padding_mask
         options = replace(options, n_heads=n_heads, first_head=mesh.head_rank * n_heads // mesh.heads)
         if mesh.heads > 1:
             order = list(range(mesh.heads))
             bucket_ids = to_heads(bucket_ids.transpose(2, 3), mesh.head_group, order).transpose(2, 3).contiguous()
             if mask is not None:
-                mask = _join(mask, mesh.head_group.all_gather(mask.contiguous(), "heads"), dim=1)
+                mask = _concat_slices(mesh.head_group.all_gather(mask.contiguous(), "heads"))
         if mesh.buckets == 1:
             mask = None if mask is None else mask[:, : self.seq_len]
             return LocalExchange(bucket_ids[..., : self.seq_len], options, mask)
@@ -93,7 +93,7 @@ class SlicedSequence:
         mesh, order = self.mesh, list(range(self.mesh.heads))
         v = self._next_values(v, exchange.options.next_value_heads)
         if mesh.heads > 1:
-            # one by one: the copies that an exchange takes are gone when the next begins
+            # one by one: each exchange frees its copies before the next
             q, v = to_heads(q, mesh.head_group, order), to_heads(v, mesh.head_group, order)
             k = None if k is None else to_heads(k, mesh.head_group, order)
         if isinstance(exchange, BucketExchange):
@@ -118,8 +118,8 @@ class SlicedSequence:
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
         comm, n_heads = self.mesh.sequence_group, q.shape[1]
-        q, k, v = (self._whole_heads(x) for x in (q, k, v))
-        mask = self._whole_mask(key_padding_mask)
+        q, k, v = (self._to_whole_sequences(x) for x in (q, k, v))
+        mask = self._whole_sequence_mask(key_padding_mask)
         first_head = comm.index * n_heads // comm.size
         out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
         return to_slices(self._with_padding(out, self.mesh.size), comm, self._order)
@@ -134,15 +134,15 @@ class SlicedSequence:
     ) -> Tensor:
         if not isinstance(sequence_of_keys, SlicedSequence):
             raise ValueError("source_sequence: must be a slice of the sources, as `sequence` is of the targets")
-        comm, n_heads, other = self.mesh.sequence_group, q.shape[1], sequence_of_keys
-        part = keys()
+        comm, n_heads, source = self.mesh.sequence_group, q.shape[1], sequence_of_keys
+        local = keys()
         whole = CrossKeys(
-            other._whole_heads(part.k),
-            other._whole_heads(part.v),
-            other._whole_ids(part.ids),
-            other._whole_mask(part.padding_mask),
+            source._to_whole_sequences(local.k),
+            source._to_whole_sequences(local.v),
+            source._whole_sequence_ids(local.ids),
+            source._whole_sequence_mask(local.padding_mask),
         )
-        q, query_ids = self._whole_heads(q), self._whole_ids(query_ids)
+        q, query_ids = self._to_whole_sequences(q), self._whole_sequence_ids(query_ids)
         options = replace(options, n_heads=n_heads, first_head=comm.index * n_heads // comm.size)
         with self.mesh.stats.timed("attend"):
             out = cross_attention(q, query_ids, whole, options)
@@ -150,29 +150,28 @@ class SlicedSequence:
 
     def bucket_stats(self, bucket_ids: Tensor, n_buckets: int, window: int) -> BucketStats:
         counts = count_buckets(bucket_ids.flatten(0, 1), n_buckets)
-        return measure_bucket_stats(
-            bucket_ids, self.mesh.sequence_group.all_reduce(counts, "bucket_stats"), window
-        )
+        counts = self.mesh.sequence_group.all_reduce(counts, "bucket_stats")
+        return measure_bucket_stats(bucket_ids, counts, window)
 
     @property
     def _order(self) -> list[int]:
-        """The rank of each slice."""
+        """The rank that holds each slice."""
         return [self.mesh.rank_of_slice(index) for index in range(self.mesh.size)]
 
-    def _whole_heads(self, x: Tensor) -> Tensor:
-        """[B, H, n_local, ...] -> [B, H / P, seq_len, ...]: all tokens with a share of the heads."""
+    def _to_whole_sequences(self, x: Tensor) -> Tensor:
+        """[B, H, n_local, ...] -> [B, H / P, seq_len, ...]: all tokens, 1 / P of the heads."""
         return self._without_padding(to_heads(x, self.mesh.sequence_group, self._order))
 
-    def _whole_ids(self, ids: Tensor | None) -> Tensor | None:
-        """[B, H / P, R, seq_len] of [B, H, R, n_local]."""
-        return None if ids is None else self._whole_heads(ids.transpose(2, 3)).transpose(2, 3)
+    def _whole_sequence_ids(self, ids: Tensor | None) -> Tensor | None:
+        """[B, H, R, n_local] -> [B, H / P, R, seq_len]."""
+        return None if ids is None else self._to_whole_sequences(ids.transpose(2, 3)).transpose(2, 3)
 
-    def _whole_mask(self, mask: Tensor | None) -> Tensor | None:
-        """[B, seq_len] of [B, n_local]."""
+    def _whole_sequence_mask(self, mask: Tensor | None) -> Tensor | None:
+        """[B, n_local] -> [B, seq_len]."""
         if mask is None:
             return None
         slices = self.mesh.sequence_group.all_gather(mask.contiguous(), "heads")[self._order]
-        return _join(mask, slices, dim=1)[:, : self.seq_len]
+        return _concat_slices(slices)[:, : self.seq_len]
 
     def _without_padding(self, x: Tensor) -> Tensor:
         return x if x.shape[2] == self.seq_len else x[:, :, : self.seq_len]
@@ -183,15 +182,15 @@ class SlicedSequence:
         return torch.nn.functional.pad(out, (0, 0, 0, n_slices * self.n_local - out.shape[2]))
 
 
-def _join(part: Tensor, blocks: Tensor, dim: int) -> Tensor:
-    """The slices [P, ...] of all ranks one behind the other along a dimension of `part`."""
-    return blocks.movedim(0, dim).reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])
+def _concat_slices(slices: Tensor) -> Tensor:
+    """[P, B, n_local] -> [B, P * n_local]."""
+    return slices.transpose(0, 1).flatten(1)
 
 
-def share_sequences(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
-    """How the ranks share sequences, in the mesh that was asked for or the one of least traffic.
+def make_sequence(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
+    """Slices sequences over the ranks of the configured mesh, or of the one of least traffic.
 
-    Every rank calls this, since it makes process groups. Raises ConfigError where the job has not the ranks.
+    All ranks must call it, since it creates process groups. Raises ConfigError if the ranks do not divide.
     """
     config.dp_size(runtime.world_size)
     parallel, model = config.parallel, config.model

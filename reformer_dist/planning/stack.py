@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from reformer_dist.config import AttentionKind, Recompute
 from reformer_dist.models.layer_rule import LayerRule
+from reformer_dist.ops.lsh.attention import WorkspaceShape
+from reformer_dist.ops.lsh.backends import choose_for_planning, workspace_bytes
+from reformer_dist.ops.lsh.options import ChunkRule
+from reformer_dist.parallel.traffic import ExchangeMemory
 from reformer_dist.planning.activations import SublayerMemory
-from reformer_dist.planning.attention import ExchangeMemory, workspace
 from reformer_dist.planning.cross_attention import CrossAttentionMemory
 from reformer_dist.planning.sizes import JobSpec, Sizes
 from reformer_dist.planning.states import BlockCount, MemoryBreakdown
@@ -99,22 +102,36 @@ class StackMemory:
 
     def _exchange_plan(self, kind: AttentionKind) -> float:
         is_exchanged = kind is not AttentionKind.exact and self.job.mesh_shape[1] > 1
-        return self._exchange(kind).saved_plan() if is_exchanged else 0.0
+        return self._exchange(kind).plan_bytes() if is_exchanged else 0.0
 
     def _attention_workspace(self, kind: AttentionKind) -> float:
         if kind is AttentionKind.exact:
             return 0.0
-        exchange = self._exchange(kind)
+        exchange, model = self._exchange(kind), self.job.config.model
+        chunks, head_dim = isinstance(exchange.attention.rule, ChunkRule), exchange.attention.head_dim
+        backend = choose_for_planning(model.attention_backend.name, self.job.device, head_dim, chunks=chunks)
         if self.job.mesh_shape[1] > 1:
-            return exchange.workspace()
-        return workspace(self.job, exchange.layer, exchange.n_heads, exchange.seq_len)
+            return exchange.workspace_bytes(backend)
+        return workspace_bytes(backend, exchange.attention)
 
     def _exchange(self, kind: AttentionKind) -> ExchangeMemory:
-        """Exchange of the whole sequences that this rank attends to after the exchange of heads."""
-        shape, (heads, buckets) = self.job.layer_shape, self.job.mesh_shape
-        seq_len = min(shape.slice_len * heads * buckets, self.job.config.data.seq_len)
-        layer = LayerRule.of(self.job.config.model, kind)
-        return ExchangeMemory(self.job, layer, shape.rows * shape.n_heads // heads, seq_len)
+        """Bucket exchange of the heads that this rank has after the head exchange."""
+        shape, (heads, buckets), model = self.job.layer_shape, self.job.mesh_shape, self.job.config.model
+        layer = LayerRule.of(model, kind)
+        attention = WorkspaceShape(
+            n_heads=shape.rows * shape.n_heads // heads,
+            seq_len=min(shape.slice_len * heads * buckets, self.job.config.data.seq_len),
+            n_rounds=layer.n_rounds,
+            n_buckets=layer.n_buckets,
+            head_dim=shape.head_dim,
+            element_size=shape.element_size,
+            rule=layer.rule,
+            shared_keys=layer.shares_keys,
+            count_pairs_once=model.count_pairs_once,
+            dropout=model.attention_dropout > 0,
+            device=self.job.device,
+        )
+        return ExchangeMemory(shape, attention, buckets)
 
     def _saved(self, layer: int) -> float:
         return sum(self._saved_of(layer, name) for name, _ in self.backward_order(layer))

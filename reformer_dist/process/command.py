@@ -23,39 +23,29 @@ def run_command(command: Callable[[], None]) -> None:
     rank 0 only.
     """
     log.configure()
-    _drop_local_rank()
-    with stdio.exit_quietly():
-        _run(command)
-
-
-def _run(command: Callable[[], None]) -> None:
-    try:
-        command()
-    except runtime.Preempted as stopped:
-        stdio.write(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
-        _exit(PREEMPTED)
-    except (ConfigError, runtime.SharedError) as error:
-        runtime.stop()
-        _fail(error, is_reporter=runtime.env_rank() == 0)
-    except UserError as error:
-        # of this rank alone, or peers are lost: no collective may follow
-        _fail(error, is_reporter=True)
-    except KeyboardInterrupt:
-        _exit(INTERRUPTED)
-    except Exception:
-        if runtime.env_world_size() == 1:
-            raise
-        sys.excepthook(*sys.exc_info())
-        _exit(FAILED)
-    runtime.stop()
-    if runtime.env_world_size() > 1:
-        _exit(0)
-
-
-def _drop_local_rank() -> None:
-    """Removes the argument --local_rank=N, which DeepSpeed's launcher adds besides setting LOCAL_RANK."""
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # DeepSpeed's launcher also passes it as an argument
         sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    with stdio.exit_quietly():
+        try:
+            command()
+        except runtime.Preempted as stopped:
+            stdio.write(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
+            _exit(PREEMPTED)
+        except (ConfigError, runtime.SharedError) as error:
+            runtime.stop()
+            _fail(error, is_reporter=runtime.env_rank() == 0)
+        except UserError as error:  # of this rank alone, or peers are lost: no collective may follow
+            _fail(error, is_reporter=True)
+        except KeyboardInterrupt:
+            _exit(INTERRUPTED)
+        except Exception:
+            if runtime.env_world_size() == 1:
+                raise
+            sys.excepthook(*sys.exc_info())
+            _exit(FAILED)
+        runtime.stop()
+        if runtime.env_world_size() > 1:
+            _exit(0)
 
 
 def _exit(status: int) -> NoReturn:

@@ -1,6 +1,6 @@
-"""SIGTERM, SIGINT and SIGHUP before training begins: they end the process, which can simply be started again.
+"""Handlers of SIGTERM, SIGINT and SIGHUP. Before training begins, they end the process, which can be restarted.
 
-Imports nothing slow: PyTorch and DeepSpeed take seconds to load, and signals must be handled meanwhile.
+Imports nothing slow: PyTorch and DeepSpeed take seconds to load, and signals must be handled in the meantime.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 
 from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
 
@@ -30,15 +31,22 @@ def exit_on_signal() -> None:
 
 
 @contextmanager
-def exit_on_interrupt() -> Iterator[None]:
-    """SIGINT within the block ends the process with INTERRUPTED and no traceback. For the imports of a command."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+def handling(
+    signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Installs a handler for the block. A signal that is ignored stays ignored."""
+    handled = [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, handler) for signum in handled}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for signum, previous_handler in previous.items():
+            signal.signal(signum, previous_handler)
+
+
+def exit_on_interrupt() -> AbstractContextManager[None]:
+    """SIGINT within the block ends the process with INTERRUPTED and no traceback. For the imports of a command."""
+    return handling([signal.SIGINT], lambda *_: os._exit(INTERRUPTED))
 
 
 def terminate_with_launcher() -> None:

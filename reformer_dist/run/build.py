@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from reformer_dist.checkpoint import CheckpointReader, RunRecord
+from reformer_dist.checkpoint import RunRecord
 from reformer_dist.config import RunConfig
 from reformer_dist.data import Corpus
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
-from reformer_dist.models.attention import require_attention
+from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.models.block import Block
-from reformer_dist.parallel.sequence import share_sequences
+from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.log import logger
-from reformer_dist.run.compose import plain
+from reformer_dist.run.compose import to_dict
 from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
 from reformer_dist.run.directory import (
     RunDirectory,
-    changed_keys,
-    lock_run_directory,
+    config_changes,
+    open_run_directory,
     require_same_config,
     write_config,
 )
 from reformer_dist.run.pretrained import load_initial_weights
 from reformer_dist.training.batches import BatchReader
-from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, find_resume_checkpoint
+from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, StepLayout, TaskData
 from reformer_dist.training.preemption import StopSignal
@@ -43,12 +43,12 @@ def build_trainer(
 ) -> Trainer:
     """Validates the configuration, builds all parts, and resumes from a checkpoint if there is one.
 
-    resources: receives what must be closed at the end of the run; stop: ends it early. Raises UserError alike on
+    resources: receives what must be closed at the end of the run. stop: ends it early. Raises UserError, alike on
     every rank.
     """
     require_same_config(config, runtime)
     layout = make_layout(config, runtime)
-    data = open_data(config, runtime)
+    data = runtime.together(lambda: open_task_data(config))
     directory = open_run_directory(config, runtime, resources)
     training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
     run = RunContext(training_data.with_last_step(config), runtime, stop or StopSignal())
@@ -57,7 +57,7 @@ def build_trainer(
     make_example, step = data.task.make_example, parts.state.step
     loader = training_data.loader(run.config, layout.sequence.mesh, layout.micro_batch, make_example)
     resources.callback(loader.close)
-    if step < run.config.trainer.max_steps:  # otherwise it would record overrides that trained nothing
+    if step < run.config.trainer.max_steps:  # otherwise it would record overrides that were never used
         write_config(run.config, runtime)
     path, is_main = directory.path, runtime.is_main
     metrics = runtime.together(lambda: MetricsLogger(path, is_active=is_main, resume_step=step))
@@ -78,20 +78,8 @@ def build_trainer(
 def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
     """Makes the sequence mesh, and divides the step's rows. Raises ConfigError, alike on every rank."""
     micro_batch, n_micro = config.micro_batching(runtime.world_size)
-    runtime.together(lambda: require_attention(config.model, runtime.device))
-    return StepLayout(share_sequences(config, runtime, micro_batch), micro_batch, n_micro)
-
-
-def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
-    """Opens the data sets and makes their task. Raises UserError, alike on every rank."""
-    return runtime.together(lambda: open_task_data(config))
-
-
-def open_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack) -> RunDirectory:
-    """Locks output_dir and selects the checkpoint to resume from. Raises UserError, alike on every rank."""
-    path = lock_run_directory(config, runtime, resources)
-    # under the lock: no other job can add checkpoints any more
-    return RunDirectory(path, find_resume_checkpoint(config, runtime))
+    runtime.together(lambda: check_attention_backend(config.model, runtime.device))
+    return StepLayout(make_sequence(config, runtime, micro_batch), micro_batch, n_micro)
 
 
 def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resources: ExitStack) -> EngineParts:
@@ -107,17 +95,21 @@ def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resou
     checkpoints = CheckpointManager(config, runtime, engine, record=record, extra_files=tokenizer_files)
     if resume_from is None:
         return EngineParts(engine, checkpoints, TrainState())
-    _log_resume(resume_from, config, runtime)
+    logger.info(f"resuming from {resume_from.folder} at step {resume_from.step}")
+    old_size, new_size = resume_from.world_size, runtime.world_size
+    changes = [f"ranks of the job: {old_size} -> {new_size}"] if old_size != new_size else []
+    for change in changes + config_changes(resume_from.record.config, record.config):
+        logger.info(f"  changed since: {change}")
     return EngineParts(engine, checkpoints, checkpoints.restore(resume_from))
 
 
 def _describe_run(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[RunRecord, dict[str, bytes]]:
-    """The record that checkpoints carry, and the files that their tokenizer needs."""
+    """The record in the run's checkpoints, and the files of their tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         specification = corpus.tokenizer.save(Path(folder))
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     record = RunRecord(
-        config=plain(config),
+        config=to_dict(config),
         tokenizer=specification,
         vocab_size=corpus.tokenizer.vocab_size,
         labels=corpus.labels,
@@ -127,17 +119,9 @@ def _describe_run(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[
     return record, files
 
 
-def _log_resume(reader: CheckpointReader, config: RunConfig, runtime: Runtime) -> None:
-    logger.info(f"resuming from {reader.folder} at step {reader.step}")
-    ranks = [f"ranks of the job: {reader.world_size} -> {runtime.world_size}"]
-    changed = ranks if reader.world_size != runtime.world_size else []
-    for line in changed + changed_keys(reader.record.config, config):
-        logger.info(f"  changed since: {line}")
-
-
 def _log_run(run: RunContext, layout: StepLayout, data: TaskData, engine: TrainEngine) -> None:
     config, world_size, n_micro = run.config, run.runtime.world_size, layout.n_micro
-    n_parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(engine.module).values())
+    n_parameters = sum(math.prod(shape) for shape in parameter_shapes(engine.module).values())
     rows = config.data.batch_size
     size = f"{rows * config.data.seq_len:,} tokens" if config.task.packs_text else f"{rows:,} samples"
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''} on {run.runtime.device.type}"

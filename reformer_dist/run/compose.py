@@ -33,7 +33,7 @@ from reformer_dist.errors import ConfigError
 
 CONFIG_NAME = "train"
 
-# error messages of the libraries, with the value in the first group, and the requirement to report instead
+# error messages of the libraries, with the value in the first group, and the requirement that replaces them
 VALUE_ERRORS = (
     (re.compile(r"Value '(.*)' of type '.*' could not be converted to Integer"), "must be a whole number"),
     (re.compile(r"Value '(.*)' of type '.*' could not be converted to Float"), "must be a number"),
@@ -73,20 +73,19 @@ def hydra_entry(task: Callable[[RunConfig], None]) -> None:
 
 def compose_run(overrides: list[str]) -> RunConfig:
     """The configuration that a command line of these overrides would run. Raises ConfigError."""
-    register_schema()
     with hydra_context():
         return to_run_config(_with_initial_model(compose_config(overrides), overrides))
 
 
 def command_line_overrides(arguments: list[str]) -> list[str]:
     """The overrides among the arguments of a command line."""
-    overrides: list[str] = get_args_parser().parse_known_intermixed_args(arguments)[0].overrides
-    return overrides
+    return list(get_args_parser().parse_known_intermixed_args(arguments)[0].overrides)
 
 
 @contextmanager
 def hydra_context() -> Iterator[ConfigLoader]:
-    """Initializes Hydra with conf/."""
+    """Initializes Hydra with conf/ and the schema."""
+    register_schema()
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
@@ -100,17 +99,16 @@ def compose_config(overrides: list[str]) -> DictConfig:
 
 
 def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """With init_from, takes model.* from the weights to start from, except for keys that `overrides` set."""
+    """With init_from, takes model.* from the initial weights, except for keys that `overrides` set."""
     if composed.init_from is None:
         return composed
     # imports torch, which commands without init_from need not wait for
-    from reformer_dist.checkpoint.weights import saved_model_config
+    from reformer_dist.checkpoint.export import saved_model_config
 
-    kept = [each.lstrip("+") for each in overrides if each.lstrip("+").startswith("model.")]
+    saved = {"model": saved_model_config(composed.init_from)}
+    kept = [word.lstrip("+") for word in overrides if word.lstrip("+").startswith("model.")]
     try:
-        merged = OmegaConf.merge(
-            composed, {"model": saved_model_config(composed.init_from)}, OmegaConf.from_dotlist(kept)
-        )
+        merged = OmegaConf.merge(composed, saved, OmegaConf.from_dotlist(kept))
     except OmegaConfBaseException as error:
         raise ConfigError(f"init_from={composed.init_from}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)
@@ -153,54 +151,54 @@ def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
     return to_run_config(merged)
 
 
-def plain(config: Any) -> Any:
-    """A configuration as JSON values, enums by name."""
+def to_dict(config: Any) -> Any:
+    """A configuration or group as a dict of JSON values, with enums by name."""
     if is_dataclass(config) and not isinstance(config, type):
-        return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
     if isinstance(config, Enum):
         return config.name
     if isinstance(config, list):
-        return [plain(item) for item in config]
+        return [to_dict(item) for item in config]
     return config
 
 
 def to_yaml(config: RunConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def explain(error: BaseException) -> str:
     """The innermost useful message, with the nearest known key if the key is unknown."""
     cause: BaseException | None = error
-    found: OmegaConfBaseException | None = None
+    innermost: OmegaConfBaseException | None = None
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
-            found = cause
+            innermost = cause
         # Hydra raises the errors of files without "from"
         cause = cause.__cause__ or (cause.__context__ if isinstance(cause, HydraException) else None)
-    if found is None:
+    if innermost is None:
         return _explain_choice(str(error))
-    first_line = (found.msg or str(found)).splitlines()[0]
-    key = str(found.full_key or found.key or "")
+    first_line = (innermost.msg or str(innermost)).splitlines()[0]
+    key = str(innermost.full_key or innermost.key or "")
     if key in RENAMED:  # in a yaml file; the value is unknown here
         return f"{key}: {RENAMED[key]}"
     if NOT_A_LIST.search(first_line):
         return f"{key}: must be a list, such as {key}={_example(key)}"
-    for wrong, right in VALUE_ERRORS:
-        if matched := wrong.match(first_line):
-            return f"{key}={matched[1]}: {right.format(*matched.groups())}"
-    named = first_line if not key or key in first_line else f"{key}: {first_line}"
-    return named + _suggest(key, found.object_type)
+    for pattern, requirement in VALUE_ERRORS:
+        if match := pattern.match(first_line):
+            return f"{key}={match[1]}: {requirement.format(*match.groups())}"
+    message = first_line if not key or key in first_line else f"{key}: {first_line}"
+    return message + _suggest(key, innermost.object_type)
 
 
 def _explain_choice(message: str) -> str:
     """Hydra's message; for an unknown choice of a group, the known ones instead of the search path."""
-    found = UNKNOWN_CHOICE.search(message)
-    if found is None:
+    match = UNKNOWN_CHOICE.search(message)
+    if match is None:
         return message
-    group, choice, listed = found.groups()
-    known = listed.split()
-    near = difflib.get_close_matches(choice, known, n=1)
-    return f"{group}={choice}: must be {one_of(known)}" + (f"; did you mean {near[0]}?" if near else "")
+    group, choice, options = match.groups()
+    known = options.split()
+    closest = difflib.get_close_matches(choice, known, n=1)
+    return f"{group}={choice}: must be {one_of(known)}" + (f"; did you mean {closest[0]}?" if closest else "")
 
 
 def _example(key: str) -> str:
@@ -208,17 +206,14 @@ def _example(key: str) -> str:
     value: Any = RunConfig()
     for name in key.split("."):
         value = getattr(value, name, None)
-    return f"[{','.join(map(str, plain(value)))}]" if isinstance(value, list) and value else "[a,b]"
+    return f"[{','.join(map(str, to_dict(value)))}]" if isinstance(value, list) and value else "[a,b]"
 
 
-def _suggest(key: str, owner: Any) -> str:
-    if not (isinstance(owner, type) and is_dataclass(owner)):
+def _suggest(key: str, group: Any) -> str:
+    """The key of a dataclass closest to an unknown one, or all of them."""
+    known = [field.name for field in fields(group)] if isinstance(group, type) and is_dataclass(group) else []
+    name = key.rsplit(".", 1)[-1]
+    if not known or name in known:
         return ""
-    known = [field.name for field in fields(owner)]
-    last = key.rsplit(".", 1)[-1]
-    if last in known:
-        return ""
-    near = difflib.get_close_matches(last, known, n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; it knows {', '.join(known)}"
+    closest = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {closest[0]}?" if closest else f"; known keys: {', '.join(known)}"

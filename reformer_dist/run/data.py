@@ -1,4 +1,4 @@
-"""Training data of a run: data sets, sampling order, position to resume from, and the log of damaged samples."""
+"""Training data of a run: datasets, sampling order, position to resume from, and the log of damaged samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
-    """Opens the run's data sets, and checks that no shard of these splits is missing. Raises DataError."""
+    """Opens the run's datasets, and checks that no shard of these splits is missing. Raises DataError."""
     corpus = Corpus.open(data.paths(), data.weights, data.cache_dir, data.cache_gb)
     for split in splits:
         for warning in corpus.check(split, data.max_damaged_fraction):
@@ -40,19 +40,16 @@ def open_corpus(data: DataConfig, splits: Sequence[str]) -> Corpus:
     return corpus
 
 
-def open_training_corpus(config: RunConfig) -> Corpus:
-    """open_corpus with the splits that the run reads: train, and heldout if it evaluates or samples."""
+def open_task_data(config: RunConfig) -> TaskData:
+    """Opens the datasets of a training run and makes their task. Raises DataError if they do not fit.
+
+    The run reads the split train, and heldout if it evaluates or samples.
+    """
     needs_heldout = config.trainer.eval_every > 0 or config.trainer.sample_every > 0
     corpus = open_corpus(config.data, ["train", "heldout"] if needs_heldout else ["train"])
     if needs_heldout and corpus.total("tokens", "heldout") == 0:
         fix = "write it again with --heldout above 0, or set trainer.eval_every=0 trainer.sample_every=0"
         raise DataError(f"{corpus.where}: no documents are held out for evaluation; {fix}")
-    return corpus
-
-
-def open_task_data(config: RunConfig) -> TaskData:
-    """Opens the data sets of a training run and makes their task. Raises DataError if they do not fit."""
-    corpus = open_training_corpus(config)
     task = make_task(config, corpus.tokenizer, corpus.labels)
     task.check(corpus)
     return TaskData(corpus, task)

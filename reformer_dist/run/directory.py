@@ -1,8 +1,9 @@
-"""The run directory: created and locked by rank 0, with the resolved configuration in it."""
+"""The run directory: created and locked by rank 0; holds the resolved configuration."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError
 from reformer_dist.fs.lock import RunLock
-from reformer_dist.run.compose import plain, to_yaml
+from reformer_dist.run.compose import to_yaml
+from reformer_dist.training.checkpoint_manager import find_resume_checkpoint
 
 CONFIG_FILE = "config.yaml"
 
@@ -30,16 +32,16 @@ class RunDirectory:
 def require_same_config(config: RunConfig, runtime: Runtime) -> None:
     """Raises ConfigError alike on every rank unless all ranks have the same configuration."""
     digests = runtime.gather(hashlib.sha256(to_yaml(config).encode()).hexdigest())
-    differing = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if differing:
-        ranks = ", ".join(differing)
+    ranks = ", ".join(str(rank) for rank, digest in enumerate(digests) if digest != digests[0])
+    if ranks:
         raise ConfigError(f"ranks {ranks} have another configuration than rank 0; start all with the same")
 
 
-def lock_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack) -> Path:
-    """Creates output_dir and locks it against other jobs for as long as `resources` are open.
+def open_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack) -> RunDirectory:
+    """Creates and locks output_dir until `resources` close, and selects the checkpoint to resume from.
 
-    Raises an error alike on every rank if it can't be written to, or another job has locked it.
+    Raises alike on every rank: ConfigError if it can't be written to or another job has locked it, CheckpointError
+    if resuming is impossible.
     """
     folder = Path(config.output_dir)
 
@@ -52,7 +54,8 @@ def lock_run_directory(config: RunConfig, runtime: Runtime, resources: ExitStack
             raise ConfigError(f"output_dir={folder}: can't be written to ({reason}); choose another") from error
 
     runtime.on_main(create)
-    return folder
+    # under the lock: no other job can add checkpoints
+    return RunDirectory(folder, find_resume_checkpoint(config, runtime))
 
 
 def write_config(config: RunConfig, runtime: Runtime) -> None:
@@ -60,13 +63,8 @@ def write_config(config: RunConfig, runtime: Runtime) -> None:
     runtime.on_main(lambda: (Path(config.output_dir) / CONFIG_FILE).write_text(to_yaml(config)))
 
 
-def changed_keys(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    """Lines such as "optim.lr: 0.003 -> 0.001" for each difference from a saved configuration."""
-    return changed_values(saved, plain(config))
-
-
-def changed_values(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """changed_keys of two saved configurations."""
+def config_changes(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Lines such as "optim.lr: 0.003 -> 0.001" for each difference between two saved configurations."""
     before, after = dict(_flatten(first)), dict(_flatten(second))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
@@ -75,11 +73,9 @@ def changed_values(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            leaves.extend(_flatten(value, f"{prefix}{key}."))
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            leaves.append((f"{prefix}{key}", value))
-    return leaves
+            yield f"{prefix}{key}", value

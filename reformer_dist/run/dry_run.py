@@ -53,7 +53,7 @@ def count_ranks(config: RunConfig) -> tuple[int, int]:
     launcher = config.launcher
     if runtime.is_rank():
         return runtime.ranks_per_node(), runtime.env_world_size()
-    launcher.require_read()
+    launcher.refuse_unused_keys()
     default = torch.cuda.device_count() if launcher.kind is not LauncherKind.none else 1
     per_node = launcher.nproc_per_node or max(1, default)
     return per_node, per_node * launcher.n_nodes

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer_dist.checkpoint import CheckpointReader, Export
-from reformer_dist.checkpoint.weights import open_weights
+from reformer_dist.checkpoint.export import open_weights
 from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Tokenizer, load_tokenizer
 from reformer_dist.errors import CheckpointError, DataError
 from reformer_dist.models import ReformerLM
-from reformer_dist.models.attention import require_attention
+from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import run_config_from
 from reformer_dist.tasks import SequenceToSequence, Task, make_task
@@ -36,12 +35,12 @@ class LoadedModel:
 
     @property
     def language_model(self) -> ReformerLM:
-        """The model, if it continues texts. Raises CheckpointError otherwise."""
+        """The model, if it can continue a text. Raises CheckpointError otherwise."""
         kind = self.config.task.kind
         if kind in (TaskKind.language_model, TaskKind.completion) and isinstance(self.model, ReformerLM):
             return self.model
-        right = "only language_model and completion continue a text; see reformer-evaluate"
-        raise CheckpointError(f"{self.checkpoint}: task.kind={kind.name}: {right}")
+        requirement = "only language_model and completion continue a text; see reformer-evaluate"
+        raise CheckpointError(f"{self.checkpoint}: task.kind={kind.name}: {requirement}")
 
     def begin(self, prompts: list[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
         """Returns (model, prefixes to decode from) for prompts [S], each beginning with an end-of-text token.
@@ -64,20 +63,15 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     saved = {key: value for key, value in reader.record.config.items() if key != "parallel"}
     saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_backend"}
     config = run_config_from(saved, overrides)
-    require_attention(config.model, device)
+    check_attention_backend(config.model, device)
     tokenizer = load_tokenizer(reader.record.tokenizer, reader.folder)
-    _require_vocabulary(reader, tokenizer)
+    if tokenizer.vocab_size != reader.record.vocab_size:
+        requirement = f"the model was trained with one of {reader.record.vocab_size}; restore its own tokenizer"
+        raise CheckpointError(f"{reader.folder}: its tokenizer has {tokenizer.vocab_size} tokens; {requirement}")
     task = make_task(config, tokenizer, reader.record.labels)
     model = task.build_model()
     reader.load_weights(model)
     return LoadedModel(model.to(device).eval(), task, config, tokenizer, reader.folder, reader.step)
-
-
-def _require_vocabulary(reader: CheckpointReader | Export, tokenizer: Tokenizer) -> None:
-    expected = reader.record.vocab_size
-    if tokenizer.vocab_size != expected:
-        right = f"the model was trained with one of {expected}; restore its own tokenizer"
-        raise CheckpointError(f"{reader.folder}: its tokenizer has {tokenizer.vocab_size} tokens; {right}")
 
 
 HEAD_PREFIX, TOKEN_EMBEDDING = "head.", "embedding.tokens"
@@ -99,7 +93,7 @@ def load_initial_weights(path: str, model: nn.Module, tokenizer: dict[str, Any])
     if head != saved_head:
         logger.info(f"the head of {reader.folder} is of another kind; this run's keeps its initialization")
         children = model.named_children()
-        model = nn.ModuleDict({name: part for name, part in children if not f"{name}.".startswith(HEAD_PREFIX)})
+        model = nn.ModuleDict({name: child for name, child in children if f"{name}." != HEAD_PREFIX})
         ignored = saved_head
     with _resized_embedding(model, shapes):
         reader.load_weights(model, ignored)
@@ -108,21 +102,21 @@ def load_initial_weights(path: str, model: nn.Module, tokenizer: dict[str, Any])
 
 @contextmanager
 def _resized_embedding(model: nn.Module, shapes: dict[str, list[int]]) -> Iterator[None]:
-    """Gives the token embedding its saved number of rows, if only one of the two models has a mask token.
+    """Resizes the token embedding to load its saved rows, if only one of the two models has a mask token.
 
-    On exit, its common rows are the saved ones; a new mask token is their mean.
+    On exit, the common rows are the saved ones; a new mask token is their mean.
     """
     embedding = model.get_submodule(TOKEN_EMBEDDING)
-    own = embedding.weight
-    assert isinstance(own, nn.Parameter)
-    n_saved = shapes.get(f"{TOKEN_EMBEDDING}.weight", [len(own)])[0]
-    if abs(n_saved - len(own)) != 1:
+    weight = embedding.weight
+    assert isinstance(weight, nn.Parameter)
+    n_saved = shapes.get(f"{TOKEN_EMBEDDING}.weight", [len(weight)])[0]
+    if abs(n_saved - len(weight)) != 1:
         yield
         return
-    embedding.weight = saved = nn.Parameter(own.new_empty(n_saved, own.shape[1]))
+    embedding.weight = saved = nn.Parameter(weight.new_empty(n_saved, weight.shape[1]))
     yield
     with torch.no_grad():
-        n_shared = min(n_saved, len(own))
-        own[:n_shared] = saved[:n_shared]
-        own[n_shared:] = saved.mean(dim=0)
-    embedding.weight = own
+        n_common = min(n_saved, len(weight))
+        weight[:n_common] = saved[:n_common]
+        weight[n_common:] = saved.mean(dim=0)
+    embedding.weight = weight

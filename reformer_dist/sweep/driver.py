@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from reformer_dist.process.exit_status import KILLED, PREEMPTED
 from reformer_dist.process.log import logger
+from reformer_dist.process.signals import SIGNALS, handling
 from reformer_dist.sweep.placement import Placement
 from reformer_dist.sweep.process import TrialProcess, open_lock
 from reformer_dist.sweep.trial_metrics import MetricsRow, read_metrics
@@ -21,7 +21,6 @@ from reformer_dist.sweep.trials import ENDED, SweepFile, Trial, TrialStatus
 POLL_INTERVAL = 0.2  # seconds
 METRICS_INTERVAL = 2.0  # seconds between reads of a running trial's metrics
 SAVE_TIMEOUT = 600.0  # seconds that stopped trials have for their last save before they are killed
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SearchStrategy(Protocol):
@@ -55,22 +54,23 @@ class _RunningTrial:
     initial_step: int
     pending: list[Command]
     """Commands to run in the same placement after the current one succeeds."""
-    rows: list[MetricsRow] = field(default_factory=list)
+    n_rows: int = 0
+    """Rows of metrics read so far."""
     last_read: float = 0.0
 
 
 class Driver:
-    """Runs the trials of one strategy, in one thread: a child is signalled when its parent thread ends."""
+    """Runs the trials of one strategy. Stays in one thread: a trial is signalled when its parent thread ends."""
 
     def __init__(
         self,
         file: SweepFile,
         placements: list[Placement],
         commands: list[Command],
-        summarise: Callable[[Trial], None],
+        summarize: Callable[[Trial], None],
     ) -> None:
-        """commands: Python arguments of a trial's processes, run in sequence; summarise: sets `trial.result`."""
-        self._file, self._free, self._commands, self._summarise = file, list(placements), commands, summarise
+        """commands: Python arguments of a trial's processes, run in order. summarize: sets `trial.result`."""
+        self._file, self._free, self._commands, self._summarize = file, list(placements), commands, summarize
         self._running: list[_RunningTrial] = []
         self._blocked: list[Trial] = []
         self._signal: int | None = None
@@ -78,7 +78,7 @@ class Driver:
 
     def run(self, strategy: SearchStrategy) -> int | None:
         """Runs until the strategy has no more trials; returns the signal that stopped it early, if any."""
-        with self._catching_signals():
+        with handling(SIGNALS, self._on_signal):
             while True:
                 if self._signal is not None:
                     self._stop_all(strategy)
@@ -88,6 +88,9 @@ class Driver:
                     return None
                 time.sleep(POLL_INTERVAL)
                 self._poll(strategy)
+
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        self._signal, self._n_signals = self._signal or signum, self._n_signals + 1
 
     def _trial_folder(self, trial: Trial) -> Path:
         return self._file.folder / trial.name
@@ -141,8 +144,8 @@ class Driver:
         if trial.state is TrialStatus.pruned or not is_training:
             return
         rows = read_metrics(self._trial_folder(trial))
-        if len(rows) > len(running.rows):
-            running.rows = rows
+        if len(rows) > running.n_rows:
+            running.n_rows = len(rows)
             if strategy.should_prune(trial, rows):
                 trial.state = TrialStatus.pruned
                 running.process.stop()
@@ -167,7 +170,7 @@ class Driver:
         else:
             trial.state, trial.reason = TrialStatus.failed, _failure_reason(status, running.process)
         if trial.state in ENDED:
-            self._summarise(trial)
+            self._summarize(trial)
         elif self._signal is None:
             self._blocked.append(trial)  # resumes when a placement is free
         self._file.save()
@@ -202,20 +205,6 @@ class Driver:
                     self._process_ended(running, status, strategy)
             time.sleep(POLL_INTERVAL / 4)
 
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        def handle(signum: int, _: FrameType | None) -> None:
-            self._signal, self._n_signals = self._signal or signum, self._n_signals + 1
-
-        # SIGHUP stays ignored under nohup
-        handled = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-        previous = {signum: signal.signal(signum, handle) for signum in handled}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
 
 def _last_step(rows: list[MetricsRow]) -> int:
     return int(rows[-1]["step"]) if rows else 0
@@ -223,8 +212,7 @@ def _last_step(rows: list[MetricsRow]) -> int:
 
 def _failure_reason(status: int, process: TrialProcess) -> str:
     error = process.last_error()
-    names = {KILLED + each: each.name for each in signal.Signals}
-    name = names.get(status)
+    name = {KILLED + signum: signum.name for signum in signal.Signals}.get(status)
     return error if name is None or name in error else f"killed by {name}"
 
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from reformer_dist.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Placement:
-    """Resources of one trial, as environment variables."""
-
-    environment: dict[str, str]
+Placement = dict[str, str]  # resources of one trial, as environment variables of its processes
 
 
 def make_placements(ranks: int | None, parallel: int | None, gpus: list[str], cores: int) -> list[Placement]:
@@ -21,24 +15,20 @@ def make_placements(ranks: int | None, parallel: int | None, gpus: list[str], co
     gpus: ids in the format of CUDA_VISIBLE_DEVICES. Raises ConfigError if a trial does not fit.
     """
     if gpus:
-        return _on_gpus(ranks or len(gpus), parallel, gpus)
+        ranks = ranks or len(gpus)
+        capacity = len(gpus) // ranks
+        if capacity == 0:
+            problem = f"exceeds the {len(gpus)} visible GPUs; use at most that many"
+            raise ConfigError(f"launcher.nproc_per_node={ranks}: {problem}")
+        if parallel is not None and parallel > capacity:
+            problem = f"{len(gpus)} GPUs fit {capacity} trials of {ranks} ranks"
+            raise ConfigError(f"sweep.parallel={parallel}: {problem}")
+        groups = [gpus[index * ranks : (index + 1) * ranks] for index in range(parallel or capacity)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
     ranks = ranks or 1
     count = parallel or max(1, cores // ranks)
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * ranks))))
-    return [Placement({"OMP_NUM_THREADS": threads}) for _ in range(count)]
-
-
-def _on_gpus(ranks: int, parallel: int | None, gpus: list[str]) -> list[Placement]:
-    capacity = len(gpus) // ranks
-    if capacity == 0:
-        raise ConfigError(
-            f"launcher.nproc_per_node={ranks}: exceeds the {len(gpus)} visible GPUs; use at most that many"
-        )
-    if parallel is not None and parallel > capacity:
-        fix = f"{len(gpus)} GPUs fit {capacity} trials of {ranks} ranks"
-        raise ConfigError(f"sweep.parallel={parallel}: {fix}")
-    groups = [gpus[index * ranks : (index + 1) * ranks] for index in range(parallel or capacity)]
-    return [Placement({"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
+    return [{"OMP_NUM_THREADS": threads} for _ in range(count)]
 
 
 def visible_gpus() -> list[str]:

@@ -14,13 +14,14 @@ MAX_LEGEND_ENTRIES = 12
 
 def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
     """Writes loss_over_time.png and pareto_*.png; returns their names. Raises UserError without matplotlib."""
-    figure_class = _matplotlib()
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which selects a display backend
+    except ImportError as error:
+        raise UserError("no plots: matplotlib is not installed; pip install 'reformer_dist[sweep]'") from error
     written = []
     curves = {trial.name: _curve(read_metrics(folder / trial.name), objective) for trial in trials}
     if any(curves.values()):
-        written.append(
-            _plot_curves(figure_class(figsize=(8, 5)), curves, objective, folder / "loss_over_time.png")
-        )
+        written.append(_plot_curves(Figure(figsize=(8, 5)), curves, objective, folder / "loss_over_time.png"))
     for tag, label in ((SPEED, "tokens per second"), ("coverage/mass", "softmax mass covered")):
         points = {
             trial.name: (trial.result[tag], trial.result[objective])
@@ -29,7 +30,7 @@ def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
         }
         if points:
             target = folder / f"pareto_{tag.rpartition('/')[2]}.png"
-            written.append(_plot_pareto(figure_class(figsize=(8, 5)), points, label, objective, target))
+            written.append(_plot_pareto(Figure(figsize=(8, 5)), points, label, objective, target))
     return written
 
 
@@ -42,14 +43,6 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
             front.append(name)
             best = loss
     return front
-
-
-def _matplotlib() -> Any:
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which selects a display backend
-    except ImportError as error:
-        raise UserError("no plots: matplotlib is not installed; pip install 'reformer_dist[sweep]'") from error
-    return Figure
 
 
 def _curve(rows: list[MetricsRow], objective: str) -> list[tuple[float, float]]:

@@ -37,7 +37,7 @@ class TrialProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | placement.environment,
+                env=os.environ | placement,
                 start_new_session=True,
                 pass_fds=[lock],
                 preexec_fn=_terminate_with_driver(os.getpid()),
@@ -57,9 +57,9 @@ class TrialProcess:
         """Kills the process and its descendants."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._process.pid)
-            for each in [*process.children(recursive=True), process]:
+            for member in [*process.children(recursive=True), process]:
                 with suppress(psutil.NoSuchProcess):
-                    each.kill()
+                    member.kill()
 
     def last_error(self) -> str:
         """The error in the log of this process, or its last line."""

@@ -20,7 +20,11 @@ def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
     """Writes results.csv, results.json, plots and hparams/ to the sweep's folder, and logs the table."""
     ordered = best_first(trials, objective)
     rows = table(ordered, objective)
-    write_atomic(folder / "results.csv", as_csv(rows))
+    csv_text = io.StringIO()
+    writer = csv.DictWriter(csv_text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / "results.csv", csv_text.getvalue())
     write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     _write_hparams(folder, [trial for trial in ordered if trial.result])
     logger.info("\n" + as_text(rows))
@@ -31,8 +35,8 @@ def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
     except UserError as error:
         logger.warning(str(error))
         plots = []
-    names = ["results.csv", "results.json", *plots]
-    logger.info(f"\nwritten to {folder}: {', '.join(names)}; see the HPARAMS tab of tensorboard --logdir {folder}")
+    names = ", ".join(["results.csv", "results.json", *plots])
+    logger.info(f"\nwritten to {folder}: {names}; see the HPARAMS tab of tensorboard --logdir {folder}")
 
 
 def best_first(trials: list[Trial], objective: str) -> list[Trial]:
@@ -58,14 +62,6 @@ def table(trials: list[Trial], objective: str) -> list[dict[str, str | float | N
         }
         for trial in trials
     ]
-
-
-def as_csv(rows: list[dict[str, str | float | None]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def as_text(rows: list[dict[str, str | float | None]]) -> str:

@@ -26,25 +26,12 @@ from reformer_dist.run.compose import (
     hydra_context,
     hydra_entry,
     refuse_unknown,
-    register_schema,
 )
 from reformer_dist.sweep.space import Choices, Dimension, Interval, SearchSpace
 
 SWEEP = "sweep"
-# keys that a sweep sets for its trials
+# keys that a sweep sets for each trial
 RESERVED_KEYS = ("output_dir", "resume")
-
-
-@dataclass(frozen=True)
-class SweepOverrides:
-    """The overrides of a command line by their role, as typed."""
-
-    fixed: list[str]
-    """Overrides with a single value, passed to every trial."""
-    settings: list[str]
-    """sweep=... and sweep.key=..., not passed to trials."""
-    space: SearchSpace
-    """Overrides with several values."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +60,9 @@ def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepReques
 
 def parse_request(arguments: list[str]) -> SweepRequest:
     """Parses overrides. Fixed keys are only partly checked: trials may still be invalid. Raises ConfigError."""
-    register_schema()
     with hydra_context() as loader:
-        overrides = classify_overrides(arguments, loader)
-        composed = compose_config([*overrides.fixed, *overrides.settings])
+        fixed, sweep_settings, space = _classify_overrides(arguments, loader)
+        composed = compose_config([*fixed, *sweep_settings])
         refuse_unknown(OmegaConf.to_container(composed.sweep), SweepConfig(), "sweep.")
         try:
             settings, launcher = OmegaConf.to_object(composed.sweep), OmegaConf.to_object(composed.launcher)
@@ -84,10 +70,15 @@ def parse_request(arguments: list[str]) -> SweepRequest:
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error)) from error
         assert isinstance(settings, SweepConfig) and isinstance(launcher, LauncherConfig)
-        fixed_keys = {override.partition("=")[0] for override in overrides.fixed}
-        params = {key: value for key, value in settings.params.items() if key not in fixed_keys}
-        space = parse_params(params, loader) | overrides.space
-    return SweepRequest(settings, launcher, folder, overrides.fixed, space)
+        fixed_keys = {word.partition("=")[0] for word in fixed}
+        params: SearchSpace = {}
+        for key, value in settings.params.items():
+            if key not in fixed_keys:
+                (override,) = _parse([f"{key}={value}"], loader)
+                is_range = override.is_sweep_override()
+                word = f"sweep.params: {key}={value}"
+                params[key] = _parse_dimension(override, word) if is_range else Choices((value,))
+    return SweepRequest(settings, launcher, folder, fixed, params | space)
 
 
 def is_sweep(arguments: list[str]) -> bool:
@@ -107,8 +98,11 @@ def is_sweep(arguments: list[str]) -> bool:
     return False
 
 
-def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> SweepOverrides:
-    """Classifies overrides by role. loader: resolves the options of `group=glob(*)`. Raises ConfigError."""
+def _classify_overrides(words: list[str], loader: ConfigLoader) -> tuple[list[str], list[str], SearchSpace]:
+    """Returns (overrides with one value, sweep=... and sweep.key=..., overrides with several values).
+
+    loader: resolves the options of `group=glob(*)`. Raises ConfigError.
+    """
     fixed: list[str] = []
     settings: list[str] = []
     space: SearchSpace = {}
@@ -116,9 +110,7 @@ def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> 
         key = override.get_key_element()
         name = override.key_or_group
         if override.is_hydra_override():
-            raise ConfigError(
-                f"{word}: Hydra's own settings do not apply to a sweep; see sweep=... and launcher=..."
-            )
+            raise ConfigError(f"{word}: Hydra's settings do not apply to a sweep; see sweep=... and launcher=...")
         if name == SWEEP or name.startswith(f"{SWEEP}."):
             if override.is_sweep_override():
                 raise ConfigError(f"{word}: settings of the sweep take one value each")
@@ -131,22 +123,10 @@ def classify_overrides(words: list[str], loader: ConfigLoader | None = None) -> 
         else:
             space[key] = _parse_dimension(override, word)
             fixed = drop_key(fixed, name)
-    return SweepOverrides(fixed, settings, space)
+    return fixed, settings, space
 
 
-def parse_params(params: dict[str, str], loader: ConfigLoader | None = None) -> SearchSpace:
-    """The search space of sweep.params, with values in the syntax of overrides. Raises ConfigError."""
-    space: SearchSpace = {}
-    for key, value in params.items():
-        (override,) = _parse([f"{key}={value}"], loader)
-        if override.is_sweep_override():
-            space[key] = _parse_dimension(override, f"sweep.params: {key}={value}")
-        else:
-            space[key] = Choices((value,))
-    return space
-
-
-def _parse(words: list[str], loader: ConfigLoader | None) -> list[Override]:
+def _parse(words: list[str], loader: ConfigLoader) -> list[Override]:
     refuse_renamed_overrides(words)
     try:
         parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)
@@ -162,27 +142,22 @@ def _parse_dimension(override: Override, word: str) -> Dimension:
         is_integer = isinstance(value.start, int) and isinstance(value.end, int)
         low, high, is_log = float(value.start), float(value.end), "log" in value.tags
         if not low < high or (is_log and low <= 0):
-            raise ConfigError(
-                f"{word}: an interval must be increasing{' and start above 0 if logarithmic' if is_log else ''}"
-            )
+            condition = " and start above 0 if logarithmic" if is_log else ""
+            raise ConfigError(f"{word}: an interval must be increasing{condition}")
         return Interval(low, high, is_integer=is_integer, is_log=is_log)
     if getattr(value, "shuffle", False):
         raise ConfigError(f"{word}: the order would differ at each start; leave shuffle out")
     if isinstance(value, RangeSweep):
-        return _parse_range(value, word)
+        numbers = list(value.range())
+        if not numbers:
+            raise ConfigError(f"{word}: the range is empty; give at least one value")
+        is_integer = all(isinstance(number, int) for number in numbers)
+        low, high, step = float(min(numbers)), float(max(numbers)), abs(float(value.step))
+        return Interval(low, high, step, is_integer, "log" in value.tags)
     values = tuple(dict.fromkeys(override.sweep_string_iterator()))
     if not values:
         raise ConfigError(f"{word}: has no values; give at least one")
     return Choices(values)
-
-
-def _parse_range(value: RangeSweep, word: str) -> Interval:
-    values = list(value.range())
-    if not values:
-        raise ConfigError(f"{word}: the range is empty; give at least one value")
-    low, high = min(values), max(values)
-    is_integer = all(isinstance(each, int) for each in values)
-    return Interval(float(low), float(high), abs(float(value.step)), is_integer, "log" in value.tags)
 
 
 def as_override(key: str, value: str) -> str:
@@ -193,7 +168,7 @@ def as_override(key: str, value: str) -> str:
         if not override.is_sweep_override() and override.value() == value:
             return word
     except HydraException:
-        pass
+        pass  # quoted below
     quoted = value.replace("\\", "\\\\").replace("'", "\\'") if value.endswith("\\") else value.replace("'", "\\'")
     return f"{key}='{quoted}'"
 

@@ -14,13 +14,13 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.process.cores import usable_cores
 from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
 from reformer_dist.process.log import logger
-from reformer_dist.run.compose import compose_run, plain
+from reformer_dist.run.compose import compose_run, to_dict
 from reformer_dist.sweep.driver import Command, Driver, SearchStrategy
 from reformer_dist.sweep.grid import GridSearch, combinations, trial_name
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.report import best_first, write_report
 from reformer_dist.sweep.request import SweepRequest, as_override, drop_key
-from reformer_dist.sweep.trial_metrics import COVERAGE, read_coverage, read_metrics, summarise
+from reformer_dist.sweep.trial_metrics import COVERAGE, read_coverage, read_metrics, summarize
 from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus, read_all
 
 # groups and keys that do not affect the results of a trial
@@ -40,10 +40,20 @@ def run_sweep(request: SweepRequest) -> int:
     request.folder.mkdir(parents=True, exist_ok=True)
     file = SweepFile(request.folder, settings.parse_shard())
     file.lock()
-    strategy = _plan(request, file)
+    strategy: SearchStrategy
+    if settings.kind is SweepKind.optuna:
+        from reformer_dist.sweep.search import OptunaSearch
+
+        strategy = OptunaSearch(request, file, lambda name, changed: make_trial(request, name, changed))
+    else:
+        strategy = GridSearch(grid_trials(request, file))
     logger.info(f"sweep in {request.folder}: {strategy.describe()}, {len(placements)} at a time")
-    driver = Driver(file, placements, _commands(request), lambda trial: _collect_result(request, trial))
-    stop_signal = driver.run(strategy)
+
+    def collect_result(trial: Trial) -> None:
+        folder = request.folder / trial.name
+        trial.result = summarize(read_metrics(folder), settings.objective) | read_coverage(folder)
+
+    stop_signal = Driver(file, placements, _commands(request), collect_result).run(strategy)
     write_report(request.folder, list(read_all(request.folder).values()), settings.objective)
     if stop_signal is not None:
         logger.info("sweep stopped; run the same command again to resume")
@@ -57,10 +67,9 @@ def _validate(request: SweepRequest) -> None:
     if runtime.is_rank():
         n_ranks = runtime.ranks_per_node()
         command = f"reformer-train {arguments} launcher=local launcher.nproc_per_node={n_ranks}"
-        raise ConfigError(
-            f"a sweep launches the ranks of its trials; run it without torchrun or deepspeed: {command}"
-        )
-    request.launcher.require_read()
+        reason = "a sweep launches the ranks of its trials"
+        raise ConfigError(f"{reason}; run it without torchrun or deepspeed: {command}")
+    request.launcher.refuse_unused_keys()
     if not request.space:
         example = "such as model.n_hashes=2,4 or optim.lr=1e-3,3e-4"
         raise ConfigError(f"--multirun: no key has several values; give some, {example}")
@@ -69,14 +78,6 @@ def _validate(request: SweepRequest) -> None:
             raise ConfigError(f"{word}: trials resume from their own checkpoints; leave it out")
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ConfigError(f"output_dir={folder}: contains a run; choose another folder for the sweep")
-
-
-def _plan(request: SweepRequest, file: SweepFile) -> SearchStrategy:
-    if request.settings.kind is SweepKind.optuna:
-        from reformer_dist.sweep.search import OptunaSearch
-
-        return OptunaSearch(request, file, lambda name, changed: make_trial(request, name, changed))
-    return GridSearch(grid_trials(request, file))
 
 
 def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
@@ -114,7 +115,7 @@ def make_trial(request: SweepRequest, name: str, changed: dict[str, str]) -> Tri
 
 
 def _config_digest(config: RunConfig) -> str:
-    values = {key: value for key, value in plain(config).items() if key not in EXCLUDED_FROM_DIGEST}
+    values = {key: value for key, value in to_dict(config).items() if key not in EXCLUDED_FROM_DIGEST}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -134,17 +135,9 @@ def _commands(request: SweepRequest) -> list[Command]:
         return ["-m", "reformer_dist.train", *_trial_arguments(request, trial)]
 
     def measure(trial: Trial) -> list[str]:
-        folder, rows = request.folder / trial.name, str(request.settings.coverage_rows)
-        return [
-            "-m",
-            "reformer_dist.evaluate",
-            str(folder),
-            "--coverage",
-            "--rows",
-            rows,
-            "--output",
-            str(folder / COVERAGE),
-        ]
+        folder, rows = request.folder / trial.name, request.settings.coverage_rows
+        options = ["--coverage", f"--rows={rows}", f"--output={folder / COVERAGE}"]
+        return ["-m", "reformer_dist.evaluate", str(folder), *options]
 
     return [train, measure] if request.settings.coverage_rows else [train]
 
@@ -166,8 +159,3 @@ def _log_best(request: SweepRequest) -> None:
     logger.info(f"\nbest: {best.name}, {objective} {best.result[objective]:.4f}, {changed}")
     arguments = [*_trial_arguments(request, best), f"trainer.max_steps={steps}"]
     logger.info(f"to continue its training:\nreformer-train {shlex.join(arguments)}")
-
-
-def _collect_result(request: SweepRequest, trial: Trial) -> None:
-    folder = request.folder / trial.name
-    trial.result = summarise(read_metrics(folder), request.settings.objective) | read_coverage(folder)

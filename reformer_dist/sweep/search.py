@@ -45,7 +45,8 @@ class OptunaSearch:
     def next_trial(self) -> Trial | None:
         if self._waiting:
             return self._waiting.popleft()
-        while self._has_retries() or self._n_trials() < self._settings.n_trials:
+        waiting = [self._optuna.trial.TrialState.WAITING]
+        while self._study.get_trials(deepcopy=False, states=waiting) or self._n_trials() < self._settings.n_trials:
             trial = self._from_proposal(self._study.ask())
             self._file.trials[trial.name] = trial
             if trial.state is not TrialStatus.failed:
@@ -58,15 +59,15 @@ class OptunaSearch:
     def should_prune(self, trial: Trial, rows: list[MetricsRow]) -> bool:
         if self._settings.prune_after is None:
             return False
-        trial_id, reported = self._trial_id(trial), self._frozen(trial).intermediate_values
+        frozen = self._frozen(trial)
         for step, value in series(rows, self._settings.objective):
-            if step not in reported:
-                self._storage.set_trial_intermediate_value(trial_id, step, value)
+            if step not in frozen.intermediate_values:
+                self._storage.set_trial_intermediate_value(frozen._trial_id, step, value)
         frozen = self._frozen(trial)
         return bool(frozen.intermediate_values) and bool(self._study.pruner.prune(self._study, frozen))
 
     def trial_ended(self, trial: Trial) -> None:
-        state = self._optuna.trial.TrialState
+        states = self._optuna.trial.TrialState
         value = trial.result.get(self._settings.objective, math.nan)
         number = _number(trial)
         if trial.state is TrialStatus.finished and math.isfinite(value):
@@ -76,8 +77,8 @@ class OptunaSearch:
             trial.state, trial.reason = TrialStatus.failed, f"no {self._settings.objective} in its metrics"
             self._file.save()
         if not self._frozen(trial).state.is_finished():
-            self._storage.set_trial_user_attr(self._trial_id(trial), "reason", trial.reason)
-        outcome = state.PRUNED if trial.state is TrialStatus.pruned else state.FAIL
+            self._storage.set_trial_user_attr(self._frozen(trial)._trial_id, "reason", trial.reason)
+        outcome = states.PRUNED if trial.state is TrialStatus.pruned else states.FAIL
         self._study.tell(number, state=outcome, skip_if_finished=True)
 
     def _open_study(self, request: SweepRequest) -> tuple[Any, Any]:
@@ -88,11 +89,14 @@ class OptunaSearch:
         )
         storage = optuna.storages.JournalStorage(backend)
         study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, direction="minimize")
-        attributes = {"overrides": " ".join(sorted(_result_overrides(request.fixed))), "space": str(request.space)}
+        # launcher and output_dir do not affect the results
+        excluded = ("launcher", "output_dir=")
+        overrides = sorted(word for word in request.fixed if not word.lstrip("+").startswith(excluded))
+        attributes = {"overrides": " ".join(overrides), "space": str(request.space)}
         for key, value in attributes.items():
-            before = study.user_attrs.get(key, value)
-            if before != value:
-                problem = f"contains a study with {key} {before}; choose another output_dir for {value}"
+            stored = study.user_attrs.get(key, value)
+            if stored != value:
+                problem = f"contains a study with {key} {stored}; choose another output_dir for {value}"
                 raise ConfigError(f"output_dir={request.folder}: {problem}")
             study.set_user_attr(key, value)
         # a restarted sampler with the same seed would propose the same points again
@@ -138,15 +142,8 @@ class OptunaSearch:
         """Number of trials so far; a retried trial counts once."""
         return sum(RETRY_OF not in trial.user_attrs for trial in self._study.get_trials(deepcopy=False))
 
-    def _has_retries(self) -> bool:
-        return bool(self._study.get_trials(deepcopy=False, states=[self._optuna.trial.TrialState.WAITING]))
-
-    def _trial_id(self, trial: Trial) -> int:
-        """Id of the trial in Optuna's storage."""
-        trial_id: int = self._frozen(trial)._trial_id
-        return trial_id
-
     def _frozen(self, trial: Trial) -> Any:
+        """Optuna's record of a trial, as of now."""
         return self._study.get_trials(deepcopy=False)[_number(trial)]
 
 
@@ -177,19 +174,14 @@ class _JournalLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._held = ExitStack()
+        self._stack = ExitStack()
 
     def acquire(self) -> bool:
-        self._held.enter_context(locked(self._path))
+        self._stack.enter_context(locked(self._path))
         return True
 
     def release(self) -> None:
-        self._held.close()
-
-
-def _result_overrides(fixed: list[str]) -> list[str]:
-    """The overrides that affect results."""
-    return [override for override in fixed if not override.lstrip("+").startswith(("launcher", "output_dir="))]
+        self._stack.close()
 
 
 def _name(number: int) -> str:

@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from statistics import median
 
-FILE, COVERAGE = "metrics.jsonl", "coverage.json"
+from reformer_dist.training.metrics_log import METRICS_FILE, read_rows
+
+COVERAGE = "coverage.json"
 TIME, TRAIN_LOSS, SPEED = "time_s", "train/loss", "perf/tokens_per_s"
 
 MetricsRow = dict[str, float]  # metrics of one step by tag
@@ -16,19 +18,14 @@ MetricsRow = dict[str, float]  # metrics of one step by tag
 def read_metrics(folder: Path) -> list[MetricsRow]:
     """Metrics by step, in order. Skips incomplete lines; for repeated steps the last value of a tag wins."""
     try:
-        lines = (folder / FILE).read_text().splitlines()
+        rows = read_rows(folder / METRICS_FILE)
     except OSError:
         return []
     by_step: dict[float, MetricsRow] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
-            # non-finite values are written as null
-            values = {tag: math.nan if value is None else value for tag, value in row.items()}
-            by_step.setdefault(row["step"], {}).update(values)
+    for row in rows:
+        # non-finite values are written as null
+        values = {tag: math.nan if value is None else value for tag, value in row.items()}
+        by_step.setdefault(values["step"], {}).update(values)
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -43,7 +40,7 @@ def last(rows: list[MetricsRow], tag: str) -> float | None:
     return values[-1] if values else None
 
 
-def summarise(rows: list[MetricsRow], objective: str) -> dict[str, float]:
+def summarize(rows: list[MetricsRow], objective: str) -> dict[str, float]:
     """The last step, the last values of the objective and the losses, and the median speed."""
     if not rows:
         return {}

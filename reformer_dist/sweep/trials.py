@@ -43,7 +43,7 @@ class Trial:
     """Overrides that distinguish it from the other trials."""
     state: TrialStatus = TrialStatus.waiting
     overrides: list[str] = field(default_factory=list)
-    """Its command line without output_dir."""
+    """Its overrides on the command line, without output_dir."""
     digest: str = ""
     """Hash of the resolved configuration; a folder is never reused for another configuration."""
     reason: str = ""
@@ -78,17 +78,13 @@ class SweepFile:
 
 def read_all(folder: Path) -> dict[str, Trial]:
     """Trials of all drivers of a sweep by name. Raises ConfigError."""
-    trials: dict[str, Trial] = {}
+    order, trials = list(TrialStatus), dict[str, Trial]()
     for path in sorted(folder.glob(FILES)):
         for trial in _read(path):
             known = trials.get(trial.name)
-            if known is None or _precedence(trial.state) > _precedence(known.state):
+            if known is None or order.index(trial.state) > order.index(known.state):
                 trials[trial.name] = trial
     return trials
-
-
-def _precedence(state: TrialStatus) -> int:
-    return list(TrialStatus).index(state)
 
 
 def _read(path: Path) -> list[Trial]:

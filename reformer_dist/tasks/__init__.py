@@ -1,7 +1,7 @@
-"""Tasks: what a run trains on and how it is evaluated.
+"""Tasks: the inputs, labels and model of a run, and its evaluation.
 
-`base` is the interface. Each TaskKind has a file of its name. `metrics` has the metrics of generated texts and
-answers.
+`base` is the interface. Each TaskKind has a file of the same name. `text_metrics` has the metrics of generated
+texts and answers.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from reformer_dist.tasks.question_answering import QuestionAnswering
 from reformer_dist.tasks.sequence_classification import SequenceClassification
 from reformer_dist.tasks.sequence_to_sequence import SequenceToSequence
 
-KINDS: dict[TaskKind, type[Task]] = {
+TASKS: dict[TaskKind, type[Task]] = {
     TaskKind.language_model: LanguageModel,
     TaskKind.masked_language_model: MaskedLanguageModel,
     TaskKind.completion: Completion,
@@ -27,8 +27,8 @@ KINDS: dict[TaskKind, type[Task]] = {
 
 
 def make_task(config: RunConfig, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Task:
-    """The task of config.task.kind; `labels` are those of its data set, for classification."""
-    return KINDS[config.task.kind](config, tokenizer, labels)
+    """The task of config.task.kind. labels: of its dataset, for classification."""
+    return TASKS[config.task.kind](config, tokenizer, labels)
 
 
 __all__ = ["SequenceToSequence", "Task", "make_task"]

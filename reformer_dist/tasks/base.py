@@ -1,4 +1,4 @@
-"""The interface of a task: how rows become model inputs, and how the model's outputs are evaluated."""
+"""Interface of a task: the conversion of rows to model inputs, and the evaluation of the model's outputs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Task(ABC):
     """Token ids of the model after those of the tokenizer."""
     reports_accuracy: ClassVar[bool] = True
     """Whether evaluation reports the fraction of labels that the model predicts."""
+    reports_bits_per_byte: ClassVar[bool] = False
+    """Whether the loss is also reported in bits per byte of text."""
     labels_per_row: ClassVar[bool] = False
     """Whether labels belong to rows rather than to tokens."""
 
@@ -58,7 +60,7 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, corpus: Corpus) -> None:
-        """Raises DataError if the task can't read the data sets."""
+        """Raises DataError if the task can't read the datasets."""
 
     @abstractmethod
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
@@ -74,11 +76,11 @@ class Task(ABC):
 
     @property
     def token_bytes(self) -> Tensor | None:
-        """[vocab_size] bytes of text of each token if the loss is reported in bits per byte, else None."""
-        return None
+        """Bytes of text of each token, [vocab_size], if the loss is reported in bits per byte, else None."""
+        return torch.from_numpy(self.tokenizer.token_bytes) if self.reports_bits_per_byte else None
 
     def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
-        """Report of the task's own metrics of a trained model, as lines, the same on every rank."""
+        """Lines that report the task's metrics of a trained model, the same on every rank."""
         return []
 
 
@@ -86,27 +88,24 @@ class SampleTask(Task):
     """A task whose rows hold one sample each."""
 
     field_names: ClassVar[tuple[str, ...]] = ("text",)
-    """Roles of the fields of a sample, in order; a data set may name them differently."""
+    """Roles of the fields of a sample, in order; a dataset may name them differently."""
     make_shards_args: ClassVar[str]
-    """Arguments of tools/make_shards.py that write such a data set."""
+    """Arguments of tools/make_shards.py that write such a dataset."""
 
     @abstractmethod
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example: ...
 
-    def padding_sample(self) -> Sample:
-        """An empty sample, for rows of padding."""
-        return Sample("", (np.zeros(0, np.int64),) * len(self.field_names), self.padding_metadata())
-
     def padding_metadata(self) -> dict[str, Any]:
+        """Metadata of the empty samples that are encoded for rows of padding."""
         return {}
 
     def check(self, corpus: Corpus) -> None:
         for dataset in corpus.datasets:
             if len(dataset.fields) != len(self.field_names):
-                kind, where = self.config.task.kind.name, dataset.folder.address
-                found, needed = ", ".join(dataset.fields), " and ".join(self.field_names)
-                right = f"task.kind={kind} needs {needed}; write it with make_shards.py {self.make_shards_args}"
-                raise DataError(f"data.path={where}: its samples hold {found}; {right}")
+                actual, needed = ", ".join(dataset.fields), " and ".join(self.field_names)
+                needs = f"task.kind={self.config.task.kind.name} needs {needed}"
+                hint = f"write it with make_shards.py {self.make_shards_args}"
+                raise DataError(f"data.path={dataset.folder.address}: its samples hold {actual}; {needs}; {hint}")
 
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
         sample = make_sample(spans[0].ref, spans[0].tokens) if spans else None
@@ -122,7 +121,8 @@ class SampleTask(Task):
     def _encode_or_pad(self, sample: Sample | None, draw_key: DrawKey) -> Example:
         if sample is not None:
             return self.encode(sample, draw_key)
-        example = self.encode(self.padding_sample(), draw_key)
+        padding = Sample("", (np.zeros(0, np.int64),) * len(self.field_names), self.padding_metadata())
+        example = self.encode(padding, draw_key)
         return {**example, "labels": np.full_like(example["labels"], IGNORE_INDEX)}
 
 

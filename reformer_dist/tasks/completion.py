@@ -1,9 +1,8 @@
-"""Completion: a causal language model of samples with a prompt, such as a text to be copied."""
+"""Completion: a causal language model of the text after a prompt, such as a copy of it."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reformer_dist.data import IGNORE_INDEX, DrawKey, Example, Sample
 from reformer_dist.models import ReformerLM
@@ -11,10 +10,11 @@ from reformer_dist.tasks.base import SampleTask, concat_ids
 
 
 class Completion(SampleTask):
-    """A row is end-of-text, prompt, end-of-text, completion; labels are the completion and a final end-of-text."""
+    """Rows are end-of-text, prompt, end-of-text, completion. Labels are the completion and a final end-of-text."""
 
     field_names = ("prompt", "completion")
     make_shards_args = "FILE.jsonl --fields prompt completion"
+    reports_bits_per_byte = True
 
     def build_model(self) -> nn.Module:
         return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
@@ -27,7 +27,3 @@ class Completion(SampleTask):
         context = concat_ids(eos, prompt, eos)[-(seq_len - len(targets) + 1) :]
         labels = concat_ids([IGNORE_INDEX] * (len(context) - 1), targets)
         return {"tokens": concat_ids(context, targets[:-1]), "labels": labels}
-
-    @property
-    def token_bytes(self) -> Tensor | None:
-        return torch.from_numpy(self.tokenizer.token_bytes)

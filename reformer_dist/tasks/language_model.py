@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from reformer_dist.data import (
     Batch,
@@ -28,7 +27,7 @@ from reformer_dist.tasks.base import Task, warn_damaged
 class LanguageModel(Task):
     """Predicts the next token of packed text."""
 
-    reports_accuracy = False
+    reports_accuracy, reports_bits_per_byte = False, True
 
     def build_model(self) -> nn.Module:
         return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
@@ -36,9 +35,9 @@ class LanguageModel(Task):
     def check(self, corpus: Corpus) -> None:
         for dataset in corpus.datasets:
             if len(dataset.fields) > 1:
-                kind, found = self.config.task.kind.name, ", ".join(dataset.fields)
-                right = f"task.kind={kind} reads running text; give a data set of text, or another task.kind"
-                raise DataError(f"data.path={dataset.folder.address}: its samples hold {found}; {right}")
+                kind, fields = self.config.task.kind.name, ", ".join(dataset.fields)
+                expected = f"task.kind={kind} reads running text; give a dataset of text, or another task.kind"
+                raise DataError(f"data.path={dataset.folder.address}: its samples hold {fields}; {expected}")
 
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
         data = self.config.data
@@ -54,7 +53,3 @@ class LanguageModel(Task):
         return heldout_text_batches(
             corpus, rows, seq_len=seq_len, report=warn_damaged, make_example=self.encode_row
         )
-
-    @property
-    def token_bytes(self) -> Tensor | None:
-        return torch.from_numpy(self.tokenizer.token_bytes)

@@ -1,4 +1,4 @@
-"""Extractive question answering: the span of a context that is the answer. Long contexts are read in windows."""
+"""Extractive question answering: the answer is a span of a context. Long contexts are read in windows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reformer_dist.config.checks import require
-from reformer_dist.data import Batch, Corpus, DrawKey, Example, RowSelection, Sample, collate
+from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, collate
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
-from reformer_dist.tasks.text_metrics import answer_f1, best_over, exact_match
+from reformer_dist.tasks.text_metrics import answer_f1, exact_match, max_over_answers
 
-ANY_WINDOW_PERIOD = 4  # one row in 4 takes any window rather than one that holds the answer
+ANY_WINDOW_PERIOD = 4  # one row in 4 draws from all windows, the others from those that hold the answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +28,18 @@ class ContextWindow:
     """A row of question, end-of-text, tokens [start, end) of the context, end-of-text."""
 
     tokens: NDArray[np.int64]
-    context_at: int
+    context_offset: int
     """Index in the row of the first context token."""
     start: int
 
     @property
     def end(self) -> int:
-        return self.start + len(self.tokens) - self.context_at - 1
+        return self.start + len(self.tokens) - self.context_offset - 1
 
     @property
     def answer_mask(self) -> NDArray[np.bool_]:
-        """Tokens that an answer may hold, besides the last one, which stands for "no answer"."""
-        return np.arange(len(self.tokens)) >= self.context_at
+        """Tokens that an answer may hold, and the last one, which means "no answer"."""
+        return np.arange(len(self.tokens)) >= self.context_offset
 
 
 class QuestionAnswering(SampleTask):
@@ -56,14 +56,12 @@ class QuestionAnswering(SampleTask):
         """Also raises ConfigError if the overlap of windows exceeds their length."""
         super().check(corpus)
         stride, seq_len = self.config.task.stride, self.config.data.seq_len
-        right = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
-        require(stride < seq_len - 2, "task.stride", stride, right)
+        limit = f"must be below {seq_len - 2}, the most that a window of data.seq_len={seq_len} holds of a context"
+        require(stride < seq_len - 2, "task.stride", stride, limit)
         if not self.tokenizer.is_lossless:
-            right = f"write it with make_shards.py {self.make_shards_args} --tokenizer bytes or bpe"
-            raise DataError(
-                f"data.path={corpus.where}: its vocabulary is of SentencePiece, which normalises texts and so "
-                f"moves answers; {right}"
-            )
+            problem = "its SentencePiece vocabulary normalizes text, which shifts answers"
+            hint = f"write it with make_shards.py {self.make_shards_args} --tokenizer bytes or bpe"
+            raise DataError(f"data.path={corpus.where}: {problem}; {hint}")
 
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
         first, last = self._answer_tokens(sample)
@@ -72,7 +70,7 @@ class QuestionAnswering(SampleTask):
         draw, choice = draw_key.bits(self.config.trainer.seed, "windows").random_raw(2)
         candidates = windows if draw % ANY_WINDOW_PERIOD == 0 or not with_answer else with_answer
         window = candidates[int(choice % len(candidates))]
-        shift, no_answer = window.context_at - window.start, len(window.tokens) - 1
+        shift, no_answer = window.context_offset - window.start, len(window.tokens) - 1
         labels = [first + shift, last + shift] if window in with_answer else [no_answer, no_answer]
         return {**_inputs(window), "labels": np.array(labels)}
 
@@ -89,7 +87,9 @@ class QuestionAnswering(SampleTask):
         for sample in self.samples(corpus, rows):
             answer = self._answer(model, sample, rows.micro_batch_size)
             truths = [text for _, text in sample.metadata["answers"]]
-            scores.append((best_over(exact_match, answer, truths), best_over(answer_f1, answer, truths)))
+            scores.append(
+                (max_over_answers(exact_match, answer, truths), max_over_answers(answer_f1, answer, truths))
+            )
         scores = gather(scores)
         return [
             f"questions: {len(scores):,}",
@@ -100,36 +100,39 @@ class QuestionAnswering(SampleTask):
     def _windows(self, sample: Sample) -> list[ContextWindow]:
         """All windows of a sample. Consecutive windows share task.stride tokens, but at most half of their length.
 
-        Long questions leave short windows, and a larger overlap would cut the context into thousands of them.
+        A long question leaves short windows, of which a larger overlap would require thousands.
         """
         seq_len, eos = self.config.data.seq_len, [self.tokenizer.eos_id]
         question = sample.fields[0][: max(0, seq_len // 2 - 2)]
         context = sample.fields[1]
-        room = seq_len - len(question) - 2
-        step = room - min(self.config.task.stride, room // 2)
+        length = seq_len - len(question) - 2
+        step = length - min(self.config.task.stride, length // 2)
         starts = [0]
-        while starts[-1] + room < len(context):
+        while starts[-1] + length < len(context):
             starts.append(starts[-1] + step)
         return [
-            ContextWindow(concat_ids(question, eos, context[start : start + room], eos), len(question) + 1, start)
+            ContextWindow(
+                concat_ids(question, eos, context[start : start + length], eos), len(question) + 1, start
+            )
             for start in starts
         ]
 
     def _answer_tokens(self, sample: Sample) -> tuple[int, int]:
         """(first, last) context token of the first answer."""
-        at, text = sample.metadata["answers"][0]
-        ends = np.cumsum(self.tokenizer.token_bytes[sample.fields[1]])
-        first, last = np.searchsorted(ends, [at, max(at, at + len(text.encode()) - 1)], side="right")
+        start, text = sample.metadata["answers"][0]
+        token_ends = np.cumsum(self.tokenizer.token_bytes[sample.fields[1]])
+        last_byte = max(start, start + len(text.encode()) - 1)
+        first, last = np.searchsorted(token_ends, [start, last_byte], side="right")
         return int(first), int(last)
 
     def _answer(self, model: nn.Module, sample: Sample, micro_batch_size: int) -> str:
         """Text of the best span over all windows, scored relative to the "no answer" score of its window."""
         best, best_score = (0, -1), -np.inf
-        windows = iter(self._windows(sample))
+        windows, device = iter(self._windows(sample)), device_of(model)
         while group := list(islice(windows, micro_batch_size)):
             batch = collate([_inputs(window) for window in group])
-            first, last = _forward(model, batch)
-            for window, starts, ends in zip(group, first, last, strict=True):
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            for window, starts, ends in zip(group, *(part.float().cpu() for part in logits), strict=True):
                 span, score = self._best_span(window, starts, ends)
                 if score > best_score:
                     best, best_score = span, score
@@ -137,30 +140,24 @@ class QuestionAnswering(SampleTask):
 
     def _best_span(self, window: ContextWindow, starts: Tensor, ends: Tensor) -> tuple[tuple[int, int], float]:
         """((first, last) context token, score) from start and end logits [S] of a window."""
-        stop = len(window.tokens) - 1
-        no_answer = starts[stop] + ends[stop]
-        starts, ends = starts[window.context_at : stop], ends[window.context_at : stop]
+        last = len(window.tokens) - 1
+        no_answer = starts[last] + ends[last]
+        starts, ends = starts[window.context_offset : last], ends[window.context_offset : last]
         n = len(starts)
         if n == 0:
             return (0, -1), -float("inf")
         # the best end of each start, one length at a time: a table of all pairs would be quadratic in the window
         scores, lengths = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
         for length in range(min(n, self.config.task.max_answer_tokens)):
-            of_length = starts[: n - length] + ends[length:]
-            is_better = of_length > scores[: n - length]
-            scores[: n - length][is_better] = of_length[is_better]
+            candidates = starts[: n - length] + ends[length:]
+            is_better = candidates > scores[: n - length]
+            scores[: n - length][is_better] = candidates[is_better]
             lengths[: n - length][is_better] = length
-        at = int(scores.argmax())
-        first = window.start + at
-        return (first, first + int(lengths[at])), float(scores[at] - no_answer)
+        best = int(scores.argmax())
+        first = window.start + best
+        return (first, first + int(lengths[best])), float(scores[best] - no_answer)
 
 
 def _inputs(window: ContextWindow) -> Example:
     mask = np.ones(len(window.tokens), dtype=bool)
     return {"tokens": window.tokens, "key_padding_mask": mask, "answer_mask": window.answer_mask}
-
-
-def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    device = device_of(model)
-    first, last = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-    return first.float().cpu(), last.float().cpu()

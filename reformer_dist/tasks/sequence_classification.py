@@ -14,29 +14,26 @@ from reformer_dist.tasks.base import SampleTask, concat_ids
 
 
 class SequenceClassification(SampleTask):
-    """A row is a text and end-of-text; a text that is too long is truncated."""
+    """Rows are a text, truncated if it is too long, and end-of-text."""
 
     labels_per_row = True
     make_shards_args = "FILE.jsonl --fields text --label label"
 
     def build_model(self) -> nn.Module:
-        config = self.config
-        return ReformerForSequenceClassification(
-            config.model, self.vocab_size, len(self.labels), config.trainer.seed
-        )
+        sizes = (self.vocab_size, len(self.labels))
+        return ReformerForSequenceClassification(self.config.model, *sizes, self.config.trainer.seed)
 
     def check(self, corpus: Corpus) -> None:
         super().check(corpus)
         for dataset in corpus.datasets:
             where = f"data.path={dataset.folder.address}"
             if not dataset.labels:
-                raise DataError(
-                    f"{where}: its samples have no labels; write it with make_shards.py {self.make_shards_args}"
-                )
+                hint = f"write it with make_shards.py {self.make_shards_args}"
+                raise DataError(f"{where}: its samples have no labels; {hint}")
             if dataset.labels != self.labels:
-                unknown = sorted(set(dataset.labels) ^ set(self.labels))
-                right = f"the model's labels are {', '.join(self.labels)}"
-                raise DataError(f"{where}: its labels are others ({', '.join(unknown)}); {right}")
+                differing = ", ".join(sorted(set(dataset.labels) ^ set(self.labels)))
+                expected = f"the model's labels are {', '.join(self.labels)}"
+                raise DataError(f"{where}: its labels differ ({differing}); {expected}")
 
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
         tokens = concat_ids(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])

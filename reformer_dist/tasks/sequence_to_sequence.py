@@ -1,4 +1,4 @@
-"""Sequence to sequence: generates a target for a source, such as a translation or a summary."""
+"""Sequence to sequence: a target is generated from a source, such as a translation or a summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN_SAMPLES = 3
 
 
 class SequenceToSequence(SampleTask):
-    """A source ends with end-of-text, a target begins and ends with it. Both are truncated to a maximum length."""
+    """Sources end with end-of-text, targets begin and end with it. Both are truncated to a maximum length."""
 
     field_names = ("source", "target")
     make_shards_args = "--source FILE --target FILE"
@@ -49,7 +49,7 @@ class SequenceToSequence(SampleTask):
             texts = ([self.tokenizer.decode(field) for field in sample.fields] for sample in group)
             results += [(source, target, out) for (source, target), out in zip(texts, outputs, strict=True)]
         results = gather(results)
-        references, hypotheses = [each[1] for each in results], [each[2] for each in results]
+        references, hypotheses = [target for _, target, _ in results], [out for _, _, out in results]
         lines = [f"samples: {len(results):,}", *self._scores(hypotheses, references)]
         for source, target, out in results[:SHOWN_SAMPLES]:
             lines += [f"  source:  {_short(source)}", f"  target:  {_short(target)}", f"  written: {_short(out)}"]
@@ -66,7 +66,7 @@ class SequenceToSequence(SampleTask):
         return [self.tokenizer.decode(tokens).strip() for tokens in generated]
 
     def _greedy(self, model: ReformerEncoderDecoder, samples: Sequence[Sample], n_tokens: int) -> list[list[int]]:
-        """Tokens [n_samples, <= n_tokens] after end-of-text, the most probable at each step."""
+        """The most probable token at each step after end-of-text, [n_samples, <= n_tokens]."""
         eos, device = self.tokenizer.eos_id, device_of(model)
         decoder = make_decoder(self._conditioned(model, samples), self.config.model)
         logits = decoder.prefill(torch.full((len(samples), 1), eos, device=device))
@@ -106,5 +106,5 @@ class SequenceToSequence(SampleTask):
 
 
 def _short(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= 100 else f"{words[:97]}..."
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:97]}..."

@@ -1,4 +1,4 @@
-"""Metrics of texts, each with its standard definition."""
+"""Text metrics, with their standard definitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PUNCTUATION = frozenset(string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """The text in lower case without punctuation, articles and extra spaces, as in SQuAD's official evaluation."""
+    """A text in lower case, without punctuation, articles and extra spaces, as in SQuAD's official evaluation."""
     plain = "".join(letter for letter in text.lower() if letter not in PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", plain).split())
 
@@ -39,7 +39,7 @@ def answer_f1(answer: str, truth: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def best_over(measure: Callable[[str, str], float], answer: str, truths: Sequence[str]) -> float:
+def max_over_answers(measure: Callable[[str, str], float], answer: str, truths: Sequence[str]) -> float:
     """The highest score over all true answers."""
     return max(measure(answer, truth) for truth in truths)
 

@@ -1,4 +1,4 @@
-"""Training batches: each rank's slices of the rows of a step, with errors and damage agreed on by all ranks."""
+"""Training batches: each rank's slices of a step's rows. All ranks agree on errors and damaged samples."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class BatchReader:
 
     @property
     def n_damaged(self) -> int:
-        """Samples found damaged so far, on all ranks."""
+        """Number of damaged samples so far, on all ranks."""
         return self._loader.n_damaged
 
     def next_step(self) -> StepInputs:
@@ -117,10 +117,13 @@ class BatchReader:
         try:
             batch = self._wait_for(_in_background(lambda: next(self._loader)))
             if batch is not None:
-                micro_batches = [self._slice(rows) for rows in batch.micro_batches]
-        except (DataError, OSError) as caught:
-            error = caught
-        n_labels = sum(each.n_labels for each in micro_batches)
+                micro_batches = [
+                    MicroBatch.from_rows(rows, self._sequence, labels_per_row=self._labels_per_row)
+                    for rows in batch.micro_batches
+                ]
+        except (DataError, OSError) as raised:
+            error = raised
+        n_labels = sum(micro_batch.n_labels for micro_batch in micro_batches)
         n_damaged, difference = (len(batch.damaged), self._signed_checksum(batch.checksum)) if batch else (0, 0)
         local = [error is not None, self._stop.is_set, n_labels, n_damaged, difference]
         failed, stopped, n_labels_total, n_damaged_total, differs = self._runtime.sum([*map(float, local)])
@@ -135,18 +138,15 @@ class BatchReader:
             self._share_damaged(batch.damaged)
         return StepInputs(micro_batches, max(1.0, n_labels_total), batch)
 
-    def _slice(self, rows: Mapping[str, Tensor]) -> MicroBatch:
-        return MicroBatch.from_rows(rows, self._sequence, labels_per_row=self._labels_per_row)
-
     def _signed_checksum(self, checksum: int) -> int:
         """A multiple of the checksum whose sum over the ranks that share a sequence is 0 if all read the same."""
         mesh = self._sequence.mesh
         return checksum * (mesh.size - 1 if mesh.slice_index == 0 else -1) if mesh.size > 1 else 0
 
     def _share_damaged(self, local: Sequence[DamagedSample]) -> None:
-        """Quarantines on every rank what any rank found. Raises an error alike on all if it is too much."""
-        found = {str(each): each for of_rank in self._runtime.gather(list(local)) for each in of_rank}
-        damaged = [found[name] for name in sorted(found)]
+        """Quarantines the damaged samples of all ranks on every rank. Raises on all if there are too many."""
+        by_name = {str(sample): sample for samples in self._runtime.gather(list(local)) for sample in samples}
+        damaged = [by_name[name] for name in sorted(by_name)]
         self._runtime.on_main(lambda: self._report_damaged(damaged))
         self._runtime.together(lambda: self._loader.add_damaged(damaged))
 

@@ -37,7 +37,7 @@ class TrainState:
     seconds: float = 0.0
     """Training time, without evaluation, samples and checkpoints."""
     is_observed: bool = True
-    """False if the evaluation or sample of the step was interrupted and must be repeated."""
+    """False if the evaluation or text sample of the step was interrupted and must be repeated."""
     window: dict[str, float] = field(default_factory=dict)
     """This rank's metrics since the last report, if the run stopped between two reports."""
 
@@ -68,15 +68,15 @@ def _select(config: RunConfig) -> Path | None:
 
 
 def _select_path(resume: str, newest: Path | None) -> Path:
-    """The checkpoint at the path `resume`, or the run's own newest one if the run began at that path.
+    """The checkpoint at the path `resume`, or the newest one of the run if it began at that path.
 
-    So the same command resumes the run however often it is interrupted.
+    So the same command resumes the run after each interruption.
     """
     if newest is not None and CheckpointReader(newest).record.config["resume"] == resume:
         return newest
     selected = resolve_checkpoint(Path(resume))
     if newest is not None and newest.resolve() != selected.resolve():
-        fix = "give another output_dir, or resume=auto to resume from it"
+        fix = "choose another output_dir, or resume=auto to resume from it"
         raise CheckpointError(f"resume={resume}: {newest} is of a run that did not begin there; {fix}")
     return selected
 
@@ -93,7 +93,7 @@ class CheckpointManager:
         record: RunRecord,
         extra_files: dict[str, bytes],
     ) -> None:
-        """record: without progress and loss scaler, which each save adds."""
+        """record: its progress and loss scaler are set by each save."""
         self._runtime, self._engine = runtime, engine
         self._root = Path(config.output_dir) / FOLDER
         self._keep, self._keep_every = config.trainer.keep_checkpoints, config.trainer.keep_every

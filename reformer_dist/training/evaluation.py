@@ -19,7 +19,7 @@ from reformer_dist.training.metrics import bits_per_byte
 @dataclass(frozen=True)
 class EvalResult:
     loss: float
-    """Mean in nats per label: a token, or what else the task predicts."""
+    """Mean in nats per label: per token, or per whatever else the task predicts."""
     bits_per_byte: float | None
     """None unless labels are tokens of text."""
     accuracy: float | None
@@ -33,7 +33,8 @@ class EvalResult:
         return {name: value for name, value in metrics.items() if value is not None}
 
     def __str__(self) -> str:
-        return " | ".join(f"held-out {name.replace('_', ' ')} {each:.3f}" for name, each in self.values().items())
+        values = self.values().items()
+        return " | ".join(f"held-out {name.replace('_', ' ')} {value:.3f}" for name, value in values)
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def evaluate(
 ) -> EvalResult:
     """Evaluates a model's forward, which returns the summed loss in nats.
 
-    batches: of whole rows, equal on the ranks that share them by `sequence`.
+    batches: whole rows, equal on the ranks that share them by `sequence`.
     """
     token_bytes = task.token_bytes
     nats, n_labels, text_bytes, n_correct = 0.0, 0, 0, 0

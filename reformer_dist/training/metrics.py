@@ -25,11 +25,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def duration(seconds: float) -> str:
     """Formats seconds as 1h02m, 3m20s or 45s."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class MetricsWindow:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._paused = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -118,14 +117,12 @@ def progress_line(
     parts = [
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
         f"loss {window.loss:.3f}",
-        *([] if bpb is None else [f"bits per byte {bpb:.3f}"]),
+        *([f"bits per byte {bpb:.3f}"] if bpb is not None else []),
         f"{window.tokens_per_s:,.0f} {'labels' if bpb is None else 'tokens'}/s",
         f"grad norm {grad_norm:.2f}",
         f"lr {lr:.1e}",
         f"ETA {duration((max_steps - step) * window.seconds_per_step)}",
+        *([f"skipped {skipped}"] if skipped else []),
+        *([f"failed saves {failed_saves}"] if failed_saves else []),
     ]
-    if skipped:
-        parts.append(f"skipped {skipped}")
-    if failed_saves:
-        parts.append(f"failed saves {failed_saves}")
     return " | ".join(parts)

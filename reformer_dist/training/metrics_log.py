@@ -12,6 +12,8 @@ from reformer_dist.training.tensorboard import TensorBoardWriter
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
+Row = dict[str, float | None]  # scalars of a step by tag, besides "step" and "time_s"
+
 
 class MetricsLogger:
     """Logs scalars and texts in ascending steps; does nothing on ranks other than 0.
@@ -20,34 +22,35 @@ class MetricsLogger:
     """
 
     def __init__(self, folder: Path, *, is_active: bool, resume_step: int) -> None:
-        self._tensorboard = TensorBoardWriter(
-            folder / TENSORBOARD_FOLDER, is_active=is_active, resume_step=resume_step
-        )
-        self._metrics = MetricsFile(folder / METRICS_FILE, resume_step) if is_active else None
+        self._is_active = is_active
+        if is_active:
+            self._tensorboard = TensorBoardWriter(folder / TENSORBOARD_FOLDER, resume_step)
+            self._metrics = MetricsFile(folder / METRICS_FILE, resume_step)
 
     def scalars(self, values: dict[str, float], step: int, seconds: float) -> None:
-        """seconds: of training, over all resumes."""
-        self._tensorboard.scalars(values, step)
-        if self._metrics is not None:
+        """seconds: time spent training, over all resumes."""
+        if self._is_active:
+            self._tensorboard.scalars(values, step)
             self._metrics.add(values, step, seconds)
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._tensorboard.text(name, text, step)
+        if self._is_active:
+            self._tensorboard.text(name, text, step)
 
     def end_step(self) -> None:
         """Writes the line of the step, whose scalars are complete."""
-        if self._metrics is not None:
+        if self._is_active:
             self._metrics.write()
 
     def flush(self) -> None:
         """Syncs everything to disk. Raises OSError if that fails."""
-        self._tensorboard.flush()
-        if self._metrics is not None:
+        if self._is_active:
+            self._tensorboard.flush()
             self._metrics.flush()
 
     def close(self) -> None:
-        self._tensorboard.close()
-        if self._metrics is not None:
+        if self._is_active:
+            self._tensorboard.close()
             self._metrics.close()
 
 
@@ -60,7 +63,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Raises OSError if the file can't be written."""
         self._path = path
-        self._row: dict[str, float | None] = {}
+        self._row: Row = {}
         self._last = _truncate(path, resume_step)
         self._file = AppendFile(path)
 
@@ -91,16 +94,17 @@ class MetricsFile:
         self._file.close()
 
 
-def _truncate(path: Path, last_step: int) -> dict[str, float | None]:
+def _truncate(path: Path, last_step: int) -> Row:
     """Removes rows after `last_step` and torn lines; returns the row of `last_step`, {} if there is none."""
     if not path.is_file():
         return {}
-    kept = [row for row in _read(path) if (row["step"] or 0) <= last_step]
+    kept = [row for row in read_rows(path) if (row["step"] or 0) <= last_step]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept[-1] if kept and kept[-1]["step"] == last_step else {}
 
 
-def _read(path: Path) -> list[dict[str, float | None]]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of metrics.jsonl, without torn lines. Raises OSError."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -36,7 +36,7 @@ class StepLayout:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Data sets of a run, and the task that reads them."""
+    """Datasets of a run, and the task that reads them."""
 
     corpus: Corpus
     task: Task

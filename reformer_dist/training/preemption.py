@@ -23,7 +23,7 @@ from reformer_dist.process.signals import SIGNALS
 
 T = TypeVar("T")
 EXIT_SECONDS = 10.0  # time for the parts of a stopped run to close
-REPEAT_SECONDS = 1.0  # a second SIGINT within it is the first one, sent by both the terminal and a launcher
+REPEAT_SECONDS = 1.0  # a second SIGINT within this time is the first one, sent by both terminal and launcher
 
 
 class StopSignal:
@@ -46,7 +46,7 @@ class StopSignal:
         # under nohup, SIGHUP stays ignored
         ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         handled = [signum for signum in SIGNALS if signum is not signal.SIGHUP or not ignores_hangup]
-        before = {signum: signal.signal(signum, lambda *_: None) for signum in handled}
+        previous = {signum: signal.signal(signum, lambda *_: None) for signum in handled}
         wakeup = signal.set_wakeup_fd(writer.fileno())
         threading.Thread(target=self._receive, args=(reader,), name="signals", daemon=True).start()
         owner = os.getpid()
@@ -55,7 +55,7 @@ class StopSignal:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            for signum, handler in before.items():
+            for signum, handler in previous.items():
                 signal.signal(signum, handler)
             writer.close()
 
@@ -72,8 +72,8 @@ class StopSignal:
     def until_stopped(self, items: Iterable[T], runtime: Runtime) -> Iterator[T]:
         """Yields the items, of which every rank has the same number.
 
-        Before each, raises alike on every rank: Preempted if any received a stop signal, or the error of any rank
-        that failed to produce its item.
+        Before each item, raises alike on every rank: Preempted if any received a stop signal, or the error of any
+        rank that failed to produce its item.
         """
         source = iter(items)
         while True:
@@ -83,8 +83,8 @@ class StopSignal:
                 next_item = [next(source)]
             except StopIteration:
                 return
-            except (UserError, OSError) as caught:
-                error = caught
+            except (UserError, OSError) as raised:
+                error = raised
             stopped, failed = runtime.sum([float(self.is_set), float(error is not None)])
             if stopped:
                 raise Preempted("stopped by a signal")

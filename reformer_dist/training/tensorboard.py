@@ -14,46 +14,40 @@ VERSION = "brain.Event:2"  # of the first event of a file
 
 
 class TensorBoardWriter:
-    """Writes scalars and texts by step; does nothing on ranks other than 0.
+    """Writes scalars and texts by step.
 
     PyTorch's SummaryWriter stops for good when its thread gets an error from a full disk.
     """
 
-    def __init__(self, folder: Path, *, is_active: bool, resume_step: int) -> None:
-        self._file: AppendFile | None = None
-        if is_active:
-            from tensorboard.compat.proto.event_pb2 import SessionLog
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-            folder.mkdir(parents=True, exist_ok=True)
-            # readers order the files by name
-            name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
-            self._file = AppendFile(folder / name)
-            self._add(file_version=VERSION)
-            # makes readers drop what an interrupted run wrote after its checkpoint
-            self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        folder.mkdir(parents=True, exist_ok=True)
+        # readers order the files by name
+        name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendFile(folder / name)
+        self._add(file_version=VERSION)
+        # makes readers drop what an interrupted run wrote after its checkpoint
+        self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self._file is not None:
-            from torch.utils.tensorboard.summary import scalar
+        from torch.utils.tensorboard.summary import scalar
 
-            for name, value in values.items():
-                self._add(step=step, summary=scalar(name, value))
+        for name, value in values.items():
+            self._add(step=step, summary=scalar(name, value))
 
     def text(self, name: str, text: str, step: int) -> None:
-        if self._file is not None:
-            from torch.utils.tensorboard.summary import text as text_summary
+        from torch.utils.tensorboard.summary import text as text_summary
 
-            indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
-            self._add(step=step, summary=text_summary(name, indented))
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
+        self._add(step=step, summary=text_summary(name, indented))
 
     def flush(self) -> None:
         """Syncs everything to disk. Raises OSError if that fails."""
-        if self._file is not None:
-            self._file.sync()
+        self._file.sync()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def _add(self, **event: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -98,7 +98,7 @@ class Trainer:
         self.state.is_observed = True
 
     def _save_before_exit(self) -> str:
-        """Saves unless the step is saved already; returns a message that says so."""
+        """Saves unless the step is already saved; returns a message with the outcome."""
         self._wait_for_save(block=True)
         step = self.state.step
         if step == self._saved_step:

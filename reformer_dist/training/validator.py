@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reformer_dist.data import Batch, RowSelection
 from reformer_dist.engine import TrainEngine
@@ -26,7 +25,7 @@ STACK_INPUTS = {"source", "source_mask", "tokens", "key_padding_mask"}
 
 
 class Validator:
-    """Every rank makes the same calls, since ZeRO stage 3 gathers parameters in each of them."""
+    """Evaluates a model in training. Every rank makes the same calls: ZeRO stage 3 gathers parameters in each."""
 
     def __init__(
         self, run: RunContext, data: TaskData, layout: StepLayout, engine: TrainEngine, metrics: MetricsLogger
@@ -37,7 +36,7 @@ class Validator:
     def evaluate(self, step: int, seconds: float) -> None:
         """Logs the held-out loss over data.eval_rows rows, and statistics of the model on the first of them.
 
-        seconds: of training so far. Raises Preempted alike on every rank if any receives a stop signal.
+        seconds: time spent training so far. Raises Preempted alike on every rank if any receives a stop signal.
         """
         self._engine.train(False)
         sequence = self._layout.sequence
@@ -58,11 +57,10 @@ class Validator:
         n_tokens = max(0, min(self._config.trainer.sample_tokens, max_len - prompt.numel()))
         options = SamplingOptions(seed=self._config.trainer.seed)
         # the engine's forward, which gathers each layer's weights at ZeRO stage 3
-        decoder = make_decoder(self._engine.forward, self._config.model)
-        tokens = generate(decoder, prompt, n_tokens, options)
+        tokens = generate(make_decoder(self._engine.forward, self._config.model), prompt, n_tokens, options)
         sampled = list(self._stop.until_stopped(tokens, self._runtime))
-        tokenizer = self._data.corpus.tokenizer
-        self._metrics.text("sample", tokenizer.decode(prompt.tolist()) + "⟦…⟧" + tokenizer.decode(sampled), step)
+        decode = self._data.corpus.tokenizer.decode
+        self._metrics.text("sample", f"{decode(prompt.tolist())}⟦…⟧{decode(sampled)}", step)
         self._engine.train(True)
 
     def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[Batch]:
@@ -76,9 +74,10 @@ class Validator:
     @torch.no_grad()
     def _model_stats(self) -> dict[str, float]:
         model = self._engine.module
-        labels_per_row = self._data.task.labels_per_row
-        batch = MicroBatch.from_rows(self._first_row(), self._layout.sequence, labels_per_row=labels_per_row)
-        inputs: dict[str, Tensor] = batch.to(self._runtime.device)
+        batch = MicroBatch.from_rows(
+            self._first_row(), self._layout.sequence, labels_per_row=self._data.task.labels_per_row
+        )
+        inputs = batch.to(self._runtime.device)
         bucket_stats: list[BucketStats] = []
         values = {}
         with self._engine.autocast():

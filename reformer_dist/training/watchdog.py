@@ -17,7 +17,7 @@ CHECKS_PER_LIMIT = 4
 
 
 class Watchdog:
-    """A thread that observes the main thread; it ends nothing (parallel.timeout does)."""
+    """A thread that observes the main thread. It only logs: parallel.timeout ends a hanging job."""
 
     def __init__(self, runtime: Runtime, limit: float) -> None:
         """limit: in seconds; 0 disables the watchdog."""
@@ -57,9 +57,9 @@ class Watchdog:
             )
 
     def _source_line(self) -> str:
-        frame = sys._current_frames().get(self._main)
-        if frame is None:
+        main_frame = sys._current_frames().get(self._main)
+        if main_frame is None:
             return "its end"
-        stack = traceback.extract_stack(frame)
-        line = ([each for each in stack if "reformer_dist" in each.filename] or stack)[-1]
+        stack = traceback.extract_stack(main_frame)
+        line = ([frame for frame in stack if "reformer_dist" in frame.filename] or stack)[-1]
         return f"{Path(line.filename).name}:{line.lineno} in {line.name}"

@@ -106,7 +106,7 @@ def test_paths_that_users_give(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("place", ["_finish", "_write_rank", "write_synced", "publish"])
+@pytest.mark.parametrize("place", ["save_file", "manifest_entry", "write_synced", "publish"])
 def test_a_crash_leaves_the_old_one_and_no_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_helpers import RECORD, SHAPES, written
 
 from reformer_dist.checkpoint import CheckpointReader, RunRecord
-from reformer_dist.checkpoint.weights import open_weights
+from reformer_dist.checkpoint.export import open_weights
 from reformer_dist.errors import CheckpointError
 
 EXPORTED = {"config": {}, "tokenizer": {"kind": "bytes"}, "vocab_size": 257, "labels": ["a"], "shapes": SHAPES}

@@ -12,7 +12,14 @@ from support.launch import run_ranks
 
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute, RunConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.run.compose import conf_folder, plain, register_schema, run_config_from, to_run_config, to_yaml
+from reformer_dist.run.compose import (
+    conf_folder,
+    register_schema,
+    run_config_from,
+    to_dict,
+    to_run_config,
+    to_yaml,
+)
 
 YAMLS = sorted(conf_folder().rglob("*.yaml"))
 
@@ -138,14 +145,14 @@ SAVED_BAD = [
 @pytest.mark.parametrize(("override", "word"), SAVED_BAD, ids=[override or "empty" for override, _ in SAVED_BAD])
 def test_bad_overrides_of_a_saved_configuration(override: str, word: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        run_config_from(plain(RunConfig()), [override])
+        run_config_from(to_dict(RunConfig()), [override])
     assert word in str(caught.value)
 
 
 def test_saved_configuration_goes_round(composed: Callable[..., RunConfig]) -> None:
     config = composed("experiment=quickstart", "deepspeed=zero2", "model.head_dim=16", "trainer.precision=bf16")
-    assert run_config_from(plain(config), []) == config
-    changed = run_config_from(plain(config), ["model.n_hashes=8", "data.path=a=b"])
+    assert run_config_from(to_dict(config), []) == config
+    changed = run_config_from(to_dict(config), ["model.n_hashes=8", "data.path=a=b"])
     assert (changed.model.n_hashes, changed.data.path) == (8, "a=b")
     assert config.model.n_hashes != 8
 
@@ -158,7 +165,7 @@ def test_yaml_goes_round(composed: Callable[..., RunConfig]) -> None:
 
 
 def test_saved_configuration_is_checked_again() -> None:
-    saved = plain(RunConfig(model=ModelConfig(n_layers=2)))
+    saved = to_dict(RunConfig(model=ModelConfig(n_layers=2)))
     saved["model"]["n_buckets"] = 7
     with pytest.raises(ConfigError, match=r"model\.n_buckets=7"):
         run_config_from(saved, [])
@@ -168,5 +175,5 @@ def test_several_data_sets(composed: Callable[..., RunConfig]) -> None:
     """By the command line, and again from what a run has saved."""
     config = composed("data.path=[a,'s3://b/c']", "data.weights=[1,3]")
     assert (config.data.paths(), config.data.weights) == (["a", "s3://b/c"], [1.0, 3.0])
-    assert run_config_from(plain(config), []).data == config.data
-    assert run_config_from(plain(config), ["data.path=d", "data.weights=null"]).data.paths() == ["d"]
+    assert run_config_from(to_dict(config), []).data == config.data
+    assert run_config_from(to_dict(config), ["data.path=d", "data.weights=null"]).data.paths() == ["d"]

@@ -263,7 +263,7 @@ def test_what_models_of_other_systems_need() -> None:
 
 
 def test_axial_positions() -> None:
-    complains("model.axial_shape", [], "side")
+    complains("model.axial_shape", [], "axis")
     complains("model.axial_shape", [0, 64], "positive")
     for dims in ([128], [100, 100], [0, 256]):
         complains("model.axial_dims", dims, "256")

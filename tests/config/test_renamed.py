@@ -11,13 +11,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from reformer_dist.checkpoint.export import saved_model_config
 from reformer_dist.checkpoint.record import RunRecord
-from reformer_dist.checkpoint.weights import saved_model_config
 from reformer_dist.config import CompatConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig, StreamMerge
 from reformer_dist.config.parallel import Combine
 from reformer_dist.config.renamed import RENAMED, translate_saved
 from reformer_dist.errors import ConfigError
-from reformer_dist.run.compose import compose_run, plain, run_config_from
+from reformer_dist.run.compose import compose_run, run_config_from, to_dict
 from reformer_dist.run.pretrained import load_model
 from reformer_dist.sweep.request import parse_request
 
@@ -51,7 +51,7 @@ def keys_of(tree: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def test_new_names_exist_and_old_ones_do_not() -> None:
-    keys = keys_of(plain(RunConfig()))
+    keys = keys_of(to_dict(RunConfig()))
     assert {new.key for new in RENAMED.values()} <= keys
     assert not set(RENAMED) & keys
     assert set(RENAMED) <= keys_of(saved()["config"])
@@ -60,7 +60,7 @@ def test_new_names_exist_and_old_ones_do_not() -> None:
 @pytest.mark.parametrize(("old", "value", "new"), WRITTEN)
 def test_a_command_line_is_told_the_new_name(old: str, value: str, new: str) -> None:
     for word in (f"{old}={value}", f"+{old}={value}", f"++{old}={value}"):
-        for read in (compose_run, lambda words: run_config_from(plain(RunConfig()), words), parse_request):
+        for read in (compose_run, lambda words: run_config_from(to_dict(RunConfig()), words), parse_request):
             with pytest.raises(ConfigError) as caught:
                 read([word])
             assert str(caught.value).startswith(f"{old}={value}: ")
@@ -118,7 +118,7 @@ def test_an_export_written_before(tmp_path: Path) -> None:
 
 
 def test_translation_leaves_current_configurations_and_its_argument_alone() -> None:
-    current = plain(RunConfig())
+    current = to_dict(RunConfig())
     assert translate_saved(current) == current
     before = saved()["config"]
     translate_saved(before)

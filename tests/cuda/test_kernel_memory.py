@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import tiny_config
 
-from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
-from reformer_dist.planning import JobSpec
-from reformer_dist.planning.attention import triton_backward
+from reformer_dist.ops.lsh.attention import WorkspaceShape
+from reformer_dist.ops.lsh.backends import workspace_bytes
 
 pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize(("n_hashes", "shared"), [(1, True), (3, True), (3, False)])
-def test_backward_memory_is_planned(n_hashes, shared, tmp_path):
+def test_backward_memory_is_planned(n_hashes, shared):
     shape, n_buckets, rule = (1, 2, 4096, 128), 64, WindowRule(32, True)
-    config = tiny_config(tmp_path, tmp_path, "model.n_heads=2", "model.head_dim=128", "model.dim=32")
-    layer = LayerRule(rule, n_hashes, n_buckets, shares_keys=shared)
-    planned = triton_backward(JobSpec(config, 1, 1, 257, "cuda"), layer, shape[1], shape[2])
+    sizes = WorkspaceShape(
+        *(shape[1], shape[2], n_hashes, n_buckets, shape[3]),
+        element_size=4,
+        rule=rule,
+        shared_keys=shared,
+        count_pairs_once=False,
+        dropout=False,
+        device="cuda",
+    )
+    planned = workspace_bytes("triton", sizes)
     q, k, v, d_out = (torch.randn(shape, device="cuda") for _ in range(4))
     leaves = [x.requires_grad_() for x in ((q, v) if shared else (q, k, v))]
     ids = torch.randint(0, n_buckets, (1, 2, n_hashes, shape[2]), dtype=torch.uint8, device="cuda")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.held import parts_of
+from support.shards import parts_of
 from torch import Tensor
 
 from reformer_dist.ops.lsh import (

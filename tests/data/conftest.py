@@ -1,4 +1,4 @@
-"""Small data sets in real tar shards."""
+"""Small datasets in real tar shards."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_changed_heldout_text_does_not_change_training(dataset: Dataset, copy: D
 
 
 def test_unchanged_data_sets_keep_their_positions(dataset: Dataset, tmp_path: Path) -> None:
-    """With another data set of another weight added."""
+    """With another dataset of another weight added."""
     other = other_data(tmp_path / "more", "more").datasets[0]
     one, both = Corpus([dataset], [1.0]), Corpus([dataset, other], [1.0, 1.0])
     _, state = read_world(one, 5)
@@ -214,7 +214,7 @@ def test_unchanged_data_sets_keep_their_positions(dataset: Dataset, tmp_path: Pa
     assert {tuple(positions) for positions, _ in start.streams.values()} == {(5 * 64, 0)}
     lines = describe_changes(one.record(), both.record())
     assert lines[0] == "data.weights were [1.0] and are [0.5, 0.5]"
-    assert lines[1] == f"data set {other.folder.address} was added"
+    assert lines[1] == f"dataset {other.folder.address} was added"
     assert describe_changes(both.record(), one.record())[1].endswith("was removed")
 
 

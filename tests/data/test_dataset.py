@@ -1,4 +1,4 @@
-"""Altered data sets are refused with an error that names the wrong value."""
+"""Altered datasets are refused with an error that names the wrong value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reformer_dist.errors import DataError
 
 @pytest.fixture
 def copy(dataset: Dataset, tmp_path: Path) -> Path:
-    """Folder of a data set that tests may modify."""
+    """Folder of a dataset that tests may modify."""
     shutil.copytree(folder_of(dataset), tmp_path / "copy")
     return tmp_path / "copy"
 

@@ -1,6 +1,6 @@
 """Random damage of every kind: each case ends in skipped samples or in a refusal that gives the reason.
 
-What is read in spite of the damage is right: it is what the whole data set holds, less the samples that are named.
+What is read in spite of the damage is right: it is what the whole dataset holds, less the samples that are named.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def read_all(folder: Path) -> tuple[Counter[bytes], set[str], set[str]]:
 
 
 def outcome(folder: Path, whole: Counter[bytes]) -> str:
-    """The outcome for a damaged data set; fails unless it is a skip, a refusal, or harmless to training."""
+    """The outcome for a damaged dataset; fails unless it is a skip, a refusal, or harmless to training."""
     try:
         texts, read, passed_over = read_all(folder)
     except DataError as error:

@@ -66,7 +66,7 @@ def test_resume_is_exact_and_elastic(
     weights: list[float] | None,
     damaged: bool,
 ) -> None:
-    """Two data sets, pooled or mixed, whole or damaged; resumed on another number of ranks and threads."""
+    """Two datasets, pooled or mixed, whole or damaged; resumed on another number of ranks and threads."""
     corpus = Corpus(corpora[damaged].datasets, weights)
     changed: dict[str, Any] = {"seq_len": seq_len, "batch_size": 4}
     whole, end = read_world(corpus, n_steps + 3, **changed)
@@ -80,7 +80,7 @@ def test_resume_is_exact_and_elastic(
 
 @pytest.fixture(scope="module")
 def corpora(make_dataset: Callable[..., Dataset]) -> dict[bool, Corpus]:
-    """Two data sets, undamaged and damaged."""
+    """Two datasets, undamaged and damaged."""
     both = {}
     for damaged in (False, True):
         datasets = [make_dataset(), make_dataset([(f"n{n}", b"number %d. " % n * (n % 7 + 1)) for n in range(80)])]
@@ -217,7 +217,7 @@ def test_an_interrupt_closes_the_loader(dataset: Dataset, monkeypatch: pytest.Mo
     def interrupt(self: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loader_module._Thread, "next_rows", interrupt)
+    monkeypatch.setattr(loader_module._ReaderThread, "next_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(loader)
     assert threading.active_count() == before

@@ -1,4 +1,4 @@
-"""Data sets at http: and s3: addresses, read by real clients from a local server through the cache."""
+"""Datasets at http: and s3: addresses, read by real clients from a local server through the cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytest.importorskip("s3fs")
 
 @pytest.fixture(scope="module")
 def packed(make_dataset: Callable[..., Dataset]) -> Dataset:
-    """A data set with a tokenizer file, which has to be downloaded too."""
+    """A dataset with a tokenizer file, which has to be downloaded too."""
     return make_dataset(tokenizer=BpeTokenizer.train([b"0:1 2:3 4:5 6:7 8:9"] * 9, 280))
 
 

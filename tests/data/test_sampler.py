@@ -230,7 +230,7 @@ def test_finding_a_position_reads_no_more_after_a_thousand_passes(
     for passes in (0, 1, 1000, 10**9):
         streams = {key: [value[0] + passes * share, value[1]] for key, value in state["streams"].items()}
         reads.clear()
-        dataset._indexes._kept.clear()
+        dataset._indexes._cached.clear()
         read_world(dataset, 1, state={**state, "streams": streams})
         assert reads["index"] <= 8
         assert reads["sample"] <= 8 * 16

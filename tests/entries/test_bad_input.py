@@ -31,7 +31,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def damaged(data: Path, tmp_path: Path, damage) -> Path:
-    """A copy of a data set with its second training shard damaged."""
+    """A copy of a dataset with its second training shard damaged."""
     copy = tmp_path / "damaged"
     shutil.copytree(data, copy)
     damage(sorted(copy.glob("train-*.tar"))[1])

@@ -54,7 +54,7 @@ def main() -> None:
     rows = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "N_ROUNDS": 4}
     for sharded in (False, True):
         compile_one(_merge_rounds, "bf16", {**rows, "SHARDED": sharded}, 4)
-        compile_one(_sum_rounds, "bf16", {**rows, "SHARDED": sharded, "ADDS_D_OUT": True}, 4)
+        compile_one(_sum_rounds, "bf16", {**rows, "SHARDED": sharded, "IS_DV": True}, 4)
         compile_one(
             _build_table,
             "i16",

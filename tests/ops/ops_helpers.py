@@ -14,7 +14,7 @@ from reformer_dist.ops.lsh.native import library
 from reformer_dist.ops.lsh.reference import reference_attention
 
 needs_compiler = pytest.mark.skipif(
-    library.why_unavailable() is not None, reason=f"native attention: {library.why_unavailable()}"
+    library.unavailable_reason() is not None, reason=f"native attention: {library.unavailable_reason()}"
 )
 N_BUCKETS = [1, 2, 4, 8, 64]
 

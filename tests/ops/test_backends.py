@@ -7,7 +7,7 @@ import torch
 
 from reformer_dist.config import AttentionBackend, AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.models.attention import require_attention
+from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, backends, bucket_attention
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_auto_prefers_native_on_a_cpu():
     assert backends.choose("auto", CPU, 64, torch.float64) == "torch"
-    wanted = "native" if backends.why_unavailable() is None else "torch"
+    wanted = "native" if backends.unavailable_reason() is None else "torch"
     assert backends.choose("auto", CPU, 64, torch.float32) == wanted
     assert backends.choose("reference", CPU, 7, torch.float64) == "reference"
 
@@ -26,7 +26,7 @@ def test_names_match_the_config():
 
 def test_reasons_why_a_backend_is_unavailable(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    why = backends.why_not
+    why = backends.unsupported_reason
     assert "needs a GPU" in why("triton", CPU, 64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why("triton", CPU, 64) is None
@@ -43,9 +43,9 @@ def test_config_with_an_unavailable_backend_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = ModelConfig(attention_backend=AttentionBackend.triton)
     with pytest.raises(ConfigError, match=r"model\.attention_backend=triton: .*GPU"):
-        require_attention(config, CPU)
+        check_attention_backend(config, CPU)
     config = ModelConfig(attention_backend=AttentionBackend.triton, layers=[AttentionKind.exact], n_heads=1)
-    require_attention(config, CPU)
+    check_attention_backend(config, CPU)
 
 
 def test_reference_and_torch_agree():

@@ -58,11 +58,11 @@ def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """Compiles the library again, into a separate cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.library.cache_clear()
-    library.why_unavailable.cache_clear()
+    library.unavailable_reason.cache_clear()
     yield
     monkeypatch.undo()
     library.library.cache_clear()
-    library.why_unavailable.cache_clear()
+    library.unavailable_reason.cache_clear()
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
@@ -178,7 +178,7 @@ def test_ids_out_of_range_are_refused(wrong: int) -> None:
 
 
 def test_unsupported_inputs_are_refused_and_auto_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    why = backends.why_not
+    why = backends.unsupported_reason
     assert why("native", CPU, 64) is None and backends.choose("auto", CPU, 64, torch.float32) == "native"
     assert "window rule" in why("native", CPU, 64, chunks=True)
     assert "multiple of 16" in why("native", CPU, 24) and "multiple of 16" in why("native", CPU, 272)
@@ -200,7 +200,7 @@ def test_auto_falls_back_to_torch_without_a_compiler(fresh_build: None, monkeypa
 
 def test_a_compiler_error_is_reported(fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DGROUP=nothing", "-Dvec=?"))
-    reason = library.why_unavailable()
+    reason = library.unavailable_reason()
     assert reason is not None and "could not compile it" in reason and "error" in reason
 
 
@@ -220,10 +220,10 @@ def test_a_full_disk_leaves_no_partial_file(fresh_build: None, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fill)
-    assert library.why_unavailable() is None
+    assert library.unavailable_reason() is None
     assert not list(library.cache_directory().iterdir())
 
 
 def test_a_cache_that_can_not_be_written_to(fresh_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert library.why_unavailable() is None
+    assert library.unavailable_reason() is None

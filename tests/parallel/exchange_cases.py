@@ -153,7 +153,7 @@ def attend(
 ) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
-    exchange = sequence.open_exchange(ids, case.options(), mask)
+    exchange = sequence.make_exchange(ids, case.options(), mask)
     k = None if case.shared else leaves[1]
     for _ in range(2):
         out = sequence.bucket_attention(leaves[0], k, leaves[-1], exchange)

@@ -1,4 +1,4 @@
-"""A whole model trained on slices, by meshes of ranks and ZeRO stages, against one process with whole sequences."""
+"""A whole model trained on slices, by mesh and ZeRO stage, against one process with whole sequences."""
 
 from __future__ import annotations
 

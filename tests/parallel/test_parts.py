@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reformer_dist.config import ParallelConfig
-from reformer_dist.parallel.row_format import Record, pack_bits, unpack_bits
+from reformer_dist.parallel.row_format import RowFormat, pack_bits, unpack_bits
 from reformer_dist.parallel.traffic import (
     LayerShape,
     all_gather_bytes,
@@ -54,7 +54,7 @@ def test_every_bit_has_its_place() -> None:
 )
 def test_records_come_back(n_rows: int, fields: list[tuple[torch.dtype, int]], seed: int) -> None:
     """Any mixture of dtypes and widths, odd ones in bf16 and bytes among them, and no rows at all."""
-    record = Record(**{f"field{i}": field for i, field in enumerate(fields)})
+    record = RowFormat(**{f"field{i}": field for i, field in enumerate(fields)})
     generator = torch.Generator().manual_seed(seed)
     values = {
         f"field{i}": (torch.randn(n_rows, width, generator=generator) * 50).abs().to(dtype)
@@ -70,7 +70,7 @@ def test_records_come_back(n_rows: int, fields: list[tuple[torch.dtype, int]], s
 
 
 def test_a_field_is_a_view_and_may_be_one_number() -> None:
-    record = Record(o=(torch.bfloat16, 3), lse=(torch.float32, 1))
+    record = RowFormat(o=(torch.bfloat16, 3), lse=(torch.float32, 1))
     rows = record.pack(lse=torch.arange(4.0), o=torch.ones(4, 3, dtype=torch.bfloat16))
     assert record.nbytes == 12
     record.field(rows, "o").fill_(2.0)

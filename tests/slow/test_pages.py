@@ -17,9 +17,10 @@ from support.launch import BIN
 from support.pages import PAGES, ROOT, Block, blocks, hidden_commands, inline_commands
 
 SMALL = "takes minutes or a GPU to be worth reading; run small by "
-FULL = "takes hours, or data of the reader's own; README.md has it cut short"
+FULL = "takes hours, or data of the reader's own; docs/commands.md runs a short version"
 # commands as printed (without comments; of a program in Python, its first line), and why they are not run here
 NOT_RUN = {
+    "pip install -e .": "changes the environment; these tests run in one made by it",
     "make quickstart": "makes an environment; what it calls, tools/quickstart.py, has run before each page",
     "make test": "runs these tests; .ci/run does",
     "tensorboard --logdir outputs": "serves until it is stopped",

@@ -13,6 +13,8 @@ import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from reformer_dist.process.signals import terminate_with_parent
+
 PRELOAD = [
     "torch.distributed",
     "deepspeed",
@@ -64,6 +66,8 @@ def fork_ranks(
 
 def _become(target: str, args: list[str], env: dict[str, str], output: str) -> None:
     """Runs `target` as the main program of this process, its output appended to a file."""
+    if bind := terminate_with_parent():  # the server, which ends with pytest
+        bind()
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -1,4 +1,4 @@
-"""The smallest data set and configuration that still use every part."""
+"""The smallest dataset and configuration that still use every part."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from reformer_dist.config import RunConfig
 from reformer_dist.data import ByteTokenizer, write_dataset
-from reformer_dist.run.compose import plain, run_config_from
+from reformer_dist.run.compose import run_config_from, to_dict
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -35,7 +35,7 @@ WORDS = (
 )
 CHOICES = ("deepspeed.", "launcher.", "sweep.")
 TINY = {
-    **{key: value for key, value in flat(plain(RunConfig())) if not key.startswith(CHOICES)},
+    **{key: value for key, value in flat(to_dict(RunConfig())) if not key.startswith(CHOICES)},
     "model.dim": 32,
     "model.n_layers": 2,
     "model.n_heads": 2,
@@ -86,4 +86,4 @@ def _words(value: object) -> str:
 
 def tiny_config(data: Path, output: Path, *changed: str) -> RunConfig:
     """The same run as a RunConfig."""
-    return run_config_from(plain(RunConfig()), tiny_overrides(data, output, *changed))
+    return run_config_from(to_dict(RunConfig()), tiny_overrides(data, output, *changed))

@@ -16,13 +16,13 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.fs.lock import acquire_lock
-from reformer_dist.sweep import trial_metrics
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.plots import pareto_front, write_plots
 from reformer_dist.sweep.process import find_error
 from reformer_dist.sweep.report import as_text, best_first, table, write_report
-from reformer_dist.sweep.trial_metrics import read_metrics, summarise
+from reformer_dist.sweep.trial_metrics import read_metrics, summarize
 from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus, read_all
+from reformer_dist.training.metrics_log import METRICS_FILE
 
 GOOD = Trial(
     "a", {"optim.lr": "0.1"}, TrialStatus.finished, result={"eval/loss": 1.5, "perf/tokens_per_s": 2000.0}
@@ -103,7 +103,7 @@ def test_placements(
     given: list[dict[str, str]],
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    assert [place.environment for place in make_placements(ranks, parallel, visible_gpus(), cores)] == given
+    assert make_placements(ranks, parallel, visible_gpus(), cores) == given
 
 
 @pytest.mark.parametrize(("ranks", "parallel", "key"), [(3, None, "launcher.nproc"), (2, 2, "sweep.parallel=2")])
@@ -122,17 +122,17 @@ def test_metrics_of_a_resumed_run(tmp_path: Path) -> None:
         {"step": 3, "train/loss": None, "perf/tokens_per_s": 20.0},
     ]
     write_metrics(tmp_path, *rows)
-    with (tmp_path / trial_metrics.FILE).open("a") as file:
+    with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('null\n"x"\n{"step": 4, "train/lo')
     read = read_metrics(tmp_path)
     assert [row["step"] for row in read] == [1, 2, 3]
-    assert summarise(read, "eval/loss") == {
+    assert summarize(read, "eval/loss") == {
         "step": 3,
         "eval/loss": 2.5,
         "train/loss": 2.25,
         "perf/tokens_per_s": 20.0,
     }
-    assert read_metrics(tmp_path / "nothing") == [] and summarise([], "eval/loss") == {}
+    assert read_metrics(tmp_path / "nothing") == [] and summarize([], "eval/loss") == {}
 
 
 LOGS = [

@@ -1,4 +1,4 @@
-"""Small data sets of several fields, and tasks over them."""
+"""Small datasets of several fields, and tasks over them."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_windows_cover_the_context_and_labels_point_at_the_answer(stride: int) -
     covered = set()
     for window in windows:
         assert len(window.tokens) <= 64
-        inside = window.tokens[window.context_at : -1]
+        inside = window.tokens[window.context_offset : -1]
         assert np.array_equal(inside, sample.fields[1][window.start : window.start + len(inside)])
         covered |= set(range(window.start, window.start + len(inside)))
     assert covered == set(range(len(sample.fields[1])))
@@ -138,7 +138,7 @@ def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None
 def test_the_best_span_is_that_of_all_pairs(most: int, n_context: int) -> None:
     """Ties are broken by the first start, then the first end."""
     task, _ = task_and_sample(f"task.max_answer_tokens={most}")
-    window = ContextWindow(np.zeros(3 + n_context + 1, np.int64), context_at=3, start=100)
+    window = ContextWindow(np.zeros(3 + n_context + 1, np.int64), context_offset=3, start=100)
     draw = torch.Generator().manual_seed(most)
     for _ in range(50):
         starts, ends = torch.randint(-2, 3, (2, len(window.tokens)), generator=draw).float()

@@ -7,7 +7,14 @@ import sys
 import pytest
 
 from reformer_dist.errors import UserError
-from reformer_dist.tasks.text_metrics import answer_f1, best_over, bleu, exact_match, normalize_answer, rouge
+from reformer_dist.tasks.text_metrics import (
+    answer_f1,
+    bleu,
+    exact_match,
+    max_over_answers,
+    normalize_answer,
+    rouge,
+)
 
 
 def test_answers_are_normalized_as_by_squad() -> None:
@@ -33,7 +40,7 @@ def test_exact_match_and_f1(answer: str, truth: str, exact: float, f1: float) ->
 
 
 def test_the_best_of_several_answers_counts() -> None:
-    assert best_over(answer_f1, "Denver", ["Denver Broncos", "Denver", "x"]) == 1.0
+    assert max_over_answers(answer_f1, "Denver", ["Denver Broncos", "Denver", "x"]) == 1.0
 
 
 def test_bleu_and_its_signature() -> None:

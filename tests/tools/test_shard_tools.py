@@ -162,7 +162,7 @@ def test_an_error_of_a_program_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a configuration, and a data set with some damaged samples."""
+    """A run directory with a configuration, and a dataset with some damaged samples."""
     root = tmp_path_factory.mktemp("order")
     write_dataset(varied_documents(), root / "data", ByteTokenizer(), 12_000, 0.2)
     for number in range(5, 40, 5):
@@ -183,7 +183,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_the_samples_of_a_step(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The samples that the loader reads, from a run directory or from a data set and overrides."""
+    """The samples that the loader reads, from a run directory or from a dataset and overrides."""
     data = run_folder.parent / "data"
     corpus = Corpus.open([data])
     with open_loader(corpus, batch_size=8) as loader:
@@ -216,7 +216,7 @@ def test_the_samples_of_a_step(
 
 
 def test_a_distant_step_is_found_at_once(tmp_path: Path) -> None:
-    """Skipping steps ends where iterating over them does, for one data set and for a mixture."""
+    """Skipping steps ends where iterating over them does, for one dataset and for a mixture."""
     write_dataset(varied_documents(), tmp_path / "data", ByteTokenizer(), 12_000, 0.2)
     dataset = Dataset.open(tmp_path / "data")
     for corpus in (Corpus([dataset, dataset], [1.0, 2.0]), Corpus([dataset])):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.pieces import train_pieces
 
-from reformer_dist.checkpoint import weights as checkpoint_weights
+from reformer_dist.checkpoint import export as checkpoint_export
 from reformer_dist.data import Corpus, Dataset, RowSelection, read_split
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -103,14 +103,14 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """It shifts answers, so question answering is rejected; for plain text the change is reported."""
     specification = train_pieces(tmp_path, ["two words of text"] * 9).save(tmp_path)
     weights = SimpleNamespace(record=SimpleNamespace(tokenizer=specification), folder=tmp_path)
-    monkeypatch.setattr(checkpoint_weights, "open_weights", lambda path: weights)
+    monkeypatch.setattr(checkpoint_export, "open_weights", lambda path: weights)
     given = ["--tokenizer-of", "MODEL", "--output", tmp_path / "data"]
     assert make_shards(monkeypatch, "--squad", squad(tmp_path / "train.json"), *given) == 1
-    assert "MODEL: SentencePiece normalises" in capsys.readouterr().err
+    assert "MODEL: SentencePiece normalizes" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "two  words {n}"}}\n' for n in range(40)))
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", *given, "--heldout", 0.3) == 0
     output = capsys.readouterr().out
-    assert "normalised by SentencePiece: 40 documents" in output and "UTF-8" not in output
+    assert "normalized by SentencePiece: 40 documents" in output and "UTF-8" not in output
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     bpe = ["--tokenizer", "bpe", "--output", tmp_path / "bpe", "--heldout", 0.3]
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", tmp_path / "latin.txt", *bpe) == 0

@@ -79,7 +79,7 @@ def damage(folder: Path) -> None:
 
 
 def damage_samples(data: Path, copy: Path) -> Path:
-    """A copy of a data set with a flipped bit in every third training sample."""
+    """A copy of a dataset with a flipped bit in every third training sample."""
     shutil.copytree(data, copy)
     dataset = Dataset.open(copy)
     for shard in dataset.shards("train"):

@@ -1,4 +1,4 @@
-"""Runs on several data sets, and on one over HTTP: training, evaluation and resume."""
+"""Runs on several datasets, and on one over HTTP: training, evaluation and resume."""
 
 from __future__ import annotations
 

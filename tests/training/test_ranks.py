@@ -32,7 +32,7 @@ EPOCH += ("trainer.max_steps=1000",)
 
 
 def broken(data: Path, copy: Path) -> Path:
-    """A copy of a data set with zeros in half of its shards."""
+    """A copy of a dataset with zeros in half of its shards."""
     shutil.copytree(data, copy)
     for path in sorted(copy.glob("train-*.tar"))[::2]:
         path.write_bytes(bytes(path.stat().st_size))

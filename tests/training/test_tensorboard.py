@@ -6,11 +6,12 @@ from pathlib import Path
 
 from support.events import read_events
 
+from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.tensorboard import TensorBoardWriter
 
 
 def write(run: Path, resume_step: int, steps: range, value: float) -> None:
-    board = TensorBoardWriter(run / "tensorboard", is_active=True, resume_step=resume_step)
+    board = TensorBoardWriter(run / "tensorboard", resume_step)
     for step in steps:
         board.scalars({"loss": value}, step)
     board.close()
@@ -24,7 +25,7 @@ def test_what_lies_beyond_the_checkpoint_is_taken_back(tmp_path: Path) -> None:
 
 
 def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
-    board = TensorBoardWriter(tmp_path / "tensorboard", is_active=True, resume_step=0)
+    board = TensorBoardWriter(tmp_path / "tensorboard", resume_step=0)
     board.text("sample", "# no title\n\n* no list", 7)
     board.flush()
     [event] = read_events(tmp_path).Tensors("sample/text_summary")
@@ -33,9 +34,10 @@ def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    board = TensorBoardWriter(tmp_path / "tensorboard", is_active=False, resume_step=0)
-    board.scalars({"loss": 1.0}, 1)
-    board.text("sample", "text", 1)
-    board.flush()
-    board.close()
+    metrics = MetricsLogger(tmp_path, is_active=False, resume_step=0)
+    metrics.scalars({"loss": 1.0}, 1, 1.0)
+    metrics.text("sample", "text", 1)
+    metrics.end_step()
+    metrics.flush()
+    metrics.close()
     assert not list(tmp_path.iterdir())

@@ -19,12 +19,12 @@ from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.run.build import build_trainer
-from reformer_dist.run.compose import plain, run_config_from
+from reformer_dist.run.compose import run_config_from, to_dict
 
 
 def train(job: Runtime, overrides: list[str]) -> None:
     with ExitStack() as resources:
-        build_trainer(run_config_from(plain(RunConfig()), overrides), job, resources).fit()
+        build_trainer(run_config_from(to_dict(RunConfig()), overrides), job, resources).fit()
 
 
 def outcome(job: Runtime, action: Callable[[], Any]) -> list[str | None]:

@@ -1,1 +1,1 @@
-"""Data sets on disk: tar shards and their indexes, local and remote storage, tokenizers, reading, verification."""
+"""Datasets on disk: tar shards and their indexes, local and remote storage, tokenizers, reading, verification."""

@@ -1,6 +1,6 @@
 """A local cache of remote files with a size limit, shared by all processes that use the same folder.
 
-Copies are keyed by the sha256 that they should have, so data sets share copies of common shards. A copy is written
+Copies are keyed by the sha256 that they should have, so datasets share copies of common shards. A copy is written
 to a temporary file and renamed, so a killed process leaves no partial copy. Space is reserved before a download,
 under a lock, by removing the least recently used copies; a removed file stays readable while it is open.
 """
@@ -25,7 +25,7 @@ MAX_DOWNLOADS = 3  # of a file whose content is wrong in a different way each ti
 
 @dataclass(frozen=True)
 class FileRef:
-    """A file of a data set as recorded: name, size in bytes (None if unknown) and sha256."""
+    """A file of a dataset as recorded: name, size in bytes (None if unknown) and sha256."""
 
     name: str
     size: int | None
@@ -37,31 +37,30 @@ class FileCache:
 
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
         self._folder, self._limit = Path(folder).expanduser(), limit_bytes
-        self._agreed: set[Path] = set()  # copies with another sha256 that two downloads agreed on
+        self._agreed: set[Path] = set()  # copies with another sha256, in which two downloads agreed
 
     def open(self, file: FileRef, where: str, download: Callable[[Path], None]) -> int:
-        """A descriptor of the copy of a file. `download` writes it to a path if there is none yet.
+        """Returns a descriptor of the cached copy of a file. `download` writes it to a path if there is none yet.
 
         If two downloads agree on a content with another sha256, the source is damaged and this process uses that
         copy; the next process downloads again, since the source may have been repaired. Raises DataError if the
         file is larger than the cache or the cache can't be written.
         """
         if file.size is not None and file.size > self._limit:
-            right = f"holds {file.size} bytes; data.cache_gb must leave room for it"
-            raise DataError(f"{where}: {right}")
+            raise DataError(f"{where}: holds {file.size} bytes; data.cache_gb must leave room for it")
         try:
             while True:
                 descriptor = self._open_copy(file)
                 if descriptor is not None:
                     return descriptor
-                # another process may remove it again for space before it is opened here
+                # another process may evict it again before it is opened here
                 with self._lock(file.sha256):
                     if not any(self._copies(file)):
                         self._fetch(file, where, download)
         except OSError as error:
-            right = "data.cache_dir must be a folder that can be written to, with room for data.cache_gb"
+            expected = "data.cache_dir must be a folder that can be written to, with room for data.cache_gb"
             problem = f"the cache can't be used ({error.strerror or error})"
-            raise DataError(f"{self._folder}: {problem}; {right}") from error
+            raise DataError(f"{self._folder}: {problem}; {expected}") from error
 
     def _copies(self, file: FileRef) -> Iterator[Path]:
         for path in self._folder.glob(f"{file.sha256}*.copy"):
@@ -96,26 +95,26 @@ class FileCache:
         raise DataError(f"{where}: {MAX_DOWNLOADS} downloads had different contents; check the connection")
 
     def _reserve(self, file: FileRef) -> Path:
-        """Makes space and returns the file to write to, whose name holds the size reserved."""
+        """Frees space and returns the file to write to, whose name holds the size reserved."""
         size = file.size or 0
         with self._lock("room"):
-            copies, taken = [], size
+            copies, used = [], size
             for path in self._folder.glob("*.copy"):
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     copies.append((status.st_mtime_ns, path.name, status.st_size))
-                    taken += status.st_size
+                    used += status.st_size
             for path in self._folder.glob("*.partial"):
                 with suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > STALE_SECONDS:
                         path.unlink()
                     else:
-                        taken += int(path.name.split("-")[0])
-            for _, name, freed in sorted(copies):
-                if taken <= self._limit:
+                        used += int(path.name.split("-")[0])
+            for _, name, copy_size in sorted(copies):
+                if used <= self._limit:
                     break
                 (self._folder / name).unlink(missing_ok=True)
-                taken -= freed
+                used -= copy_size
             partial = self._folder / f"{size}-{uuid.uuid4().hex}.partial"
             partial.touch()
             return partial

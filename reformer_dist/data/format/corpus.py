@@ -1,4 +1,4 @@
-"""All data sets that a run reads: their shards and weights, and the record of them in a checkpoint."""
+"""All datasets that a run reads: their shards and weights, and their record in a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MAX_SHOWN_CHANGES = 8
 
 @dataclass(frozen=True)
 class CorpusShard:
-    """A shard of one of the data sets of a corpus."""
+    """A shard of one of the datasets of a corpus."""
 
     dataset_index: int
-    """Index of its data set in the corpus."""
+    """Index of its dataset in the corpus."""
     dataset: Dataset
     shard: Shard
 
@@ -33,10 +33,10 @@ class CorpusShard:
 
 
 class Corpus:
-    """Data sets with one tokenizer, pooled or mixed by weight."""
+    """Datasets with one tokenizer, pooled or mixed by weight."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:
-        """weights: relative number of rows from each data set; None pools all shards as if of one data set.
+        """weights: relative number of rows from each dataset; None pools the shards of all datasets.
 
         Raises DataError if tokenizers, labels or numbers of fields differ.
         """
@@ -44,12 +44,13 @@ class Corpus:
         self.weights = None if weights is None else [float(weight) / sum(weights) for weight in weights]
         first = self.datasets[0]
         for other in self.datasets[1:]:
+            address, first_address = other.folder.address, first.folder.address
             if (len(other.fields), other.labels) != (len(first.fields), first.labels):
-                right = f"must be those of {first.folder.address}; its samples have others"
-                raise DataError(f"data.path: fields and labels of {other.folder.address} {right}")
+                expected = f"must be those of {first_address}; its samples differ"
+                raise DataError(f"data.path: fields and labels of {address} {expected}")
             if other.tokenizer_spec != first.tokenizer_spec:
-                right = f"must be that of {first.folder.address}; write both with one tokenizer"
-                raise DataError(f"data.path: the tokenizer of {other.folder.address} {right}")
+                expected = f"must be that of {first_address}; write both with one tokenizer"
+                raise DataError(f"data.path: the tokenizer of {address} {expected}")
         self.tokenizer, self.labels = first.tokenizer, first.labels
 
     @classmethod
@@ -60,17 +61,17 @@ class Corpus:
         cache_folder: str | Path | None = None,
         cache_gb: float = CACHE_GB,
     ) -> Corpus:
-        """Opens the data sets of these folders and URLs. Raises DataError if one is missing or broken."""
+        """Opens the datasets of these folders and URLs. Raises DataError if one is missing or broken."""
         cache = FileCache(cache_folder or CACHE_FOLDER, int(cache_gb * 2**30))
         return cls([Dataset.open(address, cache) for address in addresses], weights)
 
     @property
     def where(self) -> str:
-        """Its addresses, for error messages."""
+        """Addresses of its datasets, for error messages."""
         return ", ".join(dataset.folder.address for dataset in self.datasets)
 
     def shards(self, split: str) -> list[CorpusShard]:
-        """Shards of "train" or "heldout", data set by data set, in the order they were written."""
+        """Shards of "train" or "heldout", dataset by dataset, in the order they were written."""
         return [
             CorpusShard(index, dataset, shard)
             for index, dataset in enumerate(self.datasets)
@@ -83,7 +84,7 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean bytes of text per training token, weighted like the data sets."""
+        """Mean bytes of text per training token, weighted like the datasets."""
         if self.weights is None:
             return self.total("text_bytes", "train") / self.total("tokens", "train")
         ratios = [
@@ -92,10 +93,10 @@ class Corpus:
         return sum(weight * ratio for weight, ratio in zip(self.weights, ratios, strict=True))
 
     def check(self, split: str, max_damaged_fraction: float) -> Iterator[str]:
-        """Yields a warning for each shard of another size than was recorded, whose missing samples count as
-        damaged.
+        """Yields a warning for each shard whose size differs from the recorded one.
 
-        Raises DataError if a shard is missing or too many samples are lost.
+        Samples that a shard lacks count as damaged. Raises DataError if a shard is missing or too many samples are
+        lost.
         """
         lost = 0
         for dataset in self.datasets:
@@ -103,10 +104,9 @@ class Corpus:
                 problem = f"{dataset.folder.where(shard.name)}: shard holds {size} bytes, expected {shard.size}"
                 lost += sum(entry.offset + entry.size > size for entry in dataset.index(shard).entries)
                 if lost > max_damaged_fraction * self.total("samples", split):
-                    right = (
-                        f"data.max_damaged_fraction={max_damaged_fraction:g} allows fewer; copy or write it again"
-                    )
-                    raise DataError(f"{problem}; {lost} samples of the {split} split are lost: {right}")
+                    limit = f"data.max_damaged_fraction={max_damaged_fraction:g} allows fewer"
+                    lost_samples = f"{lost} samples of the {split} split are lost"
+                    raise DataError(f"{problem}; {lost_samples}: {limit}; copy or write it again")
                 yield f"{problem}; the samples that it lacks are skipped"
 
     def record(self) -> dict[str, Any]:
@@ -115,8 +115,14 @@ class Corpus:
             "tokenizer": self.datasets[0].tokenizer_spec,
             "weights": self.weights,
             "datasets": [
-                {"address": each.folder.address, **{split: _digests(each, split) for split in SPLITS}}
-                for each in self.datasets
+                {
+                    "address": dataset.folder.address,
+                    **{
+                        split: {s.name: [s.samples, s.sha256[:16]] for s in dataset.shards(split)}
+                        for split in SPLITS
+                    },
+                }
+                for dataset in self.datasets
             ],
         }
 
@@ -128,24 +134,20 @@ class Corpus:
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences of two records of a corpus, one line per shard or data set, at most MAX_SHOWN_CHANGES."""
+    """Differences between two records of a corpus, one line per shard or dataset, at most MAX_SHOWN_CHANGES."""
     lines = []
     if before["tokenizer"] != now["tokenizer"]:
         lines.append(f"the tokenizer was {before['tokenizer']} and is {now['tokenizer']}")
     if before["weights"] != now["weights"]:
         lines.append(f"data.weights were {before['weights']} and are {now['weights']}")
     old, new = before["datasets"], now["datasets"]
-    lines += [f"data set {dataset['address']} was removed" for dataset in old[len(new) :]]
-    lines += [f"data set {dataset['address']} was added" for dataset in new[len(old) :]]
+    lines += [f"dataset {dataset['address']} was removed" for dataset in old[len(new) :]]
+    lines += [f"dataset {dataset['address']} was added" for dataset in new[len(old) :]]
     for earlier, later in zip(old, new, strict=False):
         for split in SPLITS:
             lines += [f"{later['address']}: {change}" for change in _changed_shards(earlier[split], later[split])]
-    more = len(lines) - MAX_SHOWN_CHANGES
-    return lines if more <= 0 else [*lines[:MAX_SHOWN_CHANGES], f"and {more} more"]
-
-
-def _digests(dataset: Dataset, split: str) -> dict[str, list[Any]]:
-    return {shard.name: [shard.samples, shard.sha256[:16]] for shard in dataset.shards(split)}
+    n_hidden = len(lines) - MAX_SHOWN_CHANGES
+    return lines if n_hidden <= 0 else [*lines[:MAX_SHOWN_CHANGES], f"and {n_hidden} more"]
 
 
 def _changed_shards(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> Iterator[str]:
@@ -157,4 +159,4 @@ def _changed_shards(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]
         elif before[name] != now[name]:
             yield f"{name} was altered ({before[name][0]} samples, now {now[name][0]})"
     if list(before) != list(now) and before.keys() == now.keys():
-        yield "the shards are in another order"
+        yield "the order of the shards has changed"

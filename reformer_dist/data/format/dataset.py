@@ -1,4 +1,4 @@
-"""A data set: its tokenizer, splits and shards, checked when it is opened."""
+"""A dataset: its tokenizer, splits and shards, checked when it is opened."""
 
 from __future__ import annotations
 
@@ -61,21 +61,24 @@ class Dataset:
         folder = open_folder(str(address), cache or FileCache(CACHE_FOLDER, int(CACHE_GB * 2**30)))
         where = folder.where(DATASET_FILE)
         if isinstance(folder, LocalFolder) and not (folder.path / DATASET_FILE).is_file():
-            raise DataError(f"{folder.path}: holds no data set (no {DATASET_FILE}); {_missing_hint(folder.path)}")
+            raise DataError(f"{folder.path}: holds no dataset (no {DATASET_FILE}); {_missing_hint(folder.path)}")
         record = parse_json(folder.read(DATASET_FILE), where)
         _check_record(record, where)
         tokenizer = _load_tokenizer(record["tokenizer"], folder)
-        _check_tokenizer(record, tokenizer, where)
+        for key in ("vocab_size", "eos_id", "dtype"):
+            if record.get(key) != (expected := getattr(tokenizer, key)):
+                problem = f"{key} is {record.get(key)!r}; it must be that of the tokenizer, {expected!r}"
+                raise DataError(f"{where}: {problem}")
         splits = {split: _read_shards(record["splits"][split], split, where) for split in SPLITS}
         fields, labels = _read_names(record, "fields", where) or TEXT_FIELDS, _read_names(record, "labels", where)
         return cls(folder, tokenizer, splits, json.dumps(record["tokenizer"], sort_keys=True), fields, labels)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tokenizer and the records of all shards, independent of the data set's address."""
-        listed = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
-        named = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
-        content = json.dumps([self.tokenizer_spec, listed, *named], sort_keys=True)
+        """sha256 of the tokenizer and the records of all shards, independent of the dataset's address."""
+        splits = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
+        names = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
+        content = json.dumps([self.tokenizer_spec, splits, *names], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def shards(self, split: str) -> list[Shard]:
@@ -91,10 +94,9 @@ class Dataset:
         return sum(getattr(shard, count) for shard in self.splits[split])
 
     def find_size_mismatches(self, split: str) -> Iterator[tuple[Shard, int]]:
-        """(shard, actual size) of each local shard whose size is not the recorded one. Remote shards are not
-        checked.
+        """(shard, actual size) of each local shard whose size differs from the recorded one.
 
-        Raises DataError if a shard is missing.
+        Remote shards are not checked. Raises DataError if a shard is missing.
         """
         if not isinstance(self.folder, LocalFolder):
             return
@@ -107,23 +109,21 @@ class Dataset:
 
 
 def _missing_hint(path: Path) -> str:
-    """How to get a data set, or how to find it if the working directory is not that of the run."""
-    fix = f"make one with: python tools/make_shards.py INPUT --output {path}"
+    """How to get a dataset, or how to find it if the working directory is not that of the run."""
+    hint = f"make one with: python tools/make_shards.py INPUT --output {path}"
     if path.is_absolute():
-        return fix
-    return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {fix}"
+        return hint
+    return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {hint}"
 
 
 def _check_record(record: Mapping[str, Any], where: str) -> None:
-    if record.get("format") != FORMAT_VERSION:
-        fix = "write the data set again with tools/make_shards.py"
-        raise DataError(
-            f"{where}: format {record.get('format')!r} is not {FORMAT_VERSION}, which this version reads; {fix}"
-        )
+    if (version := record.get("format")) != FORMAT_VERSION:
+        expected = f"{FORMAT_VERSION}, which this version reads; write the dataset again with tools/make_shards.py"
+        raise DataError(f"{where}: format {version!r} is not {expected}")
     if record.get("sha256") != json_sha256(record):
         raise DataError(f"{where}: was altered after it was written (its sha256 differs); copy or write it again")
-    spec, listed = record.get("tokenizer"), record.get("splits")
-    if not isinstance(spec, dict) or not isinstance(listed, dict) or set(listed) != set(SPLITS):
+    spec, splits = record.get("tokenizer"), record.get("splits")
+    if not isinstance(spec, dict) or not isinstance(splits, dict) or set(splits) != set(SPLITS):
         raise DataError(f"{where}: must hold a tokenizer and the splits {', '.join(SPLITS)}")
 
 
@@ -137,26 +137,18 @@ def _read_names(record: Mapping[str, Any], key: str, where: str) -> list[str]:
 def _load_tokenizer(spec: Mapping[str, Any], folder: Folder) -> Tokenizer:
     if isinstance(folder, LocalFolder):
         return load_tokenizer(spec, folder.path)
-    with tempfile.TemporaryDirectory() as copy:
+    with tempfile.TemporaryDirectory() as local_copy:
         if "file" in spec:
             name = require_plain_name(spec["file"], folder.where(DATASET_FILE))
-            Path(copy, name).write_bytes(folder.read(name))
-        return load_tokenizer(spec, Path(copy))
+            Path(local_copy, name).write_bytes(folder.read(name))
+        return load_tokenizer(spec, Path(local_copy))
 
 
-def _check_tokenizer(record: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:
-    for key in ("vocab_size", "eos_id", "dtype"):
-        value, right = record.get(key), getattr(tokenizer, key)
-        if value != right:
-            raise DataError(f"{where}: {key} is {value!r}; it must be that of the tokenizer, {right!r}")
-
-
-def _read_shards(listed: object, split: str, where: str) -> list[Shard]:
-    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+def _read_shards(entries: object, split: str, where: str) -> list[Shard]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{where}: split {split} must be a list of shards")
-    shards = [_read_shard(entry, where) for entry in listed]
-    names = [shard.name for shard in shards]
-    if len(set(names)) < len(names):
+    shards = [_read_shard(entry, where) for entry in entries]
+    if len({shard.name for shard in shards}) < len(shards):
         raise DataError(f"{where}: split {split} lists a shard twice; each must be listed once")
     return shards
 
@@ -164,12 +156,9 @@ def _read_shards(listed: object, split: str, where: str) -> list[Shard]:
 def _read_shard(entry: Mapping[str, Any], where: str) -> Shard:
     shard = Shard(
         name=require_plain_name(entry.get("name"), where),
-        size=require_count(entry, "size", where),
         sha256=require_sha256(entry, "sha256", where),
         index_sha256=require_sha256(entry, "index_sha256", where),
-        samples=require_count(entry, "samples", where),
-        tokens=require_count(entry, "tokens", where),
-        text_bytes=require_count(entry, "text_bytes", where),
+        **{key: require_count(entry, key, where) for key in ("size", "samples", "tokens", "text_bytes")},
     )
     if shard.samples == 0 or shard.tokens < shard.samples:
         counts = f"{shard.samples} samples and {shard.tokens} tokens"

@@ -1,4 +1,4 @@
-"""The layout of a data set on disk: file names, and the record of one shard.
+"""The layout of a dataset on disk: file names, and the record of one shard.
 
 docs/data_order.md describes the format for users.
 """
@@ -24,7 +24,7 @@ TEXT_FIELDS = ("text",)
 MEMBER_SUFFIX = {"uint8": "txt", "uint16": "u16", "uint32": "u32"}
 """Suffix of a sample's tar member by the dtype of its token ids (little-endian)."""
 MAX_SAMPLE_BYTES = 1 << 30
-"""Larger samples are refused, since every rank would allocate what a forged index asks for."""
+"""Larger samples are refused, since every rank would allocate the size that a forged index claims."""
 
 
 def id_dtype(vocab_size: int) -> str:
@@ -55,10 +55,9 @@ class Shard:
 
 def require_plain_name(name: object, where: str) -> str:
     """The name, if it is a plain file name. Raises DataError for paths, `..` and `pipe:`."""
-    is_plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-    if not is_plain:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise DataError(f"{where}: file name {name!r} is refused; it must name a file in the same folder")
-    return str(name)
+    return name
 
 
 def require_count(record: Mapping[str, Any], key: str, where: str) -> int:
@@ -82,7 +81,7 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not valid JSON ({error}); write the data set again") from error
+        raise DataError(f"{where}: is not valid JSON ({error}); write the dataset again") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: holds a {type(value).__name__}; it must hold a JSON object")
     return value

@@ -17,7 +17,6 @@ from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset_layout import (
     FORMAT_VERSION,
     MAX_SAMPLE_BYTES,
-    MEMBER_SUFFIX,
     Shard,
     parse_json,
     require_count,
@@ -37,7 +36,7 @@ class IndexEntry:
 
     key: str
     document: str
-    """File, or file and line, that it came from."""
+    """Source file, or file and line."""
     offset: int
     """Byte offset of its content in the tar file."""
     size: int
@@ -73,26 +72,18 @@ def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> S
         raise DataError(f"{where}: is not the index that was written (sha256 differs); copy it again")
     record = parse_json(content, where)
     samples = record.get("samples")
-    if (
-        record.get("format") != FORMAT_VERSION
-        or record.get("shard") != shard.name
-        or not isinstance(samples, list)
-    ):
+    header = (record.get("format"), record.get("shard"))
+    if header != (FORMAT_VERSION, shard.name) or not isinstance(samples, list):
         raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT_VERSION}")
     itemsize = np.dtype(dtype).itemsize
-    entries = [_entry(sample, where, itemsize, n_fields) for sample in samples]
+    entries = [_read_entry(sample, where, itemsize, n_fields) for sample in samples]
     _check_offsets(entries, shard, where)
-    listed = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
-    if listed != (shard.samples, shard.tokens, shard.text_bytes):
+    totals = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
+    recorded = (shard.samples, shard.tokens, shard.text_bytes)
+    if totals != recorded:
         counts = "{} samples, {} tokens and {} bytes of text"
-        right = counts.format(shard.samples, shard.tokens, shard.text_bytes)
-        raise DataError(f"{where}: lists {counts.format(*listed)}; dataset.json has {right}")
+        raise DataError(f"{where}: lists {counts.format(*totals)}; dataset.json has {counts.format(*recorded)}")
     return ShardIndex(entries, np.array([entry.n_tokens for entry in entries], dtype=np.int64))
-
-
-def member_name(entry: IndexEntry, dtype: str) -> str:
-    """Name of a sample's tar member."""
-    return f"{entry.key}.{MEMBER_SUFFIX[dtype]}"
 
 
 class IndexCache:
@@ -100,20 +91,20 @@ class IndexCache:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._cached: OrderedDict[str, ShardIndex] = OrderedDict()
 
     def read(self, folder: Folder, shard: Shard, dtype: str, n_fields: int) -> ShardIndex:
         with self._lock:
             name = folder.where(shard.index_name)
-            if name not in self._kept:
-                self._kept[name] = read_index(folder, shard, dtype, n_fields)
-            self._kept.move_to_end(name)
-            if len(self._kept) > MAX_CACHED_INDEXES:
-                self._kept.popitem(last=False)
-            return self._kept[name]
+            if name not in self._cached:
+                self._cached[name] = read_index(folder, shard, dtype, n_fields)
+            self._cached.move_to_end(name)
+            if len(self._cached) > MAX_CACHED_INDEXES:
+                self._cached.popitem(last=False)
+            return self._cached[name]
 
 
-def _entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEntry:
+def _read_entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEntry:
     record: dict[str, Any] = sample if isinstance(sample, dict) else {}
     if not isinstance(record.get("document"), str):
         raise DataError(f"{where}: document of a sample is {record.get('document')!r}; it must be a string")
@@ -122,27 +113,26 @@ def _entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEnt
         key=key,
         document=record["document"],
         sha256=require_sha256(record, "sha256", where),
-        offset=require_count(record, "offset", where),
-        size=require_count(record, "size", where),
-        n_tokens=require_count(record, "n_tokens", where),
-        n_bytes=require_count(record, "n_bytes", where),
-        lengths=_lengths(record, n_fields, f"{where}: sample {key}"),
+        lengths=_read_lengths(record, n_fields, f"{where}: sample {key}"),
         metadata=record["facts"] if isinstance(record.get("facts"), dict) else {},
+        **{name: require_count(record, name, where) for name in ("offset", "size", "n_tokens", "n_bytes")},
     )
     if entry.size > MAX_SAMPLE_BYTES:
         raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MAX_SAMPLE_BYTES}")
     n_stored = entry.size // itemsize
     is_consistent = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
     if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not is_consistent:
-        right = f"must hold whole ids of {itemsize} bytes, and count one more token for each field"
-        raise DataError(f"{where}: sample {key} holds {entry.size} bytes and {entry.n_tokens} tokens; it {right}")
+        expected = f"must hold whole ids of {itemsize} bytes, and count one more token for each field"
+        raise DataError(
+            f"{where}: sample {key} holds {entry.size} bytes and {entry.n_tokens} tokens; it {expected}"
+        )
     return entry
 
 
-def _lengths(record: Mapping[str, Any], n_fields: int, where: str) -> tuple[int, ...]:
+def _read_lengths(record: Mapping[str, Any], n_fields: int, where: str) -> tuple[int, ...]:
     lengths = record.get("lengths", [])
-    counts = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
-    if not counts or len(lengths) != (n_fields if n_fields > 1 else 0):
+    are_counts = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
+    if not are_counts or len(lengths) != (n_fields if n_fields > 1 else 0):
         raise DataError(f"{where} has field lengths {lengths!r}; it must have one for each of {n_fields} fields")
     return tuple(lengths)
 
@@ -152,8 +142,8 @@ def _check_offsets(entries: list[IndexEntry], shard: Shard, where: str) -> None:
     end = 0
     for entry in entries:
         if entry.offset % HEADER_BYTES or entry.offset < end + HEADER_BYTES:
-            right = f"must be a multiple of {HEADER_BYTES} from {end + HEADER_BYTES} on"
-            raise DataError(f"{where}: sample {entry.key} begins at {entry.offset}; it {right}")
+            expected = f"must be a multiple of {HEADER_BYTES} from {end + HEADER_BYTES} on"
+            raise DataError(f"{where}: sample {entry.key} begins at {entry.offset}; it {expected}")
         end = entry.offset + entry.size
     if end > shard.size:
         raise DataError(f"{where}: the last sample ends at {end}, beyond the shard's {shard.size} bytes")

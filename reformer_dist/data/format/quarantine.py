@@ -1,4 +1,4 @@
-"""Quarantine of damaged samples: found once, they are reported and skipped from then on.
+"""Quarantine of damaged samples: they are reported when they are first read, and skipped from then on.
 
 Whether a sample is damaged depends on its bytes and the index alone, so all ranks that read it agree.
 """
@@ -16,18 +16,18 @@ from reformer_dist.data.format.sample_reader import DamagedSampleError, SampleRe
 from reformer_dist.errors import DataError
 
 SampleId = tuple[int, str, str]
-"""(data set index, shard name, key)."""
+"""(dataset index, shard name, key)."""
 
 
 @dataclass(frozen=True)
 class DamagedSample:
-    """A sample that is not as it was written."""
+    """A sample whose bytes differ from those that were written."""
 
     id: SampleId
     where: str
-    """Its shard and key, for messages."""
+    """Shard and key, for messages."""
     document: str
-    """File, or file and line, that it came from."""
+    """Source file, or file and line."""
     reason: str
 
     def __str__(self) -> str:
@@ -35,10 +35,10 @@ class DamagedSample:
 
 
 class Quarantine:
-    """Samples to skip, even if they are repaired later. Shared by reading threads."""
+    """Samples to skip, even if they are repaired later. Shared by the reader threads."""
 
     def __init__(self, n_samples: int, max_fraction: float, known: Iterable[SampleId] = ()) -> None:
-        """max_fraction: of the `n_samples` of the run that may be damaged before `add` raises."""
+        """max_fraction: fraction of the run's `n_samples` that may be damaged before `add` raises."""
         self._max_damaged = int(max_fraction * n_samples)
         self._n_samples, self._max_fraction = n_samples, max_fraction
         self._reasons: dict[SampleId, DamagedSample | None] = dict.fromkeys(known)
@@ -47,14 +47,14 @@ class Quarantine:
         return sample in self._reasons
 
     def add(self, damaged: Iterable[DamagedSample]) -> None:
-        """Raises DataError if there are too many damaged samples now."""
+        """Raises DataError if too many samples are damaged now."""
         last = None
         for last in damaged:
             self._reasons.setdefault(last.id, last)
         if last is not None and len(self._reasons) > self._max_damaged:
             count = f"{len(self._reasons)} of {self._n_samples} samples are damaged"
-            right = f"data.max_damaged_fraction={self._max_fraction:g} allows {self._max_damaged}"
-            raise DataError(f"{last}; {count}, and {right}: copy the shards again, or allow more")
+            limit = f"data.max_damaged_fraction={self._max_fraction:g} allows {self._max_damaged}"
+            raise DataError(f"{last}; {count}, and {limit}: copy the shards again, or allow more")
 
     def reason(self, sample: SampleId) -> DamagedSample | None:
         """The damage of a quarantined sample; None if it was known before this run began."""
@@ -67,23 +67,23 @@ class CheckedReader:
     def __init__(self, quarantine: Quarantine) -> None:
         self._quarantine, self._reader = quarantine, SampleReader()
         # streams that read the same long document share its tokens
-        self._opened: WeakValueDictionary[SampleId, NDArray[Any]] = WeakValueDictionary()
+        self._cached: WeakValueDictionary[SampleId, NDArray[Any]] = WeakValueDictionary()
         self.skipped_samples: list[SampleId] = []
-        """Samples not read, until the caller resets the list."""
+        """Samples skipped since the caller last reset the list."""
 
     def open(self, dataset_index: int, ref: SampleRef) -> Any:
-        """Tokens of a sample, [n_tokens]; None if it is quarantined, now or before."""
-        name = (dataset_index, ref.shard.name, ref.entry.key)
-        if name not in self._quarantine:
-            tokens = self._opened.get(name)
+        """Tokens of a sample, [n_tokens]; None if it is quarantined, by this call or earlier."""
+        sample_id = (dataset_index, ref.shard.name, ref.entry.key)
+        if sample_id not in self._quarantine:
+            tokens = self._cached.get(sample_id)
             if tokens is not None:
                 return tokens
             try:
-                self._opened[name] = tokens = self._reader.read(ref)
+                self._cached[sample_id] = tokens = self._reader.read(ref)
                 return tokens
             except DamagedSampleError as damaged:
-                self._quarantine.add([DamagedSample(name, ref.where, ref.entry.document, str(damaged))])
-        self.skipped_samples.append(name)
+                self._quarantine.add([DamagedSample(sample_id, ref.where, ref.entry.document, str(damaged))])
+        self.skipped_samples.append(sample_id)
         return None
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Reads single samples of a shard at their offsets, and verifies their checksums.
 
-A sample that was torn or altered by accident is damaged and can be skipped. A member that no writer of this format
-produces and that could do harm elsewhere (a link, a device, a pickle, a name outside the folder, a size beyond the
-shard) is refused as an attack. In neither case is anything unpacked, executed or unpickled.
+A sample that was truncated or altered by accident is damaged and can be skipped. A member that no writer of this
+format produces and that could do harm elsewhere (a link, a device, a pickle, a name outside the folder, a size
+beyond the shard) is refused as an attack. In neither case is anything unpacked, executed or unpickled.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.format.cache import FileRef
 from reformer_dist.data.format.dataset import Dataset
-from reformer_dist.data.format.dataset_layout import Shard
-from reformer_dist.data.format.index import HEADER_BYTES, IndexEntry, member_name
+from reformer_dist.data.format.dataset_layout import MEMBER_SUFFIX, Shard
+from reformer_dist.data.format.index import HEADER_BYTES, IndexEntry
 from reformer_dist.errors import DataError
 
-PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".npy")
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".npy")
 MAX_OPEN_FILES = 32
 
 
 class DamagedSampleError(Exception):
-    """A sample is not as it was written; the message gives the reason."""
+    """A sample differs from what was written; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """A reference to a sample of a data set."""
+    """A reference to a sample of a dataset."""
 
     dataset: Dataset
     shard: Shard
@@ -42,7 +42,7 @@ class SampleRef:
 
     @property
     def where(self) -> str:
-        """Its shard and key, for error messages."""
+        """Shard and key, for error messages."""
         return f"{self.dataset.folder.where(self.shard.name)}: sample {self.entry.key}"
 
 
@@ -53,9 +53,9 @@ class SampleReader:
         self._files: OrderedDict[tuple[Dataset, str], int] = OrderedDict()
 
     def read(self, ref: SampleRef) -> NDArray[np.unsignedinteger]:
-        """Tokens of a sample, [n_tokens], each field closed by end-of-text, in the narrowest dtype.
+        """Tokens of a sample, [n_tokens], in the narrowest dtype. Each field ends with end-of-text.
 
-        Raises DamagedSampleError if it is not as it was written, and DataError if its shard is missing or the
+        Raises DamagedSampleError if it differs from what was written, and DataError if its shard is missing or the
         sample is refused.
         """
         content = self._read_bytes(ref)
@@ -66,7 +66,7 @@ class SampleReader:
         _check_header(header, ref)
         if hashlib.sha256(payload).hexdigest() != ref.entry.sha256:
             raise DamagedSampleError("is altered: its sha256 differs from the index")
-        return _tokens(payload, ref)
+        return _decode_tokens(payload, ref)
 
     def close(self) -> None:
         while self._files:
@@ -74,12 +74,11 @@ class SampleReader:
 
     def _read_bytes(self, ref: SampleRef) -> bytes:
         descriptor = self._open(ref.dataset, ref.shard)
-        offset, left = ref.entry.offset - HEADER_BYTES, HEADER_BYTES + ref.entry.size
+        start, end = ref.entry.offset - HEADER_BYTES, ref.entry.offset + ref.entry.size
         content = b""
         try:
-            while left > 0 and (more := os.pread(descriptor, left, offset + len(content))):
-                content += more
-                left -= len(more)
+            while block := os.pread(descriptor, end - start - len(content), start + len(content)):
+                content += block
         except OSError as error:
             raise DataError(f"{ref.where}: can't be read ({error.strerror})") from error
         return content
@@ -104,21 +103,21 @@ def _check_header(header: bytes, ref: SampleRef) -> None:
         raise DataError(f"{where} is named {name!r}; names must be relative and without ..")
     if not member.isreg():
         raise DataError(f"{where} is a link, device or folder in the tar; each sample must be a regular file")
-    if name.lower().endswith(PICKLES):
+    if name.lower().endswith(PICKLE_SUFFIXES):
         raise DataError(f"{where} is named {name!r}; files that may be pickles are refused")
     if member.size > ref.shard.size:
         raise DataError(f"{where} claims {member.size} bytes; the whole shard holds {ref.shard.size}")
-    expected = member_name(ref.entry, ref.dataset.tokenizer.dtype)
+    expected = f"{ref.entry.key}.{MEMBER_SUFFIX[ref.dataset.tokenizer.dtype]}"
     if (name, member.size) != (expected, ref.entry.size):
         raise DamagedSampleError(f"is altered: {name!r} of {member.size} bytes is in its place")
 
 
-def _tokens(payload: bytes, ref: SampleRef) -> NDArray[np.unsignedinteger]:
+def _decode_tokens(payload: bytes, ref: SampleRef) -> NDArray[np.unsignedinteger]:
     tokenizer = ref.dataset.tokenizer
     ids = np.frombuffer(payload, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"))
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-        right = f"ids must be below {tokenizer.vocab_size}"
-        raise DataError(f"{ref.where} holds token {int(ids.max())}; {right}: write the data set again")
+        expected = f"ids must be below {tokenizer.vocab_size}"
+        raise DataError(f"{ref.where} holds token {int(ids.max())}; {expected}: write the dataset again")
     ends = np.cumsum(ref.entry.lengths or [len(ids)])
     narrow = np.promote_types(tokenizer.dtype, np.min_scalar_type(tokenizer.eos_id))
     return np.insert(ids.astype(narrow), ends, tokenizer.eos_id)
@@ -129,14 +128,14 @@ class Sample:
     """A sample, split into its fields."""
 
     name: str
-    """File, or file and line, that it came from."""
+    """Source file, or file and line."""
     fields: tuple[NDArray[Any], ...]
-    """Token ids of each, [n] without end-of-text."""
+    """Token ids of each field, [n] without end-of-text."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_sample(ref: SampleRef, tokens: Any) -> Sample:
-    """tokens: of the whole sample, as returned by `SampleReader.read`."""
+    """Splits the tokens of a whole sample, as returned by `SampleReader.read`, into its fields."""
     entry = ref.entry
     ends = np.cumsum([length + 1 for length in entry.lengths or (entry.n_tokens - 1,)])
     fields = tuple(part[:-1] for part in np.split(tokens, ends[:-1]))

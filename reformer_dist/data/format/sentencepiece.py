@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies, for converted models that use one. They normalise text and so are not lossless."""
+"""SentencePiece vocabularies of converted models. They normalize text, so they are not lossless."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reformer_dist.data.format.dataset_layout import id_dtype
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
 
-FILE = "spiece.model"
+SPIECE_FILE = "spiece.model"
 SPACE = "\u2581"  # a space within a piece
 
 
@@ -28,14 +28,14 @@ class SentencePieceTokenizer:
             raise DataError(f"{path}: is missing; it must be a model of SentencePiece")
         package = _package()
         try:
-            self._inner = package.SentencePieceProcessor(model_file=str(path))
+            self._processor = package.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: is not a model of SentencePiece ({error})") from error
-        self._path, n_pieces = path, len(self._inner)
+        self._path, n_pieces = path, len(self._processor)
         self.vocab_size = n_pieces if vocab_size is None else vocab_size
         if self.vocab_size < n_pieces:
             raise DataError(f"{path}: has {n_pieces} pieces, more than the {self.vocab_size} tokens of the model")
-        self.eos_id: int = self._inner.eos_id()
+        self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise DataError(f"{path}: has no piece that ends a text; it must have one to end documents with")
 
@@ -47,39 +47,44 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> NDArray[np.int64]:
         """Counts the space that SentencePiece prepends to a text."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for index in range(len(self._inner)):
-            if self._inner.is_byte(index):
+        for index in range(len(self._processor)):
+            if self._processor.is_byte(index):
                 lengths[index] = 1
-            elif self._inner.is_unknown(index):
-                lengths[index] = len(self._inner.decode([index]).encode())
-            elif not self._inner.is_control(index):
-                lengths[index] = len(self._inner.id_to_piece(index).replace(SPACE, " ").encode())
+            elif self._processor.is_unknown(index):
+                lengths[index] = len(self._processor.decode([index]).encode())
+            elif not self._processor.is_control(index):
+                lengths[index] = len(self._processor.id_to_piece(index).replace(SPACE, " ").encode())
         return lengths
 
     def normalize(self, text: bytes) -> bytes:
-        """The text as SentencePiece normalises it, with U+2047 for unknown pieces."""
+        """The text as SentencePiece normalizes it, with U+2047 for unknown pieces."""
         return self.decode(self.encode(text)).encode()
 
     def encode(self, text: bytes) -> NDArray[Any]:
-        return np.array(self._inner.encode(text.decode("utf-8", errors="replace")), dtype=self.dtype)
+        return np.array(self._processor.encode(text.decode("utf-8", errors="replace")), dtype=self.dtype)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        known = [int(index) for index in ids if int(index) < len(self._inner)]
-        return str(self._inner.decode(known))
+        known = [int(index) for index in ids if int(index) < len(self._processor)]
+        return str(self._processor.decode(known))
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
         return self.decode(ids).encode()
 
     def save(self, folder: Path) -> dict[str, Any]:
-        path = folder / FILE
+        path = folder / SPIECE_FILE
         path.write_bytes(self._path.read_bytes())
-        return {"kind": "sentencepiece", "file": FILE, "sha256": file_sha256(path), "vocab_size": self.vocab_size}
+        return {
+            "kind": "sentencepiece",
+            "file": SPIECE_FILE,
+            "sha256": file_sha256(path),
+            "vocab_size": self.vocab_size,
+        }
 
 
 def _package() -> Any:
     try:
         import sentencepiece
     except ImportError as error:
-        pickle_hint = "pip install 'reformer_dist[sentencepiece]'"
-        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {pickle_hint}") from error
+        hint = "pip install 'reformer_dist[sentencepiece]'"
+        raise DataError(f"a SentencePiece vocabulary needs the package sentencepiece: {hint}") from error
     return sentencepiece

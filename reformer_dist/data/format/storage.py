@@ -1,4 +1,4 @@
-"""Folders of data sets: local, or remote (http:, https: and s3:) through fsspec.
+"""Folders of datasets: local, or remote (http:, https: and s3:) through fsspec.
 
 A file of a remote folder is copied whole into the cache when it is first opened. Addresses are checked before use,
 so that none runs a command or chains file systems.
@@ -26,33 +26,28 @@ RETRY_DELAYS = (0.5, 1.0, 2.0)  # seconds before each retry of a failed request
 MAX_INDEX_BYTES = 1 << 30
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
-
 T = TypeVar("T")
 
 
 class Folder(Protocol):
-    """The folder of one data set."""
+    """The folder of one dataset."""
 
     @property
     def address(self) -> str:
-        """As given by the user."""
-        ...
+        """Address as the user wrote it."""
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for error messages."""
-        ...
 
     def read(self, name: str) -> bytes:
         """Content of a small file. Raises DataError if it is missing or can't be read."""
-        ...
 
     def open(self, file: FileRef) -> int:
         """A descriptor of a local file, for os.pread. Raises DataError if there is none.
 
-        The content of a local folder's file is not checked. That of a remote one differs from the recorded sha256
-        only if it does so at the source.
+        Local files are not verified. The copy of a remote file differs from the recorded sha256 only if the source
+        does.
         """
-        ...
 
 
 def open_folder(address: str, cache: FileCache) -> Folder:
@@ -64,8 +59,8 @@ def open_folder(address: str, cache: FileCache) -> Folder:
     if scheme == "file":
         return LocalFolder(address, Path(unquote(urlsplit(address).path)))
     if scheme not in REMOTE_PACKAGES or "::" in address:
-        right = "a folder, or begin with file:, http:, https: or s3:"
-        raise DataError(f"data.path={address}: this kind of address is refused; it must be {right}")
+        expected = "a folder, or begin with file:, http:, https: or s3:"
+        raise DataError(f"data.path={address}: this kind of address is refused; it must be {expected}")
     return RemoteFolder(address, _file_system(scheme, address), cache)
 
 
@@ -91,9 +86,8 @@ class LocalFolder:
                 raise DataError(f"{path}: is missing; it must hold {file.size} bytes")
             return os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(
-                f"{path}: can't be opened ({error.strerror}); it must hold {file.size} bytes"
-            ) from error
+            problem = f"can't be opened ({error.strerror}); it must hold {file.size} bytes"
+            raise DataError(f"{path}: {problem}") from error
 
 
 class RemoteFolder:
@@ -109,20 +103,20 @@ class RemoteFolder:
         return f"{self.address.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
-        return self._retried(name, lambda source: self._file_system.cat_file(source))
+        return self._retry(name, lambda source: self._file_system.cat_file(source))
 
     def open(self, file: FileRef) -> int:
         where = self.where(file.name)
 
         def download(path: Path) -> None:
             def copy(source: str) -> None:
-                self._file_system.get_file(source, str(path), callback=_Limit(file, where))
+                self._file_system.get_file(source, str(path), callback=_SizeLimit(file, where))
 
-            self._retried(file.name, copy)
+            self._retry(file.name, copy)
 
         return self._cache.open(file, where, download)
 
-    def _retried(self, name: str, action: Callable[[str], T], attempt: int = 0) -> T:
+    def _retry(self, name: str, action: Callable[[str], T], attempt: int = 0) -> T:
         try:
             return action(f"{self._root}/{name}")
         except DataError:
@@ -131,13 +125,12 @@ class RemoteFolder:
             raise DataError(f"{self.where(name)}: is missing") from error
         except Exception as error:  # each file system raises its own types
             if attempt == len(RETRY_DELAYS):
-                reason = f"{type(error).__name__}: {error}"
-                raise DataError(f"{self.where(name)}: can't be read ({reason})") from error
+                raise DataError(f"{self.where(name)}: can't be read ({type(error).__name__}: {error})") from error
         time.sleep(RETRY_DELAYS[attempt])
-        return self._retried(name, action, attempt + 1)
+        return self._retry(name, action, attempt + 1)
 
 
-class _Limit(Callback):
+class _SizeLimit(Callback):
     """Aborts a download that exceeds the recorded size, so that a source can't fill the disk."""
 
     def __init__(self, file: FileRef, where: str) -> None:
@@ -155,8 +148,8 @@ def _file_system(scheme: str, address: str) -> Any:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        fix = "pip install 'reformer_dist[remote]'"
-        raise DataError(f"data.path={address}: {scheme}: needs the package {package}: {fix}") from error
+        hint = "pip install 'reformer_dist[remote]'"
+        raise DataError(f"data.path={address}: {scheme}: needs the package {package}: {hint}") from error
     # proxies come from the environment; a cached listing would hide a repaired file
     options = {} if scheme == "s3" else {"client_kwargs": {"trust_env": True}}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)

@@ -1,7 +1,7 @@
 """Tokenizers: bytes, or byte-level BPE from the `tokenizers` package.
 
-Both are lossless, unlike SentencePiece, which is there for converted models. Each tokenizer knows the bytes of
-text of every token, so that losses of models with different vocabularies can be compared as bits per byte.
+Both are lossless, unlike SentencePiece, which only converted models use. Each tokenizer provides the bytes of text
+per token, so that losses of models with different vocabularies can be compared in bits per byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """The interface of a tokenizer."""
+    """Interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         """Whether UTF-8 text is preserved byte for byte, so that byte offsets can be mapped to tokens."""
 
     def normalize(self, text: bytes) -> bytes:
-        """The text that `encode` preserves: invalid UTF-8 replaced by U+FFFD, or normalised by SentencePiece."""
+        """The text that `encode` preserves: invalid UTF-8 replaced by U+FFFD, or normalized by SentencePiece."""
 
     def encode(self, text: bytes) -> NDArray[Any]:
         """Token ids of a text, [n_tokens] of `dtype`, without end-of-text."""
@@ -107,7 +107,7 @@ class BpeTokenizer:
     is_lossless = True
 
     def __init__(self, inner: Any, origin: str) -> None:
-        """inner: a `tokenizers.Tokenizer`. origin: its name in errors.
+        """inner: a `tokenizers.Tokenizer`. origin: its name in error messages.
 
         Raises DataError if it is not byte-level or has no end-of-text token.
         """
@@ -195,8 +195,10 @@ class BpeTokenizer:
 def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer of a specification from `save`. Raises DataError if its file is missing or differs."""
     kind = spec.get("kind")
+    if kind == "bytes" and "first_id" not in spec:
+        return ByteTokenizer()
     if kind == "bytes":
-        return _load_bytes(spec, str(folder))
+        return ByteTokenizer(*(require_count(spec, key, str(folder)) for key in ("first_id", "eos_id")))
     if kind not in ("bpe", "sentencepiece"):
         raise DataError(f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes, bpe or sentencepiece")
     path = folder / require_plain_name(spec.get("file"), str(folder))
@@ -208,12 +210,6 @@ def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
     if file_sha256(path) != spec.get("sha256"):
         raise DataError(f"{path}: is not the tokenizer that the shards were written with (sha256 differs)")
     return tokenizer
-
-
-def _load_bytes(spec: Mapping[str, Any], where: str) -> ByteTokenizer:
-    if "first_id" not in spec:
-        return ByteTokenizer()
-    return ByteTokenizer(require_count(spec, "first_id", where), require_count(spec, "eos_id", where))
 
 
 def _package() -> Any:

@@ -1,4 +1,4 @@
-"""Verification of every byte of a data set against its checksums."""
+"""Verification of every byte of a dataset against its checksums."""
 
 from __future__ import annotations
 
@@ -15,38 +15,33 @@ from reformer_dist.errors import DataError
 
 
 def verify_dataset(dataset: Dataset) -> Iterator[str]:
-    """One message per shard, index or sample that is missing or altered."""
-    for split in SPLITS:
-        for shard in dataset.shards(split):
-            yield from _verify_shard(dataset, shard)
+    """Yields one message per shard, index or sample that is missing or altered."""
+    with closing(SampleReader()) as reader:
+        for split in SPLITS:
+            for shard in dataset.shards(split):
+                yield from _verify_shard(dataset, shard, reader)
 
 
-def _verify_shard(dataset: Dataset, shard: Shard) -> Iterator[str]:
+def _verify_shard(dataset: Dataset, shard: Shard, reader: SampleReader) -> Iterator[str]:
     try:
-        yield from _mismatches(dataset, shard)
+        with os.fdopen(dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256)), "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != shard.sha256:
+            yield f"{dataset.folder.where(shard.name)}: shard was altered after it was written (sha256 differs)"
+        refs = [SampleRef(dataset, shard, entry) for entry in dataset.index(shard).entries]
     except DataError as error:
         yield str(error)
+        return
+    yield from filter(None, (_verify_sample(reader, ref) for ref in refs))
 
 
-def _mismatches(dataset: Dataset, shard: Shard) -> Iterator[str]:
-    with os.fdopen(dataset.folder.open(FileRef(shard.name, shard.size, shard.sha256)), "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != shard.sha256:
-        yield f"{dataset.folder.where(shard.name)}: shard was altered after it was written (sha256 differs)"
-    with closing(SampleReader()) as reader:
-        for entry in dataset.index(shard).entries:
-            ref = SampleRef(dataset, shard, entry)
-            if problem := _verify_sample(reader, ref):
-                yield problem
-
-
-def _verify_sample(reader: SampleReader, ref: SampleRef) -> str:
+def _verify_sample(reader: SampleReader, ref: SampleRef) -> str | None:
     try:
         reader.read(ref)
     except DamagedSampleError as damaged:
         return f"{ref.where} ({ref.entry.document}) {damaged}"
     except DataError as error:
         return str(error)
-    return ""
+    return None

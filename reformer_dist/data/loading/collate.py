@@ -18,10 +18,10 @@ Example = dict[str, NDArray[Any]]
 Batch = dict[str, torch.Tensor]
 """Model inputs of several rows by name, [rows, ...]."""
 MakeExample = Callable[[list[Span], DrawKey], Example]
-"""Makes an example of the spans of a row. No spans, at the end of a stream: all labels are IGNORE_INDEX."""
+"""Makes an example from the spans of a row. Without spans, at the end of a stream, all labels are IGNORE_INDEX."""
 
 FILL_VALUES = {"labels": IGNORE_INDEX, "key_padding_mask": False, "source_mask": False}
-"""Padding of rows that are shorter than others of their batch; 0 for other names."""
+"""Padding values for rows shorter than the longest of their batch; 0 for other names."""
 LENGTH_MULTIPLE = 8
 
 
@@ -31,7 +31,7 @@ def next_token_example(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> 
 
 
 def next_token_examples(seq_len: int, eos_id: int, mask_document_starts: bool = False) -> MakeExample:
-    """Makes examples of packed text for a causal language model."""
+    """Returns a function that makes examples of packed text for a causal language model."""
 
     def make_example(spans: list[Span], draw_key: DrawKey) -> Example:
         return next_token_example(*pack_spans(spans, seq_len, eos_id, mask_document_starts))
@@ -41,11 +41,12 @@ def next_token_examples(seq_len: int, eos_id: int, mask_document_starts: bool = 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Stacks examples. Rows of different lengths are padded to the longest, rounded up to LENGTH_MULTIPLE."""
-    return {name: _stack([each[name] for each in examples], FILL_VALUES.get(name, 0)) for name in examples[0]}
-
-
-def _stack(arrays: list[NDArray[Any]], fill: int) -> torch.Tensor:
-    if len({array.shape for array in arrays}) > 1:
-        longest = -(-max(len(array) for array in arrays) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        arrays = [np.pad(array, (0, longest - len(array)), constant_values=fill) for array in arrays]
-    return torch.from_numpy(np.stack(arrays))
+    batch: Batch = {}
+    for name in examples[0]:
+        arrays = [example[name] for example in examples]
+        if len({array.shape for array in arrays}) > 1:
+            length = -(-max(len(array) for array in arrays) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+            fill = FILL_VALUES.get(name, 0)
+            arrays = [np.pad(array, (0, length - len(array)), constant_values=fill) for array in arrays]
+        batch[name] = torch.from_numpy(np.stack(arrays))
+    return batch

@@ -1,8 +1,7 @@
-"""Held-out batches, and the bytes of text that turn their loss into bits per byte.
+"""Held-out batches, and the bytes of text that convert their loss to bits per byte.
 
-The documents of the held-out split, in the order of the shards, form one text that begins with an end-of-text
-token and is cut into rows. Every token of the split is predicted exactly once, so the bytes predicted are those of
-the split.
+The documents of the held-out split, in shard order, form one text that begins with an end-of-text token and is cut
+into rows. Every token of the split is predicted exactly once, so the bytes predicted are those of the split.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Report = Callable[[DamagedSample], None]
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The rows of a split that one data-parallel rank evaluates: row i is read by rank i % dp_size."""
+    """The rows of a split that one data-parallel rank evaluates: rank i % dp_size reads row i."""
 
     max_rows: int = 0
     """Over all ranks; 0 for all rows."""
@@ -40,7 +39,7 @@ class RowSelection:
     dp_size: int = 1
     max_damaged_fraction: float = 0.0
     split: str = "heldout"
-    """Or "train", for tasks whose rows hold one sample."""
+    """Or "train", for tasks with one sample per row."""
 
     def n_rows(self, available: int) -> int:
         """Rows of all ranks if the split has `available` rows."""
@@ -57,7 +56,7 @@ def heldout_text_batches(
         lambda tokens, labels, draw_key: next_token_example(tokens, labels)
     ),
 ) -> Iterator[Batch]:
-    """Batches of held-out text. Every rank gets the same number, filled up with rows of padding.
+    """Batches of held-out text. Every rank gets the same number, the last ones filled with rows of padding.
 
     make_example: called with tokens [seq_len + 1], labels [seq_len] and the draw key of each row. Damaged samples
     are skipped and reported. Raises DataError if nothing is held out and, while iterating, if a shard is missing
@@ -67,14 +66,18 @@ def heldout_text_batches(
     if n_rows == 0:
         raise DataError(f"{corpus.where}: no documents are held out; write it again with --heldout above 0")
     n_rows = rows.n_rows(n_rows)
+    eos_id = corpus.tokenizer.eos_id
     documents = (tokens for _, tokens in _read_split(corpus, rows, report))
-    texts = islice(_cut_rows(documents, corpus.tokenizer.eos_id, seq_len), rows.dp_rank, n_rows, rows.dp_size)
-    numbers = count(rows.dp_rank, rows.dp_size)
+    texts = islice(_cut_rows(documents, eos_id, seq_len), rows.dp_rank, n_rows, rows.dp_size)
+    row_numbers = count(rows.dp_rank, rows.dp_size)
 
     def next_example() -> Example:
-        text = next(texts, np.zeros(0, dtype=np.int64))
-        tokens, labels = _pad_row(text, corpus.tokenizer.eos_id, seq_len)
-        return make_example(tokens, labels, DrawKey.heldout(next(numbers)))
+        text = next(texts, np.zeros(0, dtype=np.int64))  # shorter than a row at the end, then empty
+        tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
+        labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
+        tokens[: len(text)] = text
+        labels[: max(0, len(text) - 1)] = text[1:]
+        return make_example(tokens, labels, DrawKey.heldout(next(row_numbers)))
 
     return _batches(next_example, rows, n_rows)
 
@@ -86,7 +89,7 @@ def heldout_sample_batches(
     *,
     report: Report = lambda sample: None,
 ) -> Iterator[Batch]:
-    """Batches of held-out samples, one in each row. Every rank gets the same number.
+    """Batches of held-out samples, one per row. Every rank gets the same number.
 
     make_example: called with None for rows of padding. Damaged samples are skipped and reported. Raises DataError
     if the split is empty and, while iterating, if a shard is missing or too many samples are damaged.
@@ -95,29 +98,29 @@ def heldout_sample_batches(
     if n_rows == 0:
         raise DataError(f"{corpus.where}: no samples are held out; write it again with --heldout-from")
     samples = read_split(corpus, rows, report=report)
-    numbers = count(rows.dp_rank, rows.dp_size)
+    row_numbers = count(rows.dp_rank, rows.dp_size)
     return _batches(
-        lambda: make_example(next(samples, None), DrawKey.heldout(next(numbers))), rows, rows.n_rows(n_rows)
+        lambda: make_example(next(samples, None), DrawKey.heldout(next(row_numbers))), rows, rows.n_rows(n_rows)
     )
 
 
 def read_split(corpus: Corpus, rows: RowSelection, *, report: Report = lambda sample: None) -> Iterator[Sample]:
-    """The samples of a rank. Damaged ones are skipped and reported.
+    """The samples that a rank evaluates. Damaged ones are skipped and reported.
 
     Raises DataError while iterating if a shard is missing or too many samples are damaged.
     """
-    found = islice(_read_split(corpus, rows, report), rows.dp_rank, rows.max_rows or None, rows.dp_size)
-    return (make_sample(ref, tokens) for ref, tokens in found)
+    samples = islice(_read_split(corpus, rows, report), rows.dp_rank, rows.max_rows or None, rows.dp_size)
+    return (make_sample(ref, tokens) for ref, tokens in samples)
 
 
 def count_text_bytes(labels: torch.Tensor, token_bytes: NDArray[np.int64]) -> int:
-    """Bytes of text of all labels but IGNORE_INDEX. token_bytes [vocab_size]: of the tokenizer."""
-    counted = labels[labels != IGNORE_INDEX]
-    return int(torch.from_numpy(token_bytes).to(labels.device)[counted].sum())
+    """Bytes of text of all labels but IGNORE_INDEX. token_bytes: the tokenizer's, [vocab_size]."""
+    predicted = labels[labels != IGNORE_INDEX]
+    return int(torch.from_numpy(token_bytes).to(labels.device)[predicted].sum())
 
 
 def _batches(next_example: Callable[[], Example], rows: RowSelection, n_rows: int) -> Iterator[Batch]:
-    # the same number on each rank, since all join the same collectives
+    # the same number on each rank, since all take part in the same collectives
     n_batches = -(-n_rows // (rows.dp_size * rows.micro_batch_size))
     return (collate([next_example() for _ in range(rows.micro_batch_size)]) for _ in range(n_batches))
 
@@ -125,8 +128,7 @@ def _batches(next_example: Callable[[], Example], rows: RowSelection, n_rows: in
 def _read_split(corpus: Corpus, rows: RowSelection, report: Report) -> Iterator[tuple[SampleRef, Tokens]]:
     """Undamaged samples of a split and their tokens."""
     quarantine = Quarantine(corpus.total("samples", rows.split), rows.max_damaged_fraction)
-    reader = CheckedReader(quarantine)
-    with closing(reader):
+    with closing(CheckedReader(quarantine)) as reader:
         for shard in corpus.shards(rows.split):
             for entry in shard.index.entries:
                 ref = SampleRef(shard.dataset, shard.shard, entry)
@@ -141,28 +143,19 @@ def _read_split(corpus: Corpus, rows: RowSelection, report: Report) -> Iterator[
 
 
 def _cut_rows(documents: Iterator[Any], eos_id: int, seq_len: int) -> Iterator[NDArray[Any]]:
-    """Rows of up to seq_len + 1 tokens, each of which begins with the last token of the row before."""
-    held: list[NDArray[Any]] = [np.array([eos_id], dtype=np.int32)]
-    n_held = 1
+    """Rows of up to seq_len + 1 tokens. Each begins with the last token of the preceding row."""
+    buffered: list[NDArray[Any]] = [np.array([eos_id], dtype=np.int32)]
+    n_buffered = 1
     for document in documents:
-        held.append(document)
-        n_held += len(document)
-        if n_held <= seq_len:
+        buffered.append(document)
+        n_buffered += len(document)
+        if n_buffered <= seq_len:
             continue
-        joined = np.concatenate(held)
-        n_whole = (len(joined) - 1) // seq_len
-        for row in range(n_whole):
-            yield joined[row * seq_len : (row + 1) * seq_len + 1]
-        held = [joined[n_whole * seq_len :]]
-        n_held = len(held[0])
-    if n_held > 1:
-        yield np.concatenate(held)
-
-
-def _pad_row(text: NDArray[Any], eos_id: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(tokens [seq_len + 1], labels [seq_len]) of a row that may be shorter or empty."""
-    tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
-    labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
-    tokens[: len(text)] = text
-    labels[: max(0, len(text) - 1)] = text[1:]
-    return tokens, labels
+        tokens = np.concatenate(buffered)
+        n_rows = (len(tokens) - 1) // seq_len
+        for row in range(n_rows):
+            yield tokens[row * seq_len : (row + 1) * seq_len + 1]
+        buffered = [tokens[n_rows * seq_len :]]
+        n_buffered = len(buffered[0])
+    if n_buffered > 1:
+        yield np.concatenate(buffered)

@@ -1,8 +1,8 @@
 """Training batches: the rows of each optimizer step of one data-parallel rank, read ahead by threads.
 
 Row v of a step comes from virtual stream v for any number of ranks, and each rank owns a contiguous range of
-streams. Each thread reads some of these, and batches are assembled in the order of the steps, so that neither
-ranks nor threads nor reading ahead change what a step contains.
+streams, divided among its threads. Batches are assembled in step order, so a step contains the same rows for any
+number of ranks, threads and prefetched steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,8 @@ from reformer_dist.data.loading.packing import TokenStream
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
 
 PREFETCH_STEPS = 2
-POLL_SECONDS = 0.1  # between two checks of whether the loader is closed
-JOIN_SECONDS = 5.0  # for a thread to end; one that waits for a dead server is abandoned
+POLL_SECONDS = 0.1  # between checks of whether the loader is closed
+JOIN_SECONDS = 5.0  # for a thread to end; one that waits for an unresponsive server is abandoned
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,14 @@ class StepBatch:
     micro_batches: list[Batch]
     """Each of micro_batch_size rows. Labels are IGNORE_INDEX where there is no loss. `rows` are stream numbers."""
     damaged: list[DamagedSample]
-    """Samples found damaged for the first time."""
+    """Samples found to be damaged in this step."""
     checksum: int
-    """32-bit hash of the ids of all that was read so far, equal on ranks that share sequences."""
+    """32-bit hash of the ids of everything read so far, equal on ranks that share sequences."""
     make_state: Callable[[], dict[str, Any]]
 
     @property
     def state(self) -> dict[str, Any]:
-        """The loader's state after this batch, as JSON values: a loader resumed from it continues with the next
-        batch.
+        """The loader's state after this batch, as JSON values. A resumed loader continues with the next batch.
 
         Valid until the next batch is requested.
         """
@@ -62,10 +60,10 @@ class _StreamRow:
 
 
 class TrainLoader:
-    """An iterator of StepBatch, endless unless `passes` is given; threads read ahead.
+    """An iterator of StepBatch, endless without `passes`, whose threads read ahead.
 
-    Rank r owns the r-th of `dp_size` equal ranges of the sampler's streams. An error of a reading thread is raised
-    by `next` at the step that it belongs to, and closes the loader.
+    Rank r owns the r-th of `dp_size` equal ranges of the sampler's streams. An error in a reader thread is raised
+    by `next` at its step, and closes the loader.
     """
 
     def __init__(
@@ -84,33 +82,33 @@ class TrainLoader:
         """quarantine: must contain that of `state`; this loader adds to it.
 
         passes: over the sampler's only pool, after which all rows are padding. make_example: by default, rows of
-        text for a causal language model. workers: threads; 0 reads in `next`. Raises ValueError if the batch can't
-        be divided.
+        text for a causal language model. workers: threads; with 0, `next` reads. Raises ValueError if the batch
+        can't be divided.
         """
-        n_rows, rest = divmod(sampler.n_streams, dp_size)
-        if rest or n_rows % micro_batch_size:
-            parts = f"{dp_size} ranks and micro-batches of {micro_batch_size}"
-            raise ValueError(f"batch_size={sampler.n_streams} can't be divided into {parts}")
+        n_rows, remainder = divmod(sampler.n_streams, dp_size)
+        if remainder or n_rows % micro_batch_size:
+            divisors = f"{dp_size} ranks and micro-batches of {micro_batch_size}"
+            raise ValueError(f"batch_size={sampler.n_streams} can't be divided into {divisors}")
         state = state or LoaderState()
         self._sampler, self._quarantine, self._origin = sampler, quarantine, state.origin
         self._micro_batch_size = micro_batch_size
         make_example = make_example or next_token_examples(sampler.seq_len, sampler.corpus.tokenizer.eos_id)
-        self._owned = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
+        self._stream_ids = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
         self._step = state.step
         self._damaged: set[SampleId] = set(state.quarantine)
-        streams = {stream: state.open_stream(sampler, stream, passes) for stream in self._owned}
+        streams = {stream: state.open_stream(sampler, stream, passes) for stream in self._stream_ids}
         n_readers = min(n_rows, max(1, workers))
         self._readers = [
             _Reader(
                 sampler,
-                {stream: streams[stream] for stream in self._owned[first::n_readers]},
+                {stream: streams[stream] for stream in self._stream_ids[first::n_readers]},
                 quarantine,
                 step=state.step,
                 make_example=make_example,
             )
             for first in range(n_readers)
         ]
-        self._threads = [_Thread(reader) for reader in self._readers] if workers > 0 else []
+        self._threads = [_ReaderThread(reader) for reader in self._readers] if workers > 0 else []
         self._closed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -124,11 +122,11 @@ class TrainLoader:
             for reader in self._threads or self._readers:
                 rows.update(reader.next_rows())
         except BaseException:
-            # the streams stopped in the middle of a step, so no later batch would be in order
+            # the streams stopped in the middle of a step, so later batches would be out of order
             self.close()
             raise
         self._step += 1
-        return self._batch([rows[stream] for stream in self._owned])
+        return self._batch([rows[stream] for stream in self._stream_ids])
 
     @property
     def n_damaged(self) -> int:
@@ -142,7 +140,7 @@ class TrainLoader:
         self._quarantine.add(damaged)
 
     def close(self) -> None:
-        """Stops the reading threads. The loader can't be used afterwards."""
+        """Stops the reader threads. The loader can't be used afterwards."""
         self._closed = True
         for thread in self._threads:
             thread.stop()
@@ -155,15 +153,13 @@ class TrainLoader:
     def __enter__(self) -> TrainLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _batch(self, rows: list[_StreamRow]) -> StepBatch:
-        # identified by stream, since the index of a row within its rank depends on the ranks
+        # rows are identified by stream, since their index within a rank depends on the number of ranks
         examples = [
-            {**row.example, "rows": np.asarray(stream)} for stream, row in zip(self._owned, rows, strict=True)
+            {**row.example, "rows": np.asarray(stream)} for stream, row in zip(self._stream_ids, rows, strict=True)
         ]
         size = self._micro_batch_size
         if self._sampler.by_sample:
@@ -171,24 +167,24 @@ class TrainLoader:
             examples.sort(key=lambda example: sum(map(np.size, example.values())))
         new = {sample for row in rows for sample in row.skipped_samples} - self._damaged
         self._damaged |= new
-        found = [self._quarantine.reason(sample) for sample in sorted(new)]
+        damaged = [self._quarantine.reason(sample) for sample in sorted(new)]
         digests = hashlib.blake2b(b"".join(row.digest for row in rows), digest_size=4).digest()
-        streams = {stream: (row.positions, row.digest) for stream, row in zip(self._owned, rows, strict=True)}
+        streams = {stream: (row.positions, row.digest) for stream, row in zip(self._stream_ids, rows, strict=True)}
         step = self._step
 
         def make_state() -> dict[str, Any]:
             return LoaderState(step, self._origin, streams, frozenset(self._damaged)).to_json(self._sampler)
 
         return StepBatch(
-            micro_batches=[collate(examples[at : at + size]) for at in range(0, len(examples), size)],
-            damaged=[sample for sample in found if sample is not None],
+            micro_batches=[collate(examples[i : i + size]) for i in range(0, len(examples), size)],
+            damaged=[sample for sample in damaged if sample is not None],
             checksum=int.from_bytes(digests, "little"),
             make_state=make_state,
         )
 
 
 class _Reader:
-    """Reads some streams of a rank, step by step."""
+    """Reads a subset of a rank's streams, step by step."""
 
     def __init__(
         self,
@@ -206,42 +202,40 @@ class _Reader:
         """The next row of each stream."""
         pools = self._sampler.pools_of_step(self._step)
         self._step += 1
-        return {stream: self._read(stream, int(pools[stream])) for stream in self._streams}
+        rows = {}
+        for number, stream in self._streams.items():
+            self._samples.skipped_samples = []
+            pool = int(pools[number])
+            draw_key = DrawKey(number, pool, stream.positions[pool])
+            example = self._make_example(stream.next_spans(pool, self._samples.open), draw_key)
+            skipped_samples = self._samples.skipped_samples
+            rows[number] = _StreamRow(example, list(stream.positions), stream.digest, skipped_samples)
+        return rows
 
     def close(self) -> None:
         self._samples.close()
 
-    def _read(self, number: int, pool: int) -> _StreamRow:
-        stream = self._streams[number]
-        self._samples.skipped_samples = []
-        draw_key = DrawKey(number, pool, stream.positions[pool])
-        example = self._make_example(stream.next_spans(pool, self._samples.open), draw_key)
-        return _StreamRow(example, list(stream.positions), stream.digest, self._samples.skipped_samples)
 
-
-class _Thread:
-    """Reads up to PREFETCH_STEPS steps ahead with one reader, from the first call of `next_rows`."""
+class _ReaderThread:
+    """Prefetches up to PREFETCH_STEPS steps of one reader, from the first call of `next_rows` on."""
 
     def __init__(self, reader: _Reader) -> None:
         self._reader = reader
         self._ready: queue.Queue[dict[int, _StreamRow] | BaseException] = queue.Queue(PREFETCH_STEPS)
         self._is_stopped = threading.Event()
-        # daemon: a thread that hangs in a dead file system must not keep the process from ending
+        # daemon: a thread that hangs in a dead file system must not keep the process alive
         self._thread = threading.Thread(target=self._run, name="train-loader", daemon=True)
 
     def next_rows(self) -> dict[int, _StreamRow]:
         if self._thread.ident is None:
             self._thread.start()
-        result = self._next()
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def _next(self) -> dict[int, _StreamRow] | BaseException:
-        while not self._is_stopped.is_set():  # a stopped thread puts nothing more
+        while not self._is_stopped.is_set():  # a stopped thread adds nothing to the queue
             with suppress(queue.Empty):
-                return self._ready.get(timeout=POLL_SECONDS)
-        return RuntimeError("the loader is closed")
+                rows = self._ready.get(timeout=POLL_SECONDS)
+                if isinstance(rows, BaseException):
+                    raise rows
+                return rows
+        raise RuntimeError("the loader is closed")
 
     def stop(self) -> None:
         self._is_stopped.set()

@@ -1,6 +1,6 @@
-"""The state of a run's data: what a checkpoint stores, as JSON values, and which states a run can resume from.
+"""The loader's state, as checkpoints store it in JSON values, and the checks before a run resumes from one.
 
-Each data-parallel rank has the state of its own streams. `merge_states` joins those of all ranks into one, from
+Each data-parallel rank saves the state of its streams. `merge_states` merges those of all ranks into one, from
 which any number of ranks can resume.
 """
 
@@ -21,7 +21,7 @@ STATE_VERSION = 2
 
 @dataclass(frozen=True)
 class LoaderState:
-    """The position of streams in their data."""
+    """Positions of the streams."""
 
     step: int = 0
     """Steps read so far."""
@@ -54,20 +54,19 @@ class LoaderState:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state with the streams of all ranks' states of the same step.
+    """Merges the states of all ranks after the same step into one.
 
     Raises DataError if there is none or if they are not of one run.
     """
     if not states:
-        raise DataError("data state: none given; at least one rank's must be")
+        raise DataError("data state: no rank's state was given; at least one is required")
     per_rank = ("streams", "quarantine")
     shared = {key: value for key, value in states[0].items() if key not in per_rank}
     streams: dict[str, Any] = {}
     quarantine: set[SampleId] = set()
     for state in states:
         if {key: value for key, value in state.items() if key not in per_rank} != shared:
-            right = "only their streams may differ"
-            raise DataError(f"data state: the ranks' states are not of one run; {right}")
+            raise DataError("data state: the ranks' states are not of one run; only their streams may differ")
         streams.update(_read_streams(state))
         quarantine |= _read_quarantine(state)
     ordered = {key: streams[key] for key in sorted(streams, key=int)}
@@ -75,12 +74,12 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def consumed_hash(state: Mapping[str, Any]) -> str:
-    """Hash of the ids of all samples read so far, in order, from a merged state. The same in any world."""
+    """Hash of the ids of all samples read so far, from a merged state. The same for any number of ranks."""
     return join_digests([bytes.fromhex(state["streams"][key][-1]) for key in sorted(state["streams"], key=int)])
 
 
 def join_digests(digests: Sequence[bytes]) -> str:
-    """One hash of the running hashes of all streams, in their order."""
+    """Hash of the running hashes of all streams, in stream order."""
     return hashlib.blake2b(b"".join(digests), digest_size=HASH_BYTES).hexdigest()
 
 
@@ -89,56 +88,47 @@ def read_state(
 ) -> LoaderState:
     """The state that a checkpoint stores, for the streams of `sampler`.
 
-    changes: known differences of the data, for the error message. Raises DataError if the state is of other
-    settings, or of other data without `accept_changed`.
+    changes: known differences of the data, for the error message. Raises DataError if the state has other
+    settings, or is of other data without `accept_changed`.
     """
-    if state.get("version") != STATE_VERSION:
-        version = state.get("version")
+    if (version := state.get("version")) != STATE_VERSION:
         raise DataError(f"data state: version {version!r} is not {STATE_VERSION}, which this version reads")
-    _check_settings(state.get("settings"), sampler)
-    if state.get("data") == sampler.corpus.fingerprint:
-        return _same_data(state, sampler)
-    if not accept_changed:
-        listed = "".join(f"\n  {line}" for line in changes)
-        fix = "restore the old data, or accept a new order with data.accept_changed=true"
-        raise DataError(f"the data are not those that the run began with; {fix}{listed}")
-    return _changed_data(state, sampler)
-
-
-def _check_settings(saved: Any, sampler: Sampler) -> None:
-    saved = saved if isinstance(saved, dict) else {}
+    settings = state.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
     for key, value in sampler.settings().items():
-        if saved.get(key) != value:
-            fix = "resume with the settings that the run began with, or begin a new run"
-            raise DataError(f"data state: {key} was {saved.get(key)!r} and is {value!r} now; {fix}")
+        if settings.get(key) != value:
+            hint = "resume with the settings that the run began with, or begin a new run"
+            raise DataError(f"data state: {key} was {settings.get(key)!r} and is {value!r} now; {hint}")
+    if state.get("data") == sampler.corpus.fingerprint:
+        streams = {stream: _read_stream(state, stream, len(sampler.pools)) for stream in range(sampler.n_streams)}
+        return LoaderState(_read_step(state), _read_origin(state), streams, frozenset(_read_quarantine(state)))
+    if not accept_changed:
+        lines = "".join(f"\n  {line}" for line in changes)
+        hint = "restore the old data, or accept a new order with data.accept_changed=true"
+        raise DataError(f"the data differ from those that the run began with; {hint}{lines}")
+    return _read_state_of_changed_data(state, sampler)
 
 
-def _same_data(state: Mapping[str, Any], sampler: Sampler) -> LoaderState:
-    streams = {stream: _read_stream(state, stream, len(sampler.pools)) for stream in range(sampler.n_streams)}
-    return LoaderState(_read_step(state), _read_origin(state), streams, frozenset(_read_quarantine(state)))
-
-
-def _changed_data(state: Mapping[str, Any], sampler: Sampler) -> LoaderState:
-    """Unchanged pools keep their positions; the others restart the pass that had begun."""
+def _read_state_of_changed_data(state: Mapping[str, Any], sampler: Sampler) -> LoaderState:
+    """Unchanged pools keep their positions; the others restart the current pass."""
     old_pools = state.get("lanes")
     if not isinstance(old_pools, list) or not all(isinstance(pool, list) and len(pool) == 2 for pool in old_pools):
         raise DataError(f"data state: lanes is {old_pools!r}; it must hold the digest and the tokens of each pool")
     saved = [_read_stream(state, stream, len(old_pools)) for stream in range(sampler.n_streams)]
-    positions: list[list[int]] = [[] for _ in saved]
+    columns: list[list[int]] = []  # positions of all streams, per pool
     origin = _read_origin(state)
     for number, pool in enumerate(sampler.pools):
-        old = [each[number] for each, _ in saved] if number < len(old_pools) else []
+        old = [positions[number] for positions, _ in saved] if number < len(old_pools) else []
         if old and old_pools[number] == [pool.digest, pool.n_units]:
-            new = old
+            columns.append(old)
         else:
             n_units = int(old_pools[number][1]) if old else 0
             passes = _finished_passes(old, n_units) if n_units else 0
-            new = [passes * pool.stream_range(stream)[1] for stream in range(sampler.n_streams)]
+            columns.append([passes * pool.stream_range(stream)[1] for stream in range(sampler.n_streams)])
             origin = (_read_step(state), passes)
-        for of_stream, position in zip(positions, new, strict=True):
-            of_stream.append(position)
-    streams = {stream: (of_stream, saved[stream][1]) for stream, of_stream in enumerate(positions)}
-    # the quarantine is dropped: its keys would name other samples
+    positions_by_stream = zip(*columns, strict=True)
+    streams = {stream: (list(row), saved[stream][1]) for stream, row in enumerate(positions_by_stream)}
+    # the quarantine is dropped: its keys would identify other samples
     return LoaderState(_read_step(state), origin, streams)
 
 
@@ -165,8 +155,8 @@ def _read_stream(state: Mapping[str, Any], stream: int, n_pools: int) -> tuple[l
         positions, content = [], b""
     are_counts = all(type(number) is int and number >= 0 for number in positions)
     if len(positions) != n_pools or not are_counts or len(content) != HASH_BYTES:
-        right = f"{n_pools} non-negative integers and a hash of {HASH_BYTES} bytes"
-        raise DataError(f"data state: stream {stream} is {value!r}; it must be {right}")
+        expected = f"{n_pools} non-negative integers and a hash of {HASH_BYTES} bytes"
+        raise DataError(f"data state: stream {stream} is {value!r}; it must be {expected}")
     return positions, content
 
 
@@ -185,9 +175,9 @@ def _read_origin(state: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _read_quarantine(state: Mapping[str, Any]) -> set[SampleId]:
-    listed = state.get("quarantine")
+    samples = state.get("quarantine")
     try:
-        return {(int(number), str(shard), str(key)) for number, shard, key in listed}  # type: ignore[union-attr]
+        return {(int(number), str(shard), str(key)) for number, shard, key in samples}  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
-        right = "it must list the data set number, shard and key of each sample"
-        raise DataError(f"data state: quarantine is {listed!r}; {right}") from error
+        expected = "it must list the dataset number, shard and key of each sample"
+        raise DataError(f"data state: quarantine is {samples!r}; {expected}") from error

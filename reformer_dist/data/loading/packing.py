@@ -1,8 +1,8 @@
 """Virtual streams, and rows packed from the samples that a stream reads.
 
-There is one stream for each row of an optimizer step, for any number of ranks. A stream reads its range of each
-pass over a pool, sample after sample, without gaps between rows. Its state is one integer per pool: the units
-(tokens, or samples) before its next row. If a row holds one sample, it is the next undamaged one.
+There is one stream per row of an optimizer step, for any number of ranks. A stream reads its range of each pass
+over a pool, sample after sample, without gaps between rows. Its state is one integer per pool: the units (tokens,
+or samples) before its next row. If a row holds one sample, it is the next undamaged one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HASH_BYTES = 16
 Tokens = NDArray[Any] | range
 """Token ids of a sample, or a range of the same length if only positions are needed."""
 OpenSample = Callable[[int, SampleRef], Tokens | None]
-"""(data set index, sample) -> its tokens, or None if it is damaged and must be skipped."""
+"""(dataset index, sample) -> its tokens, or None if it is damaged and must be skipped."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive tokens of one sample that a row predicts: tokens[start:stop]."""
+    """Consecutive tokens of one sample that a row predicts, tokens[start:stop]."""
 
     dataset_index: int
     ref: SampleRef
@@ -41,7 +41,7 @@ class Span:
 
     @property
     def id(self) -> str:
-        """Identifies the tokens among all data sets of the run. The running hash is computed from these ids."""
+        """Identifies the tokens among all datasets of the run. The running hash covers these ids."""
         return f"{self.dataset_index}/{self.ref.shard.name}/{self.ref.entry.key}:{self.start}-{self.stop}"
 
 
@@ -65,22 +65,22 @@ class TokenStream:
         self._cursors = [_Cursor(pool, stream, passes) for pool in sampler.pools]
 
     def next_spans(self, pool: int, open_sample: OpenSample) -> list[Span]:
-        """Spans of the next row: seq_len tokens in total or one sample, less at the end of the stream.
+        """Spans of the next row: seq_len tokens in total or one sample, fewer at the end of the stream.
 
         Raises DataError if an index can't be read, or if only damaged samples are left.
         """
-        spans, left, position = [], self._units_per_row, self.positions[pool]
+        spans, n_missing, position = [], self._units_per_row, self.positions[pool]
         cursor = self._cursors[pool]
-        last_found = position
-        while left > 0 and not cursor.is_at_end(position):
-            span, length = cursor.span_at(position, left, open_sample)
+        undamaged_end = position
+        while n_missing > 0 and not cursor.is_at_end(position):
+            span, length = cursor.span_at(position, n_missing, open_sample)
             position += length
             if span is None:
-                cursor.check_exhausted(position - last_found)
+                cursor.check_exhausted(position - undamaged_end)
             else:
-                last_found = position
+                undamaged_end = position
                 spans.append(span)
-                left -= length
+                n_missing -= length
         self.positions[pool] = position
         ids = "\n".join(span.id for span in spans)
         self.digest = hashlib.blake2b(self.digest + ids.encode(), digest_size=HASH_BYTES).digest()
@@ -88,63 +88,57 @@ class TokenStream:
 
 
 class _Cursor:
-    """Finds the sample at a position of one stream in one pool; caches the last shard and sample."""
+    """Maps positions of one stream in one pool to samples. Caches the last shard and sample."""
 
     def __init__(self, pool: Pool, stream: int, passes: int | None) -> None:
         self._pool, self._passes, self._stream = pool, passes, stream
         self._first, self._length = pool.stream_range(stream)
         self._shard: ShuffledShard | None = None
         self._shard_pass = -1
-        self._opened: tuple[SampleRef, Tokens | None] | None = None
+        self._sample: tuple[SampleRef, Tokens | None] | None = None
 
     def is_at_end(self, position: int) -> bool:
         return self._passes is not None and position >= self._passes * self._length
 
     def check_exhausted(self, n_damaged: int) -> None:
-        """Raises DataError if `n_damaged` consecutive damaged units are all that this stream will ever read."""
+        """Raises DataError if this stream will read nothing but `n_damaged` consecutive damaged units."""
         if not self._pool.shuffle and n_damaged >= self._length:
-            fix = "copy the shards again, or set data.shuffle=true, which changes the samples of rows in each pass"
-            raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {fix}")
+            hint = (
+                "copy the shards again, or set data.shuffle=true, which changes the samples of rows in each pass"
+            )
+            raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {hint}")
 
     def span_at(self, position: int, max_length: int, open_sample: OpenSample) -> tuple[Span | None, int]:
         """(span that begins at a position, units to advance); the span is None if the sample is damaged."""
         pass_index, offset = divmod(position, self._length)
         unit = self._first + offset
-        shard = self._shard_at(pass_index, unit)
-        at = int(np.searchsorted(shard.starts, unit - shard.start, side="right")) - 1
-        start = unit - shard.start - int(shard.starts[at])
-        owner = shard.shard
-        ref = SampleRef(owner.dataset, owner.shard, shard.index.entries[int(shard.samples[at])])
-        tokens = self._tokens(owner.dataset_index, ref, open_sample)
-        if self._pool.by_sample:
-            whole = None if tokens is None else Span(owner.dataset_index, ref, 0, ref.entry.n_tokens, tokens)
-            return whole, 1
-        length = min(ref.entry.n_tokens - start, self._length - offset)
-        if tokens is None:
-            return None, length
-        length = min(length, max_length)
-        return Span(owner.dataset_index, ref, start, start + length, tokens), length
-
-    def _shard_at(self, pass_index: int, unit: int) -> ShuffledShard:
         shard = self._shard
         if shard is None or pass_index != self._shard_pass or not shard.start <= unit < shard.end:
             self._shard = shard = self._pool.shard_at(pass_index, unit)
             self._shard_pass = pass_index
-        return shard
-
-    def _tokens(self, dataset_index: int, ref: SampleRef, open_sample: OpenSample) -> Tokens | None:
-        if self._opened is None or self._opened[0] != ref:
-            self._opened = (ref, open_sample(dataset_index, ref))
-        return self._opened[1]
+        i = int(np.searchsorted(shard.starts, unit - shard.start, side="right")) - 1
+        start = unit - shard.start - int(shard.starts[i])
+        dataset_index = shard.shard.dataset_index
+        ref = SampleRef(shard.shard.dataset, shard.shard.shard, shard.index.entries[int(shard.samples[i])])
+        if self._sample is None or self._sample[0] != ref:
+            self._sample = (ref, open_sample(dataset_index, ref))
+        tokens = self._sample[1]
+        if self._pool.by_sample:
+            return None if tokens is None else Span(dataset_index, ref, 0, ref.entry.n_tokens, tokens), 1
+        length = min(ref.entry.n_tokens - start, self._length - offset)
+        if tokens is None:
+            return None, length
+        length = min(length, max_length)
+        return Span(dataset_index, ref, start, start + length, tokens), length
 
 
 def pack_spans(
     spans: list[Span], seq_len: int, eos_id: int, mask_document_starts: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(tokens [seq_len + 1], labels [seq_len]) of a row of text; the end is padding if the stream has ended.
+    """(tokens [seq_len + 1], labels [seq_len]) of a row of text, padded if the stream has ended.
 
     tokens[1:] are the tokens of the spans. tokens[0] is the token before them in the first sample, or end-of-text
-    if the row begins with a sample. Labels are tokens[1:], and IGNORE_INDEX for padding and, with
+    at the beginning of a sample. Labels are tokens[1:], and IGNORE_INDEX for padding and, with
     `mask_document_starts`, for the first token of each sample, which the preceding document does not predict.
     """
     tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)

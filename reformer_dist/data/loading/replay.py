@@ -1,4 +1,4 @@
-"""Replays which samples each step reads from the shard indexes alone, without opening a shard."""
+"""Replay of the samples that each step reads, from the shard indexes alone, without opening a shard."""
 
 from __future__ import annotations
 
@@ -34,13 +34,11 @@ class Replay:
         """The spans of each row of the next step. Raises DataError if an index can't be read."""
         pools = self._sampler.pools_of_step(self.step)
         self.step += 1
-        return [
-            stream.next_spans(int(pool), self._positions)
-            for stream, pool in zip(self._streams, pools, strict=True)
-        ]
+        streams = zip(self._streams, pools, strict=True)
+        return [stream.next_spans(int(pool), self._token_positions) for stream, pool in streams]
 
     def skip(self, n_steps: int) -> None:
-        """Advances by `n_steps`, immediately and without the running hash if the quarantine is empty."""
+        """Advances by `n_steps`. With an empty quarantine, reads no index and does not update the hash."""
         if self._quarantine:
             for _ in range(n_steps):
                 self.next_step()
@@ -52,8 +50,8 @@ class Replay:
             for step in range(self.step, self.step + n_steps):
                 rows[np.arange(self._sampler.n_streams), self._sampler.pools_of_step(step)] += 1
         for stream, counts in zip(self._streams, rows, strict=True):
-            moved = zip(stream.positions, counts.tolist(), strict=True)
-            stream.positions = [position + n_rows * self._sampler.units_per_row for position, n_rows in moved]
+            units = (counts * self._sampler.units_per_row).tolist()
+            stream.positions = [position + n for position, n in zip(stream.positions, units, strict=True)]
         self.step += n_steps
 
     @property
@@ -61,6 +59,6 @@ class Replay:
         """Running hash of all steps replayed one by one, equal to that of a run's state."""
         return join_digests([stream.digest for stream in self._streams])
 
-    def _positions(self, dataset_index: int, ref: SampleRef) -> Tokens | None:
-        is_known = (dataset_index, ref.shard.name, ref.entry.key) in self._quarantine
-        return None if is_known else range(ref.entry.n_tokens)
+    def _token_positions(self, dataset_index: int, ref: SampleRef) -> Tokens | None:
+        is_damaged = (dataset_index, ref.shard.name, ref.entry.key) in self._quarantine
+        return None if is_damaged else range(ref.entry.n_tokens)

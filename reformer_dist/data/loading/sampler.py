@@ -1,13 +1,13 @@
-"""Which samples each row reads: a pure function of the seed and the shard indexes.
+"""The data order: the samples of each row, a pure function of the seed and the shard indexes.
 
-A pool is a list of shards: all shards of the run or, if data sets are mixed by weight, those of one data set. Pass
+A pool is a list of shards: all shards of the run or, if datasets are mixed by weight, those of one dataset. Pass
 k over a pool is the concatenation of its shards, permuted by (seed, pool, k), with the samples of each permuted by
 (seed, pool, k, shard). This sequence of tokens, or of samples if a row holds one sample, is cut into V equal
 ranges, one per virtual stream. A position in a stream is therefore one integer, the units (tokens or samples)
-before it over all passes, and finding it takes no longer in the thousandth pass than in the first.
+before it over all passes, and seeking to it takes no longer in the thousandth pass than in the first.
 
 Only the raw output of a seeded bit generator is used: numpy promises that it never changes, unlike that of
-`Generator.permutation`. An order therefore outlives upgrades, and no global generator is touched.
+`Generator.permutation`. An order therefore survives upgrades, and no global generator is touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reformer_dist.data.format.index import ShardIndex
 from reformer_dist.errors import DataError
 
 MAX_CACHED_PASSES = 4
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: its multiples fill the circle evenly
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: its multiples are spread evenly over the circle
 HELDOUT_STREAM = -1  # no training stream has this number
 
 
@@ -40,7 +40,7 @@ def permutation(length: int, bits: np.random.PCG64) -> NDArray[np.int64]:
 
 
 class DrawKey(NamedTuple):
-    """Seeds the randomness of one row: masked tokens, the window of a context. The same in any world."""
+    """Seeds the randomness of one row (masked tokens, the window of a context) for any number of ranks."""
 
     stream: int
     pool: int
@@ -95,22 +95,22 @@ class Pool:
         """Raises DataError if the shards hold no text or fewer units than there are streams."""
         self.number, self.shards, self.by_sample, self.shuffle = number, shards, by_sample, shuffle
         self._seed, self._n_streams = seed, n_streams
-        sizes = [each.shard.samples if by_sample else each.shard.tokens for each in shards]
+        sizes = [s.shard.samples if by_sample else s.shard.tokens for s in shards]
         self._shard_sizes = np.array(sizes, dtype=np.int64)
         self.n_units = int(self._shard_sizes.sum())
         """Tokens, or samples, per pass."""
-        if self.n_units < n_streams or not any(each.shard.text_bytes for each in shards):
+        if self.n_units < n_streams or not any(s.shard.text_bytes for s in shards):
             where = shards[0].dataset.folder.address if shards else f"data.path[{number}]"
-            right = f"it must hold some for each of the {n_streams} rows of data.batch_size"
+            expected = f"it must hold some for each of the {n_streams} rows of data.batch_size"
             units = "samples" if by_sample else "tokens"
-            raise DataError(f"{where}: the training split holds no text, or {self.n_units} {units}; {right}")
+            raise DataError(f"{where}: the training split holds no text, or {self.n_units} {units}; {expected}")
         self._passes: dict[int, _Pass] = {}
 
     @property
     def digest(self) -> str:
-        """Hash of all that determines the order of the pool except the seed."""
-        names = [[each.shard.name, each.shard.sha256, each.shard.index_sha256] for each in self.shards]
-        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+        """Hash of everything but the seed that determines the order of the pool."""
+        shards = [[s.shard.name, s.shard.sha256, s.shard.index_sha256] for s in self.shards]
+        return hashlib.sha256(repr(shards).encode()).hexdigest()[:16]
 
     def stream_range(self, stream: int) -> tuple[int, int]:
         """(first unit, number of units) of each pass that a stream reads."""
@@ -120,13 +120,13 @@ class Pool:
     def shard_at(self, pass_index: int, unit: int) -> ShuffledShard:
         """The shard that holds a unit of a pass. Raises DataError if its index can't be read."""
         order = self._pass(pass_index)
-        at = int(np.searchsorted(order.starts, unit, side="right")) - 1
-        number = int(order.shards[at])
+        i = int(np.searchsorted(order.starts, unit, side="right")) - 1
+        number = int(order.shards[i])
         index = self.shards[number].index
         samples = self._permuted(len(index.entries), f"samples/{self.number}/{number}", pass_index)
         sizes = np.ones_like(samples) if self.by_sample else index.n_tokens[samples]
         starts = np.cumsum(sizes) - sizes
-        return ShuffledShard(self.shards[number], index, int(order.starts[at]), int(sizes.sum()), samples, starts)
+        return ShuffledShard(self.shards[number], index, int(order.starts[i]), int(sizes.sum()), samples, starts)
 
     def _pass(self, pass_index: int) -> _Pass:
         order = self._passes.get(pass_index)
@@ -134,7 +134,7 @@ class Pool:
             shards = self._permuted(len(self.shards), f"shards/{self.number}", pass_index)
             sizes = self._shard_sizes[shards]
             order = _Pass(shards, np.cumsum(sizes) - sizes)
-            # several threads may do this at once, all with the same result; streams are at most a pass apart
+            # threads may race, all with the same result; streams are at most a pass apart
             recent = list(self._passes.items())[: MAX_CACHED_PASSES - 1]
             self._passes = {pass_index: order, **dict(recent)}
         return order
@@ -158,16 +158,13 @@ class Sampler:
         shuffle: bool = True,
         by_sample: bool = False,
     ) -> None:
-        """batch_size: rows of a step over all ranks, one stream each.
-
-        by_sample: a row holds one sample rather than seq_len tokens of text.
-        """
+        """batch_size: rows of a step over all ranks, one stream each. by_sample: rows of one sample each."""
         self.corpus, self.seed, self.by_sample = corpus, seed, by_sample
         self.n_streams, self.seq_len, self.shuffle = batch_size, seq_len, shuffle
         shards = corpus.shards("train")
         groups = [shards]
         if corpus.weights is not None:
-            groups = [[each for each in shards if each.dataset_index == i] for i in range(len(corpus.datasets))]
+            groups = [[s for s in shards if s.dataset_index == i] for i in range(len(corpus.datasets))]
         self.pools = [
             Pool(number, group, seed=seed, n_streams=batch_size, shuffle=shuffle, by_sample=by_sample)
             for number, group in enumerate(groups)
@@ -177,10 +174,10 @@ class Sampler:
         self._phase = int(seeded_bits(seed, "mixing", 0).random_raw())
 
     def pools_of_step(self, step: int) -> NDArray[np.int64]:
-        """[batch_size]: the pool that each row of a step reads.
+        """Index of the pool that each row of a step reads, [batch_size].
 
-        Rows are spaced evenly over the weights, from a phase that advances by the golden ratio each step. A step
-        is therefore never a row away from a pool's weight, and a run never more than a few.
+        Rows are spaced evenly over the weights, from a phase that advances by the golden ratio each step. The rows
+        of a pool therefore differ from its weight by less than one per step, and by a few at most over a run.
         """
         if len(self.pools) == 1:
             return np.zeros(self.n_streams, dtype=np.int64)
@@ -200,6 +197,6 @@ class Sampler:
 
     def settings(self) -> dict[str, Any]:
         """Everything else that determines the order, as JSON values."""
-        # with one sample per row, the length of a row does not change which samples are read
+        # with one sample per row, the order does not depend on the length of a row
         row = {"by_sample": True} if self.by_sample else {"seq_len": self.seq_len}
         return {"seed": self.seed, "batch_size": self.n_streams, **row, "shuffle": self.shuffle}

@@ -1,1 +1,1 @@
-"""Preparation: documents and samples from raw files, and the writer of data sets."""
+"""Preparation: documents and samples from raw files, and the writer of datasets."""

@@ -1,8 +1,8 @@
-"""Writer of data sets: tar shards, their indexes, and dataset.json.
+"""Writer of datasets: tar shards, their indexes, and dataset.json.
 
 The same documents produce the same shards, bit for bit. Everything is written to a staging folder and moved into
-place at the end, dataset.json last, so that a data set that opens is complete and a failure leaves an older one as
-it was.
+place at the end, dataset.json last, so that a dataset that opens is complete and a failure leaves an older one
+unchanged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class WriteSummary:
     empty: int = 0
     """Documents skipped because they, or one of their fields, contain no text."""
     normalized: int = 0
-    """Documents changed by `Tokenizer.normalize`, which replaces invalid UTF-8 or normalises the text."""
+    """Documents changed by `Tokenizer.normalize`, which replaces invalid UTF-8 or normalizes the text."""
 
     def total(self, count: str, *splits: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over splits, by default all."""
@@ -56,7 +56,7 @@ class WriteSummary:
 
 
 def is_heldout(text: bytes, heldout_fraction: float) -> bool:
-    """Whether a document is held out, a function of its content, so that copies are in the same split."""
+    """Whether a document is held out. A function of its content, so that copies are in the same split."""
     digest = hashlib.blake2b(text, digest_size=8, person=b"heldout").digest()
     return int.from_bytes(digest, "big") < heldout_fraction * 2.0**64
 
@@ -69,7 +69,7 @@ def write_dataset(
     heldout_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> WriteSummary:
-    """Writes (name, text) documents as a data set. See `write_samples`."""
+    """Writes (name, text) documents as a dataset. See `write_samples`."""
     samples = (RawSample(name, (text,)) for name, text in documents)
     return write_samples(samples, folder, tokenizer, shard_bytes, heldout_fraction, overwrite)
 
@@ -86,30 +86,45 @@ def write_samples(
     fields: Sequence[str] = TEXT_FIELDS,
     labels: Sequence[str] = (),
 ) -> WriteSummary:
-    """Writes samples, each with one text per name in `fields`, as a data set.
+    """Writes samples, each with one text per name in `fields`, as a dataset.
 
     shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
-    out; by default a `heldout_fraction` of the samples, selected by content. labels: all labels that the metadata
-    may hold. Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be
-    written, or it already holds a data set and `overwrite` is False.
+    out; by default a `heldout_fraction` of the samples, selected by content. labels: those that the metadata may
+    hold. Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be
+    written, or it already holds a dataset and `overwrite` is False.
     """
     folder = Path(folder)
     if shard_bytes < 1:
         raise DataError(f"shard_bytes={shard_bytes}: must be at least 1")
     if not 0 <= heldout_fraction < 1:
         raise DataError(f"heldout_fraction={heldout_fraction}: must be at least 0 and below 1")
-    if not overwrite and any(_existing(folder)):
-        raise DataError(f"{folder}: already holds a data set; give another folder, or --overwrite to replace it")
+    if not overwrite and any(_dataset_files(folder)):
+        raise DataError(f"{folder}: already holds a dataset; give another folder, or --overwrite to replace it")
     with _staging(folder) as staging:
         assigned = assign_splits(samples, heldout, heldout_fraction)
         summary = _write_splits(assigned, staging, tokenizer, shard_bytes, labels)
-        _require_splits(summary, heldout_fraction)
-        record = _describe(summary, tokenizer, staging, fields, labels)
-        _move_into_place(staging, folder, record)
+        _check_splits(summary, heldout_fraction)
+        record = {
+            "format": FORMAT_VERSION,
+            "tokenizer": tokenizer.save(staging),
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "dtype": tokenizer.dtype,
+            **({"fields": list(fields)} if tuple(fields) != TEXT_FIELDS else {}),
+            **({"labels": list(labels)} if labels else {}),
+            "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
+        }
+        # dataset.json is removed first, so that a mixture of the old and the new dataset never opens
+        (folder / DATASET_FILE).unlink(missing_ok=True)
+        for path in list(_dataset_files(folder)):
+            path.unlink()
+        for path in sorted(staging.iterdir()):
+            path.replace(folder / path.name)
+        write_json(folder / DATASET_FILE, {**record, "sha256": json_sha256(record)})
     return summary
 
 
-def _existing(folder: Path) -> Iterator[Path]:
+def _dataset_files(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name in (DATASET_FILE, TOKENIZER_FILE) or _SHARD_FILE.fullmatch(path.name):
             yield path
@@ -135,8 +150,8 @@ def assign_splits(
 ) -> Iterator[tuple[str, RawSample]]:
     """(split, sample) of each sample. If `heldout` is None, a fraction of the samples is held out."""
     for sample in samples:
-        held = heldout is None and is_heldout(sample.split_key or b"\0".join(sample.fields), heldout_fraction)
-        yield "heldout" if held else "train", sample
+        split_key = sample.split_key or b"\0".join(sample.fields)
+        yield "heldout" if heldout is None and is_heldout(split_key, heldout_fraction) else "train", sample
     yield from (("heldout", sample) for sample in heldout or ())
 
 
@@ -155,8 +170,8 @@ def _write_splits(
                 summary.empty += 1
                 continue
             if labels and sample.metadata["label"] not in labels:
-                right = f"it must be one of the training samples': {', '.join(labels)}"
-                raise DataError(f"{sample.name}: its label {sample.metadata['label']!r} is unknown; {right}")
+                expected = f"it must be one of the training samples': {', '.join(labels)}"
+                raise DataError(f"{sample.name}: its label {sample.metadata['label']!r} is unknown; {expected}")
             normalized = tuple(tokenizer.normalize(text) for text in sample.fields)
             summary.normalized += normalized != sample.fields
             writers[split].add(replace(sample, fields=normalized))
@@ -166,48 +181,18 @@ def _write_splits(
     return summary
 
 
-def _require_splits(summary: WriteSummary, heldout_fraction: float) -> None:
+def _check_splits(summary: WriteSummary, heldout_fraction: float) -> None:
     n_documents = summary.total("samples")
-    if n_documents == 0 and summary.empty == 0:
-        raise DataError("no text: no document was given; the inputs must hold some text")
     if n_documents == 0:
-        raise DataError(f"no text: {summary.empty} documents, all empty; the inputs must hold some text")
+        documents = f"{summary.empty} documents, all empty" if summary.empty else "no document was given"
+        raise DataError(f"no text: {documents}; the inputs must hold some text")
+    held_out = f"held out at heldout fraction {heldout_fraction}"
     if heldout_fraction > 0 and not summary.splits["heldout"]:
-        more = "give more documents or a larger fraction (0 for none)"
-        raise DataError(
-            f"no document of {n_documents} was held out at heldout fraction {heldout_fraction}; {more}"
-        )
+        hint = "give more documents or a larger fraction (0 for none)"
+        raise DataError(f"no document of {n_documents} was {held_out}; {hint}")
     if not summary.splits["train"]:
-        more = "give more documents or a smaller fraction"
-        raise DataError(
-            f"all {n_documents} documents were held out at heldout fraction {heldout_fraction}; {more}"
-        )
-
-
-def _describe(
-    summary: WriteSummary, tokenizer: Tokenizer, staging: Path, fields: Sequence[str], labels: Sequence[str]
-) -> dict[str, Any]:
-    record = {
-        "format": FORMAT_VERSION,
-        "tokenizer": tokenizer.save(staging),
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        "dtype": tokenizer.dtype,
-        **({"fields": list(fields)} if tuple(fields) != TEXT_FIELDS else {}),
-        **({"labels": list(labels)} if labels else {}),
-        "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
-    }
-    return {**record, "sha256": json_sha256(record)}
-
-
-def _move_into_place(staging: Path, folder: Path, record: dict[str, Any]) -> None:
-    # first, so that a mixture of the old and the new data set never opens
-    (folder / DATASET_FILE).unlink(missing_ok=True)
-    for path in list(_existing(folder)):
-        path.unlink()
-    for path in sorted(staging.iterdir()):
-        path.replace(folder / path.name)
-    write_json(folder / DATASET_FILE, record)
+        hint = "give more documents or a smaller fraction"
+        raise DataError(f"all {n_documents} documents were {held_out}; {hint}")
 
 
 @dataclass
@@ -228,8 +213,8 @@ class _SplitWriter:
         ids = np.concatenate(parts)
         payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
         if len(payload) > MAX_SAMPLE_BYTES:
-            right = f"the maximum is {MAX_SAMPLE_BYTES}: cut the document into several"
-            raise DataError(f"{sample.name}: holds {len(payload)} bytes of token ids; {right}")
+            expected = f"the maximum is {MAX_SAMPLE_BYTES}: cut the document into several"
+            raise DataError(f"{sample.name}: holds {len(payload)} bytes of token ids; {expected}")
         if self._tar is not None and self._tar.offset + 1024 + len(payload) > self.shard_bytes:
             self.close()
         if self._tar is None:

@@ -1,11 +1,11 @@
-"""The backends of LSH and local attention: which can run where, and the calls that choose one.
+"""The backends of LSH and local attention: where each can run, and the selection of one.
 
-reference   dense matrices, slow and plain: what attention means (`reference.py`)
+reference   dense matrices, slow: the definition of the attention (`reference.py`)
 torch       tiles in plain PyTorch, on any device (`torch_tiles/`)
-native      C for CPUs, window rule (`native/`); compiled by the machine's own compiler, once, when it is chosen
-triton      kernels for NVIDIA GPUs (`triton_kernels/`); Triton is imported only when they are chosen
+native      C for CPUs, window rule (`native/`); compiled by the local compiler on first use
+triton      kernels for NVIDIA GPUs (`triton_kernels/`); Triton is imported only if they are selected
 
-All agree to rounding, on whole sequences and, the reference apart, on partitions of them (`attention.Shard`).
+All agree to rounding on whole sequences and, except for the reference, on partitions of them (`attention.Shard`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import os
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.attention import Backend, LocalExchange, attend
+from reformer_dist.ops.lsh.attention import Backend, LocalExchange, WorkspaceShape, attend
 from reformer_dist.ops.lsh.native.attention import NativeBackend
-from reformer_dist.ops.lsh.native.library import why_unavailable
+from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.reference import reference_attention
@@ -28,20 +28,21 @@ from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
 NAMES = ("reference", "torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+MAX_TRITON_WIDTH = 128
 
 
-def why_not(
+def unsupported_reason(
     name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
 ) -> str | None:
-    """What is amiss where the backend can't run; None where it can. chunks: under the chunk rule."""
+    """The reason why a backend can't run; None if it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     if name == "native":
-        return _why_not_native(device, head_dim, dtype, chunks=chunks)
-    return _why_not_triton(device, head_dim, dtype) if name == "triton" else None
+        return _unsupported_by_native(device, head_dim, dtype, chunks=chunks)
+    return _unsupported_by_triton(device, head_dim, dtype) if name == "triton" else None
 
 
-def _why_not_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
+def _unsupported_by_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
     if chunks:
@@ -50,14 +51,16 @@ def _why_not_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, 
         return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}; torch takes any"
     if dtype not in DTYPES:
         return f"computes in float32, from bfloat16 and float16 too, not in {dtype}; torch takes it"
-    return why_unavailable()
+    return unavailable_reason()
 
 
-def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+def _unsupported_by_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton (pip install triton); torch needs nothing more"
-    if head_dim % 16 or not 16 <= head_dim <= 128:
-        return f"needs a head_dim that is a multiple of 16 up to 128, not {head_dim}; torch takes any"
+    if head_dim % 16 or not 16 <= head_dim <= MAX_TRITON_WIDTH:
+        return (
+            f"needs a head_dim that is a multiple of 16 up to {MAX_TRITON_WIDTH}, not {head_dim}; torch takes any"
+        )
     if dtype not in DTYPES:
         return f"computes in float32, bfloat16 and float16, not in {dtype}; torch takes it"
     if device.type == "cpu":
@@ -70,20 +73,39 @@ def _why_not_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
-    """The backend to run, by name; raises ValueError where the one asked for can't."""
+    """The name of the backend to run. Raises ValueError if `name` can't."""
     if name == "auto":
         fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        return fast if why_not(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
-    reason = why_not(name, device, head_dim, dtype, chunks=chunks)
+        return fast if unsupported_reason(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
+    reason = unsupported_reason(name, device, head_dim, dtype, chunks=chunks)
     if reason is not None:
         raise ValueError(f"attention backend {name}: {reason}")
     return name
 
 
-def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = False) -> type[Backend]:
-    """The backend that attends to v [B, H, S, D] by these options. Raises ValueError where it can't run.
+def choose_for_planning(name: str, device_type: str, head_dim: int, *, chunks: bool) -> str:
+    """The backend that `choose` would select on cpu or cuda, for which the GPU and Triton need not be present."""
+    if device_type == "cuda":
+        is_supported, fast = head_dim % 16 == 0 and head_dim <= MAX_TRITON_WIDTH, "triton"
+    else:
+        device = torch.device("cpu")
+        is_supported, fast = unsupported_reason("native", device, head_dim, chunks=chunks) is None, "native"
+    return fast if name in ("auto", fast) and is_supported else "torch"
 
-    partitioned: a rank's partition of the tokens, which `torch` attends where `reference` is asked for, or chunks.
+
+def workspace_bytes(name: str, shape: WorkspaceShape) -> float:
+    """`Backend.workspace_bytes` of a backend by name, without importing Triton."""
+    if name == "triton":
+        from reformer_dist.ops.lsh.triton_kernels import tuning
+
+        return tuning.workspace_bytes(shape)
+    return _load(name).workspace_bytes(shape)
+
+
+def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = False) -> type[Backend]:
+    """The backend for v [B, H, S, D] and these options. Raises ValueError if it can't run.
+
+    partitioned: of the sorted order, where `torch` replaces `reference`, and any backend under the chunk rule.
     """
     chunks = isinstance(options.rule, ChunkRule)
     name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
@@ -106,11 +128,11 @@ def bucket_attention(
     options: AttentionOptions,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Softmax over the union of the keys that each query meets in its rounds (paper, eq. 2 to 4).
+    """Softmax over the union of the keys that each query attends to in its rounds (paper, eq. 2 to 4).
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. A query that meets no key attends to itself. Raises ValueError where options.backend can't run.
+    tokens. A query that met no key attends to itself. Raises ValueError if options.backend can't run.
     """
     if options.next_value_heads and key_padding_mask is not None:
         v = v * key_padding_mask[:, None, :, None]
@@ -119,28 +141,10 @@ def bucket_attention(
 
 
 def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
-    """`bucket_attention` by an exchange, with values v as they are to be weighted: see `next_values`."""
-    if exchange.options.backend == "reference":
-        return _by_reference(q, k, v, exchange)
-    return attend(q, k, v, exchange, backend_for(exchange.options, v))
-
-
-def hash_vectors(
-    vectors: Tensor,
-    rotations: Tensor,
-    n_buckets: int,
-    scheme: str,
-    *,
-    factors: tuple[int, ...] | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """`hashing.hash_vectors` by the backend that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
-    name = choose(backend, vectors.device, vectors.shape[3], vectors.dtype)
-    return _load(name).hash(vectors, rotations, n_buckets, scheme, factors)
-
-
-def _by_reference(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
+    """`bucket_attention` by an exchange, with values v that `next_values` has shifted."""
     options = exchange.options
+    if options.backend != "reference":
+        return attend(q, k, v, exchange, backend_for(options, v))
     return reference_attention(
         q,
         shared_keys(q) if k is None else k,
@@ -155,3 +159,17 @@ def _by_reference(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchang
         head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
         attends_alone=options.next_value_heads == 0,
     )
+
+
+def hash_vectors(
+    vectors: Tensor,
+    rotations: Tensor,
+    n_buckets: int,
+    scheme: str,
+    *,
+    factors: tuple[int, ...] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`hashing.hash_vectors` by the backend that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
+    name = choose(backend, vectors.device, vectors.shape[3], vectors.dtype)
+    return _load(name).hash(vectors, rotations, n_buckets, scheme, factors)

@@ -1,4 +1,4 @@
-"""LSH attention as one function of queries and values: hash and attend, for use without any module."""
+"""LSH attention as one function of queries and values, for use without any module."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def lsh_attention(
     dropout_seed: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Shared query-key attention among tokens of one bucket, by the window rule: [B, H, S, D] like v.
+    """Shared query-key attention within buckets, by the window rule: [B, H, S, D] like v.
 
     qk, v [B, H, S, D], of any length S; keys are qk / |qk|, and logits scale * q.k. In each of n_hashes rounds
-    a token meets the members of its bucket at a sorted distance below `window`: earlier ones if causal. A token
-    that meets nobody attends to itself. seed: of the hash rotations; draw another for each layer and training
-    step. key_padding_mask [B, S]: True for real tokens. dropout: of weights, its mask a function of
-    dropout_seed. n_buckets: 1 or even. backend: auto, triton, native, torch or reference. Time and
+    a token attends to the members of its bucket at a sorted distance below `window`, earlier ones only if causal.
+    A token without keys attends to itself. seed: of the hash rotations; should differ between layers and training
+    steps. key_padding_mask [B, S]: True for real tokens. dropout: of attention weights, with masks that are a
+    function of dropout_seed. n_buckets: 1 or even. backend: auto, triton, native, torch or reference. Time and
     memory grow with S * n_hashes * window.
     """
     rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)

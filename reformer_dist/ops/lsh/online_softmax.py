@@ -1,4 +1,4 @@
-"""Softmax over keys that arrive in parts. Scores, maxima and logsumexps are in base 2: p = 2^(s - lse)."""
+"""Online softmax, over keys in parts. Scores, maxima and logsumexps are in base 2: p = 2^(s - lse)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ class PartialSoftmax:
     row_sum: Tensor
     """[n_rows] sum of 2^(s - row_max); 0 for rows that met no key."""
 
+    @staticmethod
+    def empty(n_rows: int, width: int, device: torch.device) -> PartialSoftmax:
+        """The state before any key."""
+        o = torch.zeros(n_rows, width, dtype=torch.float32, device=device)
+        return PartialSoftmax(o, o.new_full((n_rows,), LOWEST), o.new_zeros(n_rows))
+
     def merge(self, other: PartialSoftmax) -> PartialSoftmax:
         """The state over the keys of both. Overwrites self."""
         row_max = torch.maximum(self.row_max, other.row_max)
-        # exp, since exp2 rounds otherwise where an array ends: a row's bits would depend on its place
+        # not exp2, whose vectorized remainder loop rounds differently: a row's bits would depend on its index
         factor, other_factor = (((x.row_max - row_max) * LOG_2).exp_() for x in (self, other))
         o = self.o.mul_(factor.unsqueeze(1)).addcmul_(other.o, other_factor.unsqueeze(1))
         return PartialSoftmax(o, row_max, self.row_sum.mul_(factor).addcmul_(other.row_sum, other_factor))

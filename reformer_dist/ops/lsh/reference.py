@@ -1,6 +1,6 @@
-"""Reference implementation (the oracle): the definition of LSH attention, in dense matrices.
+"""Reference implementation: the definition of LSH attention, in dense matrices.
 
-Every faster path is tested against it, outputs and gradients.
+All backends are tested against its outputs and gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | Non
     query nor as a key. A token does not attend to itself unless rule.sees_self.
     """
     batch, n_heads, n_hashes, seq_len = bucket_ids.shape
-    meets = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64)
+    visible = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64)
     for b in range(batch):
         real = torch.ones(seq_len, dtype=torch.bool)
         if key_padding_mask is not None:
@@ -28,10 +28,10 @@ def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | Non
             buckets = bucket_ids[b, h].cpu().long()
             if isinstance(rule, WindowRule):
                 for r in range(n_hashes):
-                    meets[b, h, r] = _window_round(buckets[r], rule, real)
+                    visible[b, h, r] = _window_round(buckets[r], rule, real)
             else:
-                meets[b, h] = _chunk_rounds(buckets, rule, real)
-    return meets.to(bucket_ids.device)
+                visible[b, h] = _chunk_rounds(buckets, rule, real)
+    return visible.to(bucket_ids.device)
 
 
 def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
 def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
     n_hashes, seq_len = buckets.shape
     n_chunks = rule.n_chunks(seq_len)
-    meets = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64)
+    visible = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64)
     # padding sorts after every bucket
     padded = torch.where(real, buckets, buckets.max() + 1)
     orders = [torch.argsort(padded[r], stable=True) for r in range(n_hashes)]
@@ -62,11 +62,11 @@ def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
                     continue
                 other_round, other_chunk = divmod(index % (n_hashes * n_chunks), n_chunks)
                 query, key = queries[:, None], chunks[other_round][other_chunk][None, :]
-                visible = key <= query if rule.causal else key == key
+                allowed = key <= query if rule.causal else key == key
                 if not rule.sees_self:
-                    visible = visible & (key != query)
-                meets[r, query, key] += (visible & real[key] & real[query]).long()
-    return meets
+                    allowed = allowed & (key != query)
+                visible[r, query, key] += (allowed & real[key] & real[query]).long()
+    return visible
 
 
 def reference_attention(
@@ -86,13 +86,13 @@ def reference_attention(
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
-    A pair that meets in several rounds counts once per round, or once in all with count_pairs_once (the paper's
+    A pair that is visible in several rounds counts once per round, or once with count_pairs_once (the paper's
     N(i, j)). A token without keys attends to itself if attends_alone, else to nothing. head_indices [B * H]: see
     `DropoutOptions.head_indices`, 0, 1, ... if None. Differentiable; computes in float32 or wider.
     """
-    meets = visible_pairs(bucket_ids, rule, key_padding_mask)
+    visible = visible_pairs(bucket_ids, rule, key_padding_mask)
     out, met_no_key = _union_softmax(
-        q, k, v, meets, scale, count_pairs_once, _dropout_factors(meets, dropout, dropout_seed, head_indices)
+        q, k, v, visible, scale, count_pairs_once, _dropout_factors(visible, dropout, dropout_seed, head_indices)
     )
     own = v if attends_alone else torch.zeros_like(v)
     return torch.where(met_no_key[..., None], own.to(out.dtype), out).to(v.dtype)
@@ -118,28 +118,28 @@ def reference_cross_attention(
     [B, T], True for real keys. The result is [B, H, S, D], 0 for a query without keys. The other arguments
     are those of `reference_attention`.
     """
-    meets = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
+    visible = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
     if key_padding_mask is not None:
-        meets = meets & key_padding_mask[:, None, None, None, :]
-    factors = _dropout_factors(meets, dropout, dropout_seed, head_indices)
-    out, met_no_key = _union_softmax(q, k, v, meets.long(), scale, count_pairs_once, factors)
+        visible = visible & key_padding_mask[:, None, None, None, :]
+    factors = _dropout_factors(visible, dropout, dropout_seed, head_indices)
+    out, met_no_key = _union_softmax(q, k, v, visible.long(), scale, count_pairs_once, factors)
     return out.masked_fill(met_no_key[..., None], 0.0).to(v.dtype)
 
 
 def _union_softmax(
-    q: Tensor, k: Tensor, v: Tensor, meets: Tensor, scale: float, count_pairs_once: bool, factors: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, count_pairs_once: bool, factors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, S, D] in float32 or wider, and which queries met no key, [B, H, S]: their output is undefined.
 
-    meets [B, H, R, S, T]: times query i meets key j in each round; factors [B, H, S, R, T]: dropout factors.
+    visible [B, H, R, S, T]: times query i attends to key j in each round; factors [B, H, S, R, T]: of dropout.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    meets = meets.to(wide)
+    visible = visible.to(wide)
     if count_pairs_once:
-        meets = meets / meets.sum(dim=2, keepdim=True).clamp_min(1)
-    met_no_key = meets.sum(dim=(2, 4)) == 0
+        visible = visible / visible.sum(dim=2, keepdim=True).clamp_min(1)
+    met_no_key = visible.sum(dim=(2, 4)) == 0
     scores = scale * (q.to(wide) @ k.to(wide).transpose(-1, -2))
-    scores = scores.unsqueeze(2) + meets.log()
+    scores = scores.unsqueeze(2) + visible.log()
     scores = scores.transpose(2, 3)  # [B, H, S, R, T]: one softmax over rounds and keys
     scores = scores.masked_fill(met_no_key[..., None, None], 0.0)
     weights = scores.flatten(-2).softmax(-1).view_as(scores)
@@ -148,12 +148,12 @@ def _union_softmax(
     return torch.einsum("bhirj,bhjd->bhid", weights, v.to(wide)), met_no_key
 
 
-def _dropout_factors(meets: Tensor, dropout: float, seed: int, head_indices: Tensor | None) -> Tensor | None:
-    """0 or 1 / (1 - dropout) for each pair of meets [B, H, R, S, T]: [B, H, S, R, T]; None without dropout."""
+def _dropout_factors(visible: Tensor, dropout: float, seed: int, head_indices: Tensor | None) -> Tensor | None:
+    """0 or 1 / (1 - dropout) for each pair of `visible` [B, H, R, S, T]: [B, H, S, R, T]; None without dropout."""
     if dropout == 0.0:
         return None
-    batch, n_heads, n_hashes, n_queries, n_keys = meets.shape
-    device = meets.device
+    batch, n_heads, n_hashes, n_queries, n_keys = visible.shape
+    device = visible.device
     head = torch.arange(batch * n_heads, device=device) if head_indices is None else head_indices
     head = head.view(-1, 1)
     rounds = []

@@ -1,6 +1,6 @@
 """The order of a round's tokens by (bucket, position): sort keys, ranks within buckets and position codes.
 
-[BH, ...] are (batch row, head) pairs, flattened: head index = row * n_heads + head.
+BH: (batch row, head) pairs, flattened: head index = batch row * n_heads + head.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
 
 
 def position_codes(bucket: Tensor, rank: Tensor, total: Tensor, rule: Rule) -> Tensor:
-    """Codes of one round, int32 [BH, S], from which `within_reach` tells whether two tokens of a head can meet.
+    """Codes of one round, int32 [BH, S], from which `within_reach` computes whether a query sees a key.
 
     bucket [BH, S], rank within it [BH, S], size of each bucket [BH, K]. Window rule: the sorted position, with a
     gap of one window between buckets. Chunk rule: the chunk index. The codes of padding are undefined.
@@ -101,7 +101,7 @@ def full_position_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
 
 
 def within_reach(query_codes: Tensor, key_codes: Tensor, rule: Rule) -> Tensor:
-    """Whether the rule lets a query attend to a key in the round of the codes; broadcasts.
+    """Whether the rule lets a query attend to a key in one round, from their position codes; broadcasts.
 
     Ignores padding, self-attention and, under the chunk rule, causality.
     """

@@ -14,7 +14,7 @@
 #define SMALLEST_NORM 1e-12f
 #define LN_2 0.69314718055994531
 
-/* Mirrored by `calls.Call`, field by field. Rows are those of n_batch_heads sequences, one after another. */
+/* Mirrored by `calls.AttentionCall`, field by field. Rows are those of n_batch_heads sequences, one after another. */
 typedef struct {
     int64_t seq_len, n_batch_heads, n_rounds, head_dim, window, causal, sees_self, n_spans, n_threads;
     int64_t dropout_threshold, dropout_seed;

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import hashing
-from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
-from reformer_dist.ops.lsh.native.calls import Group, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native import calls
+from reformer_dist.ops.lsh.native.calls import addresses, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native.library import library
+from reformer_dist.ops.lsh.online_softmax import LOG2_E
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 
-# Rows whose order, and in half precision copies, exist at a time.
+# Rows whose order, and in half precision float32 copies, exist at a time.
 GROUP_TOKENS = 2**14
 
 
@@ -26,14 +31,14 @@ class NativeBackend:
         self._options = options
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
+    def with_supported_strides(x: Tensor) -> Tensor:
         return x.contiguous()
 
     @staticmethod
     def hash(
         vectors: Tensor, rotations: Tensor, n_buckets: int, scheme: str, factors: tuple[int, ...] | None
     ) -> Tensor:
-        """As `hashing.hash_vectors`; the id of a vector depends on no length, neighbour or thread."""
+        """As `hashing.hash_vectors`; an id depends on its vector alone, not on lengths or threads."""
         if scheme != "rotation":
             return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
         batch, n_heads, seq_len, _ = vectors.shape
@@ -44,11 +49,27 @@ class NativeBackend:
         hash_rows(vectors.detach().float().contiguous(), rotations.transpose(2, 3).contiguous(), factors, ids)
         return ids
 
+    @staticmethod
+    def workspace_bytes(shape: WorkspaceShape) -> float:
+        vector, n_grads = shape.head_dim * 4, 2 if shape.shared_keys else 3
+        if (rows := shape.n_partition_rows) is not None:
+            # received rows are contiguous, but not in float32
+            copies = 2 if shape.element_size == 4 else n_grads + 1
+            return _order_bytes(shape, shape.n_heads, rows) + rows * (vector * (copies + n_grads) + 12)
+        n_heads = min(shape.n_heads, max(1, GROUP_TOKENS // shape.seq_len))
+        rows = n_heads * shape.seq_len
+        order = _order_bytes(shape, n_heads, rows) + (4 * rows * shape.n_rounds if shape.has_codes else 0)
+        sorting = shape.n_rounds * 4 * (rows + n_heads * shape.n_buckets)
+        in_float32 = 0 if shape.element_size == 4 else 6 if shape.shared_keys else 8
+        attending = vector * rows * in_float32 + 4 * rows * (3 if shape.shared_keys else 1)
+        # the previous group's order is freed after this one's is computed
+        return order + max(sorting + (order if n_heads < shape.n_heads else 0), attending)
+
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
         return max(1, GROUP_TOKENS // seq_len)
 
-    def sort(self, shard: Shard) -> SortedRows:
-        return SortedRows(shard, self._options)
+    def sort(self, shard: Shard) -> NativeSortedShard:
+        return NativeSortedShard(shard, self._options)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         out = torch.empty(a.shape[:3], dtype=torch.float32)
@@ -58,7 +79,12 @@ class NativeBackend:
         return out
 
 
-class SortedRows:
+def _order_bytes(shape: WorkspaceShape, n_heads: int, rows: float) -> float:
+    """Sorted order of the rows by bucket, and its spans."""
+    return shape.n_rounds * (4 * rows + 16 * n_heads * shape.n_buckets)
+
+
+class NativeSortedShard:
     """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position)."""
 
     def __init__(self, shard: Shard, options: AttentionOptions) -> None:
@@ -67,25 +93,48 @@ class SortedRows:
         self._rows = slice(shard.first_head * row_len, shard.first_head * row_len + shard.n_rows)
         bounds = None if shard.is_whole else shard.query_bounds(options.rule)
         order = order_rows(shard.sort_keys, options, bounds)
-        if not shard.is_whole:
-            order = replace(order, codes=shard.position_codes)
-        window = window_of(options, shard.seq_len)
-        self._group = Group(options, row_len, window, shard.head_index, order, shard.positions)
+        self._order = order if shard.is_whole else replace(order, codes=shard.position_codes)
+        self._options, self._row_len, self._window = options, row_len, window_of(options, shard.seq_len)
+        drops = options.dropout > 0
+        self._head_index = shard.head_index.int() if drops else None
+        self._positions = shard.positions.int() if drops and shard.positions is not None else None
 
-    def attend(self, tensors: Forward) -> None:
+    def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.out))
-        assert q is not None and v is not None and out is not None
-        self._group.attend(q, k, v, out, tensors.lse.view(-1)[self._rows])
+        self._call("reformer_attend", tensors.lse, None, q, k, v, out=out)
         self._write_back(tensors.out, out)
 
-    def attend_backward(self, tensors: Backward) -> None:
+    def attend_backward(self, tensors: BackwardTensors) -> None:
         q, k, v, d_out = (self._float_rows(x) for x in (tensors.q, tensors.k, tensors.v, tensors.d_out))
-        dq, dk, dv = (self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv))
-        assert q is not None and v is not None and d_out is not None and dq is not None and dv is not None
-        lse, delta = (x.view(-1)[self._rows] for x in (tensors.lse, tensors.delta))
-        self._group.attend_backward(q, k, v, d_out, lse, delta, dq, dk, dv)
-        for target, rows in ((tensors.dq, dq), (tensors.dk, dk), (tensors.dv, dv)):
+        grads = [self._float_rows(x) for x in (tensors.dq, tensors.dk, tensors.dv)]
+        self._call("reformer_attend_backward", tensors.lse, tensors.delta, q, k, v, d_out=d_out, grads=grads)
+        for target, rows in zip((tensors.dq, tensors.dk, tensors.dv), grads, strict=True):
             self._write_back(target, rows)
+
+    def _call(
+        self, function: str, lse: Tensor, delta: Tensor | None,
+        q: Tensor | None, k: Tensor | None, v: Tensor | None, *, d_out: Tensor | None = None, out: Tensor | None = None,
+        grads: Sequence[Tensor | None] = (None, None, None),
+    ) -> None:  # fmt: skip
+        """Fills out and lse, or adds to grads; k is None for keys q / |q|, whose gradients are added to dq."""
+        options, order, rule = self._options, self._order, self._options.rule
+        assert isinstance(rule, WindowRule) and q is not None
+        lse = lse.view(-1)[self._rows]
+        sums = torch.empty_like(lse) if delta is None else delta.view(-1)[self._rows]
+        key_scales, along = (torch.empty_like(lse), torch.empty_like(lse)) if k is None else (None, None)
+        (dq, dk, dv), (n_rounds, n_rows) = grads, order.order.shape
+        call = calls.AttentionCall(
+            self._row_len, n_rows // max(1, self._row_len), n_rounds, q.shape[1],
+            self._window, rule.causal, rule.sees_self,
+            order.spans.shape[1], torch.get_num_threads(),
+            int(options.dropout * 2**31), options.dropout_seed,
+            options.scale * LOG2_E, 1 / (1 - options.dropout),
+            *addresses(order.order, order.spans, order.span_counts, order.codes),
+            *addresses(self._head_index, self._positions),
+            *addresses(q, q if k is None else k, v, d_out, out, lse, sums),
+            *addresses(key_scales, along, dq, dq if k is None else dk, dv),
+        )  # fmt: skip
+        getattr(library(), function)(ctypes.byref(call))
 
     def _float_rows(self, x: Tensor | None) -> Tensor | None:
         """The shard's rows [N * L, D] of x [B, H, S, D]: a view if x is float32, else a copy."""

@@ -30,7 +30,7 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def why_unavailable() -> str | None:
+def unavailable_reason() -> str | None:
     """Reason why the library is not available on this machine, or None if it is."""
     try:
         library()

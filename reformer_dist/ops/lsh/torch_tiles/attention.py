@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import hashing
-from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.online_softmax import PartialSoftmax
-from reformer_dist.ops.lsh.options import AttentionOptions
+from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.partition import choose_tiling
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
 from reformer_dist.ops.lsh.sorting import count_buckets, full_position_codes, row_sort_keys
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
-from reformer_dist.ops.lsh.torch_tiles.pair_mask import Rows
+from reformer_dist.ops.lsh.torch_tiles.pair_mask import PairMask, Rows
 from reformer_dist.ops.lsh.torch_tiles.rounds import RowGroup, attend, attend_backward, attend_rounds
-from reformer_dist.ops.workspace import Workspace
+from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS
+from reformer_dist.ops.workspace import HEADROOM, Workspace
 
 # Tokens whose sorted copies exist at a time: they fit the caches of a core.
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**20}
+INDEX_BYTES = 8  # of a row or slot
 
 
 class TorchBackend:
@@ -38,14 +41,40 @@ class TorchBackend:
         return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
+    def with_supported_strides(x: Tensor) -> Tensor:
         return x.contiguous()
+
+    @staticmethod
+    def workspace_bytes(shape: WorkspaceShape) -> float:
+        n_heads, rows, previous_group = shape.n_heads, shape.n_partition_rows, 0
+        vector = shape.head_dim * 4
+        if rows is None:
+            n_heads = min(n_heads, max(1, GROUP_TOKENS[shape.device] // shape.seq_len))
+            rows = n_heads * shape.seq_len
+            previous_group = 0 if n_heads == shape.n_heads else 3 * rows * vector
+        tiling = choose_tiling(shape.rule, shape.seq_len, shape.n_buckets)
+        tile_len = tiling.tile_len
+        columns = tile_len * (tiling.n_before + 1 + tiling.n_after)
+        slots = rows
+        if isinstance(shape.rule, WindowRule) and shape.n_buckets > 1:
+            slots += n_heads * shape.n_buckets * tile_len / 2  # the last tile of a bucket is half empty
+        layouts = shape.n_rounds * (INDEX_BYTES * (slots + rows) + 4 * slots * columns / tile_len)
+        n_spans = -(-slots // SPAN_SLOTS[shape.device])
+        span = slots / n_spans
+        n_blocks = 3 if shape.dropout else 2  # probabilities, after dropout, and their gradients
+        buffers = vector * (rows + 3 * slots) + n_blocks * span * columns * 4  # scaled queries; dq, dk, dv by slot
+        grads = vector * 3 * rows
+        # q, dO, k and v; with several spans also the next one's q and dO
+        sorted_copies = vector * (6 if n_spans > 1 else 4) * span
+        keys = vector * rows if shape.n_buckets > 1 else 0  # normalized queries
+        in_float32 = 0 if shape.element_size == 4 else vector * 3 * rows  # k, v and dO
+        return layouts + HEADROOM * buffers + grads + sorted_copies + keys + in_float32 + previous_group
 
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
         return max(1, GROUP_TOKENS["cuda" if self._is_cuda else "cpu"] // seq_len)
 
-    def sort(self, shard: Shard) -> SortedTiles:
-        return SortedTiles(shard, self._options, self._scratch)
+    def sort(self, shard: Shard) -> TorchSortedShard:
+        return TorchSortedShard(shard, self._options, self._scratch)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         size = GROUP_TOKENS["cuda" if self._is_cuda else "cpu"]
@@ -56,28 +85,29 @@ class TorchBackend:
         return out
 
 
-class SortedTiles:
+class TorchSortedShard:
     """`ops.lsh.attention.SortedShard`: all rounds laid out in tiles."""
 
     def __init__(self, shard: Shard, options: AttentionOptions, scratch: Workspace) -> None:
         first_row = shard.first_head * shard.sort_keys.shape[2]
         self._rows = slice(first_row, first_row + shard.n_rows)
         rows, layouts = _flat_rows(shard, options), lay_out(shard, options)
-        self._group = RowGroup.of(rows, layouts, options, scratch)
+        masks = [PairMask(layout, round_, rows, options) for round_, layout in enumerate(layouts)]
+        self._group = RowGroup(options, layouts, masks, scratch)
 
-    def attend(self, tensors: Forward) -> None:
+    def attend(self, tensors: ForwardTensors) -> None:
         q, v = self._flat(tensors.q), self._flat(tensors.v)
         o, lse = attend(self._group, q, self._keys(tensors.k, q), v).output()
         self._flat(tensors.out).copy_(o)
         tensors.lse.view(-1)[self._rows] = lse
 
     def attend_rounds(self, q: Tensor, k: Tensor | None, v: Tensor) -> Iterator[tuple[Layout, PartialSoftmax]]:
-        """Each round's own sums [L, D], in the order of the rounds, and its layout; fills nothing."""
+        """Yields the layout and the partial softmax [L, D] of each round, in order."""
         q, v = self._flat(q), self._flat(v)
         rounds = attend_rounds(self._group, q, self._keys(k, q), v)
         return zip(self._group.layouts, rounds, strict=True)
 
-    def attend_backward(self, tensors: Backward) -> None:
+    def attend_backward(self, tensors: BackwardTensors) -> None:
         q, v, d_out = self._flat(tensors.q), self._flat(tensors.v), self._flat(tensors.d_out)
         k = self._keys(tensors.k, q)
         lse, delta = (x.view(-1)[self._rows] for x in (tensors.lse, tensors.delta))
@@ -90,7 +120,7 @@ class SortedTiles:
         self._flat(tensors.dv).add_(dv)
 
     def _keys(self, k: Tensor | None, q: Tensor) -> Tensor:
-        """[N * L, D], for the shard's queries q."""
+        """The shard's keys [N * L, D]; q: its queries."""
         return shared_keys(q) if k is None else self._flat(k)
 
     def _flat(self, x: Tensor) -> Tensor:

@@ -78,9 +78,9 @@ class Edges:
 def build_layouts(
     keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, partition: Partition
 ) -> list[Layout]:
-    """Layouts of all rounds of the rows that a partition holds, from an order of seq_len tokens.
+    """Layouts of all rounds of the rows of a partition; the whole order has seq_len tokens per head.
 
-    keys: of each round, see `sorting.row_sort_keys`; total [BH, R, K]: bucket sizes over all partitions.
+    keys: sort keys of each round, see `sorting.row_sort_keys`; total [BH, R, K]: bucket sizes over all partitions.
     """
     rule, n_buckets = options.rule, options.n_buckets
     tiling = choose_tiling(rule, seq_len, n_buckets)

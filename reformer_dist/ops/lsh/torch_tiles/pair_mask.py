@@ -17,12 +17,12 @@ from reformer_dist.ops.lsh.torch_tiles.tiles import Column
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens that the rows of a group are."""
+    """The tokens of a group of heads, one per row."""
 
     head_index: Tensor
-    """[n_rows] batch row * n_heads + head."""
+    """[n_rows] batch row * n_heads + head in the step."""
     positions: Tensor
-    """[n_rows] in the whole sequence."""
+    """[n_rows] positions in the whole sequence."""
     codes: Tensor | None = None
     """[R, n_rows] with count_pairs_once: `sorting.position_codes` of every round."""
 
@@ -68,9 +68,8 @@ class PairMask:
         band = _band(rule, self._layout.tiling.tile_len, column.offset, edges.rank.device)
         if not edges.is_edge[tiles].any():
             return band
-        rank = edges.rank[tiles].unsqueeze(1) - _lag(
-            self._layout.tiling.tile_len, column.offset, edges.rank.device
-        )
+        lag = _lag(self._layout.tiling.tile_len, column.offset, edges.rank.device)
+        rank = edges.rank[tiles].unsqueeze(1) - lag
         is_member = (rank >= 0) & (rank < edges.count[tiles].unsqueeze(1))
         outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
         return band + outside.unsqueeze(1)
@@ -88,7 +87,7 @@ class PairMask:
         return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
 
     def _count_shared_rounds(self, codes: Tensor, column: Column) -> Tensor:
-        """Rounds in which each pair meets, float32 [n_tiles, tile_len, tile_len]."""
+        """Number of rounds in which each pair is visible, float32 [n_tiles, tile_len, tile_len]."""
         queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
         n_shared = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
         for round_codes in codes:

@@ -1,25 +1,29 @@
-"""LSH and local attention by the kernels, forward and backward. The host never waits.
+"""LSH and local attention by the kernels, forward and backward, without host synchronization.
 
-All rounds of a group of heads are one launch, and another merges them. Kept for the backward are the inputs, the
-output, the logsumexp, and the order: 4 bytes per token, head and round, and its tiles. Reversible layers keep none
-of it, since they run their forward again before each backward.
+All rounds of a group of heads are one launch, and another merges them. Saved for the backward are the inputs, the
+output, the logsumexp, and the order with its tiles: 4 bytes per token, head and round. Reversible layers save none
+of these, since they recompute the forward before each backward.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.attention import Backward, Forward, Shard
+from reformer_dist.ops.dropout import signed32
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.options import AttentionOptions
+from reformer_dist.ops.lsh.triton_kernels import tuning
+from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
+from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
 from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
-from reformer_dist.ops.lsh.triton_kernels.launch import HeadGroup
-from reformer_dist.ops.lsh.triton_kernels.rowwise import row_products
-from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads, tile_partition
-from reformer_dist.ops.lsh.triton_kernels.tuning import GROUP_TOKENS, tuning_of
+from reformer_dist.ops.lsh.triton_kernels.rowwise import merge_rounds, row_products, sum_rounds
+from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants, tile_heads, tile_partition
 
-# Heads lie along dimensions of grids that are shorter than the first, alone or with their rounds.
-MOST_HEADS = 2**16 - 1
+# Heads, or heads x rounds, are the second or third dimension of a grid, whose size CUDA limits.
+MAX_HEADS = 2**16 - 1
 
 
 class TritonBackend:
@@ -31,8 +35,8 @@ class TritonBackend:
         self._options, self._like = options, like
 
     @staticmethod
-    def readable(x: Tensor) -> Tensor:
-        """x itself where its last dimension is contiguous, whatever the other strides."""
+    def with_supported_strides(x: Tensor) -> Tensor:
+        """x itself if its last dimension is contiguous, whatever the other strides."""
         return x if x.stride(3) == 1 else x.contiguous()
 
     @staticmethod
@@ -42,37 +46,96 @@ class TritonBackend:
         with torch.cuda.device_of(vectors):  # kernels are launched on the current device
             return hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
 
-    def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
-        return min(MOST_HEADS // n_rounds, max(1, GROUP_TOKENS // (n_rounds * seq_len)))
+    @staticmethod
+    def workspace_bytes(shape: WorkspaceShape) -> float:
+        return tuning.workspace_bytes(shape)
 
-    def sort(self, shard: Shard) -> SortedUnits:
+    def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
+        return min(MAX_HEADS // n_rounds, max(1, tuning.GROUP_TOKENS // (n_rounds * seq_len)))
+
+    def sort(self, shard: Shard) -> TritonSortedShard:
         with torch.cuda.device_of(self._like):
-            return SortedUnits(shard, self._options, self._like)
+            return TritonSortedShard(shard, self._options, self._like)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         with torch.cuda.device_of(a):
             return row_products(a, b)
 
 
-class SortedUnits:
+class TritonSortedShard:
     """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position), in tiles."""
 
     def __init__(self, shard: Shard, options: AttentionOptions, like: Tensor) -> None:
-        largest = tuning_of(like.shape[3], like.dtype).block
-        if shard.is_whole:
-            numbers = shard.head_index.int() if options.dropout > 0 else None
-            tiles = tile_heads(shard.sort_keys, numbers, options, largest=largest, has_padding=shard.has_padding)
-        else:
-            tiles = tile_partition(shard, options, largest=largest)
-        self._units = HeadGroup(options, tiles, shard.first_head)
+        self._options, self._first_head = options, shard.first_head
+        self._tuning = tuning.tuning_of(like.shape[3], like.dtype)
+        tile = tile_heads if shard.is_whole else tile_partition
+        self._tiles = tile(shard, options, largest=self._tuning.block)
 
-    def attend(self, tensors: Forward) -> None:
-        if tensors.v.numel():  # a rank may have nothing to attend
-            with torch.cuda.device_of(tensors.v):
-                self._units.attend(*tensors)
+    def attend(self, tensors: ForwardTensors) -> None:
+        q, k, v, out, lse = tensors
+        if not v.numel():  # a rank may have no tokens to attend
+            return
+        with torch.cuda.device_of(v):
+            o, round_lse = self._round_buffer(out), self._round_buffer(lse)
+            keys = q if k is None else k
+            attend_round[self._grid()](
+                q, keys, v, o, round_lse, *_strides(q, keys, v, out),
+                *self._arguments(q), **self._flags(q, self._tuning.forward, shared=k is None),
+            )  # fmt: skip
+            if o is not out:
+                merge_rounds(o, round_lse, out, lse, self._first_head, self._tiles.present)
 
-    def attend_backward(self, tensors: Backward) -> None:
-        if tensors.v.numel():
-            with torch.cuda.device_of(tensors.v):
-                q, k, v, d_out, lse, delta, dq, dk, dv = tensors
-                self._units.attend_backward((q, k, v, d_out), lse, delta, (dq, dk, dv))
+    def attend_backward(self, tensors: BackwardTensors) -> None:
+        q, k, v, d_out, lse, delta, dq, dk, dv = tensors
+        if not v.numel():
+            return
+        with torch.cuda.device_of(v):
+            outputs = (dq, dv) if dk is None else (dq, dv, dk)
+            buffers = [self._round_buffer(output) for output in outputs]
+            read = (q, q if k is None else k, v, d_out)
+            # without dk, the kernel does not write to its pointer
+            written, written_strides = ((x[0], x[-1], x[1]) for x in (buffers, outputs))
+            attend_round_backward[self._grid()](
+                *read, lse, delta, *written, *_strides(*read, *written_strides),
+                *self._arguments(q), **self._flags(q, self._tuning.backward, shared=k is None),
+            )  # fmt: skip
+            for buffer, output in zip(buffers, outputs, strict=True):
+                if buffer is not output:
+                    dv_lse = lse if output is dv else None
+                    sum_rounds(buffer, output, self._first_head, self._tiles.present, dv_lse)
+
+    def _round_buffer(self, output: Tensor) -> Tensor:
+        """Buffer of the rounds for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
+        n_heads, n_rounds = self._tiles.order.shape[:2]
+        if n_rounds == 1:
+            return output
+        return torch.empty(n_heads, n_rounds, *output.shape[2:], dtype=output.dtype, device=output.device)
+
+    def _grid(self) -> tuple[int, int, int]:
+        n_heads, n_rounds, n_entries, _ = self._tiles.table.shape
+        return n_entries, n_rounds, n_heads
+
+    def _arguments(self, q: Tensor) -> tuple[Any, ...]:
+        """The arguments of both kernels from order_ptr on."""
+        tiles, (_, n_heads, seq_len, _) = self._tiles, q.shape
+        codes, token_ids = (tiles.order if x is None else x for x in (tiles.codes, tiles.token_ids))
+        sizes = (self._first_head, n_heads, seq_len, tiles.table.shape[2])
+        dropout, seed = self._options.dropout, self._options.dropout_seed
+        fields = (0, 0, 1.0)  # of pair_mask.Dropout
+        if dropout > 0:
+            fields = (signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout))
+        return tiles.order, tiles.table, codes, token_ids, *sizes, self._options.scale, *fields
+
+    def _flags(self, q: Tensor, launch: tuning.Launch, *, shared: bool) -> dict[str, Any]:
+        block, n_rounds, largest = self._tiles.block, self._tiles.order.shape[1], self._tuning.block
+        other_block = min(self._tuning.other_block, max(16, block // 2))
+        sharded = self._tiles.is_partition
+        constants = KernelConstants.of(
+            self._options, block, other_block, q.shape[3], n_rounds, shared=shared, sharded=sharded
+        )
+        n_warps = max(1, launch.n_warps * block // largest)
+        return {"C": constants, "num_warps": n_warps, "num_stages": 1, "maxnreg": launch.max_registers}
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.stride()[:3] for x in tensors)

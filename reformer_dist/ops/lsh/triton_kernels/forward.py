@@ -41,11 +41,11 @@ class RunningSoftmax(NamedTuple):
     """Online softmax of a tile's queries over base-2 scores s."""
 
     o: Any
-    """[queries, D] sum of 2^(s - top) v."""
-    top: Any
+    """[queries, D] sum of 2^(s - row_max) v."""
+    row_max: Any
     """[queries] largest s."""
-    weight: Any
-    """[queries] sum of 2^(s - top)."""
+    row_sum: Any
+    """[queries] sum of 2^(s - row_max)."""
 
 
 @triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
@@ -77,8 +77,8 @@ def attend_round(
     keys = Indices(key_slots(tile.slot, tile.is_key), tile.row)
     softmax = RunningSoftmax(
         o=tl.zeros([BLOCK, BLOCK_D], tl.float32),
-        top=tl.full([BLOCK], -1e30, tl.float32),  # finite, so that differences of two are 0, not nan
-        weight=tl.zeros([BLOCK], tl.float32),
+        row_max=tl.full([BLOCK], -1e30, tl.float32),  # finite, so that differences of two are 0, not nan
+        row_sum=tl.zeros([BLOCK], tl.float32),
     )
     softmax = add_keys(softmax, tile.q, queries, tile.k, tile.v, keys, round_, pairs, C)
     before, n_blocks = count_key_blocks(tile.first, bounds, C)
@@ -89,10 +89,10 @@ def attend_round(
         other_keys = Indices(key_slots(others.slot, others.is_row), others.row)
         softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, C)
 
-    has_no_key = softmax.weight == 0.0
-    weight = tl.where(has_no_key, 1.0, softmax.weight)
-    o = softmax.o / weight[:, None]
-    lse = tl.where(has_no_key, float("-inf"), softmax.top + tl.log2(weight))
+    has_no_key = softmax.row_sum == 0.0
+    row_sum = tl.where(has_no_key, 1.0, softmax.row_sum)
+    o = softmax.o / row_sum[:, None]
+    lse = tl.where(has_no_key, float("-inf"), softmax.row_max + tl.log2(row_sum))
     if C.n_rounds == 1:
         lse = tl.where(has_no_key, float("inf"), lse)
         lse_ptr += first_head.to(tl.int64) * seq_len
@@ -109,10 +109,10 @@ def add_keys(softmax, q, queries, k, v, keys, round_, pairs, C: tl.constexpr):
     if C.counts_once:
         scores -= tl.log2(count_rounds(pairs.codes_ptr, queries, keys, pairs.seq_len, C))
     scores = tl.where(attends(queries, keys, pairs.begin, C), scores, float("-inf"))
-    top = tl.maximum(softmax.top, tl.max(scores, 1))
-    p = tl.exp2(scores - top[:, None])
-    fade = tl.exp2(softmax.top - top)
-    weight = softmax.weight * fade + tl.sum(p, 1)
+    row_max = tl.maximum(softmax.row_max, tl.max(scores, 1))
+    p = tl.exp2(scores - row_max[:, None])
+    rescale = tl.exp2(softmax.row_max - row_max)
+    row_sum = softmax.row_sum * rescale + tl.sum(p, 1)
     if C.drops:
         p *= dropout_factors(queries, keys, round_, pairs, C)
-    return RunningSoftmax(softmax.o * fade[:, None] + product(p.to(v.dtype), v, C), top, weight)
+    return RunningSoftmax(softmax.o * rescale[:, None] + product(p.to(v.dtype), v, C), row_max, row_sum)

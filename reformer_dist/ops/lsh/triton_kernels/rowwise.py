@@ -71,27 +71,27 @@ def _merge_rounds(
     head = tl.program_id(1)
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     start = head.to(tl.int64) * N_ROUNDS * seq_len
-    top = tl.full([ROWS], -1e30, tl.float32)
+    largest = tl.full([ROWS], -1e30, tl.float32)
     for r in tl.static_range(N_ROUNDS):
         is_present = _is_present(present_ptr, r, rows, seq_len, SHARDED)
         lse = tl.load(round_lse_ptr + start + r * seq_len + rows.row, mask=is_present, other=float("-inf"))
-        top = tl.maximum(top, lse)
-    weight = tl.zeros([ROWS], tl.float32)
+        largest = tl.maximum(largest, lse)
+    total_weight = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
         index = start + r * seq_len + rows.row
         is_present = _is_present(present_ptr, r, rows, seq_len, SHARDED)
-        round_weight = tl.exp2(tl.load(round_lse_ptr + index, mask=is_present, other=float("-inf")) - top)
-        weight += round_weight
+        round_weight = tl.exp2(tl.load(round_lse_ptr + index, mask=is_present, other=float("-inf")) - largest)
+        total_weight += round_weight
         mask = rows.mask & is_present[:, None] if SHARDED else rows.mask
         round_o = tl.load(o_ptr + index[:, None] * HEAD_DIM + rows.column, mask=mask, other=0.0)
         o += round_o.to(tl.float32) * round_weight[:, None]
-    has_no_key = weight == 0.0
-    weight = tl.where(has_no_key, 1.0, weight)
-    o /= weight[:, None]
+    has_no_key = total_weight == 0.0
+    total_weight = tl.where(has_no_key, 1.0, total_weight)
+    o /= total_weight[:, None]
     target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
     tl.store(target, o.to(out_ptr.dtype.element_ty), mask=rows.mask)
-    lse = tl.where(has_no_key, float("inf"), top + tl.log2(weight))
+    lse = tl.where(has_no_key, float("inf"), largest + tl.log2(total_weight))
     tl.store(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, lse, mask=rows.is_row)
 
 

@@ -123,17 +123,13 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
     return block
 
 
-def tile_heads(
-    buckets: Tensor, head_indices: Tensor | None, options: AttentionOptions, *, largest: int, has_padding: bool
-) -> Tiles:
-    """Tiles of bucket ids [BH, R, S], in which n_buckets marks padding: its tiles are of queries without keys.
-
-    head_indices: `Tiles.token_ids`.
-    """
-    n_buckets = options.n_buckets
+def tile_heads(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
+    """Tiles of whole sequences. Those of padding are of queries without keys."""
+    buckets, n_buckets, padded = shard.sort_keys, options.n_buckets, shard.has_padding
     block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
-    order, table, sorted_ids = _sort_rounds(buckets, n_buckets, options.rule, block, has_padding=has_padding)
-    return Tiles(block, order, table, _position_codes(order, sorted_ids, options), head_indices)
+    order, table, sorted_ids = _sort_rounds(buckets, n_buckets, options.rule, block, has_padding=padded)
+    token_ids = shard.head_index.int() if options.dropout > 0 else None
+    return Tiles(block, order, table, _position_codes(order, sorted_ids, options), token_ids)
 
 
 def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:

@@ -1,4 +1,7 @@
-"""Sizes of groups and tiles, warps and registers per program: the fastest on an H200 (docs/kernels.md)."""
+"""Sizes of groups and tiles, warps and registers per program: the fastest on an H200 (docs/kernels.md).
+
+Does not import Triton, so that a run on a GPU can be planned without it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Tokens x rounds whose partial results exist at the same time.
+from reformer_dist.ops.lsh.attention import WorkspaceShape
+
+# Tokens x rounds whose partial results exist at a time.
 GROUP_TOKENS = 2**22
 
 
@@ -40,3 +45,21 @@ def tuning_of(head_dim: int, dtype: torch.dtype) -> Tuning:
     if dtype == torch.float32:
         return NARROW_FLOAT32 if head_dim <= 64 else WIDE_FLOAT32
     return NARROW if head_dim <= 64 else WIDE
+
+
+def workspace_bytes(shape: WorkspaceShape) -> float:
+    """`Backend.workspace_bytes`: order, tiles, rowsum(dO * o), and a group's gradients per round."""
+    n_rounds, n_grads = shape.n_rounds, 2 if shape.shared_keys else 3
+    vector = shape.head_dim * shape.element_size
+    rows: float
+    sorted_rows: float
+    if shape.n_partition_rows is None:
+        sorted_rows = shape.n_heads * shape.seq_len
+        other = 4.0 * sorted_rows
+        rows = min(shape.n_heads, max(1, GROUP_TOKENS // (n_rounds * shape.seq_len))) * shape.seq_len
+    else:
+        rows = sorted_rows = shape.n_partition_rows
+        other = rows * n_grads * vector
+    block = tuning_of(shape.head_dim, torch.float32 if shape.element_size == 4 else torch.bfloat16).block
+    order = n_rounds * (4 * sorted_rows + 16 * (sorted_rows / block + shape.n_heads * shape.n_buckets))
+    return order + other + (rows * n_rounds * n_grads * vector if n_rounds > 1 else 0)

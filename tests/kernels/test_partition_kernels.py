@@ -1,4 +1,4 @@
-"""Attention over the shards of the sorted order adds up to the whole: outputs and every gradient."""
+"""Partitions of the sorted order, attended by the kernels, combine to the reference: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import CASES, KernelCase
-from support.held import attend_in_parts
+from support.shards import attend_by_partition
 
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.reference import reference_attention
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
-def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
+def test_partitions_match_the_reference(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
         rows=case.rows(DEVICE), backend="triton",
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
-    actual = attend_in_parts(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
+    actual = attend_by_partition(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
     leaves = [x.detach().float().clone().requires_grad_() for x in ((q, v) if case.shared else (q, k, v))]
     expected = reference_attention(
         leaves[0],
@@ -51,11 +51,11 @@ def test_shards_add_up_to_the_whole(case: KernelCase) -> None:
         assert (one - other).abs().max() <= case.tolerance * max(1.0, other.abs().max())
 
 
-def test_shard_without_rows() -> None:
+def test_partition_without_rows() -> None:
     case = replace(CASES["window"], seq_len=3)
     (q, _, v), ids, _ = case.tensors(DEVICE)
     actual = [
-        attend_in_parts(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, backend=name), None, v, 12)
+        attend_by_partition(q, None, v, ids, AttentionOptions(case.rule, 4, 0.5, backend=name), None, v, 12)
         for name in ("triton", "torch")
     ]
     for one, other in zip(*actual, strict=True):

@@ -120,6 +120,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """chunk rule: tokens per chunk of the sorted order."""
     n_chunks_before: int = bounded(1, least=0)
     n_chunks_after: int = bounded(0, least=0)
+    next_value_heads: int = bounded(0, least=0)
+    """Heads of each LSH layer in which the key of a token carries the value of the next token: they find what
+    followed a token like their own."""
     local_round: bool = False
     """An additional round over the nearest positions, in the same softmax."""
     count_pairs_once: bool = False
@@ -199,6 +202,12 @@ class ModelConfig(ConfigGroup, prefix="model."):
             is_valid = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
             requirement = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
             require(is_valid, "model.compat.bucket_factors", factors, requirement)
+        if self.next_value_heads:
+            n_heads, kinds = self.next_value_heads, (*self.layers, *(self.encoder_layers or ()))
+            requirement = f"must be at most model.n_heads={self.n_heads}"
+            require(n_heads <= self.n_heads, "model.next_value_heads", n_heads, requirement)
+            requirement = "needs an lsh layer in model.layers"
+            require(AttentionKind.lsh in kinds, "model.next_value_heads", n_heads, requirement)
         if self.compat.hash_seed is not None:
             requirement = "needs model.hash_scheme=rotation"
             is_rotation = self.hash_scheme is HashScheme.rotation

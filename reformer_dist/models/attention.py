@@ -82,22 +82,15 @@ class SelfAttention(nn.Module):
         """Outputs of the heads, [B, H, S, D]."""
         raise NotImplementedError
 
-    def _options(
-        self,
-        kind: AttentionKind,
-        scale: float,
-        context: ForwardContext,
-        layer: int,
-        *,
-        count_pairs_once: bool = False,
-    ) -> AttentionOptions:
+    def _options(self, kind: AttentionKind, context: ForwardContext, layer: int) -> AttentionOptions:
         """Options of LSH or local attention."""
-        config, rule = self.config, LayerRule.of(self.config, kind)
+        config, rule, is_lsh = self.config, LayerRule.of(self.config, kind), kind is AttentionKind.lsh
         return AttentionOptions(
             rule=rule.rule,
             n_buckets=rule.n_buckets,
-            scale=scale,
-            count_pairs_once=count_pairs_once,
+            scale=config.qk_scale if is_lsh else self.head_dim**-0.5,
+            count_pairs_once=is_lsh and config.count_pairs_once,
+            next_value_heads=config.next_value_heads if is_lsh else 0,
             dropout=context.dropout(config.attention_dropout),
             dropout_seed=context.seed_for("attention", layer),
             rows=context.coords.rows,
@@ -129,13 +122,12 @@ class LSHSelfAttention(SelfAttention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
-        config = self.config
-        options = self._options(
-            AttentionKind.lsh, config.qk_scale, context, layer, count_pairs_once=config.count_pairs_once
-        )
+        options = self._options(AttentionKind.lsh, context, layer)
         exchange = self._get_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
+        if options.next_value_heads and context.key_padding_mask is not None:
+            v = v * context.key_padding_mask[:, None, :, None]  # the last real token has no successor
         return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
 
     def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:
@@ -156,7 +148,7 @@ class LocalSelfAttention(SelfAttention):
     ) -> Tensor:
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        options = self._options(AttentionKind.local, self.head_dim**-0.5, context, layer)
+        options = self._options(AttentionKind.local, context, layer)
         exchange = self._get_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 

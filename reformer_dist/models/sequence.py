@@ -16,6 +16,7 @@ from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
+from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.sorting import count_buckets
 
 
@@ -111,7 +112,7 @@ class WholeSequence:
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
-        return attend_locally(q, k, v, exchange)
+        return attend_locally(q, k, next_values(v, exchange.options.next_value_heads), exchange)
 
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None

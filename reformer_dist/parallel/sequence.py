@@ -18,6 +18,7 @@ from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
+from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
@@ -90,6 +91,7 @@ class SlicedSequence:
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         mesh, order = self.mesh, list(range(self.mesh.heads))
+        v = self._next_values(v, exchange.options.next_value_heads)
         if mesh.heads > 1:
             # one by one: each exchange frees its copies before the next
             q, v = to_heads(q, mesh.head_group, order), to_heads(v, mesh.head_group, order)
@@ -103,6 +105,14 @@ class SlicedSequence:
                 k = None if k is None else self._without_padding(k)
                 out = self._with_padding(attend_locally(q, k, v, exchange), mesh.heads)
         return to_slices(out, mesh.head_group, order) if mesh.heads > 1 else out
+
+    def _next_values(self, v: Tensor, n_heads: int) -> Tensor:
+        if n_heads == 0:
+            return v
+        next_slice = self.mesh.slice_index + 1
+        # times 0 on the last rank, which takes part in the backward of the gather like all others
+        firsts = gather_slices(v[:, :n_heads, 0], self.mesh)
+        return next_values(v, n_heads, firsts[next_slice % self.mesh.size] * (next_slice < self.mesh.size))
 
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reformer_dist.ops.exact_attention import exact_attention
 from reformer_dist.ops.kv_cache import BucketCache, ExactCache, WindowCache
-from reformer_dist.ops.lsh import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 
@@ -82,21 +82,20 @@ def through_buckets(text: Text, options: AttentionOptions, q: Tensor, v: Tensor,
     return step_by_step(attend, text, q, v, ids.transpose(2, 3))
 
 
-@given(text=TEXTS, counts_once=st.booleans(), scale=st.sampled_from([1.0, 0.3]))
-def test_buckets(text: Text, counts_once: bool, scale: float) -> None:
+@given(
+    text=TEXTS,
+    counts_once=st.booleans(),
+    scale=st.sampled_from([1.0, 0.3]),
+    next_value_heads=st.sampled_from([0, 1]),
+)
+def test_buckets(text: Text, counts_once: bool, scale: float, next_value_heads: int) -> None:
     q, _, v, ids, mask = text.draw()
-    options = AttentionOptions(WindowRule(text.window, causal=True), text.n_buckets, scale, counts_once)
+    rule = WindowRule(text.window, causal=True)
+    options = AttentionOptions(rule, text.n_buckets, scale, counts_once, next_value_heads, backend="reference")
+    if mask is not None:
+        v = v * mask[:, None, :, None]
     found = through_buckets(text, options, q, v, ids, mask)
-    expected = reference_attention(
-        q,
-        shared_keys(q),
-        v,
-        ids,
-        options.rule,
-        scale=scale,
-        key_padding_mask=mask,
-        count_pairs_once=counts_once,
-    )
+    expected = bucket_attention(q, None, v, ids, options, mask)
     torch.testing.assert_close(found, expected[:, :, text.n_prompt :], atol=2e-6, rtol=1e-5)
 
 

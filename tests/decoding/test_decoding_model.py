@@ -67,6 +67,7 @@ def draw_tokens(batch: int, seq_len: int, seed: int) -> torch.Tensor:
     hash_scheme=st.sampled_from(list(HashScheme)),
     flags=st.fixed_dictionaries({name: st.booleans() for name in ("local_round", "count_pairs_once")}),
     n_hashes=st.integers(1, 3),
+    next_value_heads=st.sampled_from([0, 1, 2]),
     lengths=st.lists(st.integers(26, 40), min_size=1, max_size=3),
     n_prompt=st.integers(16, 25),
     seed=st.integers(0, 1000),
@@ -76,12 +77,14 @@ def test_decoding_is_the_forward(
     layers: list[Any],
     position: Position,
     hash_scheme: HashScheme,
-    flags: dict[str, bool],
+    flags: dict[str, Any],
     n_hashes: int,
+    next_value_heads: int,
     lengths: list[int],
     n_prompt: int,
     seed: int,
 ) -> None:
+    flags = {**flags, "next_value_heads": next_value_heads if LSH in layers else 0}
     model = make_model(seed, layers=layers, position=position, hash_scheme=hash_scheme, n_hashes=n_hashes, **flags)
     seq_len = max(lengths)
     tokens, mask = draw_tokens(len(lengths), seq_len, seed), left_padding(lengths, seq_len)

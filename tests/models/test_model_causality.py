@@ -44,6 +44,8 @@ def largest_leak(model: ReformerLM) -> float:
         {"layers": [LSH], "local_round": True, "count_pairs_once": True},
         {"layers": [LSH], "hash_scheme": HashScheme.floor, "position": Position.rotary},
         {"layers": [LSH, EXACT]},
+        {"layers": [LOCAL, LSH], "next_value_heads": 1},
+        {"layers": [LSH], "next_value_heads": 2, "local_round": True},
     ],
     ids=str,
 )
@@ -69,9 +71,13 @@ def test_a_bidirectional_model_attends_to_later_tokens(layers: list[Any]) -> Non
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layers", [[LOCAL], [LSH], [EXACT], [LSH, EXACT, LOCAL]], ids=str)
 @pytest.mark.parametrize("neighbours", list(NeighbourRule))
+@pytest.mark.parametrize("next_value_heads", [0, 1])
 @torch.no_grad()
-def test_padding_does_not_matter(causal: bool, layers: list[Any], neighbours: NeighbourRule) -> None:
-    model = small_model(layers=layers, causal=causal, neighbours=neighbours).eval()
+def test_padding_does_not_matter(
+    causal: bool, layers: list[Any], neighbours: NeighbourRule, next_value_heads: int
+) -> None:
+    heads = next_value_heads if LSH in layers else 0
+    model = small_model(layers=layers, causal=causal, neighbours=neighbours, next_value_heads=heads).eval()
     tokens = random_tokens(2, 60)
     mask = torch.ones(2, 60, dtype=torch.bool)
     mask[0, 41:] = False

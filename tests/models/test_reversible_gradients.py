@@ -82,6 +82,7 @@ CHANGES: list[dict[str, Any]] = [
     {"layers": [LSH, EXACT, LOCAL], "n_layers": 3, "one_value_head": True, **DROPOUTS},
     {"layer_drop": 0.5, **DROPOUTS},
     {"head_dim": 5, "qk_scale": 0.4},
+    {"next_value_heads": 1, **DROPOUTS},
 ]
 
 

@@ -43,6 +43,7 @@ class Case:
     shared: bool = True
     count_pairs_once: bool = False
     dropout: float = 0.0
+    next_value_heads: int = 0
     buckets: str = "random"
     """random, one (all tokens in bucket 0), slices (a rank's tokens share a bucket), wide (few of many)"""
     padding: str = "none"
@@ -79,6 +80,7 @@ class Case:
             scale=0.5,
             count_pairs_once=self.count_pairs_once,
             dropout=self.dropout,
+            next_value_heads=self.next_value_heads,
             dropout_seed=77,
             rows=torch.tensor([5, 2])[: self.batch],
             backend=self.backend,
@@ -110,6 +112,8 @@ def cases() -> list[Case]:
         Case("local", sees_self[True], **one_round),
         Case("local, two-sided, padding", sees_self[False], seq_len=99, padding="some", **one_round),
         Case("own keys, several buckets", CAUSAL, shared=False, dropout=0.1),
+        Case("values of the next token", CAUSAL, next_value_heads=3, seq_len=97, padding="some"),
+        Case("next values, fewer tokens than ranks", CAUSAL, next_value_heads=4, seq_len=3),
         Case("bf16", CAUSAL, dtype=torch.bfloat16),
         Case("bf16, odd width", CAUSAL, dtype=torch.bfloat16, head_dim=5),
     ]
@@ -119,6 +123,7 @@ def cases() -> list[Case]:
         Case("C: long buckets", WindowRule(40, causal=True), seq_len=700, n_buckets=1, batch=1, **by_c),
         Case("C: two-sided, own keys", TWO_SIDED, seq_len=97, padding="some", shared=False, dropout=0.2, **by_c),
         Case("C: pairs once, dropout", CAUSAL, count_pairs_once=True, n_buckets=2, dropout=0.2, **by_c),
+        Case("C: values of the next token", CAUSAL, next_value_heads=2, seq_len=101, dropout=0.2, **by_c),
         Case("C: local, two-sided", sees_self[False], padding="slice", **one_round, **by_c),
         Case("C: fewer tokens than ranks", CAUSAL, seq_len=3, **by_c),
         replace(wide, name="C: more buckets than tokens", **by_c),

@@ -50,6 +50,7 @@ class Case:
             layers=[AttentionKind[kind] for kind in self.layers],
             n_buckets=8,
             window=16,
+            next_value_heads=2 if "lsh" in self.layers else 0,
             local_window=24,
             axial_shape=[16, 16],
             ff_chunk=7,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.kv_cache.growable_tensor import GrowableTensor
+from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
@@ -33,30 +34,43 @@ class BucketCache:
         self._scale = options.scale
         self._counts_once = options.count_pairs_once and bucket_ids.shape[2] > 1
         self._ring_size = rule.window - 1
+        self._next_value_heads = options.next_value_heads
+        # the newest token waits for the value of the next one; no token attends to itself
+        n_cached = q.shape[2] - 1
+        self._newest = q[:, :, n_cached:].clone(), v[:, :, n_cached:].clone(), bucket_ids[..., n_cached:].clone()
+        values = next_values(v, self._next_value_heads)[:, :, :n_cached]
         # [slots, H, 2 D]: key and value of a token are adjacent, since they are read together
-        self._pool = GrowableTensor(_entries(q, v), dim=0)
-        buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
+        self._pool = GrowableTensor(_entries(q[:, :, :n_cached], values), dim=0)
+        buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)[..., :n_cached]
         counts = count_buckets(buckets, options.n_buckets)
         rings = _fill_rings(buckets, counts, self._ring_size, n_heads=q.shape[1])
         shape = (*bucket_ids.shape[:3], options.n_buckets)
         self._counts, self._rings = counts.view(shape), rings.view(*shape, self._ring_size)
 
     def attend(self, q: Tensor, v: Tensor, bucket_ids: Tensor) -> Tensor:
-        """Appends the next token; returns its output [B, H, 1, D] in v's dtype. bucket_ids [B, H, R, 1]."""
-        if self._ring_size == 0:
-            return v  # with a window of 1, no query has a key
+        """Output [B, H, 1, D] of the next token, in v's dtype. bucket_ids [B, H, R, 1]."""
+        if self._ring_size == 0:  # with a window of 1, no query has a key
+            return torch.zeros_like(v) if self._next_value_heads else v
+        with torch.autocast(q.device.type, enabled=False):
+            self._append_newest(v)
+            self._newest = q, v, bucket_ids
+            ring = self._ring_of(bucket_ids)
+            count = self._counts.view(-1)[ring]
+            members = self._rings.view(-1, self._ring_size)[ring]
+            is_member = torch.arange(self._ring_size, device=q.device) < count.unsqueeze(-1)
+            return self._attend(q, v, members.flatten(2), is_member.flatten(2))
+
+    def _append_newest(self, next_v: Tensor) -> None:
+        """Makes the newest token a key, now that the value [B, H, 1, D] of its successor is known."""
+        q, v, bucket_ids = self._newest
+        n = self._next_value_heads
+        self._pool.append(_entries(q, torch.cat([next_v[:, :n], v[:, n:]], dim=1)))
+        entry = torch.arange(self._pool.size - q.shape[0], self._pool.size, device=q.device, dtype=torch.int32)
         ring = self._ring_of(bucket_ids)
         count = self._counts.view(-1)[ring]
-        members = self._rings.view(-1, self._ring_size)[ring]
-        is_member = torch.arange(self._ring_size, device=q.device) < count.unsqueeze(-1)
-        with torch.autocast(q.device.type, enabled=False):
-            out = self._attend(q, v, members.flatten(2), is_member.flatten(2))
-            self._pool.append(_entries(q, v))
-        newest = torch.arange(self._pool.size - q.shape[0], self._pool.size, device=q.device, dtype=torch.int32)
         slots = ring * self._ring_size + count % self._ring_size
-        self._rings.view(-1)[slots] = newest[:, None, None].expand_as(slots)
+        self._rings.view(-1)[slots] = entry[:, None, None].expand_as(slots)
         self._counts.view(-1)[ring] = count + 1
-        return out
 
     def _ring_of(self, bucket_ids: Tensor) -> Tensor:
         """Flat ring indices [B, H, R] of bucket ids [B, H, R, 1]."""
@@ -77,14 +91,17 @@ class BucketCache:
         has_no_key = ~is_member.any(dim=-1)
         scores.masked_fill_(~is_member, -torch.inf).masked_fill_(has_no_key.unsqueeze(-1), 0.0)
         out = scores.softmax(-1).unsqueeze(2) @ values
-        return torch.where(has_no_key[..., None, None], v.float(), out).to(v.dtype)
+        alone = 0.0 if self._next_value_heads else v.float()
+        return torch.where(has_no_key[..., None, None], alone, out).to(v.dtype)
 
     def select_rows(self, rows: Tensor) -> None:
         # the pool stays: rows that continue the same sequence share its entries
         self._counts, self._rings = self._counts[rows], self._rings[rows]
+        q, v, bucket_ids = self._newest
+        self._newest = q[rows], v[rows], bucket_ids[rows]
 
     def n_bytes(self) -> int:
-        return self._pool.n_bytes() + self._counts.nbytes + self._rings.nbytes
+        return self._pool.n_bytes() + sum(x.nbytes for x in (self._counts, self._rings, *self._newest))
 
 
 def _entries(q: Tensor, v: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A *backend* sorts the tokens of a shard and attends among them. An *exchange* dispatches the tokens of each group
 of heads to the ranks that attend to them and combines the results; `LocalExchange` communicates nothing. The
 autograd function does the rest: it disables autocast, saves the output and one logsumexp per query whatever the
-number of rounds (dS = P * (dP - delta), as in flash attention), and lets a query that met no key attend to itself.
+number of rounds (dS = P * (dP - delta), as in flash attention), and lets a query that met no key attend to itself,
+or to nothing if values are those of the next token.
 """
 
 from __future__ import annotations
@@ -256,7 +257,10 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(backend(exchange.options, v), ctx.cache)
             exchange.forward(ForwardTensors(q, k, v, out, lse), sorter)
-            _select_rows(out, torch.isinf(lse), v)  # o = v for queries that met no key
+            if exchange.options.next_value_heads:
+                out.masked_fill_(torch.isinf(lse).unsqueeze(3), 0)
+            else:
+                _select_rows(out, torch.isinf(lse), v)  # o = v for queries that met no key
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -270,7 +274,8 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.cache)
             delta = sorter.backend.row_dot(d_out, out)
-            _select_rows(dv, torch.isinf(lse), d_out)
+            if not ctx.exchange.options.next_value_heads:
+                _select_rows(dv, torch.isinf(lse), d_out)
             ctx.exchange.backward(BackwardTensors(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
         return dq, dk, dv, None, None
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Backend, LocalExchange, WorkspaceShape, attend
 from reformer_dist.ops.lsh.native.attention import NativeBackend
 from reformer_dist.ops.lsh.native.library import unavailable_reason
+from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
@@ -133,11 +134,14 @@ def bucket_attention(
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
     tokens. A query that met no key attends to itself. Raises ValueError if options.backend can't run.
     """
+    if options.next_value_heads and key_padding_mask is not None:
+        v = v * key_padding_mask[:, None, :, None]
+    v = next_values(v, options.next_value_heads)
     return attend_locally(q, k, v, LocalExchange(bucket_ids, options, key_padding_mask))
 
 
 def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
-    """`bucket_attention` with its last three arguments in one."""
+    """`bucket_attention` by an exchange, with values v that `next_values` has shifted."""
     options = exchange.options
     if options.backend != "reference":
         return attend(q, k, v, exchange, backend_for(options, v))
@@ -153,6 +157,7 @@ def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchan
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
         head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
+        attends_alone=options.next_value_heads == 0,
     )
 
 

@@ -80,8 +80,14 @@ class AttentionOptions(DropoutOptions):
     n_buckets: int
     scale: float
     count_pairs_once: bool = False
+    next_value_heads: int = 0
+    """Heads, from the first, with values of the next token (`next_values`); queries without keys then get 0."""
     backend: str = "auto"
     """auto, reference, torch, native or triton: see `ops.lsh.backends`."""
+
+    def __post_init__(self) -> None:
+        if self.next_value_heads and self.rule.sees_self:
+            raise ValueError(f"next_value_heads={self.next_value_heads}: needs rule.sees_self=False")
 
 
 @dataclass(frozen=True)

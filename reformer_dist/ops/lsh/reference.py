@@ -82,18 +82,20 @@ def reference_attention(
     dropout: float = 0.0,
     dropout_seed: int = 0,
     head_indices: Tensor | None = None,
+    attends_alone: bool = True,
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
     A pair that is visible in several rounds counts once per round, or once with count_pairs_once (the paper's
-    N(i, j)). A token without keys attends to itself. head_indices [B * H]: see `DropoutOptions.head_indices`,
-    0, 1, ... if None. Differentiable; computes in float32 or wider.
+    N(i, j)). A token without keys attends to itself if attends_alone, else to nothing. head_indices [B * H]: see
+    `DropoutOptions.head_indices`, 0, 1, ... if None. Differentiable; computes in float32 or wider.
     """
     visible = visible_pairs(bucket_ids, rule, key_padding_mask)
     out, met_no_key = _union_softmax(
         q, k, v, visible, scale, count_pairs_once, _dropout_factors(visible, dropout, dropout_seed, head_indices)
     )
-    return torch.where(met_no_key[..., None], v.to(out.dtype), out).to(v.dtype)
+    own = v if attends_alone else torch.zeros_like(v)
+    return torch.where(met_no_key[..., None], own.to(out.dtype), out).to(v.dtype)
 
 
 def reference_cross_attention(

@@ -27,8 +27,8 @@ from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
 
 NAMES = ("reference", "torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = {"native": 256, "triton": 128}
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
-MAX_TRITON_WIDTH = 128
 
 
 def unsupported_reason(
@@ -37,32 +37,27 @@ def unsupported_reason(
     """The reason why a backend can't run; None if it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
-    if name == "native":
-        return _unsupported_by_native(device, head_dim, dtype, chunks=chunks)
-    return _unsupported_by_triton(device, head_dim, dtype) if name == "triton" else None
-
-
-def _unsupported_by_native(device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool) -> str | None:
-    if device.type != "cpu":
+    if name not in MAX_HEAD_DIM:
+        return None
+    if name == "native" and device.type != "cpu":
         return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
-    if chunks:
-        return "knows the window rule only; torch takes chunks"
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}; torch takes any"
+    if name == "native" and chunks:
+        return "supports the window rule only; use torch for chunks"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "needs the package triton (pip install triton); torch needs no other package"
+    if not _fits(name, head_dim):
+        most = MAX_HEAD_DIM[name]
+        return f"needs a head_dim that is a multiple of 16 up to {most}, not {head_dim}; use torch for any other"
     if dtype not in DTYPES:
-        return f"computes in float32, from bfloat16 and float16 too, not in {dtype}; torch takes it"
-    return unavailable_reason()
+        return f"supports float32, bfloat16 and float16, not {dtype}; use torch here"
+    return unavailable_reason() if name == "native" else _missing_gpu(device)
 
 
-def _unsupported_by_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton (pip install triton); torch needs nothing more"
-    if head_dim % 16 or not 16 <= head_dim <= MAX_TRITON_WIDTH:
-        return (
-            f"needs a head_dim that is a multiple of 16 up to {MAX_TRITON_WIDTH}, not {head_dim}; torch takes any"
-        )
-    if dtype not in DTYPES:
-        return f"computes in float32, bfloat16 and float16, not in {dtype}; torch takes it"
+def _fits(name: str, head_dim: int) -> bool:
+    return head_dim % 16 == 0 and 16 <= head_dim <= MAX_HEAD_DIM[name]
+
+
+def _missing_gpu(device: torch.device) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
@@ -85,12 +80,12 @@ def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *
 
 def choose_for_planning(name: str, device_type: str, head_dim: int, *, chunks: bool) -> str:
     """The backend that `choose` would select on cpu or cuda, for which the GPU and Triton need not be present."""
-    if device_type == "cuda":
-        is_supported, fast = head_dim % 16 == 0 and head_dim <= MAX_TRITON_WIDTH, "triton"
-    else:
-        device = torch.device("cpu")
-        is_supported, fast = unsupported_reason("native", device, head_dim, chunks=chunks) is None, "native"
-    return fast if name in ("auto", fast) and is_supported else "torch"
+    fast = {"cuda": "triton", "cpu": "native"}[device_type]
+    if name not in ("auto", fast):
+        return "torch"
+    if fast == "triton":
+        return fast if _fits(fast, head_dim) else "torch"
+    return choose("auto", torch.device("cpu"), head_dim, torch.float32, chunks=chunks)
 
 
 def workspace_bytes(name: str, shape: WorkspaceShape) -> float:

@@ -86,7 +86,7 @@ INLINE ints visible_lanes(const Group *g, int key_slot, int first_lane) {
     return visible;
 }
 
-/* 1 / (number of rounds in which a pair meets), or 1 if none: to count pairs once. */
+/* 1 / (number of rounds in which a pair is visible), or 1 if none: to count pairs once. */
 static void count_once_factors(const Group *g, int first, int n, float *factors) {
     const Call *call = g->call;
     int64_t n_rows = call->n_batch_heads * call->seq_len;

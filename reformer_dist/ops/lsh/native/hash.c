@@ -14,12 +14,12 @@ typedef struct {
 } HashCall;
 
 /* Per lane, argmax of [p, -p] over the projections p on `half` columns. */
-INLINE void argmax_columns(const float *rotation, int half, int dim, const float *columns, ints *found) {
+INLINE void argmax_columns(const float *rotation, int half, int dim, const float *columns, ints *best) {
     float dots[DOT_ROWS * GROUP] ALIGNED;
     vec largest[VECTORS];
     for (int h = 0; h < VECTORS; h++) {
         largest[h] = splat(-1.0f);
-        found[h] = (ints){0};
+        best[h] = (ints){0};
     }
     for (int first = 0; first < half; first += DOT_ROWS) {
         const float *rows[DOT_ROWS];
@@ -33,7 +33,7 @@ INLINE void argmax_columns(const float *rotation, int half, int dim, const float
                 vec size = blend(is_negative, -product, product);
                 ints is_larger = size > largest[h]; /* ties: the first */
                 largest[h] = blend(is_larger, size, largest[h]);
-                found[h] = (is_larger & column) | (~is_larger & found[h]);
+                best[h] = (is_larger & column) | (~is_larger & best[h]);
             }
     }
 }
@@ -59,12 +59,12 @@ static void hash_group(const HashCall *call, int64_t head_index, int64_t first) 
     for (int64_t round = 0; round < call->n_rounds; round++) {
         int64_t of_head = (head_index % call->n_heads) * call->n_rounds + round;
         const float *rotation = call->rotations + of_head * call->n_columns * dim;
-        ints buckets[VECTORS] = {{0}}, found[VECTORS];
+        ints buckets[VECTORS] = {{0}}, best[VECTORS];
         int32_t radix = 1;
         for (int64_t f = 0; f < call->n_factors; f++) {
             int half = (int)call->factors[f] / 2;
-            argmax_columns(rotation, half, dim, columns, found);
-            for (int h = 0; h < VECTORS; h++) buckets[h] += radix * found[h];
+            argmax_columns(rotation, half, dim, columns, best);
+            for (int h = 0; h < VECTORS; h++) buckets[h] += radix * best[h];
             rotation += (int64_t)half * dim;
             radix *= (int32_t)call->factors[f];
         }

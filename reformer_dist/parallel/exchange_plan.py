@@ -17,7 +17,8 @@ from torch import Tensor
 
 from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import (
     Partition,
     Recipients,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from reformer_dist.ops.lsh.attention import WorkspaceShape
 from reformer_dist.ops.lsh.backends import workspace_bytes
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.ops.lsh.options import ChunkRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
 from reformer_dist.parallel.exchange_plan import GROUP_TOKENS
 
 INDEX_BYTES = 8  # a head index, a position or a sort key

@@ -8,7 +8,7 @@ from reformer_dist.config import AttentionKind, Recompute
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.lsh.attention import WorkspaceShape
 from reformer_dist.ops.lsh.backends import choose_for_planning, workspace_bytes
-from reformer_dist.ops.lsh.options import ChunkRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
 from reformer_dist.parallel.traffic import ExchangeMemory
 from reformer_dist.planning.activations import SublayerMemory
 from reformer_dist.planning.cross_attention import CrossAttentionMemory

@@ -20,7 +20,7 @@ from reformer_dist import (
     ReformerStack,
     lsh_attention,
 )
-from reformer_dist.ops.lsh.options import WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 

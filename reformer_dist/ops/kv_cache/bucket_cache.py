@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.kv_cache.growable_tensor import GrowableTensor
+from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.next_values import next_values
-from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
 

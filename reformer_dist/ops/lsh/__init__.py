@@ -4,7 +4,8 @@ from reformer_dist.ops.lsh.backends import attend_locally, bucket_attention, has
 from reformer_dist.ops.lsh.cross import CrossKeys, cross_attention
 from reformer_dist.ops.lsh.functional import lsh_attention
 from reformer_dist.ops.lsh.hashing import draw_rotations, seeded_rotations
-from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, CrossOptions, Rule, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions, CrossOptions
 
 __all__ = [
     "AttentionOptions",

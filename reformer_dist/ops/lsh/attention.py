@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer_dist.ops.lsh.options import AttentionOptions, Rule, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import Rule, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
 from reformer_dist.ops.lsh.sorting import mark_padding
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from reformer_dist.ops.lsh.attention import Backend, LocalExchange, WorkspaceShape, attend
 from reformer_dist.ops.lsh.native.attention import NativeBackend
 from reformer_dist.ops.lsh.native.library import unavailable_reason
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
 from reformer_dist.ops.lsh.next_values import next_values
-from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule
-from reformer_dist.ops.lsh.sorting import full_position_codes, mark_padding, within_reach
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, within_reach
+from reformer_dist.ops.lsh.options import AttentionOptions
+from reformer_dist.ops.lsh.sorting import full_position_codes, mark_padding
 
 QUERY_CHUNK = 256
 

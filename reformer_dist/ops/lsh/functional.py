@@ -6,7 +6,8 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.backends import bucket_attention, hash_vectors
 from reformer_dist.ops.lsh.hashing import draw_rotations
-from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 
 
 def lsh_attention(

@@ -1,4 +1,4 @@
-"""Options of LSH attention, and the rules for which tokens of a round's sorted order attend to which."""
+"""Options of LSH and cross attention."""
 
 from __future__ import annotations
 
@@ -7,49 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class WindowRule:
-    """A token attends to the members of its own bucket at a sorted distance below `window`.
-
-    If causal, only to those not later than itself. The earlier members of a bucket do not depend on later tokens,
-    so this rule is strictly causal, and token-by-token decoding matches the full forward.
-    """
-
-    window: int
-    causal: bool
-    sees_self: bool = False
-    """True (local attention): a token attends to itself. False (shared query-key): only if it has no other key."""
-
-
-@dataclass(frozen=True)
-class ChunkRule:
-    """The published code's rule: the order is cut into chunks, each attends to itself and its neighbour chunks.
-
-    Chunk borders depend on the sizes of *all* buckets, future tokens included. With causal=True no token attends
-    to a later one, but which earlier ones it attends to does depend on the future. Kept for models trained so.
-    """
-
-    chunk_len: int
-    causal: bool
-    n_before: int = 1
-    n_after: int = 0
-    wrap: bool = False
-    """The first chunks of a round attend to the last ones of the previous round (the first round: of the last)."""
-    sees_self: bool = False
-    """True (local attention): a token attends to itself. False (shared query-key): only if it has no other key."""
-    round_to: int = 1
-    """The order counts as padded to a multiple of this, so chunks that wrap attend to the padding."""
-
-    def n_chunks(self, seq_len: int) -> int:
-        """Chunks in an order of seq_len tokens, including empty ones of the padding."""
-        return -(-self.round_len(seq_len) // self.chunk_len)
-
-    def round_len(self, seq_len: int) -> int:
-        return -(-seq_len // self.round_to) * self.round_to
-
-
-Rule = WindowRule | ChunkRule
+from reformer_dist.ops.lsh.neighbour_rules import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.options import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.options import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
 
 
 def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None) -> Tensor:

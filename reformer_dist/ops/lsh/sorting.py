@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.options import ChunkRule, Rule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule
 
 
 def mark_padding(bucket_ids: Tensor, n_buckets: int, key_padding_mask: Tensor | None) -> Tensor:
@@ -98,14 +98,3 @@ def full_position_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
         rank = bucket_ranks(bucket, torch.zeros_like(total[:, round_]))
         codes.append(position_codes(bucket, rank, total[:, round_], rule))
     return torch.stack(codes)
-
-
-def within_reach(query_codes: Tensor, key_codes: Tensor, rule: Rule) -> Tensor:
-    """Whether the rule lets a query attend to a key in one round, from their position codes; broadcasts.
-
-    Ignores padding, self-attention and, under the chunk rule, causality.
-    """
-    distance = query_codes - key_codes
-    if isinstance(rule, ChunkRule):
-        return (distance <= rule.n_before) & (distance >= -rule.n_after)
-    return (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window

@@ -14,8 +14,9 @@ from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Sha
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
 from reformer_dist.ops.lsh.native.calls import AttentionCall, addresses, hash_rows, order_rows, row_dot, window_of
 from reformer_dist.ops.lsh.native.library import library
+from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.online_softmax import LOG2_E
-from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 
 # Rows whose order, and in half precision float32 copies, exist at a time.
 GROUP_TOKENS = 2**14

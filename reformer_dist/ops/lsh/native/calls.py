@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh.native.library import library
-from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 
 # Slots of a bucket that a thread processes at a time: long enough to amortize the scheduling.
 SPAN_LEN = 256

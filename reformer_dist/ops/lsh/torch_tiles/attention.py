@@ -9,8 +9,9 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
+from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.online_softmax import PartialSoftmax
-from reformer_dist.ops.lsh.options import AttentionOptions, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import choose_tiling
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
 from reformer_dist.ops.lsh.sorting import count_buckets, full_position_codes, row_sort_keys

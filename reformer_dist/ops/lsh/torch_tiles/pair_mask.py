@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
-from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, WindowRule
-from reformer_dist.ops.lsh.sorting import within_reach
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, WindowRule, within_reach
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.tiles import Column
 

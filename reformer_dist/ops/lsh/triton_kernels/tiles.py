@@ -14,7 +14,8 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.hashing import bucket_dtype
-from reformer_dist.ops.lsh.options import AttentionOptions, ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.tile_table import build_table
 
 

@@ -35,8 +35,10 @@ def assert_partitions_match_reference(
     expected = [out.detach(), *torch.autograd.grad(out, leaves, d_out.float())]
     options = replace(case.options, backend=name)
     actual = attend_by_partition(q, None if shared else k, v, ids, options, mask, d_out, size)
+    # a gradient that is 0 for a single key has the rounding errors of the terms that cancel
+    largest = max(1.0, *(x.abs().max().item() for x in expected))
     for one, other in zip(actual, expected, strict=True):
-        assert (one - other).abs().max() <= 5e-5 * max(1.0, other.abs().max())
+        assert (one - other).abs().max() <= 5e-5 * largest
 
 
 @settings(max_examples=60, deadline=None)

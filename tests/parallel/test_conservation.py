@@ -1,4 +1,4 @@
-"""Exchanges between ranks that are threads: what they give, what they cost, and that no stray goes unseen."""
+"""Bucket exchange between ranks that are threads: results, traffic, and detection of misrouted tokens."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from reformer_dist.parallel.traffic import LayerShape, bucket_bytes
 
 MISMATCHES = "received tokens differ"
 SIZE = 3
-LIAR = 1
+FAULTY = 1
 N_LOCAL = 64
 OPTIONS = AttentionOptions(WindowRule(4, causal=True), n_buckets=6, scale=0.5)
 
 
 class MistakenCommGroup(ThreadCommGroup):
-    """The rank takes one of the tokens that come to it for an earlier one, which has not come."""
+    """One rank mistakes a token that it receives for an earlier one that it does not."""
 
     step = 1
 
     def all_to_all(self, blocks: Tensor, phase: str) -> Tensor:
         arrived = super().all_to_all(blocks, phase)
-        if self.index == LIAR and blocks.dtype == torch.uint8:
-            comes = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, BH, S]
-            was_seen = comes[:, 0].flatten()
-            earlier = (was_seen[self.step :] & ~was_seen[: -self.step]).nonzero()[0]
-            was_seen[earlier + self.step], was_seen[earlier] = False, True
-            needed = plans.pack_bits(was_seen.view_as(comes[:, 0]))
+        if self.index == FAULTY and blocks.dtype == torch.uint8:
+            selected = plans.unpack_bits(arrived, N_LOCAL)  # [P, 2, BH, S]
+            is_needed = selected[:, 0].flatten()
+            earlier = (is_needed[self.step :] & ~is_needed[: -self.step]).nonzero()[0]
+            is_needed[earlier + self.step], is_needed[earlier] = False, True
+            needed = plans.pack_bits(is_needed.view_as(selected[:, 0]))
             arrived = torch.stack([needed, arrived[:, 1]], dim=1)
         return arrived
 
 
 class SimilarlyMistakenCommGroup(MistakenCommGroup):
-    """The tokens' bits stand at the same place of two bytes, so the bytes add up to what was sent."""
+    """Likewise, with both bits at the same position of two bytes, so the sum of the bytes is unchanged."""
 
     step = 8
 
@@ -51,7 +51,7 @@ class SimilarlyMistakenCommGroup(MistakenCommGroup):
 def on_comm_groups(
     action: Callable[[ThreadCommGroup], object], comm: type[ThreadCommGroup] = ThreadCommGroup, size: int = SIZE
 ) -> list:
-    """What `action` returns, or raises, on each rank; who fails alone does not let others wait."""
+    """The result or exception of `action` on each rank; one that fails alone does not block the others."""
 
     def run(runtime):
         torch.set_num_threads(1)  # each thread has its own number
@@ -88,7 +88,7 @@ def plan_of(
 
 
 def miscount(held: Tensor, counted: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """A `count_buckets` that counts some ids where it is asked for those that a rank holds."""
+    """A `count_buckets` that counts other ids in place of those that a rank holds."""
     return lambda buckets, n_buckets: count_buckets(counted if buckets is held else buckets, n_buckets)
 
 
@@ -110,7 +110,7 @@ def all_raise(results: list, words: str) -> None:
 def test_slices_are_the_whole(
     options: AttentionOptions, shared: bool, per_round: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs and gradients, in messages of one unit each and in one message of all."""
+    """Outputs and gradients, with one message per head and with one message for all heads."""
     draw = torch.Generator().manual_seed(0)
     vectors = [torch.randn(2, 2, SIZE * N_LOCAL, 5, generator=draw) for _ in range(2 if shared else 3)]
     d_out = torch.randn(vectors[0].shape, generator=draw)
@@ -163,8 +163,8 @@ def test_ranks_that_own_nothing_in_some_rounds() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
-    """To the byte, once it is known to how many ranks a token goes; and near to it by the mean."""
+def test_bytes_sent_match_the_formula(dtype: torch.dtype) -> None:
+    """Exactly, given the number of ranks that tokens are sent to; approximately, given its expectation."""
     own = slices(0)
     v = torch.zeros(2, 2, N_LOCAL, 5, dtype=dtype)
     shape = LayerShape(2, N_LOCAL, 2, 5, n_hashes=3, n_buckets=OPTIONS.n_buckets, element_size=dtype.itemsize)
@@ -185,32 +185,32 @@ def test_messages_are_as_long_as_the_formula_says(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("changed", [1, 20, N_LOCAL])
 def test_counts_of_other_ids(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank has counted other ids of its first tokens than it holds: all ranks raise, be it one token."""
-    own, counted = slices(0), slices(0)[LIAR]
+    """One rank counts other ids than it holds for its first tokens: all ranks raise, even for a single token."""
+    own, counted = slices(0), slices(0)[FAULTY]
     counted[0, 0, :changed] = (counted[0, 0, :changed] + 1) % OPTIONS.n_buckets
-    monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
+    monkeypatch.setattr(plans, "count_buckets", miscount(own[FAULTY], counted))
     all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), MISMATCHES)
 
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
 def test_padding_other_than_counted(rule: WindowRule | ChunkRule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank has counted some tokens that it then takes for padding."""
-    own, counted = slices(0), slices(0)[LIAR]
-    own[LIAR][:, :, :10] = OPTIONS.n_buckets
-    monkeypatch.setattr(plans, "count_buckets", miscount(own[LIAR], counted))
+    """One rank counts tokens that it then treats as padding."""
+    own, counted = slices(0), slices(0)[FAULTY]
+    own[FAULTY][:, :, :10] = OPTIONS.n_buckets
+    monkeypatch.setattr(plans, "count_buckets", miscount(own[FAULTY], counted))
     options = replace(OPTIONS, rule=rule)
     found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], options))
     all_raise(found, MISMATCHES)
 
 
 def test_ids_other_than_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank says of its tokens that they are in other buckets than it has counted."""
+    """One rank sends other bucket ids than it has counted."""
     own, sent_ids = slices(0), plans._LocalTokens.sent_ids
 
     def other_ids(self: plans._LocalTokens, *args: Tensor) -> Tensor:
         ids = sent_ids(self, *args)
-        is_liar = self.buckets.data_ptr() == own[LIAR].data_ptr()
-        return torch.where(ids < OPTIONS.n_buckets, (ids + is_liar) % OPTIONS.n_buckets, ids)
+        is_faulty = self.buckets.data_ptr() == own[FAULTY].data_ptr()
+        return torch.where(ids < OPTIONS.n_buckets, (ids + is_faulty) % OPTIONS.n_buckets, ids)
 
     monkeypatch.setattr(plans._LocalTokens, "sent_ids", other_ids)
     all_raise(on_comm_groups(lambda comm: plan_of(comm, own[comm.index])), MISMATCHES)
@@ -218,21 +218,21 @@ def test_ids_other_than_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_with_another_window() -> None:
     own, wider = slices(0), replace(OPTIONS, rule=WindowRule(5, causal=True))
-    found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], wider if comm.index == LIAR else OPTIONS))
+    found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], wider if comm.index == FAULTY else OPTIONS))
     all_raise(found, MISMATCHES)
 
 
 @pytest.mark.parametrize("comm", [MistakenCommGroup, SimilarlyMistakenCommGroup])
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
 def test_a_token_taken_for_another(rule: WindowRule | ChunkRule, comm: type[ThreadCommGroup]) -> None:
-    """Its bucket is as foretold, so none is missed: what tells is the checksum of who was sent and who came."""
+    """The buckets match the counts; only the checksums of tokens sent and received differ."""
     own, options = slices(0), replace(OPTIONS, rule=rule)
     found = on_comm_groups(lambda comm: plan_of(comm, own[comm.index], options), comm)
     all_raise(found, "0 received tokens differ")
 
 
 def test_checksums_of_more_than_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of many ranks and millions of tokens: they wrap around, and still tell right from wrong."""
+    """Checksums of many ranks and millions of tokens wrap around, and still detect mismatches."""
     weighted, own = plans._weighted_sum, slices(0)
     for factor in (2**61 + 1, 3**39, 5**27, 7**22):
         monkeypatch.setattr(plans, "_weighted_sum", lambda numbers, factor=factor: weighted(numbers) * factor)
@@ -246,22 +246,22 @@ def test_checksums_of_more_than_64_bits(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("rule", [OPTIONS.rule, ChunkRule(7, causal=True)], ids=["window", "chunk"])
 def test_a_plan_of_another_call(rule: WindowRule | ChunkRule) -> None:
-    """One rank is at another layer than the rest, in forward or in backward: all ranks raise before they send."""
+    """One rank is at another layer, in forward or backward: all ranks raise before they send."""
     first, second, options = slices(0), slices(1), replace(OPTIONS, rule=rule)
     v = torch.ones(2, 2, N_LOCAL, 5, requires_grad=True)
 
-    def attend(comm: ThreadCommGroup, liars: set[int]) -> Tensor:
+    def attend(comm: ThreadCommGroup, faulty: set[int]) -> Tensor:
         plan = [plan_of(comm, own[comm.index], options) for own in (first, second)]
-        exchange = BucketExchange(plan[comm.index in liars], options, comm)
+        exchange = BucketExchange(plan[comm.index in faulty], options, comm)
         return exchanged_attention(v, None, v, exchange)
 
     words = "plans of the ranks do not match"
-    all_raise(on_comm_groups(lambda comm: attend(comm, {LIAR})), words)
+    all_raise(on_comm_groups(lambda comm: attend(comm, {FAULTY})), words)
     all_raise(on_comm_groups(lambda comm: attend(comm, {0, 2})), words)
 
     def both_layers(comm: ThreadCommGroup) -> object:
         outs = attend(comm, set()), attend(comm, {0, 1, 2})
-        return torch.autograd.grad(outs[comm.index == LIAR].sum(), v)
+        return torch.autograd.grad(outs[comm.index == FAULTY].sum(), v)
 
     all_raise(on_comm_groups(both_layers), words)
     fine = on_comm_groups(lambda comm: torch.autograd.grad(attend(comm, {0, 1, 2}).sum(), v)[0].shape)

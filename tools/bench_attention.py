@@ -272,10 +272,10 @@ def split(row: BenchCase, q: Tensor) -> tuple[float | None, float | None]:
     hash_seconds = round(min(seconds for _, seconds in hashed), 5)
     if row.device.startswith("cuda"):
         return hash_seconds, None  # sorting is part of the kernel launch
-    units = hashed[0][0].flatten(0, 1)
+    head_ids = hashed[0][0].flatten(0, 1)
     options = our_options(row)
     backend = backend_for(options, q)(options, q)
-    shards = [Shard(unit, row.buckets, torch.arange(1), row.seq_len) for unit in units.split(1)]
+    shards = [Shard(ids, row.buckets, torch.arange(1), row.seq_len) for ids in head_ids.split(1)]
     sorts = [timed(row, lambda: [backend.sort(shard) for shard in shards]) for _ in range(row.repeat)]
     return hash_seconds, round(min(seconds for _, seconds in sorts), 5)
 

@@ -75,15 +75,15 @@ class BucketExchange:
         returned: list[Work] = []
         # two more steps: a route dispatched in one step is attended in the next and combined in the one after
         for step in range(len(routes) + 2):
-            with timed("exchange"):
+            with timed("dispatch"):
                 arrived = [work.wait() for work in dispatched]
                 messages = pack(routes[step]) if step < len(routes) else []
-                dispatched = [comm.all_to_all_v(message, "exchange") for message in messages]
+                dispatched = [comm.all_to_all_v(message, "dispatch") for message in messages]
             with timed("attend"):
                 results = attend(routes[step - 1], arrived) if arrived else []
-            with timed("return"):
+            with timed("combine"):
                 combined = [work.wait() for work in returned]
-                returned = [comm.all_to_all_v(message, "return") for message in results]
+                returned = [comm.all_to_all_v(message, "combine") for message in results]
                 if combined:
                     finish(routes[step - 2], combined)
 

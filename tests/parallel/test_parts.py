@@ -113,7 +113,7 @@ def test_traffic_formulas() -> None:
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_heads_inside_a_node(size: int) -> None:
-    """Within a node, head exchange alone is cheapest; if not all ranks divide the heads, it depends on the rounds."""
+    """Within a node, head exchange alone is cheapest; if it does not fit, the best mesh depends on the rounds."""
     meshes = ParallelConfig(sequence=size).meshes()
     for n_hashes in (1, 2, 8):
         assert choose_mesh(meshes, replace(LAYER, n_hashes=n_hashes), ranks_per_node=8) == (size, 1)

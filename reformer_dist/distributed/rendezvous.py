@@ -42,11 +42,11 @@ def rendezvous(store: Store, rank: int, world_size: int, timeout: timedelta) -> 
 def _request_name(store: Store, rank: int, timeout: timedelta) -> str:
     """The request has a new id, which rank 0 of an earlier start can't have answered."""
     request = uuid.uuid4().hex
-    store.set(f"{ROOT}/question/{rank}", request)
+    store.set(f"{ROOT}/request/{rank}", request)
     answer = f"{ROOT}/answer/{request}"
     store.wait([answer], timeout)
     name = store.get(answer).decode()
-    store.set(f"{ROOT}/heard/{name}/{rank}", "")
+    store.set(f"{ROOT}/acknowledged/{name}/{rank}", "")
     return name
 
 
@@ -58,10 +58,10 @@ def _publish_name(store: Store, world_size: int, timeout: timedelta) -> str:
     deadline = time.monotonic() + timeout.total_seconds()
     while waiting:
         for rank in sorted(waiting):
-            if store.check([f"{ROOT}/heard/{name}/{rank}"]):
+            if store.check([f"{ROOT}/acknowledged/{name}/{rank}"]):
                 waiting.discard(rank)
-            elif store.check([f"{ROOT}/question/{rank}"]):
-                request = store.get(f"{ROOT}/question/{rank}")
+            elif store.check([f"{ROOT}/request/{rank}"]):
+                request = store.get(f"{ROOT}/request/{rank}")
                 if answered.get(rank) != request:
                     store.set(f"{ROOT}/answer/{request.decode()}", name)
                     answered[rank] = request

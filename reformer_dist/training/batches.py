@@ -86,7 +86,7 @@ class StepInputs:
 
 
 class BatchReader:
-    """Reads steps. Every rank makes the same calls, since all agree on each step before they begin it."""
+    """Reads the inputs of each step. Every rank makes the same calls, since each step is agreed on by all."""
 
     def __init__(
         self,
@@ -111,7 +111,8 @@ class BatchReader:
     def next_step(self) -> StepInputs:
         """This rank's inputs of the next step.
 
-        Raises on every rank: Preempted if any received a stop signal, an error if any can't read its rows.
+        Raises the same exception on every rank: Preempted if any received a stop signal, SharedError if any can't
+        read its rows or if ranks that share sequences read different ones.
         """
         batch, micro_batches, error = None, [], None
         try:
@@ -119,7 +120,7 @@ class BatchReader:
             if batch is not None:
                 micro_batches = [
                     MicroBatch.from_rows(rows, self._sequence, labels_per_row=self._labels_per_row)
-                    for rows in batch.micro_batches
+                    for rows in batch.batches
                 ]
         except (DataError, OSError) as raised:
             error = raised
@@ -139,7 +140,7 @@ class BatchReader:
         return StepInputs(micro_batches, max(1.0, n_labels_total), batch)
 
     def _signed_checksum(self, checksum: int) -> int:
-        """A multiple of the checksum whose sum over the ranks that share a sequence is 0 if all read the same."""
+        """A multiple of the checksum that sums to 0 over the ranks of a sequence if all read the same rows."""
         mesh = self._sequence.mesh
         return checksum * (mesh.size - 1 if mesh.slice_index == 0 else -1) if mesh.size > 1 else 0
 

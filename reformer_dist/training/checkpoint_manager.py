@@ -39,7 +39,7 @@ class TrainState:
     is_observed: bool = True
     """False if the evaluation or text sample of the step was interrupted and must be repeated."""
     window: dict[str, float] = field(default_factory=dict)
-    """This rank's metrics since the last report, if the run stopped between two reports."""
+    """This rank's metrics since they were last logged, if the run stopped in between."""
 
 
 def find_resume_checkpoint(config: RunConfig, runtime: Runtime) -> CheckpointReader | None:
@@ -101,7 +101,7 @@ class CheckpointManager:
         self._buffers: dict[str, Tensor] = {}
         self._record, self._extra_files = record, extra_files
 
-    def begin(self, state: TrainState, data_state: dict[str, Any]) -> None:
+    def start_save(self, state: TrainState, data_state: dict[str, Any]) -> None:
         """Copies the state after the step just done, and starts a thread that writes it.
 
         The previous save must have been waited for. Raises UserError on every rank, as `wait` does.
@@ -124,7 +124,7 @@ class CheckpointManager:
         )
 
     def wait(self, *, block: bool = True) -> int | None:
-        """Publishes the pending save once its threads have ended; returns its step, or None if there is none yet.
+        """Finalizes the pending save once its threads have ended; returns its step, or None if there is none yet.
 
         block: whether to wait for the threads.
         """

@@ -41,7 +41,7 @@ class WindowMetrics:
 
 
 class MetricsWindow:
-    """Metrics of the steps since the last report. Sums stay on the device, so adding does not synchronize."""
+    """Metrics of the steps since the last reset. Sums stay on the device, so adding does not synchronize."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -71,7 +71,7 @@ class MetricsWindow:
 
     @property
     def seconds(self) -> float:
-        """Time spent on steps since the last report."""
+        """Time spent on steps since the last reset."""
         return time.perf_counter() - self._start - self._paused
 
     @property
@@ -106,7 +106,7 @@ class MetricsWindow:
 def progress_line(
     step: int,
     max_steps: int,
-    window: WindowMetrics,
+    metrics: WindowMetrics,
     *,
     bpb: float | None,
     grad_norm: float,
@@ -116,12 +116,12 @@ def progress_line(
 ) -> str:
     parts = [
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
-        f"loss {window.loss:.3f}",
+        f"loss {metrics.loss:.3f}",
         *([f"bits per byte {bpb:.3f}"] if bpb is not None else []),
-        f"{window.tokens_per_s:,.0f} {'labels' if bpb is None else 'tokens'}/s",
+        f"{metrics.tokens_per_s:,.0f} {'labels' if bpb is None else 'tokens'}/s",
         f"grad norm {grad_norm:.2f}",
         f"lr {lr:.1e}",
-        f"ETA {duration((max_steps - step) * window.seconds_per_step)}",
+        f"ETA {duration((max_steps - step) * metrics.seconds_per_step)}",
         *([f"skipped {skipped}"] if skipped else []),
         *([f"failed saves {failed_saves}"] if failed_saves else []),
     ]

@@ -35,25 +35,25 @@ class Trainer:
         self.config = run.config
         self.state = parts.state
         self._runtime, self._engine, self._checkpoints = run.runtime, parts.engine, parts.checkpoints
-        self._batches, self._validator, self._metrics = batches, validator, metrics
+        self._batch_reader, self._validator, self._metrics = batches, validator, metrics
         self._bytes_per_token = data.bytes_per_token
-        self._window = MetricsWindow(run.runtime.device)
+        self._metrics_window = MetricsWindow(run.runtime.device)
         self._watchdog = Watchdog(run.runtime, run.config.trainer.step_timeout)
         self._data_state: dict[str, Any] = {}
-        self._failed_saves = 0  # of this process
-        self._saved_step = parts.state.step  # a stop at this step need not save again
+        self._failed_saves = 0  # since this process started
+        self._saved_step = parts.state.step  # no need to save again at this step
 
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves.
 
-        Raises on every rank: UserError, and Preempted after saving if any rank received a stop signal.
+        Raises the same exception on every rank: UserError, or Preempted after saving if any received a stop signal.
         """
         if self.state.step >= self.config.trainer.max_steps and self.state.is_observed:
             logger.info(f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train")
             return
-        self._window.reset()
+        self._metrics_window.reset()
         if self.state.window:
-            self._window.load_state(self.state.window)
+            self._metrics_window.load_state(self.state.window)
         try:
             with self._watchdog.watching():
                 self._train()
@@ -65,36 +65,36 @@ class Trainer:
 
     def _train(self) -> None:
         if not self.state.is_observed:
-            self._observe()
+            self._evaluate_and_sample()
         while self.state.step < self.config.trainer.max_steps:
             start = time.perf_counter()
             step = self.state.step + 1
-            with self._watchdog.phase(f"waiting for data of step {step}, or for ranks that do"):
-                inputs = self._batches.next_step()
+            with self._watchdog.phase(f"waiting for data of step {step} (here or on another rank)"):
+                inputs = self._batch_reader.next_step()
             with self._watchdog.phase(f"computing step {step}"):
                 grad_norm, lr = self._train_step(inputs)
             self._data_state = inputs.data_state
             self.state.seconds += time.perf_counter() - start
             if self._is_due(self.config.trainer.log_every):
-                self._report(grad_norm, lr)
+                self._log_metrics(grad_norm, lr)
             end = time.perf_counter()
-            self._observe()
+            self._evaluate_and_sample()
             self._metrics.end_step()
             if self._is_due(self.config.trainer.save_every):
                 with self._watchdog.phase(f"saving after step {step}"):
                     self._save(must_succeed=step == self.config.trainer.max_steps)
             else:
                 self._wait_for_save(block=False)
-            self._window.pause(time.perf_counter() - end)
+            self._metrics_window.pause(time.perf_counter() - end)
 
-    def _observe(self) -> None:
-        """Evaluates and samples if they are due."""
+    def _evaluate_and_sample(self) -> None:
+        """Evaluates, and generates text, if due."""
         self.state.is_observed = False
         if self._is_due(self.config.trainer.eval_every):
             with self._watchdog.phase(f"evaluating after step {self.state.step}"):
                 self._validator.evaluate(self.state.step, self.state.seconds)
         if self._is_due(self.config.trainer.sample_every):
-            self._validator.sample(self.state.step)
+            self._validator.generate_text(self.state.step)
         self.state.is_observed = True
 
     def _save_before_exit(self) -> str:
@@ -114,25 +114,26 @@ class Trainer:
 
     def _train_step(self, inputs: StepInputs) -> tuple[float, float]:
         """Returns (gradient norm, learning rate)."""
-        step, device = self.state.step, self._runtime.device
+        step_index, device = self.state.step, self._runtime.device
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in inputs.micro_batches:
             loss = self._engine.forward(
                 **batch.to(device),
-                step=step,
-                dropout_seed=derive_seed("dropout", self.config.trainer.seed, step),
+                step=step_index,
+                dropout_seed=derive_seed("dropout", self.config.trainer.seed, step_index),
                 **batch.sequences,
             )
             self._engine.backward(loss, inputs.n_labels)
             loss_sum += loss.detach()
-        lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
+        lr = learning_rate(self.config.optim, step_index, self.config.trainer.max_steps)
         result = self._engine.step(lr)
-        self.state.step = step + 1
-        self._window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
-        self._count_skips(result.was_skipped)
+        self.state.step = step_index + 1
+        self._metrics_window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
+        self._check_skipped_step(result.was_skipped)
         return result.grad_norm, lr
 
-    def _count_skips(self, was_skipped: bool) -> None:
+    def _check_skipped_step(self, was_skipped: bool) -> None:
+        """Raises TrainingError after trainer.max_skipped_steps skipped steps in a row."""
         state, limit = self.state, self.config.trainer.max_skipped_steps
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if was_skipped else 0
         if not was_skipped:
@@ -146,15 +147,15 @@ class Trainer:
                 "trainer.precision=fp32"
             )
 
-    def _report(self, grad_norm: float, lr: float) -> None:
+    def _log_metrics(self, grad_norm: float, lr: float) -> None:
         step, max_steps = self.state.step, self.config.trainer.max_steps
-        window = self._window.result(self._runtime.sum([self._window.local_loss])[0])
-        bpb = None if self._bytes_per_token is None else bits_per_byte(window.loss, self._bytes_per_token)
+        metrics = self._metrics_window.result(self._runtime.sum([self._metrics_window.local_loss])[0])
+        bpb = None if self._bytes_per_token is None else bits_per_byte(metrics.loss, self._bytes_per_token)
         logger.info(
             progress_line(
                 step,
                 max_steps,
-                window,
+                metrics,
                 bpb=bpb,
                 grad_norm=grad_norm,
                 lr=lr,
@@ -163,27 +164,27 @@ class Trainer:
             )
         )
         values = {
-            "train/loss": window.loss,
+            "train/loss": metrics.loss,
             **({} if bpb is None else {"train/bits_per_byte": bpb}),
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/skipped_steps": self.state.skipped,
-            "data/damaged": self._batches.n_damaged,
+            "data/damaged": self._batch_reader.n_damaged,
             "checkpoint/failed_saves": self._failed_saves,
-            "perf/tokens_per_s": window.tokens_per_s,
+            "perf/tokens_per_s": metrics.tokens_per_s,
             "perf/peak_memory_gib": peak_memory_gib(self._runtime.device),
         }
         self._metrics.scalars(values, step, self.state.seconds)
-        self._window.reset()
+        self._metrics_window.reset()
 
     def _save(self, *, must_succeed: bool) -> None:
         """Saves the step just done, in the background; if it must succeed, waits for it."""
         self._wait_for_save(block=True)
-        self.state.window = self._window.state if self._window.has_steps else {}
+        self.state.window = self._metrics_window.state if self._metrics_window.has_steps else {}
         try:
             # first, so that no checkpoint is ahead of the metrics on disk
             self._runtime.on_main(self._metrics.flush)
-            self._checkpoints.begin(self.state, self._data_state)
+            self._checkpoints.start_save(self.state, self._data_state)
             if must_succeed:
                 self._checkpoints.wait()
         except UserError as error:
@@ -192,7 +193,7 @@ class Trainer:
             self._count_failed_save(error)
 
     def _wait_for_save(self, *, block: bool) -> None:
-        """Publishes the save in the background if it is done; with `block`, waits for it."""
+        """Finalizes a finished background save; with `block`, waits for it first."""
         try:
             self._saved_step = self._checkpoints.wait(block=block) or self._saved_step
         except UserError as error:

@@ -49,8 +49,8 @@ class Validator:
         self._metrics.scalars({**values, **self._model_stats()}, step, seconds)
         self._engine.train(True)
 
-    def sample(self, step: int) -> None:
-        """Logs a continuation of the first held-out tokens, which every rank samples whole."""
+    def generate_text(self, step: int) -> None:
+        """Logs a continuation of the first held-out tokens, which every rank generates in full."""
         self._engine.train(False)
         prompt = self._first_row()["tokens"][0, 1 : PROMPT_TOKENS + 1].to(self._runtime.device)
         max_len = self._config.model.max_positions or self._config.data.seq_len
@@ -58,9 +58,9 @@ class Validator:
         options = SamplingOptions(seed=self._config.trainer.seed)
         # the engine's forward, which gathers each layer's weights at ZeRO stage 3
         tokens = generate(make_decoder(self._engine.forward, self._config.model), prompt, n_tokens, options)
-        sampled = list(self._stop.until_stopped(tokens, self._runtime))
+        generated = list(self._stop.until_stopped(tokens, self._runtime))
         decode = self._data.corpus.tokenizer.decode
-        self._metrics.text("sample", f"{decode(prompt.tolist())}⟦…⟧{decode(sampled)}", step)
+        self._metrics.text("sample", f"{decode(prompt.tolist())}⟦…⟧{decode(generated)}", step)
         self._engine.train(True)
 
     def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[Batch]:

@@ -33,8 +33,8 @@ def test_rows_are_the_same_in_any_world(
 
 def test_shapes(dataset: Dataset) -> None:
     [batch], state = read_steps(dataset, 1, dp_rank=1, dp_size=2, micro_batch_size=2)
-    assert len(batch.micro_batches) == 2
-    for rows in batch.micro_batches:
+    assert len(batch.batches) == 2
+    for rows in batch.batches:
         assert rows["tokens"].shape == rows["labels"].shape == (2, 64)
         assert rows["tokens"].dtype == rows["labels"].dtype == torch.int64
     assert sorted(state["streams"]) == ["4", "5", "6", "7"]

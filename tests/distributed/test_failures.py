@@ -17,7 +17,7 @@ import pytest
 from support.launch import run_ranks
 
 from reformer_dist.distributed import failures
-from reformer_dist.distributed.failures import RankReport, RankStatus, _has_ended, _inspect_thread, diagnose
+from reformer_dist.distributed.failures import RankReport, RankStatus, _inspect_thread, _is_closed, explain_failure
 
 pytestmark = pytest.mark.jobs
 
@@ -86,9 +86,9 @@ def test_every_other_rank_names_the_lost_one(found, name, words):
 def test_the_end_of_the_host_is_seen_on_an_idle_connection():
     near, far = socket.socketpair()
     with near:
-        assert not _has_ended(near)
+        assert not _is_closed(near)
         far.close()
-        assert _has_ended(near)
+        assert _is_closed(near)
 
 
 def test_a_rank_that_waits_for_what_it_sent_is_not_busy():
@@ -126,26 +126,30 @@ def test_a_job_that_ends_well_says_nothing(found):
     assert [(left["status"], left["output"]) for left in found["none"]] == [(0, "")] * 3
 
 
-def noticed(rank: int, words: str = "RuntimeError: Connection closed by peer") -> RankReport:
-    return RankReport(rank, RankStatus.noticed, words, f"trainer.py:{rank} in fit")
+def collective_error(rank: int, words: str = "RuntimeError: Connection closed by peer") -> RankReport:
+    return RankReport(rank, RankStatus.collective_error, words, f"trainer.py:{rank} in fit")
 
 
 def test_a_rank_that_noticed_or_waits_is_not_lost():
-    reports = {0: noticed(0), 1: RankReport(1, RankStatus.waiting, location="x.py:1 in f"), 3: noticed(3)}
-    assert diagnose(reports, 4) == f"rank 2 of 4 was lost: {GONE}"
-    assert diagnose(reports, 6).startswith("ranks 2, 4, 5 of 6 were lost: ")
+    reports = {
+        0: collective_error(0),
+        1: RankReport(1, RankStatus.waiting, location="x.py:1 in f"),
+        3: collective_error(3),
+    }
+    assert explain_failure(reports, 4) == f"rank 2 of 4 was lost: {GONE}"
+    assert explain_failure(reports, 6).startswith("ranks 2, 4, 5 of 6 were lost: ")
 
 
 def test_failed_ranks_come_before_silent_ones():
-    reports = {0: noticed(0), 1: RankReport(1, RankStatus.failed, "MemoryError")}
-    assert diagnose(reports, 3) == f"rank 1 of 3 failed: MemoryError; rank 2 of 3 was lost: {GONE}"
+    reports = {0: collective_error(0), 1: RankReport(1, RankStatus.failed, "MemoryError")}
+    assert explain_failure(reports, 3) == f"rank 1 of 3 failed: MemoryError; rank 2 of 3 was lost: {GONE}"
 
 
 def test_only_a_time_out_makes_a_busy_rank_a_hanging_one():
     busy = RankReport(1, RankStatus.busy, location="x.py:1 in f")
-    late = noticed(0, "RuntimeError: Timed out waiting 5000ms for recv operation to complete")
-    assert diagnose({0: late, 1: busy}, 2).startswith("rank 1 of 2 hangs at x.py:1 in f: ")
-    said = diagnose({0: noticed(0), 1: busy}, 2)
-    assert said.startswith(
+    late = collective_error(0, "RuntimeError: Timed out waiting 5000ms for recv operation to complete")
+    assert explain_failure({0: late, 1: busy}, 2).startswith("rank 1 of 2 hangs at x.py:1 in f: ")
+    message = explain_failure({0: collective_error(0), 1: busy}, 2)
+    assert message.startswith(
         "all 2 ranks are alive, but a collective failed among them: rank 0 at trainer.py:0 in fit"
     )

@@ -64,7 +64,7 @@ def test_each_start_has_a_part_that_is_new_and_the_same_for_all(store) -> None:
 def test_stale_requests_delay_nothing(store) -> None:
     """Rank 0 of a failed start never answered; that of the next answers, although the requests are stale."""
     for rank in (1, 2):
-        store.set(f"{ROOT}/question/{rank}", "asked before")
+        store.set(f"{ROOT}/request/{rank}", "asked before")
     assert len(rendezvous_all(store, [0, 2, 1])) == 3
 
 

@@ -150,7 +150,7 @@ def read_steps(data: Dataset | Corpus, n_steps: int, **changed: Any) -> tuple[li
 
 def rows_of(step: Iterable[StepBatch], name: str) -> torch.Tensor:
     """A tensor of all rows of a step, given the batches of all ranks."""
-    return torch.cat([rows[name] for batch in step for rows in batch.micro_batches])
+    return torch.cat([rows[name] for batch in step for rows in batch.batches])
 
 
 def read_world(

@@ -72,7 +72,7 @@ def read(
         sampler, quarantine, micro_batch_size=micro_batch or BATCH // size, workers=2, **own
     ) as loader:
         steps = [next(loader) for _ in range(n_steps)]
-        return [step.micro_batches for step in steps], steps[-1].state
+        return [step.batches for step in steps], steps[-1].state
 
 
 def rows(steps: list[list[dict[str, torch.Tensor]]]) -> list[list[int]]:

@@ -207,7 +207,7 @@ def test_the_samples_of_a_step(
         else:
             document, start, stop = re.fullmatch(r".*\((\w+)\), tokens (\d+) to (\d+) of \d+", line).groups()
             rows[-1] += (texts[document] + b"\xff")[int(start) : int(stop)]
-    labels = torch.cat([rows["labels"] for rows in batches[-1].micro_batches]).clamp(max=255)
+    labels = torch.cat([rows["labels"] for rows in batches[-1].batches]).clamp(max=255)
     assert rows == [bytes(row.tolist()) for row in labels]
 
     (run_folder / "quarantine.jsonl").unlink()

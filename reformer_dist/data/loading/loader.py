@@ -32,7 +32,7 @@ JOIN_SECONDS = 5.0  # for a thread to end; one that waits for an unresponsive se
 class StepBatch:
     """Rows of one optimizer step of a data-parallel rank."""
 
-    micro_batches: list[Batch]
+    batches: list[Batch]
     """Each of micro_batch_size rows. Labels are IGNORE_INDEX where there is no loss. `rows` are stream numbers."""
     damaged: list[DamagedSample]
     """Samples found to be damaged in this step."""
@@ -176,7 +176,7 @@ class TrainLoader:
             return LoaderState(step, self._origin, streams, frozenset(self._damaged)).to_json(self._sampler)
 
         return StepBatch(
-            micro_batches=[collate(examples[i : i + size]) for i in range(0, len(examples), size)],
+            batches=[collate(examples[i : i + size]) for i in range(0, len(examples), size)],
             damaged=[sample for sample in damaged if sample is not None],
             checksum=int.from_bytes(digests, "little"),
             make_state=make_state,

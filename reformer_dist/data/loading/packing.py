@@ -24,13 +24,13 @@ HASH_BYTES = 16
 
 Tokens = NDArray[Any] | range
 """Token ids of a sample, or a range of the same length if only positions are needed."""
-OpenSample = Callable[[int, SampleRef], Tokens | None]
+LoadTokens = Callable[[int, SampleRef], Tokens | None]
 """(dataset index, sample) -> its tokens, or None if it is damaged and must be skipped."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive tokens of one sample that a row predicts, tokens[start:stop]."""
+    """Target tokens of a row from one sample, tokens[start:stop]."""
 
     dataset_index: int
     ref: SampleRef
@@ -62,32 +62,32 @@ class TokenStream:
         self.digest = digest
         """Running hash of the ids of all spans so far."""
         self._units_per_row = sampler.units_per_row
-        self._cursors = [_Cursor(pool, stream, passes) for pool in sampler.pools]
+        self._indexes = [_StreamIndex(pool, stream, passes) for pool in sampler.pools]
 
-    def next_spans(self, pool: int, open_sample: OpenSample) -> list[Span]:
+    def next_spans(self, pool: int, load_tokens: LoadTokens) -> list[Span]:
         """Spans of the next row: seq_len tokens in total or one sample, fewer at the end of the stream.
 
         Raises DataError if an index can't be read, or if only damaged samples are left.
         """
-        spans, n_missing, position = [], self._units_per_row, self.positions[pool]
-        cursor = self._cursors[pool]
-        undamaged_end = position
-        while n_missing > 0 and not cursor.is_at_end(position):
-            span, length = cursor.span_at(position, n_missing, open_sample)
+        spans, n_remaining, position = [], self._units_per_row, self.positions[pool]
+        index = self._indexes[pool]
+        last_good_position = position
+        while n_remaining > 0 and not index.is_at_end(position):
+            span, length = index.span_at(position, n_remaining, load_tokens)
             position += length
             if span is None:
-                cursor.check_exhausted(position - undamaged_end)
+                index.raise_if_all_damaged(position - last_good_position)
             else:
-                undamaged_end = position
+                last_good_position = position
                 spans.append(span)
-                n_missing -= length
+                n_remaining -= length
         self.positions[pool] = position
         ids = "\n".join(span.id for span in spans)
         self.digest = hashlib.blake2b(self.digest + ids.encode(), digest_size=HASH_BYTES).digest()
         return spans
 
 
-class _Cursor:
+class _StreamIndex:
     """Maps positions of one stream in one pool to samples. Caches the last shard and sample."""
 
     def __init__(self, pool: Pool, stream: int, passes: int | None) -> None:
@@ -100,15 +100,16 @@ class _Cursor:
     def is_at_end(self, position: int) -> bool:
         return self._passes is not None and position >= self._passes * self._length
 
-    def check_exhausted(self, n_damaged: int) -> None:
-        """Raises DataError if this stream will read nothing but `n_damaged` consecutive damaged units."""
+    def raise_if_all_damaged(self, n_damaged: int) -> None:
+        """Raises DataError if `n_damaged` consecutive damaged units are all that this stream ever reads."""
         if not self._pool.shuffle and n_damaged >= self._length:
-            hint = (
-                "copy the shards again, or set data.shuffle=true, which changes the samples of rows in each pass"
+            hint = "so that each epoch assigns different samples to each row"
+            raise DataError(
+                f"data.shuffle=false: every sample assigned to batch row {self._stream} is damaged; restore the "
+                f"damaged shards, or set data.shuffle=true {hint}"
             )
-            raise DataError(f"data.shuffle=false: all that row {self._stream} of a step reads is damaged; {hint}")
 
-    def span_at(self, position: int, max_length: int, open_sample: OpenSample) -> tuple[Span | None, int]:
+    def span_at(self, position: int, max_length: int, load_tokens: LoadTokens) -> tuple[Span | None, int]:
         """(span that begins at a position, units to advance); the span is None if the sample is damaged."""
         pass_index, offset = divmod(position, self._length)
         unit = self._first + offset
@@ -118,10 +119,10 @@ class _Cursor:
             self._shard_pass = pass_index
         i = int(np.searchsorted(shard.starts, unit - shard.start, side="right")) - 1
         start = unit - shard.start - int(shard.starts[i])
-        dataset_index = shard.shard.dataset_index
-        ref = SampleRef(shard.shard.dataset, shard.shard.shard, shard.index.entries[int(shard.samples[i])])
+        source, entry = shard.source, shard.index.entries[int(shard.samples[i])]
+        dataset_index, ref = source.dataset_index, SampleRef(source.dataset, source.shard, entry)
         if self._sample is None or self._sample[0] != ref:
-            self._sample = (ref, open_sample(dataset_index, ref))
+            self._sample = (ref, load_tokens(dataset_index, ref))
         tokens = self._sample[1]
         if self._pool.by_sample:
             return None if tokens is None else Span(dataset_index, ref, 0, ref.entry.n_tokens, tokens), 1

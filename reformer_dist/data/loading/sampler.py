@@ -70,7 +70,7 @@ class _Pass:
 class ShuffledShard:
     """Samples of a shard in the order of one pass."""
 
-    shard: CorpusShard
+    source: CorpusShard
     index: ShardIndex
     start: int
     """Units of the pass before the shard."""

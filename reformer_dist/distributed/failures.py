@@ -143,7 +143,7 @@ class _Monitor:
         self._rank, self._world_size, self._advice = runtime.rank, runtime.world_size, advice
         self._main = threading.get_ident()
         store: Any = distributed_c10d._get_default_store()
-        self._store = store.clone()  # the shared connection would block behind requests of the main thread
+        self._store = store.clone()  # a shared connection would queue after requests of the main thread
         address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         # an idle connection to the store's port, which closes when the process that hosts the store exits
         self._liveness_socket = socket.create_connection(address)

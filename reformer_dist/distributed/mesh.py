@@ -21,8 +21,8 @@ class SequenceMesh:
     dp: data parallel. Each of the `dp_size` groups of `heads * buckets` ranks trains on its own sequences.
     heads: an all-to-all before attention trades slices of the sequence for attention heads (as Ulysses does), so
         that each rank of `head_group` computes `1 / heads` of the heads.
-    buckets: the ranks of `bucket_group` have the same heads. Each token is sent to the ranks that attend in its
-        LSH buckets.
+    buckets: the ranks of `bucket_group` have the same heads. Each token is sent to the ranks that need it as
+        a query or a key.
     """
 
     heads: int

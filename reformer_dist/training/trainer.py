@@ -46,7 +46,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves.
 
-        Raises the same exception on every rank: UserError, or Preempted after saving if any received a stop signal.
+        Raises the same exception on every rank: UserError, or Preempted after saving if any got a stop signal.
         """
         if self.state.step >= self.config.trainer.max_steps and self.state.is_observed:
             logger.info(f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train")

@@ -73,16 +73,16 @@ def test_a_kill_between_the_metrics_and_the_checkpoint_of_a_step(
     whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Metrics are synced before a checkpoint begins; those after the last one, and torn lines, are removed."""
-    begin = CheckpointManager.begin
+    start_save = CheckpointManager.start_save
 
     def killed_at_step_6(self: CheckpointManager, state: TrainState, data_state: dict[str, Any]) -> None:
         if state.step == 6:
             raise KeyboardInterrupt
-        begin(self, state, data_state)
+        start_save(self, state, data_state)
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointManager, "begin", killed_at_step_6)
+        patch.setattr(CheckpointManager, "start_save", killed_at_step_6)
         train(job, tiny_data, run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert list(scalars(run, LOSS)) == list(losses(run)) == [1, 2, 3, 4, 5, 6]

@@ -44,7 +44,7 @@ class BucketExchange:
         combiner = RoundCombiner(dispatcher) if self.per_round else MergedCombiner(dispatcher)
         lses = tensors.lse.unsqueeze(3)
 
-        def attend(route: Route, arrived: list[Tensor]) -> list[SplitRows]:
+        def attend_route(route: Route, arrived: list[Tensor]) -> list[SplitRows]:
             queries = None if tensors.k is None else dispatcher.query_format.field(arrived[1], "q")
             return [combiner.attend(route, dispatcher.unpack(route, arrived[0], queries), sorter)]
 
@@ -53,7 +53,7 @@ class BucketExchange:
             dispatcher.rows_of(tensors.out, route).copy_(o)
             dispatcher.rows_of(lses, route).copy_(lse.unsqueeze(1))
 
-        self._run(dispatcher.pack, attend, merge)
+        self._run(dispatcher.pack, attend_route, merge)
 
     def backward(self, tensors: BackwardTensors, sorter: Sorter) -> None:
         tensors = tensors._replace(d_out=tensors.d_out.contiguous())
@@ -73,19 +73,19 @@ class BucketExchange:
         timed = comm.stats.timed
         dispatched: list[Work] = []
         returned: list[Work] = []
-        # two more steps: a route dispatched in one step is attended in the next and combined in the one after
-        for step in range(len(routes) + 2):
+        # two more stages: a route dispatched in one is attended in the next and combined in the one after
+        for stage in range(len(routes) + 2):
             with timed("dispatch"):
                 arrived = [work.wait() for work in dispatched]
-                messages = pack(routes[step]) if step < len(routes) else []
+                messages = pack(routes[stage]) if stage < len(routes) else []
                 dispatched = [comm.all_to_all_v(message, "dispatch") for message in messages]
             with timed("attend"):
-                results = attend(routes[step - 1], arrived) if arrived else []
+                results = attend(routes[stage - 1], arrived) if arrived else []
             with timed("combine"):
                 combined = [work.wait() for work in returned]
                 returned = [comm.all_to_all_v(message, "combine") for message in results]
                 if combined:
-                    finish(routes[step - 2], combined)
+                    finish(routes[stage - 2], combined)
 
     def _check_same_plan(self) -> None:
         """Raises TrainingError on all ranks unless their plans match."""
@@ -99,7 +99,7 @@ class BucketExchange:
 
 
 def exchanged_attention(q: Tensor, k: Tensor | None, v: Tensor, exchange: BucketExchange) -> Tensor:
-    """`bucket_attention` over the whole sequence, of which this rank has q, k, v [B, H, S, D]."""
+    """`bucket_attention` over the whole sequence, given this rank's slice of q, k, v [B, H, S, D]."""
     q, v, k = q.contiguous(), v.contiguous(), None if k is None else k.contiguous()
     backend = TorchBackend if exchange.per_round else backend_for(exchange.options, v, partitioned=True)
     return attend(q, k, v, exchange, backend)

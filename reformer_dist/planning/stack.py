@@ -110,9 +110,13 @@ class StackMemory:
         exchange, model = self._exchange(kind), self.job.config.model
         chunks, head_dim = isinstance(exchange.attention.rule, ChunkRule), exchange.attention.head_dim
         backend = choose_for_planning(model.attention_backend.name, self.job.device, head_dim, chunks=chunks)
+        shifted_values = 0.0
+        if kind is AttentionKind.lsh and model.next_value_heads:
+            shape = self.job.layer_shape
+            shifted_values = shape.rows * shape.n_heads * shape.slice_len * shape.head_dim * shape.element_size
         if self.job.mesh_shape[1] > 1:
-            return exchange.workspace_bytes(backend)
-        return workspace_bytes(backend, exchange.attention)
+            return shifted_values + exchange.workspace_bytes(backend)
+        return shifted_values + workspace_bytes(backend, exchange.attention)
 
     def _exchange(self, kind: AttentionKind) -> ExchangeMemory:
         """Bucket exchange of the heads that this rank has after the head exchange."""

@@ -85,7 +85,7 @@ class ForwardTensors(NamedTuple):
 
 
 class BackwardTensors(NamedTuple):
-    """Inputs and outputs of the backward, likewise. lse = inf excludes a query."""
+    """Inputs and outputs [B, H, S, D] of the backward. lse is +inf to exclude a query: p = 2^(s - lse) = 0."""
 
     q: Tensor
     k: Tensor | None
@@ -113,7 +113,7 @@ class WorkspaceShape:
     n_buckets: int
     head_dim: int
     element_size: int
-    """Bytes of a number: 4 in float32, 2 in half precision."""
+    """Bytes per element: 4 in float32, 2 in half precision."""
     rule: Rule
     shared_keys: bool
     count_pairs_once: bool
@@ -231,11 +231,18 @@ class LocalExchange:
 
     def _shard(self, first: int, size: int) -> Shard:
         batch, n_heads, _, seq_len = self.bucket_ids.shape
-        heads, n_buckets = slice(first, first + size), self.options.n_buckets
-        sort_keys = mark_padding(self.bucket_ids, n_buckets, self.key_padding_mask)[heads]
-        head_index = self.options.head_indices(batch, n_heads, self.bucket_ids.device)[heads]
+        heads, mask = slice(first, min(first + size, batch * n_heads)), self.key_padding_mask
+        ids = self.bucket_ids.flatten(0, 1)[heads].unsqueeze(1)
+        if mask is not None:
+            mask = mask[torch.arange(heads.start, heads.stop, device=mask.device) // n_heads]
+        head_index = self.options.head_indices(batch, n_heads, ids.device)[heads]
         return Shard(
-            sort_keys, n_buckets, head_index, seq_len, first, has_padding=self.key_padding_mask is not None
+            sort_keys=mark_padding(ids, self.options.n_buckets, mask),
+            n_sort_keys=self.options.n_buckets,
+            head_index=head_index,
+            seq_len=seq_len,
+            first_head=first,
+            has_padding=mask is not None,
         )
 
 

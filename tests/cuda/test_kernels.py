@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.shards import parts_of
+from support.shards import partition_shards
 from torch import Tensor
 
 from reformer_dist.ops.lsh import (
@@ -22,7 +22,7 @@ from reformer_dist.ops.lsh import (
     draw_rotations,
     hash_vectors,
 )
-from reformer_dist.ops.lsh.attention import Backward, Forward
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors
 from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
 
 pytestmark = pytest.mark.cuda
@@ -87,14 +87,16 @@ def test_no_host_sync():
 def test_shard_without_host_sync():
     ids = torch.randint(0, 64, (2, 4, 4, 3000), generator=torch.Generator().manual_seed(0)).cuda()
     options = AttentionOptions(WindowRule(64, True), 64, 1.0, dropout=0.1, backend="triton")
-    part = list(parts_of(ids, options, None, 3))[1]
-    q, v = (torch.randn(1, 1, len(part.number), 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    part = list(partition_shards(ids, options, None, 3))[1]
+    q, v = (torch.randn(1, 1, len(part.row_index), 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def step() -> None:
         order = TritonBackend(options, v).sort(part.shard)
         out, lse = torch.empty_like(v), torch.empty(v.shape[:3], device="cuda")
-        order.attend(Forward(q, None, v, out, lse))
-        order.attend_backward(Backward(q, None, v, out, lse, lse, torch.zeros_like(q), None, torch.zeros_like(v)))
+        order.attend(ForwardTensors(q, None, v, out, lse))
+        order.attend_backward(
+            BackwardTensors(q, None, v, out, lse, lse, torch.zeros_like(q), None, torch.zeros_like(v))
+        )
 
     assert_no_host_sync(step)
 

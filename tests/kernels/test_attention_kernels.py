@@ -22,9 +22,9 @@ def test_outputs_and_gradients(case: KernelCase):
 
 
 def test_groups_of_heads(monkeypatch):
-    from reformer_dist.ops.lsh.triton_kernels import attention
+    from reformer_dist.ops.lsh.triton_kernels import tuning
 
-    monkeypatch.setattr(attention, "GROUP_TOKENS", 200)  # two groups of two heads
+    monkeypatch.setattr(tuning, "GROUP_TOKENS", 200)  # two groups of two heads
     measured = errors(CASES["shared keys"], DEVICE)
     assert all(error <= 1e-5 for error in measured.values()), measured
 

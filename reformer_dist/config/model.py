@@ -202,12 +202,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
             is_valid = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
             requirement = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
             require(is_valid, "model.compat.bucket_factors", factors, requirement)
-        if self.next_value_heads:
-            n_heads, kinds = self.next_value_heads, (*self.layers, *(self.encoder_layers or ()))
-            requirement = f"must be at most model.n_heads={self.n_heads}"
-            require(n_heads <= self.n_heads, "model.next_value_heads", n_heads, requirement)
-            requirement = "needs an lsh layer in model.layers"
-            require(AttentionKind.lsh in kinds, "model.next_value_heads", n_heads, requirement)
+        requirement = f"must be at most model.n_heads={self.n_heads}"
+        require(self.next_value_heads <= self.n_heads, "model.next_value_heads", self.next_value_heads, requirement)
         if self.compat.hash_seed is not None:
             requirement = "needs model.hash_scheme=rotation"
             is_rotation = self.hash_scheme is HashScheme.rotation

@@ -202,8 +202,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
             is_valid = all(f > 0 and f % 2 == 0 for f in factors) and math.prod(factors) == self.n_buckets
             requirement = f"must be even numbers with the product model.n_buckets={self.n_buckets}"
             require(is_valid, "model.compat.bucket_factors", factors, requirement)
-        requirement = f"must be at most model.n_heads={self.n_heads}"
-        require(self.next_value_heads <= self.n_heads, "model.next_value_heads", self.next_value_heads, requirement)
+        n_shifted, requirement = self.next_value_heads, f"must be at most model.n_heads={self.n_heads}"
+        require(n_shifted <= self.n_heads, "model.next_value_heads", n_shifted, requirement)
         if self.compat.hash_seed is not None:
             requirement = "needs model.hash_scheme=rotation"
             is_rotation = self.hash_scheme is HashScheme.rotation

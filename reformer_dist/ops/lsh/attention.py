@@ -293,4 +293,5 @@ def _select_rows(x: Tensor, rows: Tensor, other: Tensor) -> None:
     if x.is_cuda:
         torch.where(rows.unsqueeze(3), other, x, out=x)
     else:
-        x[rows] = other[rows]
+        index = rows.nonzero(as_tuple=True)
+        x[index] = other[index]

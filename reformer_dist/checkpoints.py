@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from reformer_dist.checkpoint import CheckpointReader, prune, resolve_checkpoint, verify_checkpoint, write_export
+from reformer_dist.checkpoint import CheckpointReader, checkpoint_problem, prune, resolve_checkpoint, write_export
 from reformer_dist.checkpoint.files import step_folders
 from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError, ConfigError
@@ -63,13 +63,13 @@ def _describe(folder: Path) -> str:
         stage = reader.record.config["deepspeed"]["stage"]
         size = sum(entry["bytes"] for entry in reader.manifest["files"].values())
     except (CheckpointError, KeyError, TypeError):
-        return f"damaged: {verify_checkpoint(folder)}"
+        return f"damaged: {checkpoint_problem(folder)}"
     return f"step {reader.step} | {reader.world_size} ranks | ZeRO stage {stage} | {size:,} bytes"
 
 
 def verify(arguments: argparse.Namespace) -> None:
     """Prints the state of each checkpoint, then raises CheckpointError if any is damaged."""
-    problems = {folder: verify_checkpoint(folder) for folder in _folders(arguments.run)}
+    problems = {folder: checkpoint_problem(folder) for folder in _folders(arguments.run)}
     for folder, problem in problems.items():
         print(f"{folder}: {problem or 'intact'}")
     n_damaged = sum(problem is not None for problem in problems.values())
@@ -104,7 +104,7 @@ def prune_run(arguments: argparse.Namespace) -> None:
     root = _folders(arguments.run)[0].parent
     lock = RunLock(root.parent)  # a running job prunes its checkpoints itself
     try:
-        intact = [folder for folder in step_folders(root) if verify_checkpoint(folder) is None]
+        intact = [folder for folder in step_folders(root) if checkpoint_problem(folder) is None]
         if not intact:
             raise CheckpointError(f"{root}: no checkpoint is intact; nothing is removed")
         for folder in prune(root, intact[-1], arguments.keep, arguments.keep_every, intact):

@@ -34,7 +34,7 @@ from reformer_dist.parallel.bucket_exchange import BucketExchange
 from reformer_dist.parallel.traffic import LayerShape, all_gather_bytes, bucket_bytes, head_bytes
 
 GRIDS = ["1x2", "2x1", "1x3", "1x4", "2x2", "4x1"]
-PHASES = ("hash", "count", "heads", "dispatch", "attend", "combine")
+PHASES = ("hash", "plan", "heads", "dispatch", "attend", "combine")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 MIB = 2**20
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, checkpoint_problem, find_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.data import merge_states
 
@@ -162,7 +162,7 @@ def wrong_checkpoints(run: Path, reference: Path) -> list[str]:
     """Completed checkpoints that do not verify, or that differ from those of the uninterrupted run."""
     wrong = [f"a kill left a damaged checkpoint: {words}" for words in find_checkpoint(run / "checkpoints")[1]]
     for folder in (run / "checkpoints").glob("step-*"):
-        if verify_checkpoint(folder) is None:
+        if checkpoint_problem(folder) is None:
             other = reference / "checkpoints" / folder.name
             differences = differing(folder, other) + ["data position"] * (data_state(folder) != data_state(other))
             wrong += [f"{folder.name} verifies but differs in {', '.join(differences)}"] * bool(differences)

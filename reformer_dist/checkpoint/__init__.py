@@ -5,9 +5,9 @@ from reformer_dist.checkpoint.export import Export, WeightSource, write_export
 from reformer_dist.checkpoint.fragment import Fragment
 from reformer_dist.checkpoint.reader import (
     CheckpointReader,
+    checkpoint_problem,
     find_checkpoint,
     resolve_checkpoint,
-    verify_checkpoint,
 )
 from reformer_dist.checkpoint.record import RunRecord
 
@@ -18,9 +18,9 @@ __all__ = [
     "Fragment",
     "RunRecord",
     "WeightSource",
+    "checkpoint_problem",
     "find_checkpoint",
     "prune",
     "resolve_checkpoint",
-    "verify_checkpoint",
     "write_export",
 ]

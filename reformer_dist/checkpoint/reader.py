@@ -30,7 +30,7 @@ RANK_SUFFIXES = ("safetensors", "json")
 MAX_SHOWN = 5  # differing parameters in an error message
 
 
-def verify_checkpoint(folder: Path) -> str | None:
+def checkpoint_problem(folder: Path) -> str | None:
     """Checks every file against the manifest; returns the first problem, or None for an intact checkpoint."""
     try:
         if (folder / MANIFEST).is_symlink():
@@ -69,7 +69,7 @@ def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint under `root`, if any, and the problem of each newer one."""
     problems: list[str] = []
     for folder in reversed(step_folders(root)):
-        problem = verify_checkpoint(folder)
+        problem = checkpoint_problem(folder)
         if problem is None:
             return folder, problems
         problems.append(f"{folder}: {problem}")
@@ -82,16 +82,19 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises CheckpointError if there is none, or none that is intact.
     """
     if (path / MANIFEST).is_file():
-        problem = verify_checkpoint(path)
+        problem = checkpoint_problem(path)
         if problem is not None:
             raise CheckpointError(f"{path}: this checkpoint is damaged: {problem}")
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     newest, problems = find_checkpoint(root) if root.is_dir() else (None, [])
+    if newest is None and problems:
+        raise CheckpointError(
+            f"{path}: no checkpoint is intact:" + "".join(f"\n  {problem}" for problem in problems)
+        )
     if newest is None:
-        damaged = "".join(f"\n  {problem}" for problem in problems)
-        problem = f"neither a checkpoint (a directory with {MANIFEST}) nor a run directory that contains one"
-        raise CheckpointError(f"{path}: is {problem}{damaged}")
+        expected = f"neither a checkpoint (a directory with {MANIFEST}) nor a run directory that contains one"
+        raise CheckpointError(f"{path}: is {expected}")
     return newest
 
 
@@ -123,7 +126,7 @@ class CheckpointReader:
             self.world_size: int = self.manifest["world_size"]
 
     @cached_property
-    def _ranks(self) -> list[dict[str, Any]]:
+    def _rank_indexes(self) -> list[dict[str, Any]]:
         with _json_errors(self.folder):
             paths = [self.folder / rank_file(rank, "json") for rank in range(self.world_size)]
             return [json.loads(path.read_text()) for path in paths]
@@ -131,22 +134,22 @@ class CheckpointReader:
     @property
     def adam_step(self) -> int:
         with _json_errors(self.folder):
-            return max(int(rank["adam_step"]) for rank in self._ranks)
+            return max(int(rank["adam_step"]) for rank in self._rank_indexes)
 
     @property
     def rank_states(self) -> list[dict[str, Any]]:
         """State saved by each rank, indexed by rank."""
         with _json_errors(self.folder):
-            return [rank["state"] for rank in self._ranks]
+            return [rank["state"] for rank in self._rank_indexes]
 
     @cached_property
     def _fragments(self) -> dict[str, list[_StoredFragment]]:
         """Fragments of each parameter, ordered by offset."""
         fragments: dict[str, list[_StoredFragment]] = {}
         with _json_errors(self.folder):
-            for rank, index in enumerate(self._ranks):
+            for rank, rank_index in enumerate(self._rank_indexes):
                 file = self.folder / rank_file(rank, "safetensors")
-                for entry in index["fragments"]:
+                for entry in rank_index["fragments"]:
                     fragment = _StoredFragment(int(entry["offset"]), int(entry["length"]), file)
                     fragments.setdefault(entry["name"], []).append(fragment)
         return {name: sorted(unordered) for name, unordered in fragments.items()}
@@ -159,13 +162,13 @@ class CheckpointReader:
         parts: list[Tensor] = []
         n_read, end = 0, offset + length
         for fragment in self._fragments.get(name, []):
-            first, last = max(offset, fragment.offset), min(end, fragment.offset + fragment.length)
-            if first >= last:
+            start, stop = max(offset, fragment.offset), min(end, fragment.offset + fragment.length)
+            if start >= stop:
                 continue
-            if first < offset + n_read:
-                raise CheckpointError(f"{fragment.file}: element {first} of {name} is in another file as well")
-            parts.append(self._read_fragment(fragment, f"{name}|{kind}", first, last))
-            n_read += last - first
+            if start < offset + n_read:
+                raise CheckpointError(f"{fragment.file}: element {start} of {name} is in another file as well")
+            parts.append(self._read_fragment(fragment, f"{name}|{kind}", start, stop))
+            n_read += stop - start
         if n_read != length:
             raise CheckpointError(f"{self.folder}: holds {n_read} of {length} elements of {name} from {offset}")
         return torch.cat(parts) if parts else torch.empty(0)

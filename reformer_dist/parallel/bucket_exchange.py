@@ -90,7 +90,7 @@ class BucketExchange:
     def _check_same_plan(self) -> None:
         """Raises TrainingError on all ranks unless their plans match."""
         checksum = torch.tensor([self.plan.checksum], device=self.plan.routes[0].bucket_ids.device)
-        difference = int(self.comm.all_reduce(checksum, "count"))
+        difference = int(self.comm.all_reduce(checksum, "plan"))
         if difference:
             raise TrainingError(
                 f"bucket exchange: the plans of the ranks do not match (checksums sum to {difference}, not 0); "

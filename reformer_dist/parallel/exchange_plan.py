@@ -28,10 +28,10 @@ from reformer_dist.ops.lsh.partition import (
     window_partition,
     window_recipients,
 )
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, position_codes, row_sort_keys
+from reformer_dist.ops.lsh.sorting import count_buckets, indices_in_bucket, position_codes, row_sort_keys
 from reformer_dist.parallel.row_format import RowFormat, pack_bits, unpack_bits
 
-PHASE = "count"
+PHASE = "plan"
 # Local tokens per message: few enough for the next message to overlap with their attention, and for the tokens
 # received to fit beside the model.
 GROUP_TOKENS = {"cpu": 2**14, "cuda": 2**18}
@@ -153,34 +153,40 @@ class _LocalTokens:
     """The slots of the local tokens of a group of heads, and the ranks that need them."""
 
     def __init__(
-        self, buckets: Tensor, preceding: Tensor, sizes: Tensor, options: AttentionOptions, seq_len: int, size: int
+        self,
+        buckets: Tensor,
+        preceding: Tensor,
+        bucket_sizes: Tensor,
+        options: AttentionOptions,
+        seq_len: int,
+        n_ranks: int,
     ) -> None:
-        """buckets [BH, R, S]; preceding, sizes [BH, R, K]: members on the ranks before, and on all ranks."""
-        self.buckets, self.sizes, self._size = buckets, sizes, size
+        """buckets [BH, R, S]; preceding, bucket_sizes [BH, R, K]: members on the ranks before, and on all ranks."""
+        self.buckets, self.bucket_sizes, self._n_ranks = buckets, bucket_sizes, n_ranks
         n_heads, n_rounds, n_local = buckets.shape
-        self.is_needed = torch.zeros(size, n_heads, n_local, dtype=torch.bool, device=buckets.device)
+        self.is_needed = torch.zeros(n_ranks, n_heads, n_local, dtype=torch.bool, device=buckets.device)
         """[P, BH, S]: whether a rank needs the token, as a query or a key."""
         self.is_query = torch.zeros_like(self.is_needed)
-        """[P, BH, S]: whether a rank attends from the token in any round."""
+        """[P, BH, S]: whether the token is a query of a rank in any round."""
         self._recipients: list[list[Recipients]] = []
         codes, owners = [], []
         rule = options.rule
         tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len
         for r in range(n_rounds):
             bucket = buckets[:, r]
-            rank = bucket_ranks(bucket, preceding[:, r])
+            index = indices_in_bucket(bucket, preceding[:, r])
             if isinstance(rule, ChunkRule):
-                owner, recipients = chunk_recipients(bucket, rank, sizes[:, r], rule, seq_len, size)
+                owner, recipients = chunk_recipients(bucket, index, bucket_sizes[:, r], rule, seq_len, n_ranks)
             else:
-                owner, recipients = window_recipients(bucket, rank, sizes[:, r], rule, tile_len, size)
+                owner, recipients = window_recipients(bucket, index, bucket_sizes[:, r], rule, tile_len, n_ranks)
             self._mark(self.is_query, owner, owner >= 0)
             for ranks in recipients:
-                for recipient, is_needed in ranks.iter_ranks(size):
+                for recipient, is_needed in ranks.iter_ranks(n_ranks):
                     self._mark(self.is_needed, recipient, is_needed)
             self._recipients.append(recipients)
             owners.append(owner.flatten().to(torch.int32))
             if options.count_pairs_once:
-                codes.append(position_codes(bucket, rank, sizes[:, r], rule))
+                codes.append(position_codes(bucket, index, bucket_sizes[:, r], rule))
         self.codes = torch.stack(codes, dim=1) if codes else None
         """[BH, R, S]"""
         self.owners = torch.stack(owners)
@@ -200,7 +206,7 @@ class _LocalTokens:
                 is_needed |= (ranks.first[head, token] <= recipient) & (recipient <= ranks.last[head, token])
             # between the first and the last recipient there may be ranks that own nothing
             n_tiles = recipients[0].n_tiles[head, 0]
-            is_needed &= (recipient + 1) * n_tiles // self._size > recipient * n_tiles // self._size
+            is_needed &= (recipient + 1) * n_tiles // self._n_ranks > recipient * n_tiles // self._n_ranks
             columns.append(self.buckets[head, r, token].masked_fill(~is_needed, n_buckets))
         return torch.stack(columns, dim=1)
 
@@ -225,7 +231,7 @@ def _make_route(
     checksum -= _checksum(received, received_queries, received_ids, comm, is_sent=False)
     owners = local.owners if keeps_owners else None
     selections = (sent, sent_queries, received, received_queries)
-    return Route(heads, *selections, received_ids, codes, owners, local.sizes, _wrap_int64(checksum))
+    return Route(heads, *selections, received_ids, codes, owners, local.bucket_sizes, _wrap_int64(checksum))
 
 
 def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_local: int, comm: CommGroup) -> int:

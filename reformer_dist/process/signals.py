@@ -1,4 +1,5 @@
 """Handlers of SIGTERM, SIGINT and SIGHUP. Before training begins, they end the process, which can be restarted.
+During training, `training.preemption.StopSignal` saves a checkpoint first.
 
 Imports nothing slow: PyTorch and DeepSpeed take seconds to load, and signals must be handled in the meantime.
 """

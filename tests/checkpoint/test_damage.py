@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from reformer_dist.checkpoint import (
     CheckpointReader,
     async_save,
+    checkpoint_problem,
     find_checkpoint,
     resolve_checkpoint,
-    verify_checkpoint,
 )
 from reformer_dist.distributed.runtime import SharedError
 from reformer_dist.errors import CheckpointError
@@ -67,7 +67,7 @@ def test_the_newest_good_one_is_found(tmp_path: Path, damage: Callable[[Path], o
     newest = tmp_path / "step-00000100"
     assert find_checkpoint(tmp_path) == (newest, [])
     damage(newest)
-    wrong = verify_checkpoint(newest)
+    wrong = checkpoint_problem(newest)
     assert wrong is not None
     assert re.search(words, wrong)
     found, complaints = find_checkpoint(tmp_path)
@@ -161,7 +161,7 @@ def test_one_rank_that_fails_fails_all(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_good_checkpoint_is_replaced_by_a_newer_of_the_same_step(tmp_path: Path) -> None:
     written(tmp_path, 3)
     again = written(tmp_path, 3, fragments=[[fragment("bias", 0, 5, adam_step=2)]])
-    assert verify_checkpoint(again) is None
+    assert checkpoint_problem(again) is None
     assert CheckpointReader(again).adam_step == 2
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoint_helpers import SHAPES, whole, written
 
-from reformer_dist.checkpoint import CheckpointReader, find_checkpoint, verify_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, checkpoint_problem, find_checkpoint
 from reformer_dist.checkpoint.files import manifest_entry
 from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError
@@ -122,7 +122,7 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path: Path, damage: Callable[..
     for seed in range(25):
         shutil.copytree(copy, pristine)
         damage(random.Random(seed), pristine)
-        wrong = verify_checkpoint(pristine)
+        wrong = checkpoint_problem(pristine)
         if wrong is None:
             # the manifest matches, or the change is harmless: refused when it is read, or read correctly
             assert damage is edit_and_sign or damage is edit or damage is flip

@@ -18,7 +18,7 @@ from checkpoint_helpers import RECORD, SHAPES, fragment, split_evenly, whole, wr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reformer_dist.checkpoint import CheckpointReader, Fragment, verify_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, Fragment, checkpoint_problem
 from reformer_dist.checkpoint.fragment import KINDS
 from reformer_dist.errors import CheckpointError
 
@@ -28,7 +28,7 @@ def test_round_trip(tmp_path: Path, world_size: int) -> None:
     extra = {"tokenizer.json": b"{}"}
     folder = written(tmp_path, 12, fragments=split_evenly(world_size), extra_files=extra)
     assert folder == tmp_path / "step-00000012"
-    assert verify_checkpoint(folder) is None
+    assert checkpoint_problem(folder) is None
     reader = CheckpointReader(folder)
     assert (reader.step, reader.adam_step) == (12, 7)
     assert reader.rank_states == [{"rank": rank} for rank in range(world_size)]
@@ -141,7 +141,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, refuse)
-    assert verify_checkpoint(folder) is None
+    assert checkpoint_problem(folder) is None
     reader = CheckpointReader(folder)
     assert reader.read("matrix", "fp32", 0, 24).numel() == 24
     assert reader.rank_states

@@ -21,7 +21,7 @@ from reformer_dist.ops.lsh.partition import (
     window_recipients,
 )
 from reformer_dist.ops.lsh.reference import visible_pairs
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
+from reformer_dist.ops.lsh.sorting import count_buckets, indices_in_bucket, mark_padding
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Round:
         self.total = counts.sum(dim=0, dtype=torch.int32)
         """[BH, K]"""
         before = counts.cumsum(dim=0) - counts
-        ranks = [bucket_ranks(part, own) for part, own in zip(slices, before, strict=True)]
+        ranks = [indices_in_bucket(part, own) for part, own in zip(slices, before, strict=True)]
         self.rank = torch.cat(ranks, dim=1)
         """[BH, S]"""
         owners, received = [], []
@@ -118,7 +118,7 @@ def chunk_indices(bucket: Tensor, chunk_len: int) -> Tensor:
 def test_ranks_of_slices_are_those_of_the_full_sequence(case: ShardedCase) -> None:
     (found,) = case.rounds()
     none_before = torch.zeros_like(found.total)
-    full = bucket_ranks(found.bucket, none_before)
+    full = indices_in_bucket(found.bucket, none_before)
     assert torch.equal(found.rank[found.real], full[found.real])
     # and ranks count the earlier members of the bucket
     same = found.bucket.unsqueeze(2) == found.bucket.unsqueeze(1)

@@ -34,7 +34,7 @@ def partition_shards(
     buckets = sorting.mark_padding(ids, n_buckets, mask)
     sizes = sorting.count_buckets(buckets, n_buckets)
     none = torch.zeros_like(sizes[:, 0])
-    rank = torch.stack([sorting.bucket_ranks(buckets[:, r], none) for r in range(n_rounds)], dim=1)
+    rank = torch.stack([sorting.indices_in_bucket(buckets[:, r], none) for r in range(n_rounds)], dim=1)
     tile_len = choose_tiling(options.rule, seq_len, n_buckets).tile_len
     head_indices = options.head_indices(batch, n_heads, ids.device)
     has_codes = options.count_pairs_once and n_rounds > 1

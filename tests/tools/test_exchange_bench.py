@@ -32,7 +32,7 @@ def test_bytes_are_those_of_the_formula() -> None:
         assert {"ranks", "heads", "buckets", "seq_len", "n_hashes", "seconds"} < set(row) and row["correct"]
         assert row["bytes_measured"] == pytest.approx(row["bytes_formula"], rel=0.02)
         assert 0 < row["bytes_measured"] <= 1.5 * row["bytes_all_gather"]
-        assert set(row["seconds"]) == {"hash", "count", "heads", "dispatch", "attend", "combine", "forward"}
+        assert set(row["seconds"]) == {"hash", "plan", "heads", "dispatch", "attend", "combine", "forward"}
         assert row["ranks"] - 1 >= row["sent_to"] >= row["returned_from"] >= 0
 
 

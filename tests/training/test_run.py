@@ -13,7 +13,7 @@ from support.events import read_events, scalars
 from support.tiny import WORDS
 from support.weights import assert_same
 
-from reformer_dist.checkpoint import async_save, verify_checkpoint
+from reformer_dist.checkpoint import async_save, checkpoint_problem
 from reformer_dist.data import ByteTokenizer, write_dataset
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import TrainingError, UserError
@@ -77,7 +77,7 @@ def test_a_run_that_diverges_stops_and_leaves_its_checkpoint(
     with pytest.raises(TrainingError, match=r"\b2 steps .*trainer\.max_skipped_steps=2"):
         train(job, tiny_data, run, *poison)
     assert said.messages[-1].startswith("step 6: ") and "not finite" in said.messages[-1]
-    assert verify_checkpoint(checkpoint(run, 3)) is None
+    assert checkpoint_problem(checkpoint(run, 3)) is None
     train(job, tiny_data, run)
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
 

@@ -15,7 +15,7 @@ from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
-from reformer_dist.ops.lsh.sorting import bucket_ranks, count_buckets, mark_padding
+from reformer_dist.ops.lsh.sorting import count_buckets, indices_in_bucket, mark_padding
 
 
 class BucketCache:
@@ -118,7 +118,7 @@ def _fill_rings(buckets: Tensor, counts: Tensor, ring_size: int, n_heads: int) -
     no_earlier = torch.zeros_like(counts[:, 0])
     for round_ in range(n_rounds if ring_size > 0 else 0):
         bucket = buckets[:, round_].long()
-        rank = bucket_ranks(bucket, no_earlier)
+        rank = indices_in_bucket(bucket, no_earlier)
         total = torch.nn.functional.pad(counts[:, round_], (0, 1)).gather(1, bucket)  # 0 for padding
         is_last = (rank >= (total - ring_size).clamp_min(0)) & (rank < total)
         head_index, token = is_last.nonzero(as_tuple=True)

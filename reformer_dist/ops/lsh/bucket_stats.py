@@ -10,11 +10,11 @@ from torch import Tensor
 @dataclass(frozen=True)
 class BucketStats:
     largest_over_mean: float
-    """Tokens in the largest bucket over the mean bucket: 1 is perfect balance."""
+    """Tokens in the largest bucket over the mean bucket, averaged over heads and rounds: 1 is perfect balance."""
     full_windows: float
-    """Fraction of (token, round) pairs whose bucket holds at least `window` members up to the token itself."""
+    """Fraction of (token, round) pairs whose bucket holds at least `window` members up to and including it."""
     agreement: float
-    """Of tokens adjacent in a bucket in one round, the fraction that share a bucket in another round."""
+    """Of pairs of neighbours in the order of a bucket, the fraction that share a bucket in another round."""
 
 
 def measure_bucket_stats(bucket_ids: Tensor, counts: Tensor, window: int) -> BucketStats:

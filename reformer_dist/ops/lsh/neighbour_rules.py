@@ -1,4 +1,7 @@
-"""The neighbour rules of LSH attention: which tokens of a sorted order attend to each other."""
+"""The window rule and the chunk rule of LSH attention: which tokens of a sorted order attend to each other.
+
+Each backend enforces them in its `pair_mask`, the C library in attention.c.
+"""
 
 from __future__ import annotations
 

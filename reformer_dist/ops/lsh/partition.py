@@ -55,7 +55,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class WindowPartition:
-    """The members of each bucket that a rank holds under the window rule: ranks within the bucket, [BH, K] int64.
+    """Members of each bucket that a rank holds under the window rule: indices within the bucket, [BH, K] int64.
 
     Queries are the members in [query_start, query_stop), their keys those in [start, stop). All four bounds are 0
     for a bucket of which the rank owns nothing.
@@ -150,12 +150,12 @@ def _owner(tile: Tensor, n_tiles: Tensor, size: int) -> Tensor:
 
 
 def window_recipients(
-    bucket: Tensor, rank: Tensor, total: Tensor, rule: WindowRule, tile_len: int, size: int
+    bucket: Tensor, index: Tensor, total: Tensor, rule: WindowRule, tile_len: int, size: int
 ) -> tuple[Tensor, list[Recipients]]:
     """The rank that attends each token as a query, [BH, S] (-1 for padding), and the ranks that need it at all.
 
-    bucket [BH, S] (K for padding, which no rank needs), rank within the full bucket [BH, S], bucket sizes over all
-    ranks [BH, K].
+    bucket [BH, S] (K for padding, which no rank needs), index within the full bucket [BH, S], total [BH, K]: bucket
+    sizes over all ranks.
     """
     total = total.long()
     first_tile, tiles = _bucket_tiles(total, tile_len)
@@ -164,21 +164,21 @@ def window_recipients(
     real_bucket = bucket.long().clamp_max(total.shape[1] - 1)
     base, bucket_size = first_tile.gather(1, real_bucket), total.gather(1, real_bucket)
     reach = rule.window - 1
-    last_query = torch.minimum(rank + reach, bucket_size - 1)
-    first_query = rank if rule.causal else (rank - reach).clamp_min(0)
-    owner, first, last = (_owner(base + r // tile_len, n_tiles, size) for r in (rank, first_query, last_query))
+    last_query = torch.minimum(index + reach, bucket_size - 1)
+    first_query = index if rule.causal else (index - reach).clamp_min(0)
+    owner, first, last = (_owner(base + r // tile_len, n_tiles, size) for r in (index, first_query, last_query))
     first, last = torch.where(is_real, first, 0), torch.where(is_real, last, -1)
     return torch.where(is_real, owner, torch.full_like(owner, -1)), [Recipients(first, last, n_tiles)]
 
 
 def chunk_recipients(
-    bucket: Tensor, rank: Tensor, total: Tensor, rule: ChunkRule, seq_len: int, size: int
+    bucket: Tensor, index: Tensor, total: Tensor, rule: ChunkRule, seq_len: int, size: int
 ) -> tuple[Tensor, list[Recipients]]:
     """As `window_recipients`, for chunks of an order of seq_len tokens."""
     total = total.long()
     is_real = bucket < total.shape[1]
     real_bucket = bucket.long().clamp_max(total.shape[1] - 1)
-    chunk = ((total.cumsum(dim=1) - total).gather(1, real_bucket) + rank) // rule.chunk_len
+    chunk = ((total.cumsum(dim=1) - total).gather(1, real_bucket) + index) // rule.chunk_len
     n_chunks = rule.n_chunks(seq_len)
     n_tiles = torch.full_like(total[:, :1], n_chunks)
 

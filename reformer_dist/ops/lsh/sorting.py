@@ -1,4 +1,4 @@
-"""The order of a round's tokens by (bucket, position): sort keys, ranks within buckets and position codes.
+"""The order of a round's tokens by (bucket, position): sort keys, indices within buckets and position codes.
 
 BH: (batch row, head) pairs, flattened: head index = batch row * n_heads + head.
 """
@@ -56,7 +56,7 @@ def stable_argsort(keys: Tensor) -> Tensor:
     return torch.from_numpy(radix_argsort(keys.numpy()))
 
 
-def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
+def indices_in_bucket(bucket: Tensor, before: Tensor) -> Tensor:
     """Rank of each token within its bucket in one round, int64 [BH, S], from ids [BH, S].
 
     before [BH, K]: members of each bucket that precede all of these tokens (those on earlier ranks).
@@ -69,21 +69,21 @@ def bucket_ranks(bucket: Tensor, before: Tensor) -> Tensor:
     sorted_keys = keys[order]
     counts = torch.bincount(sorted_keys, minlength=n_heads * (n_buckets + 1))
     shift = torch.nn.functional.pad(before.long(), (0, 1)).flatten() - (counts.cumsum(0) - counts)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device) + shift[sorted_keys]
-    return rank.view(n_heads, seq_len)
+    index = torch.empty_like(order)
+    index[order] = torch.arange(order.numel(), device=order.device) + shift[sorted_keys]
+    return index.view(n_heads, seq_len)
 
 
-def position_codes(bucket: Tensor, rank: Tensor, total: Tensor, rule: Rule) -> Tensor:
+def position_codes(bucket: Tensor, index: Tensor, total: Tensor, rule: Rule) -> Tensor:
     """Codes of one round, int32 [BH, S], from which `within_reach` computes whether a query sees a key.
 
-    bucket [BH, S], rank within it [BH, S], size of each bucket [BH, K]. Window rule: the sorted position, with a
+    bucket [BH, S], index within it [BH, S], size of each bucket [BH, K]. Window rule: the sorted position, with a
     gap of one window between buckets. Chunk rule: the chunk index. The codes of padding are undefined.
     """
     gap = 0 if isinstance(rule, ChunkRule) else rule.window
     spread = total.long() + gap
     real_bucket = bucket.long().clamp_max(total.shape[1] - 1)
-    code = (spread.cumsum(dim=1) - spread).gather(1, real_bucket) + rank
+    code = (spread.cumsum(dim=1) - spread).gather(1, real_bucket) + index
     if isinstance(rule, ChunkRule):
         code = code // rule.chunk_len
     return code.to(torch.int32)
@@ -95,6 +95,6 @@ def full_position_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
     codes = []
     for round_ in range(buckets.shape[1]):
         bucket = buckets[:, round_]
-        rank = bucket_ranks(bucket, torch.zeros_like(total[:, round_]))
-        codes.append(position_codes(bucket, rank, total[:, round_], rule))
+        index = indices_in_bucket(bucket, torch.zeros_like(total[:, round_]))
+        codes.append(position_codes(bucket, index, total[:, round_], rule))
     return torch.stack(codes)

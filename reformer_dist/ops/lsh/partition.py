@@ -154,8 +154,8 @@ def window_recipients(
 ) -> tuple[Tensor, list[Recipients]]:
     """The rank that attends each token as a query, [BH, S] (-1 for padding), and the ranks that need it at all.
 
-    bucket [BH, S] (K for padding, which no rank needs), index within the full bucket [BH, S], total [BH, K]: bucket
-    sizes over all ranks.
+    bucket [BH, S] (K for padding, which no rank needs), index within the full bucket [BH, S], total [BH, K]:
+    bucket sizes over all ranks.
     """
     total = total.long()
     first_tile, tiles = _bucket_tiles(total, tile_len)

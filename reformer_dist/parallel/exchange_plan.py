@@ -161,7 +161,7 @@ class _LocalTokens:
         seq_len: int,
         n_ranks: int,
     ) -> None:
-        """buckets [BH, R, S]; preceding, bucket_sizes [BH, R, K]: members on the ranks before, and on all ranks."""
+        """buckets [BH, R, S]; preceding, bucket_sizes [BH, R, K]: members on earlier and on all ranks."""
         self.buckets, self.bucket_sizes, self._n_ranks = buckets, bucket_sizes, n_ranks
         n_heads, n_rounds, n_local = buckets.shape
         self.is_needed = torch.zeros(n_ranks, n_heads, n_local, dtype=torch.bool, device=buckets.device)

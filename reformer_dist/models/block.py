@@ -84,18 +84,18 @@ class Block(nn.Module):
         dropout = context.dropout(self.dropout)
 
         def attend(x: Tensor) -> Tensor:
-            out = self.attention_norm.after(self.attention(self.attention_norm(x), context, layer, cache))
+            out = self.attention_norm.scale_output(self.attention(self.attention_norm(x), context, layer, cache))
             return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.coords)
 
         def cross_attend(x: Tensor) -> Tensor:
             norm = self.cross_attention_norm
-            out = norm.after(self.cross_attention(norm(x), context, layer, cache))
+            out = norm.scale_output(self.cross_attention(norm(x), context, layer, cache))
             return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.coords)
 
         def feed_forward(start: int, x: Tensor) -> Tensor:
             coords = context.coords.chunk(start, start + x.shape[1])
             norm = self.feed_forward_norm
-            out = norm.after(self.feed_forward(norm(x), context, layer, coords))
+            out = norm.scale_output(self.feed_forward(norm(x), context, layer, coords))
             return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), coords)
 
         weights = [*self.attention_norm.parameters(), *self.attention.parameters()]

@@ -23,7 +23,7 @@ class StreamNorm(nn.Module):
         normed = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
         return normed.to(self.weight.dtype)
 
-    def after(self, out: Tensor) -> Tensor:
+    def scale_output(self, out: Tensor) -> Tensor:
         """Maps the sublayer's output to what is added to the stream."""
         return out
 
@@ -42,7 +42,7 @@ class ScaleNorm(nn.Module):
         factor = self.weight.float() / x.norm(dim=-1, keepdim=True).clamp_min(self.eps)
         return (x * factor).to(self.weight.dtype)
 
-    def after(self, out: Tensor) -> Tensor:
+    def scale_output(self, out: Tensor) -> Tensor:
         return out
 
 
@@ -56,7 +56,7 @@ class ReZero(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.weight.dtype)
 
-    def after(self, out: Tensor) -> Tensor:
+    def scale_output(self, out: Tensor) -> Tensor:
         return out * self.weight
 
 

@@ -190,7 +190,7 @@ def test_close_stops_the_threads(dataset: Dataset, workers: int) -> None:
 def test_close_wakes_a_waiting_thread(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that waits for a step must return when another thread closes the loader."""
     answer = threading.Event()
-    monkeypatch.setattr(loader_module._Reader, "next_rows", lambda self: answer.wait(30))
+    monkeypatch.setattr(loader_module._StreamReader, "next_rows", lambda self: answer.wait(30))
     loader = open_loader(dataset, workers=1)
     errors: list[BaseException] = []
 
@@ -225,8 +225,8 @@ def test_an_interrupt_closes_the_loader(dataset: Dataset, monkeypatch: pytest.Mo
 
 def test_prefetching_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    read = loader_module._Reader.next_rows
-    monkeypatch.setattr(loader_module._Reader, "next_rows", lambda self: steps.append(1) or read(self))
+    read = loader_module._StreamReader.next_rows
+    monkeypatch.setattr(loader_module._StreamReader, "next_rows", lambda self: steps.append(1) or read(self))
     with open_loader(dataset, workers=1) as loader:
         next(loader)
         time.sleep(0.3)

@@ -99,7 +99,7 @@ class TrainLoader:
         streams = {stream: state.open_stream(sampler, stream, passes) for stream in self._stream_ids}
         n_readers = min(n_rows, max(1, workers))
         self._readers = [
-            _Reader(
+            _StreamReader(
                 sampler,
                 {stream: streams[stream] for stream in self._stream_ids[first::n_readers]},
                 quarantine,
@@ -183,7 +183,7 @@ class TrainLoader:
         )
 
 
-class _Reader:
+class _StreamReader:
     """Reads a subset of a rank's streams, step by step."""
 
     def __init__(
@@ -219,7 +219,7 @@ class _Reader:
 class _ReaderThread:
     """Prefetches up to PREFETCH_STEPS steps of one reader, from the first call of `next_rows` on."""
 
-    def __init__(self, reader: _Reader) -> None:
+    def __init__(self, reader: _StreamReader) -> None:
         self._reader = reader
         self._ready: queue.Queue[dict[int, _StreamRow] | BaseException] = queue.Queue(PREFETCH_STEPS)
         self._is_stopped = threading.Event()

@@ -54,3 +54,20 @@ def test_backward_is_deterministic():
         return [out, *torch.autograd.grad(out.square().sum(), (q, v))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("n_rounds", [1, 2])
+def test_values_of_the_next_token(n_rounds):
+    """With queries that have no key, which get 0."""
+    draw = torch.Generator().manual_seed(n_rounds)
+    q, v, d_out = (torch.randn(1, 2, 70, 16, generator=draw).to(DEVICE) for _ in range(3))
+    ids = torch.randint(0, 4, (1, 2, n_rounds, 70), generator=draw).to(DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        options = AttentionOptions(WindowRule(20, True), 4, 0.5, next_value_heads=1, backend=backend)
+        leaves = [x.clone().requires_grad_() for x in (q, v)]
+        out = bucket_attention(leaves[0], None, leaves[1], ids, options)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, d_out)])
+    assert not results[0][0][:, :, 0].any()
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)

@@ -21,6 +21,7 @@ from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, h
 from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import unsupported_reason
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
+from reformer_dist.ops.lsh.next_values import zero_padding
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -126,8 +127,8 @@ class LSHSelfAttention(SelfAttention):
         exchange = self._get_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
         if context.rotary is not None:
             q = rotate(q, *context.rotary)
-        if options.next_value_heads and context.key_padding_mask is not None:
-            v = v * context.key_padding_mask[:, None, :, None]  # the last real token has no successor
+        if options.next_value_heads:
+            v = zero_padding(v, context.key_padding_mask)
         return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
 
     def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:

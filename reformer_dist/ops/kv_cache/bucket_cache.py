@@ -35,7 +35,7 @@ class BucketCache:
         self._scale = options.scale
         self._counts_once = options.count_pairs_once and bucket_ids.shape[2] > 1
         self._ring_size = rule.window - 1
-        self._next_value_heads = options.next_value_heads
+        self._next_value_heads, self._attends_alone = options.next_value_heads, options.attends_alone
         # the newest token waits for the value of the next one; no token attends to itself
         n_cached = q.shape[2] - 1
         self._newest = q[:, :, n_cached:].clone(), v[:, :, n_cached:].clone(), bucket_ids[..., n_cached:].clone()
@@ -51,7 +51,7 @@ class BucketCache:
     def attend(self, q: Tensor, v: Tensor, bucket_ids: Tensor) -> Tensor:
         """Output [B, H, 1, D] of the next token, in v's dtype. bucket_ids [B, H, R, 1]."""
         if self._ring_size == 0:  # with a window of 1, no query has a key
-            return torch.zeros_like(v) if self._next_value_heads else v
+            return v if self._attends_alone else torch.zeros_like(v)
         with torch.autocast(q.device.type, enabled=False):
             self._append_newest(v)
             self._newest = q, v, bucket_ids
@@ -92,7 +92,7 @@ class BucketCache:
         has_no_key = ~is_member.any(dim=-1)
         scores.masked_fill_(~is_member, -torch.inf).masked_fill_(has_no_key.unsqueeze(-1), 0.0)
         out = scores.softmax(-1).unsqueeze(2) @ values
-        alone = 0.0 if self._next_value_heads else v.float()
+        alone = v.float() if self._attends_alone else 0.0
         return torch.where(has_no_key[..., None, None], alone, out).to(v.dtype)
 
     def select_rows(self, rows: Tensor) -> None:

@@ -265,10 +265,10 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(backend(exchange.options, v), ctx.cache)
             exchange.forward(ForwardTensors(q, k, v, out, lse), sorter)
-            if exchange.options.next_value_heads:
-                out.masked_fill_(torch.isinf(lse).unsqueeze(3), 0)
-            else:
+            if exchange.options.attends_alone:
                 _select_rows(out, torch.isinf(lse), v)  # o = v for queries that met no key
+            else:
+                out.masked_fill_(torch.isinf(lse).unsqueeze(3), 0)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -282,7 +282,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.cache)
             delta = sorter.backend.row_dot(d_out, out)
-            if not ctx.exchange.options.next_value_heads:
+            if ctx.exchange.options.attends_alone:
                 _select_rows(dv, torch.isinf(lse), d_out)
             ctx.exchange.backward(BackwardTensors(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
         return dq, dk, dv, None, None

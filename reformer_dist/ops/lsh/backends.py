@@ -20,7 +20,7 @@ from reformer_dist.ops.lsh.attention import Backend, LocalExchange, WorkspaceSha
 from reformer_dist.ops.lsh.native.attention import NativeBackend
 from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
-from reformer_dist.ops.lsh.next_values import next_values
+from reformer_dist.ops.lsh.next_values import next_values, zero_padding
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
@@ -130,9 +130,8 @@ def bucket_attention(
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
     tokens. A query that met no key attends to itself. Raises ValueError if options.backend can't run.
     """
-    if options.next_value_heads and key_padding_mask is not None:
-        v = v * key_padding_mask[:, None, :, None]
-    v = next_values(v, options.next_value_heads)
+    if options.next_value_heads:
+        v = next_values(zero_padding(v, key_padding_mask), options.next_value_heads)
     return attend_locally(q, k, v, LocalExchange(bucket_ids, options, key_padding_mask))
 
 
@@ -153,7 +152,7 @@ def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchan
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
         head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
-        attends_alone=options.next_value_heads == 0,
+        attends_alone=options.attends_alone,
     )
 
 

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def zero_padding(v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """v [B, H, S, D] with zeros at padding (mask [B, S] False), so that the last real token has no successor."""
+    return v if key_padding_mask is None else v.masked_fill(~key_padding_mask[:, None, :, None], 0)
+
+
 def next_values(v: Tensor, n_heads: int, following: Tensor | None = None) -> Tensor:
     """v [B, H, S, D] whose first n_heads heads are moved one position on; the others stay.
 

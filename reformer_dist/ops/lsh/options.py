@@ -43,6 +43,11 @@ class AttentionOptions(DropoutOptions):
     backend: str = "auto"
     """auto, reference, torch, native or triton: see `ops.lsh.backends`."""
 
+    @property
+    def attends_alone(self) -> bool:
+        """Whether a query that met no key attends to itself. With values of the next token it gets 0."""
+        return self.next_value_heads == 0
+
     def __post_init__(self) -> None:
         if self.next_value_heads and self.rule.sees_self:
             raise ValueError(f"next_value_heads={self.next_value_heads}: needs rule.sees_self=False")

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reformer_dist.checkpoint import RunRecord, write_export
 from reformer_dist.config import DataConfig, RunConfig, TaskConfig, TaskKind, TrainerConfig
 from reformer_dist.errors import CheckpointError
 from reformer_dist.fs.atomic import make_staging, publish
+from reformer_dist.fs.tensors import save_file
 from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_face, trax
 from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, ForeignOptions, HeadKind
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files

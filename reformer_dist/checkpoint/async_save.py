@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reformer_dist.checkpoint.files import (
@@ -29,7 +28,8 @@ from reformer_dist.checkpoint.fragment import ELEMENT_SIZE, KINDS, Fragment
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import CheckpointError
-from reformer_dist.fs.atomic import publish, sync, write_synced
+from reformer_dist.fs.atomic import publish, write_synced
+from reformer_dist.fs.tensors import save_file
 
 
 class AsyncSave:
@@ -80,7 +80,6 @@ class AsyncSave:
         paths = [self._partial / rank_file(self._runtime.rank, suffix) for suffix in ("safetensors", "json")]
         try:
             save_file(tensors, paths[0])
-            sync(paths[0])
             write_synced(paths[1], index)
             self._entries = {path.name: manifest_entry(path) for path in paths}
         except SafetensorError as error:  # such as a full disk

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reformer_dist.checkpoint.files import json_bytes
@@ -26,7 +25,8 @@ from reformer_dist.checkpoint.fragment import ELEMENT_SIZE
 from reformer_dist.checkpoint.reader import CheckpointReader, check_shapes, resolve_checkpoint
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.errors import CheckpointError
-from reformer_dist.fs.atomic import make_staging, publish, sync, write_synced
+from reformer_dist.fs.atomic import make_staging, publish, write_synced
+from reformer_dist.fs.tensors import save_file
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -69,13 +69,12 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
             name: source.read(name, "fp32", 0, math.prod(shapes[name])).view(shapes[name]) for name in names
         }
         save_file(tensors, partial / file, metadata={"format": "pt"})
-        sync(partial / file)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_synced(partial / INDEX_FILE, json_bytes(index))
     for name in source.extra_files:
-        shutil.copy(source.folder / name, partial / name)
+        shutil.copyfile(source.folder / name, partial / name)  # not its mode
     write_synced(partial / CONFIG_FILE, json_bytes({**source.record.to_export_json(), "step": source.step}))
     publish(partial, folder)
 

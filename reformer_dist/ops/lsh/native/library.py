@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import uuid
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -112,10 +113,10 @@ def _store(built: Path, cached: Path) -> None:
     code = built.read_bytes()
     with contextlib.suppress(OSError), contextlib.ExitStack() as cleanup:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            cleanup.callback(Path(file.name).unlink, missing_ok=True)
-            file.write(code + hashlib.sha256(code).digest())
-        Path(file.name).replace(cached)
+        partial = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}.partial")
+        cleanup.callback(partial.unlink, missing_ok=True)
+        partial.write_bytes(code + hashlib.sha256(code).digest())
+        partial.replace(cached)
 
 
 def _is_intact(cached: Path) -> bool:

@@ -3,8 +3,9 @@
 
 Exits 1 unless all of this holds: losses, gradient norms and evaluations of every step are bitwise equal in
 metrics.jsonl and TensorBoard, with each step logged once; every checkpoint that verifies after a kill has the
-tensors and data position of the uninterrupted run; and each restart resumes from the newest of them. The times of
-the kills are drawn from --seed: some time after a step, or during a save.
+tensors and data position of the uninterrupted run; and each restart resumes from the newest of them. The moments of
+the kills are drawn from --seed and counted in steps, so that they do not depend on the speed of the machine: after a
+step of the first half of the run, or during the first save after it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="default: 20")
-    parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    parser.add_argument("--steps", type=int, default=400, help="default: 400")
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills (default: 0)")
     return parser.parse_args()
@@ -89,7 +90,7 @@ def run_with_kills(data: Path, run: Path, reference: Path, arguments: argparse.N
         before, saved = last_step(run), newest_checkpoint(run)
         with start(data, run, arguments) as process:
             if kills < arguments.kills:
-                goal = arguments.steps * (kills + 1) // (arguments.kills + 2)
+                goal = arguments.steps // 2 * (kills + 1) // arguments.kills
                 moment = wait_for_kill(process, run, draw, goal)
                 victims = ranks_of(process.pid)
                 if draw.random() < 0.5:
@@ -119,16 +120,15 @@ def run_with_kills(data: Path, run: Path, reference: Path, arguments: argparse.N
 
 
 def wait_for_kill(process: subprocess.Popen[str], run: Path, draw: random.Random, goal: int) -> str:
-    """Waits until a save is in progress, or until some time after a step; returns which."""
-    during_save = draw.random() < 0.4
-    pause = draw.uniform(0, 0.5)
+    """Waits for a step soon after `goal`, or then for a save, during two intervals of saves; returns which."""
+    during_save = draw.random() < 0.5
+    goal += draw.randrange(SAVE_EVERY)
     while process.poll() is None and (last_step(run) < goal or not ranks_of(process.pid)):
         time.sleep(0.01)
-    while process.poll() is None and during_save:
+    while process.poll() is None and during_save and last_step(run) < goal + 2 * SAVE_EVERY:
         if list((run / "checkpoints").glob(".step-*.partial")):
-            time.sleep(draw.uniform(0, 0.01))
+            time.sleep(draw.uniform(0, 0.01))  # somewhere in the save
             return "during a save"
-    time.sleep(0 if during_save else pause)
     return "between saves"
 
 

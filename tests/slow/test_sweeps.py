@@ -84,7 +84,8 @@ def kill_a_rank(driver: subprocess.Popen[bytes], trial: str) -> bool:
 
 def test_six_trials_of_two_ranks_two_failures_and_a_killed_driver(tmp_path: Path, start: Start) -> None:
     data, folder, log = write_tiny_dataset(tmp_path / "data"), tmp_path / "sweep", tmp_path / "log"
-    changed = ["trainer.max_steps=30", "trainer.save_every=5", "trainer.eval_every=10"]
+    last_step = 120  # most of them after the first save, where the driver is killed: seconds
+    changed = [f"trainer.max_steps={last_step}", "trainer.save_every=5", "trainer.eval_every=40"]
     ranks = ["launcher=local", "launcher.nproc_per_node=2", "sweep.parallel=1"]
     base = tiny_overrides(data, folder, *changed)
     words = ["--multirun", *base, *ranks, "data.batch_size=2,4,6,3,12,8"]
@@ -107,7 +108,8 @@ def test_six_trials_of_two_ranks_two_failures_and_a_killed_driver(tmp_path: Path
     assert "SIGKILL" in rows[KILLED_TRIAL]["reason"]
     assert done.stat().st_mtime_ns == written
     for name in finished:
-        assert steps(folder / name) == list(range(1, 31)) and rows[name]["step"] == 30
+        assert steps(folder / name) == list(range(1, last_step + 1))
+        assert rows[name]["step"] == last_step
     assert "resuming from" in (cut / "trial.log").read_text()
     alone = [*base, "data.batch_size=4", f"output_dir={tmp_path / 'alone'}"]
     run_ranks("reformer_dist.train", 2, alone)

@@ -154,10 +154,15 @@ def test_a_hanging_process_is_killed_with_its_descendants(tmp_path):
         f"import os, pathlib, time; pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid())); time.sleep(60)"
     )
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    written = tmp_path / "pid"
+    written, patience = tmp_path / "pid", soon()
+
+    def once_written() -> float:
+        while not (written.exists() and written.read_text()) and time.monotonic() < patience:
+            time.sleep(0.02)
+        return 0.1
+
     with ChildProcess([sys.executable, "-c", outer], tmp_path) as child:
-        # long enough for the inner process to start
-        assert list(child.lines(lambda: 3)) == [] and child.timed_out and written.exists()
+        assert list(child.lines(once_written)) == [] and child.timed_out
         assert child.failure == "exit status -9: no message"
     end = soon(10)  # once killed, it exists until its new parent reaps it
     while is_running(written.read_text().strip()) and time.monotonic() < end:

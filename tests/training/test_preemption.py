@@ -177,7 +177,7 @@ def test_a_signal_while_modules_are_loaded(tiny_data: Path, tmp_path: Path, modu
         "importtime",
         "-m",
         "reformer_dist.train",
-        *tiny_overrides(tiny_data, tmp_path),
+        *tiny_overrides(tiny_data, tmp_path, ENDLESS),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

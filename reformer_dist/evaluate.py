@@ -40,7 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=...")
-    add("--rows", type=int, default=0, help="number of held-out rows; 0, the default, means all")
+    add(
+        "--rows",
+        type=int,
+        default=0,
+        help="number of rows, spread evenly over the split; 0, the default, means all",
+    )
     add("--batch", type=int, default=MICRO_BATCH, help=f"rows per batch (default: {MICRO_BATCH})")
     add("--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples")
     add("--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8")
@@ -65,12 +70,13 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded, corpus = _open(arguments, [], job)
     result = _evaluate(arguments, loaded, corpus, job)
+    rows = _describe_rows(arguments, loaded, corpus)
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
         text = _heldout_text(arguments, loaded, corpus)  # for the baselines
         return [
             *lines,
-            f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens",
+            f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}",
             f"held-out loss: {result.loss:.4f} nats per token",
             f"held-out bits per byte: {result.bits_per_byte:.4f}",
             f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
@@ -78,7 +84,7 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
         ]
     split = "held-out" if arguments.split == "heldout" else "training"
     lines.append(f"task: {loaded.config.task.kind.name}")
-    lines.append(f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels")
+    lines.append(f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels, {rows}")
     if result.bits_per_byte is not None:
         lines.append(f"{split} bits per byte: {result.bits_per_byte:.4f}")
     if result.accuracy is not None:
@@ -87,8 +93,8 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     def all_gather(local: list[Any]) -> list[Any]:
         return list(chain.from_iterable(job.gather(local)))
 
-    rows = _select_rows(arguments, loaded, job.rank, job.world_size)
-    return lines + loaded.task.measure(loaded.model, corpus, rows, all_gather)
+    selected = _select_rows(arguments, loaded, job.rank, job.world_size)
+    return lines + loaded.task.measure(loaded.model, corpus, selected, all_gather)
 
 
 def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
@@ -101,7 +107,8 @@ def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
         loaded, corpus = _open(arguments, [f"model.n_hashes={rounds}"], job)
         values = _evaluate(arguments, loaded, corpus, job).values()
         if not lines:
-            lines = [f"checkpoint: {loaded.checkpoint}", "".join(f"{name:>16}" for name in ("rounds", *values))]
+            lines = [f"checkpoint: {loaded.checkpoint}", _describe_rows(arguments, loaded, corpus)]
+            lines.append("".join(f"{name:>16}" for name in ("rounds", *values)))
         lines.append(f"{rounds:>16}" + "".join(f"{value:>16.4f}" for value in values.values()))
     return lines
 
@@ -131,6 +138,10 @@ def _select_rows(arguments: argparse.Namespace, loaded: LoadedModel, rank: int, 
         )
     max_damaged = loaded.config.data.max_damaged_fraction
     return RowSelection(arguments.rows, arguments.batch, rank, size, max_damaged, arguments.split)
+
+
+def _describe_rows(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) -> str:
+    return _select_rows(arguments, loaded, 0, 1).describe(loaded.task.count_rows(corpus, arguments.split))
 
 
 def _evaluate(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus, job: Runtime) -> EvalResult:
@@ -163,9 +174,8 @@ class CoverageSequence(WholeSequence):
 
 
 @torch.no_grad()
-def _measure_layers(loaded: LoadedModel, n_rows: int) -> list[dict[str, float]]:
+def _measure_layers(loaded: LoadedModel, corpus: Corpus, n_rows: int) -> list[dict[str, float]]:
     """Coverage of each LSH layer over held-out rows, averaged over heads. Raises UserError."""
-    corpus = open_corpus(loaded.config.data, ["heldout"])
     device = next(loaded.model.parameters()).device
     totals: list[Coverage] = []
     data = loaded.config.data
@@ -187,13 +197,15 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     if model.compat.chunk_wrap:
         reason = "coverage is not defined for chunks that wrap into other rounds"
         raise ConfigError(f"model.compat.chunk_wrap=true: {reason}")
-    layers = _measure_layers(loaded, arguments.rows)
+    corpus = open_corpus(loaded.config.data, ["heldout"])
+    layers = _measure_layers(loaded, corpus, arguments.rows)
     if not layers:
         raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")
     mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
     if arguments.output is not None and job.is_main:
         arguments.output.write_text(json.dumps({**mean, "layers": layers}, indent=1) + "\n")
-    lines = [f"LSH layer {number}: {_fractions(layer)}" for number, layer in enumerate(layers)]
+    lines = [f"held-out text: {_describe_rows(arguments, loaded, corpus)}"]
+    lines += [f"LSH layer {number}: {_fractions(layer)}" for number, layer in enumerate(layers)]
     return [*lines, f"mean: {_fractions(mean)}"]
 
 

@@ -37,7 +37,7 @@ class DataConfig(ConfigGroup, prefix="data."):
     cache_gb: float = bounded(50.0, above=0)
     """Size limit of cache_dir in GiB; the least recently used shards are deleted first."""
     eval_rows: int = bounded(64, least=0)
-    """Held-out rows per evaluation during training; 0 means all."""
+    """Held-out rows per evaluation during training, spread evenly over the held-out text; 0 means all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,7 @@ from reformer_dist.data.loading.collate import (
 )
 from reformer_dist.data.loading.heldout import (
     RowSelection,
+    count_rows,
     count_text_bytes,
     heldout_sample_batches,
     heldout_text_batches,
@@ -73,6 +74,7 @@ __all__ = [
     "assign_splits",
     "collate",
     "consumed_hash",
+    "count_rows",
     "count_text_bytes",
     "describe_changes",
     "heldout_sample_batches",

@@ -23,6 +23,7 @@ from reformer_dist.data import (
     Sample,
     Span,
     Tokenizer,
+    count_rows,
     heldout_sample_batches,
     make_sample,
     read_split,
@@ -69,6 +70,10 @@ class Task(ABC):
     @abstractmethod
     def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
         """Evaluation batches of a rank, the same number on each. Raises DataError if the split is empty."""
+
+    def count_rows(self, corpus: Corpus, split: str = "heldout") -> int:
+        """Rows of a split if all of them are evaluated."""
+        return count_rows(corpus, split, self.config.data.seq_len if self.config.task.packs_text else None)
 
     def predict(self, outputs: Any, sequence: SequenceAccess) -> Tensor:
         """Predicted labels from the model's outputs on this rank's slice of the rows."""

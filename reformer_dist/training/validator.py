@@ -41,10 +41,10 @@ class Validator:
         self._engine.train(False)
         sequence = self._layout.sequence
         dp_rank, dp_size = sequence.mesh.dp_rank, sequence.mesh.dp_size
-        batches = self._batches(self._config.data.eval_rows, self._layout.micro_batch, dp_rank, dp_size)
-        batches = self._stop.until_stopped(batches, self._runtime)
+        rows = self._select_rows(self._config.data.eval_rows, self._layout.micro_batch, dp_rank, dp_size)
+        batches = self._stop.until_stopped(self._batches(rows), self._runtime)
         result = evaluate(self._engine.forward, batches, self._data.task, self._runtime, sequence)
-        logger.info(f"step {step} | {result}")
+        logger.info(f"step {step} | {result} | {rows.describe(self._data.task.count_rows(self._data.corpus))}")
         values = {f"eval/{name}": value for name, value in result.values().items()}
         self._metrics.scalars({**values, **self._model_stats()}, step, seconds)
         self._engine.train(True)
@@ -63,13 +63,15 @@ class Validator:
         self._metrics.text("sample", f"{decode(prompt.tolist())}⟦…⟧{decode(generated)}", step)
         self._engine.train(True)
 
-    def _batches(self, rows: int, micro_batch: int, rank: int, size: int) -> Iterator[Batch]:
-        max_damaged = self._config.data.max_damaged_fraction
-        return self._data.task.heldout(self._data.corpus, RowSelection(rows, micro_batch, rank, size, max_damaged))
+    def _select_rows(self, n_rows: int, micro_batch: int, rank: int, size: int) -> RowSelection:
+        return RowSelection(n_rows, micro_batch, rank, size, self._config.data.max_damaged_fraction)
+
+    def _batches(self, rows: RowSelection) -> Iterator[Batch]:
+        return self._data.task.heldout(self._data.corpus, rows)
 
     def _first_row(self) -> Batch:
         """The first held-out row, the same on every rank."""
-        return self._runtime.together(lambda: next(self._batches(1, 1, 0, 1)))
+        return self._runtime.together(lambda: next(self._batches(self._select_rows(1, 1, 0, 1))))
 
     @torch.no_grad()
     def _model_stats(self) -> dict[str, float]:

@@ -20,8 +20,11 @@ from reformer_dist.data import (
     DamagedSample,
     Dataset,
     RowSelection,
+    SampleReader,
+    SampleRef,
     count_text_bytes,
     heldout_text_batches,
+    read_split,
 )
 from reformer_dist.errors import DataError
 
@@ -68,12 +71,38 @@ def test_inputs_are_the_tokens_before_the_labels(dataset: Dataset) -> None:
     assert inputs.tolist() == [256, *all_tokens(dataset)[:-1]]
 
 
-@pytest.mark.parametrize(("rows", "dp_size"), [(1, 1), (5, 2), (7, 4), (2, 4), (10_000, 3)])
-def test_the_first_rows(dataset: Dataset, rows: int, dp_size: int) -> None:
+@pytest.mark.parametrize(("rows", "dp_size"), [(1, 1), (5, 1), (5, 2), (7, 4), (2, 4), (10_000, 3)])
+def test_rows_are_spread_evenly_for_any_number_of_ranks(dataset: Dataset, rows: int, dp_size: int) -> None:
     ranks = [read(dataset, max_rows=rows, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-    n_rows = min(rows, -(-dataset.total("tokens", "heldout") // 50))
+    text = all_tokens(dataset)
+    available = -(-len(text) // 50)
+    n_rows = min(rows, available)
     assert {len(batches) for batches in ranks} == {-(-n_rows // (3 * dp_size))}
-    assert labels_in_order(ranks) == all_tokens(dataset)[: rows * 50]
+    numbers = [available * i // n_rows for i in range(n_rows)]
+    assert labels_in_order(ranks) == [token for row in numbers for token in text[row * 50 : row * 50 + 50]]
+    distances = set(np.diff([*numbers, available]).tolist())
+    assert max(distances) - min(distances) <= 1
+    assert RowSelection(max_rows=rows).describe(54_929) == f"{rows:,} of 54,929 rows"
+
+
+def test_every_source_is_judged(make_dataset: Callable[..., Dataset]) -> None:
+    """Text and samples in the order of their sources, 64 rows of many."""
+    folder = folder_of(make_dataset())
+    replace_split(folder, "heldout", [source * 40 for source in (b"a", b"b", b"c", b"d") for _ in range(100)])
+    dataset = Dataset.open(folder)
+    text = torch.cat([batch["labels"].flatten() for batch in read(dataset, seq_len=41, max_rows=64)])
+    samples = [sample.fields[0] for sample in read_split(Corpus([dataset]), RowSelection(max_rows=64))]
+    for tokens in (text, torch.tensor(np.concatenate(samples).astype(np.int64))):
+        counts = torch.bincount(tokens[tokens != IGNORE_INDEX], minlength=257)[97:101]
+        assert counts.tolist() == [16 * 40] * 4
+
+
+def test_few_rows_of_a_large_split_read_few_samples(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[SampleRef] = []
+    read_sample = SampleReader.read
+    monkeypatch.setattr(SampleReader, "read", lambda self, ref: opened.append(ref) or read_sample(self, ref))
+    read(dataset, seq_len=2, max_rows=3)
+    assert 0 < len(opened) <= 6 < dataset.total("samples", "heldout")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

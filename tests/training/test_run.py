@@ -66,6 +66,7 @@ def test_progress_is_told(tiny_data: Path, tmp_path: Path, job: Runtime, said: p
             assert words in line
     assert heldout.startswith("step 2 | held-out loss ")
     assert " | held-out bits per byte " in heldout
+    assert re.search(r" \| 6 of \d+ rows$", heldout)
     assert saved.endswith("step-00000002")
 
 

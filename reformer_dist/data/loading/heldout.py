@@ -1,7 +1,9 @@
 """Held-out batches, and the bytes of text that convert their loss to bits per byte.
 
-The documents of the held-out split, in shard order, form one text that begins with an end-of-text token and is cut
-into rows. Every token of the split is predicted exactly once, so the bytes predicted are those of the split.
+The documents of the held-out split, in shard order, form one text that begins with an end-of-text token and is
+cut into rows. Every token of the split is in exactly one row, so the bytes predicted by all rows are those of
+the split. An evaluation of fewer rows takes them at equal distances: the first rows would judge a split that is
+in the order of its sources by one source alone.
 """
 
 from __future__ import annotations
@@ -9,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count, islice
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.format.corpus import Corpus
 from reformer_dist.data.format.quarantine import CheckedReader, DamagedSample, Quarantine
-from reformer_dist.data.format.sample_reader import Sample, SampleRef, make_sample
+from reformer_dist.data.format.sample_reader import Sample, make_sample
 from reformer_dist.data.loading.collate import Batch, Example, collate, next_token_example
-from reformer_dist.data.loading.packing import Tokens
-from reformer_dist.data.loading.sampler import DrawKey
+from reformer_dist.data.loading.packing import Span, StreamIndex, pack_spans
+from reformer_dist.data.loading.sampler import DrawKey, Pool
 from reformer_dist.errors import DataError
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
@@ -30,7 +31,10 @@ Report = Callable[[DamagedSample], None]
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The rows of a split that one data-parallel rank evaluates: rank i % dp_size reads row i."""
+    """The rows of a split to evaluate, spread evenly over it, and the data-parallel rank that asks.
+
+    The selection is the same for any number of ranks: rank r of n evaluates its rows r, r + n, r + 2n, ...
+    """
 
     max_rows: int = 0
     """Over all ranks; 0 for all rows."""
@@ -44,6 +48,20 @@ class RowSelection:
     def n_rows(self, available: int) -> int:
         """Rows of all ranks if the split has `available` rows."""
         return min(available, self.max_rows) if self.max_rows else available
+
+    def numbers(self, available: int) -> Iterator[int]:
+        """Numbers of the rows of all ranks, ascending, among the `available` rows of the split."""
+        n_rows = self.n_rows(available)
+        return (available * i // n_rows for i in range(n_rows))
+
+    def describe(self, available: int) -> str:
+        """For logs: 64 of 54,929 rows."""
+        return f"{self.n_rows(available):,} of {available:,} rows"
+
+
+def count_rows(corpus: Corpus, split: str, seq_len: int | None) -> int:
+    """Rows of a split: of packed text in rows of seq_len tokens or, if it is None, of one sample each."""
+    return corpus.total("samples", split) if seq_len is None else -(-corpus.total("tokens", split) // seq_len)
 
 
 def heldout_text_batches(
@@ -62,22 +80,15 @@ def heldout_text_batches(
     are skipped and reported. Raises DataError if nothing is held out and, while iterating, if a shard is missing
     or too many samples are damaged.
     """
-    n_rows = -(-corpus.total("tokens", "heldout") // seq_len)
-    if n_rows == 0:
+    if corpus.total("text_bytes", "heldout") == 0:
         raise DataError(f"{corpus.where}: no documents are held out; write it again with --heldout above 0")
-    n_rows = rows.n_rows(n_rows)
+    n_rows = count_rows(corpus, "heldout", seq_len)
+    found = _read_rows(corpus, rows, report, seq_len)
     eos_id = corpus.tokenizer.eos_id
-    documents = (tokens for _, tokens in _read_split(corpus, rows, report))
-    texts = islice(_cut_rows(documents, eos_id, seq_len), rows.dp_rank, n_rows, rows.dp_size)
-    row_numbers = count(rows.dp_rank, rows.dp_size)
 
     def next_example() -> Example:
-        text = next(texts, np.zeros(0, dtype=np.int64))  # shorter than a row at the end, then empty
-        tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
-        labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
-        tokens[: len(text)] = text
-        labels[: max(0, len(text) - 1)] = text[1:]
-        return make_example(tokens, labels, DrawKey.heldout(next(row_numbers)))
+        number, spans = next(found, (n_rows, []))
+        return make_example(*pack_spans(spans, seq_len, eos_id), DrawKey.heldout(number))
 
     return _batches(next_example, rows, n_rows)
 
@@ -94,14 +105,16 @@ def heldout_sample_batches(
     make_example: called with None for rows of padding. Damaged samples are skipped and reported. Raises DataError
     if the split is empty and, while iterating, if a shard is missing or too many samples are damaged.
     """
-    n_rows = corpus.total("samples", rows.split)
+    n_rows = count_rows(corpus, rows.split, None)
     if n_rows == 0:
         raise DataError(f"{corpus.where}: no samples are held out; write it again with --heldout-from")
-    samples = read_split(corpus, rows, report=report)
-    row_numbers = count(rows.dp_rank, rows.dp_size)
-    return _batches(
-        lambda: make_example(next(samples, None), DrawKey.heldout(next(row_numbers))), rows, rows.n_rows(n_rows)
-    )
+    found = _read_rows(corpus, rows, report)
+
+    def next_example() -> Example:
+        number, spans = next(found, (n_rows, []))
+        return make_example(make_sample(spans[0].ref, spans[0].tokens) if spans else None, DrawKey.heldout(number))
+
+    return _batches(next_example, rows, n_rows)
 
 
 def read_split(corpus: Corpus, rows: RowSelection, *, report: Report = lambda sample: None) -> Iterator[Sample]:
@@ -109,8 +122,7 @@ def read_split(corpus: Corpus, rows: RowSelection, *, report: Report = lambda sa
 
     Raises DataError while iterating if a shard is missing or too many samples are damaged.
     """
-    samples = islice(_read_split(corpus, rows, report), rows.dp_rank, rows.max_rows or None, rows.dp_size)
-    return (make_sample(ref, tokens) for ref, tokens in samples)
+    return (make_sample(span.ref, span.tokens) for _, [span] in _read_rows(corpus, rows, report))
 
 
 def count_text_bytes(labels: torch.Tensor, token_bytes: NDArray[np.int64]) -> int:
@@ -119,43 +131,44 @@ def count_text_bytes(labels: torch.Tensor, token_bytes: NDArray[np.int64]) -> in
     return int(torch.from_numpy(token_bytes).to(labels.device)[predicted].sum())
 
 
-def _batches(next_example: Callable[[], Example], rows: RowSelection, n_rows: int) -> Iterator[Batch]:
+def _batches(next_example: Callable[[], Example], rows: RowSelection, available: int) -> Iterator[Batch]:
     # the same number on each rank, since all take part in the same collectives
-    n_batches = -(-n_rows // (rows.dp_size * rows.micro_batch_size))
+    n_batches = -(-rows.n_rows(available) // (rows.dp_size * rows.micro_batch_size))
     return (collate([next_example() for _ in range(rows.micro_batch_size)]) for _ in range(n_batches))
 
 
-def _read_split(corpus: Corpus, rows: RowSelection, report: Report) -> Iterator[tuple[SampleRef, Tokens]]:
-    """Undamaged samples of a split and their tokens."""
+def _read_rows(
+    corpus: Corpus, rows: RowSelection, report: Report, seq_len: int | None = None
+) -> Iterator[tuple[int, list[Span]]]:
+    """(row number, spans) of each row of a rank, without rows whose samples are all damaged.
+
+    Each rank reads the rows of all, so that all find the same samples damaged and raise the same errors.
+    """
+    return islice(_read_all_rows(corpus, rows, report, seq_len), rows.dp_rank, None, rows.dp_size)
+
+
+def _read_all_rows(
+    corpus: Corpus, rows: RowSelection, report: Report, seq_len: int | None
+) -> Iterator[tuple[int, list[Span]]]:
+    by_sample, length = seq_len is None, seq_len or 1
+    pool = Pool(0, corpus.shards(rows.split), seed=0, n_streams=1, shuffle=False, by_sample=by_sample)
+    index = StreamIndex(pool, stream=0, passes=1)
     quarantine = Quarantine(corpus.total("samples", rows.split), rows.max_damaged_fraction)
+    reported: set[DamagedSample] = set()
     with closing(CheckedReader(quarantine)) as reader:
-        for shard in corpus.shards(rows.split):
-            for entry in shard.index.entries:
-                ref = SampleRef(shard.dataset, shard.shard, entry)
-                tokens = reader.open(shard.dataset_index, ref)
-                for sample in reader.skipped_samples:
-                    damaged = quarantine.reason(sample)
-                    assert damaged is not None  # this quarantine began empty
+        for number in rows.numbers(count_rows(corpus, rows.split, seq_len)):
+            spans: list[Span] = []
+            position, end = number * length, min((number + 1) * length, pool.n_units)
+            while position < end:
+                span, advance = index.span_at(position, end - position, reader.open)
+                position += advance
+                spans += [] if span is None else [span]
+            for sample in reader.skipped_samples:
+                damaged = quarantine.reason(sample)
+                assert damaged is not None  # this quarantine began empty
+                if damaged not in reported:  # a long sample is met in several rows
                     report(damaged)
-                reader.skipped_samples = []
-                if tokens is not None:
-                    yield ref, tokens
-
-
-def _cut_rows(documents: Iterator[Any], eos_id: int, seq_len: int) -> Iterator[NDArray[Any]]:
-    """Rows of up to seq_len + 1 tokens. Each begins with the last token of the preceding row."""
-    buffered: list[NDArray[Any]] = [np.array([eos_id], dtype=np.int32)]
-    n_buffered = 1
-    for document in documents:
-        buffered.append(document)
-        n_buffered += len(document)
-        if n_buffered <= seq_len:
-            continue
-        tokens = np.concatenate(buffered)
-        n_rows = (len(tokens) - 1) // seq_len
-        for row in range(n_rows):
-            yield tokens[row * seq_len : (row + 1) * seq_len + 1]
-        buffered = [tokens[n_rows * seq_len :]]
-        n_buffered = len(buffered[0])
-    if n_buffered > 1:
-        yield np.concatenate(buffered)
+                    reported.add(damaged)
+            reader.skipped_samples = []
+            if spans:
+                yield number, spans

@@ -62,7 +62,7 @@ class TokenStream:
         self.digest = digest
         """Running hash of the ids of all spans so far."""
         self._units_per_row = sampler.units_per_row
-        self._indexes = [_StreamIndex(pool, stream, passes) for pool in sampler.pools]
+        self._indexes = [StreamIndex(pool, stream, passes) for pool in sampler.pools]
 
     def next_spans(self, pool: int, load_tokens: LoadTokens) -> list[Span]:
         """Spans of the next row: seq_len tokens in total or one sample, fewer at the end of the stream.
@@ -87,7 +87,7 @@ class TokenStream:
         return spans
 
 
-class _StreamIndex:
+class StreamIndex:
     """Maps positions of one stream in one pool to samples. Caches the last shard and sample."""
 
     def __init__(self, pool: Pool, stream: int, passes: int | None) -> None:

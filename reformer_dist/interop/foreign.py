@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class ForeignOptions:
     """Options of a foreign model. Those that are never taken, or have no counterpart, are refused by name."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self._values, self._untaken = path, values, set(values)
+        self.path, self._values = path, values
+        self._untaken, self._known = set(values), set[str]()
 
     @staticmethod
     def read(path: Path) -> ForeignOptions:
@@ -76,6 +78,7 @@ class ForeignOptions:
     def take(self, name: str, default: Any = None, *, kind: type | tuple[type, ...] | None = None) -> Any:
         """The value of an option, `default` if it is absent. Raises CheckpointError if its type is wrong."""
         self._untaken.discard(name)
+        self._known.add(name)
         value = self._values.get(name, default)
         kinds = kind if isinstance(kind, tuple) else () if kind is None else (kind,)
         if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
@@ -114,10 +117,11 @@ class ForeignOptions:
         raise CheckpointError(f"{self.path}: {name}={json.dumps(self._values.get(name))}: {reason}")
 
     def refuse_unknown(self, system: str) -> None:
-        """Refuses options that were never taken."""
+        """Refuses options that were never taken, each with the nearest one that was."""
         if self._untaken:
-            unknown = ", ".join(sorted(self._untaken))
-            raise CheckpointError(f"{self.path}: {system} has no such option: {unknown}")
+            near = {name: get_close_matches(name, self._known, n=1) for name in sorted(self._untaken)}
+            unknown = (f"{name} (did you mean {known[0]}?)" if known else name for name, known in near.items())
+            raise CheckpointError(f"{self.path}: {system} has no such option: {', '.join(unknown)}")
 
 
 class ForeignTensors:

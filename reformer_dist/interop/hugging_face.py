@@ -51,6 +51,31 @@ HEAD_TENSORS = {
 }
 LM_BIAS = ("lm_head.bias", "lm_head.decoder.bias")
 FLOAT = (int, float)
+# (only supported value, reason)
+WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
+    "is_encoder_decoder": (False, "their Reformer has no encoder; must be false"),
+    "add_cross_attention": (False, "their Reformer has no cross attention; must be false"),
+    "tie_encoder_decoder": (False, "their Reformer has no encoder; must be false"),
+    "cross_attention_hidden_size": (None, "their Reformer has no cross attention; must be null"),
+    "pruned_heads": ({}, "every layer here has all of its heads; must be empty"),
+    "sinusoidal_pos_embds": (False, "their positions are axial or learned; must be false"),
+}
+# options of transformers 4.57.6 that choose outputs, weights at the start, or how text is generated
+WITHOUT_EFFECT = (
+    *("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "tokenizer_class"),
+    *("_attn_implementation_autoset", "finetuning_task", "task_specific_params", "prefix", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "use_cache"),
+    *("initializer_range", "axial_norm_std", "chunk_size_lm_head", "torchscript", "use_bfloat16"),
+    *("tf_legacy_loss", "label2id", "num_labels", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("sep_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "do_sample"),
+    *("max_length", "min_length", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values"),
+    # of versions that published models were written with
+    *("attention_probs_dropout_prob", "intermediate_size", "num_chunks_before", "num_chunks_after"),
+    *("output_past", "gradient_checkpointing"),
+)
 
 
 def read(directory: Path) -> ForeignModel:
@@ -65,19 +90,33 @@ def read(directory: Path) -> ForeignModel:
         known = ", ".join(HEAD_TENSORS)
         raise CheckpointError(f"{directory}: has no head: none of {known} is present; save a model with a head")
     notes: list[str] = []
+    options.refuse_other_values(WITHOUT_COUNTERPART)
+    for name in WITHOUT_EFFECT:
+        options.take(name)
     config = model_config(options, notes)
     vocab_size: int = options.take("vocab_size", 320, kind=int)
-    classes = _classes(options, tensors) if head is HeadKind.sequence_classification else []
+    is_classifier = head is HeadKind.sequence_classification
+    names, problem_type = options.take("id2label"), options.take("problem_type")
+    if is_classifier and problem_type not in (None, "single_label_classification"):
+        options.refuse(
+            "problem_type", "one of several classes is predicted here; must be single_label_classification"
+        )
+    if options.take("classifier_dropout") not in (None, config.dropout) and is_classifier:
+        notes.append(f"classifier_dropout: model.dropout={config.dropout} is used in the head too")
+    classes = _classes(names, tensors) if is_classifier else []
     if classes:
         config = replace(config, pooling=Pooling.first)
     weights = _weights(tensors, head, config, vocab_size, len(classes))
     has_mask = options.take("mask_token_id") == vocab_size - 1
+    options.refuse_unknown("the Reformer of transformers")
     return ForeignModel("Hugging Face", head, config, vocab_size, weights, notes, classes, has_mask)
 
 
-def _classes(options: ForeignOptions, tensors: ForeignTensors) -> list[str]:
+def _classes(names: Any, tensors: ForeignTensors) -> list[str]:
     n_classes = tensors.get("classifier.out_proj.bias").numel()
-    names = options.take("id2label", None)
+    if n_classes < 2:
+        problem = "has a single output, which transformers trains as a regression; must have two or more classes"
+        raise CheckpointError(f"{tensors.directory}: classifier.out_proj {problem}")
     if not isinstance(names, dict) or len(names) != n_classes:
         return [str(label) for label in range(n_classes)]
     return [str(names.get(str(label), label)) for label in range(n_classes)]
@@ -88,6 +127,8 @@ def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
     layer_names = options.take("attn_layers", ["local", "lsh"] * 3, kind=list)
     if not layer_names or not set(layer_names) <= {"local", "lsh"}:
         options.refuse("attn_layers", "must name local and lsh layers")
+    if options.take("num_hidden_layers", len(layer_names)) != len(layer_names):
+        options.refuse("num_hidden_layers", f"must be {len(layer_names)}, as many as attn_layers names")
     layers = [AttentionKind[name] for name in layer_names]
     dim: int = options.take("hidden_size", 256, kind=int)
     chunk_len: int = options.take("lsh_attn_chunk_length", 64, kind=int)
@@ -169,11 +210,11 @@ def _attention_dropout(options: ForeignOptions, layers: list[AttentionKind], not
 
 
 def _positions(options: ForeignOptions, dim: int) -> dict[str, Any]:
-    if not options.take("axial_pos_embds", True, kind=bool):
-        max_seq_len = options.take("max_position_embeddings", 4096, kind=int)
-        return {"position": Position.learned, "max_seq_len": max_seq_len}
+    max_seq_len: int = options.take("max_position_embeddings", 4096, kind=int)
     shape = list(options.take("axial_pos_shape", [64, 64], kind=list))
     dims = list(options.take("axial_pos_embds_dim", [64, 192], kind=list))
+    if not options.take("axial_pos_embds", True, kind=bool):
+        return {"position": Position.learned, "max_seq_len": max_seq_len}
     if len(dims) != len(shape) or sum(dims) != dim:
         options.refuse("axial_pos_embds_dim", f"must be {len(shape)} widths that sum to hidden_size={dim}")
     return {"position": Position.axial, "axial_shape": shape, "axial_dims": dims}

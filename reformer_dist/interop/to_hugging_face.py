@@ -148,5 +148,6 @@ def _options(config: ModelConfig, head: HeadKind, vocab_size: int, classes: Sequ
     }
     if head is HeadKind.sequence_classification:
         options["id2label"] = {str(label): name for label, name in enumerate(classes)}
+        options["problem_type"] = "single_label_classification"
         options["label2id"] = {name: label for label, name in enumerate(classes)}
     return options

@@ -89,7 +89,9 @@ def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resou
     record, tokenizer_files = _describe_run(config, data.corpus, model)
     if config.init_from is not None and resume_from is None:
         path = config.init_from
-        runtime.together(lambda: load_initial_weights(path, model, record.tokenizer))
+        source = runtime.together(lambda: load_initial_weights(path, model, record))
+        for change in config_changes({"model": source.config["model"]}, {"model": record.config["model"]}):
+            logger.info(f"  changed since: {change}")
     engine = TrainEngine(model, [Block], config, runtime.world_size)
     resources.callback(engine.close)
     checkpoints = CheckpointManager(config, runtime, engine, record=record, extra_files=tokenizer_files)

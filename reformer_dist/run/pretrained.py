@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reformer_dist.checkpoint import RunRecord
 from reformer_dist.checkpoint.export import open_weights
 from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.data import Tokenizer, load_tokenizer
-from reformer_dist.errors import CheckpointError, DataError
+from reformer_dist.errors import CheckpointError, ConfigError, DataError
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.process.log import logger
@@ -77,34 +77,60 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
 HEAD_PREFIX, TOKEN_EMBEDDING = "head.", "embedding.tokens"
 
 
-def load_initial_weights(path: str, model: nn.Module, tokenizer: dict[str, Any]) -> None:
-    """Fills a model from a checkpoint, run or export; a head of another kind keeps its random initialization.
+def load_initial_weights(path: str, model: nn.Module, record: RunRecord) -> RunRecord:
+    """Fills a model from a checkpoint, run or export, and returns the record of that.
 
-    tokenizer: specification of the data's tokenizer. Raises CheckpointError, and DataError if the model's differs.
+    record: of the run with the model. A head that predicts something else is not taken over. Every weight that is
+    left out, or keeps its random initialization, is logged by name. Raises ConfigError if the new model would read
+    the weights differently, CheckpointError if their shapes differ, and DataError if the tokenizers differ.
     """
     reader = open_weights(Path(path))
-    if reader.record.tokenizer != tokenizer:
+    saved, shapes = reader.record, reader.record.shapes
+    if saved.tokenizer != record.tokenizer:
         fix = f"write the data with tools/make_shards.py --tokenizer-of {path}"
         raise DataError(f"data.path: has another tokenizer than init_from={path}; {fix}")
-    shapes = reader.record.shapes
-    head = {name: list(p.shape) for name, p in model.named_parameters() if name.startswith(HEAD_PREFIX)}
-    saved_head = {name: shape for name, shape in shapes.items() if name.startswith(HEAD_PREFIX)}
-    ignored: dict[str, list[int]] = {}
-    if head != saved_head:
-        logger.info(f"the head of {reader.folder} is of another kind; this run's keeps its initialization")
+    _check_tie(path, saved, record)
+    ignored: set[str] = set()
+    if _prediction(saved) != _prediction(record):
+        ignored = {name for name in shapes if name.startswith(HEAD_PREFIX)}
+        initial = [name for name, _ in model.named_parameters() if name.startswith(HEAD_PREFIX)]
+        logger.warning(
+            f"init_from={path}: its head predicts {_prediction(saved)}, not {_prediction(record)}: "
+            f"{', '.join(sorted(ignored))} are not used, and {', '.join(initial)} start at random"
+        )
         children = model.named_children()
         model = nn.ModuleDict({name: child for name, child in children if f"{name}." != HEAD_PREFIX})
-        ignored = saved_head
     with _resized_embedding(model, shapes):
         reader.load_weights(model, ignored)
     logger.info(f"initialized from {reader.folder}")
+    return saved
+
+
+def _check_tie(path: str, saved: RunRecord, record: RunRecord) -> None:
+    """Refuses another tie: a tied table is scaled where it embeds tokens, and an untied one is not."""
+    ties, tied = (bool(each.config["model"].get("tie_embeddings")) for each in (record, saved))
+    if ties and not tied:
+        problem = "has a head with weights of its own, which would be lost; must be false"
+    else:
+        problem = "has one table for its embedding and its head, scaled for both; must be true"
+    if ties != tied:
+        raise ConfigError(f"model.tie_embeddings={str(ties).lower()}: init_from={path} {problem}, as there")
+
+
+def _prediction(record: RunRecord) -> str:
+    """What the head of a model predicts. Heads that predict the same are interchangeable."""
+    kind = TaskKind[record.config["task"]["kind"]]
+    if kind is TaskKind.sequence_classification:
+        return f"the classes {', '.join(record.labels)}"
+    others = {TaskKind.masked_language_model: "masked tokens", TaskKind.question_answering: "spans"}
+    return others.get(kind, "next tokens")
 
 
 @contextmanager
 def _resized_embedding(model: nn.Module, shapes: dict[str, list[int]]) -> Iterator[None]:
     """Resizes the token embedding to load its saved rows, if only one of the two models has a mask token.
 
-    On exit, the common rows are the saved ones; a new mask token is their mean.
+    On exit, the common rows are the saved ones; a new mask token is their mean. Either difference is logged.
     """
     embedding = model.get_submodule(TOKEN_EMBEDDING)
     weight = embedding.weight
@@ -113,6 +139,8 @@ def _resized_embedding(model: nn.Module, shapes: dict[str, list[int]]) -> Iterat
     if abs(n_saved - len(weight)) != 1:
         yield
         return
+    change = "the mask token starts as the mean" if n_saved < len(weight) else "the mask token's is not used"
+    logger.info(f"{TOKEN_EMBEDDING}.weight: {n_saved} -> {len(weight)} rows: {change}")
     embedding.weight = saved = nn.Parameter(weight.new_empty(n_saved, weight.shape[1]))
     yield
     with torch.no_grad():

@@ -34,6 +34,9 @@ class SequenceClassification(SampleTask):
                 differing = ", ".join(sorted(set(dataset.labels) ^ set(self.labels)))
                 expected = f"the model's labels are {', '.join(self.labels)}"
                 raise DataError(f"{where}: its labels differ ({differing}); {expected}")
+        if len(self.labels) < 2:
+            problem = "is the only label, so that there is nothing to predict; give texts of two or more classes"
+            raise DataError(f"data.path: {self.labels[0]!r} {problem}")
 
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
         tokens = concat_ids(sample.fields[0][: self.config.data.seq_len - 1], [self.tokenizer.eos_id])

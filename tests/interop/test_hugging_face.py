@@ -124,6 +124,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "axial_pos_embds_dim": ([8, 8], "hidden_size=32"),
     "hidden_size": ("wide", "int"),
     "tie_word_embeddings": (True, "tie_word_embeddings"),
+    "num_hidden_layers": (4, "2"),
+    "add_cross_attention": (True, "false"),
+    "is_encoder_decoder": (True, "false"),
+    "pruned_heads": ({"0": [1]}, "empty"),
+    "lsh_attn_chunk_lenght": (8, "did you mean lsh_attn_chunk_length?"),
+    "quantization_config": ({"bits": 4}, "no such option"),
 }
 
 
@@ -136,6 +142,37 @@ def test_what_has_no_counterpart_is_refused_by_name(name: str, tmp_path: Path) -
     with pytest.raises(CheckpointError) as caught:
         hugging_face.read(tmp_path)
     assert name in str(caught.value) and reason in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_every_option_of_theirs_is_known(tmp_path: Path) -> None:
+    """Also those that save_pretrained leaves out at their defaults, and those of published models."""
+    build(SMALL).save_pretrained(tmp_path)
+    right = hugging_face.read(tmp_path).config
+    path = tmp_path / "config.json"
+    published = {
+        "attention_probs_dropout_prob": 0.1,
+        "intermediate_size": 3072,
+        "num_chunks_after": 0,
+        "num_chunks_before": 1,
+        "output_past": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 100}},
+    }
+    every = transformers.ReformerConfig(**json.loads(path.read_text())).to_dict()
+    path.write_text(json.dumps(every | published))
+    assert hugging_face.read(tmp_path).config == right
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_classifiers_without_a_softmax_are_refused(problem_type: str, tmp_path: Path) -> None:
+    """As one class of several, a single output had the loss 0, and independent labels became exclusive."""
+    build(SMALL | {"problem_type": problem_type}, "ReformerForSequenceClassification").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf'problem_type="{problem_type}": .*single_label_classification'):
+        hugging_face.read(tmp_path)
+    build(SMALL | {"num_labels": 1}, "ReformerForSequenceClassification").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"classifier\.out_proj .*regression"):
+        hugging_face.read(tmp_path)
+    build(SMALL | {"problem_type": problem_type}).save_pretrained(tmp_path)  # without effect in a language model
+    assert hugging_face.read(tmp_path).vocab_size == SMALL["vocab_size"]
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
@@ -153,9 +190,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     right = json.loads(path.read_text())
     path.write_text(json.dumps(right | {"feed_forward_size": 41}))
     complains("feed_forward.dense.dense.weight", "[40, 32]", "[41, 32]")
-    path.write_text(json.dumps(right | {"attn_layers": ["local", "lsh", "lsh"]}))
+    path.write_text(json.dumps(right | {"attn_layers": ["local", "lsh", "lsh"], "num_hidden_layers": 3}))
     complains("tensor reformer.encoder.layers.2", "missing")
-    path.write_text(json.dumps(right | {"attn_layers": ["local"]}))
+    path.write_text(json.dumps(right | {"attn_layers": ["local"], "num_hidden_layers": 1}))
     complains("reformer.encoder.layers.1", "tensor")
     path.write_text(json.dumps(right))
     (tmp_path / "model.safetensors").write_bytes(b"nothing")

@@ -3,9 +3,9 @@
 
 Exits 1 unless all of this holds: losses, gradient norms and evaluations of every step are bitwise equal in
 metrics.jsonl and TensorBoard, with each step logged once; every checkpoint that verifies after a kill has the
-tensors and data position of the uninterrupted run; and each restart resumes from the newest of them. The moments of
-the kills are drawn from --seed and counted in steps, so that they do not depend on the speed of the machine: after a
-step of the first half of the run, or during the first save after it.
+tensors and data position of the uninterrupted run; and each restart resumes from the newest of them. The moments
+of the kills are drawn from --seed and counted in steps, so that they do not depend on the speed of the machine:
+after a step of the first half of the run, or during the first save after it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from reformer_dist.config import LauncherConfig, LauncherKind, RunConfig
 from reformer_dist.config.checks import require
-from reformer_dist.launch import manifests, scripts
+from reformer_dist.launch import checks, manifests, scripts
 
 RENDERERS: dict[LauncherKind, Callable[[LauncherConfig, Sequence[str], str], str]] = {
     LauncherKind.slurm: scripts.slurm,
@@ -30,6 +30,7 @@ def render(config: RunConfig, arguments: Sequence[str]) -> str:
     config.micro_batching((launcher.nproc_per_node or 1) * launcher.n_nodes)
     requirement = "must be 0: an array is for the trials of a sweep; add --multirun"
     require(launcher.array == 0, "launcher.array", launcher.array, requirement)
+    checks.check(launcher)
     return RENDERERS[launcher.kind](launcher, _without_launcher(arguments), _header(arguments))
 
 
@@ -43,7 +44,8 @@ def render_sweep(launcher: LauncherConfig, arguments: Sequence[str]) -> str:
     requirement = "must be the number of tasks of the SLURM array that runs the trials"
     require(launcher.array > 0, "launcher.array", launcher.array, requirement)
     requirement = "must be 1: each trial runs on one machine"
-    require(launcher.nnodes == 1, "launcher.nnodes", launcher.nnodes, requirement)
+    require(launcher.n_nodes == 1, "launcher.nnodes", launcher.nnodes, requirement)
+    checks.check(launcher)
     return scripts.slurm_sweep(launcher, _without_launcher(arguments), _header(arguments))
 
 
@@ -52,4 +54,6 @@ def _without_launcher(arguments: Sequence[str]) -> list[str]:
 
 
 def _header(arguments: Sequence[str]) -> str:
-    return f"Written by: {shlex.join(['reformer-train', *arguments])}"
+    # a comment of one line
+    command = shlex.join(["reformer-train", *arguments])
+    return "Written by: " + "".join(each if each.isprintable() else repr(each)[1:-1] for each in command)

@@ -10,6 +10,7 @@ from reformer_dist.process.exit_status import PREEMPTED
 
 MODULE = "reformer_dist.train"
 PORT = 29400
+SIGNALS = "TERM USR1 USR2"
 REQUEUE = f"""
 if ((status == {PREEMPTED})); then
     scontrol requeue "$SLURM_JOB_ID"
@@ -19,14 +20,14 @@ exit "$status"
 
 
 def torchrun(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
-    nodes, ranks = launcher.n_nodes, launcher.nproc_per_node
+    nodes, ranks, main_host = launcher.n_nodes, launcher.nproc_per_node, launcher.host_names[0]
     nnodes = f"{launcher.min_nodes}:{nodes}" if launcher.min_nodes else f"{nodes}"
-    options = torchrun_options(launcher, nnodes, launcher.hosts[0])
+    options = torchrun_options(launcher, nnodes, main_host)
     return f"""#!/usr/bin/env bash
 # {source}
 #
 # Run it on each of {", ".join(launcher.hosts)}, at about the same time, in a directory that all of them share.
-# The rendezvous is on {launcher.hosts[0]}. If a rank is lost, all restart from the last checkpoint.
+# The rendezvous is on {main_host}. If a rank is lost, all restart from the last checkpoint.
 set -euo pipefail
 
 cores=$(nproc)
@@ -50,20 +51,20 @@ def torchrun_options(launcher: LauncherConfig, nnodes: str, rendezvous_host: str
 
 
 def deepspeed(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> str:
-    ranks = launcher.nproc_per_node
-    slots = "\n".join(f"{host} slots={ranks}" for host in launcher.hosts)
+    ranks, hosts = launcher.nproc_per_node, launcher.host_names
+    slots = "\n".join(f"{host} slots={ranks}" for host in hosts)
     command = [
         "deepspeed",
         "--no_local_rank",
         "--force_multi",
         '--hostfile "$folder/hostfile"',
-        f"--master_addr {launcher.hosts[0]}",
+        f"--master_addr {hosts[0]}",
         f"--module {MODULE}",
     ]
     return f"""#!/usr/bin/env bash
 # {source}
 #
-# Run it on {launcher.hosts[0]}, in a directory that all machines share. It starts the ranks over ssh, which must
+# Run it on {hosts[0]}, in a directory that all machines share. It starts the ranks over ssh, which must
 # work without a password, and needs pdsh. Lost ranks are not restarted: use torchrun for that.
 set -euo pipefail
 
@@ -95,7 +96,7 @@ def slurm(launcher: LauncherConfig, arguments: Sequence[str], source: str) -> st
 # Each task is a rank. On SIGTERM, when the job is preempted or near its time limit, ranks save and exit with
 # status {PREEMPTED}; the job is then requeued and resumes from that checkpoint.
 set -euo pipefail
-trap : TERM # this shell must outlive the ranks to read their status
+trap : {SIGNALS} # this shell must outlive the ranks to read their status
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -125,7 +126,7 @@ def slurm_sweep(launcher: LauncherConfig, arguments: Sequence[str], source: str)
 # Each task of the array runs one shard of the trials, as many in parallel as its machine holds. On SIGTERM,
 # running trials save; the task exits with status {PREEMPTED}, is requeued, and resumes.
 set -euo pipefail
-trap : TERM # this shell must outlive the sweep to read its status
+trap : {SIGNALS} # this shell must outlive the sweep to read its status
 
 status=0
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} || status=$?

@@ -1,4 +1,4 @@
-"""Handlers of SIGTERM, SIGINT and SIGHUP. Before training begins, they end the process, which can be restarted.
+"""Handlers of the signals that stop a run. Before training begins, they end the process, which can be restarted.
 During training, `training.preemption.StopSignal` saves a checkpoint first.
 
 Imports nothing slow: PyTorch and DeepSpeed take seconds to load, and signals must be handled in the meantime.
@@ -12,12 +12,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import FrameType
 
 from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LAUNCHER = "REFORMER_LAUNCHER"  # environment variable of a rank: pid of the process that started it
+# SLURM sends SIGUSR1 or SIGUSR2 ahead of a time limit where its option --signal says so
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+LAUNCHER = "REFORMER_LAUNCHER"  # environment variable of a rank: the process that started it, as host:pid
 PR_SET_PDEATHSIG = 1  # of Linux
 
 
@@ -50,11 +52,33 @@ def exit_on_interrupt() -> AbstractContextManager[None]:
     return handling([signal.SIGINT], lambda *_: os._exit(INTERRUPTED))
 
 
+def launcher_id() -> str:
+    """Value of LAUNCHER for the ranks that this process starts."""
+    return f"{os.uname().nodename}:{os.getpid()}"
+
+
 def terminate_with_launcher() -> None:
-    """From now on this rank receives SIGTERM when its launcher exits, even if that was killed. Linux only."""
+    """From now on this rank receives SIGTERM when its launcher exits, even if that was killed. Linux only.
+
+    Ends the process with PREEMPTED if the launcher was killed before.
+    """
     terminate = terminate_with_parent()
-    if terminate is not None and os.environ.get(LAUNCHER) == str(os.getppid()):
+    host, _, launcher = os.environ.get(LAUNCHER, "").rpartition(":")
+    if terminate is None or host != os.uname().nodename:
+        return
+    if launcher == str(os.getppid()):
         terminate()
+    # not a child of a child: the variable is inherited
+    if launcher != str(os.getppid()) and not _is_running(launcher):
+        os._exit(PREEMPTED)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def terminate_with_parent() -> Callable[[], None] | None:

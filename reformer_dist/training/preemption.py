@@ -1,7 +1,7 @@
-"""StopSignal: graceful stop on SIGTERM, SIGINT and SIGHUP, agreed on by all ranks.
+"""StopSignal: graceful stop on a signal, agreed on by all ranks.
 
-Schedulers send SIGTERM some seconds before SIGKILL, and a terminal that closes sends SIGHUP. A thread receives
-signals even while the main thread waits in a collective. Before rendezvous a signal ends the process at once;
+Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 some seconds before SIGKILL, and a terminal that closes sends SIGHUP. A
+thread receives signals even while the main thread waits in a collective. Before rendezvous they end the process;
 later, the ranks agree at the next step or held-out batch, save and exit. A second SIGINT ends the process at once.
 """
 

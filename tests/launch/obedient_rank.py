@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from reformer_dist.process.signals import terminate_with_launcher
+from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
+from reformer_dist.process.signals import SIGNALS, exit_on_signal, terminate_with_launcher
 
 
 def main() -> None:
@@ -26,12 +27,37 @@ def main() -> None:
         (folder / f"saved{rank}").write_text(signal.Signals(signum).name)
         sys.exit(int(number))
 
-    if name == "wait":
+    def work() -> None:
+        """As training does: saves for a moment at a signal; a second SIGINT ends it."""
+        received = []
+
+        def note(signum: int, frame: object) -> None:
+            if received and signum == signal.SIGINT:
+                os._exit(INTERRUPTED)
+            received.append(signum)
+
+        for signum in SIGNALS:
+            signal.signal(signum, note)
+        deadline = time.monotonic() + float(number)
+        while time.monotonic() < deadline and not received:
+            time.sleep(0.01)
+        if received:
+            (folder / f"saved{rank}").write_text("")
+            time.sleep(0.1)
+            os._exit(PREEMPTED)
+        os._exit(0)
+
+    if name == "work":
+        exit_on_signal()
+        terminate_with_launcher()
+    elif name == "wait":
         terminate_with_launcher()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, save_and_leave)
     (folder / f"rank{rank}.{attempts}.json").write_text(json.dumps({key: os.environ.get(key) for key in kept}))
-    if name in ("wait", "deaf"):
+    if name == "work":
+        work()
+    elif name in ("wait", "deaf"):
         time.sleep(60)
     elif name == "die" or (name == "die-once" and attempts == 0):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
 import subprocess
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from kubeflow_trainer_api import models
 
-from reformer_dist.config import RunConfig
+from reformer_dist.config import LauncherConfig, LauncherKind, RunConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.launch.render import render, render_sweep
 from reformer_dist.run.compose import conf_folder, register_schema, to_run_config
@@ -96,7 +98,7 @@ def test_schemas_refuse_what_is_wrong() -> None:
 
 def test_arguments_are_quoted_and_those_of_the_launcher_left_out() -> None:
     odd = "output_dir='a b; c'"
-    overrides = (odd, "launcher.gpus_per_node=0", "launcher.nproc_per_node=2", "trainer.max_steps=7")
+    overrides = (odd, "launcher.nproc_per_node=2", "trainer.max_steps=7")
     for kind in ("torchrun", "deepspeed", "slurm"):
         script = rendered(f"launcher={kind}", *overrides)
         judge(script)
@@ -139,6 +141,81 @@ def test_numbers_reach_the_files() -> None:
     )
     for words in ("--nnodes=1:2 ", "--rdzv-endpoint=a:29400 ", "--max-restarts=5 "):
         assert words in torchrun
+
+
+PRINTING = [kind for kind in LauncherKind if kind not in (LauncherKind.none, LauncherKind.local)]
+# another value of each key than the default
+CHANGES: dict[str, Any] = {
+    "nproc_per_node": 2,
+    "nnodes": 8,
+    "hosts": ["gpu[07-09]"],
+    "min_nodes": 1,
+    "max_restarts": 9,
+    "grace": 77,
+    "name": "mine",
+    "gpus_per_node": 0,
+    "cpus_per_rank": 3,
+    "time": "7",
+    "sbatch": ["--partition=p"],
+    "array": 3,
+    "image": "other:1",
+    "claim": "other",
+}
+
+
+@functools.cache
+def default_of(kind: LauncherKind) -> RunConfig:
+    return configured(f"launcher={kind.name}", "data.batch_size=96")
+
+
+@pytest.mark.parametrize("key", [option.name for option in fields(LauncherConfig) if option.name != "kind"])
+@pytest.mark.parametrize("kind", PRINTING, ids=lambda kind: kind.name)
+def test_every_key_reaches_what_is_printed_or_is_refused(kind: LauncherKind, key: str) -> None:
+    config = default_of(kind)
+    before = render(config, [])
+    try:
+        changed = replace(config.launcher, **{key: CHANGES[key]})
+        assert render(replace(config, launcher=changed), []) != before
+    except ConfigError as refusal:
+        assert str(refusal).startswith(f"launcher.{key}="), refusal
+
+
+@pytest.mark.parametrize("kind", [LauncherKind.none, LauncherKind.local])
+def test_launchers_that_print_nothing_refuse_what_they_do_not_read(kind: LauncherKind) -> None:
+    for key in ("hosts", "array", "time", "sbatch"):
+        with pytest.raises(ConfigError, match=rf"^launcher\.{key}="):
+            LauncherConfig(kind=kind, **{key: CHANGES[key]}).refuse_unused_keys()
+
+
+def test_hosts_may_be_ranges() -> None:
+    launcher = LauncherConfig(kind=LauncherKind.torchrun, hosts=["a", "n[08-10,3].x", "r[1-2]c[1-2]"])
+    expanded = ["a", "n08.x", "n09.x", "n10.x", "n3.x", "r1c1", "r1c2", "r2c1", "r2c2"]
+    assert launcher.host_names == expanded and launcher.n_nodes == 9
+    script = rendered("launcher=deepspeed", 'launcher.hosts=["n[1-2]"]')
+    assert "n1 slots=4\nn2 slots=4\n" in script and "--master_addr n1 " in script
+    script = rendered("launcher=torchrun", 'launcher.hosts=["n[1-8]"]', "launcher.nnodes=8", "data.batch_size=32")
+    assert "--nnodes=8 " in script and "--rdzv-endpoint=n1:29400 " in script
+
+
+@pytest.mark.parametrize(
+    "host", ["", "a b", "-a", "a;b", "n[1-", "n1]", "n[]", "n[2-1]", "n[x]", "n[1-2][", "n[1-999999999]", "a\n"]
+)
+def test_hosts_that_are_none(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.hosts="):
+        LauncherConfig(kind=LauncherKind.torchrun, hosts=[host])
+
+
+def test_each_machine_is_named_once() -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.hosts=.*n2"):
+        LauncherConfig(kind=LauncherKind.deepspeed, hosts=["n[1-3]", "n2"])
+
+
+@pytest.mark.parametrize("kind", PRINTING, ids=lambda kind: kind.name)
+def test_a_line_break_in_an_argument_does_not_end_the_comment(kind: LauncherKind) -> None:
+    """The shell would run what follows it."""
+    printed = render(default_of(kind), ["output_dir=a\nb"])
+    [comment] = [line for line in printed.splitlines() if "Written by" in line]
+    assert comment.endswith("'output_dir=a\\nb'")
 
 
 SWEEP = ("--multirun", "model.n_hashes=2,4", "output_dir='a b'")
@@ -186,6 +263,25 @@ BAD = [
     (("launcher=local", "launcher.nnodes=2"), ["launcher.nnodes=2", "launcher=local"]),
     (("launcher=torchrun", "launcher.hosts=[]"), ["launcher.hosts=[]", "node1"]),
     (("launcher=torchrun", "launcher.min_nodes=3"), ["launcher.min_nodes=3", "2"]),
+    (("launcher=torchrun", "launcher.nnodes=8"), ["launcher.nnodes=8", "node1", "node[1-8]"]),
+    (("launcher=deepspeed", "launcher.nnodes=1"), ["launcher.nnodes=1", "2"]),
+    (("launcher=slurm", "launcher.name='a b'"), ["launcher.name='a b'"]),
+    (("launcher=torchrun", "launcher.name='a;b'"), ["launcher.name='a;b'"]),
+    (("launcher=job", "launcher.name=Mine"), ["launcher.name='Mine'"]),
+    (("launcher=job", "launcher.image='a b'"), ["launcher.image='a b'"]),
+    (("launcher=job", "launcher.claim=''"), ["launcher.claim=''"]),
+    (("launcher=slurm", "launcher.time='1 day'"), ["launcher.time='1 day'", "24:00:00"]),
+    *(
+        (("launcher=slurm", f"launcher.sbatch=['{option}']"), [f"launcher.sbatch={option}", *words])
+        for option, *words in (
+            ("--nodes=3", "launcher.nnodes"),
+            ("-N3", "launcher.nnodes"),
+            ("--time 3", "launcher.time"),
+            ("--signal=B:USR1@60", "shell"),
+            ("--signal=KILL@60", "USR1"),
+        )
+    ),
+    (("launcher=slurm", "launcher.sbatch=['rm x']"), ["launcher.sbatch='rm x'", "--partition"]),
     (("launcher=local", "launcher.max_restarts=-1"), ["launcher.max_restarts=-1"]),
     (("launcher=local", "launcher.nproc_per_node=0"), ["launcher.nproc_per_node=0"]),
 ]

@@ -6,6 +6,10 @@
   summarisation       --train and --heldout: JSON lines of document and summary (default: standard library)
   classification      --train and --heldout: JSON lines of text and label (default: standard library)
   duplication         random texts to be repeated
+  mqar                multi-query associative recall: pairs of key and value, then the keys in another order
+  joint_recall        keys whose values depend on the context that they are in
+  induction           the token that followed a special one before
+  needle              numbers hidden in text, and questions about them at its end
 
 A second run reuses the dataset and resumes training.
 """
@@ -28,6 +32,8 @@ class Application:
     """Arguments of make_shards.py that describe the inputs."""
     generator: list[str] | None = None
     """Arguments of make_task_data.py, used without --train; None if --train is required."""
+    is_recall: bool = False
+    """Whether make_recall_data.py writes the dataset; there are no raw files."""
     tokenizer: tuple[str, ...] = ()
     heldout: str = "0.05"
     """Held-out fraction, used without --heldout."""
@@ -44,6 +50,7 @@ APPLICATIONS = {
         ["--fields", "document", "summary"], ["summaries"], ("--tokenizer", "bpe", "--vocab-size", "4000")
     ),
     "classification": Application(["--fields", "text", "--label", "label"], ["packages"], heldout="0.2"),
+    **{name: Application([], is_recall=True) for name in ("mqar", "joint_recall", "induction", "needle")},
     "duplication": Application(
         ["--fields", "prompt", "completion"],
         ["duplication", "--samples", "40000"],
@@ -86,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _write_shards(arguments: argparse.Namespace, application: Application, data: Path) -> None:
     files = [str(path) for path in arguments.train]
+    if application.is_recall:
+        if files or arguments.heldout:
+            sys.exit(f"error: {arguments.name} generates its data; leave out --train and --heldout")
+        print_heading("Generating the dataset")
+        execute([sys.executable, str(TOOLS / "make_recall_data.py"), arguments.name, "--output", str(data)])
+        return
     if not files:
         if application.generator is None:
             sys.exit(f"error: {arguments.name} needs --train and --heldout; see --help")

@@ -6,6 +6,8 @@
 from reformer_dist.data.format.corpus import Corpus, describe_changes
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.dataset_layout import SPLITS, TEXT_FIELDS, Shard
+from reformer_dist.data.format.id_tokenizer import IdTokenizer
+from reformer_dist.data.format.label_spans import label_mask, read_groups, read_spans
 from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -54,6 +56,7 @@ __all__ = [
     "Dataset",
     "DrawKey",
     "Example",
+    "IdTokenizer",
     "LoaderState",
     "MakeExample",
     "Quarantine",
@@ -80,6 +83,7 @@ __all__ = [
     "heldout_sample_batches",
     "heldout_text_batches",
     "is_heldout",
+    "label_mask",
     "load_tokenizer",
     "make_sample",
     "merge_states",
@@ -87,8 +91,10 @@ __all__ = [
     "next_token_examples",
     "pack_spans",
     "read_documents",
+    "read_groups",
     "read_jsonl",
     "read_parallel",
+    "read_spans",
     "read_split",
     "read_squad",
     "read_state",

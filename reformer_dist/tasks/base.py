@@ -17,6 +17,7 @@ from reformer_dist.data import (
     Batch,
     Corpus,
     DamagedSample,
+    Dataset,
     DrawKey,
     Example,
     RowSelection,
@@ -82,7 +83,8 @@ class Task(ABC):
     @property
     def token_bytes(self) -> Tensor | None:
         """Bytes of text of each token, [vocab_size], if the loss is reported in bits per byte, else None."""
-        return torch.from_numpy(self.tokenizer.token_bytes) if self.reports_bits_per_byte else None
+        lengths = self.tokenizer.token_bytes
+        return torch.from_numpy(lengths) if self.reports_bits_per_byte and lengths.any() else None
 
     def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
         """Lines that report the task's metrics of a trained model, the same on every rank."""
@@ -94,6 +96,8 @@ class SampleTask(Task):
 
     field_names: ClassVar[tuple[str, ...]] = ("text",)
     """Roles of the fields of a sample, in order; a dataset may name them differently."""
+    reads_spans: ClassVar[bool] = False
+    """Whether samples of one field may say which of their tokens are labels."""
     make_shards_args: ClassVar[str]
     """Arguments of tools/make_shards.py that write such a dataset."""
 
@@ -106,11 +110,13 @@ class SampleTask(Task):
 
     def check(self, corpus: Corpus) -> None:
         for dataset in corpus.datasets:
-            if len(dataset.fields) != len(self.field_names):
+            if len(dataset.fields) != len(self.field_names) and not (self.reads_spans and dataset.has_label_spans):
                 actual, needed = ", ".join(dataset.fields), " and ".join(self.field_names)
                 needs = f"task.kind={self.config.task.kind.name} needs {needed}"
                 hint = f"write it with make_shards.py {self.make_shards_args}"
                 raise DataError(f"data.path={dataset.folder.address}: its samples hold {actual}; {needs}; {hint}")
+            if dataset.has_label_spans and not self.reads_spans:
+                raise DataError(spans_refused(dataset, self.config.task.kind.name))
 
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
         sample = make_sample(spans[0].ref, spans[0].tokens) if spans else None
@@ -129,6 +135,11 @@ class SampleTask(Task):
         padding = Sample("", (np.zeros(0, np.int64),) * len(self.field_names), self.padding_metadata())
         example = self.encode(padding, draw_key)
         return {**example, "labels": np.full_like(example["labels"], IGNORE_INDEX)}
+
+
+def spans_refused(dataset: Dataset, kind: str) -> str:
+    actual = f"data.path={dataset.folder.address}: its samples say which of their tokens are labels"
+    return f"{actual}; task.kind={kind} predicts others: use task.kind=completion"
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -21,7 +21,7 @@ from reformer_dist.data import (
 )
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerLM
-from reformer_dist.tasks.base import Task, warn_damaged
+from reformer_dist.tasks.base import Task, spans_refused, warn_damaged
 
 
 class LanguageModel(Task):
@@ -34,6 +34,8 @@ class LanguageModel(Task):
 
     def check(self, corpus: Corpus) -> None:
         for dataset in corpus.datasets:
+            if dataset.has_label_spans:
+                raise DataError(spans_refused(dataset, self.config.task.kind.name))
             if len(dataset.fields) > 1:
                 kind, fields = self.config.task.kind.name, ", ".join(dataset.fields)
                 expected = f"task.kind={kind} reads running text; give a dataset of text, or another task.kind"

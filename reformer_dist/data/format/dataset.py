@@ -42,6 +42,7 @@ class Dataset:
         spec: str,
         fields: Sequence[str] = TEXT_FIELDS,
         labels: Sequence[str] = (),
+        has_label_spans: bool = False,
     ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
@@ -50,6 +51,8 @@ class Dataset:
         """Specification of the tokenizer, as one line of JSON."""
         self.fields, self.labels = list(fields), list(labels)
         """Names of the fields of a sample; possible labels, if samples have one."""
+        self.has_label_spans = has_label_spans
+        """Whether the metadata of samples says which of their tokens are labels."""
         self._indexes = IndexCache()
 
     @classmethod
@@ -71,7 +74,8 @@ class Dataset:
                 raise DataError(f"{where}: {problem}")
         splits = {split: _read_shards(record["splits"][split], split, where) for split in SPLITS}
         fields, labels = _read_names(record, "fields", where) or TEXT_FIELDS, _read_names(record, "labels", where)
-        return cls(folder, tokenizer, splits, json.dumps(record["tokenizer"], sort_keys=True), fields, labels)
+        spec = json.dumps(record["tokenizer"], sort_keys=True)
+        return cls(folder, tokenizer, splits, spec, fields, labels, record.get("label_spans") is True)
 
     @property
     def fingerprint(self) -> str:

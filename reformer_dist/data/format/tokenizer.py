@@ -19,6 +19,7 @@ from reformer_dist.data.format.dataset_layout import (
     require_count,
     require_plain_name,
 )
+from reformer_dist.data.format.id_tokenizer import IdTokenizer
 from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
@@ -199,8 +200,12 @@ def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bytes":
         return ByteTokenizer(*(require_count(spec, key, str(folder)) for key in ("first_id", "eos_id")))
+    if kind == "ids":
+        return IdTokenizer(require_count(spec, "n_ids", str(folder)))
     if kind not in ("bpe", "sentencepiece"):
-        raise DataError(f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes, bpe or sentencepiece")
+        raise DataError(
+            f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes, ids, bpe or sentencepiece"
+        )
     path = folder / require_plain_name(spec.get("file"), str(folder))
     tokenizer: Tokenizer
     if kind == "bpe":

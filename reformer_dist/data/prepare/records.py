@@ -22,6 +22,11 @@ class RawSample:
     fields: tuple[bytes, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Data that is not text, as JSON values."""
+    label_spans: tuple[tuple[int, int], ...] = ()
+    """Spans [start, stop) of the first field that are to be predicted, in bytes, or in ids if the text is ids; the
+    whole sample if empty."""
+    label_groups: tuple[str, ...] = ()
+    """A name per span, by which the accuracy of evaluations is broken down; may be empty."""
     split_key: bytes | None = None
     """Samples with the same key are in the same split; None for the fields themselves."""
 

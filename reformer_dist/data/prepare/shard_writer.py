@@ -32,6 +32,7 @@ from reformer_dist.data.format.dataset_layout import (
     json_sha256,
     write_json,
 )
+from reformer_dist.data.format.label_spans import GROUPS, SPANS, token_spans
 from reformer_dist.data.format.tokenizer import Tokenizer
 from reformer_dist.data.prepare.records import RawSample
 from reformer_dist.errors import DataError
@@ -85,13 +86,16 @@ def write_samples(
     heldout: Iterable[RawSample] | None = None,
     fields: Sequence[str] = TEXT_FIELDS,
     labels: Sequence[str] = (),
+    label_spans: bool = False,
 ) -> WriteSummary:
     """Writes samples, each with one text per name in `fields`, as a dataset.
 
     shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
     out; by default a `heldout_fraction` of the samples, selected by content. labels: those that the metadata may
-    hold. Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be
-    written, or it already holds a dataset and `overwrite` is False.
+    hold. label_spans: whether samples say which of their tokens are labels.
+
+    Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be written, or it
+    already holds a dataset and `overwrite` is False.
     """
     folder = Path(folder)
     if shard_bytes < 1:
@@ -112,6 +116,7 @@ def write_samples(
             "dtype": tokenizer.dtype,
             **({"fields": list(fields)} if tuple(fields) != TEXT_FIELDS else {}),
             **({"labels": list(labels)} if labels else {}),
+            **({"label_spans": True} if label_spans else {}),
             "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
         }
         # dataset.json is removed first, so that a mixture of the old and the new dataset never opens
@@ -211,6 +216,10 @@ class _SplitWriter:
     def add(self, sample: RawSample) -> None:
         parts = [self.tokenizer.encode(text) for text in sample.fields]
         ids = np.concatenate(parts)
+        metadata = dict(sample.metadata)
+        if sample.label_spans:
+            metadata[SPANS] = token_spans(sample.label_spans, parts[0], self.tokenizer, sample.name)
+            metadata |= {GROUPS: list(sample.label_groups)} if sample.label_groups else {}
         payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
         if len(payload) > MAX_SAMPLE_BYTES:
             expected = f"the maximum is {MAX_SAMPLE_BYTES}: cut the document into several"
@@ -234,7 +243,7 @@ class _SplitWriter:
                 "n_bytes": sum(map(len, sample.fields)),
                 "sha256": hashlib.sha256(payload).hexdigest(),
                 **({"lengths": [len(part) for part in parts]} if len(parts) > 1 else {}),
-                **({"facts": dict(sample.metadata)} if sample.metadata else {}),
+                **({"facts": metadata} if metadata else {}),
             }
         )
         self._n_documents += 1

@@ -27,6 +27,7 @@ from reformer_dist.data import (
     load_tokenizer,
     read_documents,
     read_jsonl,
+    read_labeled,
     read_parallel,
     read_squad,
     write_samples,
@@ -45,6 +46,7 @@ inputs:
 samples with several texts, for tasks other than language modeling:
   --source F --target F       parallel text, one sample per line: translation
   INPUT.jsonl --fields A B    fields of each line, such as document and summary; --label for a class
+  INPUT.jsonl --label-spans S   one text with the spans [[first, last + 1], ...] that are predicted, in characters
   INPUT.json --squad          questions and contexts in SQuAD format
 
 examples:
@@ -72,6 +74,7 @@ def main() -> int:
                 overwrite=arguments.overwrite,
                 heldout=form.heldout() if form.heldout else None,
                 fields=form.fields,
+                label_spans=bool(arguments.label_spans),
                 labels=sorted({record.metadata["label"] for record in form.records()}) if arguments.label else (),
             )
     except UserError as error:
@@ -118,6 +121,9 @@ class InputFormat:
             fields = ("source", "target")
         elif arguments.squad:
             read, pairs, fields = read_squad, [(arguments.inputs,), (heldout_files,)], ("question", "context")
+        elif arguments.label_spans:
+            read = partial(read_labeled, field=arguments.jsonl_field, spans=arguments.label_spans)
+            pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         elif arguments.fields:
             fields = tuple(arguments.fields)
             read = partial(read_jsonl, fields=fields, label=arguments.label)
@@ -147,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--target", type=Path, metavar="FILE", help="parallel text: target lines, as many as in --source")
     add("--fields", nargs="+", metavar="NAME", help="text fields of each .jsonl line, in order")
     add("--label", metavar="NAME", help="with --fields: the field with the class label")
+    add("--label-spans", metavar="NAME", help="field of .jsonl lines: spans of the text that are predicted")
     add("--squad", action="store_true", help="inputs are in SQuAD 1.1 format")
     add(
         "--heldout-from",
@@ -196,8 +203,9 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
-        "--source, --fields and --squad are mutually exclusive": is_parallel
+        "--source, --fields, --label-spans and --squad are mutually exclusive": is_parallel
         + bool(arguments.fields)
+        + bool(arguments.label_spans)
         + arguments.squad
         <= 1,
         "--label needs --fields": not arguments.label or bool(arguments.fields),

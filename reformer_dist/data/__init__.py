@@ -34,7 +34,7 @@ from reformer_dist.data.loading.packing import Span, pack_spans
 from reformer_dist.data.loading.replay import Replay
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
 from reformer_dist.data.prepare.documents import SkippedFiles, read_documents
-from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_parallel, read_squad
+from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_labeled, read_parallel, read_squad
 from reformer_dist.data.prepare.shard_writer import (
     WriteSummary,
     assign_splits,
@@ -93,6 +93,7 @@ __all__ = [
     "read_documents",
     "read_groups",
     "read_jsonl",
+    "read_labeled",
     "read_parallel",
     "read_spans",
     "read_split",

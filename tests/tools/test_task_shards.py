@@ -122,7 +122,7 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         (["--source", "a"], "--source and --target"),
         (["in", "--source", "a", "--target", "b"], "inputs or --source and --target"),
-        (["in", "--squad", "--fields", "a"], "--source, --fields and --squad"),
+        (["in", "--squad", "--fields", "a"], "--source, --fields, --label-spans and --squad"),
         (["in", "--label", "a"], "--label needs --fields"),
         ([], "inputs or --source"),
         (["--source", "a", "--target", "b", "--heldout-from", "c"], "--heldout-from needs two files"),
@@ -137,3 +137,25 @@ def test_arguments_that_do_not_go_together(
 ) -> None:
     assert make_shards(monkeypatch, *arguments, "--output", os.devnull) == 2
     assert words in capsys.readouterr().err
+
+
+def test_label_spans_are_characters_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Größe? Sehr groß."
+    raw = write_lines(tmp_path / "raw.jsonl", *({"body": text, "spans": [[0, 2], [7, 16]]},) * 3)
+    arguments = ("--jsonl-field", "body", "--label-spans", "spans", "--output", tmp_path / "data")
+    assert make_shards(monkeypatch, raw, *arguments, "--heldout-from", raw) == 0
+    [sample, *_] = read_split(Corpus.open([tmp_path / "data"]), RowSelection(split="heldout"))
+    parts = [
+        bytes(sample.fields[0][start:stop].tolist()).decode() for start, stop in sample.metadata["label_spans"]
+    ]
+    assert parts == ["Gr", "Sehr groß"]
+
+
+@pytest.mark.parametrize("spans", [None, [], [[3, 3]], [[0, 18]], [[-1, 2]], ["0", "1"], [[0, 1.5]], "[[0, 1]]"])
+def test_invalid_label_spans_are_refused(
+    spans: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_lines(tmp_path / "raw.jsonl", {"text": "Größe? Sehr groß.", "spans": spans})
+    arguments = (raw, "--label-spans", "spans", "--heldout-from", raw, "--output", tmp_path / "data")
+    assert make_shards(monkeypatch, *arguments) == 1
+    assert "raw.jsonl:1: field 'spans' is" in capsys.readouterr().err

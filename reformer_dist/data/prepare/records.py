@@ -56,7 +56,33 @@ def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None =
                     values = json_fields(line, names, f"{path}:{number}")
                     texts = tuple(values[: len(fields)])
                     metadata = {"label": values[-1].decode()} if label else {}
-                    yield RawSample(f"{path.name}:{number}", texts, metadata, texts[0])
+                    yield RawSample(f"{path.name}:{number}", texts, metadata, split_key=texts[0])
+
+
+def read_labeled(paths: Iterable[Path], field: str, spans: str) -> Iterator[RawSample]:
+    """One text per line, a JSON object, with the spans of characters [first, last + 1] that are to be predicted.
+
+    field, spans: names of the text and the list of spans. Raises DataError if a line lacks one of them.
+    """
+    for path in paths:
+        with open_raw(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    [text] = json_fields(line, [field], where)
+                    marked = _byte_spans(line, spans, text.decode(), where)
+                    yield RawSample(f"{path.name}:{number}", (text,), label_spans=marked)
+
+
+def _byte_spans(line: bytes, name: str, text: str, where: str) -> tuple[tuple[int, int], ...]:
+    values = json.loads(line).get(name)
+    is_pairs = isinstance(values, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span) for span in values
+    )
+    if not is_pairs or not values or not all(0 <= start < stop <= len(text) for start, stop in values):
+        expected = f"must be pairs [first, last + 1] of characters of the text, up to {len(text)}"
+        raise DataError(f"{where}: field {name!r} is {values!r:.80}; it {expected}")
+    return tuple((len(text[:start].encode()), len(text[:stop].encode())) for start, stop in values)
 
 
 def read_squad(paths: Iterable[Path]) -> Iterator[RawSample]:

@@ -1,6 +1,7 @@
-"""Composes a RunConfig from conf/ and the command line with Hydra; the dataclasses validate it.
+"""Composes a RunConfig from yaml files and the command line with Hydra; the dataclasses validate it.
 
-No yaml names Python code: there is no `_target_`, and the schema refuses unknown keys.
+No yaml names Python code: there is no `_target_`, the schema refuses unknown keys, and so does `command_line`
+settings of Hydra.
 """
 
 from __future__ import annotations
@@ -9,18 +10,13 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,8 +26,21 @@ from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import one_of
 from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
 from reformer_dist.errors import ConfigError
+from reformer_dist.run.command_line import (
+    CONFIG_NAME,
+    FILE_ERRORS,
+    OWN_FILES,
+    ConfigFiles,
+    compose_safely,
+    conf_folder,
+    first_words,
+    hydra_context,
+    parse_command_line,
+    without_null_groups,
+)
 
-CONFIG_NAME = "train"
+# a key of this name would be a callable for Hydra or for logging
+CALLABLE_KEYS = ("_target_", "()")
 
 # error messages of the libraries, with the value in the first group, and the requirement that replaces them
 VALUE_ERRORS = (
@@ -40,62 +49,48 @@ VALUE_ERRORS = (
     (re.compile(r"Value '(.*)' is not a valid bool"), "must be true or false"),
     (re.compile(r"Invalid value '(.*)', expected one of \[(.*)\]"), "must be one of {1}"),
 )
+SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires --multirun")
 NOT_A_LIST = re.compile(r"is not a ListConfig, list or tuple")
 UNKNOWN_CHOICE = re.compile(r"Could not find '(.*)/(.*)'\s+Available options in '.*':\n((?:\t.*\n?)*)")
 
 
-def conf_folder() -> Path:
-    """conf/ of the checkout that contains this package, or the copy installed by the wheel."""
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "conf"
-    return checkout if (package.parent / "pyproject.toml").is_file() else package / "conf"
-
-
-def register_schema() -> None:
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-
-
 def hydra_entry(task: Callable[[RunConfig], None]) -> None:
     """Runs `task` with the configuration of the command line. Raises ConfigError."""
-    register_schema()
-    # otherwise Hydra prints errors in its own format and exits
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    refuse_renamed_overrides(command_line_overrides(sys.argv[1:]))
-    composed: list[DictConfig] = []
-    compose = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=CONFIG_NAME)
+    line = parse_command_line(sys.argv[1:])
+    if not line.shows:
+        task(compose_run(line.overrides, line.files))
+        return
+    with hydra_context(line.files) as loader:
+        if not line.completes:  # of an unfinished line, for which Hydra only reads the files
+            compose_config(line.overrides, line.files, loader)
+            flags = [word for word in sys.argv if word not in line.overrides]
+            sys.argv = [*flags, *without_null_groups(line.overrides, loader)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own format and exits
+    show = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=CONFIG_NAME)
     try:
-        compose(composed.append)()
+        show(lambda config: None)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-    if composed:  # --help, --cfg and the like describe no run
-        task(to_run_config(_with_initial_model(composed[0], command_line_overrides(sys.argv[1:]))))
 
 
-def compose_run(overrides: list[str]) -> RunConfig:
+def compose_run(overrides: list[str], files: ConfigFiles | None = None) -> RunConfig:
     """The configuration that a command line of these overrides would run. Raises ConfigError."""
-    with hydra_context():
-        return to_run_config(_with_initial_model(compose_config(overrides), overrides))
+    files = files or ConfigFiles()
+    with hydra_context(files) as loader:
+        return to_run_config(_with_initial_model(compose_config(overrides, files, loader), overrides))
 
 
-def command_line_overrides(arguments: list[str]) -> list[str]:
-    """The overrides among the arguments of a command line."""
-    return list(get_args_parser().parse_known_intermixed_args(arguments)[0].overrides)
-
-
-@contextmanager
-def hydra_context() -> Iterator[ConfigLoader]:
-    """Initializes Hydra with conf/ and the schema."""
-    register_schema()
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
-
-
-def compose_config(overrides: list[str]) -> DictConfig:
-    refuse_renamed_overrides(overrides)
+def compose_config(overrides: list[str], files: ConfigFiles, loader: ConfigLoaderImpl) -> DictConfig:
+    """Composes overrides of one value each in a hydra_context of `files`. Raises ConfigError."""
     try:
-        return hydra.compose(CONFIG_NAME, overrides)
+        return compose_safely(without_null_groups(overrides, loader), files)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+    except FILE_ERRORS as error:
+        where = " ".join([*files.arguments(), *overrides])
+        raise ConfigError(f"{where}: {first_words(error)}") from error
 
 
 def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfig:
@@ -117,7 +112,9 @@ def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfi
 
 def to_run_config(composed: Any) -> RunConfig:
     """Converts to the dataclasses, which check their values. Raises ConfigError."""
-    refuse_unknown(OmegaConf.to_container(composed, enum_to_str=True), RunConfig(), "")
+    values = OmegaConf.to_container(composed, enum_to_str=True)
+    refuse_callables(values, "")
+    refuse_unknown(values, RunConfig(), "")
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -136,6 +133,18 @@ def refuse_unknown(values: Any, known: Any, prefix: str) -> None:
         if key not in names:
             raise ConfigError(f"{prefix}{key}={value}: there is no such key{_suggest(key, type(known))}")
         refuse_unknown(value, getattr(known, key), f"{prefix}{key}.")
+
+
+def refuse_callables(values: Any, prefix: str) -> None:
+    """Raises ConfigError for keys that name a callable, at any depth."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key in CALLABLE_KEYS:
+                raise ConfigError(f"{prefix}{key}={value}: there is no such key; a configuration names no code")
+            refuse_callables(value, f"{prefix}{key}.")
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            refuse_callables(value, f"{prefix}{index}.")
 
 
 def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
@@ -176,7 +185,7 @@ def explain(error: BaseException) -> str:
         # Hydra raises the errors of files without "from"
         cause = cause.__cause__ or (cause.__context__ if isinstance(cause, HydraException) else None)
     if innermost is None:
-        return _explain_choice(str(error))
+        return _explain_hydra(str(error))
     first_line = (innermost.msg or str(innermost)).splitlines()[0]
     key = str(innermost.full_key or innermost.key or "")
     if key in RENAMED:  # in a yaml file; the value is unknown here
@@ -190,15 +199,23 @@ def explain(error: BaseException) -> str:
     return message + _suggest(key, innermost.object_type)
 
 
-def _explain_choice(message: str) -> str:
-    """Hydra's message; for an unknown choice of a group, the known ones instead of the search path."""
+def _explain_hydra(message: str) -> str:
+    """Hydra's message in one line; for an unknown choice of a group, the known ones instead of the search path."""
+    if match := SEVERAL_VALUES.search(message):
+        fix = "add --multirun to try each in a sweep, or write a list as key=[a,b]"
+        return f"{match[1] or match[2]}: has several values; {fix}"
     match = UNKNOWN_CHOICE.search(message)
     if match is None:
-        return message
-    group, choice, options = match.groups()
-    known = options.split()
+        return message.strip().splitlines()[0]
+    # the choice may itself be a path
+    group, choice = f"{match[1]}/{match[2]}".split("/", 1)
+    known = match[3].split()
+    if group == "deepspeed" and choice.endswith(".json"):
+        fix = "DeepSpeed's own file is not read; its settings are deepspeed.*, optim.* and trainer.*"
+        return f"{group}={choice}: must be {one_of(known)}; {fix}"
     closest = difflib.get_close_matches(choice, known, n=1)
-    return f"{group}={choice}: must be {one_of(known)}" + (f"; did you mean {closest[0]}?" if closest else "")
+    hint = f"; did you mean {closest[0]}?" if closest else f"; {OWN_FILES}" if group == "experiment" else ""
+    return f"{group}={choice}: must be {one_of(known)}{hint}"
 
 
 def _example(key: str) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
@@ -17,16 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reformer_dist.config import LauncherConfig, RunConfig, SweepConfig
-from reformer_dist.config.renamed import refuse_renamed_overrides
 from reformer_dist.errors import ConfigError
-from reformer_dist.run.compose import (
-    command_line_overrides,
-    compose_config,
-    explain,
-    hydra_context,
-    hydra_entry,
-    refuse_unknown,
-)
+from reformer_dist.run.command_line import ConfigFiles, hydra_context, parse_command_line, parse_overrides
+from reformer_dist.run.compose import compose_config, explain, hydra_entry, refuse_unknown
 from reformer_dist.sweep.space import Choices, Dimension, Interval, SearchSpace
 
 SWEEP = "sweep"
@@ -45,6 +36,8 @@ class SweepRequest:
     fixed: list[str]
     """Overrides of every trial."""
     space: SearchSpace
+    files: ConfigFiles = field(default_factory=ConfigFiles)
+    """The user's own yaml files, which every trial reads too."""
 
 
 def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepRequest], None]) -> None:
@@ -53,16 +46,18 @@ def run_or_sweep(task: Callable[[RunConfig], None], sweep: Callable[[SweepReques
     Raises ConfigError for an invalid command line.
     """
     if is_sweep(sys.argv[1:]):
-        sweep(parse_request(command_line_overrides(sys.argv[1:])))
+        line = parse_command_line(sys.argv[1:])
+        sweep(parse_request(line.overrides, line.files))
     else:
         hydra_entry(task)
 
 
-def parse_request(arguments: list[str]) -> SweepRequest:
+def parse_request(overrides: list[str], files: ConfigFiles | None = None) -> SweepRequest:
     """Parses overrides. Fixed keys are only partly checked: trials may still be invalid. Raises ConfigError."""
-    with hydra_context() as loader:
-        fixed, sweep_settings, space = _classify_overrides(arguments, loader)
-        composed = compose_config([*fixed, *sweep_settings])
+    files = files or ConfigFiles()
+    with hydra_context(files) as loader:
+        fixed, sweep_settings, space = _classify_overrides(overrides, loader)
+        composed = compose_config([*fixed, *sweep_settings], files, loader)
         refuse_unknown(OmegaConf.to_container(composed.sweep), SweepConfig(), "sweep.")
         try:
             settings, launcher = OmegaConf.to_object(composed.sweep), OmegaConf.to_object(composed.launcher)
@@ -74,11 +69,11 @@ def parse_request(arguments: list[str]) -> SweepRequest:
         params: SearchSpace = {}
         for key, value in settings.params.items():
             if key not in fixed_keys:
-                (override,) = _parse([f"{key}={value}"], loader)
+                (override,) = parse_overrides([f"{key}={value}"], loader)
                 is_range = override.is_sweep_override()
                 word = f"sweep.params: {key}={value}"
                 params[key] = _parse_dimension(override, word) if is_range else Choices((value,))
-    return SweepRequest(settings, launcher, folder, fixed, params | space)
+    return SweepRequest(settings, launcher, folder, fixed, params | space, files)
 
 
 def is_sweep(arguments: list[str]) -> bool:
@@ -86,19 +81,19 @@ def is_sweep(arguments: list[str]) -> bool:
 
     Raises ConfigError for sweep settings without a sweep.
     """
-    parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
-    if unknown or parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
+    line = parse_command_line(arguments)
+    if line.shows:
         return False
-    keys = [word.partition("=")[0].lstrip("+") for word in parsed.overrides]
-    if parsed.multirun or SWEEP in keys:
+    keys = [word.partition("=")[0].lstrip("+") for word in line.overrides]
+    if line.multirun or SWEEP in keys:
         return True
-    for key, word in zip(keys, parsed.overrides, strict=True):
+    for key, word in zip(keys, line.overrides, strict=True):
         if key.startswith(f"{SWEEP}."):
             raise ConfigError(f"{word}: only valid in a sweep; add --multirun, or sweep=grid, optuna or lsh")
     return False
 
 
-def _classify_overrides(words: list[str], loader: ConfigLoader) -> tuple[list[str], list[str], SearchSpace]:
+def _classify_overrides(words: list[str], loader: ConfigLoaderImpl) -> tuple[list[str], list[str], SearchSpace]:
     """Returns (overrides with one value, sweep=... and sweep.key=..., overrides with several values).
 
     loader: resolves the options of `group=glob(*)`. Raises ConfigError.
@@ -106,11 +101,9 @@ def _classify_overrides(words: list[str], loader: ConfigLoader) -> tuple[list[st
     fixed: list[str] = []
     settings: list[str] = []
     space: SearchSpace = {}
-    for word, override in zip(words, _parse(words, loader), strict=True):
+    for word, override in zip(words, parse_overrides(words, loader), strict=True):
         key = override.get_key_element()
         name = override.key_or_group
-        if override.is_hydra_override():
-            raise ConfigError(f"{word}: Hydra's settings do not apply to a sweep; see sweep=... and launcher=...")
         if name == SWEEP or name.startswith(f"{SWEEP}."):
             if override.is_sweep_override():
                 raise ConfigError(f"{word}: settings of the sweep take one value each")
@@ -124,15 +117,6 @@ def _classify_overrides(words: list[str], loader: ConfigLoader) -> tuple[list[st
             space[key] = _parse_dimension(override, word)
             fixed = drop_key(fixed, name)
     return fixed, settings, space
-
-
-def _parse(words: list[str], loader: ConfigLoader) -> list[Override]:
-    refuse_renamed_overrides(words)
-    try:
-        parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"{shlex.join(words)}: {str(error).splitlines()[0]}") from error
-    return parsed
 
 
 def _parse_dimension(override: Override, word: str) -> Dimension:

@@ -111,7 +111,7 @@ def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
 def make_trial(request: SweepRequest, name: str, changed: dict[str, str]) -> Trial:
     """A new trial. Raises ConfigError if its configuration is invalid."""
     overrides = [*drop_key(request.fixed, "output_dir"), *(f"{key}={value}" for key, value in changed.items())]
-    return Trial(name, changed, overrides=overrides, digest=_config_digest(compose_run(overrides)))
+    return Trial(name, changed, overrides=overrides, digest=_config_digest(compose_run(overrides, request.files)))
 
 
 def _config_digest(config: RunConfig) -> str:
@@ -132,7 +132,7 @@ def _require_same_config(request: SweepRequest, trial: Trial, new: Trial) -> Non
 
 def _commands(request: SweepRequest) -> list[Command]:
     def train(trial: Trial) -> list[str]:
-        return ["-m", "reformer_dist.train", *_trial_arguments(request, trial)]
+        return ["-m", "reformer_dist.train", *trial_arguments(request, trial)]
 
     def measure(trial: Trial) -> list[str]:
         folder, rows = request.folder / trial.name, request.settings.coverage_rows
@@ -142,9 +142,13 @@ def _commands(request: SweepRequest) -> list[Command]:
     return [train, measure] if request.settings.coverage_rows else [train]
 
 
-def _trial_arguments(request: SweepRequest, trial: Trial) -> list[str]:
-    """Command-line overrides of a trial."""
-    return [*trial.overrides, as_override("output_dir", str(request.folder / trial.name))]
+def trial_arguments(request: SweepRequest, trial: Trial) -> list[str]:
+    """Command line of a trial."""
+    return [
+        *request.files.arguments(),
+        *trial.overrides,
+        as_override("output_dir", str(request.folder / trial.name)),
+    ]
 
 
 def _log_best(request: SweepRequest) -> None:
@@ -154,8 +158,8 @@ def _log_best(request: SweepRequest) -> None:
     best = next(iter(best_first(finished, objective)), None)
     if best is None or objective not in best.result:
         return
-    steps = compose_run(best.overrides).trainer.max_steps * 2
+    steps = compose_run(best.overrides, request.files).trainer.max_steps * 2
     changed = " ".join(f"{key}={value}" for key, value in best.changed.items())
     logger.info(f"\nbest: {best.name}, {objective} {best.result[objective]:.4f}, {changed}")
-    arguments = [*_trial_arguments(request, best), f"trainer.max_steps={steps}"]
+    arguments = [*trial_arguments(request, best), f"trainer.max_steps={steps}"]
     logger.info(f"to continue its training:\nreformer-train {shlex.join(arguments)}")

@@ -6,34 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support.launch import run_ranks
 
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute, RunConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.run.compose import (
-    conf_folder,
-    register_schema,
-    run_config_from,
-    to_dict,
-    to_run_config,
-    to_yaml,
-)
+from reformer_dist.run.command_line import conf_folder
+from reformer_dist.run.compose import compose_run, run_config_from, to_dict, to_yaml
 
 YAMLS = sorted(conf_folder().rglob("*.yaml"))
 
 
 @pytest.fixture
-def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+def composed() -> Callable[..., RunConfig]:
     """What a command line with these overrides would run."""
-    register_schema()
-
-    def make(*overrides: str) -> RunConfig:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return to_run_config(compose("train", list(overrides)))
-
-    return make
+    return lambda *overrides: compose_run(list(overrides))
 
 
 def choices() -> list[str]:

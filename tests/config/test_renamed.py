@@ -74,7 +74,7 @@ def test_a_sweep_over_an_old_name() -> None:
 
 def test_an_old_name_in_a_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.yaml").write_text("defaults: [schema, _self_]\nparallel:\n  merge_returns: false\n")
-    monkeypatch.setattr("reformer_dist.run.compose.conf_folder", lambda: tmp_path)
+    monkeypatch.setattr("reformer_dist.run.command_line.conf_folder", lambda: tmp_path)
     with pytest.raises(ConfigError, match=r"^parallel\.merge_returns: .* parallel\.combine .*per_round for false"):
         compose_run([])
 

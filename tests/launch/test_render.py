@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from kubeflow_trainer_api import models
 
 from reformer_dist.config import LauncherConfig, LauncherKind, RunConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.launch.render import render, render_sweep
-from reformer_dist.run.compose import conf_folder, register_schema, to_run_config
+from reformer_dist.run.command_line import conf_folder
+from reformer_dist.run.compose import compose_run
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 FILES = sorted(LAUNCH.iterdir())
@@ -32,9 +32,7 @@ KINDS = {
 
 
 def configured(*overrides: str) -> RunConfig:
-    register_schema()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_run_config(compose("train", list(overrides)))
+    return compose_run(list(overrides))
 
 
 def rendered(*overrides: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from reformer_dist.config import SweepConfig, SweepKind
 from reformer_dist.errors import ConfigError
-from reformer_dist.run.compose import conf_folder
+from reformer_dist.run.command_line import conf_folder
 from reformer_dist.sweep.grid import combinations, trial_name
 from reformer_dist.sweep.request import SweepRequest, as_override, is_sweep, run_or_sweep
 from reformer_dist.sweep.space import Choices, Interval
@@ -100,7 +100,7 @@ REFUSED = [
     (["-m", "deepspeed=glob(nothing*)"], ["deepspeed", "no values"]),
     (["-m", "output_dir=a,b"], ["output_dir=a,b", "one value"]),
     (["-m", "sweep.seed=1,2"], ["sweep.seed=1,2", "one value"]),
-    (["-m", "hydra.sweep.dir=x"], ["hydra.sweep.dir=x", "sweep="]),
+    (["-m", "hydra.sweep.dir=x"], ["hydra.sweep.dir=x", "sweep=..."]),
     (["-m", "optim.lr=1,"], ["optim.lr=1,"]),
     (["-m", "sweep=nothing"], ["nothing", "optuna"]),
     (["-m", "sweep.paralel=1"], ["sweep.paralel", "mean parallel"]),

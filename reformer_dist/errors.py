@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
 
+class NonFiniteError(CheckpointError):
+    """Weights or moments that are infinite or nan, which are never saved."""
+
+
 class TrainingError(UserError):
     """A run that can't continue, such as one whose loss stays non-finite."""
 

@@ -4,8 +4,11 @@
 Exits 1 unless all of this holds: losses, gradient norms and evaluations of every step are bitwise equal in
 metrics.jsonl and TensorBoard, with each step logged once; every checkpoint that verifies after a kill has the
 tensors and data position of the uninterrupted run; and each restart resumes from the newest of them. The moments
-of the kills are drawn from --seed and counted in steps, so that they do not depend on the speed of the machine:
-after a step of the first half of the run, or during the first save after it.
+of the kills are drawn from --seed and counted in steps, so that no machine is too fast for them: after a step of
+the first half of the run, or during the first save after it.
+
+Then the run continues with a rate at which it diverges, and is killed once more. It must stop, keep its last
+checkpoint, and name a command that continues from there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +31,7 @@ from typing import Any
 import psutil
 
 from reformer_dist.checkpoint import CheckpointReader, checkpoint_problem, find_checkpoint
-from reformer_dist.checkpoint.files import step_of
+from reformer_dist.checkpoint.files import step_folder, step_of
 from reformer_dist.data import merge_states
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -54,6 +58,7 @@ def main() -> int:
             return 1
         problems = run_with_kills(data, run, reference, arguments)
         problems += compare(reference, run)
+        problems += diverge(data, run, arguments)
     for problem in problems:
         print(f"WRONG: {problem}")
     print("all bitwise equal" if not problems else f"{len(problems)} problems")
@@ -117,6 +122,33 @@ def run_with_kills(data: Path, run: Path, reference: Path, arguments: argparse.N
         problems.append(f"the run finished after {kills} of {arguments.kills} kills")
     print(f"{kills} kills, {repeated_steps} repeated steps, {arguments.steps} steps in total")
     return problems
+
+
+def diverge(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
+    """Continues the finished run with too high a rate, kills it, and runs the command of its last message."""
+    last, program = step_folder(run / "checkpoints", arguments.steps), "python -m reformer_dist.train"
+    before = {path.name: path.read_bytes() for path in last.iterdir()}
+    changed = (f"trainer.max_steps={arguments.steps + 200}", "optim.lr=1e20", "trainer.max_skipped_steps=100")
+    with start(data, run, arguments, *changed, "trainer.save_every=1") as process:
+        while process.poll() is None and last_step(run) < arguments.steps + 10:
+            time.sleep(0.01)
+        for rank in ranks_of(process.pid):
+            os.kill(rank, signal.SIGKILL)
+        process.communicate(timeout=600)
+    print(f"killed while diverging, after step {last_step(run)}", flush=True)
+    with start(data, run, arguments, *changed, "trainer.save_every=1") as process:
+        output, _ = process.communicate(timeout=600)
+    if process.returncode != 1 or program not in output:
+        return [f"exit status {process.returncode} of a run that diverges:\n{output}"]
+    if not last.is_dir() or {path.name: path.read_bytes() for path in last.iterdir()} != before:
+        return [f"{last} has changed while the run diverged"]
+    advice = output[output.index(program) :].splitlines()[0]
+    print(f"continued by: {advice}", flush=True)
+    command = [sys.executable, *shlex.split(advice)[1:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    if done.returncode or f"{last} at step {arguments.steps}" not in done.stdout or "skipped" in done.stdout:
+        return [f"exit status {done.returncode} of the command that was advised:\n{done.stdout}"]
+    return []
 
 
 def wait_for_kill(process: subprocess.Popen[str], run: Path, draw: random.Random, goal: int) -> str:

@@ -27,7 +27,7 @@ from reformer_dist.checkpoint.files import (
 from reformer_dist.checkpoint.fragment import ELEMENT_SIZE, KINDS, Fragment
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.errors import CheckpointError
+from reformer_dist.errors import CheckpointError, NonFiniteError
 from reformer_dist.fs.atomic import publish, write_synced
 from reformer_dist.fs.tensors import save_file
 
@@ -56,13 +56,19 @@ class AsyncSave:
         buffers: host tensors for the copies, allocated by the first save and reused by later ones, which avoids
         page faults. They must not be modified while a save is in progress.
 
-        Raises the same error on every rank if the directory can't be created or the disk is too full.
+        Raises the same error on every rank: NonFiniteError unless all weights and moments are finite, UserError if
+        the directory can't be created or the disk is too full.
         """
         self.step = step
         self._runtime, self._extra_files = runtime, extra_files
         self._final, self._partial = step_folder(root, step), partial_folder(root, step)
         n_elements = sum(fragment.length for fragment in fragments) * len(KINDS)
-        needed = runtime.sum([float(n_elements * ELEMENT_SIZE)])[0]
+        broken = [fragment.name for fragment in fragments if not fragment.is_finite()]
+        needed, n_broken = runtime.sum([float(n_elements * ELEMENT_SIZE), float(len(broken))])
+        if n_broken:
+            names = sorted({name for names in runtime.gather(broken) for name in names})
+            where = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            raise NonFiniteError(f"step {step}: weights or Adam moments are not finite in {where}")
         runtime.on_main(lambda: _prepare_folder(root, self._partial, int(needed)))
         self._record = json_bytes(record.to_json())
         self._error: CheckpointError | None = None

@@ -13,6 +13,11 @@ KINDS = ("fp32", *MOMENTS)
 ELEMENT_SIZE = 4  # bytes of a float32
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or nan, in one pass without temporaries unless the sum overflows."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 @dataclass(frozen=True)
 class Fragment:
     """The range of a parameter that this rank owns, with its float32 master copy."""
@@ -33,6 +38,9 @@ class Fragment:
         if source is None:
             return torch.zeros(self.length)
         return source.view(-1)[self.start : self.start + self.length]
+
+    def is_finite(self) -> bool:
+        return all(is_finite(self.values(kind)) for kind in KINDS)
 
     @property
     def adam_step(self) -> int:

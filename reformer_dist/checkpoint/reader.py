@@ -23,6 +23,7 @@ from reformer_dist.checkpoint.files import (
     rank_file,
     step_folders,
 )
+from reformer_dist.checkpoint.fragment import is_finite
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.errors import CheckpointError
 
@@ -31,7 +32,10 @@ MAX_SHOWN = 5  # differing parameters in an error message
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Checks every file against the manifest; returns the first problem, or None for an intact checkpoint."""
+    """Checks every file against the manifest, and that all numbers are finite.
+
+    Returns the first problem, or None for an intact checkpoint.
+    """
     try:
         if (folder / MANIFEST).is_symlink():
             return f"{MANIFEST} is a link"
@@ -58,11 +62,21 @@ def checkpoint_problem(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
             if manifest_entry(path)["sha256"] != entry["sha256"]:
                 return f"the content of {name} has changed"
+            if path.suffix == ".safetensors" and (key := _find_non_finite(path)) is not None:
+                return f"{name} holds numbers that are not finite in {key}"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
+    except SafetensorError as error:
+        return f"its tensors can't be read ({error})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
     return None
+
+
+def _find_non_finite(path: Path) -> str | None:
+    """The first tensor of a rank's file with an infinite or nan value."""
+    with safe_open(path, framework="pt") as tensors:
+        return next((key for key in tensors.keys() if not is_finite(tensors.get_tensor(key))), None)  # noqa: SIM118
 
 
 def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:

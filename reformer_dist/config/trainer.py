@@ -37,6 +37,9 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """Tokens of each text sample."""
     max_skipped_steps: int = bounded(10, least=1)
     """The run stops after this many consecutive steps with a non-finite loss or gradient."""
+    max_diverged_steps: int = bounded(1000, least=0)
+    """The run stops once the loss has been above that of a uniform guess, ln(vocabulary), for this many steps
+    after the warmup; 0: it only warns."""
 
     step_timeout: float = bounded(0.0, least=0)
     """A rank logs what it is doing when a part of a step takes longer than this many seconds; 0 means never."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -85,6 +86,11 @@ class Task(ABC):
         """Bytes of text of each token, [vocab_size], if the loss is reported in bits per byte, else None."""
         lengths = self.tokenizer.token_bytes
         return torch.from_numpy(lengths) if self.reports_bits_per_byte and lengths.any() else None
+
+    @property
+    def guessing_loss(self) -> float:
+        """Loss of a uniform guess in nats per token; infinite if labels are not tokens of the vocabulary."""
+        return math.inf if self.labels_per_row else math.log(self.vocab_size)
 
     def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
         """Lines that report the task's metrics of a trained model, the same on every rank."""

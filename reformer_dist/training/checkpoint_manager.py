@@ -12,10 +12,12 @@ from reformer_dist.checkpoint import (
     AsyncSave,
     CheckpointReader,
     RunRecord,
+    checkpoint_problem,
     find_checkpoint,
     prune,
     resolve_checkpoint,
 )
+from reformer_dist.checkpoint.files import step_folders, step_of
 from reformer_dist.config import RunConfig
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.engine import TrainEngine
@@ -23,7 +25,8 @@ from reformer_dist.errors import CheckpointError
 from reformer_dist.process.log import logger
 
 FOLDER = "checkpoints"
-SHARED_FIELDS = ("step", "skipped", "skipped_in_a_row", "seconds", "is_observed")  # equal on all ranks
+# equal on all ranks; not skipped_in_a_row: each start of a run may skip as many
+SHARED_FIELDS = ("step", "skipped", "seconds", "is_observed", "is_worse_than_guessing")
 
 
 @dataclass
@@ -38,6 +41,8 @@ class TrainState:
     """Training time, without evaluation, samples and checkpoints."""
     is_observed: bool = True
     """False if the evaluation or text sample of the step was interrupted and must be repeated."""
+    is_worse_than_guessing: bool = False
+    """Whether the loss last logged after the warm-up was above that of a uniform guess."""
     window: dict[str, float] = field(default_factory=dict)
     """This rank's metrics since they were last logged, if the run stopped in between."""
 
@@ -100,11 +105,15 @@ class CheckpointManager:
         self._pending: AsyncSave | None = None
         self._buffers: dict[str, Tensor] = {}
         self._record, self._extra_files = record, extra_files
+        self._origin: CheckpointReader | None = None  # from which this process resumed
+        self._unpruned: Path | None = None  # the newest checkpoint, until older ones have made room for it
+        self._newest_step = self._proven_step = self._good_step = -1
 
     def start_save(self, state: TrainState, data_state: dict[str, Any]) -> None:
         """Copies the state after the step just done, and starts a thread that writes it.
 
-        The previous save must have been waited for. Raises UserError on every rank, as `wait` does.
+        The previous save must have been waited for. Raises UserError on every rank, as `wait` does, and
+        NonFiniteError unless all weights and moments are finite.
         """
         assert self._pending is None
         record = replace(
@@ -112,6 +121,7 @@ class CheckpointManager:
             progress={name: getattr(state, name) for name in SHARED_FIELDS},
             loss_scaler=self._engine.scaler_state(),
         )
+        self._newest_step = state.step
         self._pending = AsyncSave(
             self._runtime,
             self._root,
@@ -134,15 +144,59 @@ class CheckpointManager:
         self._pending = None
         folder = pending.finish()
         logger.info(f"saved {folder}")
-        if self._runtime.is_main:
-            prune(self._root, folder, self._keep, self._keep_every)
+        self._unpruned = folder
+        self._prune()
         return pending.step
+
+    def awaits_proof(self, step: int) -> bool:
+        """Whether the weights after `step` are those of the newest checkpoint, and no loss has judged them yet."""
+        return step == self._newest_step > self._proven_step
+
+    def prove(self, step: int, *, is_good: bool) -> None:
+        """The weights after `step` gave finite results: their checkpoint may now replace older ones.
+
+        is_good: and may replace good ones. Otherwise it only replaces those that are not good either.
+        """
+        self._proven_step = step
+        if is_good:
+            self._good_step = step
+        self._prune()
+
+    def _prune(self) -> None:
+        """Removes old checkpoints once the newest one is on disk and proven."""
+        newest = self._unpruned
+        if newest is None or step_of(newest) > self._proven_step:
+            return
+        self._unpruned = None
+        if self._runtime.is_main:
+            folders = step_folders(self._root)
+            for is_good in (True, False):
+                alike = [folder for folder in folders if (step_of(folder) <= self._good_step) == is_good]
+                if alike:
+                    prune(self._root, newest, self._keep, self._keep_every, alike)
+
+    def newest_good(self) -> tuple[Path | None, bool]:
+        """The newest intact checkpoint whose weights have proven good; whether no other is newer in output_dir."""
+        own = step_folders(self._root)
+        candidates = [(folder, step_of(folder)) for folder in reversed(own)]
+        if self._origin is not None:
+            candidates.append((self._origin.folder, self._origin.step))
+        for folder, step in candidates:
+            if step <= self._good_step and checkpoint_problem(folder) is None and _was_good(folder):
+                return folder, not own or folder == own[-1]
+        return None, not own
 
     def restore(self, reader: CheckpointReader) -> TrainState:
         """Fills the engine from a checkpoint; returns the run's progress."""
         self._runtime.together(lambda: reader.check_shapes(self._record.shapes))
         self._runtime.together(lambda: self._engine.load_fragments(reader))
         self._engine.load_scaler_state(reader.record.loss_scaler or {})
+        self._origin, self._newest_step, self._good_step = reader, reader.step, reader.step - 1
+        if reader.folder.parent.resolve() == self._root.resolve():
+            self._unpruned = reader.folder
+            if self._runtime.is_main and not _was_good(reader.folder):
+                good = [step_of(each) for each in step_folders(self._root) if _was_good(each)]
+                self._good_step = max((step for step in good if step < reader.step), default=-1)
         saved = {name: value for name, value in (reader.record.progress or {}).items() if name in SHARED_FIELDS}
         return TrainState(**{"step": reader.step} | saved, window=self._window(reader))
 
@@ -154,3 +208,12 @@ class CheckpointManager:
             return windows[rank]
         total = sum(window.get("loss", 0.0) for window in windows)
         return windows[0] and {**windows[0], "loss": total if rank == 0 else 0.0}
+
+
+def _was_good(folder: Path) -> bool:
+    """Whether the run had a loss below that of guessing, and skipped no steps, when it saved this checkpoint."""
+    try:
+        progress = CheckpointReader(folder).record.progress or {}
+    except CheckpointError:
+        return False
+    return not (progress.get("is_worse_than_guessing") or progress.get("skipped_in_a_row"))

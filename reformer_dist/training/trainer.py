@@ -9,10 +9,11 @@ import torch
 
 from reformer_dist.distributed.runtime import Preempted, SharedError
 from reformer_dist.engine.optim import learning_rate
-from reformer_dist.errors import TrainingError, UserError
+from reformer_dist.errors import NonFiniteError, TrainingError, UserError
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
 from reformer_dist.training.batches import BatchReader, StepInputs
+from reformer_dist.training.divergence import DivergenceMonitor
 from reformer_dist.training.metrics import MetricsWindow, bits_per_byte, peak_memory_gib, progress_line
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, TaskData
@@ -40,6 +41,10 @@ class Trainer:
         self._metrics_window = MetricsWindow(run.runtime.device)
         self._watchdog = Watchdog(run.runtime, run.config.trainer.step_timeout)
         self._data_state: dict[str, Any] = {}
+        self._monitor = DivergenceMonitor(
+            run.config, run.runtime, parts.checkpoints, parts.state, data.task.guessing_loss
+        )
+        self._is_save_due = False
         self._failed_saves = 0  # since this process started
         self._saved_step = parts.state.step  # no need to save again at this step
 
@@ -80,11 +85,8 @@ class Trainer:
             end = time.perf_counter()
             self._evaluate_and_sample()
             self._metrics.end_step()
-            if self._is_due(self.config.trainer.save_every):
-                with self._watchdog.phase(f"saving after step {step}"):
-                    self._save(must_succeed=step == self.config.trainer.max_steps)
-            else:
-                self._wait_for_save(block=False)
+            with self._watchdog.phase(f"saving after step {step}"):
+                self._save_if_due()
             self._metrics_window.pause(time.perf_counter() - end)
 
     def _evaluate_and_sample(self) -> None:
@@ -92,17 +94,42 @@ class Trainer:
         self.state.is_observed = False
         if self._is_due(self.config.trainer.eval_every):
             with self._watchdog.phase(f"evaluating after step {self.state.step}"):
-                self._validator.evaluate(self.state.step, self.state.seconds)
+                loss = self._validator.evaluate(self.state.step, self.state.seconds)
+            self._monitor.end_evaluation(loss)
         if self._is_due(self.config.trainer.sample_every):
             self._validator.generate_text(self.state.step)
         self.state.is_observed = True
 
+    def _save_if_due(self) -> None:
+        """Saves every trainer.save_every steps and at the end, or after the next step that is not skipped."""
+        step, is_last = self.state.step, self.state.step == self.config.trainer.max_steps
+        is_due = self._is_due(self.config.trainer.save_every)
+        if is_due and self._monitor.is_broken:
+            if is_last:
+                self._monitor.stop(
+                    f"step {step}, the last one, had a non-finite loss or gradient: it is not saved"
+                )
+            logger.warning(
+                f"step {step} is not saved, since its loss or gradient is not finite; the next good one is"
+            )
+        self._is_save_due |= is_due
+        if not self._is_save_due or self._monitor.is_broken:
+            self._wait_for_save(block=False)
+            return
+        self._is_save_due = False
+        if is_last:
+            self._monitor.end_run()
+        self._save(must_succeed=is_last)
+
     def _save_before_exit(self) -> str:
-        """Saves unless the step is already saved; returns a message with the outcome."""
+        """Saves unless the step is already saved or its weights are bad; returns a message with the outcome."""
         self._wait_for_save(block=True)
-        step = self.state.step
-        if step == self._saved_step:
+        step, saved = self.state.step, self._saved_step
+        if step == saved:
             return f"no step since the checkpoint of step {step}" if step else "before the first step"
+        if self._monitor.is_broken:
+            reason = "its loss or gradient is not finite"
+            return f"step {step} is not saved, since {reason}; the last checkpoint is of step {saved}"
         self._save(must_succeed=True)
         command = "resume=auto" if self.config.resume == "never" else "the same command"
         return f"saved step {step}; {command} resumes from it"
@@ -129,23 +156,8 @@ class Trainer:
         result = self._engine.step(lr)
         self.state.step = step_index + 1
         self._metrics_window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
-        self._check_skipped_step(result.was_skipped)
+        self._monitor.end_step(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
         return result.grad_norm, lr
-
-    def _check_skipped_step(self, was_skipped: bool) -> None:
-        """Raises TrainingError after trainer.max_skipped_steps skipped steps in a row."""
-        state, limit = self.state, self.config.trainer.max_skipped_steps
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if was_skipped else 0
-        if not was_skipped:
-            return
-        state.skipped += 1
-        logger.warning(f"step {state.step}: loss or gradient is not finite; the step is skipped")
-        if state.skipped_in_a_row >= limit:
-            raise TrainingError(
-                f"{limit} steps in a row had a non-finite loss or gradient (trainer.max_skipped_steps={limit}); "
-                "the last checkpoint is intact: resume from it with a lower optim.lr, or with "
-                "trainer.precision=fp32"
-            )
 
     def _log_metrics(self, grad_norm: float, lr: float) -> None:
         step, max_steps = self.state.step, self.config.trainer.max_steps
@@ -176,6 +188,7 @@ class Trainer:
         }
         self._metrics.scalars(values, step, self.state.seconds)
         self._metrics_window.reset()
+        self._monitor.log_loss(metrics.loss)
 
     def _save(self, *, must_succeed: bool) -> None:
         """Saves the step just done, in the background; if it must succeed, waits for it."""
@@ -187,6 +200,8 @@ class Trainer:
             self._checkpoints.start_save(self.state, self._data_state)
             if must_succeed:
                 self._checkpoints.wait()
+        except NonFiniteError as error:
+            self._monitor.stop(str(error))
         except UserError as error:
             if must_succeed:
                 raise

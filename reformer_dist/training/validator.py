@@ -33,8 +33,10 @@ class Validator:
         self._config, self._runtime, self._stop = run.config, run.runtime, run.stop
         self._data, self._layout, self._engine, self._metrics = data, layout, engine, metrics
 
-    def evaluate(self, step: int, seconds: float) -> None:
+    def evaluate(self, step: int, seconds: float) -> float:
         """Logs the held-out loss over data.eval_rows rows, and statistics of the model on the first of them.
+
+        Returns the loss.
 
         seconds: time spent training so far. Raises Preempted on every rank if any receives a stop signal.
         """
@@ -48,6 +50,7 @@ class Validator:
         values = {f"eval/{name}": value for name, value in result.values().items()}
         self._metrics.scalars({**values, **self._model_stats()}, step, seconds)
         self._engine.train(True)
+        return result.loss
 
     def generate_text(self, step: int) -> None:
         """Logs a continuation of the first held-out tokens, which every rank generates in full."""

@@ -77,6 +77,7 @@ TOO_SMALL = {
     "trainer.seed": -1,
     "trainer.sample_tokens": 0,
     "trainer.max_skipped_steps": 0,
+    "trainer.max_diverged_steps": -1,
 }
 FLOATS = [key for key, value in TOO_SMALL.items() if isinstance(value, float)]
 SHARES = ("model.dropout", "model.attention_dropout", "model.ff_dropout")

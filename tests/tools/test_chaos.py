@@ -1,4 +1,4 @@
-"""A run killed at random times equals an uninterrupted one (tools/chaos.py)."""
+"""A run killed at random times equals an uninterrupted one, and keeps good checkpoints (tools/chaos.py)."""
 
 from __future__ import annotations
 
@@ -18,4 +18,5 @@ def test_a_run_survives_kills() -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
     assert "3 kills, " in done.stdout
+    assert "killed while diverging" in done.stdout and "continued by: " in done.stdout
     assert "all bitwise equal" in done.stdout

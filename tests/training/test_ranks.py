@@ -18,6 +18,7 @@ from support.launch import run_ranks
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
+from reformer_dist.checkpoint import checkpoint_problem
 from reformer_dist.data import Dataset
 from reformer_dist.distributed.runtime import Runtime
 
@@ -69,6 +70,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
     add("damaged", *DAMAGED, data=damaged)
     add("damaged-heads", *DAMAGED, SHARED, data=damaged)
     add("epoch", *EPOCH)
+    for stage in (0, 2):
+        poison = ("optim.lr=1e20", "trainer.max_steps=20", "trainer.save_every=1", "trainer.keep_checkpoints=1")
+        start = f"resume={checkpoint(alone, 6)}"
+        add(f"diverges{stage}", *poison, "trainer.max_skipped_steps=2", f"deepspeed.stage={stage}", start)
     # stage 3 last: DeepSpeed then replaces torch's linear in the process
     for stage in STAGES:
         zero = f"deepspeed.stage={stage}"
@@ -82,7 +87,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
 
 
 def test_what_should_end_well_does(ranks: tuple[Path, dict[str, Any]]) -> None:
-    fails = {"agreements", "uneven", "too many", "broken", "again"}
+    fails = {"agreements", "uneven", "too many", "broken", "again", "diverges0", "diverges2"}
     assert {name: said for name, said in ranks[1].items() if name not in fails and said != [None, None]} == {}
 
 
@@ -91,6 +96,16 @@ def test_resume_is_bitwise(ranks: tuple[Path, dict[str, Any]], stage: int) -> No
     whole, resumed = ranks[0] / f"zero{stage}", ranks[0] / f"zero{stage}-resumed"
     assert scalars(resumed, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
     assert_same(checkpoint(resumed, 6), checkpoint(whole, 6))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_that_diverge_say_alike_where_to_go_on(
+    ranks: tuple[Path, dict[str, Any]], alone: Path, stage: int
+) -> None:
+    first, second = ranks[1][f"diverges{stage}"]
+    assert first == second and first.startswith("Diverged: trainer.max_skipped_steps=2: ")
+    assert f"newest good checkpoint is {checkpoint(alone, 6)}; " in first and "optim.lr=0.01" in first
+    assert all(checkpoint_problem(path) is None for path in (ranks[0] / f"diverges{stage}/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("stage", STAGES)

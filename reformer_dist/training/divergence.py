@@ -1,0 +1,127 @@
+"""DivergenceMonitor: notices that a run diverges, keeps its good checkpoints, and says how to go on from them.
+
+A checkpoint is good if the step after it has a finite gradient and a loss that is not worse than that of guessing.
+While steps are skipped nothing is saved, and only good checkpoints replace good ones.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from torch import Tensor
+
+from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.config import Precision, RunConfig
+from reformer_dist.distributed.runtime import Runtime, SharedError
+from reformer_dist.errors import TrainingError, UserError
+from reformer_dist.process.command_line import repeat_with
+from reformer_dist.process.log import logger
+from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
+
+WARN_AFTER_STEPS = 100  # with a loss worse than guessing
+
+
+class Diverged(SharedError, TrainingError):
+    """The run can't continue as it is; raised on every rank."""
+
+
+class DivergenceMonitor:
+    """Judges each step of a run. Every rank makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        checkpoints: CheckpointManager,
+        state: TrainState,
+        guessing_loss: float,
+    ) -> None:
+        """guessing_loss: of a uniform guess, in nats per label; infinite if there is no such bound."""
+        self._config, self._runtime, self._checkpoints, self._state = config, runtime, checkpoints, state
+        self._guessing_loss = guessing_loss
+        self._last_better_step = state.step
+        self._has_warned = False
+        self.is_broken = False
+        """Whether the last step was skipped, or the evaluation after it is not finite: nothing must be saved."""
+
+    def end_step(self, loss_sum: Tensor, n_labels: float, *, was_skipped: bool) -> None:
+        """Judges the weights from which the step started.
+
+        loss_sum: in nats, of this rank. n_labels: of all ranks. Raises Diverged after trainer.max_skipped_steps
+        skipped steps in a row.
+        """
+        state, limit = self._state, self._config.trainer.max_skipped_steps
+        if not was_skipped:
+            state.skipped_in_a_row, self.is_broken = 0, False
+            if self._checkpoints.awaits_proof(state.step - 1):
+                loss = self._runtime.sum([float(loss_sum)])[0] / n_labels
+                self._checkpoints.prove(state.step - 1, is_good=loss <= self._guessing_loss)
+            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        # a gradient that overflows in fp16 makes the loss scale smaller: a normal event, if the loss is finite
+        [n_broken] = self._runtime.sum([float(not loss_sum.isfinite())])
+        self.is_broken = n_broken > 0 or self._config.trainer.precision is not Precision.fp16
+        logger.warning(f"step {state.step}: loss or gradient is not finite; the step is skipped")
+        if state.skipped_in_a_row >= limit:
+            key = f"trainer.max_skipped_steps={limit}"
+            self.stop(f"{key}: as many steps in a row had a non-finite loss or gradient")
+
+    def end_evaluation(self, loss: float) -> None:
+        """loss: held-out, of the weights after the last step."""
+        self.is_broken = self.is_broken or not math.isfinite(loss)
+
+    def end_run(self) -> None:
+        """Accepts the weights after the last step, which no other step will judge."""
+        self._checkpoints.prove(self._state.step, is_good=not self._state.is_worse_than_guessing)
+
+    def log_loss(self, loss: float) -> None:
+        """Compares the loss of the steps since the last call, in nats per label, with that of guessing.
+
+        Raises Diverged after trainer.max_diverged_steps steps since the warm-up in which it stayed above.
+        """
+        state, limit, guessing = self._state, self._config.trainer.max_diverged_steps, self._guessing_loss
+        if math.isnan(loss):  # all steps were skipped
+            return
+        state.is_worse_than_guessing = loss > guessing
+        if not state.is_worse_than_guessing or state.step <= self._config.optim.warmup_steps:
+            self._last_better_step, self._has_warned = state.step, False
+            return
+        n_steps = state.step - self._last_better_step
+        found = f"the loss has been above {guessing:.3f}, that of guessing, for {n_steps} steps"
+        if 0 < limit <= n_steps:
+            self.stop(f"trainer.max_diverged_steps={limit}: {found}")
+        if n_steps >= WARN_AFTER_STEPS and not self._has_warned:
+            self._has_warned = True
+            logger.warning(f"step {state.step}: {found}; checkpoints from before are kept")
+
+    def stop(self, reason: str) -> NoReturn:
+        """Raises Diverged with the newest good checkpoint and a command that continues from it."""
+        with suppress(UserError):  # whose save failed is none to continue from
+            self._checkpoints.wait()
+        raise Diverged(f"{reason}; {self._runtime.on_main(self._advise)}")
+
+    def _advise(self) -> str:
+        good, is_newest = self._checkpoints.newest_good()
+        if good is None:
+            fix = repeat_with({"optim.lr": f"{self._config.optim.lr / 10:g}", **self._elsewhere(is_newest)})
+            return f"no good checkpoint is left; to start again with a lower optim.lr: {fix}"
+        changes = {"optim.lr": f"{self._lower_rate(good):g}"}
+        if not is_newest:
+            changes |= {"resume": str(good), **self._elsewhere(is_newest, f"-from-{good.name}")}
+        elif self._config.resume == "never":
+            changes |= {"resume": "auto"}
+        fix = repeat_with(changes)
+        return f"the newest good checkpoint is {good}; to continue from it with a lower optim.lr: {fix}"
+
+    def _elsewhere(self, is_empty: bool, suffix: str = "-again") -> dict[str, str]:
+        """Another output_dir, unless this one holds no checkpoint in the way."""
+        return {} if is_empty else {"output_dir": f"{self._config.output_dir.rstrip('/')}{suffix}"}
+
+    def _lower_rate(self, good: Path) -> float:
+        """optim.lr of the checkpoint if it was lower, otherwise a tenth of the current one."""
+        saved, current = CheckpointReader(good).record.config["optim"]["lr"], self._config.optim.lr
+        return saved if saved < current else current / 10

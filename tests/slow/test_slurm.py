@@ -70,6 +70,21 @@ def test_a_preempted_job_ends_as_if_nothing_had_been(queue: Slurm, data: Path, t
     assert scalars(run, "train/loss") == scalars(whole, "train/loss")
 
 
+def test_ranks_save_at_the_signal_that_sbatch_was_told(queue: Slurm, data: Path, tmp_path: Path) -> None:
+    """At its limit of time, or whenever somebody asks."""
+    run = tmp_path / "run"
+    steps = ("deepspeed=zero2", "trainer.max_steps=1000000", "trainer.save_every=0")
+    options = ("launcher.nproc_per_node=2", 'launcher.sbatch=["--signal=USR1@60","--partition=low"]')
+    job = submit(queue, tmp_path, *options, *tiny_overrides(data, run, *steps))
+    output = tmp_path / f"reformer-{job}.out"
+    wait_for(" 20/", output)
+    queue.run("scancel", "--signal=USR1", job)
+    wait_for("stopped by a signal: saved step", output)
+    wait_for("resuming from", output)
+    queue.run("scancel", job)
+    assert "exit code 75" in output.read_text()
+
+
 def test_the_tasks_of_an_array_share_a_sweep(queue: Slurm, data: Path, tmp_path: Path) -> None:
     array = ("launcher.nproc_per_node=1", "launcher.array=2")
     overrides = drop_key(tiny_overrides(data, tmp_path / "sweep"), "model.n_hashes")

@@ -1,12 +1,15 @@
 """Reformer models and their distributed trainer.
 
-Names are imported lazily on first access, so importing the package is cheap; they need torch only.
+Names are imported lazily on first access, so importing the package is cheap; they need torch only. Imported before
+torch, the package also limits the spinning of threads (`ops.spinning`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from reformer_dist.ops.spinning import limit_spinning as _limit_spinning
 
 __version__ = "0.1.0"
 
@@ -69,6 +72,7 @@ __all__ = [
     "inspect_attention",
     "lsh_attention",
 ]
+_limit_spinning()  # read when PyTorch is loaded
 _EXPORTING_MODULES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
 
 

@@ -67,9 +67,9 @@ from attention_cases import (
 )
 from torch import Tensor
 
-from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.backends import backend_for
+from reformer_dist.ops.spinning import SPIN_COUNT
 
 MEASURES = ("seconds", "forward", "backward", "replayed", "hash", "sort", "peak_mib")
 VERDICT = {True: "yes", False: "NO", None: "did not run"}

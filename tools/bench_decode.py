@@ -40,10 +40,10 @@ import torch
 from bench_attention import IMPORT_FAILED, MIB
 from torch import Tensor
 
-from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.decoding import DecodingState
+from reformer_dist.ops.spinning import SPIN_COUNT
 
 PEERS = ("reformer_pytorch", "transformers")
 IMPLEMENTATIONS = ("ours", *PEERS)

@@ -44,7 +44,6 @@ from bench_attention import (
 )
 from torch import Tensor
 
-from reformer_dist.commands import SPIN_COUNT
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed import runtime
 from reformer_dist.engine import TrainEngine
@@ -56,6 +55,7 @@ from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.ops.lsh import attention as lsh_attention
 from reformer_dist.ops.lsh.native import attention as native_attention
 from reformer_dist.ops.lsh.torch_tiles import attention as torch_attention
+from reformer_dist.ops.spinning import SPIN_COUNT
 from reformer_dist.planning import JobSpec, make_plan
 from reformer_dist.planning.flops import layer_flops
 from reformer_dist.run.compose import run_config_from, to_dict

@@ -17,6 +17,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from reformer_dist.ops.spinning import warn_of_spinning
+
 HERE = Path(__file__).parent
 SOURCES = ("attention.c", "hash.c", "order.c")
 HEADERS = ("vectors.h",)
@@ -48,6 +50,7 @@ def library() -> ctypes.CDLL:
     """
     if platform.system() != "Linux":
         raise Unavailable(f"needs Linux, not {platform.system()}; torch takes any system")
+    warn_of_spinning()
     cached = cache_directory() / f"attention-{_fingerprint()}.so"
     if _is_intact(cached):
         return _load(cached)

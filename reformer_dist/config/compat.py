@@ -29,6 +29,8 @@ class CompatConfig(ConfigGroup, prefix="model.compat."):
     """Local attention in chunks of this many positions instead of a window; 0 means local_window."""
     local_chunks_before: int = bounded(1, least=0)
     local_chunks_after: int = bounded(0, least=0)
+    norm_per_layer: bool = False
+    """share_layers: each layer has norms of its own, as in reformer_pytorch; only the sublayers are shared."""
     attention_bias: bool = False
     """The output projection of attention has a bias."""
     axial_sum: bool = False

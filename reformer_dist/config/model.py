@@ -177,6 +177,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
         require(self.encoder_layers != [], "model.encoder_layers", self.encoder_layers, requirement)
         requirement = "needs model.causal=false, since the first token of a causal model attends to no other"
         require(self.pooling is not Pooling.first or not self.causal, "model.pooling", "first", requirement)
+        requirement = "needs model.share_layers=true, without which each layer has norms of its own anyway"
+        has_shared = self.share_layers or not self.compat.norm_per_layer
+        require(has_shared, "model.compat.norm_per_layer", True, requirement)
         self._check_heads()
         self._check_lsh()
         self._check_chunks()
@@ -300,6 +303,11 @@ class ModelConfig(ConfigGroup, prefix="model."):
             n_layers=self.n_encoder_layers or self.n_layers,
             layers=list(self.encoder_layers or self.layers),
         )
+
+    @property
+    def n_blocks(self) -> int:
+        """Distinct layers: with share_layers, layer i has the parameters of layer i % n_blocks."""
+        return min(len(self.layers), self.n_layers) if self.share_layers else self.n_layers
 
     def layer_kinds(self) -> list[AttentionKind]:
         """Attention of each of the n_layers layers."""

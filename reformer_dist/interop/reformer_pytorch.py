@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, NeighbourRule, Position
+from reformer_dist.config import (
+    Activation,
+    AttentionKind,
+    CompatConfig,
+    ModelConfig,
+    NeighbourRule,
+    Norm,
+    Position,
+)
 from reformer_dist.errors import CheckpointError
 from reformer_dist.interop.foreign import (
     CONFIG_FILE,
@@ -27,7 +35,6 @@ from reformer_dist.interop.foreign import (
     reshape_checked,
 )
 from reformer_dist.models import ReformerLM
-from reformer_dist.models.embedding import SinusoidalPositions
 
 SYSTEM = "reformer_pytorch"
 PICKLE_HINT = """if you trust it, convert it with these lines:
@@ -40,8 +47,6 @@ WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
     "n_local_attn_heads": (0, "heads of a layer are of one kind here; local attention has its own layers"),
     "num_mem_kv": (0, "every key here belongs to a token; there are no memory keys"),
     "pkm_layers": ([], "there are no product-key memories here"),
-    "use_scale_norm": (False, "converted layers have a layer norm; new models support model.norm=scale"),
-    "use_rezero": (False, "converted layers have a layer norm; new models support model.norm=rezero"),
     "ff_activation": (None, "a class can't be written in JSON; must be absent, for GELU"),
     "return_embeddings": (False, "a model without a head can't be used here; must be false"),
 }
@@ -63,12 +68,8 @@ def read(directory: Path) -> ForeignModel:
     options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in WITHOUT_EFFECT:
         options.take(name)
-    for name, note in (
-        ("layer_dropout", "not converted; set model.layer_drop for training"),
-        ("full_attn_thres", "inputs up to that length use exact attention there, and LSH attention here"),
-    ):
-        if options.take(name, 0):
-            notes.append(f"{name}: {note}")
+    if options.take("full_attn_thres", 0):
+        notes.append("full_attn_thres: inputs up to that length use exact attention there, and LSH attention here")
     tensors = ForeignTensors(directory, PICKLE_HINT)
     model = _Model(options, _State(tensors), notes)
     options.refuse_unknown("ReformerLM of reformer_pytorch")
@@ -109,8 +110,6 @@ class _Model:
         self._state = state
         self.vocab_size: int = options.require("num_tokens", int)
         self.max_seq_len: int = options.require("max_seq_len", int)
-        self.emb_dim: int = options.take("emb_dim", None) or options.require("dim", int)
-        self.one_value_head = bool(options.take("one_value_head", False))
         self.ties_embedding = bool(options.take("weight_tie_embedding", False))
         self.bucket_size: int = options.take("bucket_size", 64, kind=int)
         kinds = {"axial": Position.axial, "absolute": Position.learned, "fixed": Position.sinusoidal}
@@ -120,13 +119,17 @@ class _Model:
             math.ceil(self.max_seq_len / self.bucket_size),
             self.bucket_size,
         ]
-        if options.take("weight_tie", False):
-            notes.append("weight_tie: layers that share parameters there have separate copies here")
         self.config = self._config(options, notes)
 
     def _config(self, options: ForeignOptions, notes: list[str]) -> ModelConfig:
         dim: int = options.require("dim", int)
-        head_dim: int = options.take("dim_head", None, kind=(int, type(None))) or 64
+        n_heads: int = options.take("heads", 8, kind=int)
+        head_dim: int = options.take("dim_head", 64, kind=(int, type(None))) or dim // n_heads
+        emb_dim: int = options.take("emb_dim", None, kind=(int, type(None))) or dim
+        shares_layers: bool = options.take("weight_tie", False, kind=bool)
+        layer_drop = float(options.take("layer_dropout", 0.0, kind=FLOAT))
+        if layer_drop:
+            notes.append("layer_dropout: if all layers are dropped in a step, the first one still runs there only")
         use_full = bool(options.take("use_full_attn", False))
         if use_full and self.position is Position.rotary:
             reason = "its exact attention ignores rotary positions; needs another kind of position"
@@ -134,23 +137,32 @@ class _Model:
         n_hashes: int = options.take("n_hashes", 4, kind=int)
         attention = self._exact_attention() if use_full else self._chunked_attention(n_hashes, notes)
         compat = attention.pop("compat", CompatConfig())
-        is_table = self.position is Position.sinusoidal and self.emb_dim != dim
         return ModelConfig(
             dim=dim,
             n_layers=options.require("depth", int),
-            n_heads=options.take("heads", 8, kind=int),
+            n_heads=n_heads,
             head_dim=head_dim,
+            embedding_dim=None if emb_dim == dim else emb_dim,
+            norm=_norm(options),
+            layer_drop=layer_drop,
+            share_layers=shares_layers,
+            one_value_head=options.take("one_value_head", False, kind=bool),
             layers=[AttentionKind.lsh],
             causal=options.take("causal", False, kind=bool),
             qk_scale=head_dim**-0.5,
             ff_mult=options.take("ff_mult", 4, kind=int),
             activation=Activation.glu if options.take("ff_glu", False) else Activation.gelu,
-            position=Position.learned if is_table else self.position,
+            position=self.position,
             axial_shape=list(self.axial_shape),
             max_seq_len=self.max_seq_len,
             attention_dropout=float(options.take("lsh_dropout", 0.0, kind=FLOAT)),
             ff_dropout=float(options.take("ff_dropout", 0.0, kind=FLOAT)),
-            compat=replace(compat, attention_bias=True, axial_sum=self.position is Position.axial),
+            compat=replace(
+                compat,
+                attention_bias=True,
+                axial_sum=self.position is Position.axial,
+                norm_per_layer=shares_layers,
+            ),
             **attention,
         )
 
@@ -177,10 +189,11 @@ class _Model:
         """Weights by our names. Raises CheckpointError."""
         weights = {**self._embedding(), **self._head()}
         for layer in range(self.config.n_layers):
-            weights.update(self._layer(layer))
-        dim = self.config.dim
-        weights["stack.norm.weight"] = self._get("norm.weight", dim)
-        weights["stack.norm.bias"] = self._get("norm.bias", dim)
+            for name, tensor in self._layer(layer).items():
+                if not torch.equal(weights.setdefault(name, tensor), tensor):
+                    problem = f"weight_tie=true: layer {layer} has other weights than the first"
+                    raise CheckpointError(f"{self._state.directory}: {problem}; must be false")
+        weights |= self._weight_and_bias("stack.norm", "norm", self.config.dim)
         self._state.refuse_unread()
         shapes = parameter_shapes(lambda: ReformerLM(self.config, self.vocab_size))
         where = self._state.directory
@@ -189,71 +202,77 @@ class _Model:
     def _get(self, name: str, *shape: int) -> Tensor:
         return self._state.get(name, shape)
 
+    def _weight_and_bias(self, ours: str, theirs: str, *shape: int) -> dict[str, Tensor]:
+        sizes = {"weight": shape, "bias": shape[:1]}
+        return {f"{ours}.{part}": self._get(f"{theirs}.{part}", *size) for part, size in sizes.items()}
+
     def _embedding(self) -> dict[str, Tensor]:
-        """Token and position tables, with emb_dim multiplied by the projection to dim."""
-        config, width = self.config, self.emb_dim
-        table = self._get("token_emb.weight", self.vocab_size, width)
-        positions: dict[str, Tensor] = {}
+        """Tables of tokens and positions, and the projection to the model's width."""
+        config, width = self.config, self.config.embedding_width
+        weights = {"embedding.tokens.weight": self._get("token_emb.weight", self.vocab_size, width)}
         if self.position is Position.axial:
             for side, length in enumerate(self.axial_shape):
                 old_name = f"pos_emb.weights_{side}"
                 name = old_name if old_name in self._state else f"pos_emb.weights.{side}"
-                positions[f"embedding.positions.tables.{side}"] = self._get(name, length, width)
+                weights[f"embedding.positions.tables.{side}"] = self._get(name, length, width)
         elif self.position is Position.learned:
-            positions["embedding.positions.table"] = self._get("pos_emb.emb.weight", self.max_seq_len, width)
-        elif self.position is Position.sinusoidal and width != config.dim:
-            positions["embedding.positions.table"] = SinusoidalPositions(width)(torch.arange(self.max_seq_len))
-        if width == config.dim:
-            return {"embedding.tokens.weight": table, **positions}
-        projection = self._get("to_model_dim.weight", config.dim, width).T
-        bias = self._get("to_model_dim.bias", config.dim)
-        positions = {name: x @ projection for name, x in positions.items()}
-        return {"embedding.tokens.weight": table @ projection + bias, **positions}
+            weights["embedding.positions.table"] = self._get("pos_emb.emb.weight", self.max_seq_len, width)
+        if config.embedding_dim is not None:
+            weights |= self._weight_and_bias("embedding.to_dim", "to_model_dim", config.dim, width)
+        return weights
 
     def _head(self) -> dict[str, Tensor]:
-        width, dim = self.emb_dim, self.config.dim
+        config, width = self.config, self.config.embedding_width
         if self.ties_embedding:
+            # of their tied table, the head reads normalized rows and the embedding plain ones
             self._get("out.1.tensor", self.vocab_size, width)
-            weight = F.normalize(self._get("token_emb.weight", self.vocab_size, width), dim=-1)
-            bias = torch.zeros(self.vocab_size)
+            table = self._get("token_emb.weight", self.vocab_size, width)
+            weights = {"head.weight": F.normalize(table, dim=-1), "head.bias": torch.zeros(self.vocab_size)}
         else:
-            weight = self._get("out.1.weight", self.vocab_size, width)
-            bias = self._get("out.1.bias", self.vocab_size)
-        if width != dim:
-            bias = bias + weight @ self._get("out.0.bias", width)
-            weight = weight @ self._get("out.0.weight", width, dim)
-        return {"head.weight": weight, "head.bias": bias}
+            weights = self._weight_and_bias("head", "out.1", self.vocab_size, width)
+        if config.embedding_dim is not None:
+            weights |= self._weight_and_bias("head.to_table", "out.0", width, config.dim)
+        return weights
+
+    def _norm(self, ours: str, theirs: str, layer: int) -> dict[str, Tensor]:
+        config = self.config
+        if config.compat.norm_per_layer:
+            ours = f"{ours}.{layer}"
+        if config.norm is Norm.layer:
+            return self._weight_and_bias(ours, f"{theirs}.norm", config.dim)
+        name = f"{theirs}.g" if config.norm is Norm.rezero else f"{theirs}.norm.g"
+        return {f"{ours}.weight": self._get(name, 1)}
 
     def _layer(self, layer: int) -> dict[str, Tensor]:
-        config, block = self.config, f"reformer.layers.blocks.{layer}"
-        dim, attention_dim, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
-        attention, feed_forward = f"{block}.f.net", f"{block}.g.net"
-        to_qk = self._get(f"{attention}.fn.toqk.weight", attention_dim, dim)
+        config, theirs = self.config, f"reformer.layers.blocks.{layer}"
+        dim, inner_dim, ff_dim = config.dim, config.n_heads * config.resolved_head_dim, config.resolved_ff_dim
+        attention, feed_forward = f"{theirs}.f.net.fn", f"{theirs}.g.net.fn.fn"
+        to_qk = self._get(f"{attention}.toqk.weight", inner_dim, dim)
         if config.position is Position.rotary:
             # reformer_pytorch rotates adjacent pairs of channels, and we rotate channels half a head apart
-            to_qk = to_qk.view(config.n_heads, -1, 2, dim).transpose(1, 2).reshape(attention_dim, dim)
-        n_values = 1 if self.one_value_head else config.n_heads
-        to_v = self._get(f"{attention}.fn.tov.weight", n_values * config.resolved_head_dim, dim)
-        inner_dim = 2 * ff_dim if config.activation is Activation.glu else ff_dim
-        to_inner = [
-            self._get(f"{feed_forward}.fn.fn.w1.weight", inner_dim, dim),
-            self._get(f"{feed_forward}.fn.fn.w1.bias", inner_dim),
-        ]
-        if config.activation is Activation.glu:
+            to_qk = to_qk.view(config.n_heads, -1, 2, dim).transpose(1, 2).reshape(inner_dim, dim)
+        value_dim = config.resolved_head_dim if config.one_value_head else inner_dim
+        is_gated = config.activation is Activation.glu
+        to_inner = self._weight_and_bias(
+            "feed_forward.to_inner", f"{feed_forward}.w1", ff_dim * (1 + is_gated), dim
+        )
+        if is_gated:
             # the gate comes first in reformer_pytorch, and after the value here
-            to_inner = [torch.cat(x.chunk(2)[::-1]) for x in to_inner]
+            to_inner = {name: torch.cat(x.chunk(2)[::-1]) for name, x in to_inner.items()}
         weights = {
-            "attention_norm.weight": self._get(f"{attention}.norm.weight", dim),
-            "attention_norm.bias": self._get(f"{attention}.norm.bias", dim),
+            **self._norm("attention_norm", f"{theirs}.f.net", layer),
             "attention.to_q.weight": to_qk,
-            "attention.to_v.weight": to_v.repeat(config.n_heads // n_values, 1),
-            "attention.to_out.weight": self._get(f"{attention}.fn.to_out.weight", dim, attention_dim),
-            "attention.to_out.bias": self._get(f"{attention}.fn.to_out.bias", dim),
-            "feed_forward_norm.weight": self._get(f"{feed_forward}.norm.weight", dim),
-            "feed_forward_norm.bias": self._get(f"{feed_forward}.norm.bias", dim),
-            "feed_forward.to_inner.weight": to_inner[0],
-            "feed_forward.to_inner.bias": to_inner[1],
-            "feed_forward.to_out.weight": self._get(f"{feed_forward}.fn.fn.w2.weight", dim, ff_dim),
-            "feed_forward.to_out.bias": self._get(f"{feed_forward}.fn.fn.w2.bias", dim),
+            "attention.to_v.weight": self._get(f"{attention}.tov.weight", value_dim, dim),
+            **self._weight_and_bias("attention.to_out", f"{attention}.to_out", dim, inner_dim),
+            **self._norm("feed_forward_norm", f"{theirs}.g.net", layer),
+            **to_inner,
+            **self._weight_and_bias("feed_forward.to_out", f"{feed_forward}.w2", dim, ff_dim),
         }
-        return {f"stack.blocks.{layer}.{name}": tensor for name, tensor in weights.items()}
+        return {f"stack.blocks.{layer % config.n_blocks}.{name}": tensor for name, tensor in weights.items()}
+
+
+def _norm(options: ForeignOptions) -> Norm:
+    """ReZero replaces the norm there, also a scale norm."""
+    is_scale: bool = options.take("use_scale_norm", False, kind=bool)
+    is_rezero: bool = options.take("use_rezero", False, kind=bool)
+    return Norm.rezero if is_rezero else Norm.scale if is_scale else Norm.layer

@@ -96,7 +96,10 @@ def _convert_tensor(config: ModelConfig, name: str, weights: Mapping[str, Tensor
     path = name.split(".")
     stored = list(path)
     if config.share_layers and path[1] == "blocks":
-        stored[2] = str(int(path[2]) % len(config.layers))  # the layer that has the parameters
+        use, block = divmod(int(path[2]), config.n_blocks)
+        stored[2] = str(block)  # the layer that has the parameters
+        if config.compat.norm_per_layer and path[3].endswith("_norm"):
+            stored.insert(4, str(use))
     tensor = weights[".".join(stored)].detach().float()
     if "tables" in path:
         side = int(path[-1])

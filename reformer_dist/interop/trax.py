@@ -12,7 +12,8 @@ import gzip
 import io
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ EPS = 1e-6
 ACTIVATIONS = {"Relu": Activation.relu, "Gelu": Activation.gelu, "FastGelu": Activation.gelu_tanh}
 LAYERS = ("SelfAttention", "LSHSelfAttention")
 WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
-    "pos_type": (None, "must be null: positions are axial, or the table of PositionalEncoding"),
     "ff_use_sru": (0, "there are no recurrent units here"),
     "ff_sparsity": (0, "feed-forward layers here are dense"),
     "loss_sparsity": (0, "the head here is dense"),
@@ -49,13 +49,15 @@ WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
 }
 # options that change training or the implementation only
 WITHOUT_EFFECT = (
-    *("mode", "dropout", "attention_chunk_size", "pos_start_from_zero_prob", "pos_max_offset_to_add"),
+    *("mode", "attention_chunk_size", "pos_start_from_zero_prob", "pos_max_offset_to_add"),
     *("loss_sparsity_type", "loss_d_lowrank", "loss_sparsity_prob"),
 )
 LAYER_OPTIONS = (
     *("masked", "predict_mem_len", "predict_drop_len", "n_parallel_heads", "use_python_loop"),
     *("attention_dropout", "output_dropout", "use_reference_code", "max_length_for_buckets"),
 )
+# values of pos_type without a counterpart; any other name makes positions axial, and none the table
+OTHER_POSITIONS = ("sin-cos", "fixed-base", "infinite", "infinite-affine", "time-bin", "no")
 SIZE = (int, type(None))
 
 
@@ -68,14 +70,19 @@ def read(directory: Path) -> ForeignModel:
     options = ForeignOptions.read(directory / CONFIG_FILE)
     notes = ["Trax's ShiftRight prepends token 0 to every input; prepend it yourself here"]
     vocab_size: int = options.require("vocab_size", int)
-    config = model_config(options, notes)
-    where, arrays = _read_arrays(directory)
-    weights = dict(_FlatWeights(where, arrays).named(config, vocab_size))
+    stored = cache(lambda: _read_arrays(directory))
+    config = model_config(options, notes, lambda: stored()[1])
+    weights = dict(_FlatWeights(*stored()).named(config, vocab_size))
     return ForeignModel("Trax", HeadKind.language_model, config, vocab_size, weights, notes)
 
 
-def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
-    """Converts options of Trax to a ModelConfig. Raises CheckpointError. Appends to notes."""
+def model_config(
+    options: ForeignOptions, notes: list[str], read_arrays: Callable[[], list[NDArray[Any]]]
+) -> ModelConfig:
+    """Converts options of Trax to a ModelConfig. Raises CheckpointError. Appends to notes.
+
+    read_arrays: returns the weights, which show the kind of positions where the options leave it open.
+    """
     options.refuse_other_values(WITHOUT_COUNTERPART)
     for name in (*WITHOUT_EFFECT, *(f"{layer}.{name}" for layer in LAYERS for name in LAYER_OPTIONS)):
         options.take(name)
@@ -87,8 +94,10 @@ def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
     local_chunk: int | None = options.take("SelfAttention.chunk_len", None, kind=SIZE)
     chunk_len: int = options.take("LSHSelfAttention.chunk_len", 128, kind=int)
     factors = _bucket_factors(options, chunk_len, max_len, notes)
+    dim: int = options.take("d_model", 512, kind=int)
+    dropout = float(options.take("dropout", 0.1, kind=(int, float)))
     config = ModelConfig(
-        dim=options.take("d_model", 512, kind=int),
+        dim=dim,
         ff_dim=options.take("d_ff", 2048, kind=int),
         n_layers=options.take("n_layers", 6, kind=int),
         n_heads=options.take("n_heads", 8, kind=int),
@@ -103,6 +112,9 @@ def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
         ff_chunk=options.take("ff_chunk_size", 0, kind=int),
         activation=options.take_choice("ff_activation", ACTIVATIONS, "FastGelu"),
         norm_eps=EPS,
+        dropout=dropout,
+        ff_dropout=dropout,
+        attention_dropout=dropout,
         compat=CompatConfig(
             bucket_factors=factors,
             chunk_wrap=True,
@@ -111,7 +123,7 @@ def model_config(options: ForeignOptions, notes: list[str]) -> ModelConfig:
             local_chunks_after=options.take("SelfAttention.n_chunks_after", 0, kind=int),
             merge_streams=StreamMerge.concat,
         ),
-        **_positions(options, max_len),
+        **_positions(options, max_len, dim, notes, read_arrays),
     )
     options.refuse_unknown("ReformerLM of Trax")
     return config
@@ -141,12 +153,35 @@ def _bucket_factors(options: ForeignOptions, chunk_len: int, max_len: int, notes
     return [first, 2 * (n_buckets // (2 * first))]
 
 
-def _positions(options: ForeignOptions, max_len: int) -> dict[str, Any]:
-    shape, dims = options.take("pos_axial_shape", []), options.take("pos_d_axial_embs", None)
+def _positions(
+    options: ForeignOptions,
+    max_len: int,
+    dim: int,
+    notes: list[str],
+    read_arrays: Callable[[], list[NDArray[Any]]],
+) -> dict[str, Any]:
+    """Axial positions with a pos_type and, in older versions, with a pos_axial_shape; else a table."""
+    pos_type, shape = options.take("pos_type", None), options.take("pos_axial_shape", None)
+    dims: list[int] | None = options.take("pos_d_axial_embs", None)
+    if pos_type in OTHER_POSITIONS:
+        options.refuse("pos_type", "must be axial, or null for the table of PositionalEncoding")
+    table = {"position": Position.learned, "max_seq_len": max_len}
+    if not pos_type and not shape:
+        return table
+    if not pos_type and _sides(read_arrays()[1:2]) == [[max_len, dim]]:
+        notes.append(
+            "pos_axial_shape: without pos_type, this version of Trax trained a table of positions instead"
+        )
+        return table
     if not shape:
-        return {"position": Position.learned, "max_seq_len": max_len}
+        options.refuse("pos_axial_shape", f"must be given with pos_type={pos_type}")
     axial_dims = None if dims is None else list(dims)
     return {"position": Position.axial, "axial_shape": list(shape), "axial_dims": axial_dims}
+
+
+def _sides(arrays: list[NDArray[Any]]) -> list[list[int]]:
+    """Shapes without dimensions of size 1, which versions of Trax add and leave out."""
+    return [[side for side in array.shape if side != 1] for array in arrays]
 
 
 def _read_arrays(directory: Path) -> tuple[Path, list[NDArray[Any]]]:

@@ -21,7 +21,7 @@ from reformer_dist.models.attention import build_attention
 from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
-from reformer_dist.models.norms import build_norm
+from reformer_dist.models.norms import build_norm, norm_of_layer
 from reformer_dist.models.reversible import Sublayer, Tape, TokenwiseSublayer, reversible_steps
 from reformer_dist.ops.dropout import token_dropout
 
@@ -82,29 +82,32 @@ class Block(nn.Module):
 
     def _sublayers(self, context: ForwardContext, layer: int, cache: RecomputeCache) -> list[Sublayer]:
         dropout = context.dropout(self.dropout)
+        attention_norm = norm_of_layer(self.attention_norm, layer)
+        feed_forward_norm = norm_of_layer(self.feed_forward_norm, layer)
 
         def attend(x: Tensor) -> Tensor:
-            out = self.attention_norm.scale_output(self.attention(self.attention_norm(x), context, layer, cache))
+            out = attention_norm.scale_output(self.attention(attention_norm(x), context, layer, cache))
             return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.coords)
 
         def cross_attend(x: Tensor) -> Tensor:
-            norm = self.cross_attention_norm
+            norm = norm_of_layer(self.cross_attention_norm, layer)
             out = norm.scale_output(self.cross_attention(norm(x), context, layer, cache))
             return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.coords)
 
         def feed_forward(start: int, x: Tensor) -> Tensor:
             coords = context.coords.chunk(start, start + x.shape[1])
-            norm = self.feed_forward_norm
-            out = norm.scale_output(self.feed_forward(norm(x), context, layer, coords))
+            out = self.feed_forward(feed_forward_norm(x), context, layer, coords)
+            out = feed_forward_norm.scale_output(out)
             return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), coords)
 
-        weights = [*self.attention_norm.parameters(), *self.attention.parameters()]
+        weights = [*attention_norm.parameters(), *self.attention.parameters()]
         sublayers = [Sublayer(attend, weights)]
         if self.has_cross_attention:
             assert context.source is not None
-            weights = [*self.cross_attention_norm.parameters(), *self.cross_attention.parameters()]
+            norm = norm_of_layer(self.cross_attention_norm, layer)
+            weights = [*norm.parameters(), *self.cross_attention.parameters()]
             sublayers.append(Sublayer(cross_attend, [*weights, context.source.hidden]))
-        weights = [*self.feed_forward_norm.parameters(), *self.feed_forward.parameters()]
+        weights = [*feed_forward_norm.parameters(), *self.feed_forward.parameters()]
         sublayers.append(TokenwiseSublayer(feed_forward, weights, self.feed_forward.config.ff_chunk))
         return sublayers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,8 +61,29 @@ class ReZero(nn.Module):
         return out * self.weight
 
 
-def build_norm(config: ModelConfig) -> StreamNorm | ScaleNorm | ReZero:
-    """The norm of one sublayer."""
+SublayerNorm = StreamNorm | ScaleNorm | ReZero
+
+
+class NormPerLayer(nn.ModuleList):
+    """The norms of a sublayer that several layers share: n for layers i, i + n_blocks, i + 2 * n_blocks, ..."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.n_blocks = config.n_blocks
+        n_uses = -(-config.n_layers // config.n_blocks)
+        super().__init__(_build_norm(config) for _ in range(n_uses))
+
+
+def build_norm(config: ModelConfig) -> SublayerNorm | NormPerLayer:
+    """The norm of one sublayer, or its norms with compat.norm_per_layer."""
+    return NormPerLayer(config) if config.compat.norm_per_layer else _build_norm(config)
+
+
+def norm_of_layer(norm: nn.Module, layer: int) -> SublayerNorm:
+    """The norm of one layer, from what `build_norm` returned."""
+    return cast(SublayerNorm, norm[layer // norm.n_blocks] if isinstance(norm, NormPerLayer) else norm)
+
+
+def _build_norm(config: ModelConfig) -> SublayerNorm:
     if config.norm is Norm.scale:
         return ScaleNorm(config.dim, config.norm_eps)
     return ReZero() if config.norm is Norm.rezero else StreamNorm(config.dim, config.norm_eps)

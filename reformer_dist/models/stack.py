@@ -24,11 +24,8 @@ class ReformerStack(nn.Module):
     def __init__(self, config: ModelConfig, *, has_cross_attention: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, config.recompute
-        kinds = config.layer_kinds()
-        n_blocks = min(len(config.layers), config.n_layers) if config.share_layers else config.n_layers
-        self.blocks = nn.ModuleList(
-            Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds[:n_blocks]
-        )
+        kinds = config.layer_kinds()[: config.n_blocks]
+        self.blocks = nn.ModuleList(Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds)
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)

@@ -37,7 +37,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "sinusoidal": {"fixed_position_emb": True, "causal": False},
     "gated": {"ff_glu": True, "ff_mult": 2, "ff_chunks": 3},
     "one value head": {"one_value_head": True, "random_rotations_per_head": True},
-    "tied layers": {"weight_tie": True, "depth": 3},
+    "tied layers": {"weight_tie": True, "depth": 3, "layer_dropout": 0.3},
+    "scale norm": {"use_scale_norm": True},
+    "rezero": {"use_rezero": True, "use_scale_norm": True},
+    "rezero, tied layers and one value head": {"use_rezero": True, "weight_tie": True, "one_value_head": True},
+    "scale norm, tied layers and all narrow": {"use_scale_norm": True, "weight_tie": True, "emb_dim": 10},
     "tied embedding": {"weight_tie_embedding": True},
     "narrow embedding": {"emb_dim": 10},
     "narrow, tied and axial": {"emb_dim": 10, "weight_tie_embedding": True, "axial_position_emb": True},
@@ -120,8 +124,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "n_local_attn_heads": (1, "layers"),
     "num_mem_kv": (4, "keys"),
     "pkm_layers": ([1], "product-key"),
-    "use_scale_norm": (True, "layer norm"),
-    "use_rezero": (True, "layer norm"),
+    "use_scale_norm": ("yes", "bool"),
+    "weight_tie": (1, "bool"),
+    "layer_dropout": ("0.1", "float"),
     "use_full_attn": (True, "rotary"),
     "ff_activation": ("relu", "GELU"),
     "attends_twice": (1, "option"),
@@ -161,6 +166,6 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
 def test_options_that_affect_training_only_are_noted(tmp_path: Path) -> None:
     save(build(), tmp_path, layer_dropout=0.1, full_attn_thres=32, ff_dropout=0.2, lsh_dropout=0.3)
     found = reformer_pytorch.read(tmp_path)
-    assert (found.config.ff_dropout, found.config.attention_dropout) == (0.2, 0.3)
+    assert (found.config.ff_dropout, found.config.attention_dropout, found.config.layer_drop) == (0.2, 0.3, 0.1)
     for word in ("layer_dropout", "full_attn_thres", "n_buckets=8"):
         assert any(word in note for note in found.notes)

@@ -171,6 +171,46 @@ def test_other_positions_activations_and_layers(tmp_path: Path) -> None:
     assert found.config.n_buckets == 16 and any("n_buckets" in note for note in found.notes)
 
 
+def test_axial_positions_of_every_version(tmp_path: Path) -> None:
+    """At HEAD, only a pos_type makes them axial: without one, pos_axial_shape is ignored there."""
+    flat = flat_weights(SMALL)
+    write_arrays(tmp_path, flat)
+    write(tmp_path)  # of versions without pos_type
+    expected = trax.read(tmp_path)
+    write(tmp_path, pos_type="axial")
+    found = trax.read(tmp_path)
+    assert found.config == expected.config and found.config.position.name == "axial"
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+
+    table = np.random.default_rng(3).normal(size=(64, 12)).astype(np.float32)
+    for stored in (table, table[None]):
+        write_arrays(tmp_path, [flat[0], stored, *flat[3:]])
+        for dims in ([4, 8], [384, 384]):  # whatever they are, since they have no effect
+            write(tmp_path, pos_d_axial_embs=dims)
+            found = trax.read(tmp_path)
+            assert torch.equal(found.weights["embedding.positions.table"], torch.from_numpy(table))
+            assert any("pos_axial_shape" in note for note in found.notes)
+    write(tmp_path, pos_type="axial", pos_axial_shape=[])
+    complains(tmp_path, "pos_axial_shape=[]", "pos_type=axial")
+    write(tmp_path, pos_type="axial")
+    complains(tmp_path, "array 2 (positions, side 0)", "[1, 64, 12]")
+
+
+@pytest.mark.parametrize("pos_type", ["sin-cos", "fixed-base", "infinite", "infinite-affine", "time-bin", "no"])
+def test_other_positions_are_refused(pos_type: str, tmp_path: Path) -> None:
+    write(tmp_path, pos_type=pos_type)
+    write_arrays(tmp_path, flat_weights(SMALL))
+    complains(tmp_path, f'pos_type="{pos_type}"', "axial")
+
+
+def test_dropout_is_converted(tmp_path: Path) -> None:
+    write_arrays(tmp_path, flat_weights(SMALL))
+    for options, rate in (({}, 0.1), ({"dropout": 0.25}, 0.25), ({"dropout": 0}, 0.0)):
+        write(tmp_path, **options)
+        config = trax.read(tmp_path).config
+        assert (config.dropout, config.ff_dropout, config.attention_dropout) == (rate, rate, rate)
+
+
 def test_bfloat16_is_supported(tmp_path: Path) -> None:
     write(tmp_path)
     exact = [torch.from_numpy(array).bfloat16() for array in flat_weights(SMALL)]
@@ -195,6 +235,7 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     complains(tmp_path, "has neither")
     write_pickle(tmp_path, {"flat_weights": 2})
     complains(tmp_path, "no weights", "model.weights.npy.gz")
+    write_arrays(tmp_path, flat)
     write(tmp_path, ff_use_sru=1)
     complains(tmp_path, "ff_use_sru=1", "recurrent")
     write(tmp_path, reversible=True)

@@ -49,6 +49,7 @@ CHANGES: list[dict[str, Any]] = [
     {"layers": [EXACT], **DROPOUTS},
     {"layers": [LSH, EXACT, LOCAL], "n_layers": 3, **DROPOUTS},
     {"share_layers": True, **DROPOUTS},
+    {"share_layers": True, "layers": [LSH], "compat": CompatConfig(norm_per_layer=True), **DROPOUTS},
     {"tie_embeddings": True},
     {"position": Position.rotary},
     {"position": Position.learned},

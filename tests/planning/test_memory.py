@@ -56,6 +56,7 @@ def other_task(kind: str, data: Path, output: Path, *words: str) -> Task:
     [
         {},
         {"share_layers": True, "n_layers": 4},
+        {"share_layers": True, "n_layers": 5, "compat.norm_per_layer": True},
         {"tie_embeddings": True, "activation": "glu", "head_dim": 24},
         {"position": "learned", "layers": ["exact"], "ff_mult": 2},
         {"norm": "scale", "embedding_dim": 12, "one_value_head": True},

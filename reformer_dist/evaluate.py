@@ -5,30 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reformer_dist.config import TaskKind
 from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection, heldout_text_batches
+from reformer_dist.diagnostics.context import cut_rows
+from reformer_dist.diagnostics.coverage import measure_layers
+from reformer_dist.diagnostics.knockout import remove_attention
+from reformer_dist.diagnostics.needles import measure_needles, needle_table, plot_needles
 from reformer_dist.distributed import failures, runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError, DataError
-from reformer_dist.models.sequence import WholeSequence
-from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
-from reformer_dist.ops.lsh.coverage import Coverage, measure_coverage
-from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.fs.atomic import write_atomic
+from reformer_dist.models.base import ReformerModel
 from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.command import run_command
+from reformer_dist.process.log import logger
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
 from reformer_dist.tasks.text_metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluation import EvalResult, evaluate
 
 MICRO_BATCH = 8
+NEEDLES_PER_CELL = 10
+MIN_NEEDLE_BYTES = 100
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,10 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=int, default=MICRO_BATCH, help=f"rows per batch (default: {MICRO_BATCH})")
     add("--split", choices=SPLITS, default="heldout", help="heldout, or train for tasks that read samples")
-    add("--rounds", metavar="N,N,...", help="print a table over numbers of hash rounds, such as 1,2,4,8")
-    coverage = "instead of the loss, the fraction of exact attention's softmax mass that each LSH layer covers"
+    add("--by-position", action="store_true", help="also print the loss by the position of a token in its row")
+    add("--without", metavar="LAYERS", help="remove the attention of lsh, local or exact layers, or of 0,1,...")
+    modes = parser.add_argument_group("instead of the loss").add_mutually_exclusive_group()
+    add = modes.add_argument
+    add("--rounds", metavar="N,N,...", help="a table over numbers of hash rounds, such as 1,2,4,8")
+    add("--context", metavar="N,N,...", help="a table over the tokens that each may look back over: 256,1k,4k")
+    needles = f"a table over bytes of text with a hidden number; --rows per cell (default: {NEEDLES_PER_CELL})"
+    add("--needles", metavar="N,N,...", help=needles)
+    coverage = "the fraction of exact attention's softmax mass that each LSH layer covers"
     add("--coverage", action="store_true", help=coverage)
-    add("--output", type=Path, help="with --coverage: JSON file to write the result to")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="with --needles: write a heat map")
     return parser
 
 
@@ -59,18 +73,32 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
     """Evaluates as one rank of the job; rank 0 prints. Raises UserError on every rank."""
     job = runtime.start()
     with failures.detect_lost_ranks(job):
-        if arguments.coverage:
-            lines = _coverage(arguments, job)
-        else:
-            lines = _rounds_table(arguments, job) if arguments.rounds else _report(arguments, job)
+        lines = _mode(arguments)(arguments, job)
         if job.is_main:
             print("\n".join(lines))
+
+
+def _mode(arguments: argparse.Namespace) -> Callable[[argparse.Namespace, Runtime], list[str]]:
+    """The report that the options ask for. Raises ConfigError if they do not go together."""
+    modes: dict[Any, Callable[[argparse.Namespace, Runtime], list[str]]] = {
+        arguments.rounds: _rounds_table,
+        arguments.context: _context_table,
+        arguments.needles: _needles,
+        arguments.coverage: _coverage,
+    }
+    mode = next((modes[value] for value in modes if value), _report)
+    if arguments.by_position and mode is not _report:
+        raise ConfigError("--by-position: breaks down the loss, which --rounds, --context and the like replace")
+    if arguments.plot is not None and mode is not _needles:
+        raise ConfigError(f"--plot {arguments.plot}: needs --needles")
+    return mode
 
 
 def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded, corpus = _open(arguments, [], job)
     result = _evaluate(arguments, loaded, corpus, job)
     rows = _describe_rows(arguments, loaded, corpus)
+    _write_json(arguments, job, {**result.values(), "by_position": [asdict(each) for each in result.positions]})
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
         text = _heldout_text(arguments, loaded, corpus)  # for the baselines
@@ -81,6 +109,7 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
             f"held-out bits per byte: {result.bits_per_byte:.4f}",
             f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
             f"  gzip -9 of the same text: {gzip_bits_per_byte(text):.4f}",
+            *_position_lines(result),
         ]
     split = "held-out" if arguments.split == "heldout" else "training"
     lines.append(f"task: {loaded.config.task.kind.name}")
@@ -95,6 +124,13 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 
     selected = _select_rows(arguments, loaded, job.rank, job.world_size)
     return lines + loaded.task.measure(loaded.model, corpus, selected, all_gather)
+
+
+def _position_lines(result: EvalResult) -> list[str]:
+    lines = ["held-out bits per byte by position in the row:"] * bool(result.positions)
+    for each in result.positions:
+        lines.append(f"{each.name:>16} {each.bits_per_byte:10.4f}  of {each.n_labels:,} tokens")
+    return lines
 
 
 def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
@@ -117,6 +153,11 @@ def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> 
     if arguments.batch < 1 or arguments.rows < 0:
         raise ConfigError(f"--batch {arguments.batch} --rows {arguments.rows}: must be at least 1 and 0")
     loaded = job.together(lambda: load_model(arguments.run, [*arguments.overrides, *overrides], job.device))
+    if arguments.without is not None:
+        if not isinstance(loaded.model, ReformerModel):
+            raise ConfigError(f"--without {arguments.without}: needs a model of one stack of layers")
+        removed = remove_attention(loaded.model, arguments.without)
+        logger.info(f"without the attention of layers {', '.join(map(str, removed))}")
     return loaded, job.together(lambda: _open_corpus(loaded, arguments.split))
 
 
@@ -148,7 +189,10 @@ def _evaluate(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus
     sequence = make_sequence(loaded.config, job, arguments.batch)
     task, mesh = loaded.task, sequence.mesh
     batches = task.heldout(corpus, _select_rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
-    return evaluate(loaded.model, batches, task, job, sequence)
+    is_text = loaded.config.task.kind is TaskKind.language_model
+    if arguments.by_position and not is_text:
+        raise ConfigError(f"--by-position: needs task.kind=language_model; this is {loaded.config.task.kind.name}")
+    return evaluate(loaded.model, batches, task, job, sequence, by_position=arguments.by_position)
 
 
 def _heldout_text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Corpus) -> bytes:
@@ -158,52 +202,14 @@ def _heldout_text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Co
     return loaded.tokenizer.decode_bytes(ids.numpy())
 
 
-class CoverageSequence(WholeSequence):
-    """Measures the coverage of each LSH layer during a forward, which it does not change."""
-
-    def __init__(self) -> None:
-        self.layers: list[Coverage] = []
-        """Coverage of each LSH layer, in order."""
-
-    def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
-        assert isinstance(exchange, LocalExchange)
-        if k is None:  # separate keys are those of local attention, which does not hash
-            ids, options, mask = exchange.bucket_ids, exchange.options, exchange.key_padding_mask
-            self.layers.append(measure_coverage(q, shared_keys(q), ids, options, mask))
-        return super().bucket_attention(q, k, v, exchange)
-
-
-@torch.no_grad()
-def _measure_layers(loaded: LoadedModel, corpus: Corpus, n_rows: int) -> list[dict[str, float]]:
-    """Coverage of each LSH layer over held-out rows, averaged over heads. Raises UserError."""
-    device = next(loaded.model.parameters()).device
-    totals: list[Coverage] = []
-    data = loaded.config.data
-    rows = RowSelection(n_rows, max_damaged_fraction=data.max_damaged_fraction)
-    for batch in heldout_text_batches(corpus, rows, seq_len=data.seq_len):
-        sequence = CoverageSequence()
-        tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
-        loaded.language_model(tokens, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
-        totals = totals or [Coverage() for _ in sequence.layers]
-        for total, layer in zip(totals, sequence.layers, strict=True):
-            total.add(layer)
-    return [total.fractions() for total in totals]
-
-
 def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
-    """A line per LSH layer; rank 0 also writes them to `--output` as JSON. Raises UserError."""
-    loaded = load_model(arguments.run, arguments.overrides, job.device)
-    model = loaded.config.model
-    if model.compat.chunk_wrap:
-        reason = "coverage is not defined for chunks that wrap into other rounds"
-        raise ConfigError(f"model.compat.chunk_wrap=true: {reason}")
-    corpus = open_corpus(loaded.config.data, ["heldout"])
-    layers = _measure_layers(loaded, corpus, arguments.rows)
-    if not layers:
-        raise ConfigError(f"model.layers={[kind.name for kind in model.layers]}: none of them is lsh")
+    """A line per LSH layer. Raises UserError."""
+    loaded, corpus = _open_text(arguments, "--coverage", job)
+    rows = RowSelection(arguments.rows, max_damaged_fraction=loaded.config.data.max_damaged_fraction)
+    batches = heldout_text_batches(corpus, rows, seq_len=loaded.config.data.seq_len)
+    layers = measure_layers(loaded.language_model, batches)
     mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
-    if arguments.output is not None and job.is_main:
-        arguments.output.write_text(json.dumps({**mean, "layers": layers}, indent=1) + "\n")
+    _write_json(arguments, job, {**mean, "layers": layers})
     lines = [f"held-out text: {_describe_rows(arguments, loaded, corpus)}"]
     lines += [f"LSH layer {number}: {_fractions(layer)}" for number, layer in enumerate(layers)]
     return [*lines, f"mean: {_fractions(mean)}"]
@@ -211,6 +217,65 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 
 def _fractions(fractions: dict[str, float]) -> str:
     return f"{fractions['mass']:.4f} of the softmax mass on {fractions['pairs']:.4f} of the pairs"
+
+
+def _context_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+    """The loss of the same tokens for each number of tokens that they may look back over."""
+    loaded, corpus = _open_text(arguments, "--context", job)
+    seq_len, results = loaded.config.data.seq_len, {}
+    for context in parse_sizes("--context", arguments.context, least=1, most=seq_len):
+        sequence = make_sequence(loaded.config, job, arguments.batch)
+        mesh = sequence.mesh
+        rows = loaded.task.heldout(corpus, _select_rows(arguments, loaded, mesh.dp_rank, mesh.dp_size))
+        windows = cut_rows(rows, context, arguments.batch)
+        results[context] = evaluate(loaded.model, windows, loaded.task, job, sequence)
+    values = {str(context): result.values() for context, result in results.items()}
+    _write_json(arguments, job, {"context": values})
+    lines = [f"checkpoint: {loaded.checkpoint}", f"held-out text: {_describe_rows(arguments, loaded, corpus)}"]
+    lines.append("".join(f"{name:>16}" for name in ("context", *next(iter(results.values())).values())))
+    for context, result in results.items():
+        lines.append(f"{context:>16,}" + "".join(f"{value:>16.4f}" for value in result.values().values()))
+    return lines
+
+
+def _needles(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+    loaded, corpus = _open_text(arguments, "--needles", job)
+    most = loaded.config.model.max_positions or 1 << 24
+    lengths = parse_sizes("--needles", arguments.needles, least=MIN_NEEDLE_BYTES, most=most)
+    text = _heldout_text(argparse.Namespace(**{**vars(arguments), "rows": 0}), loaded, corpus)
+    n_samples = arguments.rows or NEEDLES_PER_CELL
+    cells = measure_needles(loaded.language_model, loaded.tokenizer, text, lengths, n_samples)
+    _write_json(arguments, job, {"needles": [asdict(cell) for cell in cells], "samples": n_samples})
+    if arguments.plot is not None:
+        job.on_main(lambda: plot_needles(cells, arguments.plot))
+    return [f"checkpoint: {loaded.checkpoint}", f"{n_samples} needles per cell", *needle_table(cells)]
+
+
+def _open_text(arguments: argparse.Namespace, option: str, job: Runtime) -> tuple[LoadedModel, Corpus]:
+    """Raises ConfigError unless the model predicts the next token of text."""
+    loaded, corpus = _open(arguments, [], job)
+    if loaded.config.task.kind is not TaskKind.language_model:
+        raise ConfigError(f"{option}: needs task.kind=language_model; this is {loaded.config.task.kind.name}")
+    return loaded, corpus
+
+
+def parse_sizes(option: str, value: str, *, least: int, most: int) -> list[int]:
+    """The numbers in a list such as 256,1k,16k. Raises ConfigError if one is not from `least` to `most`."""
+    sizes = []
+    for word in value.lower().split(","):
+        digits, unit = word.removesuffix("k"), 1024 if word.endswith("k") else 1
+        size = int(digits) * unit if digits.isdecimal() else 0
+        if not least <= size <= most:
+            expected = f"must be from {least} to {most:,}, such as 256,1k,16k"
+            raise ConfigError(f"{option} {value}: {word!r} {expected}")
+        sizes.append(size)
+    return sizes
+
+
+def _write_json(arguments: argparse.Namespace, job: Runtime, result: dict[str, Any]) -> None:
+    """Writes the result to --output, if given, on rank 0."""
+    if arguments.output is not None:
+        job.on_main(lambda: write_atomic(arguments.output, json.dumps(result, indent=1) + "\n"))
 
 
 def main() -> None:

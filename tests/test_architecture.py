@@ -47,13 +47,14 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("process", "tasks", "training"),
     },
+    "diagnostics": {"config", "data", "errors", "models", "ops"},
     "doctor": {"config", "distributed", "errors", "ops", "process", "run"},
     "sweep": {"config", "distributed", "errors", "fs", "process", "run", "seeds", "training"},
     # the commands
     "train": {"config", "distributed", "errors", "launch", "process", "run", "sweep", "training"},
     "evaluate": {
-        *("config", "data", "distributed", "errors", "models", "ops", "parallel", "process", "run", "tasks"),
-        "training",
+        *("config", "data", "diagnostics", "distributed", "errors", "fs", "models", "parallel", "process", "run"),
+        *("tasks", "training"),
     },
     "generate": {"config", "data", "errors", "generation", "process", "run"},
     "convert": {"checkpoint", "config", "errors", "fs", "interop", "process", "run"},
@@ -71,7 +72,7 @@ THIRD_PARTY_HOMES = {
     "rouge_score": {"tasks"},
     "hydra": {"run", "sweep"},
     "optuna": {"sweep"},
-    "matplotlib": {"sweep"},
+    "matplotlib": {"diagnostics", "sweep"},
     "tensorboard": {"training"},
     "triton": {"ops"},
 }

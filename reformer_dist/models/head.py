@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.ops.cross_entropy import chunked_cross_entropy
+from reformer_dist.ops.cross_entropy import chunked_cross_entropy, token_cross_entropy
 
 
 class LanguageModelHead(nn.Module):
@@ -26,11 +26,18 @@ class LanguageModelHead(nn.Module):
         self.weight = table if config.tie_embeddings else untied
         self.bias = nn.Parameter(torch.empty(vocab_size))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """hidden [B, S, output_dim] -> logits [B, S, V] float32, or with labels [B, S] the summed loss in nats."""
+    def forward(self, hidden: Tensor, labels: Tensor | None, *, per_token: bool = False) -> Tensor:
+        """hidden [B, S, output_dim] -> logits [B, S, V] float32, or with labels [B, S] the summed loss in nats.
+
+        per_token: returns the loss of each token instead, [B, S] float32, which has no gradient.
+        """
         if self.to_table is not None:
             hidden = self.to_table(hidden)
         if labels is None:
             return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         flat = hidden.reshape(-1, hidden.shape[-1])
+        if per_token:
+            flat_labels = labels.reshape(-1)
+            losses = token_cross_entropy(flat, self.weight, self.bias, flat_labels, self.loss_chunk)
+            return losses.view_as(labels)
         return chunked_cross_entropy(flat, self.weight, self.bias, labels.reshape(-1), self.loss_chunk)

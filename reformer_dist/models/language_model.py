@@ -32,14 +32,16 @@ class ReformerLM(ReformerModel):
         labels: Tensor | None = None,
         *,
         logits_to_keep: int | None = None,
+        per_token_loss: bool = False,
         **options: Unpack[ForwardOptions],
     ) -> Tensor:
         """tokens [B, S] -> logits [B, S, V], or with labels [B, S] the summed loss in nats (-100 is ignored).
 
-        logits_to_keep: returns logits of the last tokens only. The other keywords are those of `ForwardOptions`.
+        logits_to_keep: returns logits of the last tokens only. per_token_loss: with labels, returns the loss of
+        each token, [B, S], without gradient. The other keywords are those of `ForwardOptions`.
         """
         hidden = self.encode(tokens, **options)
         if logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:]
-        logits_or_loss: Tensor = self.head(hidden, labels)
+        logits_or_loss: Tensor = self.head(hidden, labels, per_token=per_token_loss)
         return logits_or_loss

@@ -26,6 +26,22 @@ def chunked_cross_entropy(
     return loss
 
 
+@torch.no_grad()
+def token_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int) -> Tensor:
+    """-log p(label) in nats of each token, [N] float32, without gradients; 0 where the label is IGNORE_INDEX.
+
+    Shapes and `chunk` are those of `chunked_cross_entropy`.
+    """
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        logits = torch.nn.functional.linear(hidden[rows].to(weight.dtype), weight, bias).float()
+        losses[rows] = torch.nn.functional.cross_entropy(
+            logits, labels[rows], ignore_index=IGNORE_INDEX, reduction="none"
+        )
+    return losses
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

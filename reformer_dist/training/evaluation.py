@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from reformer_dist.parallel import SlicedSequence
 from reformer_dist.tasks import Task
 from reformer_dist.training.batches import MicroBatch
 from reformer_dist.training.metrics import bits_per_byte
+from reformer_dist.training.positions import PositionLoss, PositionSums
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,18 @@ class EvalResult:
     """Fraction of labels predicted correctly; None if the task does not report it."""
     n_labels: int
     text_bytes: int
+    positions: list[PositionLoss] = field(default_factory=list)
+    """By the position of the labels in their rows; empty unless asked for."""
 
     def values(self) -> dict[str, float]:
         """The metrics that are not None, by name."""
         metrics = {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
         return {name: value for name, value in metrics.items() if value is not None}
 
-    def __str__(self) -> str:
-        values = self.values().items()
-        return " | ".join(f"held-out {name.replace('_', ' ')} {value:.3f}" for name, value in values)
+    def position_values(self) -> dict[str, float]:
+        """The loss at each octave of positions, in bits per byte if labels are tokens of text, by its name."""
+        parts = ((each.name, each.loss, each.bits_per_byte) for each in self.positions)
+        return {name: loss if bits is None else bits for name, loss, bits in parts}
 
 
 @torch.no_grad()
@@ -44,17 +48,27 @@ def evaluate(
     task: Task,
     runtime: Runtime,
     sequence: SlicedSequence,
+    *,
+    by_position: bool = False,
 ) -> EvalResult:
     """Evaluates a model's forward, which returns the summed loss in nats.
 
-    batches: whole rows, equal on the ranks that share them by `sequence`.
+    batches: whole rows, equal on the ranks that share them by `sequence`. by_position: also breaks the loss down
+    by position, for the forward of a language model.
     """
     token_bytes = task.token_bytes
     nats, n_labels, text_bytes, n_correct = 0.0, 0, 0, 0
+    positions = PositionSums(token_bytes)
     for rows in batches:
         batch = MicroBatch.from_rows(rows, sequence, labels_per_row=task.labels_per_row)
         inputs = batch.to(runtime.device)
-        nats += forward(**inputs, **batch.sequences).item()
+        if by_position:
+            losses = forward(**inputs, **batch.sequences, per_token_loss=True).cpu()
+            places = batch.sequences["sequence"].positions(losses.shape[1], losses.device)
+            positions.add(losses, batch.tensors["labels"], batch.label_mask, places)
+            nats += losses.sum(dtype=torch.float64).item()
+        else:
+            nats += forward(**inputs, **batch.sequences).item()
         counted = batch.tensors["labels"][batch.label_mask]
         n_labels += counted.numel()
         if token_bytes is not None:
@@ -63,11 +77,13 @@ def evaluate(
             labels = inputs.pop("labels")
             predicted = task.predict(forward(**inputs, **batch.sequences), batch.sequences["sequence"])
             n_correct += int(((predicted == labels) & batch.label_mask.to(runtime.device)).sum())
-    nats, total_labels, total_bytes, total_correct = runtime.sum([nats, n_labels, text_bytes, n_correct])
+    totals = [nats, n_labels, text_bytes, n_correct, *positions.sums.flatten().tolist()]
+    nats, total_labels, total_bytes, total_correct, *position_sums = runtime.sum(totals)
     return EvalResult(
         loss=nats / max(1, total_labels),
         bits_per_byte=None if token_bytes is None else bits_per_byte(nats, total_bytes),
         accuracy=total_correct / max(1, total_labels) if task.reports_accuracy else None,
         n_labels=int(total_labels),
         text_bytes=int(total_bytes),
+        positions=positions.result(position_sums),
     )

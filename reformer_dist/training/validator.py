@@ -45,9 +45,12 @@ class Validator:
         dp_rank, dp_size = sequence.mesh.dp_rank, sequence.mesh.dp_size
         rows = self._select_rows(self._config.data.eval_rows, self._layout.micro_batch, dp_rank, dp_size)
         batches = self._stop.until_stopped(self._batches(rows), self._runtime)
-        result = evaluate(self._engine.forward, batches, self._data.task, self._runtime, sequence)
+        task = self._data.task
+        by_position = task.config.task.packs_text
+        result = evaluate(self._engine.forward, batches, task, self._runtime, sequence, by_position=by_position)
         logger.info(f"step {step} | {result} | {rows.describe(self._data.task.count_rows(self._data.corpus))}")
         values = {f"eval/{name}": value for name, value in result.values().items()}
+        values |= {f"eval_by_position/{name}": value for name, value in result.position_values().items()}
         self._metrics.scalars({**values, **self._model_stats()}, step, seconds)
         self._engine.train(True)
         return result.loss

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny import WORDS, write_tiny_dataset
@@ -11,7 +13,7 @@ from support.tiny import WORDS, write_tiny_dataset
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, RawSample, write_dataset, write_samples
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.evaluate import _heldout_text, _open, build_parser
+from reformer_dist.evaluate import _heldout_text, _mode, _open, build_parser
 from reformer_dist.run.pretrained import LoadedModel
 from reformer_dist.tasks.text_metrics import order0_bits_per_byte
 
@@ -45,3 +47,52 @@ def test_a_text_that_is_not_utf8_is_held_against_its_own_bytes(
     text = _heldout_text(arguments, loaded, corpus)
     assert len(text) >= 256 and document.startswith(text)
     assert order0_bits_per_byte(text) > 7.9
+
+
+def evaluate(trained: Path, job: Runtime, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+    """The lines that the command prints."""
+    arguments = build_parser().parse_intermixed_args([str(trained), *options])
+    for line in _mode(arguments)(arguments, job):
+        print(line)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_diagnostics(trained: Path, job: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "result.json"
+
+    def result(*options: str) -> dict[str, Any]:
+        evaluate(trained, job, capsys, *options, "--output", str(output))
+        return json.loads(output.read_text())
+
+    plain, whole = result(), result("--by-position")
+    assert plain["by_position"] == [] and whole["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert [part["first"] for part in whole["by_position"]] == [0]
+    assert whole["by_position"][0]["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-6)
+    contexts = result("--context", "8,64")["context"]
+    assert contexts["64"]["loss"] == pytest.approx(plain["loss"], rel=1e-6) != contexts["8"]["loss"]
+    assert result("--without", "lsh")["loss"] != plain["loss"]
+    needles = result("--needles", "100,128", "--rows", "2", "--plot", str(tmp_path / "needles.png"))
+    assert needles["samples"] == 2 and len(needles["needles"]) == 10
+    assert (tmp_path / "needles.png").is_file()
+    assert 0 < result("--coverage", "--rows", "2")["mass"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--context", "8,65"), "--context 8,65: '65' must be from 1 to 64"),
+        (("--context", "1k"), "'1k' must be from 1 to 64"),
+        (("--context", "0"), "'0' must be"),
+        (("--needles", "99"), "'99' must be from 100"),
+        (("--needles", "x"), "--needles x: 'x' must be"),
+        (("--needles", "129"), "'129' must be from 100 to 128"),
+        (("--plot", "a.png"), "--plot a.png: needs --needles"),
+        (("--by-position", "--rounds", "1"), "--by-position: "),
+        (("--without", "exact"), "--without exact: .*0 local, 1 lsh"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    trained: Path, job: Runtime, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        evaluate(trained, job, capsys, *options)

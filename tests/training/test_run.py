@@ -30,7 +30,7 @@ def test_what_tensorboard_gets(whole: Path) -> None:
     events = read_events(whole)
     lsh = {"lsh/largest_bucket_over_mean", "lsh/full_windows", "lsh/agreement_of_rounds"}
     train_tags = {f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps")}
-    eval_tags = {"eval/loss", "eval/bits_per_byte", "reversible/drift", *lsh}
+    eval_tags = {"eval/loss", "eval/bits_per_byte", "eval_by_position/0-63", "reversible/drift", *lsh}
     perf_tags = {"checkpoint/failed_saves", "perf/tokens_per_s", "perf/peak_memory_gib"}
     assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags | {"data/damaged"}
     assert all(math.isfinite(event.value) for tag in eval_tags for event in events.Scalars(tag))

@@ -11,6 +11,7 @@ from reformer_dist.data.prepare.records import RawSample
 from reformer_dist.errors import DataError
 
 DIGITS = 6
+ASKED_BYTES = 2 * len("\nThe number of xxxxxxxx is 000000.\n")  # a needle and its question
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
@@ -50,7 +51,7 @@ def needle_samples(
 
     Their answers are grouped by their depth, in quarters. Raises DataError if the text or a sample is too short.
     """
-    n_asked = n_needles * 2 * len("\nThe number of xxxxxxxx is 000000.\n")
+    n_asked = n_needles * ASKED_BYTES
     n_haystack = n_bytes - n_asked
     if n_haystack < n_asked or len(text) <= n_haystack:
         expected = (

@@ -63,6 +63,7 @@ def main() -> int:
     try:
         form = InputFormat.of(arguments)
         tokenizer = choose_tokenizer(arguments, form)
+        require_offsets(arguments, tokenizer)
         form.left_out.clear()  # the tokenizer's pass over the inputs has counted them already
         with removed_on_failure(arguments.output):
             summary = write_samples(
@@ -175,6 +176,18 @@ def parse_arguments() -> argparse.Namespace:
         metavar="F",
         help="bpe: use this tokenizer.json instead of training one",
     )
+    add(
+        "--eot-token",
+        metavar="T",
+        help="with --tokenizer-file: the token that ends documents (default: eos_token of a tokenizer_config.json "
+        "next to it, else <|endoftext|>)",
+    )
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="with --tokenizer-file: encode the text of its special tokens, except the one that ends documents, "
+        "as these tokens (default: as plain text)",
+    )
     add("--tokenizer-of", type=Path, metavar="M", help="use the tokenizer of a run, checkpoint or export")
     add("--vocab-size", type=int, metavar="N", help="bpe: vocabulary size to train (default: 8192)")
     add(
@@ -215,6 +228,8 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         or (arguments.tokenizer == "bytes" and not arguments.tokenizer_file),
         "--tokenizer-file and --vocab-size need --tokenizer bpe": arguments.tokenizer == "bpe"
         or not (arguments.tokenizer_file or arguments.vocab_size),
+        "--eot-token and --special-tokens need --tokenizer-file": bool(arguments.tokenizer_file)
+        or not (arguments.eot_token or arguments.special_tokens),
         "--vocab-size is for training a tokenizer; --tokenizer-file is already trained": not (
             arguments.tokenizer_file and arguments.vocab_size
         ),
@@ -227,21 +242,26 @@ def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokeni
         from reformer_dist.checkpoint.export import open_weights  # loads torch
 
         weights = open_weights(arguments.tokenizer_of)
-        tokenizer = load_tokenizer(weights.record.tokenizer, weights.folder)
-        if arguments.squad and not tokenizer.is_lossless:
-            problem = (
-                "SentencePiece normalizes text, which shifts the answers of --squad; use --tokenizer bytes or bpe"
-            )
-            raise DataError(f"--tokenizer-of {arguments.tokenizer_of}: {problem}")
-        return tokenizer
+        return load_tokenizer(weights.record.tokenizer, weights.folder)
     if arguments.tokenizer == "bytes":
         return ByteTokenizer()
     if arguments.tokenizer_file:
-        return BpeTokenizer.load(arguments.tokenizer_file)
+        special = arguments.special_tokens
+        return BpeTokenizer.load(arguments.tokenizer_file, arguments.eot_token, use_special_tokens=special)
     # the tokenizer is not trained on held-out text
     training = assign_splits(form.records(), () if form.heldout else None, arguments.heldout)
     texts = (text for split, record in training if split == "train" for text in record.fields)
     return BpeTokenizer.train(texts, arguments.vocab_size or 8192)
+
+
+def require_offsets(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Raises DataError if labels that are offsets in the text would be shifted."""
+    option = "--squad" if arguments.squad else "--label-spans" if arguments.label_spans else None
+    if option and not tokenizer.is_lossless:
+        source = "--tokenizer-of" if arguments.tokenizer_of else "--tokenizer-file"
+        problem = f"the tokenizer normalizes text, which shifts the offsets of {option}"
+        path = arguments.tokenizer_of or arguments.tokenizer_file
+        raise DataError(f"{source} {path}: {problem}; use --tokenizer bytes, or a byte-level BPE")
 
 
 def show(summary: WriteSummary, left_out: SkippedFiles, tokenizer: Tokenizer, folder: Path) -> None:
@@ -259,7 +279,7 @@ def show(summary: WriteSummary, left_out: SkippedFiles, tokenizer: Tokenizer, fo
     for kind, (count, first) in left_out.items():
         print(f"  skipped: {count:,} {kind}, such as {first}")
     if summary.normalized:
-        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalized by SentencePiece:"
+        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalized by the tokenizer:"
         print(f"  {change} {summary.normalized:,} documents")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, Tokenizer
 from reformer_dist.data.format.dataset_layout import TOKENIZER_FILE
 from reformer_dist.data.format.sentencepiece import SPIECE_FILE, SentencePieceTokenizer
+from reformer_dist.data.format.tokenizer import END_OF_TEXT
 from reformer_dist.errors import ConfigError, DataError
 
 RESERVED_FIRST, RESERVED_END = 2, 1  # bytes of Trax and google/reformer-enwik8: 0 is padding, 1 ends a text
@@ -54,7 +55,10 @@ def hugging_face_files(tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
     specification = tokenizer.save(directory)
     settings = {
         "sentencepiece": {"tokenizer_class": "ReformerTokenizer", "eos_token": "</s>", "unk_token": "<unk>"},
-        "bpe": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"},
+        "bpe": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": specification.get("eot_token", END_OF_TEXT),
+        },
     }
     if specification["kind"] in settings:
         content = json.dumps(settings[specification["kind"]], indent=1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +109,139 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         load_tokenizer({"kind": "words"}, tmp_path)
     with pytest.raises(DataError, match=r"\.\./tokenizer\.json"):
         load_tokenizer({"kind": "bpe", "file": "../tokenizer.json"}, tmp_path)
+
+
+# tokenizer.json files as published models have them
+
+
+def save_changed(folder: Path, change: Callable[[Any], None]) -> Path:
+    """A trained tokenizer.json with a change. Without an end-of-text token, if the change removes it."""
+    BpeTokenizer.train(TEXTS, 300).save(folder)
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def as_llama_3(document: Any) -> None:
+    renamed = {"<|endoftext|>": "<|end_of_text|>"}
+    document["model"]["vocab"] = {renamed.get(key, key): n for key, n in document["model"]["vocab"].items()}
+    [token] = document["added_tokens"]
+    token["content"] = renamed[token["content"]]
+    document["added_tokens"].append(token | {"id": 300, "content": "<|start_header_id|>"})
+
+
+def byte_fallback(folder: Path, prefix: bool = True) -> Path:
+    """As in Llama 2: spaces are U+2581, and rare characters are tokens of bytes."""
+    package = pytest.importorskip("tokenizers")
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"\u2581thecaso",
+        "\u2581t",
+        "he",
+    ]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    inner = package.Tokenizer(
+        package.models.BPE(vocabulary, [("\u2581", "t"), ("h", "e")], unk_token="<unk>", byte_fallback=True)
+    )
+    inner.add_special_tokens(names[:3])
+    replace, start = package.normalizers.Replace(" ", "\u2581"), [package.normalizers.Prepend("\u2581")]
+    inner.normalizer = package.normalizers.Sequence([*(start if prefix else []), replace])
+    decoders = package.decoders
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    inner.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_a_space_before_each_document_is_refused(tmp_path: Path) -> None:
+    """In silence, a space was added to each document that began without one."""
+
+    def with_prefix(document: Any) -> None:
+        document["pre_tokenizer"]["add_prefix_space"] = True
+
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*space.*add_prefix_space"):
+        BpeTokenizer.load(save_changed(tmp_path, with_prefix))
+
+
+@pytest.mark.parametrize("stripped", ["lstrip", "rstrip"])
+def test_added_tokens_that_take_spaces_are_refused(tmp_path: Path, stripped: str) -> None:
+    def with_token(document: Any) -> None:
+        [eot] = document["added_tokens"]
+        document["added_tokens"].append(eot | {"id": 300, "content": "<sep>", "special": False, stripped: True})
+
+    with pytest.raises(DataError, match=r"changes text: .*<sep>"):
+        BpeTokenizer.load(save_changed(tmp_path, with_token))
+
+
+def test_random_merges_are_refused(tmp_path: Path) -> None:
+    def with_dropout(document: Any) -> None:
+        document["model"]["dropout"] = 0.5
+
+    with pytest.raises(DataError, match=r"model\.dropout=0\.5"):
+        BpeTokenizer.load(save_changed(tmp_path, with_dropout))
+
+
+@pytest.mark.parametrize(
+    "config", [None, {"eos_token": "<|end_of_text|>"}, {"eos_token": {"content": "</s>"}}, {}]
+)
+def test_the_token_that_ends_documents(tmp_path: Path, config: dict[str, Any] | None) -> None:
+    path = save_changed(tmp_path, as_llama_3)
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if config == {"eos_token": "<|end_of_text|>"}:
+        assert BpeTokenizer.load(path).eos_id == 0
+    else:
+        missing = "</s>" if config else "<|endoftext|>"
+        with pytest.raises(DataError, match=re.escape(missing) + r".*<\|end_of_text\|>.*--eot-token.*eos_token"):
+            BpeTokenizer.load(path)
+    chosen = BpeTokenizer.load(path, "<|start_header_id|>")
+    assert (chosen.eos_id, chosen.vocab_size) == (300, 301)
+    (tmp_path / "copy").mkdir()
+    loaded = load_tokenizer(chosen.save(tmp_path / "copy"), tmp_path / "copy")
+    assert loaded.eos_id == 300
+    assert 300 not in loaded.encode(b"a <|start_header_id|>\n")
+
+
+def test_text_that_spells_special_tokens(tmp_path: Path) -> None:
+    path = save_changed(tmp_path, as_llama_3)
+    text = "<|start_header_id|>the cat<|end_of_text|>, <|start_header_id|>"
+    plain = BpeTokenizer.load(path, "<|end_of_text|>")
+    assert {0, 300}.isdisjoint(plain.encode(text.encode()).tolist())
+    used = BpeTokenizer.load(path, "<|end_of_text|>", use_special_tokens=True)
+    (tmp_path / "copy").mkdir()
+    specification = used.save(tmp_path / "copy")
+    for tokenizer in (used, load_tokenizer(specification, tmp_path / "copy")):
+        ids = tokenizer.encode(text.encode())
+        assert ids.tolist().count(300) == 2 and ids[0] == ids[-1] == 300 and 0 not in ids
+        assert tokenizer.decode([*ids, 0]) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text)
+    assert specification != plain.save(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@given(text=st.text())
+@settings(deadline=None, max_examples=40)
+def test_byte_fallback(tmp_path_factory: pytest.TempPathFactory, prefix: bool, text: str) -> None:
+    folder = tmp_path_factory.mktemp("fallback")
+    tokenizer = BpeTokenizer.load(byte_fallback(folder, prefix), "</s>")
+    assert not tokenizer.is_lossless and tokenizer.eos_id == 2
+    text += "</s> \U0001f600 the cat"
+    expected = text.replace("\u2581", " ")
+    ids = tokenizer.encode(text.encode())
+    assert tokenizer.eos_id not in ids and tokenizer.decode([*ids, 2]) == expected
+    assert tokenizer.normalize(text.encode()) == expected.encode()
+    assert tokenizer.token_bytes[ids].sum() == len(expected.encode()) + prefix
+
+
+def test_byte_fallback_without_all_bytes_is_refused(tmp_path: Path) -> None:
+    path = byte_fallback(tmp_path)
+    document = json.loads(path.read_text())
+    del document["model"]["vocab"]["<0xFE>"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match="256 bytes"):
+        BpeTokenizer.load(path, "</s>")

@@ -19,6 +19,7 @@ from reformer_dist.data import write_dataset
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
+from reformer_dist.interop.vocabulary import find_tokenizer, hugging_face_files
 from reformer_dist.run.build import build_trainer
 from reformer_dist.run.compose import compose_run
 from reformer_dist.run.pretrained import LoadedModel, load_model
@@ -107,6 +108,18 @@ def test_merges_there_and_back(tmp_path: Path) -> None:
         ids = loaded(tmp_path / "here").tokenizer.encode(text.encode()).tolist()
         assert ids == tokenizer.encode(text.encode()).tolist() == back.encode(text)
         assert back.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_the_token_that_ends_a_text_there_and_back(tmp_path: Path) -> None:
+    package = pytest.importorskip("tokenizers")
+    BpeTokenizer.train([text.encode() for text in SENTENCES], 280).save(tmp_path)
+    inner = package.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = BpeTokenizer.load(tmp_path / "tokenizer.json", "</s>")
+    hugging_face_files(tokenizer, tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token_id == tokenizer.eos_id
+    assert find_tokenizer(tmp_path, tokenizer.vocab_size, None).eos_id == tokenizer.eos_id
 
 
 def test_the_vocabulary_must_fit(tmp_path: Path, spiece: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from support.pieces import train_pieces
 
 from reformer_dist.checkpoint import export as checkpoint_export
-from reformer_dist.data import Corpus, Dataset, RowSelection, read_split
+from reformer_dist.data import BpeTokenizer, Corpus, Dataset, RowSelection, read_split
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -106,15 +106,35 @@ def test_a_vocabulary_that_normalises(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(checkpoint_export, "open_weights", lambda path: weights)
     given = ["--tokenizer-of", "MODEL", "--output", tmp_path / "data"]
     assert make_shards(monkeypatch, "--squad", squad(tmp_path / "train.json"), *given) == 1
-    assert "MODEL: SentencePiece normalizes" in capsys.readouterr().err
+    assert "MODEL: the tokenizer normalizes" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "two  words {n}"}}\n' for n in range(40)))
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", *given, "--heldout", 0.3) == 0
     output = capsys.readouterr().out
-    assert "normalized by SentencePiece: 40 documents" in output and "UTF-8" not in output
+    assert "normalized by the tokenizer: 40 documents" in output and "UTF-8" not in output
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     bpe = ["--tokenizer", "bpe", "--output", tmp_path / "bpe", "--heldout", 0.3]
     assert make_shards(monkeypatch, tmp_path / "a.jsonl", tmp_path / "latin.txt", *bpe) == 0
     assert "replaced: invalid UTF-8 in 1 document" in capsys.readouterr().out
+
+
+def test_a_given_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    trained = BpeTokenizer.train([b"some words"] * 9, 260).save(tmp_path)
+    path = tmp_path / trained["file"]
+    document = json.loads(path.read_text())
+    [token] = document["added_tokens"]
+    document["added_tokens"] += [token | {"id": 260, "content": "</s>"}, token | {"id": 261, "content": "<user>"}]
+    path.write_text(json.dumps(document))
+    lines = "".join(json.dumps({"text": f"<user>words {n}</s>"}) + "\n" for n in range(40))
+    (tmp_path / "a.jsonl").write_text(lines)
+    given = [tmp_path / "a.jsonl", "--tokenizer", "bpe", "--heldout", 0.3]
+    from_file = [*given, "--tokenizer-file", path, "--eot-token", "</s>"]
+    for name, special, n_used in (("plain", [], 0), ("special", ["--special-tokens"], 1)):
+        assert make_shards(monkeypatch, *from_file, *special, "--output", tmp_path / name) == 0
+        dataset = Dataset.open(tmp_path / name)
+        ids = dataset.tokenizer.encode(b"<user>words</s>").tolist()
+        assert dataset.tokenizer.eos_id == 260 and ids.count(261) == n_used and 260 not in ids
+    assert make_shards(monkeypatch, *given, "--eot-token", "</s>", "--output", tmp_path / "none") == 2
+    assert "--eot-token and --special-tokens need --tokenizer-file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""Tokenizers: bytes, or byte-level BPE from the `tokenizers` package.
+"""Tokenizers: bytes, or BPE of bytes from the `tokenizers` package.
 
-Both are lossless, unlike SentencePiece, which only converted models use. Each tokenizer provides the bytes of text
-per token, so that losses of models with different vocabularies can be compared in bits per byte.
+Both are lossless, unlike BPE with byte fallback and SentencePiece, which only converted models use. Each tokenizer
+provides the bytes of text per token, so that losses of models with different vocabularies can be compared in bits
+per byte.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +22,13 @@ from reformer_dist.data.format.dataset_layout import (
     require_plain_name,
 )
 from reformer_dist.data.format.id_tokenizer import IdTokenizer
-from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
+from reformer_dist.data.format.sentencepiece import SPACE, SentencePieceTokenizer
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
 
 END_OF_TEXT = "<|endoftext|>"
+# beginnings that a prefix space would change, and one that it would not; characters that normalizers change
+PROBES = ("A b", "1", "\n", "\u00e9", " A\n\n  b\t\u00e9e\u0301\ufb01 \u4e2d\U0001f600")
 
 
 class Tokenizer(Protocol):
@@ -103,31 +107,63 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level BPE. Its vocabulary contains all 256 bytes, so any UTF-8 text is preserved."""
+    """BPE whose vocabulary contains all 256 bytes: byte-level, or with byte fallback as in Llama 2.
 
-    is_lossless = True
+    Byte-level BPE preserves any UTF-8 text. With byte fallback, U+2581 becomes a space. The text of special tokens
+    is encoded as plain text, or with use_special_tokens as these tokens; that of end-of-text always is plain text,
+    since a document that contains it must not end there.
+    """
 
-    def __init__(self, inner: Any, origin: str) -> None:
-        """inner: a `tokenizers.Tokenizer`. origin: its name in error messages.
+    def __init__(
+        self, inner: Any, origin: str, *, eot_token: str = END_OF_TEXT, use_special_tokens: bool = False
+    ) -> None:
+        """inner: a `tokenizers.Tokenizer`. origin: its name in error messages. eot_token: ends documents.
 
-        Raises DataError if it is not byte-level or has no end-of-text token.
+        Raises DataError if it lacks bytes or the end-of-text token, changes text, or encodes at random.
         """
-        eos_id = inner.token_to_id(END_OF_TEXT)
+        eos_id = inner.token_to_id(eot_token)
         if eos_id is None:
-            raise DataError(f"{origin}: has no token {END_OF_TEXT}; it must have one to end documents with")
+            special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
+            hint = "name it by make_shards.py --eot-token, or eos_token in a tokenizer_config.json next to it"
+            problem = f"has no token {eot_token} to end documents with; its special tokens are"
+            raise DataError(f"{origin}: {problem} {', '.join(special[:8]) or 'none'}: {hint}")
         vocabulary = inner.get_vocab(with_added_tokens=False)
-        if not set(_package().pre_tokenizers.ByteLevel.alphabet()) <= vocabulary.keys():
-            raise DataError(f"{origin}: is not a byte-level BPE; its vocabulary must hold all 256 bytes")
+        has_fallback = bool(getattr(inner.model, "byte_fallback", False))
+        all_bytes = [f"<0x{byte:02X}>" for byte in range(256)] if has_fallback else _byte_alphabet()
+        if not set(all_bytes) <= vocabulary.keys():
+            problem = "is not a byte-level BPE, nor one with byte_fallback"
+            raise DataError(f"{origin}: {problem}; its vocabulary must hold all 256 bytes")
+        if getattr(inner.model, "dropout", None):
+            problem = "encodes the same text in different ways; must be null"
+            raise DataError(f"{origin}: model.dropout={inner.model.dropout:g}: {problem}")
         inner.no_truncation()
         inner.no_padding()
-        # a document that contains the text of the end-of-text token must not end there
-        inner.encode_special_tokens = True
-        self._inner = inner
+        self._inner, self._eot_token, self._uses_special = inner, eot_token, use_special_tokens
+        self.is_lossless = not has_fallback
         self.eos_id: int = eos_id
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        probe = " A\n\n  b\t\u00e9e\u0301\ufb01 \u4e2d\U0001f600" + END_OF_TEXT
-        if self.decode(self.encode(probe.encode())) != probe:
-            raise DataError(f"{origin}: changes text; it must be a byte-level BPE without a normalizer")
+        inner.encode_special_tokens = True
+        self._eot_spelled = self._encode([eot_token])
+        inner.encode_special_tokens = not use_special_tokens
+        self._check(origin)
+
+    def _check(self, origin: str) -> None:
+        """Raises DataError if text is changed, or its end-of-text becomes the token."""
+        added = self._inner.get_added_tokens_decoder().values()
+        tokens = "".join(f"  {token.content}  x" for token in added if self._uses_special or not token.special)
+        for probe in (*PROBES, f"x{tokens}"):
+            ids = self.encode((probe + self._eot_token).encode())
+            if self.eos_id in ids:
+                problem = "is what its own text is encoded as; it must be a special token"
+                raise DataError(f"{origin}: the end-of-text token {self._eot_token} {problem}")
+            text = self.decode(ids)
+            if text == f" {probe}{self._eot_token}":
+                hint = "set add_prefix_space to false in it"
+                raise DataError(f"{origin}: changes text: adds a space to the beginning of each document; {hint}")
+            n_bytes = self.token_bytes[ids].sum()
+            if text != probe + self._eot_token or (self.is_lossless and n_bytes != len(text.encode())):
+                problem = f"changes text: {probe[:40]!r} becomes {text[:40]!r}"
+                raise DataError(f"{origin}: {problem}; it must be a BPE of bytes without a normalizer")
 
     @classmethod
     def train(cls, texts: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
@@ -148,8 +184,11 @@ class BpeTokenizer:
         return cls(inner, origin="the trained tokenizer")
 
     @classmethod
-    def load(cls, path: Path) -> BpeTokenizer:
-        """Reads a tokenizer.json of the `tokenizers` package."""
+    def load(cls, path: Path, eot_token: str | None = None, *, use_special_tokens: bool = False) -> BpeTokenizer:
+        """Reads a tokenizer.json of the `tokenizers` package.
+
+        eot_token: None is the eos_token of a tokenizer_config.json next to it, if there is one with it.
+        """
         if not path.is_file():
             raise DataError(f"{path}: is missing; it must be a tokenizer.json of the tokenizers package")
         package = _package()
@@ -157,7 +196,9 @@ class BpeTokenizer:
             inner = package.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
             raise DataError(f"{path}: is not a tokenizer.json of the tokenizers package ({error})") from error
-        return cls(inner, origin=str(path))
+        if eot_token is None:
+            eot_token = _configured_eot(path.with_name("tokenizer_config.json")) or END_OF_TEXT
+        return cls(inner, origin=str(path), eot_token=eot_token, use_special_tokens=use_special_tokens)
 
     @property
     def dtype(self) -> str:
@@ -165,24 +206,41 @@ class BpeTokenizer:
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
+        """With byte fallback, counts the space that such a vocabulary puts before a text."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._inner.get_vocab(with_added_tokens=False).items():
-            lengths[index] = len(token)  # the byte-level alphabet writes each byte as one character
+            if self.is_lossless:
+                lengths[index] = len(token)  # the byte-level alphabet writes each byte as one character
+            else:
+                is_byte = len(token) == 6 and token.startswith("<0x")
+                lengths[index] = 1 if is_byte else len(token.replace(SPACE, " ").encode())
         for index, added in self._inner.get_added_tokens_decoder().items():
-            lengths[index] = 0 if added.special else len(added.content.encode())
+            is_text = self._uses_special or not added.special
+            lengths[index] = len(added.content.encode()) if is_text else 0
+        lengths[self.eos_id] = 0
         return lengths
 
     def normalize(self, text: bytes) -> bytes:
-        return text.decode("utf-8", errors="replace").encode()
+        normalized = text.decode("utf-8", errors="replace").encode()
+        return normalized if self.is_lossless else self.decode_bytes(self.encode(normalized))
 
     def encode(self, text: bytes) -> NDArray[Any]:
         string = text.decode("utf-8", errors="replace")
+        # special tokens are recognized in all of a text or in none: only with them, end-of-text is cut out first
+        parts = string.split(self._eot_token) if self._uses_special else [string]
+        encoded = [self._encode([part]) for part in parts]
+        for _ in parts[1:]:
+            encoded[0] = np.concatenate([encoded[0], self._eot_spelled, encoded.pop(1)])
+        return encoded[0]
+
+    def _encode(self, texts: list[str]) -> NDArray[Any]:
         # "fast" omits character offsets, which take more memory than the text
-        [encoding] = self._inner.encode_batch_fast([string], add_special_tokens=False)
+        [encoding] = self._inner.encode_batch_fast(texts, add_special_tokens=False)
         return np.array(encoding.ids, dtype=self.dtype)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        return self._inner.decode([int(index) for index in ids], skip_special_tokens=True)
+        text_ids = [int(index) for index in ids if index != self.eos_id]
+        return self._inner.decode(text_ids, skip_special_tokens=not self._uses_special)
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
         return self.decode(ids).encode()
@@ -190,7 +248,13 @@ class BpeTokenizer:
     def save(self, folder: Path) -> dict[str, Any]:
         path = folder / TOKENIZER_FILE
         self._inner.save(str(path))
-        return {"kind": "bpe", "file": path.name, "sha256": file_sha256(path)}
+        return {
+            "kind": "bpe",
+            "file": path.name,
+            "sha256": file_sha256(path),
+            **({"eot_token": self._eot_token} if self._eot_token != END_OF_TEXT else {}),
+            **({"use_special_tokens": True} if self._uses_special else {}),
+        }
 
 
 def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
@@ -209,12 +273,29 @@ def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
     path = folder / require_plain_name(spec.get("file"), str(folder))
     tokenizer: Tokenizer
     if kind == "bpe":
-        tokenizer = BpeTokenizer.load(path)
+        eot_token = str(spec.get("eot_token", END_OF_TEXT))
+        tokenizer = BpeTokenizer.load(path, eot_token, use_special_tokens=bool(spec.get("use_special_tokens")))
     else:
         tokenizer = SentencePieceTokenizer(path, require_count(spec, "vocab_size", str(folder)))
     if file_sha256(path) != spec.get("sha256"):
         raise DataError(f"{path}: is not the tokenizer that the shards were written with (sha256 differs)")
     return tokenizer
+
+
+def _byte_alphabet() -> list[str]:
+    alphabet: list[str] = _package().pre_tokenizers.ByteLevel.alphabet()
+    return alphabet
+
+
+def _configured_eot(path: Path) -> str | None:
+    """eos_token of a tokenizer_config.json of transformers; None if it has none. Raises DataError."""
+    if not path.is_file():
+        return None
+    try:
+        token = json.loads(path.read_text()).get("eos_token")
+        return token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{path}: can't be read: {error!r}") from error
 
 
 def _package() -> Any:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from reformer_dist.models import (
         AttentionView,
+        Block,
         ExactSelfAttention,
         LocalSelfAttention,
         LSHSelfAttention,
@@ -49,6 +50,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionKind",
     "AttentionView",
+    "Block",
     "CompatConfig",
     "CrossAttentionKind",
     "ExactSelfAttention",

@@ -1,6 +1,7 @@
 """Reformer models in plain PyTorch."""
 
 from reformer_dist.models.attention import ExactSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_dist.models.block import Block
 from reformer_dist.models.classification import ReformerForSequenceClassification
 from reformer_dist.models.encoder_decoder import ReformerEncoderDecoder
 from reformer_dist.models.initialization import init_weights
@@ -11,6 +12,7 @@ from reformer_dist.models.stack import ReformerStack
 
 __all__ = [
     "AttentionView",
+    "Block",
     "ExactSelfAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",

@@ -22,14 +22,16 @@ from reformer_dist.models.context import ForwardContext, RecomputeCache
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.feed_forward import FeedForward
 from reformer_dist.models.norms import build_norm, norm_of_layer
-from reformer_dist.models.reversible import Sublayer, Tape, TokenwiseSublayer, reversible_steps
+from reformer_dist.models.recompute import LayerWeights, check_reversible
+from reformer_dist.models.reversible import Streams, Sublayer, Tape, TokenwiseSublayer, reversible_steps
 from reformer_dist.ops.dropout import token_dropout
-
-Streams = tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
-    """A layer of the stack, and the unit that ZeRO stage 3 gathers."""
+    """A layer of the stack, and the unit that FSDP and ZeRO stage 3 gather: backward runs it as one function."""
+
+    _z3_leaf = True
+    """DeepSpeed's mark of a leaf module, which `set_z3_leaf_modules` sets."""
 
     def __init__(self, config: ModelConfig, kind: AttentionKind, *, has_cross_attention: bool = False) -> None:
         super().__init__()
@@ -61,13 +63,23 @@ class Block(nn.Module):
         """
         if context.skips_layer(layer, self.layer_drop):
             return self._skip(x1, x2, context)
-        sublayers = self._sublayers(context, layer, cache or RecomputeCache())
+        if cache is None:
+            return self._run(x1, x2, self._sublayers(context, layer, RecomputeCache()), tape, is_inverse)
+        if cache.weights is None:
+            cache.weights = LayerWeights(self)
+        with cache.weights.restored():
+            return self._run(x1, x2, self._sublayers(context, layer, cache), tape, is_inverse)
+
+    def _run(
+        self, x1: Tensor, x2: Tensor, sublayers: list[Sublayer], tape: Tape | None, is_inverse: bool
+    ) -> Streams:
         if is_inverse:
             for sublayer in reversed(sublayers):
                 x1, x2 = x2 - sublayer(x1), x1
             return x1, x2
         if tape is not None:
-            return reversible_steps(x1, x2, sublayers, tape)
+            check_reversible(self)
+            return reversible_steps(x1, x2, sublayers, tape, LayerWeights(self))
         for sublayer in sublayers:
             x1, x2 = x2, x1 + sublayer(x2)
         return x1, x2

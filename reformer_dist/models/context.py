@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import ModelConfig, Position
+from reformer_dist.models.recompute import LayerWeights
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.dropout import TokenCoords
 from reformer_dist.ops.lsh.attention import Exchange
@@ -117,6 +118,8 @@ class RecomputeCache:
     Hashing a reconstructed token again could move it to another bucket, since reconstruction rounds.
     """
 
+    weights: LayerWeights | None = None
+    """Of the layer, during its forward."""
     exchanges: dict[int, Exchange] = field(default_factory=dict)
     """Bucket ids, and the plan of exchanges between ranks, by layer."""
     query_ids: dict[int, Tensor] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 All state of backward is in the autograd context and on a tape that belongs to one forward call, so two forwards
 may precede a backward. Parameters are inputs of the function, so that each gradient leaves through the outer graph
-exactly once, as ZeRO's hooks expect.
+exactly once, as ZeRO's hooks expect. So are all other trained tensors that the forward reads, such as a gate in a
+hook of a sublayer.
 
 A layer is a chain of steps (a, b) -> (b, a + F(b)), one per sublayer F. Two steps are the paper's
 y1 = x1 + F(x2), y2 = x2 + G(y1); a third reads y2 and adds to y1, which swaps the streams.
@@ -11,25 +12,56 @@ y1 = x1 + F(x2), y2 = x2 + G(y1); a third reads y2 and adds to y1, which swaps t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
+
+from reformer_dist.models.recompute import (
+    WAY_OUT,
+    LayerWeights,
+    ReachedTensors,
+    uncached_parametrizations,
+    without_random_draws,
+)
+from reformer_dist.ops.first_order import FirstOrderFunction, first_order
+
+Streams = tuple[Tensor, Tensor]
 
 
 class Tape:
     """Output streams of the most recent layer: forward overwrites them, backward unwinds them."""
 
     def __init__(self) -> None:
-        self.streams: tuple[Tensor, Tensor] | None = None
+        self.streams: Streams | None = None
+        self._versions: list[int] = []
 
-    def take(self) -> tuple[Tensor, Tensor]:
+    def put(self, streams: Streams) -> None:
+        self.streams = (streams[0].detach(), streams[1].detach())
+        self._versions = [stream._version for stream in streams]
+
+    def take(self) -> Streams:
         if self.streams is None:
-            raise RuntimeError("a reversible stack can run backward once per forward; call forward again")
+            raise RuntimeError(
+                "a reversible stack can run backward once per forward; call forward again, add the losses before "
+                f"one backward, or {WAY_OUT}"
+            )
         streams, self.streams = self.streams, None
         return streams
+
+    def check_inputs(self, inputs: Streams) -> None:
+        """Raises RuntimeError unless the inputs of a layer are float32, and the outputs of the layer below."""
+        below = inputs if self.streams is None else self.streams
+        versions = [x._version for x in inputs] if self.streams is None else self._versions
+        for x, stream, version in zip(inputs, below, versions, strict=True):
+            if x.dtype != torch.float32 or x.data_ptr() != stream.data_ptr() or x._version != version:
+                raise RuntimeError(
+                    "model.recompute=reversible: a hook changed the streams between two layers, or FSDP did by "
+                    "cast_forward_inputs=True, so backward can't reconstruct them; change the "
+                    f"outputs of sublayers instead, set cast_forward_inputs=False, or {WAY_OUT}"
+                )
 
 
 class Sublayer:
@@ -38,9 +70,20 @@ class Sublayer:
     def __init__(self, function: Callable[[Tensor], Tensor], others: Iterable[Tensor]) -> None:
         self.function = function
         self.trained = [tensor for tensor in others if tensor.requires_grad]
+        self._reached: set[int] = set()
+        """ids of the members of `trained` that the forward read."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The output, without a graph; adds to `trained` what the function reads besides."""
+        with torch.no_grad(), ReachedTensors(lambda _: not torch.is_grad_enabled()) as reached:
+            out = self(x.detach())
+        self._reached = set(reached.by_id)
+        listed = {id(tensor) for tensor in self.trained}
+        self.trained += [tensor for tensor in reached.by_id.values() if id(tensor) not in listed]
+        return out
 
     def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
         """Recomputes from x; returns the output, and the gradients of x and of `trained`."""
@@ -52,12 +95,24 @@ class Sublayer:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             # only the forward is under autocast: backward runs in the dtypes that the forward chose
-            with autocast.restore():
+            with autocast.restore(), self._reached_again():
                 out = function(x)
             grads = torch.autograd.grad(
                 out, (x, *self.trained), d_out.to(out.dtype), allow_unused=True, materialize_grads=False
             )
         return out.detach(), list(grads)
+
+    @contextmanager
+    def _reached_again(self) -> Iterator[None]:
+        """Raises RuntimeError unless the body reads the trained tensors of the forward, and no other parameter."""
+        with ReachedTensors(lambda y: isinstance(y, nn.Parameter) or id(y) in self._reached) as reached:
+            yield
+        changed = self._reached ^ set(reached.by_id)
+        if changed:
+            raise RuntimeError(
+                f"model.recompute=reversible: the recompute of a layer in backward read {len(changed)} other "
+                f"trained tensors than its forward, so gradients would be lost; {WAY_OUT}"
+            )
 
 
 class TokenwiseSublayer(Sublayer):
@@ -103,14 +158,23 @@ def _accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return grad if total is None else total if grad is None else total.add_(grad)
 
 
-def reversible_steps(x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape) -> tuple[Tensor, Tensor]:
+def reversible_steps(
+    x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape, weights: LayerWeights
+) -> Streams:
     """Runs a layer: one step (a, b) -> (b, a + F(b)) for each of its two or more sublayers F.
 
     Layers must form a chain, through which backward runs once. An encoder's output is an input of every layer that
-    attends to it, so its gradients are summed before the encoder's own backward, which runs once.
+    attends to it, so its gradients are summed before the encoder's own backward, which runs once. Raises
+    RuntimeError if backward could not repeat the layer.
     """
+    _ReversibleSteps.refuse_transforms()
+    tape.check_inputs((x1, x2))
+    a, b = x1.detach(), x2.detach()
+    with uncached_parametrizations(), without_random_draws(x1.device), torch.no_grad():
+        for sublayer in sublayers:
+            a, b = b, a + sublayer.run(b)
     others = [tensor for sublayer in sublayers for tensor in sublayer.trained]
-    y1, y2 = _ReversibleSteps.apply(x1, x2, sublayers, tape, *others)
+    y1, y2 = _ReversibleSteps.apply(x1, x2, (a, b), sublayers, tape, weights, *others)
     return y1, y2
 
 
@@ -126,31 +190,39 @@ class _Autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
 
-class _ReversibleSteps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, sublayers: Sequence[Sublayer], tape: Tape, *others: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.sublayers, ctx.tape = sublayers, tape
-        ctx.autocast = _Autocast(x1.device.type)
-        ctx.is_lowest = tape.streams is None
-        a, b = x1, x2
-        for sublayer in sublayers:
-            a, b = b, a + sublayer(b)
-        tape.streams = (a.detach(), b.detach())
-        return a, b
+class _ReversibleSteps(FirstOrderFunction):
+    what = "a reversible layer"
+    way_out = "set model.recompute=none, with model.layers=[exact] or model.attention_backend=reference"
 
     @staticmethod
-    @once_differentiable
+    def forward(
+        ctx: Any,
+        x1: Tensor,
+        x2: Tensor,
+        outputs: Streams,
+        sublayers: Sequence[Sublayer],
+        tape: Tape,
+        weights: LayerWeights,
+        *others: Tensor,
+    ) -> Streams:
+        ctx.sublayers, ctx.tape, ctx.weights = sublayers, tape, weights
+        ctx.autocast = _Autocast(x1.device.type)
+        ctx.is_lowest = tape.streams is None
+        tape.put(outputs)
+        return outputs
+
+    @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.tape.take()
         d_a, d_b = grads
         d_others: list[Tensor | None] = []
-        for sublayer in reversed(ctx.sublayers):
-            out, (d_x, *d_trained) = sublayer.grads(a, d_b, ctx.autocast)
-            a, b = b - out, a
-            d_a, d_b = d_b, d_a if d_x is None else d_a + d_x
-            d_others = d_trained + d_others
+        with ctx.weights.restored():
+            for sublayer in reversed(ctx.sublayers):
+                out, (d_x, *d_trained) = sublayer.grads(a, d_b, ctx.autocast)
+                a, b = b - out, a
+                d_a, d_b = d_b, d_a if d_x is None else d_a + d_x
+                d_others = d_trained + d_others
         # the streams below the lowest layer are dropped, so that a second backward raises
         ctx.tape.streams = None if ctx.is_lowest else (a, b)
-        return (d_a, d_b, None, None, *d_others)
+        return (d_a, d_b, None, None, None, None, *d_others)

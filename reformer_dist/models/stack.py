@@ -8,10 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Recompute
-from reformer_dist.models.block import Block, Streams
+from reformer_dist.models.block import Block
 from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
 from reformer_dist.models.norms import StreamNorm
-from reformer_dist.models.reversible import Tape
+from reformer_dist.models.reversible import Streams, Tape
 
 
 class ReformerStack(nn.Module):
@@ -55,11 +55,7 @@ class ReformerStack(nn.Module):
         for layer in range(self.n_layers):
             block = self._block(layer)
             if needs_grad and self.recompute is Recompute.checkpoint:
-                cache = RecomputeCache()
-                # all randomness comes from the context's seeds, so there is no RNG state to preserve
-                streams = checkpoint(
-                    block, *streams, context, layer, cache=cache, use_reentrant=False, preserve_rng_state=False
-                )
+                streams = checkpoint(block, *streams, context, layer, cache=RecomputeCache(), use_reentrant=False)
             else:
                 streams = block(*streams, context, layer, tape=tape)
         return streams

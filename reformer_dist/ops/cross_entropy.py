@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.first_order import FirstOrderFunction, first_order
+
 IGNORE_INDEX = -100
 
 
@@ -42,7 +44,10 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, lab
     return losses
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(FirstOrderFunction):
+    what = "the chunked loss"
+    way_out = "compute the loss from the logits, by calling the model without labels"
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int
@@ -73,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes

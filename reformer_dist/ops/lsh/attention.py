@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from reformer_dist.ops.first_order import FirstOrderFunction, first_order
 from reformer_dist.ops.lsh.neighbour_rules import Rule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
@@ -252,7 +252,12 @@ def attend(q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange, backend: 
     return out
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(FirstOrderFunction):
+    what = "LSH and local attention"
+    way_out = (
+        "set model.attention_backend=reference and model.recompute=none (with lsh_attention, backend='reference')"
+    )
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange, backend: type[Backend]
@@ -273,7 +278,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         d_out = ctx.backend.with_supported_strides(grads[0])

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reformer_dist.ops.dropout import keep_mask, token_keys
+from reformer_dist.ops.first_order import FirstOrderFunction, first_order
 from reformer_dist.ops.lsh.online_softmax import LOG2_E, LOG_2, LOWEST, PartialSoftmax
 from reformer_dist.ops.lsh.options import CrossOptions
 from reformer_dist.ops.lsh.sorting import mark_padding, radix_argsort
@@ -40,7 +40,10 @@ def tiled_cross_attention(
     return out
 
 
-class _TiledCrossAttention(torch.autograd.Function):
+class _TiledCrossAttention(FirstOrderFunction):
+    what = "LSH cross attention"
+    way_out = "set model.attention_backend=reference or model.cross_attention=exact, and model.recompute=none"
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -72,7 +75,7 @@ class _TiledCrossAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, query_ids, key_ids, out, lse, key_padding_mask = ctx.saved_tensors
         d_out = grads[0].contiguous()

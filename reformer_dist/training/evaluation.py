@@ -40,6 +40,10 @@ class EvalResult:
         parts = ((each.name, each.loss, each.bits_per_byte) for each in self.positions)
         return {name: loss if bits is None else bits for name, loss, bits in parts}
 
+    def __str__(self) -> str:
+        values = self.values().items()
+        return " | ".join(f"held-out {name.replace('_', ' ')} {value:.3f}" for name, value in values)
+
 
 @torch.no_grad()
 def evaluate(

@@ -33,7 +33,7 @@ def test_its_examples_run_with_the_documented_shapes() -> None:
                 )
             assert shape_of(found) == eval(documented["shape"]), line
             checked += 1
-    assert checked == 7
+    assert checked == 8
 
 
 def table_below(head: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.data import (
     SPLITS,
     Dataset,
+    LoaderState,
     Replay,
     SampleReader,
     SampleRef,
@@ -24,8 +26,8 @@ from reformer_dist.data import (
 )
 from reformer_dist.errors import ConfigError, DataError, UserError
 from reformer_dist.process.stdio import exit_quietly
-from reformer_dist.run.compose import run_config_from
-from reformer_dist.run.data import QUARANTINE_FILE, TrainingData, open_corpus
+from reformer_dist.run.compose import compose_run, run_config_from
+from reformer_dist.run.data import QUARANTINE_FILE, TrainingData, open_corpus, open_sampler
 from reformer_dist.run.directory import CONFIG_FILE
 
 SHOWN_CHARACTERS = 300
@@ -52,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder or URL that holds dataset.json; or, for --order, a run directory")
     add(
-        "overrides", nargs="*", metavar="key=value", help="with --order: such as data.batch_size=16 trainer.seed=1"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="with --order: those of reformer-train, such as experiment=quickstart trainer.seed=1",
     )
     add(
         "--samples",
@@ -108,12 +113,20 @@ def show_step(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--order {arguments.order}: must be at least 1")
     run = Path(arguments.folder)
     is_run = (run / CONFIG_FILE).is_file()
-    saved = yaml.safe_load((run / CONFIG_FILE).read_text()) if is_run else {"data": {"path": arguments.folder}}
-    config = run_config_from(saved, arguments.overrides)
+    if is_run:
+        config = run_config_from(yaml.safe_load((run / CONFIG_FILE).read_text()), arguments.overrides)
+    else:  # as reformer-train composes it, with the values of an experiment
+        config = compose_run(arguments.overrides)
+        config = replace(config, data=replace(config.data, path=arguments.folder))
     checkpoints = find_checkpoints(run) if is_run else {}
     corpus = open_corpus(config.data, [])
     before = max((step for step in checkpoints if step < arguments.order and not arguments.hash), default=None)
-    feed = TrainingData.open(config, corpus, None if before is None else checkpoints[before])
+    if before is not None:
+        feed = TrainingData.open(config, corpus, checkpoints[before])
+    else:
+        of_run = next(iter(checkpoints.values()), None)
+        feed = TrainingData(corpus, open_sampler(config, corpus, of_run), LoaderState())
+    print("order of " + ", ".join(f"{key}={value}" for key, value in feed.sampler.settings().items()))
     replay = Replay(feed.sampler, feed.state, find_quarantine(run), config.data.epochs or None)
     n_skipped = arguments.order - 1 - replay.step
     for _ in range(n_skipped if arguments.hash else 0):

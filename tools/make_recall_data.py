@@ -18,7 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from reformer_dist.data import ByteTokenizer, IdTokenizer, RawSample, Tokenizer, read_documents, write_samples
+from reformer_dist.data import (
+    ByteTokenizer,
+    IdTokenizer,
+    RawSample,
+    TextOptions,
+    Tokenizer,
+    read_text,
+    write_samples,
+)
 from reformer_dist.data.prepare import needles, recall
 from reformer_dist.errors import UserError
 from reformer_dist.process.stdio import exit_quietly
@@ -112,8 +120,8 @@ def _induction(arguments: argparse.Namespace, draw: np.random.Generator) -> Spli
 
 def _needle(arguments: argparse.Namespace, draw: np.random.Generator) -> Splits:
     """The last tenth of the text is the haystack of the held-out samples."""
-    suffixes = [".py"] if arguments.text == HAYSTACK else []
-    text = b"\n".join(document for _, document in read_documents([arguments.text], suffixes))
+    suffixes = (".py",) if arguments.text == HAYSTACK else ()
+    text = b"\n".join(sample.fields[0] for sample in read_text([arguments.text], TextOptions(suffixes)))
     cut = len(text) * 9 // 10
     n_bytes = 2048 if arguments.tokens is None else arguments.tokens
     train, heldout = (

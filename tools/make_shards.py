@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.data import (
+    RECORD_SUFFIXES,
+    SECTION_BYTES,
     SPLITS,
     TEXT_FIELDS,
     BpeTokenizer,
     ByteTokenizer,
     RawSample,
     SkippedFiles,
+    TextOptions,
     Tokenizer,
     WriteSummary,
     assign_splits,
     load_tokenizer,
-    read_documents,
-    read_jsonl,
     read_labeled,
     read_parallel,
+    read_records,
     read_squad,
+    read_text,
     write_samples,
 )
 from reformer_dist.errors import DataError, UserError
@@ -38,14 +41,16 @@ from reformer_dist.process.stdio import exit_quietly
 EPILOG = """\
 inputs:
   folder       each file is one or more documents, as below; hidden and binary files are skipped
-  .jsonl file  each line is a document: a JSON object with the text in field `text` (or --jsonl-field)
-  .tar file    each .txt member and field `text` of each .json member is a document (WebDataset shards)
-  text file    split at blank lines into about 64 documents of 2 to 64 KiB
+  .jsonl, .ndjson, .json, .csv, .tsv   each record is a document, with the text in field or column `text`
+               (or --text-field); a .json file holds an array of objects, or one after another
+  .tar file    each .txt member and each record of members as above is a document (WebDataset shards)
+  text file    one document, whose end is held out; above 8 MiB, one for every 4 to 8 MiB (or --section-mb)
   .gz file     decompressed and read as above; .tgz is .tar.gz
+  other formats that hold text, such as .zst and .parquet, are refused (or skipped, with --skip-unreadable)
 
 samples with several texts, for tasks other than language modeling:
   --source F --target F       parallel text, one sample per line: translation
-  INPUT.jsonl --fields A B    fields of each line, such as document and summary; --label for a class
+  INPUT --fields A B          fields of each record, such as document and summary; --label for a class
   INPUT.jsonl --label-spans S   one text with the spans [[first, last + 1], ...] that are predicted, in characters
   INPUT.json --squad          questions and contexts in SQuAD format
 
@@ -123,24 +128,27 @@ class InputFormat:
         elif arguments.squad:
             read, pairs, fields = read_squad, [(arguments.inputs,), (heldout_files,)], ("question", "context")
         elif arguments.label_spans:
-            read = partial(read_labeled, field=arguments.jsonl_field, spans=arguments.label_spans)
+            read = partial(read_labeled, field=arguments.text_field, spans=arguments.label_spans)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         elif arguments.fields:
             fields = tuple(arguments.fields)
-            read = partial(read_jsonl, fields=fields, label=arguments.label)
+            read = partial(read_records, fields=fields, label=arguments.label)
             pairs = [(arguments.inputs,), (heldout_files,)]
         else:
-            read = partial(
-                read_text, suffixes=arguments.suffix, jsonl_field=arguments.jsonl_field, left_out=left_out
-            )
+            read = partial(read_text, options=text_options(arguments), skipped=left_out)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if heldout_files else None, left_out)
 
 
-def read_text(
-    paths: list[Path], suffixes: list[str], jsonl_field: str, left_out: SkippedFiles
-) -> Iterator[RawSample]:
-    return (RawSample(name, (text,)) for name, text in read_documents(paths, suffixes, jsonl_field, left_out))
+def text_options(arguments: argparse.Namespace) -> TextOptions:
+    return TextOptions(
+        suffixes=tuple(arguments.suffix),
+        text_field=arguments.text_field,
+        as_text=tuple(arguments.as_text),
+        skip_packed=arguments.skip_unreadable,
+        section_bytes=int(arguments.section_mb * 2**20),
+        output=arguments.output,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -199,7 +207,28 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--shard-mb", type=float, default=16.0, metavar="F", help="size of a shard in MiB (default: 16)")
     add("--heldout", type=float, default=0.05, metavar="F", help="held-out fraction of documents (default: 0.05)")
-    add("--jsonl-field", default="text", metavar="NAME", help="text field (default: text)")
+    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: text)")
+    add("--jsonl-field", dest="renamed", help=argparse.SUPPRESS)
+    add(
+        "--as-text",
+        action="append",
+        default=[],
+        choices=RECORD_SUFFIXES,
+        help="read files with this suffix as plain text, such as the .json files of source code; may be repeated",
+    )
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out files in formats that can't be read, and count them",
+    )
+    add(
+        "--section-mb",
+        type=float,
+        default=SECTION_BYTES / 2**20,
+        metavar="F",
+        help="a text file given by itself is one document for every F to 2F MiB: order within a document is kept, "
+        "documents are shuffled (default: 4)",
+    )
     add("--overwrite", action="store_true", help="replace an existing dataset in DIR")
     arguments = parser.parse_args()
     problem = check_arguments(arguments)
@@ -212,6 +241,8 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
     """The first invalid combination of arguments, if any."""
     is_parallel = arguments.source is not None or arguments.target is not None
     checks = {
+        f"--jsonl-field {arguments.renamed}: is now --text-field": arguments.renamed is None,
+        f"--section-mb {arguments.section_mb}: must be from 0.001 to 512": 0.001 <= arguments.section_mb <= 512,
         f"--heldout {arguments.heldout}: must be at least 0 and below 1": 0 <= arguments.heldout < 1,
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),

@@ -23,7 +23,7 @@ class DataConfig(ConfigGroup, prefix="data."):
     epochs: int = bounded(0, least=0)
     """The run ends after this many passes over the data, if trainer.max_steps did not end it; 0: no limit."""
     shuffle: bool = True
-    """Shuffle shards, and the samples of each, anew for every epoch; false: the order they were written in."""
+    """Shuffle shards and samples anew for every epoch; false: read them in the order they were written in."""
     mask_document_starts: bool = False
     """No loss for the first token of a document, which the previous document in the row does not predict."""
     workers: int = bounded(1, least=0)

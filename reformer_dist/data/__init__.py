@@ -29,23 +29,27 @@ from reformer_dist.data.loading.heldout import (
     read_split,
 )
 from reformer_dist.data.loading.loader import StepBatch, TrainLoader
-from reformer_dist.data.loading.loader_state import LoaderState, consumed_hash, merge_states, read_state
+from reformer_dist.data.loading.loader_state import (
+    LoaderState,
+    consumed_hash,
+    merge_states,
+    read_state,
+    saved_interleaving,
+)
 from reformer_dist.data.loading.packing import Span, pack_spans
 from reformer_dist.data.loading.replay import Replay
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
-from reformer_dist.data.prepare.documents import SkippedFiles, read_documents
-from reformer_dist.data.prepare.records import RawSample, read_jsonl, read_labeled, read_parallel, read_squad
-from reformer_dist.data.prepare.shard_writer import (
-    WriteSummary,
-    assign_splits,
-    is_heldout,
-    write_dataset,
-    write_samples,
-)
+from reformer_dist.data.prepare.documents import SECTION_BYTES, SkippedFiles, TextOptions, read_text
+from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
+from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
+from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout
+from reformer_dist.data.prepare.shard_writer import WriteSummary, write_dataset, write_samples
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
+    "RECORD_SUFFIXES",
+    "SECTION_BYTES",
     "SPLITS",
     "TEXT_FIELDS",
     "Batch",
@@ -71,6 +75,7 @@ __all__ = [
     "SkippedFiles",
     "Span",
     "StepBatch",
+    "TextOptions",
     "Tokenizer",
     "TrainLoader",
     "WriteSummary",
@@ -90,15 +95,16 @@ __all__ = [
     "next_token_example",
     "next_token_examples",
     "pack_spans",
-    "read_documents",
     "read_groups",
-    "read_jsonl",
     "read_labeled",
     "read_parallel",
+    "read_records",
     "read_spans",
     "read_split",
     "read_squad",
     "read_state",
+    "read_text",
+    "saved_interleaving",
     "verify_dataset",
     "write_dataset",
     "write_samples",

@@ -21,6 +21,7 @@ from reformer_dist.data import (
     describe_changes,
     merge_states,
     read_state,
+    saved_interleaving,
 )
 from reformer_dist.distributed.mesh import SequenceMesh
 from reformer_dist.errors import DataError
@@ -55,6 +56,21 @@ def open_task_data(config: RunConfig) -> TaskData:
     return TaskData(corpus, task)
 
 
+def open_sampler(config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> Sampler:
+    """The data order of a run, which stays that of its checkpoints, if there are any."""
+    data = config.data
+    saved = None if checkpoint is None else merge_states([rank["data"] for rank in checkpoint.rank_states])
+    return Sampler(
+        corpus,
+        seed=config.trainer.seed,
+        batch_size=data.batch_size,
+        seq_len=data.seq_len,
+        shuffle=data.shuffle,
+        by_sample=not config.task.packs_text,
+        interleaved_shards=None if saved is None else saved_interleaving(saved),
+    )
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """The sampling order of a run's data, and the position at which the run starts or resumes."""
@@ -66,21 +82,13 @@ class TrainingData:
     @classmethod
     def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> TrainingData:
         """Raises DataError if the checkpoint's position does not fit these data."""
-        data = config.data
-        sampler = Sampler(
-            corpus,
-            seed=config.trainer.seed,
-            batch_size=data.batch_size,
-            seq_len=data.seq_len,
-            shuffle=data.shuffle,
-            by_sample=not config.task.packs_text,
-        )
+        sampler = open_sampler(config, corpus, checkpoint)
         if checkpoint is None:
             return cls(corpus, sampler, LoaderState())
         saved_data = checkpoint.record.data
         changes = [] if saved_data is None else describe_changes(saved_data, corpus.record())
         saved = merge_states([rank["data"] for rank in checkpoint.rank_states])
-        state = read_state(saved, sampler, changes=changes, accept_changed=data.accept_changed)
+        state = read_state(saved, sampler, changes=changes, accept_changed=config.data.accept_changed)
         logger.info(f"resuming data after step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
         return cls(corpus, sampler, state)
 

@@ -5,17 +5,37 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.datasets import damage_sample, folder_of, open_loader, read_steps, read_world, replace_split, rows_of
+from support.datasets import (
+    damage_sample,
+    folder_of,
+    make_sampler,
+    open_loader,
+    read_steps,
+    read_world,
+    replace_split,
+    rows_of,
+)
 
-from reformer_dist.data import Corpus, Dataset, consumed_hash, merge_states
+from reformer_dist.config import DataConfig, RunConfig, TrainerConfig
+from reformer_dist.data import (
+    Corpus,
+    Dataset,
+    LoaderState,
+    Replay,
+    consumed_hash,
+    merge_states,
+    saved_interleaving,
+)
 from reformer_dist.data.loading import loader as loader_module
 from reformer_dist.errors import DataError
+from reformer_dist.run.data import TrainingData
 
 
 @pytest.mark.parametrize(
@@ -116,6 +136,31 @@ def test_states_of_other_settings_are_refused(dataset: Dataset, changed: dict[st
         open_loader(dataset, state=state, **changed)
 
 
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_runs_from_before_shards_were_interleaved_keep_their_order(dataset: Dataset, dp_size: int) -> None:
+    """Their state has version 2; that of a resumed run says what its order is."""
+    changed: dict[str, Any] = {"batch_size": 2, "interleaved_shards": 1}
+    expected, end = read_world(dataset, 30, **changed)
+    _, state = read_world(dataset, 20, **changed)
+    assert saved_interleaving(state) == 1
+    del state["settings"]["interleaved_shards"]
+    state["version"] = 2
+    assert saved_interleaving(state) == 1
+    after, resumed = read_world(dataset, 10, dp_size, state=state, **changed)
+    assert torch.equal(after, expected[20:])
+    assert resumed == end
+    with pytest.raises(DataError, match="interleaved_shards was 1 and is 8"):
+        open_loader(dataset, state=state, batch_size=2)
+    # a run's checkpoint decides
+    config = RunConfig(data=DataConfig(batch_size=2, seq_len=64), trainer=TrainerConfig(seed=3))
+    checkpoint: Any = SimpleNamespace(rank_states=[{"data": state}], record=SimpleNamespace(data=None))
+    training = TrainingData.open(config, Corpus([dataset]), checkpoint)
+    assert (training.sampler.interleaved_shards, training.state.step) == (1, 20)
+    for wrong in (0, "2", None):
+        with pytest.raises(DataError, match=f"interleaved_shards is {wrong!r}"):
+            saved_interleaving({**end, "settings": {"interleaved_shards": wrong}})
+
+
 @pytest.mark.parametrize(
     "stream",
     [None, [1], [0, 0, "00" * 16], [-1, "00" * 16], [1.5, "00" * 16], [True, "00" * 16], [0, "xy"], "012"],
@@ -160,15 +205,19 @@ def test_a_state_that_lacks_streams_is_refused(dataset: Dataset) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_errors_of_threads_reach_the_consumer(make_dataset: Callable[..., Dataset], workers: int) -> None:
     """At the step that they belong to, despite prefetching."""
-    dataset = make_dataset()
-    (folder_of(dataset) / dataset.shards("train")[-1].name).unlink()
+    dataset = make_dataset(shard_bytes=3000)
+    lost = dataset.shards("train")[-1].name
+    replay = Replay(make_sampler(dataset, batch_size=4, shuffle=False), LoaderState())
+    while not any(span.ref.shard.name == lost for row in replay.next_step() for span in row):
+        pass
+    (folder_of(dataset) / lost).unlink()
     before = threading.active_count()
-    loader = open_loader(dataset, workers=workers, batch_size=4)
+    loader = open_loader(dataset, workers=workers, batch_size=4, shuffle=False)
     n_read = 0
     with pytest.raises(DataError, match=r"train-\d+\.tar: .*missing"):
         for n_read in range(1000):  # noqa: B007
             next(loader)
-    assert n_read == 54
+    assert n_read == replay.step - 1 > 2 + loader_module.PREFETCH_STEPS
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
     assert threading.active_count() == before

@@ -42,14 +42,58 @@ def test_permutations_are_stable_across_versions() -> None:
     assert permutation(8, seeded_bits(0, "shards", 0)).tolist() == PROMISED_PERMUTATION
 
 
-def test_the_order_is_stable_across_versions(dataset: Dataset) -> None:
-    found = [span.id for span in tokens_of_stream(dataset, 0)[:4]]
-    assert found == [
-        "0/train-000001.tar/00000016:0-64",
-        "0/train-000001.tar/00000016:64-95",
-        "0/train-000001.tar/00000017:0-33",
-        "0/train-000001.tar/00000017:33-42",
-    ]
+@pytest.mark.parametrize(
+    ("interleaved_shards", "expected"),
+    [
+        # of runs that began before shards were interleaved
+        (1, ["000001.tar/00000011:0-48", "000001.tar/00000009:0-16", "000001.tar/00000009:16-80"]),
+        (None, ["000001.tar/00000013:0-8", "000004.tar/00000042:0-43", "000001.tar/00000009:0-13"]),
+    ],
+)
+def test_the_order_is_stable_across_versions(
+    dataset: Dataset, interleaved_shards: int | None, expected: list[str]
+) -> None:
+    spans = tokens_of_stream(dataset, 0, interleaved_shards=interleaved_shards)
+    assert [span.id for span in spans[: len(expected)]] == [f"0/train-{span}" for span in expected]
+
+
+def longest_run(dataset: Corpus, source_of: Callable[[Span], str], **changed: Any) -> int:
+    """The most consecutive tokens of a pass of one stream that come from one source."""
+    longest, run, last = 0, 0, ""
+    sampler = make_sampler(dataset, batch_size=1, seq_len=512, **changed)
+    reader = TokenStream(sampler, 0, passes=1)
+    while row := reader.next_spans(0, lengths):
+        for span in row:
+            source = source_of(span)
+            run = run + span.stop - span.start if source == last else span.stop - span.start
+            longest, last = max(longest, run), source
+    return longest
+
+
+def test_no_source_lasts_long_if_rows_are_few_and_long(make_dataset: Callable[..., Dataset]) -> None:
+    """1,200 documents of 500 bytes of each of two kinds, in shards of 60 documents, read by one stream.
+
+    With fair draws, a run of 22 documents has a probability below 0.1 %.
+    """
+    kinds = [[(f"{kind}{n}", numbered_text(n, 500)) for n in range(1200)] for kind in "ab"]
+    limit = 22 * 501
+    # written in the order of a hash: mixed in every shard, whatever the sampler does
+    mixed = Corpus([make_dataset(kinds[0] + kinds[1], heldout_fraction=0, shard_bytes=60 * 1024)])
+    assert longest_run(mixed, lambda span: span.ref.entry.document[0], interleaved_shards=1) < limit
+    # two datasets, as if one had been written in the order of its sources: shards of one kind each
+    pooled = Corpus([make_dataset(kind, heldout_fraction=0, shard_bytes=60 * 1024) for kind in kinds])
+    assert len(pooled.shards("train")) == 42
+    assert longest_run(pooled, lambda span: str(span.dataset_index)) < limit
+    assert longest_run(pooled, lambda span: str(span.dataset_index), interleaved_shards=1) > 3 * limit
+    # many rows read many shards at a time anyway
+    assert [make_sampler(pooled, batch_size=n).interleaved_shards for n in (1, 3, 8, 16, 64)] == [16, 6, 2, 1, 1]
+
+
+def test_groups_of_shards_differ_from_pass_to_pass(make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset([(str(n), numbered_text(n, 500)) for n in range(700)], shard_bytes=20 * 1024)
+    pool = make_sampler(dataset, batch_size=1).pools[0]
+    groups = [frozenset(shard.shard.name for shard in pool.group_at(number, 0).shards) for number in range(3)]
+    assert len(set(groups)) == 3 and {len(group) for group in groups} <= {9, 10, 11, 12, 13, 14, 15, 16}
 
 
 def test_permutations_are_uniform() -> None:

@@ -136,8 +136,8 @@ def test_a_failure_leaves_the_old_data_set(tmp_path: Path) -> None:
     [
         ([], 0.05, "no text: no document"),
         ([("a", b""), ("b", b"")], 0.05, "no text: 2 documents"),
-        ([("a", b"text")], 1e-9, "no document of 1 "),
-        ([("a", b"text")], 1 - 1e-9, "all 1 document"),
+        ([("a", b"x")], 1e-9, "no document of 1 "),
+        ([("a", b"x")] * 3, 1 - 1e-9, "all 3 document"),
         ([("a", b"text")], 1.0, "heldout_fraction=1.0"),
         ([("a", b"text")], float("nan"), "heldout_fraction=nan"),
     ],

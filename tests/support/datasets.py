@@ -30,7 +30,7 @@ from reformer_dist.data import (
 from reformer_dist.data.format.dataset_layout import FORMAT_VERSION, json_sha256
 from reformer_dist.fs.atomic import file_sha256
 
-ORDER = {"seed": 3, "batch_size": 8, "seq_len": 64, "shuffle": True}
+ORDER = {"seed": 3, "batch_size": 8, "seq_len": 64, "shuffle": True, "interleaved_shards": None}
 
 
 def numbered_text(number: int, length: int) -> bytes:

@@ -21,9 +21,11 @@ from support.forks import fork_ranks
 
 from reformer_dist.data import ByteTokenizer, Corpus, Dataset, LoaderState, Replay, consumed_hash, write_dataset
 from reformer_dist.process.exit_status import INTERRUPTED
-from reformer_dist.run.data import QuarantineFile
+from reformer_dist.run.compose import compose_run
+from reformer_dist.run.data import QuarantineFile, TrainingData
 
 TOOLS = Path(__file__).parents[2] / "tools"
+PAGE = TOOLS.parent / "docs/data_order.md"
 
 
 class Ended(NamedTuple):
@@ -79,7 +81,7 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
     lines = [json.dumps({"body": text.decode()}) for _, text in varied_documents()]
     source = tmp_path / "d.jsonl.gz"
     source.write_bytes(gzip.compress("\n".join(lines).encode()))
-    common = (source, "--jsonl-field", "body", "--tokenizer", "bpe", "--heldout", 0.2)
+    common = (source, "--text-field", "body", "--tokenizer", "bpe", "--heldout", 0.2)
     made = run("make_shards.py", *common, "--vocab-size", 300, "--output", tmp_path / "a")
     assert made.status == 0, made.output
     dataset = Dataset.open(tmp_path / "a")
@@ -97,7 +99,7 @@ def test_bpe_from_jsonl_gz_and_a_given_tokenizer(tmp_path: Path) -> None:
 
 def test_skipped_files_are_counted_once(texts: Path, tmp_path: Path) -> None:
     """Although training a tokenizer reads the text twice."""
-    (texts / "wide.txt").write_bytes("wide".encode("utf-16"))
+    (texts / "wide.txt").write_bytes("wide".encode("utf-16-le"))
     learn = ("--tokenizer", "bpe", "--vocab-size", 300, "--heldout", 0.2)
     made = run("make_shards.py", texts, *learn, "--output", tmp_path / "d")
     assert made.status == 0, made.output
@@ -141,7 +143,7 @@ def test_user_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [tool, *arguments])
-    for name, content in {"empty.txt": "", "short.txt": "hello", "bad.jsonl": "{"}.items():
+    for name, content in {"empty.txt": "", "short.txt": "x", "bad.jsonl": "{"}.items():
         Path(name).write_text(content)
     with pytest.raises(SystemExit) as ending:
         runpy.run_path(str(TOOLS / tool), run_name="__main__")
@@ -198,6 +200,7 @@ def test_the_samples_of_a_step(
     inspect(monkeypatch, run_folder, "--order", 20)
     listed = capsys.readouterr().out.splitlines()
     assert listed == shown.splitlines()[:-1]
+    assert listed.pop(0) == "order of seed=3, batch_size=8, seq_len=64, shuffle=True, interleaved_shards=2"
     # the text of each row is that of the listed spans
     texts = dict(varied_documents())
     rows: list[bytes] = []
@@ -212,7 +215,25 @@ def test_the_samples_of_a_step(
 
     (run_folder / "quarantine.jsonl").unlink()
     inspect(monkeypatch, data, "--order", 3, "data.seq_len=64", "data.batch_size=8", "trainer.seed=3")
-    assert capsys.readouterr().out.startswith("step 3, row 0:\n")
+    assert "\nstep 3, row 0:\n" in capsys.readouterr().out
+
+
+def test_the_order_in_the_docs_is_that_of_training(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command of docs/data_order.md for a run that has not begun, and the samples that this run would read."""
+    [line] = [line for line in PAGE.read_text().splitlines() if "--order 7" in line]
+    overrides = line.split("#")[0].split()[5:]
+    data = str(run_folder.parent / "data")
+    inspect(monkeypatch, data, "--order", 7, *overrides)
+    _, *listed = capsys.readouterr().out.splitlines()
+    config = compose_run([*overrides, "experiment=quickstart", f"data.path={data}"])
+    training = TrainingData.open(config, Corpus.open([data]), None)
+    replay = Replay(training.sampler, training.state)
+    for _ in range(7):
+        rows = replay.next_step()
+    expected = [f"tokens {span.start} to {span.stop} of {span.ref.entry.n_tokens}" for row in rows for span in row]
+    assert [words.split("), ")[1] for words in listed if not words.startswith("step 7, row")] == expected
 
 
 def test_a_distant_step_is_found_at_once(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_arguments_that_do_not_go_together(
 def test_label_spans_are_characters_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Größe? Sehr groß."
     raw = write_lines(tmp_path / "raw.jsonl", *({"body": text, "spans": [[0, 2], [7, 16]]},) * 3)
-    arguments = ("--jsonl-field", "body", "--label-spans", "spans", "--output", tmp_path / "data")
+    arguments = ("--text-field", "body", "--label-spans", "spans", "--output", tmp_path / "data")
     assert make_shards(monkeypatch, raw, *arguments, "--heldout-from", raw) == 0
     [sample, *_] = read_split(Corpus.open([tmp_path / "data"]), RowSelection(split="heldout"))
     parts = [

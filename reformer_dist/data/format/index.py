@@ -27,7 +27,7 @@ from reformer_dist.data.format.storage import Folder
 from reformer_dist.errors import DataError
 
 HEADER_BYTES = 512  # of a tar member, directly before its content
-MAX_CACHED_INDEXES = 8
+MAX_CACHED_INDEXES = 16  # as many as all streams together read at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

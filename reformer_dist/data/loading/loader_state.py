@@ -16,7 +16,8 @@ from reformer_dist.data.loading.packing import HASH_BYTES, TokenStream
 from reformer_dist.data.loading.sampler import Sampler
 from reformer_dist.errors import DataError
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+READ_VERSIONS = (2, 3)  # in version 2, no shards were interleaved
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ def join_digests(digests: Sequence[bytes]) -> str:
     return hashlib.blake2b(b"".join(digests), digest_size=HASH_BYTES).hexdigest()
 
 
+def saved_interleaving(state: Mapping[str, Any]) -> int:
+    """The number of interleaved shards in a run's order, which it keeps. Raises DataError if it is invalid."""
+    n_shards = _read_settings(state).get("interleaved_shards")
+    if type(n_shards) is not int or n_shards < 1:
+        raise DataError(f"data state: interleaved_shards is {n_shards!r}; it must be a positive integer")
+    return n_shards
+
+
 def read_state(
     state: Mapping[str, Any], sampler: Sampler, *, changes: Sequence[str] = (), accept_changed: bool = False
 ) -> LoaderState:
@@ -91,10 +100,7 @@ def read_state(
     changes: known differences of the data, for the error message. Raises DataError if the state has other
     settings, or is of other data without `accept_changed`.
     """
-    if (version := state.get("version")) != STATE_VERSION:
-        raise DataError(f"data state: version {version!r} is not {STATE_VERSION}, which this version reads")
-    settings = state.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = _read_settings(state)
     for key, value in sampler.settings().items():
         if settings.get(key) != value:
             hint = "resume with the settings that the run began with, or begin a new run"
@@ -137,6 +143,15 @@ def _finished_passes(positions: list[int], n_units: int) -> int:
     V = len(positions)
     lengths = [n_units * (stream + 1) // V - n_units * stream // V for stream in range(V)]
     return min(position // length for position, length in zip(positions, lengths, strict=True))
+
+
+def _read_settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    if (version := state.get("version")) not in READ_VERSIONS:
+        known = " and ".join(map(str, READ_VERSIONS))
+        raise DataError(f"data state: version {version!r} is unknown; this version of reformer_dist reads {known}")
+    settings = state.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    return {"interleaved_shards": 1, **settings} if version == 2 else settings
 
 
 def _read_streams(state: Mapping[str, Any]) -> Mapping[str, Any]:

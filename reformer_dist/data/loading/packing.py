@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reformer_dist.data.format.sample_reader import SampleRef
-from reformer_dist.data.loading.sampler import Pool, Sampler, ShuffledShard
+from reformer_dist.data.loading.sampler import Pool, Sampler, ShuffledGroup
 from reformer_dist.errors import DataError
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
@@ -88,13 +88,13 @@ class TokenStream:
 
 
 class StreamIndex:
-    """Maps positions of one stream in one pool to samples. Caches the last shard and sample."""
+    """Maps positions of one stream in one pool to samples. Caches the last group and sample."""
 
     def __init__(self, pool: Pool, stream: int, passes: int | None) -> None:
         self._pool, self._passes, self._stream = pool, passes, stream
         self._first, self._length = pool.stream_range(stream)
-        self._shard: ShuffledShard | None = None
-        self._shard_pass = -1
+        self._group: ShuffledGroup | None = None
+        self._group_pass = -1
         self._sample: tuple[SampleRef, Tokens | None] | None = None
 
     def is_at_end(self, position: int) -> bool:
@@ -113,13 +113,11 @@ class StreamIndex:
         """(span that begins at a position, units to advance); the span is None if the sample is damaged."""
         pass_index, offset = divmod(position, self._length)
         unit = self._first + offset
-        shard = self._shard
-        if shard is None or pass_index != self._shard_pass or not shard.start <= unit < shard.end:
-            self._shard = shard = self._pool.shard_at(pass_index, unit)
-            self._shard_pass = pass_index
-        i = int(np.searchsorted(shard.starts, unit - shard.start, side="right")) - 1
-        start = unit - shard.start - int(shard.starts[i])
-        source, entry = shard.source, shard.index.entries[int(shard.samples[i])]
+        group = self._group
+        if group is None or pass_index != self._group_pass or not group.start <= unit < group.end:
+            self._group = group = self._pool.group_at(pass_index, unit)
+            self._group_pass = pass_index
+        source, entry, start = group.sample_at(unit)
         dataset_index, ref = source.dataset_index, SampleRef(source.dataset, source.shard, entry)
         if self._sample is None or self._sample[0] != ref:
             self._sample = (ref, load_tokens(dataset_index, ref))

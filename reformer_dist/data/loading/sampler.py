@@ -1,10 +1,14 @@
 """The data order: the samples of each row, a pure function of the seed and the shard indexes.
 
 A pool is a list of shards: all shards of the run or, if datasets are mixed by weight, those of one dataset. Pass
-k over a pool is the concatenation of its shards, permuted by (seed, pool, k), with the samples of each permuted by
-(seed, pool, k, shard). This sequence of tokens, or of samples if a row holds one sample, is cut into V equal
-ranges, one per virtual stream. A position in a stream is therefore one integer, the units (tokens or samples)
-before it over all passes, and seeking to it takes no longer in the thousandth pass than in the first.
+k over a pool permutes its shards by (seed, pool, k), cuts them into groups, and concatenates the groups, with
+the samples of each permuted by (seed, pool, k, group). This sequence of tokens, or of samples if a row holds one
+sample, is cut into V equal ranges, one per virtual stream. A position in a stream is therefore one integer, the
+units (tokens or samples) before it over all passes, and seeking to it takes no longer in the thousandth pass than
+in the first.
+
+The fewer streams there are, the more shards a group has: otherwise a run with few long rows, which takes hundreds
+of steps to read a shard, would read one source in all of them.
 
 Only the raw output of a seeded bit generator is used: numpy promises that it never changes, unlike that of
 `Generator.permutation`. An order therefore survives upgrades, and no global generator is touched.
@@ -20,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reformer_dist.data.format.corpus import Corpus, CorpusShard
-from reformer_dist.data.format.index import ShardIndex
+from reformer_dist.data.format.index import IndexEntry, ShardIndex
 from reformer_dist.errors import DataError
 
 MAX_CACHED_PASSES = 4
+INTERLEAVED_SHARDS = 16  # that all streams together read at a time
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: its multiples are spread evenly over the circle
 HELDOUT_STREAM = -1  # no training stream has this number
 
@@ -58,43 +63,61 @@ class DrawKey(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pass:
-    """Shards of a pool in the order of one pass."""
+    """Groups of a pool's shards in the order of one pass."""
 
-    shards: NDArray[np.int64]
-    """[n_shards] indices of the shards, in order."""
+    groups: list[NDArray[np.int64]]
+    """Indices of the shards of each group, in order."""
     starts: NDArray[np.int64]
-    """[n_shards] units of the pass before each."""
+    """[n_groups] units of the pass before each."""
 
 
 @dataclass(frozen=True)
-class ShuffledShard:
-    """Samples of a shard in the order of one pass."""
+class ShuffledGroup:
+    """Samples of a group of shards in the order of one pass."""
 
-    source: CorpusShard
-    index: ShardIndex
+    shards: list[CorpusShard]
+    indexes: list[ShardIndex]
+    """Of the shards."""
     start: int
-    """Units of the pass before the shard."""
+    """Units of the pass before the group."""
     size: int
-    """Units of the shard."""
+    """Units of the group."""
     samples: NDArray[np.int64]
-    """[samples] indices of the samples, in order."""
+    """[samples, 2] index of the shard, and of the sample in it, in order."""
     starts: NDArray[np.int64]
-    """[samples] units of the shard before each."""
+    """[samples] units of the group before each."""
 
     @property
     def end(self) -> int:
         return self.start + self.size
+
+    def sample_at(self, unit: int) -> tuple[CorpusShard, IndexEntry, int]:
+        """(shard, sample, units of the sample before it) of a unit of the pass."""
+        i = int(np.searchsorted(self.starts, unit - self.start, side="right")) - 1
+        shard, sample = self.samples[i].tolist()
+        return self.shards[shard], self.indexes[shard].entries[sample], unit - self.start - int(self.starts[i])
 
 
 class Pool:
     """A list of shards, read pass after pass by V streams."""
 
     def __init__(
-        self, number: int, shards: list[CorpusShard], *, seed: int, n_streams: int, shuffle: bool, by_sample: bool
+        self,
+        number: int,
+        shards: list[CorpusShard],
+        *,
+        seed: int,
+        n_streams: int,
+        shuffle: bool,
+        by_sample: bool,
+        interleaved_shards: int = 1,
     ) -> None:
-        """Raises DataError if the shards hold no text or fewer units than there are streams."""
+        """interleaved_shards: the most in a group.
+
+        Raises DataError if the shards hold no text or fewer units than there are streams.
+        """
         self.number, self.shards, self.by_sample, self.shuffle = number, shards, by_sample, shuffle
-        self._seed, self._n_streams = seed, n_streams
+        self._seed, self._n_streams, self._interleaved_shards = seed, n_streams, interleaved_shards
         sizes = [s.shard.samples if by_sample else s.shard.tokens for s in shards]
         self._shard_sizes = np.array(sizes, dtype=np.int64)
         self.n_units = int(self._shard_sizes.sum())
@@ -117,23 +140,35 @@ class Pool:
         first = self.n_units * stream // self._n_streams
         return first, self.n_units * (stream + 1) // self._n_streams - first
 
-    def shard_at(self, pass_index: int, unit: int) -> ShuffledShard:
-        """The shard that holds a unit of a pass. Raises DataError if its index can't be read."""
+    def group_at(self, pass_index: int, unit: int) -> ShuffledGroup:
+        """The group of shards that holds a unit of a pass. Raises DataError if an index can't be read."""
         order = self._pass(pass_index)
         i = int(np.searchsorted(order.starts, unit, side="right")) - 1
-        number = int(order.shards[i])
-        index = self.shards[number].index
-        samples = self._permuted(len(index.entries), f"samples/{self.number}/{number}", pass_index)
-        sizes = np.ones_like(samples) if self.by_sample else index.n_tokens[samples]
+        numbers = order.groups[i].tolist()
+        shards = [self.shards[number] for number in numbers]
+        indexes = [shard.index for shard in shards]
+        # without interleaving, runs that began before there were groups continue in their order
+        purpose = (
+            f"samples/{self.number}/{numbers[0]}" if self._interleaved_shards == 1 else f"group/{self.number}/{i}"
+        )
+        lengths = [len(index.entries) for index in indexes]
+        samples = np.column_stack(
+            [np.repeat(np.arange(len(shards)), lengths), np.concatenate([np.arange(n) for n in lengths])]
+        )
+        shuffled = self._permuted(len(samples), purpose, pass_index)
+        sizes = np.ones(len(samples), dtype=np.int64)
+        if not self.by_sample:
+            sizes = np.concatenate([index.n_tokens for index in indexes])[shuffled]
         starts = np.cumsum(sizes) - sizes
-        return ShuffledShard(self.shards[number], index, int(order.starts[i]), int(sizes.sum()), samples, starts)
+        return ShuffledGroup(shards, indexes, int(order.starts[i]), int(sizes.sum()), samples[shuffled], starts)
 
     def _pass(self, pass_index: int) -> _Pass:
         order = self._passes.get(pass_index)
         if order is None:
             shards = self._permuted(len(self.shards), f"shards/{self.number}", pass_index)
-            sizes = self._shard_sizes[shards]
-            order = _Pass(shards, np.cumsum(sizes) - sizes)
+            groups = np.array_split(shards, -(-len(shards) // self._interleaved_shards))
+            sizes = np.array([self._shard_sizes[group].sum() for group in groups])
+            order = _Pass(groups, np.cumsum(sizes) - sizes)
             # threads may race, all with the same result; streams are at most a pass apart
             recent = list(self._passes.items())[: MAX_CACHED_PASSES - 1]
             self._passes = {pass_index: order, **dict(recent)}
@@ -157,16 +192,32 @@ class Sampler:
         seq_len: int,
         shuffle: bool = True,
         by_sample: bool = False,
+        interleaved_shards: int | None = None,
     ) -> None:
-        """batch_size: rows of a step over all ranks, one stream each. by_sample: rows of one sample each."""
+        """batch_size: rows of a step over all ranks, one stream each. by_sample: rows of one sample each.
+
+        interleaved_shards: whose samples are shuffled together, per stream; by default, as many as make
+        INTERLEAVED_SHARDS for all streams.
+        """
         self.corpus, self.seed, self.by_sample = corpus, seed, by_sample
         self.n_streams, self.seq_len, self.shuffle = batch_size, seq_len, shuffle
+        if interleaved_shards is None:
+            interleaved_shards = -(-INTERLEAVED_SHARDS // batch_size) if shuffle else 1
+        self.interleaved_shards = interleaved_shards
         shards = corpus.shards("train")
         groups = [shards]
         if corpus.weights is not None:
             groups = [[s for s in shards if s.dataset_index == i] for i in range(len(corpus.datasets))]
         self.pools = [
-            Pool(number, group, seed=seed, n_streams=batch_size, shuffle=shuffle, by_sample=by_sample)
+            Pool(
+                number,
+                group,
+                seed=seed,
+                n_streams=batch_size,
+                shuffle=shuffle,
+                by_sample=by_sample,
+                interleaved_shards=interleaved_shards,
+            )
             for number, group in enumerate(groups)
         ]
         self._bounds = np.cumsum(corpus.weights or [1.0])
@@ -199,4 +250,5 @@ class Sampler:
         """Everything else that determines the order, as JSON values."""
         # with one sample per row, the order does not depend on the length of a row
         row = {"by_sample": True} if self.by_sample else {"seq_len": self.seq_len}
-        return {"seed": self.seed, "batch_size": self.n_streams, **row, "shuffle": self.shuffle}
+        order = {"shuffle": self.shuffle, "interleaved_shards": self.interleaved_shards}
+        return {"seed": self.seed, "batch_size": self.n_streams, **row, **order}

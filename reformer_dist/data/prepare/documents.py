@@ -2,41 +2,50 @@
 
 Documents are:
 
-- each file of a folder, sorted by path, except hidden files, binary files (those that contain NUL, as UTF-16 does)
-  and hidden, `__pycache__`, `site-packages` and `dist-packages` folders; links to folders are not followed;
-- each line of a `.jsonl` file;
-- sections of a text file that is itself an input, cut at blank lines since a single document could not be split
-  into training and held-out text: about 64 sections of 2 to 64 KiB each, whose concatenation is the file;
-- each `.txt` member of a `.tar` file, such as a shard of WebDataset, and the text field of each `.json` member;
-  other members are skipped and links are not followed;
+- each file of a folder, sorted by path, except hidden files, binary files (those that contain NUL) and hidden,
+  `__pycache__`, `site-packages` and `dist-packages` folders; links to folders are not followed, and datasets that
+  were written by this package are not read;
+- each record of a `.jsonl`, `.ndjson`, `.json` (an array, or objects one after another), `.csv` or `.tsv` file;
+- a text file that is itself an input; a large one is cut at blank lines into sections of several MiB, whose
+  concatenation is the file. The end of each is held out, and the rest keeps its order over a long range;
+- each `.txt` member of a `.tar` file, such as a shard of WebDataset, and each record of members in the formats
+  above; other members are skipped and links are not followed;
 - the content of a `.gz` file, whose name without `.gz` determines the format; `.tgz` is `.tar.gz`.
 
-Skipped files are counted in a `SkippedFiles`, except hidden ones and those of skipped folders.
+Files in formats that hold text but are not read, such as Parquet, are errors unless they may be skipped. Skipped
+files are counted in a `SkippedFiles`, except hidden ones and those of skipped folders.
 """
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
 import os
 import re
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from webdataset.tariterators import tar_file_iterator
 
+from reformer_dist.data.format.dataset_layout import DATASET_FILE
+from reformer_dist.data.prepare.formats import (
+    RECORD_SUFFIXES,
+    PackedFileError,
+    iterate_records,
+    open_raw,
+    record_suffix,
+    refuse_packed,
+    text_fields,
+    uncompressed_name,
+)
+from reformer_dist.data.prepare.samples import RawSample
 from reformer_dist.errors import DataError
 
-MIN_SECTION_BYTES = 2 << 10
-MAX_SECTION_BYTES = 64 << 10
-TARGET_SECTIONS = 64
+SECTION_BYTES = 4 << 20
 SKIPPED_DIRS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
-JSONL_HINT = "; --jsonl-field names another"
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
@@ -51,58 +60,93 @@ class SkippedFiles(dict[str, tuple[int, str]]):
         return "; ".join(f"{count:,} {kind}, such as {first}" for kind, (count, first) in self.items())
 
 
-def read_documents(
-    paths: Iterable[str | Path],
-    suffixes: Sequence[str] = (),
-    jsonl_field: str = "text",
-    skipped: SkippedFiles | None = None,
-) -> Iterator[tuple[str, bytes]]:
-    """(name, text) of each document; names begin with the name of the input file or folder, without its path.
+@dataclass(frozen=True)
+class TextOptions:
+    """Which files are read as text, and how."""
 
-    suffixes: of the files of a folder to read (`.py` includes `.py.gz`); files among `paths` are always read.
-    jsonl_field: field of a JSON object that holds its text. Raises DataError if a path is missing, a file can't be
-    read, a line has no text, or there is no document at all.
+    suffixes: tuple[str, ...] = ()
+    """Of the files of a folder to read (`.py` includes `.py.gz`); all if empty. Inputs are always read."""
+    text_field: str = "text"
+    """Field, or column, of a record that holds its text."""
+    as_text: tuple[str, ...] = ()
+    """Suffixes of RECORD_SUFFIXES whose files are read as plain text."""
+    skip_packed: bool = False
+    """Skips files in formats that hold text but are not read."""
+    section_bytes: int = SECTION_BYTES
+    """Text files that are inputs are cut into sections of this size up to twice this size."""
+    output: Path | None = None
+    """Folder that is not read, although it may be inside an input."""
+
+
+def read_text(
+    paths: Iterable[str | Path], options: TextOptions | None = None, skipped: SkippedFiles | None = None
+) -> Iterator[RawSample]:
+    """Each document; names begin with the name of the input file or folder, without its path.
+
+    Raises DataError if a path is missing, a file can't be read, a record has no text, an input is the output or a
+    dataset, or there is no document at all.
     """
-    inputs, skipped = [Path(path) for path in paths], SkippedFiles() if skipped is None else skipped
+    inputs, options = [Path(path) for path in paths], options or TextOptions()
+    skipped = SkippedFiles() if skipped is None else skipped
     n_files = n_documents = 0
     for path in inputs:
-        for file, label in _find_files(path, tuple(suffixes), skipped):
+        for file, label in _find_files(path, options, skipped):
             n_files += 1
-            for document in _read_file(file, label, jsonl_field, file != path, skipped):
-                n_documents += 1
-                yield document
+            try:
+                for document in _read_file(file, label, options, file != path, skipped):
+                    n_documents += 1
+                    yield document
+            except PackedFileError as error:
+                _skip_packed(error, str(file), options, skipped)
     if n_documents == 0:
         where = ", ".join(map(str, inputs))
-        if suffixes and n_files == 0:
-            raise DataError(f"no text: no file below {where} ends in {' or '.join(suffixes)}")
+        if options.suffixes and n_files == 0:
+            raise DataError(f"no text: no file below {where} ends in {' or '.join(options.suffixes)}")
         raise DataError(f"no text in {where}" + (f"; skipped: {skipped}" if skipped else ""))
 
 
-def _find_files(path: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
+def _skip_packed(error: PackedFileError, name: str, options: TextOptions, skipped: SkippedFiles) -> None:
+    if not options.skip_packed:
+        raise DataError(f"{error}, or leave such files out with --skip-unreadable") from error
+    skipped.add("files in formats that can't be read", name)
+
+
+def _find_files(path: Path, options: TextOptions, skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
     """(file, name in the dataset) of each file of an input."""
     if path.is_dir():
+        if options.output is not None and path.resolve() == options.output.resolve():
+            raise DataError(f"--output {options.output}: is also an input; give a folder of its own")
+        if _is_dataset(path):
+            raise DataError(
+                f"{path}: holds a dataset, not raw text; give its shards, {path}/*.tar, to read it again"
+            )
         root = path.resolve().name
-        for file in _walk_folder(path, suffixes, skipped):
+        for file in _walk_folder(path, options, skipped):
             yield file, f"{root}/{file.relative_to(path).as_posix()}"
     elif path.exists():
         yield path, path.name
     else:
-        expected = "inputs must be text, .jsonl, .tar, .gz or folders of text"
+        expected = f"inputs must be text, {', '.join(RECORD_SUFFIXES)}, .tar, .gz or folders of text"
         raise DataError(f"{path}: no such file or folder; {expected}")
 
 
-def _walk_folder(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles) -> Iterator[Path]:
+def _walk_folder(folder: Path, options: TextOptions, skipped: SkippedFiles) -> Iterator[Path]:
     def raise_unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename}: folder can't be read ({error.strerror})") from error
 
+    output = None if options.output is None else options.output.resolve()
     for parent, folders, names in os.walk(folder, onerror=raise_unreadable):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_DIRS and not name.startswith("."))
-        for name in folders:
-            if Path(parent, name).is_symlink():  # not followed by os.walk: it might be part of a cycle
-                skipped.add("links to folders", str(Path(parent, name)))
+        for path in [Path(parent, name) for name in folders]:
+            if path.is_symlink():  # not followed by os.walk: it might be part of a cycle
+                skipped.add("links to folders", str(path))
+            elif _is_dataset(path) or path.resolve() == output:
+                skipped.add("datasets, which are not read again", str(path))
+                folders.remove(path.name)
         for name in sorted(names):
             path = Path(parent, name)
-            is_selected = not suffixes or name.endswith(suffixes) or _uncompressed_name(name).endswith(suffixes)
+            suffixes = options.suffixes
+            is_selected = not suffixes or name.endswith(suffixes) or uncompressed_name(name).endswith(suffixes)
             if not is_selected or name.startswith("."):
                 continue
             if path.is_file():
@@ -111,81 +155,77 @@ def _walk_folder(folder: Path, suffixes: tuple[str, ...], skipped: SkippedFiles)
                 skipped.add("broken links or devices", str(path))
 
 
-def _uncompressed_name(name: str) -> str:
-    """x.tar for x.tar.gz or x.tgz."""
-    return name.removesuffix(".tgz") + ".tar" if name.endswith(".tgz") else name.removesuffix(".gz")
-
-
-@contextmanager
-def open_raw(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, decompressing .gz. Raises DataError if it, or a tar archive in it, can't be read."""
+def _is_dataset(folder: Path) -> bool:
+    """Whether a folder holds a dataset that this package wrote."""
     try:
-        # gzip's reader implements what is used of IO[bytes], but is not typed so
-        with cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{path}: can't be read ({error})") from error
+        return {"tokenizer", "splits"} <= json.loads((folder / DATASET_FILE).read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _read_file(
-    path: Path, label: str, jsonl_field: str, in_folder: bool, skipped: SkippedFiles
-) -> Iterator[tuple[str, bytes]]:
-    name = _uncompressed_name(path.name)
+    path: Path, label: str, options: TextOptions, in_folder: bool, skipped: SkippedFiles
+) -> Iterator[RawSample]:
     with open_raw(path) as file:
-        if name.endswith(".jsonl"):
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{label}:{number}", json_fields(line, [jsonl_field], f"{path}:{number}", JSONL_HINT)[0]
-        elif name.endswith(".tar"):
-            yield from _tar_members(file, path, label, jsonl_field, skipped)
+        if uncompressed_name(path.name).endswith(".tar"):
+            yield from _tar_members(file, path, label, options, skipped)
+        elif (suffix := _record_suffix(path.name, options)) is not None:
+            yield from _read_records(file, suffix, label, str(path), options)
         elif in_folder:
             text = file.read()
             if b"\0" in text:
                 skipped.add("binary files, which contain NUL", label)
             else:
-                yield label, text
+                yield RawSample(label, (text,))
         else:
-            target_bytes = min(max(path.stat().st_size // TARGET_SECTIONS, MIN_SECTION_BYTES), MAX_SECTION_BYTES)
-            yield from _sections(file, path, label, target_bytes)
+            yield from _sections(file, path, label, options.section_bytes)
+
+
+def _record_suffix(name: str, options: TextOptions) -> str | None:
+    suffix = record_suffix(name)
+    return None if suffix in options.as_text else suffix
+
+
+def _read_records(
+    file: IO[bytes], suffix: str, label: str, where: str, options: TextOptions
+) -> Iterator[RawSample]:
+    try:
+        for number, record in iterate_records(file, suffix, where):
+            text = text_fields(record, [options.text_field], f"{where}:{number}")
+            yield RawSample(f"{label}:{number}", tuple(text))
+    except DataError as error:
+        hint = f"--text-field names another field, --as-text {suffix} reads {suffix} files as plain text"
+        raise DataError(f"{error}; {hint}") from error
 
 
 def _tar_members(
-    file: IO[bytes], path: Path, label: str, field: str, skipped: SkippedFiles
-) -> Iterator[tuple[str, bytes]]:
+    file: IO[bytes], path: Path, label: str, options: TextOptions, skipped: SkippedFiles
+) -> Iterator[RawSample]:
     for member in tar_file_iterator(file):
-        name = str(member["fname"])
+        name, content = str(member["fname"]), member["data"]
+        where = f"{path}: {name}"
         if name.startswith("/") or ".." in name.split("/"):
             raise DataError(f"{path}: a member is named {name!r}; names must be relative and without ..")
-        if name.endswith(".txt"):
-            yield f"{label}/{name}", member["data"]
-        elif name.endswith(".json"):
-            yield f"{label}/{name}", json_fields(member["data"], [field], f"{path}: {name}", JSONL_HINT)[0]
+        try:
+            refuse_packed(content[:32], name, where)
+        except PackedFileError as error:
+            _skip_packed(error, where, options, skipped)
+            continue
+        suffix = _record_suffix(name, options)
+        if suffix is not None:
+            yield from _read_records(io.BytesIO(content), suffix, f"{label}/{name}", where, options)
+        elif name.lower().endswith((".txt", *options.as_text)):
+            yield RawSample(f"{label}/{name}", (content,))
         else:
-            skipped.add("members of .tar files that are neither .txt nor .json", f"{label}/{name}")
+            skipped.add(
+                f"members of .tar files that are neither .txt nor {', '.join(RECORD_SUFFIXES)}", f"{label}/{name}"
+            )
 
 
-def json_fields(content: bytes, names: Sequence[str], where: str, hint: str = "") -> list[bytes]:
-    """Strings in the fields of a JSON object, as UTF-8.
-
-    Raises DataError if a field is missing or is not a string. hint: follows the names of the existing fields.
-    """
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{where}: is not valid JSON ({error}); it must be a JSON object") from error
-    for name in names:
-        if isinstance(record, dict) and name not in record:
-            others = f", but {', '.join(record)}{hint}" if record else ""
-            raise DataError(f"{where}: has no field {name!r}{others}")
-        value = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            raise DataError(f"{where}: field {name!r} is {value!r}; it must be a string")
-    # JSON can encode an unpaired surrogate, which UTF-8 can't
-    return [record[name].encode("utf-8", errors="replace") for name in names]
-
-
-def _sections(file: IO[bytes], path: Path, label: str, target_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """Consecutive sections of target_bytes to 2 * target_bytes."""
+def _sections(file: IO[bytes], path: Path, label: str, section_bytes: int) -> Iterator[RawSample]:
+    """Consecutive sections of the same size, section_bytes to 2 * section_bytes; one, if the file is smaller."""
+    size = path.stat().st_size
+    target_bytes = max(section_bytes, -(-size // max(1, size // section_bytes)))
     rest = b""
     number = 0
     while True:
@@ -195,7 +235,8 @@ def _sections(file: IO[bytes], path: Path, label: str, target_bytes: int) -> Ite
         if b"\0" in window:
             raise DataError(f"{path}: contains NUL bytes; it must be text")
         end = _section_end(window, target_bytes)
-        yield f"{label}#{number}", window[:end]
+        is_whole = number == 0 and end == len(window)
+        yield RawSample(label if is_whole else f"{label}#{number}", (window[:end],), is_divisible=True)
         rest = window[end:]
         number += 1
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reformer_dist.data.prepare.records import RawSample
+from reformer_dist.data.prepare.samples import RawSample
 from reformer_dist.errors import DataError
 
 DIGITS = 6

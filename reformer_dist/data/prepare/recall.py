@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from reformer_dist.data.prepare.records import RawSample
+from reformer_dist.data.prepare.samples import RawSample
 from reformer_dist.errors import DataError
 
 POWER_LAW = 0.01  # exponent of zoology's gaps between context and questions

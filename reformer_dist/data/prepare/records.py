@@ -1,34 +1,16 @@
-"""Samples of several fields from parallel text, JSON lines and SQuAD files."""
+"""Samples of several fields from parallel text, records (JSON, CSV) and SQuAD files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from reformer_dist.data.prepare.documents import json_fields, open_raw
+from reformer_dist.data.prepare.formats import iterate_records, open_raw, record_suffix, text_fields
+from reformer_dist.data.prepare.samples import RawSample
 from reformer_dist.errors import DataError
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """A sample before tokenization."""
-
-    name: str
-    """File and line, or another description of its origin."""
-    fields: tuple[bytes, ...]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Data that is not text, as JSON values."""
-    label_spans: tuple[tuple[int, int], ...] = ()
-    """Spans [start, stop) of the first field that are to be predicted, in bytes, or in ids if the text is ids; the
-    whole sample if empty."""
-    label_groups: tuple[str, ...] = ()
-    """A name per span, by which the accuracy of evaluations is broken down; may be empty."""
-    split_key: bytes | None = None
-    """Samples with the same key are in the same split; None for the fields themselves."""
 
 
 def read_parallel(source: Path, target: Path) -> Iterator[RawSample]:
@@ -43,39 +25,37 @@ def read_parallel(source: Path, target: Path) -> Iterator[RawSample]:
             yield RawSample(f"{source.name}:{number}", fields, split_key=fields[0])
 
 
-def read_jsonl(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[RawSample]:
-    """One sample per line, a JSON object. fields: names of its texts. label: name of its class.
+def read_records(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[RawSample]:
+    """One sample per record of a .jsonl, .json or .csv file. fields: names of its texts. label: name of its class.
 
-    Raises DataError if a line lacks one of them.
+    Raises DataError if a record lacks one of them.
     """
     names = [*fields, label] if label else fields
     for path in paths:
         with open_raw(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    values = json_fields(line, names, f"{path}:{number}")
-                    texts = tuple(values[: len(fields)])
-                    metadata = {"label": values[-1].decode()} if label else {}
-                    yield RawSample(f"{path.name}:{number}", texts, metadata, split_key=texts[0])
+            for number, record in iterate_records(file, record_suffix(path.name), str(path)):
+                values = text_fields(record, names, f"{path}:{number}")
+                texts = tuple(values[: len(fields)])
+                metadata = {"label": values[-1].decode()} if label else {}
+                yield RawSample(f"{path.name}:{number}", texts, metadata, split_key=texts[0])
 
 
 def read_labeled(paths: Iterable[Path], field: str, spans: str) -> Iterator[RawSample]:
-    """One text per line, a JSON object, with the spans of characters [first, last + 1] that are to be predicted.
+    """One text per record, as `read_records`, with the spans of characters [first, last + 1] to be predicted.
 
-    field, spans: names of the text and the list of spans. Raises DataError if a line lacks one of them.
+    field, spans: names of the text and the list of spans. Raises DataError if a record lacks one of them.
     """
     for path in paths:
         with open_raw(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    [text] = json_fields(line, [field], where)
-                    marked = _byte_spans(line, spans, text.decode(), where)
-                    yield RawSample(f"{path.name}:{number}", (text,), label_spans=marked)
+            for number, record in iterate_records(file, record_suffix(path.name), str(path)):
+                where = f"{path}:{number}"
+                [text] = text_fields(record, [field], where)
+                marked = _byte_spans(record, spans, text.decode(), where)
+                yield RawSample(f"{path.name}:{number}", (text,), label_spans=marked)
 
 
-def _byte_spans(line: bytes, name: str, text: str, where: str) -> tuple[tuple[int, int], ...]:
-    values = json.loads(line).get(name)
+def _byte_spans(record: Mapping[str, Any], name: str, text: str, where: str) -> tuple[tuple[int, int], ...]:
+    values = record.get(name)
     is_pairs = isinstance(values, list) and all(
         isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span) for span in values
     )

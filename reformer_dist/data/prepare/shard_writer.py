@@ -1,8 +1,8 @@
 """Writer of datasets: tar shards, their indexes, and dataset.json.
 
-The same documents produce the same shards, bit for bit. Everything is written to a staging folder and moved into
-place at the end, dataset.json last, so that a dataset that opens is complete and a failure leaves an older one
-unchanged.
+The same documents, in any order, produce the same shards, bit for bit. Everything is written to a staging folder
+and moved into place at the end, dataset.json last, so that a dataset that opens is complete and a failure leaves
+an older one unchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from reformer_dist.data.format.dataset_layout import (
 )
 from reformer_dist.data.format.label_spans import GROUPS, SPANS, token_spans
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.records import RawSample
+from reformer_dist.data.prepare.samples import RawSample, assign_splits, in_hash_order
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
 
@@ -54,12 +55,6 @@ class WriteSummary:
     def total(self, count: str, *splits: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over splits, by default all."""
         return sum(getattr(shard, count) for split in splits or SPLITS for shard in self.splits[split])
-
-
-def is_heldout(text: bytes, heldout_fraction: float) -> bool:
-    """Whether a document is held out. A function of its content, so that copies are in the same split."""
-    digest = hashlib.blake2b(text, digest_size=8, person=b"heldout").digest()
-    return int.from_bytes(digest, "big") < heldout_fraction * 2.0**64
 
 
 def write_dataset(
@@ -88,7 +83,7 @@ def write_samples(
     labels: Sequence[str] = (),
     label_spans: bool = False,
 ) -> WriteSummary:
-    """Writes samples, each with one text per name in `fields`, as a dataset.
+    """Writes samples, each with one text per name in `fields`, as a dataset, in an order that shuffles them.
 
     shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
     out; by default a `heldout_fraction` of the samples, selected by content. labels: those that the metadata may
@@ -106,7 +101,9 @@ def write_samples(
         raise DataError(f"{folder}: already holds a dataset; give another folder, or --overwrite to replace it")
     with _staging(folder) as staging:
         assigned = assign_splits(samples, heldout, heldout_fraction)
-        summary = _write_splits(assigned, staging, tokenizer, shard_bytes, labels)
+        with TemporaryDirectory(dir=staging) as scratch:
+            ordered = in_hash_order(assigned, Path(scratch))
+            summary = _write_splits(ordered, staging, tokenizer, shard_bytes, labels)
         _check_splits(summary, heldout_fraction)
         record = {
             "format": FORMAT_VERSION,
@@ -148,16 +145,6 @@ def _staging(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def assign_splits(
-    samples: Iterable[RawSample], heldout: Iterable[RawSample] | None, heldout_fraction: float
-) -> Iterator[tuple[str, RawSample]]:
-    """(split, sample) of each sample. If `heldout` is None, a fraction of the samples is held out."""
-    for sample in samples:
-        split_key = sample.split_key or b"\0".join(sample.fields)
-        yield "heldout" if heldout is None and is_heldout(split_key, heldout_fraction) else "train", sample
-    yield from (("heldout", sample) for sample in heldout or ())
 
 
 def _write_splits(

@@ -98,10 +98,11 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded, corpus = _open(arguments, [], job)
     result = _evaluate(arguments, loaded, corpus, job)
     rows = _describe_rows(arguments, loaded, corpus)
-    _write_json(arguments, job, {**result.values(), "by_position": [asdict(each) for each in result.positions]})
+    values = {**result.values(), "by_position": [asdict(each) for each in result.positions]}
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
         text = _heldout_text(arguments, loaded, corpus)  # for the baselines
+        _write_json(arguments, job, values)
         return [
             *lines,
             f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}",
@@ -123,7 +124,9 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
         return list(chain.from_iterable(job.gather(local)))
 
     selected = _select_rows(arguments, loaded, job.rank, job.world_size)
-    return lines + loaded.task.measure(loaded.model, corpus, selected, all_gather)
+    measures = loaded.task.measure(loaded.model, corpus, selected, all_gather)
+    _write_json(arguments, job, {**values, "measures": measures})
+    return lines + measures
 
 
 def _position_lines(result: EvalResult) -> list[str]:

@@ -1,0 +1,46 @@
+"""tools/evidence.py at a tiny size: results are saved, and not measured again."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "evidence.py"
+
+
+@pytest.mark.slow
+def test_a_row_is_measured_once(tmp_path: Path) -> None:
+    def run(*options: str) -> str:
+        command = [sys.executable, str(TOOL), *options, "--output", str(tmp_path)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    row = (
+        "joint_recall",
+        "--rows",
+        "lsh",
+        "--seeds",
+        "1",
+        "trainer.max_steps=2",
+        "model.dim=16",
+        "data.batch_size=4",
+    )
+    assert "$ " in run(*row)
+    [path] = (tmp_path / "results").iterdir()
+    result = json.loads(path.read_text())
+    assert (result["claim"], result["row"], result["seed"]) == ("joint_recall", "lsh", 0)
+    assert result["sizes"]["measures"][0].startswith("up to 8 contexts of 8 keys: ")
+    assert run(*row).strip() == f"{path} is there"
+
+
+def test_rows_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "text", "--list"])
+    runpy.run_path(str(TOOL), run_name="__main__")
+    names = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert names == [["text", name] for name in ("lsh", "lsh_own_values", "exact", "local")]

@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Repeats the rows of docs/evidence.md: what LSH attention learns, beside local and exact attention.
+
+  mqar          multi-query associative recall in the sizes of zoology, and read at 1,024 to 16,384 tokens
+  joint_recall  joint recall in the format of HAX, 8 x 8
+  duplication   Table 2 of the Reformer paper: trained with 4 and with 1 hash rounds, evaluated with 8, 4, 2 and 1
+  text          source code of installed packages in rows of 4,096 bytes: bits per byte by position
+
+Each row trains and evaluates by the ordinary commands, which are printed. Its result is saved as soon as it is
+measured; run again, the tool continues where it stopped. Without names, all rows run, the shortest first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.data import ByteTokenizer, RawSample, write_samples
+from reformer_dist.fs.atomic import write_atomic
+
+TOOLS = Path(__file__).resolve().parent
+NO_NEXT = "model.next_value_heads=0"
+LAYERS = {
+    "lsh": [],
+    "lsh_own_values": [NO_NEXT],
+    "exact": ["model.layers=[local,exact]", NO_NEXT],
+    "local": ["model.layers=[local,local]", NO_NEXT],
+}
+"""Overrides of the second layer of each pair, by the name of the row."""
+HELDOUT_PACKAGES = {"aiohttp", "alembic", "idlelib", "joblib", "networkx", "werkzeug"}
+PART_BYTES = 512 * 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model, trained once per seed and evaluated in several ways."""
+
+    claim: str
+    name: str
+    minutes: float
+    """Of training on two cores."""
+    experiment: str
+    data: str
+    """Name of the dataset."""
+    train: list[str] = field(default_factory=list)
+    """Overrides of training."""
+    evaluate: dict[str, list[str]] = field(default_factory=dict)
+    """Options of reformer-evaluate, by the name of the result."""
+
+
+def rows() -> Iterator[Row]:
+    far = {
+        str(n): [f"data.path={{data}}/mqar_{n}", f"data.seq_len={n}", f"model.n_buckets={n // 32}", "--batch", "4"]
+        for n in (1024, 4096, 16384)
+    }
+    for name, layers in LAYERS.items():
+        yield Row("mqar", name, 10, "mqar", "mqar", layers, {"sizes": ["--batch", "32"], **far})
+    for name, layers in LAYERS.items():
+        yield Row("joint_recall", name, 12, "joint_recall", "joint_recall", layers, {"sizes": ["--batch", "32"]})
+    for rounds in (4, 1):
+        overrides = [
+            *("data.seq_len=1024", "model.max_seq_len=1024", "model.n_buckets=32", f"model.n_hashes={rounds}"),
+            *("data.batch_size=8", "trainer.max_steps=6000", NO_NEXT),
+        ]
+        table = {str(n): [f"model.n_hashes={n}", "--rows", "128"] for n in (8, 4, 2, 1)}
+        yield Row("duplication", f"{rounds} rounds", 90, "duplication", "duplication_1024", overrides, table)
+    text = [
+        *("data.seq_len=4096", "data.batch_size=2", "trainer.max_steps=2500", "model.n_buckets=64"),
+        *("optim.lr=3e-3", "optim.warmup_steps=100", "trainer.eval_every=250", "trainer.sample_every=0"),
+    ]
+    measure = ["--rows", "512", "--batch", "4"]
+    for name, layers in LAYERS.items():
+        local_round = ["model.local_round=true"] * name.startswith("lsh")
+        knocked_out = {"without": [*measure, "--without", name]} if name in ("lsh", "exact") else {}
+        evaluate = {
+            "positions": [*measure, "--by-position"],
+            "context": [*measure, "--context", "256,1k,4k"],
+            **knocked_out,
+        }
+        yield Row("text", name, 40, "quickstart", "python", [*text, *local_round, *layers], evaluate)
+
+
+def main() -> None:
+    arguments = _parse()
+    selected = [row for row in rows() if not arguments.claims or row.claim in arguments.claims]
+    selected = [row for row in selected if not arguments.rows or row.name in arguments.rows]
+    if arguments.list:
+        for row in selected:
+            print(f"{row.claim:14} {row.name:16} {row.minutes:>5g} minutes of training per seed")
+        return
+    for row in sorted(selected, key=lambda row: row.minutes):
+        for seed in range(arguments.seeds if row.minutes <= 15 else 1):
+            run_row(row, seed, arguments.output, arguments.overrides)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("claims", nargs="*", help="mqar, joint_recall, duplication, text (default: all)")
+    add("--rows", nargs="+", help="only these rows, such as lsh exact")
+    add("--seeds", type=int, default=3, help="seeds of rows of 15 minutes or less (default: 3); others have one")
+    add("--output", type=Path, default=Path("outputs/evidence"), help="datasets, runs and results")
+    add("--list", action="store_true", help="list the rows instead")
+    # overrides are told apart by their =
+    words = sys.argv[1:]
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    arguments = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    known = {row.claim for row in rows()}
+    if unknown := set(arguments.claims) - known:
+        parser.error(f"{', '.join(sorted(unknown))}: must be one of {', '.join(sorted(known))}")
+    return argparse.Namespace(**vars(arguments), overrides=overrides)
+
+
+def run_row(row: Row, seed: int, output: Path, overrides: list[str]) -> None:
+    """Trains and evaluates a row with one seed, unless its result is there."""
+    result = output / "results" / f"{row.claim}-{row.name.replace(' ', '_')}-{seed}.json"
+    if result.is_file():
+        print(f"{result} is there")
+        return
+    print(f"\n== {row.claim}, {row.name}, seed {seed}", flush=True)
+    data, run = output / "data", output / "runs" / result.stem
+    make_dataset(row.data, data)
+    started = time.monotonic()
+    paths = [f"data.path={data / row.data}", f"output_dir={run}", f"trainer.seed={seed}"]
+    execute("reformer-train", f"experiment={row.experiment}", *paths, *row.train, *overrides)
+    values: dict[str, Any] = {
+        "claim": row.claim,
+        "row": row.name,
+        "seed": seed,
+        "overrides": row.train + overrides,
+    }
+    values["train_s"] = round(time.monotonic() - started)
+    for name, options in row.evaluate.items():
+        if name.isdecimal() and row.claim == "mqar":
+            make_dataset(f"mqar_{name}", data)
+        target = run / f"evaluation-{name}.json"
+        execute(
+            "reformer-evaluate",
+            str(run),
+            *(option.format(data=data) for option in options),
+            "--output",
+            str(target),
+        )
+        values[name] = json.loads(target.read_text())
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(result, json.dumps(values, indent=1) + "\n")
+
+
+def make_dataset(name: str, folder: Path) -> None:
+    """Writes a dataset, unless it is there."""
+    target = folder / name
+    if (target / "dataset.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "python":
+        write_python(target)
+    elif name == "duplication_1024":
+        lines = folder / f"{name}.jsonl"
+        _tool("make_task_data.py", "duplication", "--samples", "60000", "--length", "511", "--output", lines)
+        _tool(
+            "make_shards.py", lines, "--fields", "prompt", "completion", "--heldout", "0.005", "--output", target
+        )
+    elif name.startswith("mqar_"):
+        sizes = ["--tokens", name.removeprefix("mqar_"), "--pairs", "64", "--samples", "1", "--heldout", "100"]
+        _tool("make_recall_data.py", "mqar", *sizes, "--output", target)
+    else:
+        _tool("make_recall_data.py", name, "--output", target)
+
+
+def write_python(target: Path) -> None:
+    """Source code of the installed packages and the standard library; a document is up to 512 KiB of a package."""
+    documents = {is_heldout: list[RawSample]() for is_heldout in (False, True)}
+    for package, files in sorted(_packages().items()):
+        part: list[bytes] = []
+        for number, (path, text) in enumerate(files):
+            part.append(f"# {path}\n".encode() + text + b"\n")
+            if sum(map(len, part)) > PART_BYTES or number == len(files) - 1:
+                documents[package in HELDOUT_PACKAGES].append(RawSample(f"{package}:{number}", (b"".join(part),)))
+                part = []
+    write_samples(documents[False], target, ByteTokenizer(), shard_bytes=4 << 20, heldout=documents[True])
+
+
+def _packages() -> dict[str, list[tuple[str, bytes]]]:
+    """(path, content) of the files of each package."""
+    packages: dict[str, list[tuple[str, bytes]]] = {}
+    for root in sorted({Path(sysconfig.get_paths()[name]) for name in ("purelib", "stdlib")}):
+        for path in sorted(root.rglob("*.py")):
+            inside = path.relative_to(root)
+            if inside.parts[0] not in ("site-packages", "dist-packages", "test"):
+                packages.setdefault(inside.parts[0], []).append((str(inside), path.read_bytes()))
+    return packages
+
+
+def _tool(name: str, *options: object) -> None:
+    _run([sys.executable, str(TOOLS / name), *map(str, options)])
+
+
+def execute(name: str, *options: str) -> None:
+    """Runs a command of this environment, which need not be on PATH."""
+    _run([str(Path(sys.executable).parent / name), *options])
+
+
+def _run(command: list[str]) -> None:
+    print(f"$ {shlex.join(command)}", flush=True)
+    status = subprocess.run(command).returncode
+    if status != 0:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

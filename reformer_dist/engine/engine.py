@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from reformer_dist.checkpoint import CheckpointReader, Fragment
 from reformer_dist.config import Precision, RunConfig
-from reformer_dist.engine.fragments import engine_fragments, load_engine_fragments
+from reformer_dist.engine.fragments import engine_fragments, load_engine_fragments, set_master_weights
 from reformer_dist.engine.optim import build_optimizer
-from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed
+from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed, keep_float32_gradients
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,15 @@ class TrainEngine:
         if self.stage == 3:
             # gather a layer's parameters at once, since its backward is one autograd function
             deepspeed.utils.set_z3_leaf_modules(model, leaf_classes)
+        rounds_weights = self.stage > 0 and config.trainer.precision is not Precision.fp32
+        # DeepSpeed makes its float32 master weights of the rounded ones
+        weights = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds_weights}
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optim), config=settings
         )
+        if rounds_weights:
+            keep_float32_gradients(self._engine, self.stage)
+            set_master_weights(self._engine, self.stage, weights)
 
     @property
     def module(self) -> nn.Module:
@@ -59,11 +65,15 @@ class TrainEngine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in the run's precision."""
-        return self._engine(*args, **kwargs)
+        with self.autocast():
+            return self._engine(*args, **kwargs)
 
     def autocast(self) -> torch.autocast:
         """The autocast context of `forward`, for direct calls of the module."""
-        return torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._autocasts)
+        # the uses of a cached bf16 weight (shared layers, chunks) would sum their gradients in bf16
+        return torch.autocast(
+            self._device_type, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False
+        )
 
     def train(self, is_training: bool = True) -> None:
         self._engine.train(is_training)

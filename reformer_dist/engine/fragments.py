@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reformer_dist.checkpoint import CheckpointReader, Fragment
 from reformer_dist.checkpoint.fragment import KINDS, MOMENTS
@@ -68,6 +68,14 @@ def _local_fragments(engine: Any, stage: int) -> Iterator[Fragment]:
             in_parameter, in_master = mapping.lp_fragment_address, mapping.hp_fragment_address
             state = optimizer.optimizer.state.get(master, {})
             yield Fragment(name, in_parameter.start, in_parameter.numel, master, in_master.start, state)
+
+
+@torch.no_grad()
+def set_master_weights(engine: Any, stage: int, weights: dict[str, Tensor]) -> None:
+    """Fills this rank's master weights from whole parameters by name. The model's weights keep their values."""
+    for fragment in _local_fragments(engine, stage):
+        whole = weights[fragment.name].view(-1)
+        fragment.values("fp32").copy_(whole[fragment.offset : fragment.offset + fragment.length])
 
 
 @torch.no_grad()

@@ -27,7 +27,10 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed")
     import deepspeed
     import deepspeed.ops
+    import deepspeed.runtime.torch_autocast
 
+    # set by a stage 0 engine in bf16, it would make engines after it in this process reduce gradients in bf16
+    deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,6 +61,10 @@ def deepspeed_dict(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero_optimization,
     }
+    if zero.stage > 0 and precision is not Precision.fp32:
+        config["communication_data_type"] = "fp32"
+    if zero.stage == 3:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision is Precision.fp16:
         config["fp16"] = {"enabled": True}
     elif precision is Precision.bf16 and zero.stage == 0:
@@ -66,3 +73,18 @@ def deepspeed_dict(
     elif precision is Precision.bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return config
+
+
+def keep_float32_gradients(engine: Any, stage: int) -> None:
+    """Makes gradients of low-precision weights float32 from autograd to the optimizer; engine: newly initialized.
+
+    Autograd then sums the gradients of a weight's uses in float32 (tied embeddings, shared layers, micro-batches),
+    and does not round sums over tokens that were made in float32.
+    """
+    for parameter in engine.module.parameters():
+        parameter.grad_dtype = torch.float32
+    if stage < 3:
+        # not by `grad_accum_dtype`: with it, stage 1 accumulates and reduces the whole gradient on every rank, and
+        # stage 2 still rounds each micro-batch's gradient
+        engine.optimizer.gradient_accumulation_dtype = torch.float32
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from reformer_dist.config import ModelConfig, Position
+from reformer_dist.ops.embedding import embedding
 from reformer_dist.ops.rotary import BASE
+
+
+class Float32Embedding(nn.Embedding):
+    """Rows of a table in any dtype, as float32; gradients are summed over tokens in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return embedding(input, self.weight)
 
 
 class TokenEmbedding(nn.Module):
@@ -21,14 +29,14 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         # tied weights are initialized small for the head; scaling restores unit deviation for the embedding
         self.scale = math.sqrt(config.embedding_width) if config.tie_embeddings else 1.0
-        self.tokens = nn.Embedding(vocab_size, config.embedding_width)
+        self.tokens = Float32Embedding(vocab_size, config.embedding_width)
         self.positions = build_positions(config)
         is_factorised = config.embedding_dim is not None
         self.to_dim = nn.Linear(config.embedding_width, config.dim) if is_factorised else None
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, S] and positions [S] or [B, S], all int64."""
-        x = self.tokens(tokens).float() * self.scale
+        x = self.tokens(tokens) * self.scale
         if self.positions is not None:
             x = x + self.positions(positions)
         return x if self.to_dim is None else self.to_dim(x.to(self.to_dim.weight.dtype)).float()
@@ -64,11 +72,11 @@ class AxialPositions(nn.Module):
         embedded = []
         rest = positions
         for side, table in zip(reversed(self.shape), reversed(list(self.tables)), strict=True):
-            embedded.append(table[rest % side])
+            embedded.append(embedding(rest % side, table))
             rest = rest // side
         if self.is_sum:
-            return torch.stack(embedded).float().sum(dim=0)
-        return torch.cat(embedded[::-1], dim=-1).float()
+            return torch.stack(embedded).sum(dim=0)
+        return torch.cat(embedded[::-1], dim=-1)
 
 
 class LearnedPositions(nn.Module):
@@ -79,7 +87,7 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.empty(max_seq_len, dim))
 
     def forward(self, positions: Tensor) -> Tensor:
-        return self.table[positions].float()
+        return embedding(positions, self.table)
 
 
 class SinusoidalPositions(nn.Module):

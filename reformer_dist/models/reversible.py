@@ -128,21 +128,22 @@ class TokenwiseSublayer(Sublayer):
         self._chunk_function, self._chunk = function, chunk
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._is_chunked(x):
+        # where autograd records, chunks save no memory, and under autocast each would keep a copy of the weights
+        if torch.is_grad_enabled() or not self._is_chunked(x):
             return self.function(x)
         return torch.cat([self._chunk_function(start, part) for start, part in self._split(x)], dim=1)
 
     def grads(self, x: Tensor, d_out: Tensor, autocast: _Autocast) -> tuple[Tensor, list[Tensor | None]]:
         if not self._is_chunked(x):
             return super().grads(x, d_out, autocast)
-        outs, d_inputs, totals = [], [], None
+        outs, d_inputs = [], []
+        totals: list[Tensor | None] = [None] * len(self.trained)
         for (start, part), (_, d_part) in zip(self._split(x), self._split(d_out), strict=True):
             function = partial(self._chunk_function, start)
             out, (d_input, *grads) = self._recompute(function, part, d_part, autocast)
             outs.append(out)
             d_inputs.append(torch.zeros_like(part) if d_input is None else d_input)
-            totals = grads if totals is None else [_accumulate(*pair) for pair in zip(totals, grads, strict=True)]
-        assert totals is not None
+            totals = [_accumulate(*pair) for pair in zip(totals, grads, strict=True)]
         return torch.cat(outs, dim=1), [torch.cat(d_inputs, dim=1), *totals]
 
     def _is_chunked(self, x: Tensor) -> bool:
@@ -154,8 +155,10 @@ class TokenwiseSublayer(Sublayer):
 
 
 def _accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """The sum, in place of total."""
-    return grad if total is None else total if grad is None else total.add_(grad)
+    """The sum in float32, in place of total."""
+    if total is None or grad is None:
+        return total if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return total.add_(grad)
 
 
 def reversible_steps(
@@ -185,9 +188,10 @@ class _Autocast:
         self.device_type = device_type
         self.enabled = torch.is_autocast_enabled(device_type)
         self.dtype = torch.get_autocast_dtype(device_type)
+        self.caches = torch.is_autocast_cache_enabled()
 
     def restore(self) -> torch.autocast:
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=self.caches)
 
 
 class _ReversibleSteps(FirstOrderFunction):

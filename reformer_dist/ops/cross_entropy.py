@@ -73,7 +73,7 @@ class _ChunkedCrossEntropy(FirstOrderFunction):
                 d_hidden[rows] = d_logits @ weight
                 d_weight += d_logits.t() @ part
         ctx.has_bias = bias is not None
-        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.hidden_dtype = hidden.dtype
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
@@ -81,11 +81,11 @@ class _ChunkedCrossEntropy(FirstOrderFunction):
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
+        # autograd casts the float32 sums to the weights' dtype, or to their `grad_dtype`
         return (
-            (d_hidden * grads[0]).to(hidden_dtype),
-            (d_weight * grads[0]).to(weight_dtype),
-            (d_bias * grads[0]).to(weight_dtype) if ctx.has_bias else None,
+            (d_hidden * grads[0]).to(ctx.hidden_dtype),
+            d_weight * grads[0],
+            d_bias * grads[0] if ctx.has_bias else None,
             None,
             None,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reformer_dist.config import Activation, AttentionKind, Norm
+from reformer_dist.config import Activation, AttentionKind, Norm, Recompute
 from reformer_dist.planning.sizes import JobSpec, Sizes, n_projections
 
 # bytes per element of the int32 temporaries while a dropout mask is drawn
@@ -87,6 +87,8 @@ class SublayerMemory:
 
     def _chunk_fraction(self) -> float:
         model, slice_len = self.job.config.model, self.job.layer_shape.slice_len
+        if model.recompute is not Recompute.reversible:
+            return 1.0
         return min(1.0, (model.ff_chunk or slice_len) / slice_len)
 
     @staticmethod

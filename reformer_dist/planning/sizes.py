@@ -32,7 +32,7 @@ class JobSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes per weight or gradient of the model."""
+        """Bytes per weight of the model."""
         return 4 if self.config.trainer.precision is Precision.fp32 or self.uses_autocast else 2
 
     @property

@@ -1,6 +1,7 @@
 """Parameter counts, and memory of weights, gradients and optimizer states on one rank with DeepSpeed 0.19.8.
 
-Notation as in docs/planning.md: N parameters, N_p of them owned by this rank, e bytes per weight.
+Notation as in docs/planning.md: N parameters, N_p of them owned by this rank, e bytes per weight. Gradients are
+float32 whatever the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CHECKPOINT_COPY = "checkpoint buffer"
 STAGE0_REDUCE_ELEMENTS = 500_000_000
 STAGE3_LIVE_PARAMETERS = 1_000_000_000
 ALIGNMENT = 2  # elements per rank
+GRADIENT_BYTES = 4.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ModelStateMemory:
 
     @property
     def width(self) -> int:
-        """e: bytes per weight or gradient."""
+        """e: bytes per weight."""
         return self.job.weight_bytes
 
     @property
@@ -137,49 +139,50 @@ class ModelStateMemory:
         if self.stage == 3:
             # gathered weights are kept up to this number of live parameters
             parts[WEIGHTS] = e * (n_owned + min(self.count.total, STAGE3_LIVE_PARAMETERS))
-            parts[GRADIENTS] = e * n_owned
+            parts[GRADIENTS] = GRADIENT_BYTES * n_owned
         elif offloads:
             parts[BUFFERS] += e * n_owned + 2 * e * self.count.largest
         if offloads:
-            parts[GRADIENTS] = parts.get(GRADIENTS, 0.0) + 4.0 * n_owned
+            parts[GRADIENTS] = parts.get(GRADIENTS, 0.0) + GRADIENT_BYTES * n_owned
         return parts
 
     def during_backward(self, reduced: int, fresh: int) -> MemoryBreakdown:
         """Gradients when `reduced` elements are reduced or accumulated and `fresh` have just been computed."""
         accumulates = self.job.n_micro > 1
-        fresh_bytes = self.width * fresh
+        fresh_bytes = GRADIENT_BYTES * fresh
         if self.stage == 0:
-            return {GRADIENTS: 4.0 * (self.count.total if accumulates else reduced) + fresh_bytes}
+            return {GRADIENTS: GRADIENT_BYTES * (self.count.total if accumulates else reduced) + fresh_bytes}
         parts: MemoryBreakdown = {GRADIENTS: fresh_bytes, BUFFERS: self._bucket(reduced)}
         if self.stage == 1 and accumulates:
-            parts[GRADIENTS] += self.width * (self.count.total - reduced)
+            parts[GRADIENTS] += GRADIENT_BYTES * (self.count.total - reduced)
         if self.stage in (1, 2) and (reduced > self._bucket_elements or (self.stage == 2 and accumulates)):
-            parts[GRADIENTS] += self.width * sum(self.owned)
+            parts[GRADIENTS] += GRADIENT_BYTES * sum(self.owned)
         return parts
 
     def in_reduction(self) -> MemoryBreakdown:
         """While the last gradients of a step are reduced over the ranks."""
-        total, owned, e = self.count.total, sum(self.owned), self.width
+        total = self.count.total
         if self.stage == 0:
-            flat = 4.0 * min(total, STAGE0_REDUCE_ELEMENTS) if self.job.world_size > 1 else 0.0
-            return {GRADIENTS: 4.0 * total, BUFFERS: flat}
-        in_bucket = min(total, self._bucket_elements)
+            flat = GRADIENT_BYTES * min(total, STAGE0_REDUCE_ELEMENTS) if self.job.world_size > 1 else 0.0
+            return {GRADIENTS: GRADIENT_BYTES * total, BUFFERS: flat}
+        copied = GRADIENT_BYTES * min(total, self._bucket_elements)
         if self.stage == 3:
-            return {BUFFERS: self._bucket(total) + e * in_bucket * (1 + 1 / self.job.world_size)}
-        return {GRADIENTS: e * owned, BUFFERS: self._bucket(total) + e * in_bucket}
+            return {BUFFERS: self._bucket(total) + copied * (1 + 1 / self.job.world_size)}
+        return {GRADIENTS: GRADIENT_BYTES * sum(self.owned), BUFFERS: self._bucket(total) + copied}
 
     def during_step(self) -> MemoryBreakdown:
         """During the fused AdamW step, which has no temporaries."""
-        e, largest_group = self.width, max(self.owned)
         if self.stage == 0:
-            return {GRADIENTS: 4.0 * self.count.total}
-        in_float32 = 4.0 * largest_group if e != 4 or self.stage != 3 else 0.0
-        parts: MemoryBreakdown = {GRADIENTS: in_float32, BUFFERS: 0.0}
+            return {GRADIENTS: GRADIENT_BYTES * self.count.total}
+        # in low precision, stages 1 and 2 have already accumulated them in one tensor per group
+        is_flat = self.stage < 3 and self.width < 4
+        parts: MemoryBreakdown = {GRADIENTS: 0.0 if is_flat else GRADIENT_BYTES * max(self.owned), BUFFERS: 0.0}
         if self.stage == 3:
             parts[BUFFERS] = self._bucket(self.count.total)
-            parts[WEIGHTS] = -e * min(self.count.total, STAGE3_LIVE_PARAMETERS)  # released after backward
+            # released after backward
+            parts[WEIGHTS] = -float(self.width * min(self.count.total, STAGE3_LIVE_PARAMETERS))
         else:
-            parts[GRADIENTS] += e * sum(self.owned)
+            parts[GRADIENTS] += GRADIENT_BYTES * sum(self.owned)
         return parts
 
     def gathering(self) -> MemoryBreakdown:
@@ -195,4 +198,4 @@ class ModelStateMemory:
     def _bucket(self, filled: int) -> float:
         """The gradient bucket. On a CPU only its filled part is resident."""
         size = self._bucket_elements
-        return self.width * (size if self.job.device == "cuda" else min(filled, size))
+        return GRADIENT_BYTES * (size if self.job.device == "cuda" else min(filled, size))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from reformer_dist.config import AttentionKind, CrossAttentionKind, Recompute
 from reformer_dist.parallel.traffic import bucket_bytes, head_bytes, mean_other_ranks
 from reformer_dist.planning.sizes import JobSpec, n_projections
-from reformer_dist.planning.states import STAGE3_LIVE_PARAMETERS, ParameterCount
+from reformer_dist.planning.states import GRADIENT_BYTES, STAGE3_LIVE_PARAMETERS, ParameterCount
 
 Traffic = dict[str, float]
 GRADIENTS, WEIGHTS, HEADS, BUCKETS = "gradients", "weights", "exchange of heads", "exchange of buckets"
@@ -19,15 +19,16 @@ GRADIENTS, WEIGHTS, HEADS, BUCKETS = "gradients", "weights", "exchange of heads"
 def zero_traffic(job: JobSpec, count: ParameterCount) -> Traffic:
     """Traffic of ZeRO for gradients and weights."""
     world, stage = job.world_size, job.config.deepspeed.stage
-    one_way = job.weight_bytes * count.total * (world - 1) / world
+    share = count.total * (world - 1) / world
+    grads, weights = GRADIENT_BYTES * share, job.weight_bytes * share
     if stage == 0:
-        return {GRADIENTS: 2 * one_way}
+        return {GRADIENTS: 2 * grads}
     if stage < 3:
         # stage 2 does not keep the gradients of other ranks' partitions, so it reduces after every micro-batch
-        return {GRADIENTS: 2 * one_way * (job.n_micro if stage == 2 else 1), WEIGHTS: one_way}
+        return {GRADIENTS: 2 * grads * (job.n_micro if stage == 2 else 1), WEIGHTS: weights}
     # in forward, and again in backward unless the gathered weights are still in memory
     n_gathers = 1 if count.total <= STAGE3_LIVE_PARAMETERS else 2
-    return {GRADIENTS: one_way * job.n_micro, WEIGHTS: n_gathers * one_way * job.n_micro}
+    return {GRADIENTS: grads * job.n_micro, WEIGHTS: n_gathers * weights * job.n_micro}
 
 
 def exchange_traffic(job: JobSpec) -> Traffic:

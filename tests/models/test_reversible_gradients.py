@@ -34,6 +34,7 @@ from reformer_dist.config import (
 )
 from reformer_dist.models import ReformerLM, attention
 from reformer_dist.models.context import ForwardContext, RecomputeCache
+from reformer_dist.models.reversible import TokenwiseSublayer, _Autocast
 from reformer_dist.models.sequence import WholeSequence
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.ops.dropout import TokenCoords
@@ -243,3 +244,15 @@ def test_the_recompute_reuses_the_buckets_of_the_forward(recompute: Recompute) -
         assert hashed.call_count == 2
         loss.backward()
         assert hashed.call_count == 2
+
+
+def test_chunks_sum_their_gradients_in_float32() -> None:
+    """A bf16 sum of 512 positive gradients would be off by more than a rounding, or stop growing."""
+    generator = torch.Generator().manual_seed(0)
+    x, d_out = torch.rand(1, 512, 4, generator=generator), torch.rand(1, 512, 3, generator=generator)
+    weight = torch.randn(3, 4, generator=generator).bfloat16().requires_grad_()
+    sublayer = TokenwiseSublayer(lambda _, part: part.bfloat16() @ weight.t(), [weight], chunk=1)
+    _, (_, d_weight) = sublayer.grads(x, d_out, _Autocast("cpu"))
+    assert d_weight is not None and d_weight.dtype == torch.float32
+    right = (d_out.bfloat16().double().squeeze(0).t() @ x.bfloat16().double().squeeze(0)).float()
+    torch.testing.assert_close(d_weight, right, rtol=1e-3, atol=0.0)

@@ -32,6 +32,8 @@ WIDE = (
     "model.local_window=64",
     "model.dropout=0",
 )
+# more parameters than activations
+LARGE = ("model.dim=512", "model.n_layers=4", "data.seq_len=128", "model.axial_shape=[8,16]", "model.n_buckets=4")
 # task kinds whose model is not ReformerLM, and the overrides that they need
 OTHER_KINDS = {
     "sequence_classification": ("model.causal=false",),
@@ -146,6 +148,10 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
         ("model.attention_backend=torch", "model.recompute=none"),
         ("model.attention_backend=torch", "trainer.precision=bf16", "model.position=rotary"),
         ("deepspeed.stage=2", "model.n_layers=6", "data.batch_size=1", "trainer.save_every=1"),
+        *(
+            (f"deepspeed.stage={stage}", "trainer.precision=bf16", "trainer.micro_batch_size=1", *LARGE)
+            for stage in (1, 2)
+        ),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from reformer_dist.errors import ConfigError
 T = TypeVar("T")
 LARGEST_INT32 = 2**31 - 1
 LARGEST_INT64 = 2**63 - 1
+MONTH = 30 * 24 * 3600  # seconds
 
 # per annotation: the accepted type, and the requirement that a message states
 PLAIN_TYPES: Mapping[type, tuple[type, str]] = {
@@ -148,6 +149,8 @@ def one_of(names: Sequence[str]) -> str:
 
 def nearest_divisors(whole: int, value: int) -> str:
     """The divisors of `whole` nearest to `value`, which does not divide it: "2 or 4" for 8 and 3."""
-    below = next((number for number in range(min(value - 1, whole), 0, -1) if whole % number == 0), None)
-    above = next((number for number in range(value + 1, whole + 1) if whole % number == 0), None)
+    small = [number for number in range(1, math.isqrt(whole) + 1) if whole % number == 0]
+    divisors = {*small, *(whole // number for number in small)}
+    below = max((number for number in divisors if number < value), default=None)
+    above = min((number for number in divisors if number > value), default=None)
     return " or ".join(str(number) for number in (below, above) if number is not None)

@@ -26,7 +26,7 @@ class DataConfig(ConfigGroup, prefix="data."):
     """Shuffle shards and samples anew for every epoch; false: read them in the order they were written in."""
     mask_document_starts: bool = False
     """No loss for the first token of a document, which the previous document in the row does not predict."""
-    workers: int = bounded(1, least=0)
+    workers: int = bounded(1, least=0, most=1024)
     """Prefetch threads per rank; 0 reads between steps."""
     max_damaged_fraction: float = bounded(0.01, least=0, below=1)
     """Damaged samples are skipped; the run stops if they exceed this fraction of all samples."""
@@ -34,7 +34,7 @@ class DataConfig(ConfigGroup, prefix="data."):
     """Resume although the data changed since the run began; the current epoch starts over."""
     cache_dir: str | None = None
     """Directory of copies of remote shards, shared by the processes of a machine; null: ~/.cache/reformer_dist."""
-    cache_gb: float = bounded(50.0, above=0)
+    cache_gb: float = bounded(50.0, above=0, most=2**30)
     """Size limit of cache_dir in GiB; the least recently used shards are deleted first."""
     eval_rows: int = bounded(64, least=0)
     """Held-out rows per evaluation during training, spread evenly over the held-out text; 0 means all."""

@@ -54,9 +54,9 @@ class LauncherConfig(ConfigGroup, prefix="launcher."):
     """How ranks are started. Ignored by a process that is already a rank."""
 
     kind: LauncherKind = LauncherKind.none
-    nproc_per_node: int | None = bounded(None, least=1)
+    nproc_per_node: int | None = bounded(None, least=1, most=1024)
     """Ranks per machine; null: one for each GPU of this machine, or one."""
-    nnodes: int | None = bounded(None, least=1)
+    nnodes: int | None = bounded(None, least=1, most=2**20)
     """Machines; null: those of launcher.hosts, or one."""
     hosts: list[str] = field(default_factory=list)
     """Host names or ranges such as "node[01-08,12]"; the first has the rendezvous. For torchrun and deepspeed."""

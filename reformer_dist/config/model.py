@@ -6,9 +6,13 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from reformer_dist.config.checks import ConfigGroup, bounded, require
+from reformer_dist.config.checks import LARGEST_INT32, ConfigGroup, bounded, require
 from reformer_dist.config.compat import LARGEST_CHUNK, CompatConfig, StreamMerge
 
+# far beyond any model, and small enough that sizes computed from them fit into 64 bits
+LARGEST_WIDTH, LARGEST_FF_DIM, LARGEST_FF_MULT = 2**20, 2**24, 2**10
+LARGEST_HEADS, LARGEST_LAYERS = 2**14, 1000
+LARGEST_HASHES, LARGEST_BUCKETS = 2**10, 2**20
 LARGEST_WINDOW = 2**28  # sorted positions, and distances between them, are 32-bit
 
 
@@ -77,11 +81,11 @@ class Recompute(Enum):
 class ModelConfig(ConfigGroup, prefix="model."):
     """A Reformer stack. The vocabulary size comes from the tokenizer."""
 
-    dim: int = bounded(256, least=1)
+    dim: int = bounded(256, least=1, most=LARGEST_WIDTH)
     """Width of each of the two residual streams."""
-    n_layers: int = bounded(4, least=1)
-    n_heads: int = bounded(4, least=1)
-    head_dim: int | None = bounded(None, least=1)
+    n_layers: int = bounded(4, least=1, most=LARGEST_LAYERS)
+    n_heads: int = bounded(4, least=1, most=LARGEST_HEADS)
+    head_dim: int | None = bounded(None, least=1, most=LARGEST_WIDTH)
     """Width of one head; null means dim / n_heads."""
     layers: list[AttentionKind] = field(default_factory=lambda: [AttentionKind.local, AttentionKind.lsh])
     """Attention of each layer, repeated until n_layers: lsh, local or exact."""
@@ -89,13 +93,13 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """True: tokens attend to the past only. False: bidirectional."""
     share_layers: bool = False
     """Layers at the same position of the pattern share their parameters (not with ZeRO stage 3)."""
-    n_encoder_layers: int | None = bounded(None, least=1)
+    n_encoder_layers: int | None = bounded(None, least=1, most=LARGEST_LAYERS)
     """Encoder-decoder: layers of the encoder; null means n_layers, the number of the decoder's."""
     encoder_layers: list[AttentionKind] | None = None
     """Encoder-decoder: attention of the encoder's layers, as `layers`; null means that of the decoder."""
     cross_attention: CrossAttentionKind = CrossAttentionKind.exact
     """Encoder-decoder: attention of the decoder to the source: exact, or lsh (keys in the query's bucket)."""
-    embedding_dim: int | None = bounded(None, least=1)
+    embedding_dim: int | None = bounded(None, least=1, most=LARGEST_WIDTH)
     """Width of token and position embeddings, and of the head's table; null means dim. Otherwise linear
     layers project to dim and back."""
     norm: Norm = Norm.layer
@@ -106,9 +110,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     one_value_head: bool = False
     """All heads of a layer share one value head."""
 
-    n_hashes: int = bounded(4, least=1)
+    n_hashes: int = bounded(4, least=1, most=LARGEST_HASHES)
     """Hash rounds of LSH attention."""
-    n_buckets: int = bounded(64, least=1)
+    n_buckets: int = bounded(64, least=1, most=LARGEST_BUCKETS)
     """Buckets per hash round, at any sequence length: 1 or even; seq_len / window is a usual choice."""
     hash_scheme: HashScheme = HashScheme.rotation
     """rotation: argmax of [xR, -xR]; floor: floor(Rx / gamma)."""
@@ -118,8 +122,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """window rule: a token attends to those of its bucket at a sorted distance below this."""
     chunk_len: int = bounded(64, least=1, most=LARGEST_CHUNK, hint="layers=[exact] attends to more tokens")
     """chunk rule: tokens per chunk of the sorted order."""
-    n_chunks_before: int = bounded(1, least=0)
-    n_chunks_after: int = bounded(0, least=0)
+    n_chunks_before: int = bounded(1, least=0, most=LARGEST_CHUNK)
+    n_chunks_after: int = bounded(0, least=0, most=LARGEST_CHUNK)
     next_value_heads: int = bounded(0, least=0)
     """Heads of each LSH layer in which the key of a token carries the value of the next token: they find what
     followed a token like their own."""
@@ -135,9 +139,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """Of lsh and local layers: triton (GPU), native (C for CPUs, window rule), torch (any device), or reference
     (slow, short sequences only); auto is triton or native where available, otherwise torch."""
 
-    ff_mult: int = bounded(4, least=1)
+    ff_mult: int = bounded(4, least=1, most=LARGEST_FF_MULT)
     """Inner width of the feed-forward, as a multiple of dim."""
-    ff_dim: int | None = bounded(None, least=1)
+    ff_dim: int | None = bounded(None, least=1, most=LARGEST_FF_DIM)
     """Inner width of the feed-forward; null means ff_mult * dim."""
     activation: Activation = Activation.gelu
     ff_chunk: int = bounded(0, least=0)
@@ -232,7 +236,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
 
     def _check_axial(self) -> None:
         require(len(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must name at least one axis")
-        require(min(self.axial_shape) > 0, "model.axial_shape", self.axial_shape, "must hold positive numbers")
+        is_valid = all(0 < size <= LARGEST_INT32 for size in self.axial_shape)
+        require(is_valid, "model.axial_shape", self.axial_shape, "must hold positive numbers of at most 31 bits")
         dims = self.resolved_axial_dims
         if self.compat.axial_sum:
             requirement = "must be null with model.compat.axial_sum=true: each axis is as wide as the embedding"

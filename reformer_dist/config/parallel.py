@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from reformer_dist.config.checks import ConfigGroup, bounded, require
+from reformer_dist.config.checks import MONTH, ConfigGroup, bounded, require
 from reformer_dist.errors import ConfigError
-
-MONTH = 30 * 24 * 3600
 
 
 class Combine(Enum):
@@ -22,11 +20,11 @@ class Combine(Enum):
 class ParallelConfig(ConfigGroup, prefix="parallel."):
     """Degrees of sequence parallelism; the remaining factor of the world size is data parallelism."""
 
-    sequence: int = bounded(1, least=1)
+    sequence: int = bounded(1, least=1, most=2**16)
     """Ranks that share each sequence; must divide the world size."""
-    heads: int | None = bounded(None, least=1)
+    heads: int | None = bounded(None, least=1, most=2**16)
     """Ranks that exchange heads; null chooses. heads * buckets = sequence."""
-    buckets: int | None = bounded(None, least=1)
+    buckets: int | None = bounded(None, least=1, most=2**16)
     """Ranks that exchange tokens by bucket; null chooses."""
     combine: Combine = Combine.merged
     """Results of bucket exchange: merged over rounds before they are sent back, or per_round."""

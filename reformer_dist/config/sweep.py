@@ -22,7 +22,7 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
     """grid: every combination; optuna: a search that learns from finished trials."""
     params: dict[str, str] = field(default_factory=dict)
     """Search space by key, in override syntax: "1,2,4", "range(2,9)", "tag(log,interval(1e-4,1e-2))"."""
-    parallel: int | None = bounded(None, least=1)
+    parallel: int | None = bounded(None, least=1, most=1024)
     """Trials that run in parallel; null: as many as fit on the GPUs, or on the cores if there is none."""
     shard: str = "0/1"
     """i/n: this driver runs the i-th of n parts of the trials, counted from 0 (tasks of a SLURM array)."""

@@ -43,7 +43,7 @@ class TaskConfig(ConfigGroup, prefix="task."):
     """sequence_to_sequence: tokens of a source, which is truncated; data.seq_len is that of the target."""
     metric: TextMetric = TextMetric.bleu
     """sequence_to_sequence: bleu (sacreBLEU, for translation) or rouge (for summarization)."""
-    beams: int = bounded(1, least=1)
+    beams: int = bounded(1, least=1, most=1024)
     """sequence_to_sequence: width of the beam search; 1 is greedy decoding."""
     stride: int = bounded(128, least=0)
     """question_answering: overlap in tokens of consecutive windows of a long context."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from reformer_dist.config.checks import LARGEST_INT64, ConfigGroup, bounded
+from reformer_dist.config.checks import LARGEST_INT64, MONTH, ConfigGroup, bounded
 
 
 class Precision(Enum):
@@ -33,7 +33,7 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     keep_every: int = bounded(0, least=0)
     """Checkpoints whose step is a multiple of it are never deleted; 0: no such checkpoints."""
     sample_every: int = bounded(0, least=0)
-    sample_tokens: int = bounded(200, least=1)
+    sample_tokens: int = bounded(200, least=1, most=2**20)
     """Tokens of each text sample."""
     max_skipped_steps: int = bounded(10, least=1)
     """The run stops after this many consecutive steps with a non-finite loss or gradient."""
@@ -41,5 +41,5 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """The run stops once the loss has been above that of a uniform guess, ln(vocabulary), for this many steps
     after the warmup; 0: it only warns."""
 
-    step_timeout: float = bounded(0.0, least=0)
+    step_timeout: float = bounded(0.0, least=0, most=MONTH, hint="that is a month")
     """A rank logs what it is doing when a part of a step takes longer than this many seconds; 0 means never."""

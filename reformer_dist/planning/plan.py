@@ -85,6 +85,11 @@ def make_plan(job: JobSpec, build_model: Callable[[], nn.Module], memory_limit: 
     )
 
 
+def plan_memory(job: JobSpec, build_model: Callable[[], nn.Module]) -> MemorySnapshot:
+    """The peak of the tensors of one rank. build_model: the task's. Raises ConfigError if ranks do not divide."""
+    return StepMemory(job, count_parameters(build_model)).peak()
+
+
 def measure_libraries(job: JobSpec) -> float:
     """Resident bytes of a process that has trained a tiny model at the job's settings; 0 if they can't be read."""
     if sys.platform != "linux":

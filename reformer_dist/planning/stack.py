@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reformer_dist.config import AttentionKind, Recompute
@@ -51,12 +52,17 @@ class StackMemory:
         """Activations that the lowest `n_layers` layers store for backward."""
         recompute, stream = self._recompute, self.sizes.stream
         if recompute is Recompute.reversible:
-            return sum(self._saved_for_recompute(layer) for layer in range(n_layers))
+            return self._sum_over(n_layers, self._saved_for_recompute)
         if recompute is Recompute.checkpoint:
-            return sum(2 * stream + self._saved_for_recompute(layer) for layer in range(n_layers))
+            return self._sum_over(n_layers, lambda layer: 2 * stream + self._saved_for_recompute(layer))
         # each norm saves its input stream
         n_norms = 2 if self._cross is None else 3
-        return sum(n_norms * stream + self._saved(layer) for layer in range(n_layers))
+        return self._sum_over(n_layers, lambda layer: n_norms * stream + self._saved(layer))
+
+    def _sum_over(self, n_layers: int, bytes_of: Callable[[int], float]) -> float:
+        """The sum over the lowest layers, of which those with the same place in the pattern need the same."""
+        period = len(self.job.config.model.layers)
+        return sum(len(range(i, n_layers, period)) * bytes_of(i) for i in range(min(period, n_layers)))
 
     def backward(self, layer: int, sublayer: str) -> MemoryBreakdown:
         """Memory during the backward of a sublayer."""
@@ -92,7 +98,8 @@ class StackMemory:
         return None if self.job.encoder is None else CrossAttentionMemory(self.job, self.job.encoder)
 
     def _kind(self, layer: int) -> AttentionKind:
-        return self.job.config.model.layer_kinds()[layer]
+        layers = self.job.config.model.layers
+        return layers[layer % len(layers)]
 
     def _saved_for_recompute(self, layer: int) -> float:
         """Bucket ids and the exchange plan, saved for the recompute."""

@@ -28,6 +28,7 @@ from reformer_dist.run.directory import (
     require_same_config,
     write_config,
 )
+from reformer_dist.run.memory import require_memory
 from reformer_dist.run.pretrained import load_initial_weights
 from reformer_dist.training.batches import BatchReader
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
@@ -49,6 +50,7 @@ def build_trainer(
     require_same_config(config, runtime)
     layout = make_layout(config, runtime)
     data = runtime.together(lambda: open_task_data(config))
+    runtime.together(lambda: require_memory(config, runtime, data.task))
     directory = open_run_directory(config, runtime, resources)
     training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
     run = RunContext(training_data.with_last_step(config), runtime, stop or StopSignal())

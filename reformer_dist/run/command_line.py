@@ -157,8 +157,8 @@ def parse_overrides(words: Sequence[str], loader: ConfigLoaderImpl | None = None
     refuse_renamed_overrides(list(words))
     try:
         parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
-    except HydraException as error:
-        raise ConfigError(f"{shlex.join(words)}: {str(error).splitlines()[0]}") from error
+    except (HydraException, ValueError, RecursionError) as error:  # such as a number of thousands of digits
+        raise ConfigError(f"{shlex.join(words)[:400]}: {str(error).splitlines()[0]}") from error
     for word, override in zip(words, parsed, strict=True):
         if override.key_or_group.partition(".")[0].partition("/")[0] == "hydra":
             fix = "a sweep has sweep=..., and processes have launcher=..."

@@ -155,8 +155,8 @@ def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
         merged = OmegaConf.merge(schema, translate_saved(saved), OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
-    except YAMLError as error:
-        raise ConfigError(f"{' '.join(overrides)}: a value is not valid YAML: {error}") from error
+    except (YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise ConfigError(f"{' '.join(overrides)[:400]}: a value is not valid YAML: {error}") from error
     return to_run_config(merged)
 
 

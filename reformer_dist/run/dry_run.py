@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,10 +15,10 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.planning import JobSpec, describe, make_plan
 from reformer_dist.run.compose import to_yaml
 from reformer_dist.run.data import open_task_data
+from reformer_dist.run.memory import free_memory
 
 FLAG = "--dry-run"
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
-MEMINFO = Path("/proc/meminfo")
 
 
 def dry_run(config: RunConfig, flag: str) -> None:
@@ -32,7 +31,7 @@ def dry_run(config: RunConfig, flag: str) -> None:
         deepspeed_dict(config.deepspeed, config.optim, config.trainer.precision, micro, n_micro)
     task = open_task_data(config).task
     plan = make_plan(JobSpec(config, world_size, ranks_per_node, task.vocab_size, device), task.build_model)
-    plan = replace(plan, memory_limit=memory or _local_memory(device, ranks_per_node))
+    plan = replace(plan, memory_limit=memory or free_memory(device, ranks_per_node))
     if runtime.env_rank() == 0:
         sys.stdout.write(to_yaml(config) + "\n" + describe(plan) + "\n")
 
@@ -57,13 +56,3 @@ def count_ranks(config: RunConfig) -> tuple[int, int]:
     default = torch.cuda.device_count() if launcher.kind is not LauncherKind.none else 1
     per_node = launcher.nproc_per_node or max(1, default)
     return per_node, per_node * launcher.n_nodes
-
-
-def _local_memory(device: str, ranks_per_node: int) -> float | None:
-    """Bytes of memory per rank on this machine: that of a GPU, or the rank's share of free main memory."""
-    if device == "cuda":
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    if not MEMINFO.is_file():
-        return None
-    available = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
-    return float(available[1]) * 1024 / ranks_per_node if available else None

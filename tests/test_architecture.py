@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "fs", "ops"},
     "checkpoint": {"config", "distributed", "errors", "fs"},
     "models": {"config", "errors", "ops", "seeds"},
-    "generation": {"config", "errors", "models", "seeds"},
+    "generation": {"config", "errors", "models", "ops", "seeds"},
     "interop": {"config", "data", "errors", "models", "ops"},
     "parallel": {"config", "distributed", "errors", "ops", "process"},
     "engine": {"checkpoint", "config", "distributed", "errors"},

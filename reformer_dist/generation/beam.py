@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from reformer_dist.errors import ConfigError
 from reformer_dist.generation.decoder import Decoder, check_finite
+from reformer_dist.ops.checks import TensorChecks, check_integer
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class BeamOptions:
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise ConfigError(f"--beams {self.beams}: must be positive")
-        if self.length_penalty < 0:
-            raise ConfigError(f"--length-penalty {self.length_penalty}: must not be negative")
+        if not 0 <= self.length_penalty < math.inf:
+            raise ConfigError(f"--length-penalty {self.length_penalty}: must be finite and not negative")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ def beam_search(
 ) -> list[Hypothesis]:
     """Returns at most options.beams continuations of prompt [S], of at most n_tokens tokens, best first.
 
-    is_end: whether a continuation, given as its tokens, is complete. Raises UserError if logits are not finite.
+    is_end: whether a continuation, given as its tokens, is complete. Raises UserError if logits are not finite,
+    ValueError if prompt or n_tokens are not valid.
     """
+    TensorChecks().integers("prompt", prompt, "S")
+    check_integer("n_tokens", n_tokens, least=1)
     search = _Search(options, n_tokens, is_end)
     log_probs = _log_probs(decoder.prefill(prompt.unsqueeze(0)))
     while not search.advance(log_probs):
@@ -70,7 +75,7 @@ class _Search:
         """Tokens of each live prefix, best first."""
         self.parents: list[int] = []
         """For each live prefix, the index of the previous step's prefix that it extends."""
-        self._scores = torch.zeros(1, dtype=torch.float64)
+        self._scores = torch.zeros(1, dtype=torch.float64, device="cpu")
         """Log-probabilities of the live prefixes."""
         self._finished: list[Hypothesis] = []
 
@@ -92,7 +97,8 @@ class _Search:
                 alive.append(tokens)
                 parents.append(parent)
                 scores.append(total)
-        self.alive, self.parents, self._scores = alive, parents, torch.tensor(scores, dtype=torch.float64)
+        self.alive, self.parents = alive, parents
+        self._scores = torch.tensor(scores, dtype=torch.float64, device="cpu")
         self._finished = self.best()
         return self._is_over()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from reformer_dist.errors import ConfigError
 from reformer_dist.generation.decoder import Decoder, check_finite
+from reformer_dist.ops.checks import TensorChecks, check_integer
 from reformer_dist.seeds import derive_seed
 
 
@@ -29,11 +31,18 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        is_finite = self.temperature < math.inf
         for name, value, is_valid, requirement in (
             ("temperature", self.temperature, self.temperature >= 0, "must not be negative"),
+            ("temperature", self.temperature, is_finite, "must be finite"),
             ("top-k", self.top_k, self.top_k >= 0, "must not be negative"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "must be above 0"),
+            (
+                "repetition-penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < math.inf,
+                "must be above 0",
+            ),
         ):
             if not is_valid:
                 raise ConfigError(f"--{name} {value}: {requirement}")
@@ -58,7 +67,15 @@ class TextSampler:
         """prompts: [S] int64 each, at least one token, on the model's device.
 
         first_prompt: index of prompts[0] among all prompts. unpenalized: token exempt from the repetition penalty.
+        Raises ValueError.
         """
+        if not prompts:
+            raise ValueError("prompts=[]: must not be empty")
+        checks = TensorChecks()
+        for index, prompt in enumerate(prompts):
+            checks.integers(f"prompts[{index}]", prompt, f"S{index}")
+        check_integer("n_samples", n_samples, least=1)
+        check_integer("first_prompt", first_prompt, least=0)
         self._decoder, self._options, self._unpunished = decoder, options, unpenalized
         self._prompts, self._n_samples = prompts, n_samples
         self.rows = list(range(len(prompts) * n_samples))
@@ -100,7 +117,7 @@ class TextSampler:
         logits = self._decoder.prefill(*pad_left(self._prompts)).float().cpu()
         if self._n_samples == 1:
             return logits
-        rows = torch.arange(len(self._prompts)).repeat_interleave(self._n_samples)
+        rows = torch.arange(len(self._prompts), device="cpu").repeat_interleave(self._n_samples)
         self._decoder.select_rows(rows.to(self._prompts[0].device))
         return logits[rows]
 
@@ -109,7 +126,7 @@ class TextSampler:
         if self._options.repetition_penalty == 1:
             return None
         if self._seen is None:
-            self._seen = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool)
+            self._seen = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool, device="cpu")
             for row in self.rows:
                 self._seen[row, self._prompts[row // self._n_samples].cpu()] = True
         if self._newest:
@@ -120,10 +137,10 @@ class TextSampler:
 
 
 def generate(decoder: Decoder, prompt: Tensor, n_tokens: int, options: SamplingOptions) -> Iterator[int]:
-    """Yields n_tokens token ids that continue a prompt [S] int64 of at least one token."""
+    """Yields n_tokens token ids that continue a prompt [S] int64 of at least one token. Raises ValueError."""
+    check_integer("n_tokens", n_tokens, least=0)
     sampler = TextSampler(decoder, [prompt], options)
-    for _ in range(n_tokens):
-        yield sampler.step()[0]
+    return (sampler.step()[0] for _ in range(n_tokens))
 
 
 def pad_left(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

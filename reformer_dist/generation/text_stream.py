@@ -20,6 +20,8 @@ class TextStream:
         self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), prompt: Sequence[int] = ()
     ) -> None:
         """decode: text of token ids, U+FFFD for invalid bytes. stops: non-empty stop strings."""
+        if "" in stops:
+            raise ValueError("stops: an empty string would stop at once; must not be empty")
         self._decode, self._stops = decode, stops
         self._newest = list(prompt[-CONTEXT:])
         """The last tokens, fewer than 2 * CONTEXT, so that the cost per token is constant."""

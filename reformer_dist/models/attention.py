@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
+from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
@@ -65,6 +66,7 @@ class SelfAttention(nn.Module):
         without them, as in `layer(x, key_padding_mask=mask, step=step)`.
         """
         if context is None:
+            check_vectors(x, self.config.dim, options)
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         q = self._heads(self.to_q(x))

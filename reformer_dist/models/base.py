@@ -8,8 +8,10 @@ from typing_extensions import Unpack
 from reformer_dist.config import ModelConfig
 from reformer_dist.models.context import WHOLE_SEQUENCE, ForwardContext, ForwardOptions, build_context
 from reformer_dist.models.embedding import TokenEmbedding
+from reformer_dist.models.inputs import check_options, check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
+from reformer_dist.ops.checks import check_integer
 from reformer_dist.ops.dropout import token_dropout
 
 
@@ -23,6 +25,8 @@ class ReformerModel(nn.Module):
         self, config: ModelConfig, vocab_size: int, seed: int = 0, *, has_cross_attention: bool = False
     ) -> None:
         super().__init__()
+        check_integer("vocab_size", vocab_size, least=1)
+        check_integer("seed", seed)
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)
         self.stack = ReformerStack(config, has_cross_attention=has_cross_attention)
@@ -52,6 +56,8 @@ class ReformerModel(nn.Module):
         )
 
     def _build_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
-        """The context of one forward call on tokens [B, S]."""
+        """The context of one forward call on tokens [B, S]. Raises ValueError for inputs that do not fit."""
+        mask = options.get("key_padding_mask")
+        check_options(check_tokens("tokens", tokens, self.vocab_size, "key_padding_mask", mask), options)
         n_tokens, device = tokens.shape[1], tokens.device
         return build_context(self.config, self.seed, n_tokens, device, options, is_training=self.training)

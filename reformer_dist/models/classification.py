@@ -11,6 +11,8 @@ from reformer_dist.config import ModelConfig, Pooling
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
 from reformer_dist.models.initialization import init_weights
+from reformer_dist.models.inputs import check_labels
+from reformer_dist.ops.checks import check_integer, check_range
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 from reformer_dist.ops.dropout import TokenCoords, token_dropout
 
@@ -24,6 +26,7 @@ class ReformerForSequenceClassification(ReformerModel):
 
     def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, seed: int = 0) -> None:
         super().__init__(config, vocab_size, seed)
+        check_integer("n_classes", n_classes, least=1)
         self.n_classes = n_classes
         self.head = ClassificationHead(config, n_classes)
         init_weights(self, config, seed)
@@ -31,13 +34,16 @@ class ReformerForSequenceClassification(ReformerModel):
     def forward(self, tokens: Tensor, labels: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
         """tokens [B, S] -> logits [B, n_classes] float32, or with labels [B] the summed loss in nats.
 
-        Labels of -100 are ignored. The keywords are those of `ForwardOptions`.
+        Labels of -100 are ignored. The keywords are those of `ForwardOptions`. Raises ValueError.
         """
         context = self._build_context(tokens, options)
+        if labels is not None:
+            check_labels(labels, "B", tokens)
+            check_range("labels", labels, self.n_classes, limit="n_classes", also=IGNORE_INDEX)
         logits: Tensor = self.head(pool(self._hidden(tokens, context), context, self.config.pooling), context)
         if labels is None:
             return logits
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        loss = F.cross_entropy(logits, labels.long(), reduction="sum", ignore_index=IGNORE_INDEX)
         return loss / context.sequence.n_slices
 
 
@@ -67,7 +73,7 @@ def pool(hidden: Tensor, context: ForwardContext, pooling: Pooling) -> Tensor:
     real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask
     if pooling is Pooling.mean:
         n_real = sequence.gather(real.sum(dim=1)).sum(dim=0)
-        weights = real / n_real.clamp_min(1).unsqueeze(1)
+        weights = real.float() / n_real.clamp_min(1).unsqueeze(1)
     elif pooling is Pooling.first:
         first = torch.where(real, positions, torch.iinfo(positions.dtype).max).amin(dim=1)
         weights = real & (positions == sequence.gather(first).amin(dim=0).unsqueeze(1))

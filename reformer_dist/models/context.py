@@ -102,7 +102,7 @@ def build_context(
     if not is_training:
         dropout_seed = None
     elif dropout_seed is None:
-        dropout_seed = int(torch.randint(2**62, (1,)).item())
+        dropout_seed = int(torch.randint(2**62, (1,), device="cpu").item())
     rotary = None
     if config.position is Position.rotary:
         rotary = rotary_tables(coords.positions, config.resolved_head_dim)

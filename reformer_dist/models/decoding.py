@@ -66,7 +66,7 @@ class DecodingState(WholeSequence):
             raise ValueError(f"{longest} tokens: this model's positions allow at most {self._max_positions}")
         self._length += 1
         if self._first is None:
-            return torch.full((1,), index, device=device)
+            return torch.full((1,), index, dtype=torch.int64, device=device)
         return index - self._first.unsqueeze(1)
 
     def _read_padding(self, mask: Tensor | None) -> None:

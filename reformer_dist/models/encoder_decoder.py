@@ -16,8 +16,10 @@ from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import WHOLE_SEQUENCE, EncodedSource, ForwardContext, ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initialization import init_weights
+from reformer_dist.models.inputs import check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
+from reformer_dist.ops.checks import check_integer
 from reformer_dist.seeds import derive_seed
 
 
@@ -56,11 +58,16 @@ class ReformerEncoderDecoder(ReformerModel):
         only. The other keywords are those of `ForwardOptions` and apply to the target.
         """
         if self.training and options.get("dropout_seed") is None:
-            options["dropout_seed"] = int(torch.randint(2**62, (1,)).item())
-        if isinstance(source, Tensor):
+            options["dropout_seed"] = int(torch.randint(2**62, (1,), device="cpu").item())
+        if not isinstance(source, EncodedSource):
             source = self.encode_source(source, source_mask, source_sequence, options)
-        hidden = self._hidden(tokens, replace(self._build_context(tokens, options), source=source))
+        context = self._build_context(tokens, options)
+        if source.hidden.shape[0] != tokens.shape[0]:
+            expected = f"must have the {tokens.shape[0]} rows of tokens"
+            raise ValueError(f"source.shape={list(source.hidden.shape[:2])}: {expected}")
+        hidden = self._hidden(tokens, replace(context, source=source))
         if logits_to_keep is not None:
+            check_integer("logits_to_keep", logits_to_keep, least=1)
             hidden = hidden[:, -logits_to_keep:]
         logits_or_loss: Tensor = self.head(hidden, labels)
         return logits_or_loss
@@ -94,6 +101,7 @@ class ReformerEncoderDecoder(ReformerModel):
 
     def _build_source_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
         """The encoder's context, with dropout and rotation seeds different from the decoder's."""
+        check_tokens("source", tokens, self.vocab_size, "source_mask", options.get("key_padding_mask"))
         context = self._build_context(tokens, options)
         seed = context.dropout_seed
         return replace(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reformer_dist.config import ModelConfig
+from reformer_dist.models.inputs import check_labels
 from reformer_dist.ops.cross_entropy import chunked_cross_entropy, token_cross_entropy
 
 
@@ -29,8 +30,11 @@ class LanguageModelHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None, *, per_token: bool = False) -> Tensor:
         """hidden [B, S, output_dim] -> logits [B, S, V] float32, or with labels [B, S] the summed loss in nats.
 
-        per_token: returns the loss of each token instead, [B, S] float32, which has no gradient.
+        per_token: returns the loss of each token instead, [B, S] float32, which has no gradient. Raises ValueError
+        unless labels are integers [B, S] below V, or -100.
         """
+        if labels is not None:
+            check_labels(labels, "B S", hidden)
         if self.to_table is not None:
             hidden = self.to_table(hidden)
         if labels is None:

@@ -10,6 +10,7 @@ from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initialization import init_weights
+from reformer_dist.ops.checks import check_integer
 
 
 class ReformerLM(ReformerModel):
@@ -42,6 +43,7 @@ class ReformerLM(ReformerModel):
         """
         hidden = self.encode(tokens, **options)
         if logits_to_keep is not None:
+            check_integer("logits_to_keep", logits_to_keep, least=1)
             hidden = hidden[:, -logits_to_keep:]
         logits_or_loss: Tensor = self.head(hidden, labels, per_token=per_token_loss)
         return logits_or_loss

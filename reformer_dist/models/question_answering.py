@@ -10,6 +10,9 @@ from reformer_dist.config import ModelConfig
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
 from reformer_dist.models.initialization import init_weights
+from reformer_dist.models.inputs import check_labels
+from reformer_dist.ops.checks import TensorChecks, check_range
+from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 MASKED_LOGIT = torch.finfo(torch.float32).min
 
@@ -39,9 +42,10 @@ class ReformerForQuestionAnswering(ReformerModel):
         With labels [B, 2], the positions of the first and last token, counted from the first real token of the
         row: the summed loss of both in nats. Labels of -100 are ignored, and so are labels at masked positions.
         answer_mask [B, S]: True where an answer may be, such as outside the question. Masked positions and padding
-        get the lowest float32 as logit. The other keywords are those of `ForwardOptions`.
+        get the lowest float32 as logit. The other keywords are those of `ForwardOptions`. Raises ValueError.
         """
         context = self._build_context(tokens, options)
+        self._check(tokens, labels, answer_mask, context)
         logits = self.head(self._hidden(tokens, context)).float()
         masks = [mask.unsqueeze(-1) for mask in (context.key_padding_mask, answer_mask) if mask is not None]
         for mask in masks:
@@ -50,6 +54,16 @@ class ReformerForQuestionAnswering(ReformerModel):
             first, last = logits.unbind(dim=-1)
             return first, last
         return _cross_entropy_over_positions(logits, labels, masks, context)
+
+    @staticmethod
+    def _check(tokens: Tensor, labels: Tensor | None, answer_mask: Tensor | None, context: ForwardContext) -> None:
+        checks = TensorChecks()
+        checks.integers("tokens", tokens, "B S")
+        checks.mask("answer_mask", answer_mask, "B S")
+        if labels is not None:
+            check_labels(labels, "B 2", tokens)
+            seq_len = tokens.shape[1] * context.sequence.n_slices
+            check_range("labels", labels, seq_len, limit="seq_len", also=IGNORE_INDEX)
 
 
 def _cross_entropy_over_positions(

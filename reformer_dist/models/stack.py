@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from reformer_dist.config import ModelConfig, Recompute
 from reformer_dist.models.block import Block
 from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
+from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.norms import StreamNorm
 from reformer_dist.models.reversible import Streams, Tape
 
@@ -35,6 +36,7 @@ class ReformerStack(nn.Module):
     ) -> Tensor:
         """`context` is that of the model's forward call; a standalone stack takes `ForwardOptions` instead."""
         if context is None:
+            check_vectors(x, self.config.dim, options)
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         x = x.float()

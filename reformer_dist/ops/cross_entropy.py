@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_integer, check_range
 from reformer_dist.ops.first_order import FirstOrderFunction, first_order
 
 IGNORE_INDEX = -100
@@ -19,7 +20,11 @@ def chunked_cross_entropy(
 
     hidden [N, dim], weight [V, dim], bias [V], labels [N] int64. At most `chunk` rows of logits [chunk, V]
     exist at a time; gradients are computed in forward, so no logits are computed twice.
+
+    Raises ValueError for other shapes, dtypes or devices, and for labels neither in [0, V) nor IGNORE_INDEX.
+    On a GPU such labels end the process by an assertion, since the host does not wait for their values.
     """
+    labels = _check(hidden, weight, bias, labels, chunk)
     is_valid = labels != IGNORE_INDEX
     if not hidden.is_cuda and not is_valid.all():
         # skips ignored tokens; on a GPU the data-dependent shape would force a synchronization
@@ -32,8 +37,9 @@ def chunked_cross_entropy(
 def token_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int) -> Tensor:
     """-log p(label) in nats of each token, [N] float32, without gradients; 0 where the label is IGNORE_INDEX.
 
-    Shapes and `chunk` are those of `chunked_cross_entropy`.
+    Shapes, `chunk` and errors are those of `chunked_cross_entropy`.
     """
+    labels = _check(hidden, weight, bias, labels, chunk)
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
         rows = slice(start, start + chunk)
@@ -42,6 +48,20 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, lab
             logits, labels[rows], ignore_index=IGNORE_INDEX, reduction="none"
         )
     return losses
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int) -> Tensor:
+    """The labels as int64. Raises ValueError."""
+    checks = TensorChecks()
+    checks.floats("hidden", hidden, "N dim")
+    checks.floats("weight", weight, "V dim", any_dtype=True)
+    if bias is not None:
+        checks.floats("bias", bias, "V", any_dtype=True)
+    checks.integers("labels", labels, "N")
+    check_integer("chunk", chunk, least=1)
+    labels = labels.long()
+    check_range("labels", labels, weight.shape[0], limit="vocab_size", also=IGNORE_INDEX)
+    return labels
 
 
 class _ChunkedCrossEntropy(FirstOrderFunction):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_dropout, check_integer, one_per_row_or_shared
+
 
 @dataclass(frozen=True)
 class TokenCoords:
@@ -20,14 +22,28 @@ class TokenCoords:
     positions: Tensor
     """[S] positions in the whole sequence, or [B, S] where rows differ."""
 
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError unless these are coordinates of the tokens of x [B, S, C]."""
+        checks = TensorChecks()
+        checks.floats("x", x, "B S C")
+        if self.rows is not None:
+            checks.integers("rows", self.rows, "B")
+        checks.integers("positions", self.positions, one_per_row_or_shared(self.positions, "B S"))
+
     def chunk(self, start: int, stop: int) -> TokenCoords:
         return TokenCoords(self.rows, self.positions[..., start:stop])
 
 
 def token_dropout(x: Tensor, dropout: float, seed: int, coords: TokenCoords) -> Tensor:
-    """Zeroes a fraction `dropout` of x [B, S, C] and rescales the rest, without touching any random state."""
+    """Zeroes a fraction `dropout` of x [B, S, C] and rescales the rest, without touching any random state.
+
+    Raises ValueError unless x is [B, S, C], coords are those of its tokens, and dropout is a probability below 1.
+    """
     if dropout == 0.0:
         return x
+    check_dropout("dropout", dropout)
+    check_integer("seed", seed)
+    coords.check(x)
     row = torch.arange(x.shape[0], device=x.device) if coords.rows is None else coords.rows
     tokens = token_keys(row.unsqueeze(1), coords.positions, 0, seed, is_query=True)
     channel = torch.arange(x.shape[2], device=x.device)

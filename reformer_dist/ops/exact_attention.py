@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_dropout, check_integer
+
 
 @dataclass(frozen=True)
 class ExactOptions:
@@ -20,10 +22,19 @@ class ExactOptions:
     rows: Tensor | None
     """[B] indices of the rows in the global batch; None: 0, 1, .."""
 
+    def __post_init__(self) -> None:
+        check_dropout("dropout", self.dropout)
+        check_integer("seed", self.seed)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, *, first_head: int, n_heads: int
     ) -> Tensor:
-        """Attention of whole sequences [B, H, S, D]; the H heads start at first_head of the layer's n_heads."""
+        """Attention of whole sequences [B, H, S, D]; the H heads start at first_head of the layer's n_heads.
+
+        Raises ValueError.
+        """
+        _check(q, k, v, key_padding_mask, self.rows)
+        check_integer("first_head", first_head, least=0, most=n_heads - q.shape[1])
         if self.dropout == 0.0:
             return exact_attention(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask)
         mask = None if key_padding_mask is None else _mask(key_padding_mask, self.causal)
@@ -52,10 +63,23 @@ class ExactOptions:
 def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_padding_mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k / sqrt(D)) v, [B, H, S, D]; a padded token (mask [B, S] False) attends to itself only."""
+    """softmax(q k / sqrt(D)) v, [B, H, S, D]; a padded token (mask [B, S] False) attends to itself only.
+
+    Raises ValueError for tensors of other shapes, dtypes or devices.
+    """
+    _check(q, k, v, key_padding_mask)
     if key_padding_mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(key_padding_mask, causal))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rows: Tensor | None = None) -> None:
+    checks = TensorChecks()
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.floats(name, x, "B H S D")
+    checks.mask("key_padding_mask", key_padding_mask, "B S")
+    if rows is not None:
+        checks.integers("rows", rows, "B")
 
 
 def _mask(key_padding_mask: Tensor, causal: bool) -> Tensor:

@@ -31,4 +31,4 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     if rows.is_cuda:
         return rows.index_select(0, index)
     # bags of one row each: PyTorch's only CPU gather that is multithreaded and prefetches
-    return F.embedding_bag(index, rows, torch.arange(index.numel()), mode="sum")
+    return F.embedding_bag(index, rows, torch.arange(index.numel(), device=index.device), mode="sum")

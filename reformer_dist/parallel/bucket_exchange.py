@@ -129,7 +129,7 @@ class _Backward:
         (q, k, v), rows = (received.q, received.k, received.v), received.query_rows
         d_out = torch.zeros_like(v[0, 0])
         # lse = inf excludes rows that are not queries here, as well as queries that met no key on any rank
-        lse = torch.full((len(d_out),), torch.inf, device=v.device)
+        lse = torch.full((len(d_out),), torch.inf, dtype=torch.float32, device=v.device)
         delta = torch.zeros_like(lse)
         for target, name in ((d_out, "d_out"), (lse, "lse"), (delta, "delta")):
             target[rows] = self._query_format.field(arrived[1], name).view(-1, *target.shape[1:])
@@ -158,7 +158,7 @@ class _Backward:
         """Adds each token's gradients, summed over the ranks that returned them, in order of ranks."""
         tokens, splits = selection.tokens(self._dispatcher.plan.n_local), selection.splits
         grads = self._dispatcher.rows_of(target, route)
-        total = torch.zeros(grads.shape, device=rows.device)
+        total = torch.zeros(grads.shape, dtype=torch.float32, device=rows.device)
         for index, part in zip(tokens.split(splits), rows.split(splits), strict=True):
             total[index] += part.float()
         grads.add_(total)

@@ -244,8 +244,8 @@ def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_l
         counts = torch.bincount(keys, minlength=sizes.numel() + 1)[:-1].view_as(sizes)
         if isinstance(rule, ChunkRule):
             counts = counts.sum(dim=1)
-            chunks = torch.tensor(chunk_partition(seq_len, rule, partition).needed, dtype=torch.int64)
-            first = chunks.to(keys.device) * rule.chunk_len
+            needed = chunk_partition(seq_len, rule, partition).needed
+            first = torch.tensor(needed, dtype=torch.int64, device="cpu").to(keys.device) * rule.chunk_len
             predicted = (sizes.sum(dim=1, keepdim=True) - first).clamp(0, rule.chunk_len).sum(dim=1)
         else:
             tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len

@@ -1,71 +1,89 @@
-"""Compiles the kernels for compute capability 9.0, without a GPU, and prints a JSON line for each."""
+"""Compiles the kernels for compute capability 9.0 by launching them on a fake GPU; prints a JSON line for each.
+
+kernels: every kernel, as training launches it. seeds: the number of variants of the attention kernels after each
+dropout seed. grids: the grids of a call with more (batch row, head) pairs than a dimension of a grid may have.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import fake_gpu
+import torch
+from support.shards import partition_shards
 
-from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, WindowRule
-from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
-from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
-from reformer_dist.ops.lsh.triton_kernels.hashing import _hash
-from reformer_dist.ops.lsh.triton_kernels.rowwise import _merge_rounds, _sum_rounds
-from reformer_dist.ops.lsh.triton_kernels.tile_table import _build_table
-from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants
+from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule, draw_rotations
+from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, LocalExchange, attend
+from reformer_dist.ops.lsh.triton_kernels import backward, forward, hashing, rowwise, tile_table
+from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
 
-INT32 = {"order_ptr", "table_ptr", "codes_ptr", "token_ids_ptr", "bounds_ptr"}
-FLOAT32 = {"lse_ptr", "delta_ptr", "round_lse_ptr"}
-OTHERS = {"ids_ptr": "*u8", "rows_ptr": "*i64", "present_ptr": "*u8"}
-FLOATS = {"scale", "dropout_factor"}
-
-
-def argument_type(name: str, dtype: str):
-    if name == "factors":
-        return ("i32", "i32")
-    if name.endswith("strides"):
-        return ("i64", "i64", "i64")
-    if name.endswith("_ptr"):
-        return OTHERS.get(name, "*i32" if name in INT32 else "*fp32" if name in FLOAT32 else f"*{dtype}")
-    return "fp32" if name in FLOATS else "i32"
+HALF, FLOAT = torch.bfloat16, torch.float32
+KERNELS = (
+    hashing._hash,
+    tile_table._build_table,
+    forward.attend_round,
+    backward.attend_round_backward,
+    rowwise._row_products,
+    rowwise._merge_rounds,
+    rowwise._sum_rounds,
+)
 
 
-def compile_one(kernel, dtype: str, constants: dict, n_warps: int) -> None:
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else argument_type(name, dtype) for name in names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": n_warps})
-    print(json.dumps({"kernel": kernel.__name__, "dtype": dtype, "shared_bytes": compiled.metadata.shared}))
+def step(
+    rule: Rule, dtype: torch.dtype, head_dim: int = 64, n_rounds: int = 4, n_buckets: int = 64,
+    seq_len: int = 4096, n_heads: int = 2, shared: bool = True, scheme: str = "rotation", **options: object,
+) -> None:  # fmt: skip
+    """Hashes, attends and runs backward, with queries and values as a projection's views [B, S, H, D]."""
+    q, k, v = (torch.randn(1, seq_len, n_heads, head_dim).to(dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    rotations = draw_rotations(n_heads, head_dim, n_rounds, n_buckets, scheme, seed=0)
+    ids = TritonBackend.hash(q, rotations, n_buckets, scheme, None if n_buckets > 1 else ())
+    exchange = LocalExchange(ids, AttentionOptions(rule, n_buckets, scale=1.0, **options), None)
+    attend(q, None if shared else k, v, exchange, TritonBackend).sum().backward()
 
 
-def main() -> None:
-    window = AttentionOptions(WindowRule(64, True), 64, 1.0, count_pairs_once=True, dropout=0.1)
-    wrapped = AttentionOptions(ChunkRule(64, True, 1, 0, True), 64, 1.0, dropout=0.1)
-    cases = (("bf16", 64, 64, window, False), ("bf16", 64, 64, window, True), ("fp32", 16, 80, wrapped, False))
-    for dtype, block, head_dim, options, sharded in cases:
-        shared = dtype == "bf16"
-        constants = KernelConstants.of(
-            options, block, max(16, block // 2), head_dim, 4, shared=shared, sharded=sharded
-        )
-        for kernel in (attend_round, attend_round_backward):
-            compile_one(kernel, dtype, {"C": constants}, 4 if dtype == "bf16" else 8)
-    rows = {"ROWS": 64, "HEAD_DIM": 64, "BLOCK_D": 64, "N_ROUNDS": 4}
-    for sharded in (False, True):
-        compile_one(_merge_rounds, "bf16", {**rows, "SHARDED": sharded}, 4)
-        compile_one(_sum_rounds, "bf16", {**rows, "SHARDED": sharded, "IS_DV": True}, 4)
-        compile_one(
-            _build_table,
-            "i16",
-            {"SORTED": True, "CHUNKED": False, "SHARDED": sharded, "BLOCK": 64, "SLOTS": 256},
-            4,
-        )
-    sizes = {"ROWS": 128, "HEAD_DIM": 64, "BLOCK_D": 64, "WIDTH": 16, "N_FACTORS": 2}
-    for rotates, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
-        parts = 3 if dtype == "bf16" else 1
-        compile_one(_hash, dtype, {**sizes, "N_PARTS": parts, "ROTATES": rotates}, 4)
+def attend_partition(rule: WindowRule) -> None:
+    """Forward and backward of one of three partitions of a sorted order."""
+    ids = torch.randint(0, 64, (1, 2, 4, 4096))
+    options = AttentionOptions(rule, 64, scale=1.0, backend="triton")
+    part = list(partition_shards(ids, options, None, 3))[1]
+    q, v = (torch.randn(1, 1, len(part.row_index), 64).to(HALF) for _ in range(2))
+    shard = TritonBackend(options, v).sort(part.shard)
+    lse = torch.empty(v.shape[:3])
+    shard.attend(ForwardTensors(q, None, v, torch.empty_like(v), lse))
+    grads = torch.zeros_like(q), None, torch.zeros_like(v)
+    shard.attend_backward(BackwardTensors(q, None, v, v, lse, lse, *grads))
+
+
+def compile_everything() -> None:
+    window = WindowRule(64, causal=True)
+    step(window, HALF)
+    step(window, HALF, count_pairs_once=True, dropout=0.1)
+    step(window, HALF, head_dim=128, n_rounds=1)
+    step(window, FLOAT, scheme="floor")
+    step(WindowRule(128, causal=True, sees_self=True), HALF, n_rounds=1, n_buckets=1, shared=False)
+    step(ChunkRule(64, True, 1, 0, True), FLOAT, head_dim=80, dropout=0.1, shared=False)
+    attend_partition(window)
+    for kernel in KERNELS:
+        for compiled in fake_gpu.compiled_variants(kernel):
+            print(json.dumps({"kernel": kernel.__name__, **fake_gpu.resources(compiled)}))
+
+
+def count_variants() -> None:
+    for seed in (12345, 16 * 4567, 1, 0, 2**62 + 5, 16 * 99):
+        step(WindowRule(64, causal=True), HALF, seq_len=256, n_buckets=4, dropout=0.1, dropout_seed=seed)
+        kernels = (forward.attend_round, backward.attend_round_backward)
+        print(json.dumps({"seed": seed, "variants": [len(fake_gpu.compiled_variants(k)) for k in kernels]}))
+
+
+def print_grids() -> None:
+    step(WindowRule(8, causal=True), HALF, head_dim=16, n_rounds=2, n_buckets=2, seq_len=16, n_heads=70_000)
+    for launch in fake_gpu.LAUNCHES:
+        print(json.dumps(launch._asdict()))
 
 
 if __name__ == "__main__":
-    main()
+    fake_gpu.install()
+    hashing.INTERPRETER_SHARED_MEMORY = fake_gpu.SHARED_BYTES  # asked of the driver where tensors are on a GPU
+    {"kernels": compile_everything, "seeds": count_variants, "grids": print_grids}[sys.argv[1]]()

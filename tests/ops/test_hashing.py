@@ -152,6 +152,6 @@ def test_columns_are_those_of_rotations(head_dim: int, n_buckets: int) -> None:
 
 def test_dependent_columns_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random columns come close to it once in millions of draws."""
-    monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.ones(shape))
+    monkeypatch.setattr(torch, "randn", lambda shape, **options: torch.ones(shape))
     draw = draw_rotations.__wrapped__  # bypasses the cache
     assert draw(1, 16, 1, 32, "rotation", seed=0).isfinite().all()

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_range
+from reformer_dist.ops.kv_cache.checks import check_rows, check_token
 from reformer_dist.ops.kv_cache.growable_tensor import GrowableTensor
+from reformer_dist.ops.lsh.attention import LocalExchange
 from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.next_values import next_values
 from reformer_dist.ops.lsh.options import AttentionOptions
@@ -29,9 +32,15 @@ class BucketCache:
         options: AttentionOptions,
         key_padding_mask: Tensor | None,
     ) -> None:
-        """From a prompt: q, v [B, H, S, D], bucket_ids [B, H, R, S], key_padding_mask [B, S]."""
+        """From a prompt: q, v [B, H, S, D], bucket_ids [B, H, R, S], key_padding_mask [B, S].
+
+        Raises ValueError.
+        """
         rule = options.rule
-        assert isinstance(rule, WindowRule) and rule.causal and not rule.sees_self
+        if not (isinstance(rule, WindowRule) and rule.causal and not rule.sees_self):
+            raise ValueError(f"rule={rule}: must be a causal WindowRule with sees_self=False")
+        LocalExchange(bucket_ids, options, key_padding_mask).check(q, None, v)
+        check_range("bucket_ids", bucket_ids, options.n_buckets, limit="n_buckets")
         self._scale = options.scale
         self._counts_once = options.count_pairs_once and bucket_ids.shape[2] > 1
         self._ring_size = rule.window - 1
@@ -49,7 +58,16 @@ class BucketCache:
         self._counts, self._rings = counts.view(shape), rings.view(*shape, self._ring_size)
 
     def attend(self, q: Tensor, v: Tensor, bucket_ids: Tensor) -> Tensor:
-        """Output [B, H, 1, D] of the next token, in v's dtype. bucket_ids [B, H, R, 1]."""
+        """Output [B, H, 1, D] of the next token, in v's dtype. bucket_ids [B, H, R, 1].
+
+        Raises ValueError.
+        """
+        check_token(self._newest[0], q=q, v=v)
+        n_rounds, n_buckets = self._counts.shape[2:]
+        checks = TensorChecks(R=n_rounds)
+        checks.floats("q", q, "B H 1 D")
+        checks.integers("bucket_ids", bucket_ids, "B H R 1")
+        check_range("bucket_ids", bucket_ids, n_buckets, limit="n_buckets")
         if self._ring_size == 0:  # with a window of 1, no query has a key
             return v if self._attends_alone else torch.zeros_like(v)
         with torch.autocast(q.device.type, enabled=False):
@@ -96,6 +114,7 @@ class BucketCache:
         return torch.where(has_no_key[..., None, None], alone, out).to(v.dtype)
 
     def select_rows(self, rows: Tensor) -> None:
+        check_rows(rows, self._counts.shape[0])
         # the pool stays: rows that continue the same sequence share its entries
         self._counts, self._rings = self._counts[rows], self._rings[rows]
         q, v, bucket_ids = self._newest

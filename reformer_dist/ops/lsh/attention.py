@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_integer
 from reformer_dist.ops.first_order import FirstOrderFunction, first_order
 from reformer_dist.ops.lsh.neighbour_rules import Rule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
@@ -212,8 +213,28 @@ class LocalExchange:
     """Whole sequences on this rank: no communication."""
 
     def __init__(self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None) -> None:
-        """bucket_ids [B, H, R, S] below options.n_buckets; key_padding_mask [B, S], True for real tokens."""
+        """bucket_ids [B, H, R, S] below options.n_buckets; key_padding_mask [B, S], True for real tokens.
+
+        Raises ValueError for other shapes, dtypes or devices, and unless options.rows is [B].
+        """
+        checks = TensorChecks()
+        checks.integers("bucket_ids", bucket_ids, "B H R S")
+        checks.mask("key_padding_mask", key_padding_mask, "B S")
+        options.check_rows(checks)
+        n_heads = bucket_ids.shape[1]
+        check_integer("next_value_heads", options.next_value_heads, least=0, most=n_heads)
+        if options.n_heads is not None:
+            check_integer("n_heads", options.n_heads, least=options.first_head + n_heads)
         self.bucket_ids, self.options, self.key_padding_mask = bucket_ids, options, key_padding_mask
+
+    def check(self, q: Tensor, k: Tensor | None, v: Tensor) -> None:
+        """Raises ValueError unless q, k, v are [B, H, S, D] of one dtype, on one device, like the bucket ids."""
+        checks = TensorChecks()
+        checks.floats("q", q, "B H S D")
+        if k is not None:
+            checks.floats("k", k, "B H S D")
+        checks.floats("v", v, "B H S D")
+        checks.integers("bucket_ids", self.bucket_ids, "B H R S")
 
     def forward(self, tensors: ForwardTensors, sorter: Sorter) -> None:
         for shard in self._sorted_shards(sorter):

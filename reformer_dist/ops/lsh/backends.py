@@ -16,7 +16,9 @@ import os
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.checks import check_range
 from reformer_dist.ops.lsh.attention import Backend, LocalExchange, WorkspaceShape, attend
+from reformer_dist.ops.lsh.hashing import check_factors, check_rotations, count_columns
 from reformer_dist.ops.lsh.native.attention import NativeBackend
 from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
@@ -75,7 +77,7 @@ def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *
         return fast if unsupported_reason(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
     reason = unsupported_reason(name, device, head_dim, dtype, chunks=chunks)
     if reason is not None:
-        raise ValueError(f"attention backend {name}: {reason}")
+        raise ValueError(f"backend={name}: {reason}")
     return name
 
 
@@ -128,15 +130,20 @@ def bucket_attention(
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. A query that met no key attends to itself. Raises ValueError if options.backend can't run.
+    tokens. A query that met no key attends to itself. Raises ValueError if options.backend can't run, and for
+    tensors of other shapes, dtypes, devices or values.
     """
+    exchange = LocalExchange(bucket_ids, options, key_padding_mask)
+    check_range("bucket_ids", bucket_ids, options.n_buckets, limit="n_buckets")
     if options.next_value_heads:
+        exchange.check(q, k, v)
         v = next_values(zero_padding(v, key_padding_mask), options.next_value_heads)
-    return attend_locally(q, k, v, LocalExchange(bucket_ids, options, key_padding_mask))
+    return attend_locally(q, k, v, exchange)
 
 
 def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
-    """`bucket_attention` by an exchange, with values v that `next_values` has shifted."""
+    """`bucket_attention` by an exchange, with values v that `next_values` has shifted. Raises ValueError."""
+    exchange.check(q, k, v)
     options = exchange.options
     if options.backend != "reference":
         return attend(q, k, v, exchange, backend_for(options, v))
@@ -165,6 +172,12 @@ def hash_vectors(
     factors: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`hashing.hash_vectors` by the backend that attends: ids [B, H, R, S] of vectors [B, H, S, D]."""
+    """Bucket ids [B, H, R, S] of vectors [B, H, S, D] under rotations [H, R, D, columns].
+
+    `hashing` defines them, the backend that attends computes them. rotations: of `draw_rotations` or
+    `seeded_rotations`, with the same n_buckets, scheme and factors. Not differentiable. Raises ValueError.
+    """
+    factors = check_factors(n_buckets, scheme, factors)
+    check_rotations(vectors, rotations, count_columns(factors, scheme))
     name = choose(backend, vectors.device, vectors.shape[3], vectors.dtype)
     return _load(name).hash(vectors, rotations, n_buckets, scheme, factors)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_integer
+
 
 @dataclass(frozen=True)
 class BucketStats:
@@ -21,8 +23,13 @@ def measure_bucket_stats(bucket_ids: Tensor, counts: Tensor, window: int) -> Buc
     """Statistics of bucket ids [B, H, R, S] whose buckets have `counts` [B * H, R, K] members.
 
     The counts may be those of longer sequences of which the ids are slices. Agreement is computed from the ids
-    alone, and is 1 for a single round.
+    alone, and is 1 for a single round. Raises ValueError.
     """
+    TensorChecks().integers("bucket_ids", bucket_ids, "B H R S")
+    checks = TensorChecks(BH=bucket_ids.shape[0] * bucket_ids.shape[1])
+    checks.integers("bucket_ids", bucket_ids, "B H R S")
+    checks.integers("counts", counts, "BH R K")
+    check_integer("window", window, least=1)
     n_hashes, seq_len = bucket_ids.shape[2:]
     n_tokens = max(1, int(counts[0, 0].sum()))
     largest = counts.amax(dim=2).float().mean().item() * counts.shape[2] / n_tokens

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.checks import check_range
+from reformer_dist.ops.lsh.attention import LocalExchange
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, within_reach
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.sorting import full_position_codes, mark_padding
@@ -48,10 +50,13 @@ def measure_coverage(
     Exact attention is the softmax of scale * q.k over every real token but the query itself (if causal, every
     earlier one): LSH attention with a single bucket and an unlimited window. Queries without such a key, and
     padding, are not counted. Time S^2 and memory S * QUERY_CHUNK per (batch row, head). Wrapped chunks are not
-    supported, since their neighbours are in other rounds.
+    supported, since their neighbours are in other rounds. Raises ValueError.
     """
     rule = options.rule
-    assert not (isinstance(rule, ChunkRule) and rule.wrap)
+    if isinstance(rule, ChunkRule) and rule.wrap:
+        raise ValueError("rule.wrap=True: coverage is not defined for wrapped chunks; must be False")
+    LocalExchange(bucket_ids, options, key_padding_mask).check(q, k, q)
+    check_range("bucket_ids", bucket_ids, options.n_buckets, limit="n_buckets")
     seq_len = q.shape[2]
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
     codes = full_position_codes(buckets, options.n_buckets, rule)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reformer_dist.ops.checks import TensorChecks, check_range
 from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.cross_tiles import tiled_cross_attention
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
@@ -37,7 +38,9 @@ class CrossKeys:
     """[B, T], True for real keys."""
 
     def select_rows(self, rows: Tensor) -> CrossKeys:
-        """The keys of batch rows [N] int64, repeats allowed."""
+        """The keys of batch rows [N] int64, repeats allowed. Raises ValueError."""
+        TensorChecks().integers("rows", rows, "N")
+        check_range("rows", rows, self.k.shape[0], limit="rows of the keys")
         ids, mask = (None if x is None else x[rows] for x in (self.ids, self.padding_mask))
         return CrossKeys(self.k[rows], self.v[rows], ids, mask)
 
@@ -49,8 +52,9 @@ class CrossKeys:
 def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, options: CrossOptions) -> Tensor:
     """Softmax over all (round, key) pairs in a query's bucket: [B, H, S, D] in v's dtype, 0 if there are none.
 
-    q [B, H, S, D]; query_ids [B, H, R, S] below options.n_buckets, None if keys.ids is None.
+    q [B, H, S, D]; query_ids [B, H, R, S] below options.n_buckets, None if keys.ids is None. Raises ValueError.
     """
+    _check(q, query_ids, keys, options)
     k, v, key_ids, key_padding_mask = keys.k, keys.v, keys.ids, keys.padding_mask
     if key_ids is None and options.dropout == 0.0:
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
@@ -75,6 +79,21 @@ def cross_attention(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, option
     return attend(q, k, v, query_ids, key_ids, options, key_padding_mask)
 
 
+def _check(q: Tensor, query_ids: Tensor | None, keys: CrossKeys, options: CrossOptions) -> None:
+    checks = TensorChecks()
+    checks.floats("q", q, "B H S D")
+    checks.floats("k", keys.k, "B H T D")
+    checks.floats("v", keys.v, "B H T D")
+    checks.mask("padding_mask", keys.padding_mask, "B T")
+    options.check_rows(checks)
+    if (query_ids is None) != (keys.ids is None):
+        missing = "query_ids" if query_ids is None else "keys.ids"
+        raise ValueError(f"{missing}=None: queries and keys must both have bucket ids, or neither")
+    if query_ids is not None and keys.ids is not None:
+        checks.integers("query_ids", query_ids, "B H R S")
+        checks.integers("keys.ids", keys.ids, "B H R T")
+
+
 def _dense(
     q: Tensor,
     k: Tensor,
@@ -95,8 +114,8 @@ def _dense(
         mask = n_shared.to(q.dtype).log() if is_weighted else n_shared > 0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
     keep_masks = _keep_masks(q, k, n_rounds, options)
-    n_kept = sum(same_bucket * keep for same_bucket, keep in zip(rounds, keep_masks, strict=True))
-    factors = n_kept / n_shared.clamp(min=1) / (1.0 - options.dropout)
+    n_kept = torch.stack([same * keep for same, keep in zip(rounds, keep_masks, strict=True)]).sum(dim=0)
+    factors = n_kept.float() / n_shared.clamp(min=1) / (1.0 - options.dropout)
     with torch.autocast(q.device.type, enabled=False):
         scores = options.scale * (q.float() @ k.float().transpose(-1, -2))
         if is_weighted:

@@ -167,7 +167,8 @@ class _Group:
     def bias(self, pairs: _TilePairs, query: Tensor, key: Tensor) -> Tensor:
         """Bias of the scores, over log 2: [n_pairs, 1 or tile_len, tile_len]; -inf at empty key slots."""
         slots = pairs.keys.slots[key].unsqueeze(1)
-        bias = torch.zeros(slots.shape, device=slots.device).masked_fill_(slots < 0, -torch.inf)
+        bias = torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
+        bias.masked_fill_(slots < 0, -torch.inf)
         if not self.options.count_pairs_once or len(self.rounds) == 1:
             return bias
         query_rows, key_rows = pairs.queries.slots[query].clamp_min(0), slots.clamp_min(0)

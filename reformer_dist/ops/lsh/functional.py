@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reformer_dist.ops.lsh.backends import bucket_attention, hash_vectors
+from reformer_dist.ops.checks import TensorChecks
+from reformer_dist.ops.lsh.attention import LocalExchange
+from reformer_dist.ops.lsh.backends import attend_locally, hash_vectors
 from reformer_dist.ops.lsh.hashing import draw_rotations
 from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
@@ -35,9 +37,13 @@ def lsh_attention(
     steps. key_padding_mask [B, S]: True for real tokens. dropout: of attention weights, with masks that are a
     function of dropout_seed. n_buckets: 1 or even. backend: auto, triton, native, torch or reference. Time and
     memory grow with S * n_hashes * window.
+
+    Raises ValueError for tensors of other shapes, dtypes or devices, and for numbers out of range.
     """
-    rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)
-    bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, backend=backend)
+    checks = TensorChecks()
+    checks.floats("qk", qk, "B H S D")
+    checks.floats("v", v, "B H S D")
+    checks.mask("key_padding_mask", key_padding_mask, "B S")
     options = AttentionOptions(
         rule=WindowRule(window, causal),
         n_buckets=n_buckets,
@@ -47,4 +53,6 @@ def lsh_attention(
         dropout_seed=dropout_seed,
         backend=backend,
     )
-    return bucket_attention(qk, None, v, bucket_ids, options, key_padding_mask)
+    rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)
+    bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, backend=backend)
+    return attend_locally(qk, None, v, LocalExchange(bucket_ids, options, key_padding_mask))

@@ -11,9 +11,14 @@ is quadratic in the length at a fixed bucket size.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+
+from reformer_dist.ops.checks import TensorChecks, check_choice, check_integer
+from reformer_dist.ops.lsh.options import LARGEST_N_BUCKETS
+from reformer_dist.ops.tensor_cache import cache_tensors
 
 # The widest argmax that is still cheap, and the most cells that one projection usefully distinguishes.
 LARGEST_FACTOR = {"rotation": 64, "floor": 8}
@@ -76,8 +81,45 @@ def single_bucket_ids(x: Tensor) -> Tensor:
 Factors = tuple[int, ...]
 
 
+def check_factors(n_buckets: int, scheme: str, factors: Factors | None = None) -> Factors:
+    """The factors of n_buckets, by default those of `bucket_factors`. Raises ValueError if they can't be."""
+    check_choice("hash_scheme", scheme, LARGEST_FACTOR)
+    check_integer("n_buckets", n_buckets, least=1, most=LARGEST_N_BUCKETS)
+    if factors is None:
+        return bucket_factors(n_buckets, LARGEST_FACTOR[scheme])
+    is_valid = all(isinstance(f, int) and f > 0 and f % 2 == 0 for f in factors)
+    if not is_valid or math.prod(factors) != n_buckets:
+        raise ValueError(f"factors={factors}: must be even numbers with the product n_buckets={n_buckets}")
+    return factors
+
+
+def check_rotations(vectors: Tensor, rotations: Tensor, n_columns: int) -> None:
+    """Raises ValueError unless vectors are [B, H, S, D] and rotations float32 [H, R, D, n_columns]."""
+    TensorChecks().floats("vectors", vectors, "B H S D")
+    sizes = {"H": vectors.shape[1], "D": vectors.shape[3], "columns": n_columns}
+    TensorChecks(**sizes).floats("rotations", rotations, "H R D columns")
+    if rotations.dtype != torch.float32:
+        raise ValueError(
+            f"rotations.dtype={rotations.dtype}: must be torch.float32, as draw_rotations returns them"
+        )
+    if rotations.device.type != "cpu" and rotations.device != vectors.device:
+        raise ValueError(f"rotations.device={rotations.device}: must be cpu or that of vectors, {vectors.device}")
+
+
+def count_columns(factors: Factors, scheme: str) -> int:
+    """Columns of the rotations."""
+    return sum(factors) // 2 if scheme == "rotation" else len(factors)
+
+
+def _check_rotation_sizes(n_heads: int, head_dim: int, n_hashes: int, seed: int) -> None:
+    sizes = {"n_heads": n_heads, "head_dim": head_dim, "n_hashes": n_hashes}
+    for name, size in sizes.items():
+        check_integer(name, size, least=1)
+    check_integer("seed", seed, least=-(2**63), most=2**64 - 1)
+
+
 # One entry per layer and step: shared by the micro-batches of a step, and by the tokens of a generated text.
-@functools.lru_cache(maxsize=64)
+@cache_tensors(maxsize=64)
 def draw_rotations(
     n_heads: int,
     head_dim: int,
@@ -91,13 +133,18 @@ def draw_rotations(
     """Random projections [n_heads, n_hashes, head_dim, columns], float32 on the CPU. Cached: do not modify.
 
     The same on every machine. Columns of `rotation` are orthogonal in blocks of head_dim, those of `floor`
-    independent normal. factors: of n_buckets; default `bucket_factors`.
+    independent normal. factors: of n_buckets; default `bucket_factors`. Raises ValueError.
     """
-    factors = bucket_factors(n_buckets, LARGEST_FACTOR[scheme]) if factors is None else factors
-    columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(n_heads, n_hashes, head_dim, columns, generator=generator)
+    _check_rotation_sizes(n_heads, head_dim, n_hashes, seed)
+    columns = count_columns(check_factors(n_buckets, scheme, factors), scheme)
+    drawn = _draw_normal(n_heads, n_hashes, head_dim, columns, seed=seed)
     return _orthogonalize(drawn) if scheme == "rotation" else drawn
+
+
+def _draw_normal(*shape: int, seed: int) -> Tensor:
+    """Independent normal numbers, whatever the default dtype and device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _orthogonalize(columns: Tensor) -> Tensor:
@@ -117,17 +164,17 @@ def _orthogonalize(columns: Tensor) -> Tensor:
     return (torch.cat(rotations, dim=-1) * head_dim**0.5).float()
 
 
-@functools.lru_cache(maxsize=64)
+@cache_tensors(maxsize=64)
 def seeded_rotations(
     n_heads: int, head_dim: int, n_hashes: int, n_buckets: int, seed: int, *, factors: Factors | None = None
 ) -> Tensor:
     """The rotations that Hugging Face's Reformer draws on a CPU with `hash_seed` set; shapes as `draw_rotations`.
 
-    The same for every step and for every layer of the same sizes.
+    The same for every step and for every layer of the same sizes. Raises ValueError.
     """
-    factors = bucket_factors(n_buckets, LARGEST_FACTOR["rotation"]) if factors is None else factors
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n_heads, head_dim, n_hashes, sum(factors) // 2, generator=generator).transpose(1, 2)
+    _check_rotation_sizes(n_heads, head_dim, n_hashes, seed)
+    columns = count_columns(check_factors(n_buckets, "rotation", factors), "rotation")
+    return _draw_normal(n_heads, head_dim, n_hashes, columns, seed=seed).transpose(1, 2)
 
 
 def hash_vectors(

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from reformer_dist.ops.checks import check_integer
+
+LARGEST_WINDOW = 2**28  # sorted positions, and distances between them, are 32-bit
+
 
 @dataclass(frozen=True)
 class WindowRule:
@@ -22,6 +26,9 @@ class WindowRule:
     causal: bool
     sees_self: bool = False
     """True (local attention): a token attends to itself. False (shared query-key): only if it has no other key."""
+
+    def __post_init__(self) -> None:
+        check_integer("window", self.window, least=1, most=LARGEST_WINDOW)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,12 @@ class ChunkRule:
     """True (local attention): a token attends to itself. False (shared query-key): only if it has no other key."""
     round_to: int = 1
     """The order counts as padded to a multiple of this, so chunks that wrap attend to the padding."""
+
+    def __post_init__(self) -> None:
+        check_integer("chunk_len", self.chunk_len, least=1, most=LARGEST_WINDOW)
+        check_integer("n_before", self.n_before, least=0)
+        check_integer("n_after", self.n_after, least=0)
+        check_integer("round_to", self.round_to, least=1, most=LARGEST_WINDOW)
 
     def n_chunks(self, seq_len: int) -> int:
         """Chunks in an order of seq_len tokens, including empty ones of the padding."""

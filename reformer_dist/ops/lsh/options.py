@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.neighbour_rules import Rule
+from reformer_dist.ops.checks import TensorChecks, check_choice, check_dropout, check_integer, check_number
+from reformer_dist.ops.lsh.neighbour_rules import LARGEST_WINDOW, ChunkRule, Rule
+
+BACKENDS = ("auto", "reference", "torch", "native", "triton")
+LARGEST_N_BUCKETS = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,18 @@ class DropoutOptions:
     """Index within the layer of the first local head."""
     n_heads: int | None = None
     """Heads of the layer; None if all are local."""
+
+    def __post_init__(self) -> None:
+        check_dropout("dropout", self.dropout)
+        check_integer("dropout_seed", self.dropout_seed, least=-(2**63), most=2**64 - 1)
+        check_integer("first_head", self.first_head, least=0)
+        if self.n_heads is not None:
+            check_integer("n_heads", self.n_heads, least=self.first_head + 1)
+
+    def check_rows(self, checks: TensorChecks) -> None:
+        """Raises ValueError unless rows has an element for each batch row, B of the checks."""
+        if self.rows is not None:
+            checks.integers("rows", self.rows, "B")
 
     def head_indices(self, batch: int, n_heads: int, device: torch.device) -> Tensor:
         """Index within the step of each local (batch row, head) pair: [batch * n_heads]."""
@@ -49,8 +65,26 @@ class AttentionOptions(DropoutOptions):
         return self.next_value_heads == 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("n_buckets", self.n_buckets, least=1, most=LARGEST_N_BUCKETS)
+        check_number("scale", self.scale, above=0)
+        check_integer("next_value_heads", self.next_value_heads, least=0)
+        check_choice("backend", self.backend, BACKENDS)
         if self.next_value_heads and self.rule.sees_self:
             raise ValueError(f"next_value_heads={self.next_value_heads}: needs rule.sees_self=False")
+        if self.count_pairs_once:
+            self._check_count_pairs_once()
+
+    def _check_count_pairs_once(self) -> None:
+        if isinstance(self.rule, ChunkRule):
+            if self.rule.wrap:
+                raise ValueError(
+                    "count_pairs_once=True: needs rule.wrap=False; wrapped chunks have no position codes"
+                )
+        elif self.rule.window * self.n_buckets > LARGEST_WINDOW:  # buckets are a window apart
+            limit = LARGEST_WINDOW // self.n_buckets
+            condition = f"with n_buckets={self.n_buckets} and count_pairs_once=True"
+            raise ValueError(f"window={self.rule.window}: must be at most {limit} {condition}")
 
 
 @dataclass(frozen=True)
@@ -63,3 +97,8 @@ class CrossOptions(DropoutOptions):
     count_pairs_once: bool = False
     is_reference: bool = False
     """Use the reference implementation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("n_buckets", self.n_buckets, least=1, most=LARGEST_N_BUCKETS)
+        check_number("scale", self.scale, above=0)

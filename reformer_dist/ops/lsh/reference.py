@@ -19,9 +19,9 @@ def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | Non
     query nor as a key. A token does not attend to itself unless rule.sees_self.
     """
     batch, n_heads, n_hashes, seq_len = bucket_ids.shape
-    visible = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64)
+    visible = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64, device="cpu")
     for b in range(batch):
-        real = torch.ones(seq_len, dtype=torch.bool)
+        real = torch.ones(seq_len, dtype=torch.bool, device="cpu")
         if key_padding_mask is not None:
             real = key_padding_mask[b].cpu()
         for h in range(n_heads):
@@ -49,7 +49,7 @@ def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
 def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
     n_hashes, seq_len = buckets.shape
     n_chunks = rule.n_chunks(seq_len)
-    visible = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64)
+    visible = torch.zeros(n_hashes, seq_len, seq_len, dtype=torch.int64, device="cpu")
     # padding sorts after every bucket
     padded = torch.where(real, buckets, buckets.max() + 1)
     orders = [torch.argsort(padded[r], stable=True) for r in range(n_hashes)]
@@ -164,4 +164,4 @@ def _dropout_factors(visible: Tensor, dropout: float, seed: int, head_indices: T
         )
         rounds.append(keep_mask(query_keys, key_keys, dropout))
     keep = torch.stack(rounds, dim=2).view(batch, n_heads, n_queries, n_hashes, n_keys)
-    return keep / (1 - dropout)
+    return keep.float() / (1 - dropout)

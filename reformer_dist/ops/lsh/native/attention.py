@@ -12,7 +12,15 @@ from torch import Tensor
 from reformer_dist.ops.lsh import hashing
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
-from reformer_dist.ops.lsh.native.calls import AttentionCall, addresses, hash_rows, order_rows, row_dot, window_of
+from reformer_dist.ops.lsh.native.calls import (
+    AttentionCall,
+    address,
+    check_dim,
+    hash_rows,
+    order_rows,
+    row_dot,
+    window_of,
+)
 from reformer_dist.ops.lsh.native.library import library
 from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.online_softmax import LOG2_E
@@ -42,7 +50,7 @@ class NativeBackend:
         if scheme != "rotation":
             return hashing.hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
         batch, n_heads, seq_len, _ = vectors.shape
-        ids = torch.empty(batch, n_heads, rotations.shape[1], seq_len, dtype=bucket_dtype(n_buckets))
+        ids = torch.empty(batch, n_heads, rotations.shape[1], seq_len, dtype=bucket_dtype(n_buckets), device="cpu")
         if n_buckets == 1:
             return ids.zero_()
         factors = bucket_factors(n_buckets, LARGEST_FACTOR["rotation"]) if factors is None else factors
@@ -72,7 +80,7 @@ class NativeBackend:
         return NativeSortedShard(shard, self._options)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
-        out = torch.empty(a.shape[:3], dtype=torch.float32)
+        out = torch.empty(a.shape[:3], dtype=torch.float32, device="cpu")
         rows = (x.view(-1, x.shape[3]).split(GROUP_TOKENS) for x in (a, b))
         for target, some_a, some_b in zip(out.view(-1).split(GROUP_TOKENS), *rows, strict=True):
             row_dot(some_a.float(), some_b.float(), target)
@@ -121,23 +129,32 @@ class NativeSortedShard:
         grads: Sequence[Tensor | None],
     ) -> None:
         """Fills out and lse, or adds to grads; k is None for keys q / |q|, whose gradients are added to dq."""
-        options, order, rule = self._options, self._order, self._options.rule
+        options, order, rule, positions = self._options, self._order, self._options.rule, self._positions
         (q, k, v, d_out), (dq, dk, dv) = inputs, grads
         assert isinstance(rule, WindowRule) and q is not None
         lse = lse.view(-1)[self._rows]
         sums = torch.empty_like(lse) if delta is None else delta.view(-1)[self._rows]
         key_scales, along = (torch.empty_like(lse), torch.empty_like(lse)) if k is None else (None, None)
         n_rounds, n_rows = order.order.shape
+        n_heads, dim = n_rows // max(1, self._row_len), q.shape[1]
+        check_dim(dim)
+
+        def rows_of(**tensors: Tensor | None) -> list[int | None]:
+            return [address(name, x, n_rows, dim) for name, x in tensors.items()]
+
         call = AttentionCall(
-            self._row_len, n_rows // max(1, self._row_len), n_rounds, q.shape[1],
+            self._row_len, n_heads, n_rounds, dim,
             self._window, rule.causal, rule.sees_self,
             order.spans.shape[1], torch.get_num_threads(),
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),
-            *addresses(order.order, order.spans, order.span_counts, order.codes),
-            *addresses(self._head_index, self._positions),
-            *addresses(q, q if k is None else k, v, d_out, out, lse, sums),
-            *addresses(key_scales, along, dq, dq if k is None else dk, dv),
+            *order.addresses(n_rounds, n_rows),
+            address("head_index", self._head_index, n_heads if positions is None else n_rows, dtype=torch.int32),
+            address("positions", positions, n_rows, dtype=torch.int32),
+            *rows_of(q=q, k=q if k is None else k, v=v, d_out=d_out, out=out),
+            address("lse", lse, n_rows), address("delta", sums, n_rows),
+            address("key_scales", key_scales, n_rows), address("along", along, n_rows),
+            *rows_of(dq=dq, dk=dq if k is None else dk, dv=dv),
         )  # fmt: skip
         getattr(library(), function)(ctypes.byref(call))
 

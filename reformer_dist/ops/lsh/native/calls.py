@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.native.library import library
 from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 
 # Slots of a bucket that a thread processes at a time: long enough to amortize the scheduling.
 SPAN_LEN = 256
+MAX_DIM = 256  # of vectors.h
 
 
 def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
@@ -56,18 +58,26 @@ class AttentionCall(ctypes.Structure):
 
 def row_dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Fills out [n_rows] with the dot products of the rows of a and b [n_rows, D]; all float32."""
-    sizes = (ctypes.c_int64(n) for n in (*a.shape, torch.get_num_threads()))
-    pointers = (ctypes.c_void_p(address) for address in addresses(a, b, out))
-    library().reformer_row_dot(*pointers, *sizes)
+    n_rows, dim = a.shape
+    check_dim(dim)
+    pointers = [address("a", a, n_rows, dim), address("b", b, n_rows, dim), address("out", out, n_rows)]
+    sizes = (ctypes.c_int64(n) for n in (n_rows, dim, torch.get_num_threads()))
+    library().reformer_row_dot(*map(ctypes.c_void_p, pointers), *sizes)
 
 
 def hash_rows(x: Tensor, rotations: Tensor, factors: tuple[int, ...], ids: Tensor) -> None:
     """Fills ids [B, H, R, S] with buckets of x [B, H, S, D], float32, under rotations [H, R, columns, D]."""
     batch, n_heads, n_rounds, seq_len = ids.shape
-    sizes = torch.tensor(factors, dtype=torch.int64)
+    sizes, dim = torch.tensor(factors, dtype=torch.int64, device="cpu"), x.shape[3]
+    check_dim(dim)
+    n_columns = sum(factors) // 2
     call = HashCall(
-        seq_len, batch * n_heads, n_heads, n_rounds, x.shape[3], rotations.shape[2], len(factors),
-        ids.element_size(), torch.get_num_threads(), *addresses(sizes, x, rotations, ids),
+        seq_len, batch * n_heads, n_heads, n_rounds, dim, n_columns, len(factors),
+        ids.element_size(), torch.get_num_threads(),
+        address("factors", sizes, len(factors), dtype=torch.int64),
+        address("vectors", x, batch, n_heads, seq_len, dim),
+        address("rotations", rotations, n_heads, n_rounds, n_columns, dim),
+        address("bucket_ids", ids, batch, n_heads, n_rounds, seq_len, dtype=bucket_dtype(math.prod(factors))),
     )  # fmt: skip
     library().reformer_hash(ctypes.byref(call))
 
@@ -84,6 +94,15 @@ class Order:
     """int32 [R, 2]: see attention.c."""
     codes: Tensor | None
     """int32 [R, BH * S] position codes of the rows, with count_pairs_once."""
+
+    def addresses(self, n_rounds: int, n_rows: int) -> tuple[int | None, ...]:
+        """Pointers to the tensors."""
+        return (
+            address("order", self.order, n_rounds, n_rows, dtype=torch.int32),
+            address("spans", self.spans, n_rounds, self.spans.shape[1], 4, dtype=torch.int32),
+            address("span_counts", self.span_counts, n_rounds, 2, dtype=torch.int32),
+            address("codes", self.codes, n_rounds, n_rows, dtype=torch.int32),
+        )
 
 
 def window_of(options: AttentionOptions, seq_len: int) -> int:
@@ -105,7 +124,7 @@ def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor 
     n_spans = n_batch_heads * (n_buckets + seq_len // span_len)
 
     def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32)
+        return torch.empty(shape, dtype=torch.int32, device="cpu")
 
     counts_once = options.count_pairs_once and n_rounds > 1 and query_bounds is None
     codes = ints(n_rounds, n_batch_heads * seq_len) if counts_once else None
@@ -113,16 +132,32 @@ def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor 
     ids, ends = buckets.int().contiguous(), ints(n_rounds, n_batch_heads, n_buckets + 2)
     call = OrderCall(
         seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
-        *addresses(ids, query_bounds, ends, order.order, order.spans, order.span_counts, order.codes),
+        address("bucket_ids", ids, n_batch_heads, n_rounds, seq_len, dtype=torch.int32),
+        address("query_bounds", query_bounds, n_rounds, n_batch_heads * n_buckets, 2, dtype=torch.int32),
+        address("ends", ends, n_rounds, n_batch_heads, n_buckets + 2, dtype=torch.int32),
+        *order.addresses(n_rounds, n_batch_heads * seq_len),
     )  # fmt: skip
     if not library().reformer_order(ctypes.byref(call)):
         wrong = ids[(ids < 0) | (ids > n_buckets)]
-        raise ValueError(f"bucket_ids: must be from 0 to {n_buckets - 1}, below n_buckets, not {wrong[0].item()}")
+        raise ValueError(f"bucket_ids={wrong[0].item()}: must be from 0 to {n_buckets - 1}, below n_buckets")
     return order
 
 
-def addresses(*tensors: Tensor | None) -> Iterable[int | None]:
-    """Pointers to contiguous tensors, which the caller keeps alive until the call returns."""
-    for tensor in tensors:
-        assert tensor is None or tensor.is_contiguous()
-        yield None if tensor is None else tensor.data_ptr()
+def check_dim(dim: int) -> None:
+    """Raises ValueError for a width of rows that the C library has no room for."""
+    if dim % 16 or not 16 <= dim <= MAX_DIM:
+        raise ValueError(f"head_dim={dim}: must be a multiple of 16 up to {MAX_DIM}")
+
+
+def address(name: str, x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int | None:
+    """Pointer to a tensor, which the caller keeps alive until the call returns; None without one.
+
+    C code can't check what is there: raises ValueError unless it is a contiguous CPU tensor of this shape, dtype.
+    """
+    if x is None:
+        return None
+    is_readable = x.device.type == "cpu" and x.layout is torch.strided and x.is_contiguous()
+    if not is_readable or x.dtype != dtype or x.shape != shape:
+        found = f"{x.dtype} {list(x.shape)} on {x.device}"
+        raise ValueError(f"{name}={found}: the C library needs {dtype} {list(shape)}, contiguous, on the CPU")
+    return x.data_ptr()

@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #define GROUP 16
-#define MAX_DIM 256 /* largest head_dim, checked by `backends.unsupported_reason` */
+#define MAX_DIM 256 /* largest head_dim, checked by `calls.check_dim` */
 #ifndef LANES /* floats per vector */
 #if defined(__AVX512F__)
 #define LANES 16

@@ -204,7 +204,7 @@ def _chunk_layout(
 
 def _slot_of_row(slots: Tensor, n_rows: int) -> Tensor:
     """Slot of each row; the last slot (which is empty) for rows in none."""
-    slot_of_row = torch.full((n_rows,), slots.numel() - 1, device=slots.device)
+    slot_of_row = torch.full((n_rows,), slots.numel() - 1, dtype=torch.int64, device=slots.device)
     taken = (slots >= 0).nonzero().squeeze(1)
     slot_of_row[slots[taken]] = taken
     return slot_of_row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, WindowRule, within_
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.tiles import Column
+from reformer_dist.ops.tensor_cache import cache_tensors
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class PairMask:
         lag = _lag(self._layout.tiling.tile_len, column.offset, edges.rank.device)
         rank = edges.rank[tiles].unsqueeze(1) - lag
         is_member = (rank >= 0) & (rank < edges.count[tiles].unsqueeze(1))
-        outside = torch.zeros(rank.shape, device=rank.device).masked_fill_(~is_member, -torch.inf)
-        return band + outside.unsqueeze(1)
+        outside = torch.zeros(rank.shape, dtype=torch.float32, device=rank.device)
+        return band + outside.masked_fill_(~is_member, -torch.inf).unsqueeze(1)
 
     def _chunk_bias(self, column: Column, rule: ChunkRule) -> Tensor:
         """Chunk rule: all keys of the tile except later ones (causal) and the query itself (unless sees_self)."""
@@ -84,12 +84,13 @@ class PairMask:
             visible &= key <= query
         if not rule.sees_self:
             visible &= key != query
-        return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
+        bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
+        return bias.masked_fill_(~visible, -torch.inf)
 
     def _count_shared_rounds(self, codes: Tensor, column: Column) -> Tensor:
         """Number of rounds in which each pair is visible, float32 [n_tiles, tile_len, tile_len]."""
         queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
-        n_shared = torch.zeros(*queries.shape, keys.shape[1], device=queries.device)
+        n_shared = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.float32, device=queries.device)
         for round_codes in codes:
             n_shared += within_reach(
                 round_codes[queries].unsqueeze(2), round_codes[keys].unsqueeze(1), self._options.rule
@@ -102,11 +103,11 @@ def _lag(tile_len: int, offset: int, device: torch.device) -> Tensor:
     return offset * tile_len - torch.arange(tile_len, device=device)
 
 
-@functools.cache
+@cache_tensors(maxsize=256)
 def _band(rule: WindowRule, tile_len: int, offset: int, device: torch.device) -> Tensor:
     """0 within the window of each query, else -inf: [1, tile_len, tile_len]."""
     distance = torch.arange(tile_len, device=device).unsqueeze(1) + _lag(tile_len, offset, device)
     near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
     if not rule.sees_self:
         near &= distance != 0
-    return torch.zeros(1, *near.shape, device=device).masked_fill_(~near, -torch.inf)
+    return torch.zeros(1, *near.shape, dtype=torch.float32, device=device).masked_fill_(~near, -torch.inf)

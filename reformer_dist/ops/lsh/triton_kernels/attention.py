@@ -22,7 +22,7 @@ from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
 from reformer_dist.ops.lsh.triton_kernels.rowwise import merge_rounds, row_products, sum_rounds
 from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants, tile_heads, tile_partition
 
-# Heads, or heads x rounds, are the second or third dimension of a grid, whose size CUDA limits.
+# Heads of a group x rounds are dimensions of a grid after the first, whose sizes CUDA limits.
 MAX_HEADS = 2**16 - 1
 
 
@@ -51,6 +51,8 @@ class TritonBackend:
         return tuning.workspace_bytes(shape)
 
     def heads_per_group(self, n_rounds: int, seq_len: int) -> int:
+        if n_rounds > MAX_HEADS:
+            raise ValueError(f"n_hashes={n_rounds}: must be at most {MAX_HEADS} with backend=triton; use torch")
         return min(MAX_HEADS // n_rounds, max(1, tuning.GROUP_TOKENS // (n_rounds * seq_len)))
 
     def sort(self, shard: Shard) -> TritonSortedShard:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_dtype, bucket_factors
 from reformer_dist.ops.lsh.hashing import hash_vectors as torch_hash_vectors
+from reformer_dist.ops.lsh.triton_kernels.load import grid_of, head_and_rows
 from reformer_dist.ops.lsh.triton_kernels.products import WIDENS
+from reformer_dist.ops.tensor_cache import cache_tensors
 
 MAX_ROWS, MIN_ROWS = 128, 16  # of a program
 MAX_WIDTH = 128  # half of the largest factor; wider kernels take minutes to compile
@@ -31,9 +33,8 @@ def _hash(
     N_FACTORS: tl.constexpr, N_PARTS: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     """x [B, H, S, D], rotations [H, R, N_PARTS, D, columns], ids [B, H, R, S]; WIDTH: half of any factor."""
-    head_index = tl.program_id(1)
+    head_index, row = head_and_rows(seq_len, ROWS)
     batch, head = (head_index // n_heads).to(tl.int64), (head_index % n_heads).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dim, column = tl.arange(0, BLOCK_D), tl.arange(0, WIDTH)
     x_ptr += batch * x_strides[0] + head * x_strides[1]
     mask = (row < seq_len)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -75,7 +76,7 @@ def _hash(
         tl.store(target, bucket.to(ids_ptr.dtype.element_ty), mask=row < seq_len)
 
 
-@functools.lru_cache(maxsize=64)  # as `hashing.draw_rotations`: micro-batches copy them to the device once
+@cache_tensors(maxsize=64)  # as `hashing.draw_rotations`: micro-batches copy them to the device once
 def _rotation_parts(rotations: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Rotations on a device as a sum of parts in the vectors' type, [H, R, parts, D, columns].
 
@@ -135,7 +136,7 @@ def hash_vectors(
         return torch_hash_vectors(vectors, rotations, n_buckets, scheme, factors=factors)
     ids = torch.empty(batch, n_heads, n_rounds, seq_len, dtype=dtype, device=x.device)
     parts = _rotation_parts(rotations, x.device, x.dtype if rotates else torch.float32)
-    _hash[(triton.cdiv(seq_len, rows), batch * n_heads)](
+    _hash[grid_of(batch * n_heads, seq_len, rows)](
         x, x.stride()[:3], parts, ids, factors, n_heads, seq_len, n_rounds, n_columns,
         ROWS=rows,
         HEAD_DIM=head_dim,

@@ -69,6 +69,22 @@ class RowBlock(NamedTuple):
     """Round of each row, which differs from the tile's only where rounds wrap."""
 
 
+def grid_of(n_heads: int, seq_len: int, n_rows: int) -> tuple[int]:
+    """Grid of programs for n_rows rows of one head each, which read their place by `head_and_rows`.
+
+    One dimension: CUDA limits the others to 65535, which is less than batch rows x heads may be.
+    """
+    return (n_heads * triton.cdiv(seq_len, n_rows),)
+
+
+@triton.jit
+def head_and_rows(seq_len, ROWS: tl.constexpr):
+    """The head of this program, and its rows [ROWS], of which the last ones may be beyond seq_len."""
+    n_blocks = tl.cdiv(seq_len, ROWS)
+    program = tl.program_id(0)
+    return program // n_blocks, program % n_blocks * ROWS + tl.arange(0, ROWS)
+
+
 @triton.jit
 def head_rows(x_ptr, strides, head, n_heads):
     """Rows of a (batch row, head) index in x [B, H, S, D] with these strides of B, H and S."""

@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reformer_dist.ops.lsh.triton_kernels.load import head_rows
+from reformer_dist.ops.lsh.triton_kernels.load import grid_of, head_and_rows, head_rows
 
 ROWS = 64
 
 
 class RowRange(NamedTuple):
-    """The rows of a program, [ROWS]."""
+    """The rows of a program, [ROWS], of one head."""
 
+    head: Any
     row: Any
     is_row: Any
     column: Any
@@ -27,9 +28,9 @@ class RowRange(NamedTuple):
 
 @triton.jit
 def _row_range(seq_len, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, row = head_and_rows(seq_len, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
-    return RowRange(row, row < seq_len, column, (row < seq_len)[:, None] & (column < HEAD_DIM))
+    return RowRange(head, row, row < seq_len, column, (row < seq_len)[:, None] & (column < HEAD_DIM))
 
 
 @triton.jit
@@ -44,8 +45,8 @@ def _row_products(
     a_ptr, b_ptr, out_ptr, a_strides, b_strides, n_heads, seq_len,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    head = rows.head
     a = tl.load(_addresses(a_ptr, a_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
     b = tl.load(_addresses(b_ptr, b_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
     sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
@@ -68,8 +69,8 @@ def _merge_rounds(
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """o [BH, R, S, D], round_lse [BH, R, S] -> out [B, H, S, D], lse [B, H, S]."""
-    head = tl.program_id(1)
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    head = rows.head
     start = head.to(tl.int64) * N_ROUNDS * seq_len
     largest = tl.full([ROWS], -1e30, tl.float32)
     for r in tl.static_range(N_ROUNDS):
@@ -102,8 +103,8 @@ def _sum_rounds(
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """parts [BH, R, S, D] -> out [B, H, S, D]. IS_DV: added to what out has for a query without keys."""
-    head = tl.program_id(1)
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    head = rows.head
     start = head.to(tl.int64) * N_ROUNDS * seq_len
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
@@ -123,7 +124,7 @@ def _sum_rounds(
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """sum over D of a * b, [B, H, S, D] -> float32 [B, H, S]."""
     out = torch.empty(a.shape[:3], dtype=torch.float32, device=a.device)
-    grid = _grid(a.shape[2], a.shape[0] * a.shape[1])
+    grid = grid_of(a.shape[0] * a.shape[1], a.shape[2], ROWS)
     _row_products[grid](a, b, out, a.stride()[:3], b.stride()[:3], a.shape[1], a.shape[2], **_sizes(a))
     return out
 
@@ -137,7 +138,7 @@ def merge_rounds(
     `Tiles.present`.
     """
     n_heads, n_rounds, seq_len, _ = o.shape
-    _merge_rounds[_grid(seq_len, n_heads)](
+    _merge_rounds[grid_of(n_heads, seq_len, ROWS)](
         o, round_lse, out, lse, round_lse if present is None else present,
         out.stride()[:3], first_head, out.shape[1], seq_len,
         SHARDED=present is not None,
@@ -156,7 +157,7 @@ def sum_rounds(
     """
     n_heads, n_rounds, seq_len, _ = parts.shape
     lse = parts if dv_lse is None else dv_lse
-    _sum_rounds[_grid(seq_len, n_heads)](
+    _sum_rounds[grid_of(n_heads, seq_len, ROWS)](
         parts, lse, out, lse if present is None else present,
         out.stride()[:3], first_head, out.shape[1], seq_len,
         SHARDED=present is not None,
@@ -164,10 +165,6 @@ def sum_rounds(
         N_ROUNDS=n_rounds,
         **_sizes(out),
     )  # fmt: skip
-
-
-def _grid(seq_len: int, n_heads: int) -> tuple[int, int]:
-    return triton.cdiv(seq_len, ROWS), n_heads
 
 
 def _sizes(x: Tensor) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from reformer_dist.config import ModelConfig
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models.decoding import DecodingState, kv_cache_unsupported_reason
+from reformer_dist.ops.checks import TensorChecks, check_range
 
 ForwardFunction = Callable[..., Tensor]
 """`ReformerLM.forward` or a wrapper with its signature, such as a training engine."""
@@ -51,17 +52,19 @@ class CachedDecoder:
 
     def __init__(self, model: ForwardFunction, config: ModelConfig) -> None:
         self._model, self._config = model, config
-        self._state = DecodingState(config)
+        self._state, self._n_rows = DecodingState(config), 0
 
     def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        self._state = DecodingState(self._config)
+        self._state, self._n_rows = DecodingState(self._config), len(tokens)
         return self._logits(tokens, key_padding_mask)
 
     def step(self, tokens: Tensor) -> Tensor:
+        TensorChecks(B=self._n_rows).integers("tokens", tokens, "B")
         return self._logits(tokens.unsqueeze(1), None)
 
     def select_rows(self, rows: Tensor) -> None:
         self._state.select_rows(rows)
+        self._n_rows = len(rows)
 
     def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self._model(tokens, key_padding_mask=mask, sequence=self._state, logits_to_keep=1)[:, -1]
@@ -78,12 +81,15 @@ class UncachedDecoder:
         return self._logits()
 
     def step(self, tokens: Tensor) -> Tensor:
+        TensorChecks(B=len(self._tokens)).integers("tokens", tokens, "B")
         self._tokens = torch.cat([self._tokens, tokens.unsqueeze(1)], dim=1)
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
         return self._logits()
 
     def select_rows(self, rows: Tensor) -> None:
+        TensorChecks().integers("rows", rows, "N")
+        check_range("rows", rows, len(self._tokens), limit="sequences")
         self._tokens = self._tokens[rows]
         if self._mask is not None:
             mask = self._mask[rows]

@@ -25,9 +25,11 @@ from reformer_dist import (
 )
 from reformer_dist.generation import (
     BeamOptions,
+    CachedDecoder,
     SamplingOptions,
     TextSampler,
     TextStream,
+    UncachedDecoder,
     beam_search,
     generate,
     make_decoder,
@@ -360,7 +362,30 @@ LIBRARY = {
     ),
 }  # fmt: skip
 PROMPT = integers(V, 5)
+
+
+def prefilled(kind: type[CachedDecoder] | type[UncachedDecoder]) -> Any:
+    """A decoder of the evaluated model, after a prompt."""
+    made = UncachedDecoder(EVALUATED) if kind is UncachedDecoder else CachedDecoder(EVALUATED, EVALUATED.config)
+    made.prefill(TOKENS)
+    return made
+
+
 GENERATION = {
+    **{
+        f"{kind.__name__}.step": Call(
+            lambda tokens, kind=kind: prefilled(kind).step(tokens), {"tokens": integers(V, B)}, {"tokens": "B"},
+            fixed="B", wrong={"tokens": labels(V, B)}, signature=kind.step,
+        )
+        for kind in (CachedDecoder, UncachedDecoder)
+    },
+    **{
+        f"{kind.__name__}.select_rows": Call(
+            lambda rows, kind=kind: prefilled(kind).select_rows(rows), {"rows": torch.tensor([1])}, {"rows": "N"},
+            wrong={"rows": labels(B, 2)}, signature=kind.select_rows,
+        )
+        for kind in (CachedDecoder, UncachedDecoder)
+    },
     "generate": Call(
         lambda **arguments: list(generate(decoder(), options=SamplingOptions(), **arguments)),
         {"prompt": PROMPT, "n_tokens": 2}, {"prompt": "S"},

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from public_calls import CALLS
+from refusal_table import table
 
+import reformer_dist
+from reformer_dist import generation
 from reformer_dist.interop.reformer_pytorch_api import KEYWORDS, OPTIONS
+from reformer_dist.ops import kv_cache, lsh
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
@@ -44,6 +49,20 @@ def table_below(head: str) -> dict[str, str]:
 def test_its_tables_match_the_code() -> None:
     assert table_below("| there | here |") == {name: row.note for name, row in OPTIONS.items()}
     assert table_below("| keyword of a call | reason |") == KEYWORDS
+
+
+def test_its_list_of_refusals_is_that_of_the_code() -> None:
+    """If not, `PYTHONPATH=. python tests/library/refusal_table.py` prints the right one."""
+    assert table() in PAGE
+
+
+def test_every_public_function_is_in_the_list() -> None:
+    listed = {name.partition(".")[0] for name in CALLS} | {"CrossKeys", "ReformerStack"}
+    # protocols, results, what takes no arguments to check, and configurations, which have their own tests
+    others = {"AttentionCache", "AttentionView", "Decoder", "Hypothesis", "Rule"}
+    others |= {"__version__", "make_decoder"} | set(reformer_dist.config.__all__)
+    for module in (reformer_dist, lsh, kv_cache, generation):
+        assert not set(module.__all__) - listed - others, module.__name__
 
 
 def test_the_readme_links_to_it_and_its_example_runs() -> None:

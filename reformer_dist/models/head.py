@@ -35,6 +35,8 @@ class LanguageModelHead(nn.Module):
         """
         if labels is not None:
             check_labels(labels, "B S", hidden)
+        elif per_token:
+            raise ValueError("per_token_loss=True: there are no labels; give labels [B, S]")
         if self.to_table is not None:
             hidden = self.to_table(hidden)
         if labels is None:

@@ -18,9 +18,10 @@ def signature_of(name: str, call: Call) -> str:
     """Such as `rotate(x, cos, sin)`; names after * are keywords."""
     shown: list[str] = []
     for parameter in inspect.signature(call.signature or call.function).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(part.startswith("*") for part in shown):
             shown.append("*")
-        shown.append("**options" if parameter.kind is parameter.VAR_KEYWORD else parameter.name)
+        stars = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+        shown.append(stars + parameter.name)
     return f"`{name}({', '.join(part for part in shown if part != 'self')})`"
 
 

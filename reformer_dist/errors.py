@@ -13,6 +13,10 @@ class DataError(UserError):
     """A dataset that is missing, damaged or too small."""
 
 
+class SourceUnavailable(DataError):
+    """A remote dataset that does not respond, as opposed to one that is missing."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 

@@ -146,7 +146,7 @@ def diverge(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
     print(f"continued by: {advice}", flush=True)
     command = [sys.executable, *shlex.split(advice)[1:]]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    if done.returncode or f"{last} at step {arguments.steps}" not in done.stdout or "skipped" in done.stdout:
+    if done.returncode or f"{last} at step {arguments.steps}" not in done.stdout or "| skipped" in done.stdout:
         return [f"exit status {done.returncode} of the command that was advised:\n{done.stdout}"]
     return []
 

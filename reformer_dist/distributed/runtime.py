@@ -7,6 +7,7 @@ GPU.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from reformer_dist.distributed.rendezvous import connect, launcher_hosts_store, rendezvous
-from reformer_dist.errors import PeerLost, UserError
+from reformer_dist.errors import PeerLost, SourceUnavailable, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -31,6 +32,10 @@ class SharedError(UserError):
 
 class Preempted(SharedError):
     """All ranks stop at the same point because of a stop signal; progress is saved."""
+
+
+class Unavailable(SharedError):
+    """A data source does not respond to some ranks; the run may resume once it does."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,15 @@ class Runtime:
         dist.barrier(group=self.control_group)
 
     def raise_together(self, error: UserError | OSError | None) -> None:
-        """Raises the errors of any rank on all ranks. Every rank calls this."""
-        messages = self.gather(None if error is None else str(error))
-        if any(message is not None for message in messages):
-            raise SharedError(_merge_messages(messages)) from error
+        """Raises the errors of any rank on all ranks, as Unavailable if all are SourceUnavailable.
+
+        Every rank calls this.
+        """
+        found = self.gather(None if error is None else (explain(error), isinstance(error, SourceUnavailable)))
+        errors = [each for each in found if each is not None]
+        if errors:
+            kind = Unavailable if all(is_unavailable for _, is_unavailable in errors) else SharedError
+            raise kind(_merge_messages([None if each is None else each[0] for each in found])) from error
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; if any raises a UserError or OSError, all ranks raise it."""
@@ -95,11 +105,18 @@ class Runtime:
             try:
                 result = action()
             except (UserError, OSError) as error:
-                message, cause = str(error), error
+                message, cause = explain(error), error
         result, message = self.broadcast((result, message))
         if message is not None:
             raise SharedError(message) from cause
         return result  # type: ignore[return-value]
+
+
+def explain(error: UserError | OSError) -> str:
+    """The message of an error; of an operating system's, "path: reason" instead of "[Errno 13] ..."."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
 
 
 def _merge_messages(messages: list[str | None]) -> str:
@@ -119,13 +136,18 @@ def is_rank() -> bool:
 
 
 def env_rank() -> int:
-    """Rank from the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """Rank from the launcher's environment; 0 without a launcher, or until `start` refuses what is no number."""
+    return _env_number("RANK", 0)
 
 
 def env_world_size() -> int:
     """World size from the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _env_number("WORLD_SIZE", 1)
+
+
+def _env_number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def ranks_per_node() -> int:
@@ -139,8 +161,10 @@ def ranks_per_node() -> int:
 def start(timeout: timedelta = TIMEOUT) -> Runtime:
     """Joins the job of torchrun, deepspeed or a similar launcher; without one, starts a job of one process.
 
-    timeout: how long a rank waits for the others, here and in the collectives of all groups.
+    timeout: how long a rank waits for the others, here and in the collectives of all groups. Raises UserError on
+    this rank alone if the launcher's environment is incomplete or the job can't be joined.
     """
+    _check_environment()
     world_size, rank = env_world_size(), env_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -169,12 +193,37 @@ def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
         store = rendezvous(connect(timeout), rank, world_size, timeout) if launcher_hosts_store() else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            port, fix = (
+                os.environ["MASTER_PORT"],
+                "end what listens there, such as an earlier job, or choose another",
+            )
+            raise UserError(f"MASTER_PORT={port}: is in use on {socket.gethostname()}; {fix}") from error
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerLost(
             f"rank {rank} could not join the {world_size} ranks of its job at {where} within "
             f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}; see the output of the other ranks, and "
             "check that MASTER_ADDR and MASTER_PORT name a free port on the machine of rank 0"
         ) from error
+
+
+def _check_environment() -> None:
+    """Raises UserError unless the variables that a launcher sets for each rank are there, and numbers."""
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    fix = "start the ranks with torchrun or launcher=local, or unset it to run a single process"
+    for name, value in found.items():
+        if value is not None and not value.isdecimal():
+            raise UserError(f"{name}={value}: must be a whole number; {fix}")
+    rank, world_size = env_rank(), env_world_size()
+    if found["WORLD_SIZE"] is None and rank > 0:
+        raise UserError(f"RANK={rank}: needs WORLD_SIZE, MASTER_ADDR and MASTER_PORT too; {fix}")
+    if world_size == 1 and rank == 0:
+        return
+    if not rank < world_size:
+        raise UserError(f"RANK={rank}: must be below WORLD_SIZE={world_size}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE={world_size}: needs {' and '.join(missing)} too; {fix}")
 
 
 def stop() -> None:

@@ -36,6 +36,10 @@ def run_command(command: Callable[[], None]) -> None:
             _fail(error, is_reporter=runtime.env_rank() == 0)
         except UserError as error:  # of this rank alone, or peers are lost: no collective may follow
             _fail(error, is_reporter=True)
+        except OSError as error:
+            if error.filename is None or isinstance(error, BrokenPipeError):
+                raise
+            _fail(UserError(runtime.explain(error)), is_reporter=True)
         except KeyboardInterrupt:
             _exit(INTERRUPTED)
         except Exception:

@@ -12,7 +12,7 @@ from torch import nn
 from reformer_dist.checkpoint import RunRecord
 from reformer_dist.config import RunConfig
 from reformer_dist.data import Corpus
-from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.distributed.runtime import Preempted, Runtime, Unavailable
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
 from reformer_dist.models.attention import check_attention_backend
@@ -24,14 +24,16 @@ from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
 from reformer_dist.run.directory import (
     RunDirectory,
     config_changes,
+    describe_rate_change,
     open_run_directory,
     require_same_config,
+    require_same_model,
     write_config,
 )
 from reformer_dist.run.memory import require_memory
 from reformer_dist.run.pretrained import load_initial_weights
 from reformer_dist.training.batches import BatchReader
-from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
+from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, has_checkpoints
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, StepLayout, TaskData
 from reformer_dist.training.preemption import StopSignal
@@ -49,7 +51,7 @@ def build_trainer(
     """
     require_same_config(config, runtime)
     layout = make_layout(config, runtime)
-    data = runtime.together(lambda: open_task_data(config))
+    data = open_data(config, runtime)
     runtime.together(lambda: require_memory(config, runtime, data.task))
     directory = open_run_directory(config, runtime, resources)
     training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
@@ -75,6 +77,21 @@ def build_trainer(
     validator = Validator(run, data, layout, parts.engine, metrics)
     _log_run(run, layout, data, parts.engine)
     return Trainer(run, data, parts, batches, validator, metrics)
+
+
+def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
+    """Opens the run's datasets.
+
+    Raises UserError on every rank, and Preempted if a run that has checkpoints can't reach them.
+    """
+    try:
+        data = runtime.together(lambda: open_task_data(config))
+    except Unavailable as away:
+        if runtime.on_main(lambda: has_checkpoints(config)):
+            raise Preempted(f"{away}: nothing was trained; the same command resumes") from None
+        raise
+    data.corpus.wait_for_sources(min(config.data.retry_seconds, config.parallel.timeout / 2))
+    return data
 
 
 def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
@@ -104,6 +121,9 @@ def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resou
     changes = [f"ranks of the job: {old_size} -> {new_size}"] if old_size != new_size else []
     for change in changes + config_changes(resume_from.record.config, record.config):
         logger.info(f"  changed since: {change}")
+    if jump := describe_rate_change(resume_from, config):
+        logger.warning(jump)
+    runtime.together(lambda: require_same_model(resume_from, record))
     return EngineParts(engine, checkpoints, checkpoints.restore(resume_from))
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -25,7 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import one_of
 from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
-from reformer_dist.errors import ConfigError
+from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.run.command_line import (
     CONFIG_NAME,
     FILE_ERRORS,
@@ -100,7 +101,15 @@ def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfi
     # imports torch, which commands without init_from need not wait for
     from reformer_dist.checkpoint.export import saved_model_config
 
-    saved = {"model": saved_model_config(composed.init_from)}
+    try:
+        saved = {"model": saved_model_config(composed.init_from)}
+    except CheckpointError:
+        own = None
+        with suppress(CheckpointError):  # a run with checkpoints of its own no longer needs the source
+            own = saved_model_config(composed.output_dir)
+        if own is None:
+            raise
+        saved = {"model": own}
     kept = [word.lstrip("+") for word in overrides if word.lstrip("+").startswith("model.")]
     try:
         merged = OmegaConf.merge(composed, saved, OmegaConf.from_dotlist(kept))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from reformer_dist.data import DamagedSample, StepBatch, TrainLoader
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
-from reformer_dist.errors import DataError
+from reformer_dist.errors import DataError, UserError
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.preemption import StopSignal
 
+T = TypeVar("T")
 SOURCE_INPUTS = ("source", "source_mask")
 PADDING = {"labels": IGNORE_INDEX}
 """Fill value of a slice after the end of the row, by input name; 0 for others."""
@@ -116,7 +118,7 @@ class BatchReader:
         """
         batch, micro_batches, error = None, [], None
         try:
-            batch = self._wait_for(_in_background(lambda: next(self._loader)))
+            batch = wait_for(lambda: next(self._loader), self._stop)
             if batch is not None:
                 micro_batches = [
                     MicroBatch.from_rows(rows, self._sequence, labels_per_row=self._labels_per_row)
@@ -151,17 +153,31 @@ class BatchReader:
         self._runtime.on_main(lambda: self._report_damaged(damaged))
         self._runtime.together(lambda: self._loader.add_damaged(damaged))
 
-    def _wait_for(self, pending: Future[StepBatch]) -> StepBatch | None:
-        """The batch, or None if this process receives a stop signal first."""
-        while not self._stop.is_set:
-            if wait([pending], timeout=POLL_SECONDS).done:
-                return pending.result()
-        return None
+
+def wait_for(read: Callable[[], T], stop: StopSignal) -> T | None:
+    """Reads in another thread; returns None if this process receives a stop signal first."""
+    pending = _in_background(read)
+    while not stop.is_set:
+        if wait([pending], timeout=POLL_SECONDS).done:
+            return pending.result()
+    return None
 
 
-def _in_background(read: Callable[[], StepBatch]) -> Future[StepBatch]:
+def interruptible(items: Iterable[T], stop: StopSignal) -> Iterator[T]:
+    """The items, read in another thread, up to a stop signal."""
+    source = iter(items)
+    while True:
+        item = wait_for(lambda: list(islice(source, 1)), stop)
+        if item is None:
+            raise UserError("stopped by a signal")
+        if not item:
+            return
+        yield item[0]
+
+
+def _in_background(read: Callable[[], T]) -> Future[T]:
     """Reads in a daemon thread, so that an unresponsive data source does not keep the process alive."""
-    pending: Future[StepBatch] = Future()
+    pending: Future[T] = Future()
 
     def run() -> None:
         try:

@@ -56,6 +56,11 @@ def find_resume_checkpoint(config: RunConfig, runtime: Runtime) -> CheckpointRea
     return CheckpointReader(path) if path is not None else None
 
 
+def has_checkpoints(config: RunConfig) -> bool:
+    """Whether the run has begun: its output_dir holds checkpoints, intact or not."""
+    return bool(step_folders(Path(config.output_dir) / FOLDER))
+
+
 def _select(config: RunConfig) -> Path | None:
     root = Path(config.output_dir) / FOLDER
     newest, problems = find_checkpoint(root)
@@ -105,6 +110,8 @@ class CheckpointManager:
         self._pending: AsyncSave | None = None
         self._buffers: dict[str, Tensor] = {}
         self._record, self._extra_files = record, extra_files
+        self.last_saved: Path | None = None
+        """The checkpoint from which the run would resume."""
         self._origin: CheckpointReader | None = None  # from which this process resumed
         self._unpruned: Path | None = None  # the newest checkpoint, until older ones have made room for it
         self._newest_step = self._proven_step = self._good_step = -1
@@ -144,7 +151,7 @@ class CheckpointManager:
         self._pending = None
         folder = pending.finish()
         logger.info(f"saved {folder}")
-        self._unpruned = folder
+        self.last_saved = self._unpruned = folder
         self._prune()
         return pending.step
 
@@ -188,9 +195,9 @@ class CheckpointManager:
 
     def restore(self, reader: CheckpointReader) -> TrainState:
         """Fills the engine from a checkpoint; returns the run's progress."""
-        self._runtime.together(lambda: reader.check_shapes(self._record.shapes))
         self._runtime.together(lambda: self._engine.load_fragments(reader))
         self._engine.load_scaler_state(reader.record.loss_scaler or {})
+        self.last_saved = reader.folder
         self._origin, self._newest_step, self._good_step = reader, reader.step, reader.step - 1
         if reader.folder.parent.resolve() == self._root.resolve():
             self._unpruned = reader.folder

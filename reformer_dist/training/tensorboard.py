@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from reformer_dist.fs.append import AppendFile
 
+_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 VERSION = "brain.Event:2"  # of the first event of a file
 
 
@@ -23,8 +25,7 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        # readers order the files by name
-        name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{_begin_time(folder):.9f}.{socket.gethostname()}.{os.getpid()}"
         self._file = AppendFile(folder / name)
         self._add(file_version=VERSION)
         # makes readers drop what an interrupted run wrote after its checkpoint
@@ -54,6 +55,12 @@ class TensorBoardWriter:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         RecordWriter(self._file).write(Event(wall_time=time.time(), **event).SerializeToString())
+
+
+def _begin_time(folder: Path) -> float:
+    """Now, or a second after the latest event file if the clock has gone back: readers order the files by name."""
+    found = [_NAME.match(path.name) for path in folder.iterdir()]
+    return max([time.time(), *(int(match[1]) + 1.0 for match in found if match)])
 
 
 def write_hparams(folder: Path, values: dict[str, float | str | bool], metrics: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from reformer_dist.distributed.runtime import Preempted, SharedError
+from reformer_dist.distributed.runtime import Preempted, SharedError, Unavailable
 from reformer_dist.engine.optim import learning_rate
 from reformer_dist.errors import NonFiniteError, TrainingError, UserError
 from reformer_dist.process.log import logger
@@ -51,7 +51,8 @@ class Trainer:
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves.
 
-        Raises the same exception on every rank: UserError, or Preempted after saving if any got a stop signal.
+        Raises the same exception on every rank: UserError, or Preempted after saving if any got a stop signal or
+        can't reach its data.
         """
         if self.state.step >= self.config.trainer.max_steps and self.state.is_observed:
             logger.info(f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train")
@@ -62,7 +63,7 @@ class Trainer:
         try:
             with self._watchdog.watching():
                 self._train()
-        except Preempted as stopped:
+        except (Preempted, Unavailable) as stopped:
             raise Preempted(f"{stopped}: {self._save_before_exit()}") from None
         except (SharedError, TrainingError):  # on every rank
             self._wait_for_save(block=True)
@@ -204,8 +205,16 @@ class Trainer:
             self._monitor.stop(str(error))
         except UserError as error:
             if must_succeed:
-                raise
+                raise SharedError(f"{error}; {self._describe_loss()}") from error
             self._count_failed_save(error)
+
+    def _describe_loss(self) -> str:
+        """What is lost if the step just done can't be saved."""
+        lost, saved = self.state.step - self._saved_step, self._checkpoints.last_saved
+        steps = f"{lost} step{'s' if lost != 1 else ''}"
+        if saved is None:
+            return f"all {steps} are lost, since there is no checkpoint"
+        return f"the {steps} since {saved} are lost; once there is room, the same command resumes from it"
 
     def _wait_for_save(self, *, block: bool) -> None:
         """Finalizes a finished background save; with `block`, waits for it first."""

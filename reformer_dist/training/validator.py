@@ -14,7 +14,7 @@ from reformer_dist.generation import SamplingOptions, generate, make_decoder
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.process.log import logger
-from reformer_dist.training.batches import MicroBatch
+from reformer_dist.training.batches import MicroBatch, interruptible
 from reformer_dist.training.evaluation import evaluate
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import RunContext, StepLayout, TaskData
@@ -44,7 +44,7 @@ class Validator:
         sequence = self._layout.sequence
         dp_rank, dp_size = sequence.mesh.dp_rank, sequence.mesh.dp_size
         rows = self._select_rows(self._config.data.eval_rows, self._layout.micro_batch, dp_rank, dp_size)
-        batches = self._stop.until_stopped(self._batches(rows), self._runtime)
+        batches = self._stop.until_stopped(interruptible(self._batches(rows), self._stop), self._runtime)
         task = self._data.task
         by_position = task.config.task.packs_text
         result = evaluate(self._engine.forward, batches, task, self._runtime, sequence, by_position=by_position)

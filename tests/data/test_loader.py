@@ -124,10 +124,10 @@ def test_the_state_is_that_of_the_batch_despite_prefetching(dataset: Dataset) ->
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seq_len": 32}, "seq_len was 64 and is 32"),
-        ({"batch_size": 4}, "batch_size was 8 and is 4"),
-        ({"seed": 4}, "seed was 3 and is 4"),
-        ({"shuffle": False}, "shuffle was True"),
+        ({"seq_len": 32}, r"^data\.seq_len=32: .*\bdata\.seq_len=64\b"),
+        ({"batch_size": 4}, r"^data\.batch_size=4: .*\bdata\.batch_size=8\b"),
+        ({"seed": 4}, r"^trainer\.seed=4: .*\btrainer\.seed=3\b"),
+        ({"shuffle": False}, r"^data\.shuffle=false: .*\bdata\.shuffle=true\b"),
     ],
 )
 def test_states_of_other_settings_are_refused(dataset: Dataset, changed: dict[str, Any], message: str) -> None:
@@ -176,7 +176,7 @@ def test_broken_states_are_refused(dataset: Dataset, stream: object) -> None:
     [
         ("streams", None, "streams is None"),
         ("version", 1, "version 1 "),
-        ("settings", None, "seed was None"),
+        ("settings", None, "settings has no seed"),
         ("step", -1, "step is -1"),
         ("origin", [0], "origin is"),
         ("quarantine", [[1]], "quarantine is"),

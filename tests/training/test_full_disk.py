@@ -125,7 +125,7 @@ def test_the_last_checkpoint_must_find_room(
     whole: Path, tiny_data: Path, disk: Path, job: Runtime, said: pytest.LogCaptureFixture
 ) -> None:
     """The run ends with one message; the same command resumes once there is space."""
-    message = rf"\b{STATE:,} bytes.*\b0 are free"
+    message = rf"\b{STATE:,} bytes.*\b0 are free.*; the 3 steps since \S+/step-00000003 are lost"
     with when_told(step_5=lambda: fill(disk, 0)), pytest.raises(UserError, match=message):
         train(job, tiny_data, disk / "run")
     assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000003"]

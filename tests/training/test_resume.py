@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from reformer_dist.checkpoint import find_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
+from reformer_dist.run.build import build_trainer
+from reformer_dist.run.compose import compose_run
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
 
 
@@ -174,3 +177,73 @@ def test_resume_of_another_run_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         train(job, tiny_data, interrupted(whole, tmp_path / "run", 3), changed)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+@pytest.mark.parametrize("target", ["/proc/self", "file"])
+def test_a_directory_that_can_not_be_written_is_found_before_training(
+    tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture, name: str, target: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(target if target.startswith("/") else tmp_path / target)
+    with pytest.raises(UserError, match=rf"^output_dir={tmp_path}/run: {tmp_path}/run/{name} can't be written"):
+        train(job, tiny_data, tmp_path / "run")
+    assert not any(" | loss" in line for line in said.messages)
+
+
+def test_another_model_is_refused_with_its_keys(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    run = interrupted(whole, tmp_path / "run", 3)
+    with pytest.raises(UserError, match=r"(?s)different model.*output_dir.*\n  model\.dim: 32 -> 64"):
+        train(job, tiny_data, run, "model.dim=64", "model.axial_dims=[16,48]")
+    with pytest.raises(UserError, match=r"^data\.seq_len=32: .*\bdata\.seq_len=64\b.*output_dir"):
+        train(job, tiny_data, run, "data.seq_len=32")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rates"),
+    [
+        (("optim.schedule=constant",), ("optim.schedule=linear",), ("0.01", "0.0064")),
+        ((), (), ("0.00232", "0.00689")),
+        (("optim.schedule=constant",), ("optim.schedule=constant",), None),
+        ((), ("trainer.max_steps=6",), None),
+    ],
+)
+def test_a_rate_that_jumps_is_told(
+    tiny_data: Path,
+    tmp_path: Path,
+    job: Runtime,
+    said: pytest.LogCaptureFixture,
+    before: tuple[str, ...],
+    after: tuple[str, ...],
+    rates: tuple[str, str] | None,
+) -> None:
+    train(job, tiny_data, tmp_path, *before)
+    train(job, tiny_data, tmp_path, "trainer.max_steps=12", *after)
+    told = [line for line in said.messages if line.startswith("the learning rate goes from")]
+    assert len(told) == (rates is not None)
+    if rates is not None:
+        assert f"from {rates[0]} at step 6 to {rates[1]} at step 7" in told[0]
+        assert "trainer.max_steps: 6 -> 12" in told[0]
+
+
+def test_a_run_with_checkpoints_outlives_the_source_of_its_weights(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    source, run = shutil.copytree(whole, tmp_path / "source"), tmp_path / "run"
+    words = tiny_overrides(tiny_data, run, f"init_from={source}")
+
+    def run_command_line() -> None:
+        with ExitStack() as resources:
+            build_trainer(compose_run(words), job, resources).fit()
+
+    run_command_line()
+    shutil.rmtree(source)
+    shutil.rmtree(checkpoint(run, 6))
+    run_command_line()
+    assert checkpoint(run, 6).is_dir()
+    shutil.rmtree(run)
+    with pytest.raises(UserError, match=str(source)):
+        run_command_line()

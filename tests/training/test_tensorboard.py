@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import pytest
 from support.events import read_events
 
 from reformer_dist.training.metrics_log import MetricsLogger
@@ -41,3 +43,19 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics.flush()
     metrics.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_clock_that_went_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers order files by the times in their names; other writers name whole seconds."""
+    now = time.time()
+    write(tmp_path, 0, range(1, 6), 1.0)
+    foreign = next((tmp_path / "tensorboard").iterdir())
+    foreign.rename(foreign.with_name(f"events.out.tfevents.{int(now) + 7}.host.1.0"))
+    for resume_step, earlier in ((3, 3600), (4, 7200)):
+        monkeypatch.setattr(time, "time", lambda earlier=earlier: now - earlier)
+        write(tmp_path, resume_step, range(resume_step + 1, 7), 2.0)
+    events = read_events(tmp_path).Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [
+        *((step, 1.0) for step in (1, 2, 3)),
+        *((step, 2.0) for step in (4, 5, 6)),
+    ]

@@ -13,6 +13,7 @@ from reformer_dist.data.format.cache import FileCache
 from reformer_dist.data.format.dataset import CACHE_FOLDER, CACHE_GB, Dataset
 from reformer_dist.data.format.dataset_layout import SPLITS, Shard
 from reformer_dist.data.format.index import ShardIndex
+from reformer_dist.data.format.storage import RemoteFolder
 from reformer_dist.errors import DataError
 
 MAX_SHOWN_CHANGES = 8
@@ -64,6 +65,12 @@ class Corpus:
         """Opens the datasets of these folders and URLs. Raises DataError if one is missing or broken."""
         cache = FileCache(cache_folder or CACHE_FOLDER, int(cache_gb * 2**30))
         return cls([Dataset.open(address, cache) for address in addresses], weights)
+
+    def wait_for_sources(self, seconds: float) -> None:
+        """From now on a remote source that does not respond is asked again for so long."""
+        for dataset in self.datasets:
+            if isinstance(dataset.folder, RemoteFolder):
+                dataset.folder.patience = seconds
 
     @property
     def where(self) -> str:

@@ -7,10 +7,11 @@ so that none runs a command or chains file systems.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -19,11 +20,14 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from reformer_dist.data.format.cache import FileCache, FileRef
-from reformer_dist.errors import DataError
+from reformer_dist.errors import DataError, SourceUnavailable
 
 REMOTE_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}
-RETRY_DELAYS = (0.5, 1.0, 2.0)  # seconds before each retry of a failed request
+RETRY_DELAYS = (0.5, 1.0, 2.0)  # seconds before the first retries of a failed request
+LONG_DELAY = 20.0  # seconds before each further one, of a folder with patience
+TRANSIENT_STATUSES = {408, 429}  # of HTTP's 400 to 499, which a repetition does not change otherwise
 MAX_INDEX_BYTES = 1 << 30
+logger = logging.getLogger("reformer_dist.data")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 T = TypeVar("T")
@@ -96,6 +100,8 @@ class RemoteFolder:
     def __init__(self, address: str, file_system: Any, cache: FileCache) -> None:
         self.address = address
         self._file_system, self._cache = file_system, cache
+        self.patience = 0.0
+        """Seconds for which a file is asked for again, beyond RETRY_DELAYS, while the source does not respond."""
         # http takes the whole address, s3 the bucket and the path
         self._root = file_system._strip_protocol(address).rstrip("/")
 
@@ -103,31 +109,52 @@ class RemoteFolder:
         return f"{self.address.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
-        return self._retry(name, lambda source: self._file_system.cat_file(source))
+        return self._retry(name, lambda source: self._file_system.cat_file(source), time.monotonic())
 
     def open(self, file: FileRef) -> int:
-        where = self.where(file.name)
+        # the wait for another process that downloads the file counts too
+        where, start = self.where(file.name), time.monotonic()
 
         def download(path: Path) -> None:
             def copy(source: str) -> None:
                 self._file_system.get_file(source, str(path), callback=_SizeLimit(file, where))
 
-            self._retry(file.name, copy)
+            self._retry(file.name, copy, start)
 
         return self._cache.open(file, where, download)
 
-    def _retry(self, name: str, action: Callable[[str], T], attempt: int = 0) -> T:
-        try:
-            return action(f"{self._root}/{name}")
-        except DataError:
-            raise
-        except FileNotFoundError as error:
-            raise DataError(f"{self.where(name)}: is missing") from error
-        except Exception as error:  # each file system raises its own types
-            if attempt == len(RETRY_DELAYS):
-                raise DataError(f"{self.where(name)}: can't be read ({type(error).__name__}: {error})") from error
-        time.sleep(RETRY_DELAYS[attempt])
-        return self._retry(name, action, attempt + 1)
+    def _retry(self, name: str, action: Callable[[str], T], start: float) -> T:
+        """Raises DataError, and SourceUnavailable if the source may respond later."""
+        delays, where = iter(RETRY_DELAYS), self.where(name)
+        while True:
+            try:
+                return action(f"{self._root}/{name}")
+            except DataError:
+                raise
+            except FileNotFoundError as error:
+                raise DataError(f"{where}: is missing") from error
+            except Exception as error:  # each file system raises its own types
+                waited, delay = time.monotonic() - start, next(delays, None)
+                if delay is None:
+                    problem = f"{where}: can't be read ({type(error).__name__}: {error})"
+                    if _is_final(error):
+                        raise DataError(problem) from error
+                    if waited + LONG_DELAY > self.patience:
+                        raise SourceUnavailable(problem) from error
+                    if delays is not _ENDED:
+                        logger.error(f"{problem}; trying again for {self.patience - waited:.0f} s")
+                    delays, delay = _ENDED, LONG_DELAY
+            time.sleep(delay)
+
+
+_ENDED: Iterator[float] = iter(())
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether a repetition of the request would fail alike, as without permission."""
+    status = getattr(error, "status", None)
+    is_refused = isinstance(status, int) and 400 <= status < 500 and status not in TRANSIENT_STATUSES
+    return is_refused or isinstance(error, PermissionError)
 
 
 class _SizeLimit(Callback):

@@ -18,6 +18,14 @@ from reformer_dist.errors import DataError
 
 STATE_VERSION = 3
 READ_VERSIONS = (2, 3)  # in version 2, no shards were interleaved
+KEYS = {
+    "seed": "trainer.seed",
+    "batch_size": "data.batch_size",
+    "seq_len": "data.seq_len",
+    "shuffle": "data.shuffle",
+}
+"""Keys of the configuration, by names of Sampler.settings."""
+ROW_KEYS = ("seq_len", "by_sample")  # only one of which is set
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,7 @@ def read_state(
     settings = _read_settings(state)
     for key, value in sampler.settings().items():
         if settings.get(key) != value:
-            hint = "resume with the settings that the run began with, or begin a new run"
-            raise DataError(f"data state: {key} was {settings.get(key)!r} and is {value!r} now; {hint}")
+            raise DataError(_explain_setting(key, settings.get(key), value))
     if state.get("data") == sampler.corpus.fingerprint:
         streams = {stream: _read_stream(state, stream, len(sampler.pools)) for stream in range(sampler.n_streams)}
         return LoaderState(_read_step(state), _read_origin(state), streams, frozenset(_read_quarantine(state)))
@@ -113,6 +120,19 @@ def read_state(
         hint = "restore the old data, or accept a new order with data.accept_changed=true"
         raise DataError(f"the data differ from those that the run began with; {hint}{lines}")
     return _read_state_of_changed_data(state, sampler)
+
+
+def _explain_setting(key: str, before: Any, now: Any) -> str:
+    """Why a state with another setting of the sampler can't be resumed from."""
+    if before is None and key in ROW_KEYS:
+        return "task.kind: the run began with rows of another kind; begin a new run in another output_dir"
+    if before is None:
+        return f"data state: settings has no {key}"
+    if key not in KEYS:
+        return f"data state: {key} was {before!r} and is {now!r}; begin a new run in another output_dir"
+    old, new = (str(value).lower() if isinstance(value, bool) else value for value in (before, now))
+    hint = f"resume with {KEYS[key]}={old}, or begin a new run in another output_dir"
+    return f"{KEYS[key]}={new}: the run began with {old}, on which its position in the data depends; {hint}"
 
 
 def _read_state_of_changed_data(state: Mapping[str, Any], sampler: Sampler) -> LoaderState:

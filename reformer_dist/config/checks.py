@@ -9,6 +9,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+from reformer_dist.config.keywords import refuse_unknown
 from reformer_dist.config.renamed import refuse_renamed
 from reformer_dist.errors import ConfigError
 
@@ -35,6 +36,8 @@ class ConfigGroup:
 
     _prefix: ClassVar[str]
     """Prefix of the keys: "model." for model.dim."""
+    _counterparts: ClassVar[Mapping[str, str]] = {}
+    """Keys by their names in other systems."""
 
     def __init_subclass__(cls, prefix: str) -> None:
         cls._prefix = prefix
@@ -42,6 +45,8 @@ class ConfigGroup:
     def __new__(cls, *args: Any, **values: Any) -> Any:
         for name, value in values.items():
             refuse_renamed(f"{cls._prefix}{name}", value)
+        known = [option.name for option in fields(cls)]  # type: ignore[arg-type]
+        refuse_unknown(cls.__name__, values, known, cls._counterparts)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from enum import Enum
 
 from reformer_dist.config.checks import LARGEST_INT32, ConfigGroup, bounded, require
 from reformer_dist.config.compat import LARGEST_CHUNK, CompatConfig, StreamMerge
+from reformer_dist.config.keywords import MODEL_CONFIG_COUNTERPARTS
 
 # far beyond any model, and small enough that sizes computed from them fit into 64 bits
 LARGEST_WIDTH, LARGEST_FF_DIM, LARGEST_FF_MULT = 2**20, 2**24, 2**10
@@ -80,6 +81,8 @@ class Recompute(Enum):
 @dataclass(kw_only=True)
 class ModelConfig(ConfigGroup, prefix="model."):
     """A Reformer stack. The vocabulary size comes from the tokenizer."""
+
+    _counterparts = MODEL_CONFIG_COUNTERPARTS
 
     dim: int = bounded(256, least=1, most=LARGEST_WIDTH)
     """Width of each of the two residual streams."""

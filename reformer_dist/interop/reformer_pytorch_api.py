@@ -9,7 +9,7 @@ within each bucket instead of chunks across buckets, strictly causal, with logit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from reformer_dist import models
 from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, Norm, Position
+from reformer_dist.config.keywords import nearest
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.context import ForwardOptions
 
@@ -225,25 +226,33 @@ def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
     """
     unknown = sorted(options.keys() - DEFAULTS[name].keys())
     if unknown:
-        raise ConfigError(f"{name}: reformer_pytorch has no option {', '.join(unknown)}")
+        raise ConfigError(f"{name}: reformer_pytorch has no option {_with_nearest(unknown, DEFAULTS[name])}")
     values = DEFAULTS[name] | options | sizes
     refused = {option: OPTIONS[option] for option, value in values.items() if not OPTIONS[option].accepts(value)}
     if refused:
         lines = [f"{option}={values[option]!r}: {rule.note}" for option, rule in refused.items()]
         raise ConfigError("\n".join([f"{name}: no counterpart here for", *lines]))
-    # reformer_pytorch's bare stack has no positions: the caller adds them to its input
-    position = Position.rotary if name == "ReformerLM" else Position.sinusoidal
+    # reformer_pytorch's bare stack has none; rotary ones do no harm to a caller who adds others to the input
+    head_dim = values["dim_head"] or values["dim"] // values["heads"]
+    is_rotary = name == "ReformerLM" or (name == "Reformer" and head_dim % 2 == 0)
+    position = Position.rotary if is_rotary else Position.sinusoidal
     keys: ConfigKeys = {"position": position, "layers": [AttentionKind.lsh]}
     for option, value in values.items():
         keys |= OPTIONS[option].convert(value, values)
     return ModelConfig(**keys)
 
 
+def _with_nearest(unknown: Iterable[str], known: Collection[str]) -> str:
+    similar = {name: nearest(name, known) for name in unknown}
+    return ", ".join(f"{name} (did you mean {near}?)" if near else name for name, near in similar.items())
+
+
 def _refuse_keywords(keywords: Options) -> None:
     names = [name for name, value in keywords.items() if value is not None]
     unknown = sorted(set(names) - KEYWORDS.keys())
     if unknown:
-        raise ConfigError(f"forward: reformer_pytorch has no keyword {', '.join(unknown)}")
+        known = [*KEYWORDS, "input_mask"]
+        raise ConfigError(f"forward: reformer_pytorch has no keyword {_with_nearest(unknown, known)}")
     if names:
         lines = [f"{name}: {KEYWORDS[name]}" for name in names]
         raise ConfigError("\n".join(["forward: no counterpart here for", *lines]))
@@ -255,14 +264,11 @@ class _Adapter(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self._step = -1
 
     def forward(self, x: Tensor, input_mask: Tensor | None = None, **keywords: Any) -> Tensor:
         """input_mask [B, S]: True for real tokens. Raises ConfigError for the unsupported `KEYWORDS`."""
         _refuse_keywords(keywords)
-        if self.training:
-            self._step += 1  # each training forward hashes with new rotations
-        options: ForwardOptions = {"key_padding_mask": input_mask, "step": self._step if self.training else None}
+        options: ForwardOptions = {"key_padding_mask": input_mask}
         out: Tensor = self.net(x, **options)
         return out
 

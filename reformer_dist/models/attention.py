@@ -5,7 +5,7 @@ Each maps [B, S, dim] to [B, S, dim]: projections to and from heads, around the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,16 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.errors import ConfigError
-from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
+from reformer_dist.models.context import (
+    ForwardContext,
+    ForwardOptions,
+    RecomputeCache,
+    build_context,
+    call_options,
+)
 from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.layer_rule import LayerRule
+from reformer_dist.models.training_steps import CountsSteps, draws_rotations
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.attention import Exchange
@@ -34,10 +41,12 @@ def build_attention(config: ModelConfig, kind: AttentionKind) -> SelfAttention:
     return LSHSelfAttention(config) if kind is AttentionKind.lsh else LocalSelfAttention(config)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(CountsSteps):
     """Projections to and from heads; subclasses implement the attention of the heads."""
 
     has_own_keys = True
+    kinds: Sequence[AttentionKind] = ()
+    """[lsh] if it hashes."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,6 +74,8 @@ class SelfAttention(nn.Module):
         forward call, and `cache` is filled by the first run and read by a recompute. A standalone layer is called
         without them, as in `layer(x, key_padding_mask=mask, step=step)`.
         """
+        draws = context is None and draws_rotations(self.config, self.kinds)
+        options = call_options(self, options, draws_rotations=draws, has_context=context is not None)
         if context is None:
             check_vectors(x, self.config.dim, options)
             n_tokens, is_training = x.shape[1], self.training
@@ -121,6 +132,7 @@ class LSHSelfAttention(SelfAttention):
     """Shared query-key attention within buckets (paper, section 2): k = q / |q|."""
 
     has_own_keys = False
+    kinds = (AttentionKind.lsh,)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None

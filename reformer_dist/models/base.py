@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig
-from reformer_dist.models.context import WHOLE_SEQUENCE, ForwardContext, ForwardOptions, build_context
-from reformer_dist.models.embedding import TokenEmbedding
+from reformer_dist.models.context import (
+    WHOLE_SEQUENCE,
+    ForwardContext,
+    ForwardOptions,
+    build_context,
+    call_options,
+)
+from reformer_dist.models.embedding import TokenEmbedding, check_length
 from reformer_dist.models.inputs import check_options, check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
+from reformer_dist.models.training_steps import CountsSteps, draws_rotations
 from reformer_dist.ops.checks import check_integer
 from reformer_dist.ops.dropout import token_dropout
 
 
-class ReformerModel(nn.Module):
+class ReformerModel(CountsSteps):
     """A Reformer without a head; subclasses add one.
 
     `seed` determines initial weights and hash rotations, which are the same on every rank and device.
@@ -29,7 +36,10 @@ class ReformerModel(nn.Module):
         check_integer("seed", seed)
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)
-        self.stack = ReformerStack(config, has_cross_attention=has_cross_attention)
+        self.stack = ReformerStack(config, has_cross_attention=has_cross_attention, has_positions=False)
+        self._draws_rotations = draws_rotations(
+            config, config.layer_kinds(), has_cross_attention=has_cross_attention
+        )
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
         """tokens [B, S] -> hidden states [B, S, output_dim] in the dtype of the weights."""
@@ -39,7 +49,7 @@ class ReformerModel(nn.Module):
         self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE_SEQUENCE
     ) -> Tensor:
         """Largest difference between the stack's input and its reconstruction, on local tokens [B, S]."""
-        context = self._build_context(tokens, {"key_padding_mask": key_padding_mask, "sequence": sequence})
+        context = self._evaluation_context(tokens, {"key_padding_mask": key_padding_mask, "sequence": sequence})
         return self.stack.reversible_drift(self._embed(tokens, context), context)
 
     def _hidden(self, tokens: Tensor, context: ForwardContext) -> Tensor:
@@ -47,9 +57,7 @@ class ReformerModel(nn.Module):
         return hidden
 
     def _embed(self, tokens: Tensor, context: ForwardContext) -> Tensor:
-        max_positions = self.config.max_positions
-        if max_positions is not None and tokens.shape[1] > max_positions:
-            raise ValueError(f"{tokens.shape[1]} tokens: this model's positions allow at most {max_positions}")
+        check_length(self.config, tokens.shape[1])
         x: Tensor = self.embedding(tokens, context.coords.positions)
         return token_dropout(
             x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.coords
@@ -57,6 +65,11 @@ class ReformerModel(nn.Module):
 
     def _build_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
         """The context of one forward call on tokens [B, S]. Raises ValueError for inputs that do not fit."""
+        options = call_options(self, options, draws_rotations=self._draws_rotations)
+        return self._evaluation_context(tokens, options)
+
+    def _evaluation_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
+        """The same with the rotations of evaluation, unless the options have a step."""
         mask = options.get("key_padding_mask")
         check_options(check_tokens("tokens", tokens, self.vocab_size, "key_padding_mask", mask), options)
         n_tokens, device = tokens.shape[1], tokens.device

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from reformer_dist.config import ModelConfig, Position
+from reformer_dist.config.keywords import FORWARD_COUNTERPARTS, refuse_unknown
+from reformer_dist.models.decoding import DecodingState
 from reformer_dist.models.recompute import LayerWeights
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
+from reformer_dist.models.training_steps import CountsSteps
 from reformer_dist.ops.dropout import TokenCoords
 from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
@@ -26,7 +30,8 @@ class ForwardOptions(TypedDict, total=False):
     key_padding_mask: Tensor | None
     """[B, S] bool, True for real tokens; positions count from the first real token of a row. None: no padding."""
     step: int | None
-    """Training step, which seeds that step's hash rotations; None: the fixed rotations of evaluation."""
+    """Training step, which seeds that step's hash rotations. None: in evaluation mode and in decoding, the fixed
+    rotations of evaluation; in training mode, the module counts its calls (`models.training_steps`)."""
     dropout_seed: int | None
     """Seed of this step's dropout masks in training mode; None draws one from torch's global generator."""
     rows: Tensor | None
@@ -94,9 +99,14 @@ def build_context(
     *,
     is_training: bool,
 ) -> ForwardContext:
-    """Builds the context of a forward call on rows of n_tokens. seed: the model's; is_training enables dropout."""
+    """Builds the context of a forward call on rows of n_tokens. seed: the model's; is_training enables dropout.
+
+    Without a step, it has the rotations of evaluation. Raises ValueError for dropout in decoding.
+    """
     sequence = options.get("sequence", WHOLE_SEQUENCE)
     mask, step = options.get("key_padding_mask"), options.get("step")
+    if isinstance(sequence, DecodingState):
+        sequence.check_call(config, step, is_training=is_training)
     coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
     dropout_seed = options.get("dropout_seed")
     if not is_training:
@@ -109,6 +119,27 @@ def build_context(
     phase = "evaluation" if step is None else "training"
     rotation_seed = derive_seed("rotations", seed, phase, step or 0)
     return ForwardContext(dropout_seed, rotation_seed, coords, sequence, mask, rotary, options.get("bucket_stats"))
+
+
+def call_options(
+    module: CountsSteps, options: ForwardOptions, *, draws_rotations: bool, has_context: bool = False
+) -> ForwardOptions:
+    """Options of a forward of `module`, with the step that it counts if it draws rotations in training.
+
+    Raises TypeError for unknown keywords, and for any besides a context.
+    """
+    given: dict[str, Any] = dict(options)
+    if has_context and given:
+        raise TypeError(
+            f"{', '.join(given)}: no effect with context, which has the options of the model's forward"
+        )
+    known = [*ForwardOptions.__annotations__, *inspect.signature(module.forward).parameters]
+    known = [name for name in known if name not in ("self", "options", "context", "cache", "x")]
+    refuse_unknown(f"{type(module).__name__}.forward", given, known, FORWARD_COUNTERPARTS)
+    is_decoding = isinstance(options.get("sequence"), DecodingState)
+    if draws_rotations and module.training and options.get("step") is None and not is_decoding:
+        return {**options, "step": module.count_step()}
+    return options
 
 
 @dataclass

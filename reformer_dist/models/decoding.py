@@ -46,12 +46,26 @@ class DecodingState(WholeSequence):
         if reason is not None:
             raise ValueError(reason)
         self._max_positions = config.max_positions
+        self._step: int | None = None
+        """Of the first call, whose rotations sort all tokens into buckets."""
         self._layers: dict[int, _LayerState] = {}
         self._length = 0
         """Of every row, padding included."""
         self._first: Tensor | None = None
         """[B]: index of each row's first real token; None without padding."""
         self._least_padding = 0
+
+    def check_call(self, config: ModelConfig, step: int | None, *, is_training: bool) -> None:
+        """Raises ValueError if the next call has dropout, or other rotations than the first one."""
+        dropouts = ("dropout", "attention_dropout", "ff_dropout", "layer_drop")
+        used = [f"model.{name}={getattr(config, name)}" for name in dropouts if getattr(config, name) > 0]
+        if is_training and used:
+            raise ValueError(f"{used[0]}: decoding needs a model in evaluation mode; call model.eval()")
+        if self._layers and step != self._step:
+            raise ValueError(
+                f"step={step}: must be that of the prompts, step={self._step}, whose rotations hash all"
+            )
+        self._step = step
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         if not self._layers:
@@ -107,7 +121,6 @@ class _LayerState(WholeSequence):
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
         options = exchange.options
-        _refuse_dropout(options.dropout)
         if isinstance(self._cache, WindowCache):
             assert k is not None
             return self._cache.attend(q, k, v)
@@ -135,7 +148,6 @@ class _LayerState(WholeSequence):
     def exact_attention(
         self, q: Tensor, k: Tensor, v: Tensor, options: ExactOptions, key_padding_mask: Tensor | None
     ) -> Tensor:
-        _refuse_dropout(options.dropout)
         if isinstance(self._cache, ExactCache):
             return self._cache.attend(q, k, v)
         self._cache = ExactCache(k, v, self._first)
@@ -149,8 +161,3 @@ class _LayerState(WholeSequence):
 
     def n_bytes(self) -> int:
         return sum(cache.n_bytes() for cache in (self._cache, self._source) if cache is not None)
-
-
-def _refuse_dropout(dropout: float) -> None:
-    if dropout > 0:
-        raise ValueError("decoding needs a model in evaluation mode: call model.eval()")

@@ -42,6 +42,12 @@ class TokenEmbedding(nn.Module):
         return x if self.to_dim is None else self.to_dim(x.to(self.to_dim.weight.dtype)).float()
 
 
+def check_length(config: ModelConfig, n_tokens: int) -> None:
+    """Raises ValueError if the positions allow fewer tokens."""
+    if config.max_positions is not None and n_tokens > config.max_positions:
+        raise ValueError(f"{n_tokens} tokens: this model's positions allow at most {config.max_positions}")
+
+
 def build_positions(config: ModelConfig) -> nn.Module | None:
     """Module that maps positions [..., S] to vectors [..., S, embedding_width].
 

@@ -13,12 +13,19 @@ from typing_extensions import Unpack
 from reformer_dist.config import ModelConfig
 from reformer_dist.config.checks import require
 from reformer_dist.models.base import ReformerModel
-from reformer_dist.models.context import WHOLE_SEQUENCE, EncodedSource, ForwardContext, ForwardOptions
+from reformer_dist.models.context import (
+    WHOLE_SEQUENCE,
+    EncodedSource,
+    ForwardContext,
+    ForwardOptions,
+    call_options,
+)
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.inputs import check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
+from reformer_dist.models.training_steps import draws_rotations
 from reformer_dist.ops.checks import check_integer
 from reformer_dist.seeds import derive_seed
 
@@ -33,7 +40,9 @@ class ReformerEncoderDecoder(ReformerModel):
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         require(config.causal, "model.causal", False, "must be true: the decoder is autoregressive")
         super().__init__(config, vocab_size, seed, has_cross_attention=True)
-        self.encoder = ReformerStack(config.encoder())
+        self.encoder = ReformerStack(config.encoder(), has_positions=False)
+        kinds = [*config.layer_kinds(), *config.encoder().layer_kinds()]
+        self._draws_rotations = draws_rotations(config, kinds, has_cross_attention=True)
         table = self.embedding.tokens.weight
         assert isinstance(table, nn.Parameter)
         self.head = LanguageModelHead(config, vocab_size, table)
@@ -59,6 +68,8 @@ class ReformerEncoderDecoder(ReformerModel):
         """
         if self.training and options.get("dropout_seed") is None:
             options["dropout_seed"] = int(torch.randint(2**62, (1,), device="cpu").item())
+        # of both stacks
+        options = call_options(self, options, draws_rotations=self._draws_rotations)
         if not isinstance(source, EncodedSource):
             source = self.encode_source(source, source_mask, source_sequence, options)
         context = self._build_context(tokens, options)
@@ -74,7 +85,8 @@ class ReformerEncoderDecoder(ReformerModel):
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:
         """Source tokens [B, T] -> the encoder's hidden states [B, T, dim] in the dtype of the weights."""
-        context = self._build_source_context(tokens, options)
+        check_tokens("source", tokens, self.vocab_size, "source_mask", options.get("key_padding_mask"))
+        context = self._source_context(self._build_context(tokens, options))
         hidden: Tensor = self.encoder(self._embed(tokens, context), context)
         return hidden
 
@@ -91,18 +103,18 @@ class ReformerEncoderDecoder(ReformerModel):
     ) -> Tensor:
         """The larger drift of the two stacks, on local source [B, T] and tokens [B, S]."""
         source_options: ForwardOptions = {"key_padding_mask": source_mask, "sequence": source_sequence}
-        context = self._build_source_context(source, source_options)
+        check_tokens("source", source, self.vocab_size, "source_mask", source_mask)
+        context = self._source_context(self._evaluation_context(source, source_options))
         encoder_drift = self.encoder.reversible_drift(self._embed(source, context), context)
         options: ForwardOptions = {"key_padding_mask": key_padding_mask, "sequence": sequence}
-        encoded = self.encode_source(source, source_mask, source_sequence)
-        context = replace(self._build_context(tokens, options), source=encoded)
+        hidden = self.encoder(self._embed(source, context), context)
+        encoded = EncodedSource(hidden.float(), source_mask, source_sequence)
+        context = replace(self._evaluation_context(tokens, options), source=encoded)
         drift = self.stack.reversible_drift(self._embed(tokens, context), context)
         return torch.maximum(encoder_drift, drift)
 
-    def _build_source_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
+    def _source_context(self, context: ForwardContext) -> ForwardContext:
         """The encoder's context, with dropout and rotation seeds different from the decoder's."""
-        check_tokens("source", tokens, self.vocab_size, "source_mask", options.get("key_padding_mask"))
-        context = self._build_context(tokens, options)
         seed = context.dropout_seed
         return replace(
             context,

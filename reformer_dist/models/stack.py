@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,24 +11,41 @@ from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Recompute
 from reformer_dist.models.block import Block
-from reformer_dist.models.context import ForwardContext, ForwardOptions, RecomputeCache, build_context
+from reformer_dist.models.context import (
+    ForwardContext,
+    ForwardOptions,
+    RecomputeCache,
+    build_context,
+    call_options,
+)
+from reformer_dist.models.embedding import build_positions, check_length
 from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.norms import StreamNorm
 from reformer_dist.models.reversible import Streams, Tape
+from reformer_dist.models.training_steps import CountsSteps, draws_rotations
 
 
-class ReformerStack(nn.Module):
+class ReformerStack(CountsSteps):
     """[B, S, dim] -> [B, S, output_dim]: both streams start as the input; their merged outputs are normalized.
 
     They are merged by their mean or, with compat.merge_streams=concat, by concatenation. With has_cross_attention,
-    every layer also attends to the source of its context.
+    every layer also attends to the source of its context. A standalone stack adds the positions of its config to
+    its input. In a model, whose embedding has them, has_positions is false.
     """
 
-    def __init__(self, config: ModelConfig, *, has_cross_attention: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, has_cross_attention: bool = False, has_positions: bool = True
+    ) -> None:
         super().__init__()
         self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()[: config.n_blocks]
         self.blocks = nn.ModuleList(Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds)
+        # of width dim: the projection from embedding_dim is a part of the embedding
+        self.positions = build_positions(replace(config, embedding_dim=None)) if has_positions else None
+        if self.positions is not None:
+            for table in self.positions.parameters():
+                nn.init.normal_(table)
+        self._draws_rotations = draws_rotations(config, kinds, has_cross_attention=has_cross_attention)
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
         self.norm = StreamNorm(config.output_dim, config.norm_eps)
@@ -35,10 +54,20 @@ class ReformerStack(nn.Module):
         self, x: Tensor, context: ForwardContext | None = None, **options: Unpack[ForwardOptions]
     ) -> Tensor:
         """`context` is that of the model's forward call; a standalone stack takes `ForwardOptions` instead."""
+        options = call_options(
+            self,
+            options,
+            draws_rotations=self._draws_rotations and context is None,
+            has_context=context is not None,
+        )
         if context is None:
             check_vectors(x, self.config.dim, options)
+            check_length(self.config, x.shape[1])
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
+            x = x.float()
+            if self.positions is not None:
+                x = x + self.positions(context.coords.positions)
         x = x.float()
         if torch.is_grad_enabled() and not x.requires_grad:
             # with a frozen embedding the layers must still train, and ZeRO's hooks need an input with a gradient

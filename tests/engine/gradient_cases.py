@@ -94,9 +94,10 @@ BY_WORLD = {
         Case(0, recompute="none", shared=True),
         Case(1, shared=True),
         Case(1, "fp16"),
-        Case(2),
+        Case(1, recompute="none"),
+        Case(2, recompute="none"),
         Case(2, "fp16", offload=True),
-        Case(3),
+        Case(3, recompute="none"),
     ],
 }
 SLOW = [

@@ -32,13 +32,13 @@ class Application:
     """Arguments of make_shards.py that describe the inputs."""
     generator: list[str] | None = None
     """Arguments of make_task_data.py, used without --train; None if --train is required."""
-    is_recall: bool = False
-    """Whether make_recall_data.py writes the dataset; there are no raw files."""
     tokenizer: tuple[str, ...] = ()
     heldout: str = "0.05"
     """Held-out fraction, used without --heldout."""
     evaluate: tuple[tuple[str, ...], ...] = ((),)
     """Arguments of each call of reformer-evaluate."""
+    is_recall: bool = False
+    """Whether make_recall_data.py writes the dataset; there are no raw files."""
 
 
 APPLICATIONS = {

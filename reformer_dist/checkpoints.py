@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _absolute_path(path: str) -> Path:
     """Absolute path, so that `.` and links have the name and parent of their target."""
-    return Path(path).resolve()
+    return Path(os.path.realpath(path))  # Path.resolve raises where links form a loop
 
 
 def list_all(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -42,7 +43,10 @@ def run_command(command: Callable[[], None]) -> None:
             _fail(UserError(runtime.explain(error)), is_reporter=True)
         except KeyboardInterrupt:
             _exit(INTERRUPTED)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and _is_of_the_machine(error):
+                place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+                _fail(UserError(f"{place}{error.strerror}"), is_reporter=True)
             if runtime.env_world_size() == 1:
                 raise
             sys.excepthook(*sys.exc_info())
@@ -50,6 +54,12 @@ def run_command(command: Callable[[], None]) -> None:
         runtime.stop()
         if runtime.env_world_size() > 1:
             _exit(0)
+
+
+def _is_of_the_machine(error: OSError) -> bool:
+    """Whether a path or a disk is wrong, about which a traceback would say no more than the system does."""
+    is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return error.strerror is not None and (error.filename is not None or is_disk)
 
 
 def _exit(status: int) -> NoReturn:

@@ -222,7 +222,7 @@ class LocalExchange:
         checks.mask("key_padding_mask", key_padding_mask, "B S")
         options.check_rows(checks)
         n_heads = bucket_ids.shape[1]
-        check_integer("next_value_heads", options.next_value_heads, least=0, most=n_heads)
+        check_integer("next_value_heads", options.next_value_heads, least=0, most=options.n_heads or n_heads)
         if options.n_heads is not None:
             check_integer("n_heads", options.n_heads, least=options.first_head + n_heads)
         self.bucket_ids, self.options, self.key_padding_mask = bucket_ids, options, key_padding_mask

@@ -19,7 +19,7 @@ from reformer_dist.config.model import (
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
 from reformer_dist.config.parallel import Combine, ParallelConfig
 from reformer_dist.config.run import RunConfig
-from reformer_dist.config.sweep import SweepConfig, SweepKind
+from reformer_dist.config.sweep import SweepConfig, SweepDirection, SweepKind
 from reformer_dist.config.task import TaskConfig, TaskKind, TextMetric
 from reformer_dist.config.trainer import Precision, TrainerConfig
 
@@ -48,6 +48,7 @@ __all__ = [
     "Schedule",
     "StreamMerge",
     "SweepConfig",
+    "SweepDirection",
     "SweepKind",
     "TaskConfig",
     "TaskKind",

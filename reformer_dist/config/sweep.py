@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from reformer_dist.config.checks import LARGEST_INT64, ConfigGroup, bounded, require
+from reformer_dist.config.checks import LARGEST_INT64, ConfigGroup, bounded, one_of, require
 from reformer_dist.errors import ConfigError
 
 
 class SweepKind(Enum):
     grid = "grid"
     optuna = "optuna"
+
+
+class SweepDirection(Enum):
+    auto = "auto"
+    """That of the metric: accuracy is maximized, loss is minimized."""
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+# metrics of a trial that can rank it, and whether higher values are better
+METRICS: Mapping[str, bool] = {
+    "eval/loss": False,
+    "eval/bits_per_byte": False,
+    "eval/accuracy": True,
+    "train/loss": False,
+    "train/bits_per_byte": False,
+    "train/grad_norm": False,
+    "perf/tokens_per_s": True,
+    "perf/peak_memory_gib": False,
+    "coverage/mass": True,
+    "coverage/pairs": False,
+    "lsh/largest_bucket_over_mean": False,
+    "lsh/full_windows": False,
+    "lsh/agreement_of_rounds": True,
+    "reversible/drift": False,
+}
 
 
 @dataclass(kw_only=True)
@@ -27,7 +55,9 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
     shard: str = "0/1"
     """i/n: this driver runs the i-th of n parts of the trials, counted from 0 (tasks of a SLURM array)."""
     objective: str = "eval/loss"
-    """Metric that ranks the trials, by its last value; lower is better."""
+    """Metric that ranks the trials, by its last value."""
+    direction: SweepDirection = SweepDirection.auto
+    """Values of the objective that are better: minimize or maximize it; auto, as its metric says."""
     retry_failed: bool = False
     """Rerun trials that failed in an earlier sweep of this directory."""
     coverage_rows: int = bounded(0, least=0)
@@ -42,8 +72,20 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.objective != "", "sweep.objective", "''", "must name a metric, such as eval/loss")
+        closest = difflib.get_close_matches(self.objective, METRICS, n=1)
+        hint = f"; did you mean {closest[0]}?" if closest else ""
+        requirement = f"must be a metric of a trial: {one_of(list(METRICS))}{hint}"
+        require(self.objective in METRICS, "sweep.objective", self.objective or "''", requirement)
+        is_measured = self.coverage_rows > 0 or not self.objective.startswith("coverage/")
+        require(is_measured, "sweep.objective", self.objective, "needs sweep.coverage_rows above 0")
         self.parse_shard()
+
+    @property
+    def maximizes(self) -> bool:
+        """Whether higher values of the objective are better."""
+        if self.direction is SweepDirection.auto:
+            return METRICS[self.objective]
+        return self.direction is SweepDirection.maximize
 
     def parse_shard(self) -> tuple[int, int]:
         """(i, n) of sweep.shard."""

@@ -12,7 +12,7 @@ from reformer_dist.sweep.trials import Trial
 MAX_LEGEND_ENTRIES = 12
 
 
-def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
+def write_plots(folder: Path, trials: list[Trial], objective: str, *, maximize: bool = False) -> list[str]:
     """Writes loss_over_time.png and pareto_*.png; returns their names. Raises UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure  # not pyplot, which selects a display backend
@@ -30,7 +30,9 @@ def write_plots(folder: Path, trials: list[Trial], objective: str) -> list[str]:
         }
         if points:
             target = folder / f"pareto_{tag.rpartition('/')[2]}.png"
-            written.append(_plot_pareto(Figure(figsize=(8, 5)), points, label, objective, target))
+            signed = {name: (gain, -value if maximize else value) for name, (gain, value) in points.items()}
+            front = pareto_front(signed)
+            written.append(_plot_pareto(Figure(figsize=(8, 5)), points, front, (label, objective), target))
     return written
 
 
@@ -66,15 +68,14 @@ def _plot_curves(figure: Any, curves: dict[str, list[tuple[float, float]]], obje
 
 
 def _plot_pareto(
-    figure: Any, points: dict[str, tuple[float, float]], label: str, objective: str, target: Path
+    figure: Any, points: dict[str, tuple[float, float]], front: list[str], labels: tuple[str, str], target: Path
 ) -> str:
     axes = figure.subplots()
-    front = pareto_front(points)
     axes.scatter(*zip(*points.values(), strict=True), s=16, color="0.6")
     axes.plot(*zip(*(points[name] for name in front), strict=True), marker="o", linewidth=1)
     for name in front:
         axes.annotate(name, points[name], fontsize="x-small", xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel=label, ylabel=objective, title="Pareto front")
+    axes.set(xlabel=labels[0], ylabel=labels[1], title="Pareto front")
     return _save(figure, target)
 
 

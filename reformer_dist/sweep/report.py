@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 
 from reformer_dist.errors import UserError
 from reformer_dist.fs.atomic import write_atomic
@@ -14,11 +16,15 @@ from reformer_dist.process.log import logger
 from reformer_dist.sweep.trials import Trial, TrialStatus
 
 HPARAMS_FOLDER = "hparams"
+SEED = "trainer.seed"
 
 
-def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
-    """Writes results.csv, results.json, plots and hparams/ to the sweep's folder, and logs the table."""
-    ordered = best_first(trials, objective)
+def write_report(folder: Path, trials: list[Trial], objective: str, *, maximize: bool = False) -> None:
+    """Writes results.csv, results.json, plots and hparams/ to the sweep's folder, and logs the table.
+
+    objective: the metric that ranks the trials. maximize: whether higher values of it are better.
+    """
+    ordered = best_first(trials, objective, maximize=maximize)
     rows = table(ordered, objective)
     csv_text = io.StringIO()
     writer = csv.DictWriter(csv_text, list(rows[0]) if rows else [], lineterminator="\n")
@@ -28,10 +34,12 @@ def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
     write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     _write_hparams(folder, [trial for trial in ordered if trial.result])
     logger.info("\n" + as_text(rows))
+    if averages := over_seeds(ordered, objective):
+        logger.info("\n" + as_text(averages))
     try:
         from reformer_dist.sweep.plots import write_plots
 
-        plots = write_plots(folder, ordered, objective)
+        plots = write_plots(folder, ordered, objective, maximize=maximize)
     except UserError as error:
         logger.warning(str(error))
         plots = []
@@ -39,13 +47,32 @@ def write_report(folder: Path, trials: list[Trial], objective: str) -> None:
     logger.info(f"\nwritten to {folder}: {names}; see the HPARAMS tab of tensorboard --logdir {folder}")
 
 
-def best_first(trials: list[Trial], objective: str) -> list[Trial]:
-    """Finished trials by objective, then the others by name."""
+def best_first(trials: list[Trial], objective: str, *, maximize: bool = False) -> list[Trial]:
+    """Finished trials by objective, those without a value last, then the others by name."""
+    sign = -1 if maximize else 1
 
     def key(trial: Trial) -> tuple[bool, float, str]:
-        return trial.state is not TrialStatus.finished, trial.result.get(objective, float("inf")), trial.name
+        value = sign * trial.result[objective] if objective in trial.result else math.inf
+        return trial.state is not TrialStatus.finished, value, trial.name
 
     return sorted(trials, key=key)
+
+
+def over_seeds(trials: list[Trial], objective: str) -> list[dict[str, str | float | None]]:
+    """Mean and standard deviation of the objective over finished trials that differ in trainer.seed only.
+
+    Empty if no trials do.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for trial in trials:
+        if trial.state is TrialStatus.finished and objective in trial.result and SEED in trial.changed:
+            others = tuple((key, value) for key, value in trial.changed.items() if key != SEED)
+            groups.setdefault(others, []).append(trial.result[objective])
+    return [
+        {**dict(others), "seeds": len(values), f"mean {objective}": mean(values), "deviation": stdev(values)}
+        for others, values in groups.items()
+        if len(values) > 1
+    ]
 
 
 def table(trials: list[Trial], objective: str) -> list[dict[str, str | float | None]]:

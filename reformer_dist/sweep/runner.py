@@ -8,7 +8,8 @@ import shlex
 import signal
 import sys
 
-from reformer_dist.config import LauncherKind, RunConfig, SweepKind
+from reformer_dist.config import LauncherKind, RunConfig, SweepKind, TaskKind
+from reformer_dist.config.checks import require
 from reformer_dist.distributed import runtime
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.cores import usable_cores
@@ -21,8 +22,15 @@ from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.report import best_first, write_report
 from reformer_dist.sweep.request import SweepRequest, as_override, drop_key
 from reformer_dist.sweep.trial_metrics import COVERAGE, read_coverage, read_metrics, summarize
-from reformer_dist.sweep.trials import SweepFile, Trial, TrialStatus, read_all
+from reformer_dist.sweep.trials import ENDED, SweepFile, Trial, TrialStatus, read_all
 
+# tasks that do not report a metric
+WITH_TEXT = (TaskKind.language_model, TaskKind.completion)
+NOT_MEASURED = {
+    "eval/accuracy": (TaskKind.language_model,),
+    "eval/bits_per_byte": tuple(kind for kind in TaskKind if kind not in WITH_TEXT),
+    "train/bits_per_byte": tuple(kind for kind in TaskKind if kind not in WITH_TEXT),
+}
 # groups and keys that do not affect the results of a trial
 EXCLUDED_FROM_DIGEST = ("launcher", "sweep", "output_dir", "resume")
 
@@ -50,16 +58,29 @@ def run_sweep(request: SweepRequest) -> int:
     logger.info(f"sweep in {request.folder}: {strategy.describe()}, {len(placements)} at a time")
 
     def collect_result(trial: Trial) -> None:
-        folder = request.folder / trial.name
-        trial.result = summarize(read_metrics(folder), settings.objective) | read_coverage(folder)
+        trial.result = _read_result(request, trial)
 
     stop_signal = Driver(file, placements, _commands(request), collect_result).run(strategy)
-    write_report(request.folder, list(read_all(request.folder).values()), settings.objective)
+    write_report(request.folder, _all_trials(request), settings.objective, maximize=settings.maximizes)
     if stop_signal is not None:
         logger.info("sweep stopped; run the same command again to resume")
         return INTERRUPTED if stop_signal == signal.SIGINT else PREEMPTED
     _log_best(request)
     return int(any(trial.state is TrialStatus.failed for trial in file.trials.values()))
+
+
+def _read_result(request: SweepRequest, trial: Trial) -> dict[str, float]:
+    folder = request.folder / trial.name
+    return summarize(read_metrics(folder), request.settings.objective) | read_coverage(folder)
+
+
+def _all_trials(request: SweepRequest) -> list[Trial]:
+    """Trials of all drivers. Results are read again, since those in the files may be of another objective."""
+    trials = list(read_all(request.folder).values())
+    for trial in trials:
+        if trial.state in ENDED:
+            trial.result |= _read_result(request, trial)
+    return trials
 
 
 def _validate(request: SweepRequest) -> None:
@@ -111,7 +132,11 @@ def grid_trials(request: SweepRequest, file: SweepFile) -> list[Trial]:
 def make_trial(request: SweepRequest, name: str, changed: dict[str, str]) -> Trial:
     """A new trial. Raises ConfigError if its configuration is invalid."""
     overrides = [*drop_key(request.fixed, "output_dir"), *(f"{key}={value}" for key, value in changed.items())]
-    return Trial(name, changed, overrides=overrides, digest=_config_digest(compose_run(overrides, request.files)))
+    config = compose_run(overrides, request.files)
+    kinds = NOT_MEASURED.get(request.settings.objective, ())
+    requirement = f"task.kind={config.task.kind.name} does not report it"
+    require(config.task.kind not in kinds, "sweep.objective", request.settings.objective, requirement)
+    return Trial(name, changed, overrides=overrides, digest=_config_digest(config))
 
 
 def _config_digest(config: RunConfig) -> str:
@@ -154,8 +179,8 @@ def trial_arguments(request: SweepRequest, trial: Trial) -> list[str]:
 def _log_best(request: SweepRequest) -> None:
     """Logs the best trial and the command that resumes its training, for twice the steps."""
     objective = request.settings.objective
-    finished = [trial for trial in read_all(request.folder).values() if trial.state is TrialStatus.finished]
-    best = next(iter(best_first(finished, objective)), None)
+    finished = [trial for trial in _all_trials(request) if trial.state is TrialStatus.finished]
+    best = next(iter(best_first(finished, objective, maximize=request.settings.maximizes)), None)
     if best is None or objective not in best.result:
         return
     steps = compose_run(best.overrides, request.files).trainer.max_steps * 2

@@ -88,13 +88,17 @@ class OptunaSearch:
             str(path), lock_obj=_JournalLock(path.with_suffix(".lock"))
         )
         storage = optuna.storages.JournalStorage(backend)
-        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, direction="minimize")
+        direction = "maximize" if settings.maximizes else "minimize"
+        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, direction=direction)
         # launcher and output_dir do not affect the results
         excluded = ("launcher", "output_dir=")
         overrides = sorted(word for word in request.fixed if not word.lstrip("+").startswith(excluded))
         attributes = {"overrides": " ".join(overrides), "space": str(request.space)}
+        attributes |= {"objective": settings.objective, "direction": direction}
         for key, value in attributes.items():
-            stored = study.user_attrs.get(key, value)
+            # studies of earlier versions have no such attributes, and minimize
+            first = study.direction.name.lower() if key == "direction" else value
+            stored = study.user_attrs.get(key, first)
             if stored != value:
                 problem = f"contains a study with {key} {stored}; choose another output_dir for {value}"
                 raise ConfigError(f"output_dir={request.folder}: {problem}")

@@ -41,10 +41,11 @@ def last(rows: list[MetricsRow], tag: str) -> float | None:
 
 
 def summarize(rows: list[MetricsRow], objective: str) -> dict[str, float]:
-    """The last step, the last values of the objective and the losses, and the median speed."""
+    """The last step, last values of the objective, held-out metrics and training loss, and the median speed."""
     if not rows:
         return {}
-    tags = dict.fromkeys((objective, "eval/loss", "eval/bits_per_byte", TRAIN_LOSS))
+    measured = [tag for row in rows for tag in row if tag.startswith("eval/")]
+    tags = dict.fromkeys((objective, *measured, TRAIN_LOSS))
     summary = {tag: last(rows, tag) for tag in tags}
     speeds = [value for _, value in series(rows, SPEED)]
     if speeds:

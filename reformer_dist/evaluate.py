@@ -102,14 +102,16 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
         text = _heldout_text(arguments, loaded, corpus)  # for the baselines
-        _write_json(arguments, job, values)
+        order0, gzip = order0_bits_per_byte(text), gzip_bits_per_byte(text)
+        baselines = {"order0_bits_per_byte": order0, "gzip_bits_per_byte": gzip}
+        _write_json(arguments, job, {**values, **baselines})
         return [
             *lines,
             f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}",
             f"held-out loss: {result.loss:.4f} nats per token",
             f"held-out bits per byte: {result.bits_per_byte:.4f}",
-            f"  order-0 entropy of the same text: {order0_bits_per_byte(text):.4f}",
-            f"  gzip -9 of the same text: {gzip_bits_per_byte(text):.4f}",
+            f"  order-0 entropy of the same text: {order0:.4f}",
+            f"  gzip -9 of the same text: {gzip:.4f}",
             *_position_lines(result),
         ]
     split = "held-out" if arguments.split == "heldout" else "training"

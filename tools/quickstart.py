@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
 EXPERIMENT = "quickstart"
@@ -34,10 +36,14 @@ def main() -> None:
     print_heading("Training (run the same command again to resume)")
     execute(train)
     print_heading("Evaluating on held-out text")
-    execute([command("reformer-evaluate"), str(run), "--rows", "512"])
+    whole, without_lsh = run / "evaluation.json", run / "evaluation-without-lsh.json"
+    evaluate = [command("reformer-evaluate"), str(run), "--rows", "128", "--by-position"]
+    execute([*evaluate, "--output", str(whole)])
+    print_heading("Evaluating without the LSH layers")
+    execute([*evaluate, "--without", "lsh", "--output", str(without_lsh)])
     print_heading("Generating a sample")
     execute([command("reformer-generate"), str(run), "--prompt", arguments.prompt, "--max-new-tokens", "200"])
-    _print_summary(data, run, train)
+    _print_summary(data, run, train, *(json.loads(path.read_text()) for path in (whole, without_lsh)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,8 +80,16 @@ def execute(command: list[str]) -> None:
         sys.exit(status)
 
 
-def _print_summary(data: Path, run: Path, train: list[str]) -> None:
+def _print_summary(
+    data: Path, run: Path, train: list[str], whole: dict[str, Any], without_lsh: dict[str, Any]
+) -> None:
     print_heading("Done")
+    gzip, bits = whole["gzip_bits_per_byte"], whole["bits_per_byte"]
+    first, last = whole["by_position"][0], whole["by_position"][-1]
+    positions = f"{first['bits_per_byte']:.2f} at the first {first['last'] + 1} positions of a row, "
+    positions += f"{last['bits_per_byte']:.2f} from {last['first']:,} on"
+    print(f"held out     {bits:.2f} bits per byte (gzip -9: {gzip:.2f}); {positions}")
+    print(f"LSH          {without_lsh['bits_per_byte']:.2f} bits per byte without the attention of the LSH layers")
     print(f"dataset      {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
     print(f"continue     {shlex.join([*train, 'trainer.max_steps=1000'])}")

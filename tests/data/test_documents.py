@@ -244,7 +244,7 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content"), PACKED)
+@pytest.mark.parametrize(("name", "content"), PACKED, ids=range(len(PACKED)))
 def test_text_in_formats_that_are_not_read_is_never_left_out_in_silence(
     tmp_path: Path, name: str, content: bytes
 ) -> None:

@@ -71,7 +71,7 @@ class Call:
     wrong: dict[str, list[Any]] = field(default_factory=dict)
     """Values of other arguments that are refused."""
     accepted: str = ""
-    """A description of `test_refusals.wrong_tensors` that is not wrong here."""
+    """A description of `test_refused_arguments.wrong_tensors` that is not wrong here."""
     shares_device: bool = True
     """Whether all of its tensors must be on one device."""
     signature: Callable[..., Any] | None = None

@@ -43,6 +43,11 @@ def require_memory(config: RunConfig, job: Runtime, task: Task) -> None:
     if config.deepspeed.offload_optimizer and device == "cuda":  # the plan counts both memories as one
         limit += machine_memory("cpu", per_node) or 0.0
     spec = JobSpec(config, job.world_size, per_node, task.vocab_size, device)
+    n_elements, width = config.deepspeed.reduce_bucket_size, spec.weight_bytes
+    # allocated whole, although a CPU only holds the part that is filled
+    if config.deepspeed.stage > 0 and n_elements * width > limit:
+        requirement = f"must be at most {int(limit) // width}, what the memory of this machine holds per rank"
+        raise ConfigError(f"deepspeed.reduce_bucket_size={n_elements}: {requirement}")
     peak = plan_memory(spec, task.build_model)
     if peak.total <= limit:
         return

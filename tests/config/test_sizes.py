@@ -127,6 +127,15 @@ def test_what_no_machine_holds(word: str, part: str, job: Runtime, monkeypatch: 
     assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buckets_that_are_allocated_whole(stage: int, job: Runtime) -> None:
+    words = [f"deepspeed.stage={stage}", f"deepspeed.reduce_bucket_size={2**63 - 1}"]
+    with pytest.raises(ConfigError, match=rf"^deepspeed\.reduce_bucket_size={2**63 - 1}: must be at most \d+"):
+        checked(job, *words)
+    checked(job, f"deepspeed.stage={stage}")
+    checked(job, words[1])  # stage 0 has none
+
+
 def test_a_small_run_fits_and_doubt_is_a_warning(
     job: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

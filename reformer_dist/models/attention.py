@@ -24,6 +24,7 @@ from reformer_dist.models.context import (
 from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.layer_rule import LayerRule
 from reformer_dist.models.training_steps import CountsSteps, draws_rotations
+from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.attention import Exchange
@@ -50,6 +51,7 @@ class SelfAttention(CountsSteps):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_type("config", config, ModelConfig)
         self.config = config
         self.n_heads, self.head_dim = config.n_heads, config.resolved_head_dim
         inner = self.n_heads * self.head_dim
@@ -78,6 +80,7 @@ class SelfAttention(CountsSteps):
         options = call_options(self, options, draws_rotations=draws, has_context=context is not None)
         if context is None:
             check_vectors(x, self.config.dim, options)
+            check_integer("layer", layer)
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
         q = self._heads(self.to_q(x))

@@ -18,8 +18,10 @@ from reformer_dist.models.inputs import check_options, check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.models.training_steps import CountsSteps, draws_rotations
-from reformer_dist.ops.checks import check_integer
+from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.ops.dropout import token_dropout
+
+LARGEST_VOCABULARY = 2**31 - 1
 
 
 class ReformerModel(CountsSteps):
@@ -32,7 +34,8 @@ class ReformerModel(CountsSteps):
         self, config: ModelConfig, vocab_size: int, seed: int = 0, *, has_cross_attention: bool = False
     ) -> None:
         super().__init__()
-        check_integer("vocab_size", vocab_size, least=1)
+        check_type("config", config, ModelConfig)
+        check_integer("vocab_size", vocab_size, least=1, most=LARGEST_VOCABULARY)
         check_integer("seed", seed)
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = TokenEmbedding(config, vocab_size)

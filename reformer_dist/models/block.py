@@ -24,6 +24,7 @@ from reformer_dist.models.feed_forward import FeedForward
 from reformer_dist.models.norms import build_norm, norm_of_layer
 from reformer_dist.models.recompute import LayerWeights, check_reversible
 from reformer_dist.models.reversible import Streams, Sublayer, Tape, TokenwiseSublayer, reversible_steps
+from reformer_dist.ops.checks import check_type
 from reformer_dist.ops.dropout import token_dropout
 
 
@@ -35,6 +36,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: AttentionKind, *, has_cross_attention: bool = False) -> None:
         super().__init__()
+        check_type("config", config, ModelConfig)
+        check_type("kind", kind, AttentionKind)
+        check_type("has_cross_attention", has_cross_attention, bool)
         self.dropout, self.layer_drop = config.dropout, config.layer_drop
         self.has_cross_attention = has_cross_attention
         self.attention_norm = build_norm(config)

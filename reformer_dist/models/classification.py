@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from reformer_dist.config import ModelConfig, Pooling
-from reformer_dist.models.base import ReformerModel
+from reformer_dist.models.base import LARGEST_VOCABULARY, ReformerModel
 from reformer_dist.models.context import ForwardContext, ForwardOptions
 from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.inputs import check_labels
@@ -26,7 +26,7 @@ class ReformerForSequenceClassification(ReformerModel):
 
     def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, seed: int = 0) -> None:
         super().__init__(config, vocab_size, seed)
-        check_integer("n_classes", n_classes, least=1)
+        check_integer("n_classes", n_classes, least=1, most=LARGEST_VOCABULARY)
         self.n_classes = n_classes
         self.head = ClassificationHead(config, n_classes)
         init_weights(self, config, seed)

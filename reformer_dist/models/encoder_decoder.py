@@ -26,7 +26,7 @@ from reformer_dist.models.inputs import check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.models.training_steps import draws_rotations
-from reformer_dist.ops.checks import check_integer
+from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.seeds import derive_seed
 
 
@@ -38,6 +38,7 @@ class ReformerEncoderDecoder(ReformerModel):
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
+        check_type("config", config, ModelConfig)
         require(config.causal, "model.causal", False, "must be true: the decoder is autoregressive")
         super().__init__(config, vocab_size, seed, has_cross_attention=True)
         self.encoder = ReformerStack(config.encoder(), has_positions=False)

@@ -9,7 +9,7 @@ from reformer_dist.config import ModelConfig
 from reformer_dist.models.embedding import AxialPositions, LearnedPositions, TokenEmbedding
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.stack import ReformerStack
-from reformer_dist.ops.checks import check_integer
+from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.seeds import derive_seed
 
 HEAD_STD = 0.02
@@ -22,6 +22,8 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     Linear layers: normal with standard deviation fan_in**-0.5; output projections of sublayers are divided by the
     square root of the number of residual writes. Embeddings and positions: 1, since positions at 0.02 stall.
     """
+    check_type("model", model, nn.Module)
+    check_type("config", config, ModelConfig)
     check_integer("seed", seed)
     generator = torch.Generator("cpu").manual_seed(derive_seed("weights", seed))
     n_writes = _residual_writes(model, config)

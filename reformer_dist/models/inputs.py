@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.models.context import ForwardOptions
-from reformer_dist.ops.checks import TensorChecks, check_integer, check_range
+from reformer_dist.ops.checks import TensorChecks, check_integer, check_range, check_type
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int, mask_name: str, mask: Tensor | None) -> TensorChecks:
@@ -38,6 +38,8 @@ def check_options(checks: TensorChecks, options: ForwardOptions) -> None:
         checks.integers("rows", rows, "B")
     elif rows is not None:
         raise TypeError(f"rows: must be a tensor [B] of integers, not {type(rows).__name__}")
+    if options.get("bucket_stats") is not None:
+        check_type("bucket_stats", options.get("bucket_stats"), list)
     if step is not None:
         check_integer("step", step, least=0)  # type: ignore[arg-type]  # names of a TypedDict are not inferred
     if dropout_seed is not None:

@@ -16,6 +16,7 @@ from reformer_dist.models.context import ForwardContext
 from reformer_dist.models.cross_attention import CrossAttention
 from reformer_dist.models.encoder_decoder import ReformerEncoderDecoder
 from reformer_dist.models.sequence import LayerAccess, SequenceAccess, WholeSequence
+from reformer_dist.ops.checks import check_type
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
@@ -55,6 +56,7 @@ def inspect_attention(
 
     Raises ValueError for more than 4096 tokens, since the weights are dense, and if no attention layer runs.
     """
+    check_type("model", model, nn.Module)
     options = {"key_padding_mask": key_padding_mask, "step": step}
     keywords |= {name: value for name, value in options.items() if value is not None}
     views: list[AttentionView] = []

@@ -23,6 +23,7 @@ from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.norms import StreamNorm
 from reformer_dist.models.reversible import Streams, Tape
 from reformer_dist.models.training_steps import CountsSteps, draws_rotations
+from reformer_dist.ops.checks import check_type
 
 
 class ReformerStack(CountsSteps):
@@ -37,6 +38,8 @@ class ReformerStack(CountsSteps):
         self, config: ModelConfig, *, has_cross_attention: bool = False, has_positions: bool = True
     ) -> None:
         super().__init__()
+        check_type("config", config, ModelConfig)
+        check_type("has_cross_attention", has_cross_attention, bool)
         self.config, self.recompute = config, config.recompute
         kinds = config.layer_kinds()[: config.n_blocks]
         self.blocks = nn.ModuleList(Block(config, kind, has_cross_attention=has_cross_attention) for kind in kinds)

@@ -89,6 +89,12 @@ def _listed(dims: str) -> str:
     return ", ".join(dims.split())
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """value is an instance of a class, such as bool."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: must be a {kind.__name__}, not {type(value).__name__}")
+
+
 def check_integer(name: str, value: int, *, least: int | None = None, most: int | None = None) -> None:
     """value is an integer from least to most."""
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -119,7 +125,7 @@ def check_dropout(name: str, value: float) -> None:
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         *others, last = choices
         raise ValueError(f"{name}={value!r}: must be {', '.join(others)} or {last}")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reformer_dist.ops.checks import TensorChecks
+from reformer_dist.ops.checks import TensorChecks, check_integer, check_type
 from reformer_dist.ops.lsh.attention import LocalExchange
 from reformer_dist.ops.lsh.backends import attend_locally, hash_vectors
-from reformer_dist.ops.lsh.hashing import draw_rotations
+from reformer_dist.ops.lsh.hashing import LARGEST_SIZE, draw_rotations
 from reformer_dist.ops.lsh.neighbour_rules import WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 
@@ -44,6 +44,9 @@ def lsh_attention(
     checks.floats("qk", qk, "B H S D")
     checks.floats("v", v, "B H S D")
     checks.mask("key_padding_mask", key_padding_mask, "B S")
+    check_integer("n_hashes", n_hashes, least=1, most=LARGEST_SIZE)
+    check_integer("seed", seed, least=-(2**63), most=2**64 - 1)
+    check_type("hash_scheme", hash_scheme, str)
     options = AttentionOptions(
         rule=WindowRule(window, causal),
         n_buckets=n_buckets,

@@ -20,6 +20,7 @@ from reformer_dist.ops.checks import TensorChecks, check_choice, check_integer
 from reformer_dist.ops.lsh.options import LARGEST_N_BUCKETS
 from reformer_dist.ops.tensor_cache import cache_tensors
 
+LARGEST_SIZE = 2**20  # of heads, hashes and head dimensions
 # The widest argmax that is still cheap, and the most cells that one projection usefully distinguishes.
 LARGEST_FACTOR = {"rotation": 64, "floor": 8}
 # Added to the squared column norms, so that the Cholesky factorization succeeds for nearly dependent columns.
@@ -114,7 +115,7 @@ def count_columns(factors: Factors, scheme: str) -> int:
 def _check_rotation_sizes(n_heads: int, head_dim: int, n_hashes: int, seed: int) -> None:
     sizes = {"n_heads": n_heads, "head_dim": head_dim, "n_hashes": n_hashes}
     for name, size in sizes.items():
-        check_integer(name, size, least=1)
+        check_integer(name, size, least=1, most=LARGEST_SIZE)
     check_integer("seed", seed, least=-(2**63), most=2**64 - 1)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from reformer_dist.ops.checks import check_integer
+from reformer_dist.ops.checks import check_integer, check_type
 
 LARGEST_WINDOW = 2**28  # sorted positions, and distances between them, are 32-bit
 
@@ -29,6 +29,7 @@ class WindowRule:
 
     def __post_init__(self) -> None:
         check_integer("window", self.window, least=1, most=LARGEST_WINDOW)
+        check_type("causal", self.causal, bool)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ChunkRule:
 
     def __post_init__(self) -> None:
         check_integer("chunk_len", self.chunk_len, least=1, most=LARGEST_WINDOW)
+        check_type("causal", self.causal, bool)
         check_integer("n_before", self.n_before, least=0)
         check_integer("n_after", self.n_after, least=0)
         check_integer("round_to", self.round_to, least=1, most=LARGEST_WINDOW)

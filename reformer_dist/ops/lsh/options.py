@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.checks import TensorChecks, check_choice, check_dropout, check_integer, check_number
+from reformer_dist.ops.checks import (
+    TensorChecks,
+    check_choice,
+    check_dropout,
+    check_integer,
+    check_number,
+    check_type,
+)
 from reformer_dist.ops.lsh.neighbour_rules import LARGEST_WINDOW, ChunkRule, Rule
 
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
@@ -68,6 +75,7 @@ class AttentionOptions(DropoutOptions):
         super().__post_init__()
         check_integer("n_buckets", self.n_buckets, least=1, most=LARGEST_N_BUCKETS)
         check_number("scale", self.scale, above=0)
+        check_type("count_pairs_once", self.count_pairs_once, bool)
         check_integer("next_value_heads", self.next_value_heads, least=0)
         check_choice("backend", self.backend, BACKENDS)
         if self.next_value_heads and self.rule.sees_self:

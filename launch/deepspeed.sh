@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Written by: reformer-train launcher=deepspeed experiment=quickstart
+# Written by: reformer-train launcher=deepspeed experiment=quickstart data.batch_size=8
 #
 # Run it on node1, in a directory that all machines share. It starts the ranks over ssh, which must
 # work without a password, and needs pdsh. Lost ranks are not restarted: use torchrun for that.
@@ -26,4 +26,5 @@ deepspeed \
     --hostfile "$folder/hostfile" \
     --master_addr node1 \
     --module reformer_dist.train \
-    experiment=quickstart
+    experiment=quickstart \
+    data.batch_size=8

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Written by: reformer-train launcher=torchrun experiment=quickstart
+# Written by: reformer-train launcher=torchrun experiment=quickstart data.batch_size=8
 #
 # Run it on each of node1, node2, at about the same time, in a directory that all of them share.
 # The rendezvous is on node1. If a rank is lost, all restart from the last checkpoint.
@@ -18,4 +18,5 @@ exec torchrun \
     --rdzv-backend=c10d \
     --rdzv-endpoint=node1:29400 \
     -m reformer_dist.train \
-    experiment=quickstart
+    experiment=quickstart \
+    data.batch_size=8

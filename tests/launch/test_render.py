@@ -31,8 +31,11 @@ KINDS = {
 }
 
 
+BATCH = "data.batch_size=8"  # a row for each rank of the examples
+
+
 def configured(*overrides: str) -> RunConfig:
-    return compose_run(list(overrides))
+    return compose_run([BATCH, *overrides])
 
 
 def rendered(*overrides: str) -> str:
@@ -57,7 +60,7 @@ def test_every_launcher_that_prints_has_its_file() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_files_are_what_the_defaults_give(path: Path) -> None:
-    assert path.read_text() == rendered(f"launcher={path.stem}", "experiment=quickstart")
+    assert path.read_text() == rendered(f"launcher={path.stem}", "experiment=quickstart", BATCH)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")

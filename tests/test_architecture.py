@@ -1,14 +1,16 @@
-"""The layout as far as a machine can check it: allowed imports, no import cycles, short files and functions."""
+"""The layout as far as a machine can check it: imports, import cycles, lengths of files, and names of tests."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "reformer_dist"
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "reformer_dist"
 # What each part may import besides itself, lowest layers first. Every part has a row.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -160,3 +162,10 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno
             assert length < MOST_LINES_OF_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_test_modules_have_different_names():
+    """pytest imports them by name alone, so the second of two with the same name fails to load."""
+    paths = (path for path in TESTS.rglob("*.py") if path.name not in ("conftest.py", "__init__.py"))
+    names = Counter(path.name for path in paths)
+    assert [name for name, count in names.items() if count > 1] == []

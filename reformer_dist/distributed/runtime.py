@@ -113,10 +113,11 @@ class Runtime:
 
 
 def explain(error: UserError | OSError) -> str:
-    """The message of an error; of an operating system's, "path: reason" instead of "[Errno 13] ..."."""
+    """The message of an error; that of the operating system as "path: reason" instead of "[Errno 13] ..."."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    is_path = isinstance(error.filename, str | bytes)  # not a file descriptor
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if is_path else error.strerror
 
 
 def _merge_messages(messages: list[str | None]) -> str:
@@ -136,7 +137,7 @@ def is_rank() -> bool:
 
 
 def env_rank() -> int:
-    """Rank from the launcher's environment; 0 without a launcher, or until `start` refuses what is no number."""
+    """Rank from the launcher's environment; 0 without one, or if it is not a number, which `start` refuses."""
     return _env_number("RANK", 0)
 
 
@@ -194,11 +195,9 @@ def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
-            port, fix = (
-                os.environ["MASTER_PORT"],
-                "end what listens there, such as an earlier job, or choose another",
-            )
-            raise UserError(f"MASTER_PORT={port}: is in use on {socket.gethostname()}; {fix}") from error
+            used = f"MASTER_PORT={os.environ['MASTER_PORT']}: is in use on {socket.gethostname()}"
+            fix = "end what listens there, such as an earlier job, or choose another"
+            raise UserError(f"{used}; {fix}") from error
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerLost(
             f"rank {rank} could not join the {world_size} ranks of its job at {where} within "

@@ -37,16 +37,11 @@ def run_command(command: Callable[[], None]) -> None:
             _fail(error, is_reporter=runtime.env_rank() == 0)
         except UserError as error:  # of this rank alone, or peers are lost: no collective may follow
             _fail(error, is_reporter=True)
-        except OSError as error:
-            if error.filename is None or isinstance(error, BrokenPipeError):
-                raise
-            _fail(UserError(runtime.explain(error)), is_reporter=True)
         except KeyboardInterrupt:
             _exit(INTERRUPTED)
         except Exception as error:
             if isinstance(error, OSError) and _is_of_the_machine(error):
-                place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-                _fail(UserError(f"{place}{error.strerror}"), is_reporter=True)
+                _fail(UserError(runtime.explain(error)), is_reporter=True)
             if runtime.env_world_size() == 1:
                 raise
             sys.excepthook(*sys.exc_info())
@@ -57,7 +52,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _is_of_the_machine(error: OSError) -> bool:
-    """Whether a path or a disk is wrong, about which a traceback would say no more than the system does."""
+    """Whether the cause is a path or a disk, about which a traceback would say no more than the system does."""
     is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     return error.strerror is not None and (error.filename is not None or is_disk)
 

@@ -22,7 +22,7 @@ from reformer_dist.models.context import (
 )
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initialization import init_weights
-from reformer_dist.models.inputs import check_tokens
+from reformer_dist.models.inputs import check_source_rows, check_tokens
 from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.models.training_steps import draws_rotations
@@ -72,11 +72,9 @@ class ReformerEncoderDecoder(ReformerModel):
         # of both stacks
         options = call_options(self, options, draws_rotations=self._draws_rotations)
         if not isinstance(source, EncodedSource):
+            check_source_rows(source, tokens)
             source = self.encode_source(source, source_mask, source_sequence, options)
         context = self._build_context(tokens, options)
-        if source.hidden.shape[0] != tokens.shape[0]:
-            expected = f"must have the {tokens.shape[0]} rows of tokens"
-            raise ValueError(f"source.shape={list(source.hidden.shape[:2])}: {expected}")
         hidden = self._hidden(tokens, replace(context, source=source))
         if logits_to_keep is not None:
             check_integer("logits_to_keep", logits_to_keep, least=1)

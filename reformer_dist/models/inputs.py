@@ -23,6 +23,16 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int, mask_name: str, mas
     return checks
 
 
+def check_source_rows(source: Tensor, tokens: Tensor) -> None:
+    """Raises ValueError unless source [B, T] has the rows of tokens [B, S].
+
+    An encoded source may have others: a decoding state reads it in its first call, before beams multiply rows.
+    """
+    checks = TensorChecks()
+    checks.integers("tokens", tokens, "B S")
+    checks.integers("source", source, "B T")
+
+
 def check_vectors(x: Tensor, dim: int, options: ForwardOptions) -> None:
     """Raises ValueError unless x is [B, S, dim], floating point, and the options of its forward call fit it."""
     checks = TensorChecks(dim=dim)

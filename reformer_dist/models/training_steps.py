@@ -32,7 +32,7 @@ class CountsSteps(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.next_step:
-            destination[f"{prefix}next_step"] = torch.tensor(self.next_step)
+            destination[f"{prefix}next_step"] = torch.tensor(self.next_step, device="cpu")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         count = state_dict.pop(f"{prefix}next_step", None)

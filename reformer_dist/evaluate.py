@@ -32,6 +32,8 @@ from reformer_dist.run.pretrained import LoadedModel, load_model
 from reformer_dist.tasks.text_metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluation import EvalResult, evaluate
 
+Mode = Callable[[argparse.Namespace, Runtime], list[str]]
+"""Evaluates as one rank; returns the lines to print."""
 MICRO_BATCH = 8
 NEEDLES_PER_CELL = 10
 MIN_NEEDLE_BYTES = 100
@@ -78,15 +80,15 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
             print("\n".join(lines))
 
 
-def _mode(arguments: argparse.Namespace) -> Callable[[argparse.Namespace, Runtime], list[str]]:
+def _mode(arguments: argparse.Namespace) -> Mode:
     """The report that the options ask for. Raises ConfigError if they do not go together."""
-    modes: dict[Any, Callable[[argparse.Namespace, Runtime], list[str]]] = {
-        arguments.rounds: _rounds_table,
-        arguments.context: _context_table,
-        arguments.needles: _needles,
-        arguments.coverage: _coverage,
-    }
-    mode = next((modes[value] for value in modes if value), _report)
+    modes: tuple[tuple[Any, Mode], ...] = (
+        (arguments.rounds, _rounds_table),
+        (arguments.context, _context_table),
+        (arguments.needles, _needles),
+        (arguments.coverage, _coverage),
+    )
+    mode = next((mode for option, mode in modes if option), _report)
     if arguments.by_position and mode is not _report:
         raise ConfigError("--by-position: breaks down the loss, which --rounds, --context and the like replace")
     if arguments.plot is not None and mode is not _needles:
@@ -98,22 +100,20 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded, corpus = _open(arguments, [], job)
     result = _evaluate(arguments, loaded, corpus, job)
     rows = _describe_rows(arguments, loaded, corpus)
-    values = {**result.values(), "by_position": [asdict(each) for each in result.positions]}
+    values: dict[str, Any] = {**result.values(), "by_position": [asdict(each) for each in result.positions]}
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
-        text = _heldout_text(arguments, loaded, corpus)  # for the baselines
-        order0, gzip = order0_bits_per_byte(text), gzip_bits_per_byte(text)
-        baselines = {"order0_bits_per_byte": order0, "gzip_bits_per_byte": gzip}
-        _write_json(arguments, job, {**values, **baselines})
-        return [
-            *lines,
-            f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}",
-            f"held-out loss: {result.loss:.4f} nats per token",
-            f"held-out bits per byte: {result.bits_per_byte:.4f}",
-            f"  order-0 entropy of the same text: {order0:.4f}",
-            f"  gzip -9 of the same text: {gzip:.4f}",
-            *_position_lines(result),
-        ]
+        lines.append(f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}")
+        lines.append(f"held-out loss: {result.loss:.4f} nats per token")
+        if result.bits_per_byte is not None:
+            text = _heldout_text(arguments, loaded, corpus)  # for the baselines
+            order0, gzip = order0_bits_per_byte(text), gzip_bits_per_byte(text)
+            values |= {"order0_bits_per_byte": order0, "gzip_bits_per_byte": gzip}
+            lines.append(f"held-out bits per byte: {result.bits_per_byte:.4f}")
+            lines.append(f"  order-0 entropy of the same text: {order0:.4f}")
+            lines.append(f"  gzip -9 of the same text: {gzip:.4f}")
+        _write_json(arguments, job, values)
+        return [*lines, *_position_lines(result)]
     split = "held-out" if arguments.split == "heldout" else "training"
     lines.append(f"task: {loaded.config.task.kind.name}")
     lines.append(f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels, {rows}")
@@ -132,10 +132,12 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 
 
 def _position_lines(result: EvalResult) -> list[str]:
-    lines = ["held-out bits per byte by position in the row:"] * bool(result.positions)
-    for each in result.positions:
-        lines.append(f"{each.name:>16} {each.bits_per_byte:10.4f}  of {each.n_labels:,} tokens")
-    return lines
+    if not result.positions:
+        return []
+    metric = "loss" if result.bits_per_byte is None else "bits per byte"
+    parts = zip(result.position_values().items(), result.positions, strict=True)
+    lines = [f"{name:>16} {value:10.4f}  of {part.n_labels:,} tokens" for (name, value), part in parts]
+    return [f"held-out {metric} by position in the row:", *lines]
 
 
 def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
@@ -245,7 +247,7 @@ def _context_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 
 def _needles(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     loaded, corpus = _open_text(arguments, "--needles", job)
-    most = loaded.config.model.max_positions or 1 << 24
+    most = loaded.config.model.max_positions or 1 << 24  # a token has at least one byte
     lengths = parse_sizes("--needles", arguments.needles, least=MIN_NEEDLE_BYTES, most=most)
     text = _heldout_text(argparse.Namespace(**{**vars(arguments), "rows": 0}), loaded, corpus)
     n_samples = arguments.rows or NEEDLES_PER_CELL

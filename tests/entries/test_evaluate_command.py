@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import WORDS, write_tiny_dataset
+from support.launch import run_ranks
+from support.tiny import WORDS, tiny_overrides, write_tiny_dataset
 
-from reformer_dist.data import BpeTokenizer, ByteTokenizer, Corpus, RawSample, write_dataset, write_samples
+from reformer_dist.data import (
+    BpeTokenizer,
+    ByteTokenizer,
+    Corpus,
+    IdTokenizer,
+    RawSample,
+    write_dataset,
+    write_samples,
+)
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
 from reformer_dist.evaluate import _heldout_text, _mode, _open, build_parser
@@ -96,3 +105,19 @@ def test_options_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         evaluate(trained, job, capsys, *options)
+
+
+def test_a_language_model_of_ids(tmp_path: Path, job: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids have no bytes, so its losses are in nats alone."""
+    sequences = [RawSample(f"s{n}", (" ".join(str((n + i) % 9) for i in range(400)).encode(),)) for n in range(8)]
+    write_samples(sequences, tmp_path / "ids", IdTokenizer(9), heldout=sequences[:1])
+    run = tmp_path / "run"
+    overrides = tiny_overrides(tmp_path / "ids", run, "trainer.max_steps=2")
+    run_ranks("reformer_dist.train", 1, overrides, forked=True)
+    lines = evaluate(run, job, capsys, "--by-position", "--output", str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["by_position"][0]["loss"] == pytest.approx(result["loss"]) and "bits_per_byte" not in result
+    assert lines[-2:] == [
+        "held-out loss by position in the row:",
+        f"{'0-63':>16} {result['loss']:10.4f}  of {result['by_position'][0]['n_labels']:,} tokens",
+    ]

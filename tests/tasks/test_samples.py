@@ -159,7 +159,7 @@ def test_tasks_refuse_data_of_the_other_kind(data: Path, tmp_path: Path) -> None
         make("language_model", data).check(Corpus.open([data]))
     with pytest.raises(DataError, match=r"task\.kind=completion .*prompt and completion"):
         make("completion", text).check(Corpus.open([text]))
-    with pytest.raises(DataError, match="by_sample was None"):
+    with pytest.raises(DataError, match=r"task\.kind: .*another output_dir"):
         state = Sampler(Corpus.open([data]), seed=3, batch_size=BATCH, seq_len=64).settings()
         read_state({"version": 2, "settings": state}, make_sampler(data))
 

@@ -9,7 +9,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from reformer_dist.config.keywords import refuse_unknown
+from reformer_dist.config.keywords import refuse_unknown_keywords
 from reformer_dist.config.renamed import refuse_renamed
 from reformer_dist.errors import ConfigError
 
@@ -46,7 +46,7 @@ class ConfigGroup:
         for name, value in values.items():
             refuse_renamed(f"{cls._prefix}{name}", value)
         known = [option.name for option in fields(cls)]  # type: ignore[arg-type]
-        refuse_unknown(cls.__name__, values, known, cls._counterparts)
+        refuse_unknown_keywords(cls.__name__, values, known, cls._counterparts)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

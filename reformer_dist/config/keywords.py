@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
 
-def refuse_unknown(
+def refuse_unknown_keywords(
     call: str, given: Mapping[str, object], known: Iterable[str], counterparts: Mapping[str, str]
 ) -> None:
     """Raises TypeError if a keyword given to `call` is not known. counterparts: of other systems' keywords."""
@@ -19,7 +19,13 @@ def refuse_unknown(
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The known name that `name` may be a misspelling of."""
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.6)), None)
+    return next(iter(get_close_matches(name, known, n=1)), None)
+
+
+def with_nearest(unknown: Iterable[str], known: Collection[str]) -> str:
+    """The unknown names, each with the known one that it may be a misspelling of: "x (did you mean y?), z"."""
+    similar = {name: nearest(name, known) for name in unknown}
+    return ", ".join(f"{name} (did you mean {near}?)" if near else name for name, near in similar.items())
 
 
 def _advice(name: str, known: Collection[str], counterparts: Mapping[str, str]) -> str:

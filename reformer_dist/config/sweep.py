@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from reformer_dist.config.checks import LARGEST_INT64, ConfigGroup, bounded, one_of, require
+from reformer_dist.config.keywords import nearest
 from reformer_dist.errors import ConfigError
 
 
@@ -72,8 +72,8 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        closest = difflib.get_close_matches(self.objective, METRICS, n=1)
-        hint = f"; did you mean {closest[0]}?" if closest else ""
+        closest = nearest(self.objective, METRICS)
+        hint = f"; did you mean {closest}?" if closest else ""
         requirement = f"must be a metric of a trial: {one_of(list(METRICS))}{hint}"
         require(self.objective in METRICS, "sweep.objective", self.objective or "''", requirement)
         is_measured = self.coverage_rows > 0 or not self.objective.startswith("coverage/")

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file as save_privately
+from safetensors.torch import save_file as save_private
 from torch import Tensor
 
 from reformer_dist.fs.atomic import sync
@@ -20,7 +20,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     path.touch()
     # the umask is only readable by setting it, which other threads would notice
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_privately(dict(tensors), path, metadata=metadata)
+    save_private(dict(tensors), path, metadata=metadata)
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
     sync(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reformer_dist.config import ModelConfig
+from reformer_dist.config.keywords import with_nearest
 from reformer_dist.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -119,9 +119,8 @@ class ForeignOptions:
     def refuse_unknown(self, system: str) -> None:
         """Refuses options that were never taken, each with the nearest one that was."""
         if self._untaken:
-            near = {name: get_close_matches(name, self._known, n=1) for name in sorted(self._untaken)}
-            unknown = (f"{name} (did you mean {known[0]}?)" if known else name for name, known in near.items())
-            raise CheckpointError(f"{self.path}: {system} has no such option: {', '.join(unknown)}")
+            unknown = with_nearest(sorted(self._untaken), self._known)
+            raise CheckpointError(f"{self.path}: {system} has no such option: {unknown}")
 
 
 class ForeignTensors:

@@ -9,7 +9,7 @@ within each bucket instead of chunks across buckets, strictly causal, with logit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reformer_dist import models
 from reformer_dist.config import Activation, AttentionKind, CompatConfig, ModelConfig, Norm, Position
-from reformer_dist.config.keywords import nearest
+from reformer_dist.config.keywords import with_nearest
 from reformer_dist.errors import ConfigError
 from reformer_dist.models.context import ForwardOptions
 
@@ -226,7 +226,7 @@ def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
     """
     unknown = sorted(options.keys() - DEFAULTS[name].keys())
     if unknown:
-        raise ConfigError(f"{name}: reformer_pytorch has no option {_with_nearest(unknown, DEFAULTS[name])}")
+        raise ConfigError(f"{name}: reformer_pytorch has no option {with_nearest(unknown, DEFAULTS[name])}")
     values = DEFAULTS[name] | options | sizes
     refused = {option: OPTIONS[option] for option, value in values.items() if not OPTIONS[option].accepts(value)}
     if refused:
@@ -242,17 +242,12 @@ def to_config(name: str, sizes: ConfigKeys, options: ConfigKeys) -> ModelConfig:
     return ModelConfig(**keys)
 
 
-def _with_nearest(unknown: Iterable[str], known: Collection[str]) -> str:
-    similar = {name: nearest(name, known) for name in unknown}
-    return ", ".join(f"{name} (did you mean {near}?)" if near else name for name, near in similar.items())
-
-
 def _refuse_keywords(keywords: Options) -> None:
     names = [name for name, value in keywords.items() if value is not None]
     unknown = sorted(set(names) - KEYWORDS.keys())
     if unknown:
         known = [*KEYWORDS, "input_mask"]
-        raise ConfigError(f"forward: reformer_pytorch has no keyword {_with_nearest(unknown, known)}")
+        raise ConfigError(f"forward: reformer_pytorch has no keyword {with_nearest(unknown, known)}")
     if names:
         lines = [f"{name}: {KEYWORDS[name]}" for name in names]
         raise ConfigError("\n".join(["forward: no counterpart here for", *lines]))

@@ -20,6 +20,7 @@ from reformer_dist.models.context import (
     RecomputeCache,
     build_context,
     call_options,
+    refuse_options,
 )
 from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.layer_rule import LayerRule
@@ -76,9 +77,11 @@ class SelfAttention(CountsSteps):
         forward call, and `cache` is filled by the first run and read by a recompute. A standalone layer is called
         without them, as in `layer(x, key_padding_mask=mask, step=step)`.
         """
-        draws = context is None and draws_rotations(self.config, self.kinds)
-        options = call_options(self, options, draws_rotations=draws, has_context=context is not None)
-        if context is None:
+        if context is not None:
+            refuse_options(options)
+        else:
+            draws = draws_rotations(self.config, self.kinds)
+            options = call_options(self, options, draws_rotations=draws)
             check_vectors(x, self.config.dim, options)
             check_integer("layer", layer)
             n_tokens, is_training = x.shape[1], self.training

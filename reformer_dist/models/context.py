@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.config import ModelConfig, Position
-from reformer_dist.config.keywords import FORWARD_COUNTERPARTS, refuse_unknown
+from reformer_dist.config.keywords import FORWARD_COUNTERPARTS, refuse_unknown_keywords
 from reformer_dist.models.decoding import DecodingState
 from reformer_dist.models.recompute import LayerWeights
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
@@ -121,21 +121,23 @@ def build_context(
     return ForwardContext(dropout_seed, rotation_seed, coords, sequence, mask, rotary, options.get("bucket_stats"))
 
 
-def call_options(
-    module: CountsSteps, options: ForwardOptions, *, draws_rotations: bool, has_context: bool = False
-) -> ForwardOptions:
+def refuse_options(options: ForwardOptions) -> None:
+    """Raises TypeError for any option beside a context."""
+    if options:
+        raise TypeError(
+            f"{', '.join(options)}: no effect with context, which has the options of the model's forward"
+        )
+
+
+def call_options(module: CountsSteps, options: ForwardOptions, *, draws_rotations: bool) -> ForwardOptions:
     """Options of a forward of `module`, with the step that it counts if it draws rotations in training.
 
-    Raises TypeError for unknown keywords, and for any besides a context.
+    Raises TypeError for unknown keywords.
     """
     given: dict[str, Any] = dict(options)
-    if has_context and given:
-        raise TypeError(
-            f"{', '.join(given)}: no effect with context, which has the options of the model's forward"
-        )
     known = [*ForwardOptions.__annotations__, *inspect.signature(module.forward).parameters]
     known = [name for name in known if name not in ("self", "options", "context", "cache", "x")]
-    refuse_unknown(f"{type(module).__name__}.forward", given, known, FORWARD_COUNTERPARTS)
+    refuse_unknown_keywords(f"{type(module).__name__}.forward", given, known, FORWARD_COUNTERPARTS)
     is_decoding = isinstance(options.get("sequence"), DecodingState)
     if draws_rotations and module.training and options.get("step") is None and not is_decoding:
         return {**options, "step": module.count_step()}

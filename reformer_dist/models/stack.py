@@ -17,6 +17,7 @@ from reformer_dist.models.context import (
     RecomputeCache,
     build_context,
     call_options,
+    refuse_options,
 )
 from reformer_dist.models.embedding import build_positions, check_length
 from reformer_dist.models.inputs import check_vectors
@@ -57,20 +58,16 @@ class ReformerStack(CountsSteps):
         self, x: Tensor, context: ForwardContext | None = None, **options: Unpack[ForwardOptions]
     ) -> Tensor:
         """`context` is that of the model's forward call; a standalone stack takes `ForwardOptions` instead."""
-        options = call_options(
-            self,
-            options,
-            draws_rotations=self._draws_rotations and context is None,
-            has_context=context is not None,
-        )
-        if context is None:
+        if context is not None:
+            refuse_options(options)
+        else:
+            options = call_options(self, options, draws_rotations=self._draws_rotations)
             check_vectors(x, self.config.dim, options)
             check_length(self.config, x.shape[1])
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
-            x = x.float()
             if self.positions is not None:
-                x = x + self.positions(context.coords.positions)
+                x = x.float() + self.positions(context.coords.positions)
         x = x.float()
         if torch.is_grad_enabled() and not x.requires_grad:
             # with a frozen embedding the layers must still train, and ZeRO's hooks need an input with a gradient

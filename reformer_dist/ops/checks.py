@@ -1,6 +1,6 @@
 """Checks of the arguments of public functions, made once, before anything is computed.
 
-A wrong argument is a ValueError, or a TypeError if it has no tensor's or number's type. Messages have the form
+A wrong argument is a ValueError, or a TypeError if its type is wrong. Messages have the form
 `name=value: what is wrong; what would be right`.
 """
 
@@ -31,7 +31,7 @@ class TensorChecks:
         self._dtype: tuple[str, torch.dtype] | None = None
 
     def floats(self, name: str, x: Tensor, dims: str, *, any_dtype: bool = False) -> None:
-        """x has a floating point dtype and the shape dims. any_dtype: perhaps another one than earlier tensors."""
+        """x has a floating point dtype and the shape dims. any_dtype: it may differ from earlier ones."""
         self._check(name, x, dims, FLOATS, "floating point numbers")
         if any_dtype:
             return
@@ -110,10 +110,8 @@ def check_number(name: str, value: float, *, above: float | None = None, least: 
         raise TypeError(f"{name}={value!r}: must be a number")
     is_inside = (above is None or value > above) and (least is None or value >= least)
     if not (math.isfinite(value) and is_inside):
-        bound = (
-            f" and above {above}" if above is not None else f" and at least {least}" if least is not None else ""
-        )
-        raise ValueError(f"{name}={value}: must be finite{bound}")
+        bounds = [f" and above {above}"] * (above is not None) + [f" and at least {least}"] * (least is not None)
+        raise ValueError(f"{name}={value}: must be finite{''.join(bounds)}")
 
 
 def check_dropout(name: str, value: float) -> None:

@@ -6,7 +6,6 @@ settings of Hydra.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import one_of
+from reformer_dist.config.keywords import nearest
 from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.run.command_line import (
@@ -222,8 +222,8 @@ def _explain_hydra(message: str) -> str:
     if group == "deepspeed" and choice.endswith(".json"):
         fix = "DeepSpeed's own file is not read; its settings are deepspeed.*, optim.* and trainer.*"
         return f"{group}={choice}: must be {one_of(known)}; {fix}"
-    closest = difflib.get_close_matches(choice, known, n=1)
-    hint = f"; did you mean {closest[0]}?" if closest else f"; {OWN_FILES}" if group == "experiment" else ""
+    closest = nearest(choice, known)
+    hint = f"; did you mean {closest}?" if closest else f"; {OWN_FILES}" if group == "experiment" else ""
     return f"{group}={choice}: must be {one_of(known)}{hint}"
 
 
@@ -241,5 +241,5 @@ def _suggest(key: str, group: Any) -> str:
     name = key.rsplit(".", 1)[-1]
     if not known or name in known:
         return ""
-    closest = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {closest[0]}?" if closest else f"; known keys: {', '.join(known)}"
+    closest = nearest(name, known)
+    return f"; did you mean {closest}?" if closest else f"; known keys: {', '.join(known)}"

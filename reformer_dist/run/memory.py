@@ -14,12 +14,12 @@ from reformer_dist.errors import ConfigError
 from reformer_dist.planning import JobSpec, plan_memory
 from reformer_dist.planning.memory import MemorySnapshot
 from reformer_dist.planning.plan import format_bytes
-from reformer_dist.planning.states import CHECKPOINT_COPY, GRADIENTS, OPTIMIZER, WEIGHTS
+from reformer_dist.planning.states import CHECKPOINT_COPY, GRADIENT_BYTES, GRADIENTS, OPTIMIZER, WEIGHTS
 from reformer_dist.process.log import logger
 from reformer_dist.tasks import Task
 
 MEMINFO, CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-# plans of real runs were at most a fifth too high (docs/planning.md); a run is only refused if there is no doubt
+# plans of real runs were at most a fifth too high (docs/planning.md), so a run beyond this factor can't fit
 MARGIN = 1.5
 STATES = (WEIGHTS, GRADIENTS, OPTIMIZER, CHECKPOINT_COPY)
 
@@ -35,7 +35,7 @@ def machine_memory(device: str, ranks_per_node: int) -> float | None:
 
 
 def require_memory(config: RunConfig, job: Runtime, task: Task) -> None:
-    """Raises ConfigError, with the plan's numbers, if this machine can't hold a step; warns if in doubt."""
+    """Raises ConfigError, with the plan's numbers, if this machine can't hold a step; warns if it might not."""
     device, per_node = job.device.type, runtime.ranks_per_node()
     limit = machine_memory(device, per_node)
     if limit is None:
@@ -43,16 +43,16 @@ def require_memory(config: RunConfig, job: Runtime, task: Task) -> None:
     if config.deepspeed.offload_optimizer and device == "cuda":  # the plan counts both memories as one
         limit += machine_memory("cpu", per_node) or 0.0
     spec = JobSpec(config, job.world_size, per_node, task.vocab_size, device)
-    n_elements, width = config.deepspeed.reduce_bucket_size, spec.weight_bytes
+    n_elements, most = config.deepspeed.reduce_bucket_size, int(limit / GRADIENT_BYTES)
     # allocated whole, although a CPU only holds the part that is filled
-    if config.deepspeed.stage > 0 and n_elements * width > limit:
-        requirement = f"must be at most {int(limit) // width}, what the memory of this machine holds per rank"
+    if config.deepspeed.stage > 0 and n_elements > most:
+        requirement = f"must be at most {most}, the float32 gradients that this machine can hold per rank"
         raise ConfigError(f"deepspeed.reduce_bucket_size={n_elements}: {requirement}")
     peak = plan_memory(spec, task.build_model)
     if peak.total <= limit:
         return
     amount = f"a step needs {format_bytes(peak.total)} per rank ({_parts(peak)})"
-    message = f"{_sizes(spec, peak)}: {amount}, and this machine has {format_bytes(limit)} for each; see --dry-run"
+    message = f"{_sizes(spec, peak)}: {amount}, but this machine has {format_bytes(limit)} for each; see --dry-run"
     if peak.total > MARGIN * limit:
         raise ConfigError(message)
     logger.warning(f"{message}. The run may be killed when memory runs out")

@@ -136,6 +136,14 @@ def test_buckets_that_are_allocated_whole(stage: int, job: Runtime) -> None:
     checked(job, words[1])  # stage 0 has none
 
 
+def test_buckets_hold_float32_also_in_bf16(job: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda device, ranks: 2.0**36)
+    words = ["deepspeed.stage=1", "trainer.precision=bf16"]
+    checked(job, *words, f"deepspeed.reduce_bucket_size={2**34}")
+    with pytest.raises(ConfigError, match=rf"reduce_bucket_size={2**34 + 1}: must be at most {2**34}\b"):
+        checked(job, *words, f"deepspeed.reduce_bucket_size={2**34 + 1}")
+
+
 def test_a_small_run_fits_and_doubt_is_a_warning(
     job: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,7 +67,7 @@ class Corpus:
         return cls([Dataset.open(address, cache) for address in addresses], weights)
 
     def wait_for_sources(self, seconds: float) -> None:
-        """From now on a remote source that does not respond is asked again for so long."""
+        """From now on, requests to a remote source that does not respond are retried for this long."""
         for dataset in self.datasets:
             if isinstance(dataset.folder, RemoteFolder):
                 dataset.folder.patience = seconds

@@ -50,13 +50,21 @@ def label_mask(metadata: Mapping[str, Any], n_tokens: int, where: str) -> NDArra
     return mask
 
 
+def are_spans(spans: Any, size: int) -> bool:
+    """Whether a value of JSON is a list of spans [start, stop], not empty, within 0 and size."""
+    return isinstance(spans, list) and all(
+        isinstance(span, list)
+        and len(span) == 2
+        and all(type(end) is int for end in span)
+        and 0 <= span[0] < span[1] <= size
+        for span in spans
+    )
+
+
 def read_spans(metadata: Mapping[str, Any], n_tokens: int, where: str) -> list[tuple[int, int]]:
     """The token spans in a sample's metadata; empty if it has none. Raises DataError if they were altered."""
     spans = metadata.get(SPANS, [])
-    is_list = isinstance(spans, list) and all(
-        isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span) for span in spans
-    )
-    if not is_list or not all(0 <= start < stop <= n_tokens for start, stop in spans):
+    if not are_spans(spans, n_tokens):
         raise DataError(f"{where}: {SPANS} is {spans!r:.80}; it must be pairs of token offsets up to {n_tokens}")
     return [(start, stop) for start, stop in spans]
 

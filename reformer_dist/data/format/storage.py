@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -25,7 +26,7 @@ from reformer_dist.errors import DataError, SourceUnavailable
 REMOTE_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}
 RETRY_DELAYS = (0.5, 1.0, 2.0)  # seconds before the first retries of a failed request
 LONG_DELAY = 20.0  # seconds before each further one, of a folder with patience
-TRANSIENT_STATUSES = {408, 429}  # of HTTP's 400 to 499, which a repetition does not change otherwise
+TRANSIENT_STATUSES = {408, 429}  # of HTTP; other statuses from 400 to 499 are final
 MAX_INDEX_BYTES = 1 << 30
 logger = logging.getLogger("reformer_dist.data")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -101,7 +102,7 @@ class RemoteFolder:
         self.address = address
         self._file_system, self._cache = file_system, cache
         self.patience = 0.0
-        """Seconds for which a file is asked for again, beyond RETRY_DELAYS, while the source does not respond."""
+        """Seconds for which requests are retried, beyond RETRY_DELAYS, while the source does not respond."""
         # http takes the whole address, s3 the bucket and the path
         self._root = file_system._strip_protocol(address).rstrip("/")
 
@@ -125,8 +126,8 @@ class RemoteFolder:
 
     def _retry(self, name: str, action: Callable[[str], T], start: float) -> T:
         """Raises DataError, and SourceUnavailable if the source may respond later."""
-        delays, where = iter(RETRY_DELAYS), self.where(name)
-        while True:
+        where = self.where(name)
+        for n_failed in count():
             try:
                 return action(f"{self._root}/{name}")
             except DataError:
@@ -134,24 +135,21 @@ class RemoteFolder:
             except FileNotFoundError as error:
                 raise DataError(f"{where}: is missing") from error
             except Exception as error:  # each file system raises its own types
-                waited, delay = time.monotonic() - start, next(delays, None)
-                if delay is None:
+                if n_failed >= len(RETRY_DELAYS):
                     problem = f"{where}: can't be read ({type(error).__name__}: {error})"
                     if _is_final(error):
                         raise DataError(problem) from error
-                    if waited + LONG_DELAY > self.patience:
+                    remaining = self.patience - (time.monotonic() - start)
+                    if remaining < LONG_DELAY:
                         raise SourceUnavailable(problem) from error
-                    if delays is not _ENDED:
-                        logger.error(f"{problem}; trying again for {self.patience - waited:.0f} s")
-                    delays, delay = _ENDED, LONG_DELAY
-            time.sleep(delay)
-
-
-_ENDED: Iterator[float] = iter(())
+                    if n_failed == len(RETRY_DELAYS):
+                        logger.error(f"{problem}; trying again for {remaining:.0f} s")
+            time.sleep(RETRY_DELAYS[n_failed] if n_failed < len(RETRY_DELAYS) else LONG_DELAY)
+        raise AssertionError  # not reached
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether a repetition of the request would fail alike, as without permission."""
+    """Whether the request would fail again, as one without permission."""
     status = getattr(error, "status", None)
     is_refused = isinstance(status, int) and 400 <= status < 500 and status not in TRANSIENT_STATUSES
     return is_refused or isinstance(error, PermissionError)

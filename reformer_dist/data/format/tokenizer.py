@@ -143,13 +143,13 @@ class BpeTokenizer:
         self.eos_id: int = eos_id
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.encode_special_tokens = True
-        self._eot_spelled = self._encode([eot_token])
+        self._eot_spelled = self._encode(eot_token)
         inner.encode_special_tokens = not use_special_tokens
         self._check(origin)
 
     def _check(self, origin: str) -> None:
         """Raises DataError if text is changed, or its end-of-text becomes the token."""
-        added = self._inner.get_added_tokens_decoder().values()
+        added, token_bytes = self._inner.get_added_tokens_decoder().values(), self.token_bytes
         tokens = "".join(f"  {token.content}  x" for token in added if self._uses_special or not token.special)
         for probe in (*PROBES, f"x{tokens}"):
             ids = self.encode((probe + self._eot_token).encode())
@@ -160,7 +160,7 @@ class BpeTokenizer:
             if text == f" {probe}{self._eot_token}":
                 hint = "set add_prefix_space to false in it"
                 raise DataError(f"{origin}: changes text: adds a space to the beginning of each document; {hint}")
-            n_bytes = self.token_bytes[ids].sum()
+            n_bytes = token_bytes[ids].sum()
             if text != probe + self._eot_token or (self.is_lossless and n_bytes != len(text.encode())):
                 problem = f"changes text: {probe[:40]!r} becomes {text[:40]!r}"
                 raise DataError(f"{origin}: {problem}; it must be a BPE of bytes without a normalizer")
@@ -228,14 +228,14 @@ class BpeTokenizer:
         string = text.decode("utf-8", errors="replace")
         # special tokens are recognized in all of a text or in none: only with them, end-of-text is cut out first
         parts = string.split(self._eot_token) if self._uses_special else [string]
-        encoded = [self._encode([part]) for part in parts]
-        for _ in parts[1:]:
-            encoded[0] = np.concatenate([encoded[0], self._eot_spelled, encoded.pop(1)])
-        return encoded[0]
+        encoded = [self._encode(parts[0])]
+        for part in parts[1:]:
+            encoded += [self._eot_spelled, self._encode(part)]
+        return np.concatenate(encoded)
 
-    def _encode(self, texts: list[str]) -> NDArray[Any]:
+    def _encode(self, text: str) -> NDArray[Any]:
         # "fast" omits character offsets, which take more memory than the text
-        [encoding] = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        [encoding] = self._inner.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, dtype=self.dtype)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
@@ -293,9 +293,12 @@ def _configured_eot(path: Path) -> str | None:
         return None
     try:
         token = json.loads(path.read_text()).get("eos_token")
-        return token["content"] if isinstance(token, dict) else token
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: can't be read: {error!r}") from error
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise DataError(f"{path}: eos_token={token!r}: must be a string")
+    return token
 
 
 def _package() -> Any:

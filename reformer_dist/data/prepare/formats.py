@@ -147,7 +147,6 @@ def _read_json(file: IO[bytes], where: str) -> Iterator[tuple[int, Any]]:
                 break
             continue
         if is_array and text[position] == "]":
-            is_array = False
             if rest := (text[position + 1 :] + reader.read(JSON_CHUNK)).strip():
                 raise DataError(f"{where}: is not valid JSON; {rest:.20} follows the array")
             return

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from reformer_dist.data.format.label_spans import are_spans
 from reformer_dist.data.prepare.formats import iterate_records, open_raw, record_suffix, text_fields
 from reformer_dist.data.prepare.samples import RawSample
 from reformer_dist.errors import DataError
@@ -56,10 +57,7 @@ def read_labeled(paths: Iterable[Path], field: str, spans: str) -> Iterator[RawS
 
 def _byte_spans(record: Mapping[str, Any], name: str, text: str, where: str) -> tuple[tuple[int, int], ...]:
     values = record.get(name)
-    is_pairs = isinstance(values, list) and all(
-        isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span) for span in values
-    )
-    if not is_pairs or not values or not all(0 <= start < stop <= len(text) for start, stop in values):
+    if not values or not are_spans(values, len(text)):
         expected = f"must be pairs [first, last + 1] of characters of the text, up to {len(text)}"
         raise DataError(f"{where}: field {name!r} is {values!r:.80}; it {expected}")
     return tuple((len(text[:start].encode()), len(text[:stop].encode())) for start, stop in values)

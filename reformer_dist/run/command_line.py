@@ -33,10 +33,10 @@ from reformer_dist.errors import ConfigError
 
 CONFIG_NAME = "train"
 OWN_FILES = "--config-dir FOLDER experiment=NAME reads FOLDER/experiment/NAME.yaml"
-# what Hydra itself fills in, and nothing of it is ever called
+# filled in by Hydra itself; none of it names code
 FILLED_IN = ("overrides", "runtime", "mode")
 FILLED_IN_JOB = ("name", "override_dirname", "id", "num", "config_name")
-# raised for yaml files that Hydra can't read or merge, beside its own exceptions
+# raised for yaml files that Hydra can't read or merge, besides its own exceptions
 FILE_ERRORS = (
     OmegaConfBaseException,
     YAMLError,
@@ -67,6 +67,8 @@ class ConfigFiles:
 
 @dataclass(frozen=True)
 class CommandLine:
+    """A parsed command line of reformer-train."""
+
     overrides: list[str]
     files: ConfigFiles
     multirun: bool
@@ -133,7 +135,7 @@ def _check_root(files: ConfigFiles, loader: ConfigLoaderImpl) -> None:
     try:
         loaded = loader.repository.load_config(files.name)
     except FILE_ERRORS as error:
-        raise ConfigError(f"--config-name={files.name}: {first_words(error)}") from error
+        raise ConfigError(f"--config-name={files.name}: {describe_file_error(error)}") from error
     if loaded is None:
         folders = f"conf/ or {files.folder}" if files.folder is not None else "conf/; --config-dir adds a folder"
         raise ConfigError(f"--config-name={files.name}: there is no {files.name}.yaml in {folders}")
@@ -143,7 +145,7 @@ def _check_root(files: ConfigFiles, loader: ConfigLoaderImpl) -> None:
         raise ConfigError(f"--config-name={files.name}: sets hydra.searchpath; use --config-dir instead")
 
 
-def first_words(error: BaseException) -> str:
+def describe_file_error(error: BaseException) -> str:
     """A library's message about a yaml file, in one line."""
     problem = "it refers to itself" if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
     return f"a yaml file can't be read: {problem}"

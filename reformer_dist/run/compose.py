@@ -1,6 +1,6 @@
 """Composes a RunConfig from yaml files and the command line with Hydra; the dataclasses validate it.
 
-No yaml names Python code: there is no `_target_`, the schema refuses unknown keys, and so does `command_line`
+No yaml names Python code: there is no `_target_`, the schema refuses unknown keys, and `command_line` refuses
 settings of Hydra.
 """
 
@@ -34,7 +34,7 @@ from reformer_dist.run.command_line import (
     ConfigFiles,
     compose_safely,
     conf_folder,
-    first_words,
+    describe_file_error,
     hydra_context,
     parse_command_line,
     without_null_groups,
@@ -91,7 +91,7 @@ def compose_config(overrides: list[str], files: ConfigFiles, loader: ConfigLoade
         raise ConfigError(explain(error)) from error
     except FILE_ERRORS as error:
         where = " ".join([*files.arguments(), *overrides])
-        raise ConfigError(f"{where}: {first_words(error)}") from error
+        raise ConfigError(f"{where}: {describe_file_error(error)}") from error
 
 
 def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfig:

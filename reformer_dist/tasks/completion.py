@@ -59,6 +59,8 @@ class Completion(SampleTask):
     @torch.no_grad()
     def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
         """The accuracy of each group of label spans, if the dataset has groups."""
+        if not any(dataset.has_label_spans for dataset in corpus.datasets):
+            return []
         samples = self.samples(corpus, rows)
         results: list[tuple[str, bool]] = []
         while batch := list(islice(samples, rows.micro_batch_size)):

@@ -1,4 +1,4 @@
-"""DivergenceMonitor: notices that a run diverges, keeps its good checkpoints, and says how to go on from them.
+"""DivergenceMonitor: detects that a run diverges, keeps its good checkpoints, and says how to continue from them.
 
 A checkpoint is good if the step after it has a finite gradient and a loss that is not worse than that of guessing.
 While steps are skipped nothing is saved, and only good checkpoints replace good ones.
@@ -62,13 +62,13 @@ class DivergenceMonitor:
             return
         state.skipped += 1
         state.skipped_in_a_row += 1
-        # a gradient that overflows in fp16 makes the loss scale smaller: a normal event, if the loss is finite
+        # in fp16, a gradient that overflows lowers the loss scale: a normal event if the loss is finite
         [n_broken] = self._runtime.sum([float(not loss_sum.isfinite())])
         self.is_broken = n_broken > 0 or self._config.trainer.precision is not Precision.fp16
         logger.warning(f"step {state.step}: loss or gradient is not finite; the step is skipped")
         if state.skipped_in_a_row >= limit:
             key = f"trainer.max_skipped_steps={limit}"
-            self.stop(f"{key}: as many steps in a row had a non-finite loss or gradient")
+            self.stop(f"{key}: this many steps in a row had a non-finite loss or gradient")
 
     def end_evaluation(self, loss: float) -> None:
         """loss: held-out, of the weights after the last step."""
@@ -118,7 +118,7 @@ class DivergenceMonitor:
         return f"the newest good checkpoint is {good}; to continue from it with a lower optim.lr: {fix}"
 
     def _elsewhere(self, is_empty: bool, suffix: str = "-again") -> dict[str, str]:
-        """Another output_dir, unless this one holds no checkpoint in the way."""
+        """Another output_dir, unless this one holds no checkpoint that the new run would resume from."""
         return {} if is_empty else {"output_dir": f"{self._config.output_dir.rstrip('/')}{suffix}"}
 
     def _lower_rate(self, good: Path) -> float:

@@ -111,7 +111,7 @@ class Trainer:
                     f"step {step}, the last one, had a non-finite loss or gradient: it is not saved"
                 )
             logger.warning(
-                f"step {step} is not saved, since its loss or gradient is not finite; the next good one is"
+                f"step {step} is not saved, since its loss or gradient is not finite; the next finite one will be"
             )
         self._is_save_due |= is_due
         if not self._is_save_due or self._monitor.is_broken:
@@ -210,11 +210,11 @@ class Trainer:
 
     def _describe_loss(self) -> str:
         """What is lost if the step just done can't be saved."""
-        lost, saved = self.state.step - self._saved_step, self._checkpoints.last_saved
-        steps = f"{lost} step{'s' if lost != 1 else ''}"
+        n_lost, saved = self.state.step - self._saved_step, self._checkpoints.last_saved
+        steps, are = ("1 step", "is") if n_lost == 1 else (f"{n_lost} steps", "are")
         if saved is None:
-            return f"all {steps} are lost, since there is no checkpoint"
-        return f"the {steps} since {saved} are lost; once there is room, the same command resumes from it"
+            return f"{steps} {are} lost, since there is no checkpoint"
+        return f"the {steps} since {saved} {are} lost; once there is room, the same command resumes from it"
 
     def _wait_for_save(self, *, block: bool) -> None:
         """Finalizes a finished background save; with `block`, waits for it first."""

@@ -34,9 +34,7 @@ class Validator:
         self._data, self._layout, self._engine, self._metrics = data, layout, engine, metrics
 
     def evaluate(self, step: int, seconds: float) -> float:
-        """Logs the held-out loss over data.eval_rows rows, and statistics of the model on the first of them.
-
-        Returns the loss.
+        """Logs the held-out loss over data.eval_rows rows, and model statistics on the first; returns the loss.
 
         seconds: time spent training so far. Raises Preempted on every rank if any receives a stop signal.
         """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reformer_dist import ModelConfig, ReformerLM, lsh_attention
+from reformer_dist import AttentionKind, ModelConfig, ReformerLM, lsh_attention
 from reformer_dist.ops.lsh import AttentionOptions, WindowRule, bucket_attention, draw_rotations, seeded_rotations
 from reformer_dist.ops.lsh.torch_tiles.pair_mask import _band
 
@@ -122,3 +122,10 @@ def test_created_tensors_name_their_device_and_dtype(part: str) -> None:
             missing = {"device", *({"dtype"} if name in TAKES_DEFAULT_DTYPE else ())} - named
             problems += [f"{path.name}:{node.lineno} torch.{name} without {', '.join(missing)}"] if missing else []
     assert not problems, "\n".join(problems)
+
+
+@torch.no_grad()
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with FakeTensorMode():
+        model = ReformerLM(ModelConfig(dim=16, n_heads=2, n_layers=1, layers=[AttentionKind.exact]), 257).eval()
+        assert model(torch.zeros(2, 8, dtype=torch.int64)).shape == (2, 8, 257)

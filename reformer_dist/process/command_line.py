@@ -1,4 +1,4 @@
-"""The command line that started this process, for messages that say how to go on."""
+"""The command line that started this process, for messages that say how to continue."""
 
 from __future__ import annotations
 

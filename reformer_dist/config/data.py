@@ -37,8 +37,8 @@ class DataConfig(ConfigGroup, prefix="data."):
     cache_gb: float = bounded(50.0, above=0, most=2**30)
     """Size limit of cache_dir in GiB; the least recently used shards are deleted first."""
     retry_seconds: float = bounded(600.0, least=0)
-    """Seconds for which requests to a remote source that does not respond are retried, before the run saves and exits
-    with status 75. At most half of parallel.timeout, since the other ranks wait too."""
+    """Seconds for which requests to a remote source that does not respond are retried, before the run saves and
+    exits with status 75. At most half of parallel.timeout, since the other ranks wait too."""
     eval_rows: int = bounded(64, least=0)
     """Held-out rows per evaluation during training, spread evenly over the held-out text; 0 means all."""
 

@@ -31,18 +31,12 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        is_finite = self.temperature < math.inf
+        penalty = self.repetition_penalty
         for name, value, is_valid, requirement in (
-            ("temperature", self.temperature, self.temperature >= 0, "must not be negative"),
-            ("temperature", self.temperature, is_finite, "must be finite"),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "must be finite and not negative"),
             ("top-k", self.top_k, self.top_k >= 0, "must not be negative"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            (
-                "repetition-penalty",
-                self.repetition_penalty,
-                0 < self.repetition_penalty < math.inf,
-                "must be above 0",
-            ),
+            ("repetition-penalty", penalty, 0 < penalty < math.inf, "must be finite and above 0"),
         ):
             if not is_valid:
                 raise ConfigError(f"--{name} {value}: {requirement}")

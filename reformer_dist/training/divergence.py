@@ -17,7 +17,7 @@ from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed.runtime import Runtime, SharedError
 from reformer_dist.errors import TrainingError, UserError
-from reformer_dist.process.command_line import repeat_with
+from reformer_dist.process.invocation import repeat_with
 from reformer_dist.process.log import logger
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState
 

@@ -21,7 +21,7 @@ from reformer_dist.models import ReformerLM
 pytestmark = pytest.mark.jobs
 
 # of the norm of a parameter's gradient: products are rounded chunk by chunk in one, whole in the other; at stage 0
-# both round alike
+# both round alike, unless the reversible backward recomputes chunks
 TOLERANCE = {"bf16": 2e-3, "fp16": 2.5e-4}
 EXACT_TOLERANCE = 1e-5
 Results = dict[str, dict[str, Tensor]]
@@ -88,7 +88,8 @@ def check_gradients(found: Results, case: Case) -> None:
         name: ((found["gradients"][name] - grad).norm() / grad.norm()).item() for name, grad in right.items()
     }
     worst = max(errors, key=errors.__getitem__)
-    tolerance = EXACT_TOLERANCE if case.stage == 0 else TOLERANCE[case.precision]
+    rounds_alike = case.stage == 0 and case.recompute != "reversible"
+    tolerance = EXACT_TOLERANCE if rounds_alike else TOLERANCE[case.precision]
     assert errors[worst] <= tolerance, (case.name, worst, errors[worst])
     if case.recompute == "none":
         # no reconstruction: from the sum over the tokens to the optimizer, nothing is rounded

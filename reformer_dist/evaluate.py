@@ -127,8 +127,8 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 
     selected = _select_rows(arguments, loaded, job.rank, job.world_size)
     measures = loaded.task.measure(loaded.model, corpus, selected, all_gather)
-    _write_json(arguments, job, {**values, "measures": measures})
-    return lines + measures
+    _write_json(arguments, job, {**values, "task": measures.values})
+    return lines + measures.lines
 
 
 def _position_lines(result: EvalResult) -> list[str]:

@@ -33,6 +33,12 @@ METRICS: Mapping[str, bool] = {
     "train/grad_norm": False,
     "perf/tokens_per_s": True,
     "perf/peak_memory_gib": False,
+    "task/bleu": True,
+    "task/rouge_1": True,
+    "task/rouge_2": True,
+    "task/rouge_l": True,
+    "task/exact_match": True,
+    "task/f1": True,
     "coverage/mass": True,
     "coverage/pairs": False,
     "lsh/largest_bucket_over_mean": False,
@@ -63,6 +69,9 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
     coverage_rows: int = bounded(0, least=0)
     """Held-out rows on which the attention coverage of each trained trial is measured; 0 means none."""
 
+    task_rows: int = bounded(0, least=0)
+    """Held-out rows on which BLEU, ROUGE, exact match or F1 of each trained trial is measured; 0 means none."""
+
     n_trials: int = bounded(20, least=1)
     """optuna: trials of the study in total, including those of earlier drivers."""
     seed: int = bounded(0, least=0, most=LARGEST_INT64)
@@ -76,8 +85,9 @@ class SweepConfig(ConfigGroup, prefix="sweep."):
         hint = f"; did you mean {closest}?" if closest else ""
         requirement = f"must be a metric of a trial: {one_of(list(METRICS))}{hint}"
         require(self.objective in METRICS, "sweep.objective", self.objective or "''", requirement)
-        is_measured = self.coverage_rows > 0 or not self.objective.startswith("coverage/")
-        require(is_measured, "sweep.objective", self.objective, "needs sweep.coverage_rows above 0")
+        for rows in ("coverage_rows", "task_rows"):
+            is_measured = getattr(self, rows) > 0 or not self.objective.startswith(rows.replace("_rows", "/"))
+            require(is_measured, "sweep.objective", self.objective, f"needs sweep.{rows} above 0")
         self.parse_shard()
 
     @property

@@ -21,15 +21,22 @@ from reformer_dist.sweep.grid import GridSearch, combinations, trial_name
 from reformer_dist.sweep.placement import make_placements, visible_gpus
 from reformer_dist.sweep.report import best_first, write_report
 from reformer_dist.sweep.request import SweepRequest, as_override, drop_key
-from reformer_dist.sweep.trial_metrics import COVERAGE, read_coverage, read_metrics, summarize
+from reformer_dist.sweep.trial_metrics import COVERAGE, TASK, read_evaluations, read_metrics, summarize
 from reformer_dist.sweep.trials import ENDED, SweepFile, Trial, TrialStatus, read_all
 
 # tasks that do not report a metric
 WITH_TEXT = (TaskKind.language_model, TaskKind.completion)
+ONLY_MEASURED = {
+    "eval/bits_per_byte": WITH_TEXT,
+    "train/bits_per_byte": WITH_TEXT,
+    **dict.fromkeys(
+        ("task/bleu", "task/rouge_1", "task/rouge_2", "task/rouge_l"), (TaskKind.sequence_to_sequence,)
+    ),
+    **dict.fromkeys(("task/exact_match", "task/f1"), (TaskKind.question_answering,)),
+}
 NOT_MEASURED = {
     "eval/accuracy": (TaskKind.language_model,),
-    "eval/bits_per_byte": tuple(kind for kind in TaskKind if kind not in WITH_TEXT),
-    "train/bits_per_byte": tuple(kind for kind in TaskKind if kind not in WITH_TEXT),
+    **{tag: tuple(kind for kind in TaskKind if kind not in kinds) for tag, kinds in ONLY_MEASURED.items()},
 }
 # groups and keys that do not affect the results of a trial
 EXCLUDED_FROM_DIGEST = ("launcher", "sweep", "output_dir", "resume")
@@ -71,7 +78,7 @@ def run_sweep(request: SweepRequest) -> int:
 
 def _read_result(request: SweepRequest, trial: Trial) -> dict[str, float]:
     folder = request.folder / trial.name
-    return summarize(read_metrics(folder), request.settings.objective) | read_coverage(folder)
+    return summarize(read_metrics(folder), request.settings.objective) | read_evaluations(folder)
 
 
 def _all_trials(request: SweepRequest) -> list[Trial]:
@@ -159,12 +166,20 @@ def _commands(request: SweepRequest) -> list[Command]:
     def train(trial: Trial) -> list[str]:
         return ["-m", "reformer_dist.train", *trial_arguments(request, trial)]
 
-    def measure(trial: Trial) -> list[str]:
-        folder, rows = request.folder / trial.name, request.settings.coverage_rows
-        options = ["--coverage", f"--rows={rows}", f"--output={folder / COVERAGE}"]
-        return ["-m", "reformer_dist.evaluate", str(folder), *options]
+    def evaluation(rows: int, output: str, *options: str) -> Command:
+        def evaluate(trial: Trial) -> list[str]:
+            folder = request.folder / trial.name
+            arguments = [str(folder), *options, f"--rows={rows}", f"--output={folder / output}"]
+            return ["-m", "reformer_dist.evaluate", *arguments]
 
-    return [train, measure] if request.settings.coverage_rows else [train]
+        return evaluate
+
+    commands: list[Command] = [train]
+    if request.settings.coverage_rows:
+        commands.append(evaluation(request.settings.coverage_rows, COVERAGE, "--coverage"))
+    if request.settings.task_rows:
+        commands.append(evaluation(request.settings.task_rows, TASK))
+    return commands
 
 
 def trial_arguments(request: SweepRequest, trial: Trial) -> list[str]:

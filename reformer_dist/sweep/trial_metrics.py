@@ -6,10 +6,11 @@ import json
 import math
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from reformer_dist.training.metrics_log import METRICS_FILE, read_rows
 
-COVERAGE = "coverage.json"
+COVERAGE, TASK = "coverage.json", "task.json"
 TIME, TRAIN_LOSS, SPEED = "time_s", "train/loss", "perf/tokens_per_s"
 
 MetricsRow = dict[str, float]  # metrics of one step by tag
@@ -53,10 +54,16 @@ def summarize(rows: list[MetricsRow], objective: str) -> dict[str, float]:
     return {"step": rows[-1]["step"], **{tag: value for tag, value in summary.items() if value is not None}}
 
 
-def read_coverage(folder: Path) -> dict[str, float]:
-    """Attention coverage as written by `reformer_dist.evaluate`; empty if it was not measured."""
+def read_evaluations(folder: Path) -> dict[str, float]:
+    """Attention coverage and task metrics as written by `reformer_dist.evaluate`, of those that were measured."""
+    coverage, task = (_read_json(folder / name) for name in (COVERAGE, TASK))
+    values = {f"coverage/{name}": coverage[name] for name in ("mass", "pairs") if coverage}
+    return values | {f"task/{name}": value for name, value in task.get("task", {}).items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none, or if its process was killed."""
     try:
-        coverage = json.loads((folder / COVERAGE).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return {f"coverage/{name}": coverage[name] for name in ("mass", "pairs")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +41,16 @@ AllGather = Callable[[list[Any]], list[Any]]
 
 def warn_damaged(sample: DamagedSample) -> None:
     logger.warning(f"not evaluated: {sample}")
+
+
+@dataclass(frozen=True)
+class TaskMetrics:
+    """Metrics that need more than the loss of held-out rows, such as generated texts."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    """By name, such as bleu, in percent."""
+    lines: list[str] = field(default_factory=list)
+    """A report of them for people."""
 
 
 class Task(ABC):
@@ -92,9 +103,9 @@ class Task(ABC):
         """Loss of a uniform guess in nats per token; infinite if labels are not tokens of the vocabulary."""
         return math.inf if self.labels_per_row else math.log(self.vocab_size)
 
-    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
-        """Lines that report the task's metrics of a trained model, the same on every rank."""
-        return []
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> TaskMetrics:
+        """The task's metrics of a trained model beside loss and accuracy, the same on every rank."""
+        return TaskMetrics()
 
 
 class SampleTask(Task):

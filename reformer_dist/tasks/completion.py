@@ -23,7 +23,7 @@ from reformer_dist.data import (
     read_spans,
 )
 from reformer_dist.models import ReformerLM
-from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
+from reformer_dist.tasks.base import AllGather, SampleTask, TaskMetrics, concat_ids, device_of
 
 
 class Completion(SampleTask):
@@ -57,10 +57,10 @@ class Completion(SampleTask):
         return {"tokens": concat_ids(context, targets[:-1]), "labels": labels}
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> TaskMetrics:
         """The accuracy of each group of label spans, if the dataset has groups."""
         if not any(dataset.has_label_spans for dataset in corpus.datasets):
-            return []
+            return TaskMetrics()
         samples = self.samples(corpus, rows)
         results: list[tuple[str, bool]] = []
         while batch := list(islice(samples, rows.micro_batch_size)):
@@ -73,7 +73,9 @@ class Completion(SampleTask):
         for group, is_correct in gather(results):
             counts[group] += 1
             right[group] += is_correct
-        return [f"{name}: {100 * right[name] / counts[name]:.2f} % of {counts[name]:,}" for name in sorted(counts)]
+        values = {name: 100 * right[name] / counts[name] for name in sorted(counts)}
+        lines = [f"{name}: {value:.2f} % of {counts[name]:,}" for name, value in values.items()]
+        return TaskMetrics(values, lines)
 
     def _answers(self, sample: Sample, is_right: NDArray[np.bool_]) -> list[tuple[str, bool]]:
         """(group, whether all of its tokens are predicted) of each label span; none if spans have no groups."""

@@ -17,7 +17,7 @@ from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, c
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
-from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
+from reformer_dist.tasks.base import AllGather, SampleTask, TaskMetrics, concat_ids, device_of
 from reformer_dist.tasks.text_metrics import answer_f1, exact_match, max_over_answers
 
 ANY_WINDOW_PERIOD = 4  # one row in 4 draws from all windows, the others from those that hold the answer
@@ -82,7 +82,7 @@ class QuestionAnswering(SampleTask):
         return torch.cat(sequence.gather(ends).unbind(), dim=-1).argmax(-1)
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> TaskMetrics:
         scores: list[tuple[float, float]] = []
         for sample in self.samples(corpus, rows):
             answer = self._answer(model, sample, rows.micro_batch_size)
@@ -91,11 +91,9 @@ class QuestionAnswering(SampleTask):
                 (max_over_answers(exact_match, answer, truths), max_over_answers(answer_f1, answer, truths))
             )
         scores = gather(scores)
-        return [
-            f"questions: {len(scores):,}",
-            f"exact match: {100 * fmean(score[0] for score in scores):.2f}",
-            f"F1: {100 * fmean(score[1] for score in scores):.2f}",
-        ]
+        exact, f1 = (100 * fmean(each) for each in zip(*scores, strict=True))
+        lines = [f"questions: {len(scores):,}", f"exact match: {exact:.2f}", f"F1: {f1:.2f}"]
+        return TaskMetrics({"exact_match": exact, "f1": f1}, lines)
 
     def _windows(self, sample: Sample) -> list[ContextWindow]:
         """All windows of a sample. Consecutive windows share task.stride tokens, but at most half of their length.

@@ -13,7 +13,7 @@ from reformer_dist.config import TextMetric
 from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, collate
 from reformer_dist.generation import BeamOptions, beam_search, make_decoder
 from reformer_dist.models import ReformerEncoderDecoder
-from reformer_dist.tasks.base import AllGather, SampleTask, concat_ids, device_of
+from reformer_dist.tasks.base import AllGather, SampleTask, TaskMetrics, concat_ids, device_of
 from reformer_dist.tasks.text_metrics import bleu, rouge
 
 SHOWN_SAMPLES = 3
@@ -41,7 +41,7 @@ class SequenceToSequence(SampleTask):
         }
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> list[str]:
+    def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> TaskMetrics:
         results: list[tuple[str, str, str]] = []
         samples = self.samples(corpus, rows)
         while group := list(islice(samples, rows.micro_batch_size)):
@@ -50,10 +50,11 @@ class SequenceToSequence(SampleTask):
             results += [(source, target, out) for (source, target), out in zip(texts, outputs, strict=True)]
         results = gather(results)
         references, hypotheses = [target for _, target, _ in results], [out for _, _, out in results]
-        lines = [f"samples: {len(results):,}", *self._scores(hypotheses, references)]
+        scores = self._scores(hypotheses, references)
+        lines = [f"samples: {len(results):,}", *scores.lines]
         for source, target, out in results[:SHOWN_SAMPLES]:
             lines += [f"  source:  {_short(source)}", f"  target:  {_short(target)}", f"  written: {_short(out)}"]
-        return lines
+        return TaskMetrics(scores.values, lines)
 
     def generate(self, model: nn.Module, samples: Sequence[Sample]) -> list[str]:
         """Texts generated for the sources of samples: greedily, or by beam search if task.beams is above 1."""
@@ -98,11 +99,13 @@ class SequenceToSequence(SampleTask):
         batch, device = collate([self.encode(sample, DrawKey(0, 0, 0)) for sample in samples]), device_of(model)
         return model.conditioned_on(batch["source"].to(device), batch["source_mask"].to(device))
 
-    def _scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[str]:
+    def _scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> TaskMetrics:
         if self.config.task.metric is TextMetric.rouge:
-            return [f"{name}: {score:.2f}" for name, score in rouge(hypotheses, references).items()]
+            scores = rouge(hypotheses, references)
+            values = {name.lower().replace("-", "_"): score for name, score in scores.items()}
+            return TaskMetrics(values, [f"{name}: {score:.2f}" for name, score in scores.items()])
         score, signature = bleu(hypotheses, references)
-        return [f"sacreBLEU: {score:.2f}", f"  signature: {signature}"]
+        return TaskMetrics({"bleu": score}, [f"sacreBLEU: {score:.2f}", f"  signature: {signature}"])
 
 
 def _short(text: str) -> str:

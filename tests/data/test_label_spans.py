@@ -113,8 +113,8 @@ def test_the_accuracy_of_each_group_is_measured(tmp_path: Path) -> None:
     for seq_len, up in ((8, "66.67 % of 3"), (4, "33.33 % of 3")):  # a span beyond the row is wrong
         task = task_of("completion", tmp_path / "data", seq_len)
         rows = RowSelection(micro_batch_size=3, split="heldout")
-        lines = task.measure(NextNumber(), Corpus.open([tmp_path / "data"]), rows, lambda local: local)
-        assert lines == ["down: 100.00 % of 1", "no: 0.00 % of 2", f"up: {up}"]
+        metrics = task.measure(NextNumber(), Corpus.open([tmp_path / "data"]), rows, lambda local: local)
+        assert metrics.lines == ["down: 100.00 % of 1", "no: 0.00 % of 2", f"up: {up}"]
 
 
 @pytest.mark.parametrize("kind", ["language_model", "masked_language_model", "sequence_classification"])

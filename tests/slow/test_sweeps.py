@@ -16,6 +16,8 @@ import pytest
 from support.launch import BIN, run_command, run_ranks
 from support.tiny import tiny_overrides, write_tiny_dataset
 
+from reformer_dist.data import ByteTokenizer, RawSample, write_samples
+
 pytestmark = [pytest.mark.slow, pytest.mark.jobs]
 BOUND = 600  # seconds, of a busy machine
 KILLED_TRIAL = "data.batch_size-12"
@@ -164,3 +166,27 @@ def test_a_study_resumes_after_a_kill_and_its_best_trial_continues(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{best['trial']}/checkpoints/step-00000012" in done.stdout  # resumed from there
     assert steps(folder / best["trial"])[-1] == 24
+
+
+def test_trials_are_ranked_by_a_metric_of_their_task(tmp_path: Path) -> None:
+    """F1 of held-out questions, which reformer-evaluate measures after each trial."""
+    contexts = [f"In {year} the bridge over river {year % 7} was built." for year in range(1800, 1830)]
+    samples = [
+        RawSample(f"q{n}", (b"When?", context.encode()), {"answers": [[3, context[3:7]]]})
+        for n, context in enumerate(contexts)
+    ]
+    fields = ("question", "context")
+    write_samples(samples[6:], tmp_path / "data", ByteTokenizer(), heldout=samples[:6], fields=fields)
+    words = [
+        "task.kind=question_answering",
+        "task.stride=16",
+        "model.causal=false",
+        "sweep.objective=task/f1",
+        "sweep.task_rows=6",
+    ]
+    words = tiny_overrides(tmp_path / "data", tmp_path / "sweep", "trainer.max_steps=2", *words)
+    output = run_command("reformer-train", "--multirun", *words, "optim.lr=1e-3,1e-2", timeout=BOUND)
+    rows = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert [row["state"] for row in rows] == ["finished"] * 2
+    assert rows[0]["task/f1"] >= rows[1]["task/f1"] >= rows[1]["task/exact_match"] >= 0
+    assert f"best: {rows[0]['trial']}" in output

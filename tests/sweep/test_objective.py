@@ -35,13 +35,13 @@ def finished(name: str, value: float | None, tag: str = "eval/accuracy", **chang
 
 @pytest.mark.parametrize(("tag", "higher"), METRICS.items())
 def test_directions(tag: str, higher: bool) -> None:
-    settings = SweepConfig(objective=tag, coverage_rows=1)
+    settings = SweepConfig(objective=tag, coverage_rows=1, task_rows=1)
     assert settings.maximizes is higher
     trials = [finished("low", 0.1, tag), finished("none", None, tag), finished("high", 0.9, tag)]
     names = [trial.name for trial in best_first(trials, tag, maximize=settings.maximizes)]
     assert names == (["high", "low", "none"] if higher else ["low", "high", "none"])
-    assert SweepConfig(objective=tag, direction="minimize", coverage_rows=1).maximizes is False  # type: ignore[arg-type]
-    assert SweepConfig(objective=tag, direction="maximize", coverage_rows=1).maximizes is True  # type: ignore[arg-type]
+    assert SweepConfig(objective=tag, direction="minimize", coverage_rows=1, task_rows=1).maximizes is False  # type: ignore[arg-type]
+    assert SweepConfig(objective=tag, direction="maximize", coverage_rows=1, task_rows=1).maximizes is True  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,9 @@ def test_directions(tag: str, higher: bool) -> None:
         (["sweep.objective=''"], "eval/loss"),
         (["sweep.direction=up"], "maximize"),
         (["sweep.objective=coverage/mass"], "sweep.coverage_rows"),
+        (["sweep.objective=task/f1"], "sweep.task_rows"),
         (["sweep.objective=eval/accuracy"], "task.kind=language_model"),
+        (["sweep.objective=task/bleu", "sweep.task_rows=1"], "task.kind=language_model"),
         (["sweep.objective=eval/bits_per_byte", *ACCURACY[:3]], "task.kind=sequence_classification"),
     ],
 )

@@ -166,5 +166,6 @@ def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:
     records = [RawSample(f"q{n}", fields, {"answers": [[START, ANSWER], [START, "1850 in"]]}) for n in range(3)]
     records.append(RawSample("q3", fields, {"answers": [[0, "Über"]]}))
     write_samples(records, tmp_path / "d", ByteTokenizer(), heldout=records, fields=("question", "context"))
-    lines = task.measure(Pointer(), Corpus.open([tmp_path / "d"]), RowSelection(0, 2), lambda mine: mine)
-    assert lines == ["questions: 4", "exact match: 75.00", "F1: 75.00"]
+    metrics = task.measure(Pointer(), Corpus.open([tmp_path / "d"]), RowSelection(0, 2), lambda mine: mine)
+    assert metrics.lines == ["questions: 4", "exact match: 75.00", "F1: 75.00"]
+    assert metrics.values == {"exact_match": 75, "f1": 75}

@@ -75,7 +75,9 @@ def test_measures(data: Path, metric: str, words: str) -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     task = make_task(f"task.metric={metric}")
-    lines = task.measure(task.build_model().eval(), Corpus.open([data]), RowSelection(3, 2), lambda mine: mine)
+    metrics = task.measure(task.build_model().eval(), Corpus.open([data]), RowSelection(3, 2), lambda mine: mine)
+    lines = metrics.lines
     assert lines[0] == "samples: 3"
+    assert set(metrics.values) == ({"bleu"} if metric == "bleu" else {"rouge_1", "rouge_2", "rouge_l"})
     assert any(line.startswith(words) for line in lines)
     assert sum(line.startswith("  written: ") for line in lines) == 3

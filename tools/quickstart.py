@@ -37,7 +37,7 @@ def main() -> None:
     execute(train)
     print_heading("Evaluating on held-out text")
     whole, without_lsh = run / "evaluation.json", run / "evaluation-without-lsh.json"
-    evaluate = [command("reformer-evaluate"), str(run), "--rows", "128", "--by-position"]
+    evaluate = [command("reformer-evaluate"), str(run), "--rows", "64", "--by-position"]
     execute([*evaluate, "--output", str(whole)])
     print_heading("Evaluating without the LSH layers")
     execute([*evaluate, "--without", "lsh", "--output", str(without_lsh)])

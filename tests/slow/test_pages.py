@@ -93,8 +93,9 @@ def run_block(block: Block, folder: Path) -> None:
             run("python example.py", folder)
             continue
         said = run(command, folder)
-        printed = re.search(r" > (\S+)$", command)
-        assert said or (printed and (folder / printed[1]).stat().st_size), (
+        first = command.splitlines()[0]
+        written = re.search(r" > (\S+)(?: << '\w+')?$", first) or re.match(r"mkdir -p (\S+)$", first)
+        assert said or (written and (folder / written[1]).stat().st_size), (
             f"{block}: {command}: nothing came of it"
         )
 

@@ -12,7 +12,9 @@ MODULE = "reformer_dist.train"
 PORT = 29400
 SIGNALS = "TERM USR1 USR2"
 REQUEUE = f"""
-if ((status == {PREEMPTED})); then
+# a job that scancel ends is COMPLETING, and must not come back
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
+if ((status == {PREEMPTED})) && [[ $state != COMPLETING ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

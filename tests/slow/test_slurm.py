@@ -82,6 +82,7 @@ def test_ranks_save_at_the_signal_that_sbatch_was_told(queue: Slurm, data: Path,
     wait_for("stopped by a signal: saved step", output)
     wait_for("resuming from", output)
     queue.run("scancel", job)
+    queue.wait_for(job, "CANCELLED", BOUND)  # and does not come back
     assert "exit code 75" in output.read_text()
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
 import sysconfig
 import time
@@ -24,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quickstart import TOOLS, command, execute, print_heading
+
 from reformer_dist.data import ByteTokenizer, RawSample, write_samples
 from reformer_dist.fs.atomic import write_atomic
 
-TOOLS = Path(__file__).resolve().parent
 NO_NEXT = "model.next_value_heads=0"
 LAYERS = {
     "lsh": [],
@@ -126,12 +125,12 @@ def run_row(row: Row, seed: int, output: Path, overrides: list[str]) -> None:
     if result.is_file():
         print(f"{result} is there")
         return
-    print(f"\n== {row.claim}, {row.name}, seed {seed}", flush=True)
+    print_heading(f"{row.claim}, {row.name}, seed {seed}")
     data, run = output / "data", output / "runs" / result.stem
     make_dataset(row.data, data)
     started = time.monotonic()
     paths = [f"data.path={data / row.data}", f"output_dir={run}", f"trainer.seed={seed}"]
-    execute("reformer-train", f"experiment={row.experiment}", *paths, *row.train, *overrides)
+    execute([command("reformer-train"), f"experiment={row.experiment}", *paths, *row.train, *overrides])
     values: dict[str, Any] = {
         "claim": row.claim,
         "row": row.name,
@@ -143,13 +142,8 @@ def run_row(row: Row, seed: int, output: Path, overrides: list[str]) -> None:
         if name.isdecimal() and row.claim == "mqar":
             make_dataset(f"mqar_{name}", data)
         target = run / f"evaluation-{name}.json"
-        execute(
-            "reformer-evaluate",
-            str(run),
-            *(option.format(data=data) for option in options),
-            "--output",
-            str(target),
-        )
+        options = [option.format(data=data) for option in options]
+        execute([command("reformer-evaluate"), str(run), *options, "--output", str(target)])
         values[name] = json.loads(target.read_text())
     result.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(result, json.dumps(values, indent=1) + "\n")
@@ -201,19 +195,7 @@ def _packages() -> dict[str, list[tuple[str, bytes]]]:
 
 
 def _tool(name: str, *options: object) -> None:
-    _run([sys.executable, str(TOOLS / name), *map(str, options)])
-
-
-def execute(name: str, *options: str) -> None:
-    """Runs a command of this environment, which need not be on PATH."""
-    _run([str(Path(sys.executable).parent / name), *options])
-
-
-def _run(command: list[str]) -> None:
-    print(f"$ {shlex.join(command)}", flush=True)
-    status = subprocess.run(command).returncode
-    if status != 0:
-        sys.exit(status)
+    execute([sys.executable, str(TOOLS / name), *map(str, options)])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def require_memory(config: RunConfig, job: Runtime, task: Task) -> None:
 
 
 def _sizes(spec: JobSpec, peak: MemorySnapshot) -> str:
-    """The keys behind the plan with their values, those of its largest part first."""
+    """The keys that the plan depends on, with their values, those of its largest part first."""
     config, model = spec.config, spec.config.model
     widths = f"model.dim={model.dim}, model.n_layers={model.n_layers}, model.ff_dim={model.resolved_ff_dim}"
     rows = f"data.batch_size={config.data.batch_size} in {spec.n_micro} micro-batches"

@@ -40,6 +40,7 @@ def test_a_row_is_measured_once(tmp_path: Path) -> None:
 
 
 def test_rows_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOOL.parent)  # as for a script
     monkeypatch.setattr(sys, "argv", ["evidence.py", "text", "--list"])
     runpy.run_path(str(TOOL), run_name="__main__")
     names = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]

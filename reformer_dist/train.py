@@ -20,15 +20,16 @@ ADVICE = "run the same command again to resume from the last checkpoint"
 
 def train(config: RunConfig) -> None:
     """Trains as one rank of the job, or launches its ranks. Raises UserError on every rank."""
-    from reformer_dist.distributed import runtime
+    from reformer_dist.distributed import environment
 
-    if not runtime.is_rank():
+    if not environment.is_rank():
         config.launcher.refuse_unused_keys()
         if config.launcher.kind is not LauncherKind.none:
             _launch(config, sys.argv[1:])
             return
-    # imports torch and DeepSpeed, for which --help and an invalid override need not wait
-    from reformer_dist.distributed import failures
+    # before the imports of torch and DeepSpeed, for which --help and an invalid override need not wait
+    config.micro_batching(environment.env_world_size())
+    from reformer_dist.distributed import failures, runtime
     from reformer_dist.run.build import build_trainer
     from reformer_dist.training.preemption import StopSignal
 
@@ -47,6 +48,8 @@ def train(config: RunConfig) -> None:
 def _launch(config: RunConfig, arguments: list[str]) -> None:
     """Starts the ranks on this machine, or prints the job file of the configured launcher."""
     if config.launcher.kind is LauncherKind.local:
+        if config.launcher.nproc_per_node is not None:
+            config.micro_batching(config.launcher.nproc_per_node)
         from reformer_dist.launch.local import run_ranks
 
         sys.exit(run_ranks("reformer_dist.train", arguments, config.launcher, ADVICE))
@@ -60,9 +63,9 @@ def sweep(request: SweepRequest) -> None:
 
     Raises ConfigError; exits with the status of the trials.
     """
-    from reformer_dist.distributed import runtime
+    from reformer_dist.distributed import environment
 
-    if request.launcher.kind not in (LauncherKind.none, LauncherKind.local) and not runtime.is_rank():
+    if request.launcher.kind not in (LauncherKind.none, LauncherKind.local) and not environment.is_rank():
         from reformer_dist.launch.render import render_sweep
 
         sys.stdout.write(render_sweep(request.launcher, sys.argv[1:]))

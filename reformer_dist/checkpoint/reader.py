@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,24 +53,31 @@ def checkpoint_problem(folder: Path) -> str | None:
         needed = {RUN_FILE, *(rank_file(rank, suffix) for rank in ranks for suffix in RANK_SUFFIXES)}
         if missing := sorted(needed - files.keys()):
             return f"{MANIFEST} does not list {missing[0]}"
-        for name, entry in files.items():
-            path = folder / name
-            if Path(name).name != name or path.is_symlink():
-                return f"{MANIFEST} lists {name!r}, which is not a regular file of this directory"
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if manifest_entry(path)["sha256"] != entry["sha256"]:
-                return f"the content of {name} has changed"
-            if path.suffix == ".safetensors" and (key := _find_non_finite(path)) is not None:
-                return f"{name} holds numbers that are not finite in {key}"
+        # hashing releases the GIL, so that the files of many ranks take no longer than they take to read
+        with ThreadPoolExecutor() as pool:
+            problems = pool.map(lambda name: _file_problem(folder, name, files[name]), files)
+            return next((problem for problem in problems if problem is not None), None)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except SafetensorError as error:
         return f"its tensors can't be read ({error})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
+
+
+def _file_problem(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file of the manifest; entry: its size and sha256."""
+    path = folder / name
+    if Path(name).name != name or path.is_symlink():
+        return f"{MANIFEST} lists {name!r}, which is not a regular file of this directory"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    if manifest_entry(path)["sha256"] != entry["sha256"]:
+        return f"the content of {name} has changed"
+    if path.suffix == ".safetensors" and (key := _find_non_finite(path)) is not None:
+        return f"{name} holds numbers that are not finite in {key}"
     return None
 
 

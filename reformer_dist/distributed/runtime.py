@@ -18,24 +18,36 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from reformer_dist.distributed.environment import (
+    Preempted,
+    SharedError,
+    Unavailable,
+    env_rank,
+    env_world_size,
+    explain,
+    is_rank,
+    ranks_per_node,
+)
 from reformer_dist.distributed.rendezvous import connect, launcher_hosts_store, rendezvous
 from reformer_dist.errors import PeerLost, SourceUnavailable, UserError
+
+__all__ = [
+    "Preempted",
+    "Runtime",
+    "SharedError",
+    "Unavailable",
+    "env_rank",
+    "env_world_size",
+    "explain",
+    "is_rank",
+    "ranks_per_node",
+    "start",
+    "stop",
+]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 DRAIN_SECONDS = 0.1
-
-
-class SharedError(UserError):
-    """An error that all ranks raise together, so that one of them may report it for all."""
-
-
-class Preempted(SharedError):
-    """All ranks stop at the same point because of a stop signal; progress is saved."""
-
-
-class Unavailable(SharedError):
-    """A data source does not respond to some ranks; the run may resume once it does."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +124,6 @@ class Runtime:
         return result  # type: ignore[return-value]
 
 
-def explain(error: UserError | OSError) -> str:
-    """The message of an error; that of the operating system as "path: reason" instead of "[Errno 13] ..."."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    is_path = isinstance(error.filename, str | bytes)  # not a file descriptor
-    return f"{os.fsdecode(error.filename)}: {error.strerror}" if is_path else error.strerror
-
-
 def _merge_messages(messages: list[str | None]) -> str:
     """Each distinct message once, with its ranks unless all ranks have the same."""
     ranks_of: dict[str, list[int]] = {}
@@ -129,34 +133,6 @@ def _merge_messages(messages: list[str | None]) -> str:
     if messages[0] is not None and ranks_of[messages[0]] == list(range(len(messages))):
         return messages[0]
     return "\n".join(f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in ranks_of.items())
-
-
-def is_rank() -> bool:
-    """Whether a launcher started this process as a rank, which must not launch a job itself."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def env_rank() -> int:
-    """Rank from the launcher's environment; 0 without one, or if it is not a number, which `start` refuses."""
-    return _env_number("RANK", 0)
-
-
-def env_world_size() -> int:
-    """World size from the launcher's environment; 1 without a launcher."""
-    return _env_number("WORLD_SIZE", 1)
-
-
-def _env_number(name: str, default: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else default
-
-
-def ranks_per_node() -> int:
-    """Ranks on this machine from the launcher's environment; the world size without a launcher."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, deepspeed's
-        if name in os.environ:
-            return int(os.environ[name])
-    return env_world_size()
 
 
 def start(timeout: timedelta = TIMEOUT) -> Runtime:

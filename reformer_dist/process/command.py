@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from reformer_dist.distributed import runtime
+from reformer_dist.distributed import environment
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.process import log, stdio
 from reformer_dist.process.exit_status import FAILED, INTERRUPTED, PREEMPTED
@@ -29,26 +29,34 @@ def run_command(command: Callable[[], None]) -> None:
     with stdio.exit_quietly():
         try:
             command()
-        except runtime.Preempted as stopped:
-            stdio.write(sys.stdout, f"{stopped}\n" if runtime.env_rank() == 0 else "")
+        except environment.Preempted as stopped:
+            stdio.write(sys.stdout, f"{stopped}\n" if environment.env_rank() == 0 else "")
             _exit(PREEMPTED)
-        except (ConfigError, runtime.SharedError) as error:
-            runtime.stop()
-            _fail(error, is_reporter=runtime.env_rank() == 0)
+        except (ConfigError, environment.SharedError) as error:
+            _leave_job()
+            _fail(error, is_reporter=environment.env_rank() == 0)
         except UserError as error:  # of this rank alone, or peers are lost: no collective may follow
             _fail(error, is_reporter=True)
         except KeyboardInterrupt:
             _exit(INTERRUPTED)
         except Exception as error:
             if isinstance(error, OSError) and _is_of_the_machine(error):
-                _fail(UserError(runtime.explain(error)), is_reporter=True)
-            if runtime.env_world_size() == 1:
+                _fail(UserError(environment.explain(error)), is_reporter=True)
+            if environment.env_world_size() == 1:
                 raise
             sys.excepthook(*sys.exc_info())
             _exit(FAILED)
-        runtime.stop()
-        if runtime.env_world_size() > 1:
+        _leave_job()
+        if environment.env_world_size() > 1:
             _exit(0)
+
+
+def _leave_job() -> None:
+    """Leaves the job, if this process joined one: a command that did not must not import PyTorch to leave."""
+    if "reformer_dist.distributed.runtime" in sys.modules:
+        from reformer_dist.distributed import runtime
+
+        runtime.stop()
 
 
 def _is_of_the_machine(error: OSError) -> bool:
@@ -64,7 +72,7 @@ def _exit(status: int) -> NoReturn:
     process, and destroying a group with a lost rank may hang.
     """
     stdio.flush()
-    if runtime.env_world_size() > 1:
+    if environment.env_world_size() > 1:
         os._exit(status)
     sys.exit(status)
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TextIO
 
-from reformer_dist.distributed.runtime import env_rank
+from reformer_dist.distributed.environment import env_rank
 from reformer_dist.process import stdio
 
 logger = logging.getLogger("reformer_dist")

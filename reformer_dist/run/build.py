@@ -56,11 +56,13 @@ def build_trainer(
     directory = open_run_directory(config, runtime, resources)
     training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
     run = RunContext(training_data.with_last_step(config), runtime, stop or StopSignal())
+    loader = training_data.loader(run.config, layout.sequence.mesh, layout.micro_batch, data.task.make_example)
+    resources.callback(loader.close)
+    if training_data.state.step < run.config.trainer.max_steps:
+        loader.prefetch()  # while the engine is built and the weights are read
     parts = build_engine(run, data, directory, resources)
 
-    make_example, step = data.task.make_example, parts.state.step
-    loader = training_data.loader(run.config, layout.sequence.mesh, layout.micro_batch, make_example)
-    resources.callback(loader.close)
+    step = parts.state.step
     if step < run.config.trainer.max_steps:  # otherwise it would record overrides that were never used
         write_config(run.config, runtime)
     path, is_main = directory.path, runtime.is_main

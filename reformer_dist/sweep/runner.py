@@ -10,7 +10,7 @@ import sys
 
 from reformer_dist.config import LauncherKind, RunConfig, SweepKind, TaskKind
 from reformer_dist.config.checks import require
-from reformer_dist.distributed import runtime
+from reformer_dist.distributed import environment
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.cores import usable_cores
 from reformer_dist.process.exit_status import INTERRUPTED, PREEMPTED
@@ -92,8 +92,8 @@ def _all_trials(request: SweepRequest) -> list[Trial]:
 
 def _validate(request: SweepRequest) -> None:
     folder, arguments = request.folder, shlex.join(sys.argv[1:])
-    if runtime.is_rank():
-        n_ranks = runtime.ranks_per_node()
+    if environment.is_rank():
+        n_ranks = environment.ranks_per_node()
         command = f"reformer-train {arguments} launcher=local launcher.nproc_per_node={n_ranks}"
         reason = "a sweep launches the ranks of its trials"
         raise ConfigError(f"{reason}; run it without torchrun or deepspeed: {command}")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from support.events import scalars
 from support.tiny import tiny_overrides
 from support.weights import assert_same
 
-from reformer_dist.checkpoint import find_checkpoint
+from reformer_dist.checkpoint import CheckpointReader, find_checkpoint
 from reformer_dist.checkpoint.files import step_of
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
@@ -43,6 +44,21 @@ def test_bf16_resumes_bitwise(tiny_data: Path, tmp_path: Path, job: Runtime) -> 
     whole = train(job, tiny_data, tmp_path / "whole", *changed)
     run = train(job, tiny_data, interrupted(whole, tmp_path / "run", 3), *changed)
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
+
+
+def test_the_first_rows_are_read_while_the_weights_are(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = CheckpointManager.restore
+    readers = []
+
+    def listed(self: CheckpointManager, reader: CheckpointReader) -> TrainState:
+        readers.extend(thread for thread in threading.enumerate() if thread.name == "train-loader")
+        return restore(self, reader)
+
+    monkeypatch.setattr(CheckpointManager, "restore", listed)
+    train(job, tiny_data, interrupted(whole, tmp_path / "run", 3))
+    assert readers
 
 
 @pytest.mark.jobs

@@ -128,6 +128,11 @@ class TrainLoader:
         self._step += 1
         return self._batch([rows[stream] for stream in self._stream_ids])
 
+    def prefetch(self) -> None:
+        """Starts the threads, so that the first rows are read in the meantime."""
+        for thread in self._threads:
+            thread.start()
+
     @property
     def n_damaged(self) -> int:
         """Samples in quarantine so far."""
@@ -217,7 +222,7 @@ class _StreamReader:
 
 
 class _ReaderThread:
-    """Prefetches up to PREFETCH_STEPS steps of one reader, from the first call of `next_rows` on."""
+    """Prefetches up to PREFETCH_STEPS steps of one reader, from `start` or the first call of `next_rows` on."""
 
     def __init__(self, reader: _StreamReader) -> None:
         self._reader = reader
@@ -226,9 +231,12 @@ class _ReaderThread:
         # daemon: a thread that hangs in a dead file system must not keep the process alive
         self._thread = threading.Thread(target=self._run, name="train-loader", daemon=True)
 
-    def next_rows(self) -> dict[int, _StreamRow]:
+    def start(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
+
+    def next_rows(self) -> dict[int, _StreamRow]:
+        self.start()
         while not self._is_stopped.is_set():  # a stopped thread adds nothing to the queue
             with suppress(queue.Empty):
                 rows = self._ready.get(timeout=POLL_SECONDS)

@@ -37,3 +37,7 @@ def doctor() -> None:
 
 def checkpoints() -> None:
     _run_main("reformer_dist.checkpoints")
+
+
+def shards() -> None:
+    _run_main("reformer_dist.shards.__main__")

@@ -173,7 +173,7 @@ def _open_corpus(loaded: LoadedModel, split: str) -> Corpus:
     with tempfile.TemporaryDirectory() as folder:
         specifications = [tokenizer.save(Path(folder)) for tokenizer in (corpus.tokenizer, loaded.tokenizer)]
     if specifications[0] != specifications[1]:
-        fix = f"write the data with tools/make_shards.py --tokenizer-of {loaded.checkpoint}"
+        fix = f"write the data with reformer-shards --tokenizer-of {loaded.checkpoint}"
         raise DataError(f"data.path={corpus.where}: has another tokenizer than the model; {fix}")
     loaded.task.check(corpus)
     return corpus

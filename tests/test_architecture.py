@@ -61,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "generate": {"config", "data", "errors", "generation", "process", "run"},
     "convert": {"checkpoint", "config", "errors", "fs", "interop", "process", "run"},
     "checkpoints": {"checkpoint", "errors", "fs", "process", "run"},
-    "commands": {"checkpoints", "convert", "doctor", "evaluate", "generate", "process", "train"},
+    "shards": {"checkpoint", "data", "errors", "process"},
+    "commands": {"checkpoints", "convert", "doctor", "evaluate", "generate", "process", "shards", "train"},
     # the package itself offers the library
     "__init__": {"config", "models", "ops"},
 }
@@ -70,6 +71,8 @@ THIRD_PARTY_HOMES = {
     "webdataset": {"data"},
     "tokenizers": {"data"},
     "sentencepiece": {"data"},
+    "pyarrow": {"data"},
+    "zstandard": {"data"},
     "sacrebleu": {"tasks"},
     "rouge_score": {"tasks"},
     "hydra": {"run", "sweep"},

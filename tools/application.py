@@ -29,7 +29,7 @@ class Application:
     """Conversion of raw files to a dataset, and evaluation of the model; the rest is in conf/experiment/."""
 
     input_format: list[str]
-    """Arguments of make_shards.py that describe the inputs."""
+    """Arguments of reformer-shards that describe the inputs."""
     generator: list[str] | None = None
     """Arguments of make_task_data.py, used without --train; None if --train is required."""
     tokenizer: tuple[str, ...] = ()

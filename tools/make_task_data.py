@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generates the data of a task from Python's standard library or at random.
 
-JSON lines, which make_shards.py converts to a dataset:
+JSON lines, which reformer-shards converts to a dataset:
   duplication   "prompt" and "completion" are the same random text: 0w0w in the paper, with 0 as the end of text
   summaries     "document" is a function without its docstring, "summary" the docstring's first sentence
   packages      "text" is the beginning of a file, "label" its package

@@ -10,7 +10,7 @@ from reformer_dist.config.checks import ConfigGroup, bounded, require
 
 @dataclass(kw_only=True)
 class DataConfig(ConfigGroup, prefix="data."):
-    """Datasets written by tools/make_shards.py, and how they are split into rows."""
+    """Datasets written by reformer-shards, and how they are split into rows."""
 
     path: Any = "data/quickstart"
     """Directory with dataset.json and the shards, local or at an http(s): or s3: URL; or a list of directories."""

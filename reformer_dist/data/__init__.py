@@ -39,7 +39,13 @@ from reformer_dist.data.loading.loader_state import (
 from reformer_dist.data.loading.packing import Span, pack_spans
 from reformer_dist.data.loading.replay import Replay
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
-from reformer_dist.data.prepare.documents import SECTION_BYTES, SkippedFiles, TextOptions, read_text
+from reformer_dist.data.prepare.documents import (
+    AS_TEXT_SUFFIXES,
+    SECTION_BYTES,
+    SkippedFiles,
+    TextOptions,
+    read_text,
+)
 from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
 from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
 from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout
@@ -47,6 +53,7 @@ from reformer_dist.data.prepare.shard_writer import WriteSummary, write_dataset,
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
+    "AS_TEXT_SUFFIXES",
     "IGNORE_INDEX",
     "RECORD_SUFFIXES",
     "SECTION_BYTES",

@@ -74,7 +74,7 @@ def check_data(folder: Path) -> Iterator[Finding]:
     try:
         corpus = open_corpus(DataConfig(path=str(folder)), ["train"])
     except UserError as error:
-        yield failed("data", str(error), "write it again with tools/make_shards.py, or give the right path")
+        yield failed("data", str(error), "write it again with reformer-shards, or give the right path")
         return
     yield ok("data", f"{corpus.total('tokens', 'train'):,} training tokens in {folder}")
 

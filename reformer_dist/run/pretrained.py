@@ -87,7 +87,7 @@ def load_initial_weights(path: str, model: nn.Module, record: RunRecord) -> RunR
     reader = open_weights(Path(path))
     saved, shapes = reader.record, reader.record.shapes
     if saved.tokenizer != record.tokenizer:
-        fix = f"write the data with tools/make_shards.py --tokenizer-of {path}"
+        fix = f"write the data with reformer-shards --tokenizer-of {path}"
         raise DataError(f"data.path: has another tokenizer than init_from={path}; {fix}")
     _check_tie(path, saved, record)
     ignored: set[str] = set()

@@ -115,8 +115,8 @@ class SampleTask(Task):
     """Roles of the fields of a sample, in order; a dataset may name them differently."""
     reads_spans: ClassVar[bool] = False
     """Whether samples of one field may say which of their tokens are labels."""
-    make_shards_args: ClassVar[str]
-    """Arguments of tools/make_shards.py that write such a dataset."""
+    shards_args: ClassVar[str]
+    """Arguments of reformer-shards that write such a dataset."""
 
     @abstractmethod
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example: ...
@@ -130,7 +130,7 @@ class SampleTask(Task):
             if len(dataset.fields) != len(self.field_names) and not (self.reads_spans and dataset.has_label_spans):
                 actual, needed = ", ".join(dataset.fields), " and ".join(self.field_names)
                 needs = f"task.kind={self.config.task.kind.name} needs {needed}"
-                hint = f"write it with make_shards.py {self.make_shards_args}"
+                hint = f"write it with reformer-shards {self.shards_args}"
                 raise DataError(f"data.path={dataset.folder.address}: its samples hold {actual}; {needs}; {hint}")
             if dataset.has_label_spans and not self.reads_spans:
                 raise DataError(spans_refused(dataset, self.config.task.kind.name))

@@ -35,7 +35,7 @@ class Completion(SampleTask):
     """
 
     field_names = ("prompt", "completion")
-    make_shards_args = "FILE.jsonl --fields prompt completion (or --label-spans)"
+    shards_args = "FILE.jsonl --fields prompt completion (or --label-spans)"
     reports_bits_per_byte = True
     reads_spans = True
 

@@ -47,7 +47,7 @@ class QuestionAnswering(SampleTask):
 
     field_names = ("question", "context")
     labels_per_row = True
-    make_shards_args = "--squad FILE.json"
+    shards_args = "--squad FILE.json"
 
     def build_model(self) -> nn.Module:
         return ReformerForQuestionAnswering(self.config.model, self.vocab_size, self.config.trainer.seed)
@@ -60,7 +60,7 @@ class QuestionAnswering(SampleTask):
         require(stride < seq_len - 2, "task.stride", stride, limit)
         if not self.tokenizer.is_lossless:
             problem = "its SentencePiece vocabulary normalizes text, which shifts answers"
-            hint = f"write it with make_shards.py {self.make_shards_args} --tokenizer bytes or bpe"
+            hint = f"write it with reformer-shards {self.shards_args} --tokenizer bytes or bpe"
             raise DataError(f"data.path={corpus.where}: {problem}; {hint}")
 
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example:

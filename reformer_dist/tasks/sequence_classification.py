@@ -17,7 +17,7 @@ class SequenceClassification(SampleTask):
     """Rows are a text, truncated if it is too long, and end-of-text."""
 
     labels_per_row = True
-    make_shards_args = "FILE.jsonl --fields text --label label"
+    shards_args = "FILE.jsonl --fields text --label label"
 
     def build_model(self) -> nn.Module:
         sizes = (self.vocab_size, len(self.labels))
@@ -28,7 +28,7 @@ class SequenceClassification(SampleTask):
         for dataset in corpus.datasets:
             where = f"data.path={dataset.folder.address}"
             if not dataset.labels:
-                hint = f"write it with make_shards.py {self.make_shards_args}"
+                hint = f"write it with reformer-shards {self.shards_args}"
                 raise DataError(f"{where}: its samples have no labels; {hint}")
             if dataset.labels != self.labels:
                 differing = ", ".join(sorted(set(dataset.labels) ^ set(self.labels)))

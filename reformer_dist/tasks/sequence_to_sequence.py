@@ -23,7 +23,7 @@ class SequenceToSequence(SampleTask):
     """Sources end with end-of-text, targets begin and end with it. Both are truncated to a maximum length."""
 
     field_names = ("source", "target")
-    make_shards_args = "--source FILE --target FILE"
+    shards_args = "--source FILE --target FILE"
 
     def build_model(self) -> nn.Module:
         return ReformerEncoderDecoder(self.config.model, self.vocab_size, self.config.trainer.seed)

@@ -35,7 +35,7 @@ def read_first_sample(folder: Path) -> Any:
 
 
 def test_a_missing_data_set_is_reported_with_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"tools/make_shards\.py"):
+    with pytest.raises(DataError, match=r"reformer-shards"):
         Dataset.open(tmp_path / "nothing")
 
 
@@ -71,7 +71,7 @@ def _set_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record.update(format=1), "format 1 .*make_shards"),
+        (lambda record: record.update(format=1), "format 1 .*reformer-shards"),
         (lambda record: record.pop("format"), "format None "),
         (lambda record: record.pop("splits"), "splits train, heldout"),
         (lambda record: record["splits"].update(train=3), "list"),

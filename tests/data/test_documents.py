@@ -27,7 +27,7 @@ from reformer_dist.data import (
     read_text,
     write_dataset,
 )
-from reformer_dist.data.prepare import formats
+from reformer_dist.data.prepare import formats, raw_files
 from reformer_dist.errors import DataError
 
 MEMBERS = f"members of .tar files that are neither .txt nor {', '.join(RECORD_SUFFIXES)}"
@@ -178,7 +178,7 @@ def in_format(suffix: str, layout: str) -> str:
 @pytest.mark.parametrize(
     ("suffix", "layout"),
     [
-        *((suffix, "") for suffix in RECORD_SUFFIXES),
+        *((suffix, "") for suffix in formats.TEXT_RECORD_SUFFIXES),
         (".JSON", ""),
         (".json", "array"),
         (".json", "one after another"),
@@ -232,13 +232,10 @@ def test_broken_records_are_named(tmp_path: Path, name: str, content: bytes, mes
 
 
 PACKED = [
-    *(("d.bin", magic + b"rest of it") for magic in formats.PACKED_FORMATS if magic != b"BZh"),
-    *((f"d{suffix}", b"anything") for suffix in formats.PACKED_SUFFIXES),
-    *(
-        (f"d.txt{suffix}", compress(b"text"))
-        for suffix, compress in ((".bz2", bz2.compress), (".xz", lzma.compress))
-    ),
+    *(("d.bin", magic + b"rest of it") for magic in raw_files.PACKED_FORMATS if magic != b"BZh"),
+    *((f"d{suffix}", b"anything") for suffix in raw_files.PACKED_SUFFIXES),
     ("d.jsonl", bz2.compress(b"text")),
+    ("d.txt", lzma.compress(b"text")),
     ("d.TXT.gz", gzip.compress(gzip.compress(b"text"))),
     ("d.txt", "text".encode("utf-16")),
 ]

@@ -70,7 +70,7 @@ def test_shard_torn_while_training_ends_every_rank(tiny_data, tmp_path):
 def test_no_data_set(tmp_path):
     overrides = tiny_overrides(tmp_path / "nothing", tmp_path / "run")
     words = complaint(run_ranks(TRAIN, 1, overrides, fails=True, forked=True))
-    assert "nothing" in words and "make_shards" in words
+    assert "nothing" in words and "reformer-shards" in words
 
 
 @pytest.mark.parametrize("key", ["nproc_per_node=2", "nnodes=2", "hosts=['node1']", "max_restarts=1"])

@@ -44,7 +44,7 @@ NOT_RUN = {
     "python tools/application.py translation --train train.en train.de --heldout test.en test.de": FULL,
     "python tools/application.py question_answering --train train.json --heldout dev.json": FULL,
     "python tools/application.py mqar": SMALL + "tests/tools/test_applications.py and test_evidence.py",
-    "python tools/make_shards.py dialogs.jsonl --label-spans spans --output data/dialogs": "needs a file of the "
+    "reformer-shards dialogs.jsonl --label-spans spans --output data/dialogs": "needs a file of the "
     + "reader's own",
     "reformer-train task.kind=completion data.path=data/dialogs data.seq_len=1024": "needs that dataset",
     "reformer-convert reformer-enwik8 outputs/enwik8": "needs google/reformer-enwik8, fetched by the reader",

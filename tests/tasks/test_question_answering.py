@@ -127,7 +127,7 @@ def test_data_whose_vocabulary_moves_answers_are_refused(tmp_path: Path) -> None
         )
         task.tokenizer, corpus = tokenizer, Corpus.open([tmp_path / "d"])
         if tokenizer is pieces:
-            with pytest.raises(DataError, match=r"make_shards\.py --squad FILE\.json --tokenizer"):
+            with pytest.raises(DataError, match=r"reformer-shards --squad FILE\.json --tokenizer"):
                 task.check(corpus)
         else:
             task.check(corpus)

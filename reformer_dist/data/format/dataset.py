@@ -114,7 +114,7 @@ class Dataset:
 
 def _missing_hint(path: Path) -> str:
     """How to get a dataset, or how to find it if the working directory is not that of the run."""
-    hint = f"make one with: python tools/make_shards.py INPUT --output {path}"
+    hint = f"make one with: reformer-shards INPUT --output {path}"
     if path.is_absolute():
         return hint
     return f"a relative path is read from the working directory, {Path.cwd()}; give data.path=..., or {hint}"
@@ -122,7 +122,7 @@ def _missing_hint(path: Path) -> str:
 
 def _check_record(record: Mapping[str, Any], where: str) -> None:
     if (version := record.get("format")) != FORMAT_VERSION:
-        expected = f"{FORMAT_VERSION}, which this version reads; write the dataset again with tools/make_shards.py"
+        expected = f"{FORMAT_VERSION}, which this version reads; write the dataset again with reformer-shards"
         raise DataError(f"{where}: format {version!r} is not {expected}")
     if record.get("sha256") != json_sha256(record):
         raise DataError(f"{where}: was altered after it was written (its sha256 differs); copy or write it again")

@@ -124,7 +124,7 @@ class BpeTokenizer:
         eos_id = inner.token_to_id(eot_token)
         if eos_id is None:
             special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
-            hint = "name it by make_shards.py --eot-token, or eos_token in a tokenizer_config.json next to it"
+            hint = "name it by reformer-shards --eot-token, or eos_token in a tokenizer_config.json next to it"
             problem = f"has no token {eot_token} to end documents with; its special tokens are"
             raise DataError(f"{origin}: {problem} {', '.join(special[:8]) or 'none'}: {hint}")
         vocabulary = inner.get_vocab(with_added_tokens=False)

@@ -5,15 +5,18 @@ Documents are:
 - each file of a folder, sorted by path, except hidden files, binary files (those that contain NUL) and hidden,
   `__pycache__`, `site-packages` and `dist-packages` folders; links to folders are not followed, and datasets that
   were written by this package are not read;
-- each record of a `.jsonl`, `.ndjson`, `.json` (an array, or objects one after another), `.csv` or `.tsv` file;
+- each record of a `.jsonl`, `.ndjson`, `.json` (an array, or objects one after another), `.csv`, `.tsv`,
+  `.parquet`, `.arrow` or `.feather` file, and of a data set that Hugging Face's `datasets` saved;
 - a text file that is itself an input; a large one is cut at blank lines into sections of several MiB, whose
   concatenation is the file. The end of each is held out, and the rest keeps its order over a long range;
 - each `.txt` member of a `.tar` file, such as a shard of WebDataset, and each record of members in the formats
   above; other members are skipped and links are not followed;
-- the content of a `.gz` file, whose name without `.gz` determines the format; `.tgz` is `.tar.gz`.
+- the content of a `.gz`, `.zst`, `.xz` or `.bz2` file, whose name without that suffix determines the format;
+  `.tgz` is `.tar.gz`.
 
-Files in formats that hold text but are not read, such as Parquet, are errors unless they may be skipped. Skipped
-files are counted in a `SkippedFiles`, except hidden ones and those of skipped folders.
+Files in formats that hold text but are not read, such as PDF, and those whose syntax would be read as text, such
+as FASTA, are errors unless they may be skipped. Skipped files are counted in a `SkippedFiles`, except hidden ones
+and those of skipped folders.
 """
 
 from __future__ import annotations
@@ -25,19 +28,27 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from webdataset.tariterators import tar_file_iterator
 
 from reformer_dist.data.format.dataset_layout import DATASET_FILE
+from reformer_dist.data.prepare.columns import saved_table_files
 from reformer_dist.data.prepare.formats import (
     RECORD_SUFFIXES,
-    PackedFileError,
+    TEXT_RECORD_SUFFIXES,
     iterate_records,
-    open_raw,
     record_suffix,
-    refuse_packed,
     text_fields,
+)
+from reformer_dist.data.prepare.raw_files import (
+    MAGIC_BYTES,
+    PackedFileError,
+    decompressed,
+    naming_errors,
+    open_raw,
+    peek,
+    refuse_packed,
     uncompressed_name,
 )
 from reformer_dist.data.prepare.samples import RawSample
@@ -46,6 +57,16 @@ from reformer_dist.errors import DataError
 SECTION_BYTES = 4 << 20
 SKIPPED_DIRS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn")
+NOT_TEXT = {".ipynb": "is a notebook in JSON", **dict.fromkeys(FASTA_SUFFIXES, "is FASTA, which --fasta reads")}
+"""Files that are text to an editor, but whose syntax is not what a model should learn."""
+AS_TEXT_SUFFIXES = (*TEXT_RECORD_SUFFIXES, *NOT_TEXT)
+"""Suffixes that TextOptions.as_text may hold."""
+SNIFFED_SUFFIXES = ("", ".txt", ".text", ".log")
+"""Of files in folders in which JSON lines are recognized."""
+SNIFFED_BYTES = 1024
+
+_JSON_OBJECT = re.compile(rb'\s*\{\s*"[^"\n]*"\s*:')
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
@@ -69,7 +90,7 @@ class TextOptions:
     text_field: str = "text"
     """Field, or column, of a record that holds its text."""
     as_text: tuple[str, ...] = ()
-    """Suffixes of RECORD_SUFFIXES whose files are read as plain text."""
+    """Suffixes of AS_TEXT_SUFFIXES whose files are read as plain text."""
     skip_packed: bool = False
     """Skips files in formats that hold text but are not read."""
     section_bytes: int = SECTION_BYTES
@@ -126,7 +147,7 @@ def _find_files(path: Path, options: TextOptions, skipped: SkippedFiles) -> Iter
     elif path.exists():
         yield path, path.name
     else:
-        expected = f"inputs must be text, {', '.join(RECORD_SUFFIXES)}, .tar, .gz or folders of text"
+        expected = f"inputs must be text, {', '.join(RECORD_SUFFIXES)}, .tar, compressed ones or folders of them"
         raise DataError(f"{path}: no such file or folder; {expected}")
 
 
@@ -136,6 +157,11 @@ def _walk_folder(folder: Path, options: TextOptions, skipped: SkippedFiles) -> I
 
     output = None if options.output is None else options.output.resolve()
     for parent, folders, names in os.walk(folder, onerror=raise_unreadable):
+        saved = saved_table_files(Path(parent))
+        if saved is not None:
+            folders.clear()
+            yield from saved
+            continue
         folders[:] = sorted(name for name in folders if name not in SKIPPED_DIRS and not name.startswith("."))
         for path in [Path(parent, name) for name in folders]:
             if path.is_symlink():  # not followed by os.walk: it might be part of a cycle
@@ -167,6 +193,7 @@ def _read_file(
     path: Path, label: str, options: TextOptions, in_folder: bool, skipped: SkippedFiles
 ) -> Iterator[RawSample]:
     with open_raw(path) as file:
+        _refuse_syntax(file, path.name, str(path), options, in_folder)
         if uncompressed_name(path.name).endswith(".tar"):
             yield from _tar_members(file, path, label, options, skipped)
         elif (suffix := _record_suffix(path.name, options)) is not None:
@@ -181,6 +208,17 @@ def _read_file(
             yield from _sections(file, path, label, options.section_bytes)
 
 
+def _refuse_syntax(file: IO[bytes], name: str, where: str, options: TextOptions, in_folder: bool) -> None:
+    """Raises PackedFileError for a file whose syntax would be read as text: NOT_TEXT, and JSON lines."""
+    inner = uncompressed_name(name)
+    suffix = Path(inner).suffix
+    if suffix in NOT_TEXT and suffix not in options.as_text:
+        raise PackedFileError(f"{where}: {NOT_TEXT[suffix]}; --as-text {suffix} reads it as plain text")
+    is_text = not inner.endswith((".tar", *RECORD_SUFFIXES)) and suffix not in options.as_text
+    if is_text and (not in_folder or suffix in SNIFFED_SUFFIXES) and _JSON_OBJECT.match(peek(file, SNIFFED_BYTES)):
+        raise PackedFileError(f"{where}: begins like JSON; give it a name that ends in .jsonl or .json")
+
+
 def _record_suffix(name: str, options: TextOptions) -> str | None:
     suffix = record_suffix(name)
     return None if suffix in options.as_text else suffix
@@ -190,11 +228,13 @@ def _read_records(
     file: IO[bytes], suffix: str, label: str, where: str, options: TextOptions
 ) -> Iterator[RawSample]:
     try:
-        for number, record in iterate_records(file, suffix, where):
+        for number, record in iterate_records(file, suffix, where, [options.text_field]):
             text = text_fields(record, [options.text_field], f"{where}:{number}")
             yield RawSample(f"{label}:{number}", tuple(text))
     except DataError as error:
-        hint = f"--text-field names another field, --as-text {suffix} reads {suffix} files as plain text"
+        hint = "--text-field names another field"
+        if suffix in AS_TEXT_SUFFIXES:
+            hint += f", --as-text {suffix} reads {suffix} files as plain text"
         raise DataError(f"{error}; {hint}") from error
 
 
@@ -202,24 +242,32 @@ def _tar_members(
     file: IO[bytes], path: Path, label: str, options: TextOptions, skipped: SkippedFiles
 ) -> Iterator[RawSample]:
     for member in tar_file_iterator(file):
-        name, content = str(member["fname"]), member["data"]
+        name = str(member["fname"])
         where = f"{path}: {name}"
         if name.startswith("/") or ".." in name.split("/"):
             raise DataError(f"{path}: a member is named {name!r}; names must be relative and without ..")
         try:
-            refuse_packed(content[:32], name, where)
+            yield from _read_member(member["data"], name, f"{label}/{name}", where, options, skipped)
         except PackedFileError as error:
             _skip_packed(error, where, options, skipped)
-            continue
-        suffix = _record_suffix(name, options)
-        if suffix is not None:
-            yield from _read_records(io.BytesIO(content), suffix, f"{label}/{name}", where, options)
-        elif name.lower().endswith((".txt", *options.as_text)):
-            yield RawSample(f"{label}/{name}", (content,))
-        else:
-            skipped.add(
-                f"members of .tar files that are neither .txt nor {', '.join(RECORD_SUFFIXES)}", f"{label}/{name}"
-            )
+
+
+def _read_member(
+    data: bytes, name: str, label: str, where: str, options: TextOptions, skipped: SkippedFiles
+) -> Iterator[RawSample]:
+    with naming_errors(where):
+        content = decompressed(cast(IO[bytes], io.BytesIO(data)), name).read()
+    refuse_packed(content[:MAGIC_BYTES], name, where)
+    file = cast(IO[bytes], io.BufferedReader(io.BytesIO(content)))
+    suffix = _record_suffix(name, options)
+    if suffix is not None:
+        yield from _read_records(file, suffix, label, where, options)
+    elif uncompressed_name(name).endswith((".txt", *options.as_text)):
+        _refuse_syntax(file, name, where, options, in_folder=True)
+        yield RawSample(label, (content,))
+    else:
+        others = ", ".join(RECORD_SUFFIXES)
+        skipped.add(f"members of .tar files that are neither .txt nor {others}", label)
 
 
 def _sections(file: IO[bytes], path: Path, label: str, section_bytes: int) -> Iterator[RawSample]:

@@ -1,104 +1,44 @@
-"""Raw files: how they are opened, and the formats of records (JSON lines, JSON, CSV) that hold texts by name."""
+"""Formats of records that hold texts by name: JSON lines, JSON, CSV, Parquet and Arrow."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from reformer_dist.data.format.dataset_layout import MAX_SAMPLE_BYTES
+from reformer_dist.data.prepare.columns import COLUMN_SUFFIXES, read_columns
+from reformer_dist.data.prepare.raw_files import uncompressed_name
 from reformer_dist.errors import DataError
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")
+TEXT_RECORD_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")
+RECORD_SUFFIXES = (*TEXT_RECORD_SUFFIXES, *COLUMN_SUFFIXES)
 JSON_CHUNK = 1 << 20
 WHITESPACE_AND_COMMA = " \t\r\n,"
 
-PACKED_FORMATS = {
-    b"\x28\xb5\x2f\xfd": "Zstandard",
-    b"\x1f\x8b": "gzip",
-    b"\xfd7zXZ\0": "xz",
-    b"BZh": "bzip2",
-    b"\x04\x22\x4d\x18": "LZ4",
-    b"PK\x03\x04": "a ZIP archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a RAR archive",
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"Obj\x01": "Avro",
-    b"\x89HDF\r\n": "HDF5",
-    b"SQLite format 3\0": "SQLite",
-    b"%PDF-": "PDF",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
-"""Formats that hold text which is not read, by their first bytes."""
-PACKED_SUFFIXES = (
-    *(".zst", ".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar"),
-    *(".parquet", ".arrow", ".feather", ".avro", ".orc"),
-)
-
-
-class PackedFileError(DataError):
-    """A file holds text in a format that is not read."""
-
-
-def uncompressed_name(name: str) -> str:
-    """x.tar for x.tar.gz or x.tgz; in lower case, as suffixes are compared."""
-    name = name.lower()
-    return name.removesuffix(".tgz") + ".tar" if name.endswith(".tgz") else name.removesuffix(".gz")
-
-
-@contextmanager
-def open_raw(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, decompressing .gz.
-
-    Raises PackedFileError for a format that is not read, and DataError if a file or tar archive can't be.
-    """
-    is_compressed = path.name.lower().endswith((".gz", ".tgz"))
-    try:
-        # gzip's reader implements what is used of IO[bytes], but is not typed so
-        with cast(IO[bytes], gzip.open(path)) if is_compressed else path.open("rb") as file:
-            refuse_packed(file.read(32), path.name, str(path))
-            file.seek(0)
-            yield file
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{path}: can't be read ({error})") from error
-
-
-def refuse_packed(start: bytes, name: str, where: str) -> None:
-    """Raises PackedFileError if a file of this name and first bytes holds text in a format that is not read."""
-    kind = next((kind for magic, kind in PACKED_FORMATS.items() if start.startswith(magic)), None)
-    suffix = Path(uncompressed_name(name)).suffix
-    if kind == "bzip2" and start[4:10] != b"1AY&SY":  # else a text that begins with BZh
-        kind = None
-    if kind is None and suffix in PACKED_SUFFIXES:
-        kind = suffix
-    if kind is not None:
-        expected = "unpack or convert it to UTF-8 text, .jsonl or .gz"
-        raise PackedFileError(f"{where}: is {kind}, which can't be read; {expected}")
-
 
 def record_suffix(name: str) -> str | None:
-    """The suffix of RECORD_SUFFIXES that a file name has, without .gz."""
+    """The suffix of RECORD_SUFFIXES that a file name has, without .gz or the like."""
     suffix = Path(uncompressed_name(name)).suffix
     return suffix if suffix in RECORD_SUFFIXES else None
 
 
-def iterate_records(file: IO[bytes], suffix: str | None, where: str) -> Iterator[tuple[int, Any]]:
+def iterate_records(
+    file: IO[bytes], suffix: str | None, where: str, names: Sequence[str]
+) -> Iterator[tuple[int, Any]]:
     """(line or number, value) of each record of a file of this suffix; None, or an unknown one: of JSON lines.
 
     A .json file holds an array of records, or one after another. The first line of .csv and .tsv files names the
-    columns. Raises DataError, which begins with `where`, if the file is broken or not in UTF-8.
+    columns. Of Parquet and Arrow files only the columns `names` are read. Raises DataError, which begins with
+    `where`, if the file is broken, not in UTF-8, or lacks such a column.
     """
     try:
-        if suffix in (".csv", ".tsv"):
+        if suffix in COLUMN_SUFFIXES:
+            yield from read_columns(file, suffix, where, names)
+        elif suffix in (".csv", ".tsv"):
             yield from _read_csv(file, "," if suffix == ".csv" else "\t", where)
         elif suffix == ".json":
             yield from _read_json(file, where)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from reformer_dist.data.format.label_spans import are_spans
-from reformer_dist.data.prepare.formats import iterate_records, open_raw, record_suffix, text_fields
+from reformer_dist.data.prepare.columns import saved_table_files
+from reformer_dist.data.prepare.formats import RECORD_SUFFIXES, iterate_records, record_suffix, text_fields
+from reformer_dist.data.prepare.raw_files import open_raw
 from reformer_dist.data.prepare.samples import RawSample
 from reformer_dist.errors import DataError
 
@@ -27,18 +29,18 @@ def read_parallel(source: Path, target: Path) -> Iterator[RawSample]:
 
 
 def read_records(paths: Iterable[Path], fields: Sequence[str], label: str | None = None) -> Iterator[RawSample]:
-    """One sample per record of a .jsonl, .json or .csv file. fields: names of its texts. label: name of its class.
+    """One sample per record of files of records (.jsonl, .json, .csv, .parquet, ...), or of folders of such files.
+
+    fields: names of its texts. label: name of its class.
 
     Raises DataError if a record lacks one of them.
     """
     names = [*fields, label] if label else fields
-    for path in paths:
-        with open_raw(path) as file:
-            for number, record in iterate_records(file, record_suffix(path.name), str(path)):
-                values = text_fields(record, names, f"{path}:{number}")
-                texts = tuple(values[: len(fields)])
-                metadata = {"label": values[-1].decode()} if label else {}
-                yield RawSample(f"{path.name}:{number}", texts, metadata, split_key=texts[0])
+    for path, number, record in _read_files(paths, names):
+        values = text_fields(record, names, f"{path}:{number}")
+        texts = tuple(values[: len(fields)])
+        metadata = {"label": values[-1].decode()} if label else {}
+        yield RawSample(f"{path.name}:{number}", texts, metadata, split_key=texts[0])
 
 
 def read_labeled(paths: Iterable[Path], field: str, spans: str) -> Iterator[RawSample]:
@@ -46,13 +48,30 @@ def read_labeled(paths: Iterable[Path], field: str, spans: str) -> Iterator[RawS
 
     field, spans: names of the text and the list of spans. Raises DataError if a record lacks one of them.
     """
+    for path, number, record in _read_files(paths, [field, spans]):
+        where = f"{path}:{number}"
+        [text] = text_fields(record, [field], where)
+        marked = _byte_spans(record, spans, text.decode(), where)
+        yield RawSample(f"{path.name}:{number}", (text,), label_spans=marked)
+
+
+def _read_files(paths: Iterable[Path], names: Sequence[str]) -> Iterator[tuple[Path, int, Any]]:
+    """(file, line or number, record) of each record of files, and of the files of record formats in folders."""
     for path in paths:
-        with open_raw(path) as file:
-            for number, record in iterate_records(file, record_suffix(path.name), str(path)):
-                where = f"{path}:{number}"
-                [text] = text_fields(record, [field], where)
-                marked = _byte_spans(record, spans, text.decode(), where)
-                yield RawSample(f"{path.name}:{number}", (text,), label_spans=marked)
+        for file_path in _record_files(path) if path.is_dir() else [path]:
+            with open_raw(file_path) as file:
+                records = iterate_records(file, record_suffix(file_path.name), str(file_path), names)
+                yield from ((file_path, number, record) for number, record in records)
+
+
+def _record_files(folder: Path) -> list[Path]:
+    saved = saved_table_files(folder)
+    found = sorted(path for path in folder.rglob("*") if record_suffix(path.name)) if saved is None else saved
+    if not found:
+        raise DataError(
+            f"{folder}: holds no file of records; their names must end in {', '.join(RECORD_SUFFIXES)}"
+        )
+    return found
 
 
 def _byte_spans(record: Mapping[str, Any], name: str, text: str, where: str) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,1 @@
+"""The command `reformer-shards`: from raw files to a dataset of tokenized tar shards."""

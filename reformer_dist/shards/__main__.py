@@ -1,0 +1,117 @@
+"""reformer-shards: converts raw files to a dataset for training, tar shards with train and held-out splits."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from reformer_dist.data import (
+    SPLITS,
+    BpeTokenizer,
+    ByteTokenizer,
+    SkippedFiles,
+    Tokenizer,
+    WriteSummary,
+    assign_splits,
+    load_tokenizer,
+    write_samples,
+)
+from reformer_dist.errors import DataError
+from reformer_dist.process.command import run_command
+from reformer_dist.shards.arguments import parse_arguments
+from reformer_dist.shards.inputs import InputFormat
+
+
+def make_shards() -> None:
+    """Writes the dataset that the arguments of the command line describe. Raises UserError."""
+    arguments = parse_arguments()
+    form = InputFormat.of(arguments)
+    tokenizer = choose_tokenizer(arguments, form)
+    require_offsets(arguments, tokenizer)
+    form.left_out.clear()  # the tokenizer's pass over the inputs has counted them already
+    with removed_on_failure(arguments.output):
+        summary = write_samples(
+            form.records(),
+            arguments.output,
+            tokenizer,
+            shard_bytes=int(arguments.shard_mb * 2**20),
+            heldout_fraction=arguments.heldout,
+            overwrite=arguments.overwrite,
+            heldout=form.heldout() if form.heldout else None,
+            fields=form.fields,
+            label_spans=bool(arguments.label_spans),
+            labels=sorted({record.metadata["label"] for record in form.records()}) if arguments.label else (),
+        )
+    show(summary, form.left_out, tokenizer, arguments.output)
+
+
+@contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Removes the folders created in this context if it fails or is interrupted."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if created:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in created[1:]:
+            with suppress(OSError):  # may contain other files by now
+                path.rmdir()
+        raise
+
+
+def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokenizer:
+    if arguments.tokenizer_of:
+        from reformer_dist.checkpoint.export import open_weights  # loads torch
+
+        weights = open_weights(arguments.tokenizer_of)
+        return load_tokenizer(weights.record.tokenizer, weights.folder)
+    if arguments.tokenizer == "bytes":
+        return ByteTokenizer()
+    if arguments.tokenizer_file:
+        special = arguments.special_tokens
+        return BpeTokenizer.load(arguments.tokenizer_file, arguments.eot_token, use_special_tokens=special)
+    # the tokenizer is not trained on held-out text
+    training = assign_splits(form.records(), () if form.heldout else None, arguments.heldout)
+    texts = (text for split, record in training if split == "train" for text in record.fields)
+    return BpeTokenizer.train(texts, arguments.vocab_size or 8192)
+
+
+def require_offsets(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Raises DataError if labels that are offsets in the text would be shifted."""
+    option = "--squad" if arguments.squad else "--label-spans" if arguments.label_spans else None
+    if option and not tokenizer.is_lossless:
+        source = "--tokenizer-of" if arguments.tokenizer_of else "--tokenizer-file"
+        problem = f"the tokenizer normalizes text, which shifts the offsets of {option}"
+        path = arguments.tokenizer_of or arguments.tokenizer_file
+        raise DataError(f"{source} {path}: {problem}; use --tokenizer bytes, or a byte-level BPE")
+
+
+def show(summary: WriteSummary, left_out: SkippedFiles, tokenizer: Tokenizer, folder: Path) -> None:
+    print(f"{folder}: vocabulary of {tokenizer.vocab_size} tokens")
+    for split in SPLITS:
+        numbers = {name: summary.total(name, split) for name in ("samples", "text_bytes", "tokens")}
+        print(
+            f"  {split:8} {numbers['samples']:>10,} documents  {numbers['text_bytes']:>14,} bytes  "
+            f"{numbers['tokens']:>14,} tokens  {len(summary.splits[split]):>6,} shards"
+        )
+    fraction = summary.total("text_bytes", "heldout") / summary.total("text_bytes")
+    print(f"  held out: {fraction:.1%} of the text")
+    if summary.empty:
+        print(f"  skipped: {summary.empty:,} documents with an empty text or field")
+    for kind, (count, first) in left_out.items():
+        print(f"  skipped: {count:,} {kind}, such as {first}")
+    if summary.normalized:
+        change = "replaced: invalid UTF-8 in" if tokenizer.is_lossless else "normalized by the tokenizer:"
+        print(f"  {change} {summary.normalized:,} documents")
+
+
+def main() -> None:
+    run_command(make_shards)
+
+
+if __name__ == "__main__":
+    main()

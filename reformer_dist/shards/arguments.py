@@ -1,0 +1,173 @@
+"""Arguments of `reformer-shards`, and their invalid combinations."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from reformer_dist.data import AS_TEXT_SUFFIXES, SECTION_BYTES
+
+EPILOG = """\
+inputs:
+  folder       each file is one or more documents, as below; hidden and binary files are skipped
+  .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow   each record is a document, with the text in field or
+               column `text` (or --text-field); a .json file holds an array of objects, or one after another
+  a data set saved to disk by Hugging Face's datasets   the same
+  .tar file    each .txt member and each record of members as above is a document (WebDataset shards)
+  text file    one document, whose end is held out; above 8 MiB, one for every 4 to 8 MiB (or --section-mb)
+  .gz, .zst, .xz, .bz2   decompressed and read as above; .tgz is .tar.gz
+  other formats that hold text, such as .pdf and .zip, are refused (or skipped, with --skip-unreadable)
+
+samples with several texts, for tasks other than language modeling:
+  --source F --target F       parallel text, one sample per line: translation
+  INPUT --fields A B          fields of each record, such as document and summary; --label for a class
+  INPUT.jsonl --label-spans S   one text with the spans [[first, last + 1], ...] that are predicted, in characters
+  INPUT.json --squad          questions and contexts in SQuAD format
+
+examples:
+  reformer-shards book.txt --output data/book
+  reformer-shards src/ --suffix .py --suffix .md --output data/code --shard-mb 1
+  reformer-shards --source train.en --target train.de --heldout-from test.en test.de \\
+      --tokenizer bpe --vocab-size 4000 --output data/en-de
+  reformer-shards corpus.jsonl.gz --tokenizer bpe --vocab-size 8192 --output data/corpus
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="reformer-shards",
+        description="Converts raw files to a dataset for training: tokenized tar shards, train and held-out.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="files and folders")
+    _add_output_options(parser.add_argument_group("output"))
+    _add_text_options(parser.add_argument_group("documents"))
+    _add_field_options(parser.add_argument_group("samples with several texts or labels"))
+    _add_tokenizer_options(parser.add_argument_group("tokenizer"))
+    arguments = parser.parse_args()
+    problem = check_arguments(arguments)
+    if problem:
+        parser.error(problem)
+    return arguments
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--output", required=True, type=Path, metavar="DIR", help="output folder of the dataset")
+    add("--overwrite", action="store_true", help="replace an existing dataset in DIR")
+    add("--shard-mb", type=float, default=16.0, metavar="F", help="size of a shard in MiB (default: 16)")
+    add("--heldout", type=float, default=0.05, metavar="F", help="held-out fraction of documents (default: 0.05)")
+    add(
+        "--heldout-from",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="held-out files, in the format of the inputs (parallel text: source and target); replaces --heldout",
+    )
+
+
+def _add_text_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: text)")
+    add("--jsonl-field", dest="renamed", help=argparse.SUPPRESS)
+    add(
+        "--suffix",
+        action="append",
+        default=[],
+        metavar=".EXT",
+        help="only read files with this suffix in folders; may be repeated",
+    )
+    add(
+        "--as-text",
+        action="append",
+        default=[],
+        choices=AS_TEXT_SUFFIXES,
+        help="read files with this suffix as plain text, such as the .json files of source code; may be repeated",
+    )
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out files in formats that can't be read, and count them",
+    )
+    add(
+        "--section-mb",
+        type=float,
+        default=SECTION_BYTES / 2**20,
+        metavar="F",
+        help="a text file given by itself is one document for every F to 2F MiB: order within a document is kept, "
+        "documents are shuffled (default: 4)",
+    )
+
+
+def _add_field_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--source", type=Path, metavar="FILE", help="parallel text: source lines")
+    add("--target", type=Path, metavar="FILE", help="parallel text: target lines, as many as in --source")
+    add("--fields", nargs="+", metavar="NAME", help="text fields of each record, in order")
+    add("--label", metavar="NAME", help="with --fields: the field with the class label")
+    add("--label-spans", metavar="NAME", help="field of records: spans of the text that are predicted")
+    add("--squad", action="store_true", help="inputs are in SQuAD 1.1 format")
+
+
+def _add_tokenizer_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--tokenizer",
+        choices=("bytes", "bpe"),
+        default="bytes",
+        help="bytes: 257 tokens; bpe: byte pair encoding (default: bytes)",
+    )
+    add("--vocab-size", type=int, metavar="N", help="bpe: vocabulary size to train (default: 8192)")
+    add(
+        "--tokenizer-file",
+        type=Path,
+        metavar="F",
+        help="bpe: use this tokenizer.json instead of training one",
+    )
+    add(
+        "--eot-token",
+        metavar="T",
+        help="with --tokenizer-file: the token that ends documents (default: eos_token of a tokenizer_config.json "
+        "next to it, else <|endoftext|>)",
+    )
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="with --tokenizer-file: encode the text of its special tokens, except the one that ends documents, "
+        "as these tokens (default: as plain text)",
+    )
+    add("--tokenizer-of", type=Path, metavar="M", help="use the tokenizer of a run, checkpoint or export")
+
+
+def check_arguments(arguments: argparse.Namespace) -> str | None:
+    """The first invalid combination of arguments, if any."""
+    is_parallel = arguments.source is not None or arguments.target is not None
+    checks = {
+        f"--jsonl-field {arguments.renamed}: is now --text-field": arguments.renamed is None,
+        f"--section-mb {arguments.section_mb}: must be from 0.001 to 512": 0.001 <= arguments.section_mb <= 512,
+        f"--heldout {arguments.heldout}: must be at least 0 and below 1": 0 <= arguments.heldout < 1,
+        f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
+        "--source and --target go together": (arguments.source is None) == (arguments.target is None),
+        "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
+        "--source, --fields, --label-spans and --squad are mutually exclusive": is_parallel
+        + bool(arguments.fields)
+        + bool(arguments.label_spans)
+        + arguments.squad
+        <= 1,
+        "--label needs --fields": not arguments.label or bool(arguments.fields),
+        "--heldout-from needs two files, source and target, with --source": not is_parallel
+        or len(arguments.heldout_from) in (0, 2),
+        "--tokenizer-of excludes --tokenizer and --tokenizer-file": not arguments.tokenizer_of
+        or (arguments.tokenizer == "bytes" and not arguments.tokenizer_file),
+        "--tokenizer-file and --vocab-size need --tokenizer bpe": arguments.tokenizer == "bpe"
+        or not (arguments.tokenizer_file or arguments.vocab_size),
+        "--eot-token and --special-tokens need --tokenizer-file": bool(arguments.tokenizer_file)
+        or not (arguments.eot_token or arguments.special_tokens),
+        "--vocab-size is for training a tokenizer; --tokenizer-file is already trained": not (
+            arguments.tokenizer_file and arguments.vocab_size
+        ),
+    }
+    return next((problem for problem, is_valid in checks.items() if not is_valid), None)

@@ -1,0 +1,68 @@
+"""The inputs of `reformer-shards`: their fields, and functions that iterate over their records."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from reformer_dist.data import (
+    TEXT_FIELDS,
+    RawSample,
+    SkippedFiles,
+    TextOptions,
+    read_labeled,
+    read_parallel,
+    read_records,
+    read_squad,
+    read_text,
+)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """The fields of the inputs, and functions that iterate over their records."""
+
+    fields: tuple[str, ...]
+    records: Callable[[], Iterator[RawSample]]
+    heldout: Callable[[], Iterator[RawSample]] | None
+    """Held-out records, if given separately."""
+    left_out: SkippedFiles
+    """Counts of skipped inputs."""
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> InputFormat:
+        """Raises DataError if a file is missing."""
+        heldout_files: list[Path] = arguments.heldout_from
+        left_out = SkippedFiles()
+        if arguments.source:
+            read: Callable[..., Iterator[RawSample]] = read_parallel
+            pairs: list[tuple[Any, ...]] = [(arguments.source, arguments.target), tuple(heldout_files)]
+            fields: tuple[str, ...] = ("source", "target")
+        elif arguments.squad:
+            read, pairs, fields = read_squad, [(arguments.inputs,), (heldout_files,)], ("question", "context")
+        elif arguments.label_spans:
+            read = partial(read_labeled, field=arguments.text_field, spans=arguments.label_spans)
+            pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
+        elif arguments.fields:
+            fields = tuple(arguments.fields)
+            read = partial(read_records, fields=fields, label=arguments.label)
+            pairs = [(arguments.inputs,), (heldout_files,)]
+        else:
+            read = partial(read_text, options=text_options(arguments), skipped=left_out)
+            pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
+        return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if heldout_files else None, left_out)
+
+
+def text_options(arguments: argparse.Namespace) -> TextOptions:
+    return TextOptions(
+        suffixes=tuple(arguments.suffix),
+        text_field=arguments.text_field,
+        as_text=tuple(arguments.as_text),
+        skip_packed=arguments.skip_unreadable,
+        section_bytes=int(arguments.section_mb * 2**20),
+        output=arguments.output,
+    )

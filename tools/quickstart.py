@@ -92,8 +92,14 @@ def _print_summary(
     print(f"LSH          {without_lsh['bits_per_byte']:.2f} bits per byte without the attention of the LSH layers")
     print(f"dataset      {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
-    print(f"continue     {shlex.join([*train, 'trainer.max_steps=1000'])}")
+    longer = [f"optim.restarts=[{_last_step(run)}]", f"trainer.max_steps={2 * _last_step(run)}"]
+    print(f"continue     {shlex.join([*train, *longer])}")
     print(f"TensorBoard  {command('tensorboard')} --logdir {run}")
+
+
+def _last_step(run: Path) -> int:
+    """Of the newest checkpoint."""
+    return max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from reformer_dist.config.model import (
     Position,
     Recompute,
 )
-from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig, Schedule
+from reformer_dist.config.optim import DecayShape, DeepSpeedConfig, OptimConfig, Schedule
 from reformer_dist.config.parallel import Combine, ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.sweep import SweepConfig, SweepDirection, SweepKind
@@ -31,6 +31,7 @@ __all__ = [
     "CompatConfig",
     "CrossAttentionKind",
     "DataConfig",
+    "DecayShape",
     "DeepSpeedConfig",
     "HashScheme",
     "LauncherConfig",

@@ -13,6 +13,17 @@ class Schedule(Enum):
     linear = "linear"
     inverse_sqrt = "inverse_sqrt"
     constant = "constant"
+    wsd = "wsd"
+
+
+class DecayShape(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    one_minus_sqrt = "one_minus_sqrt"
+
+
+OPEN_ENDED = (Schedule.inverse_sqrt, Schedule.constant, Schedule.wsd)
+"""Schedules that do not depend on trainer.max_steps."""
 
 
 @dataclass(kw_only=True)
@@ -27,16 +38,39 @@ class OptimConfig(ConfigGroup, prefix="optim."):
     grad_clip: float = bounded(1.0, least=0)
     """Maximum norm of the gradient; 0 disables clipping."""
     schedule: Schedule = Schedule.cosine
-    """Decay after the warmup: cosine, linear, inverse_sqrt or constant."""
+    """After the warmup: cosine or linear decay up to trainer.max_steps, inverse_sqrt, constant, or wsd (warmup,
+    stable, decay), which stays at lr up to decay_from."""
     warmup_steps: int = bounded(100, least=0)
     min_lr_ratio: float = bounded(0.1, least=0, most=1)
-    """cosine and linear decay to this fraction of lr."""
+    """cosine, linear and the decay from decay_from end at this fraction of lr."""
+    decay_from: int | None = bounded(None, least=0)
+    """wsd, constant, inverse_sqrt: steps after which the rate decays, up to trainer.max_steps; null: never. A run
+    that resumes from a checkpoint of this step or earlier branches off there."""
+    decay: DecayShape = DecayShape.linear
+    """Shape of the decay from decay_from: linear, cosine or one_minus_sqrt."""
+    restarts: list[int] = field(default_factory=list)
+    """cosine, linear: steps at which the schedule has ended and begins again, with a warmup from its last rate."""
+    accept_jump: bool = False
+    """Resume although the schedule goes on at another rate than the checkpoint's, since its end has changed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.betas) == 2, "optim.betas", self.betas, "must hold two numbers")
         is_valid = all(0 <= beta < 1 for beta in self.betas)
         require(is_valid, "optim.betas", self.betas, "must both be at least 0 and below 1")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        name, ends = self.schedule.name, self.schedule not in OPEN_ENDED
+        if self.decay_from is not None:
+            requirement = f"needs optim.schedule=wsd, constant or inverse_sqrt: {name} decays by itself"
+            require(not ends, "optim.decay_from", self.decay_from, requirement)
+            requirement = f"must be at least optim.warmup_steps={self.warmup_steps}"
+            require(self.decay_from >= self.warmup_steps, "optim.decay_from", self.decay_from, requirement)
+        is_valid = self.restarts == sorted(set(self.restarts)) and min(self.restarts, default=1) > 0
+        require(is_valid, "optim.restarts", self.restarts, "must be ascending numbers of steps above 0")
+        requirement = f"needs optim.schedule=cosine or linear: {name} has no end after which it could begin again"
+        require(ends or not self.restarts, "optim.restarts", self.restarts, requirement)
 
 
 @dataclass(kw_only=True)

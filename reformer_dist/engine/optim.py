@@ -1,30 +1,13 @@
-"""AdamW with its parameter groups, and the learning rate schedule: a pure function, without state to save."""
+"""AdamW with its parameter groups."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from reformer_dist.config import OptimConfig, Schedule
-
-
-def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule is Schedule.constant:
-        return config.lr
-    if config.schedule is Schedule.inverse_sqrt:
-        return config.lr * math.sqrt(max(1, config.warmup_steps) / (step + 1))
-    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
-    if config.schedule is Schedule.linear:
-        decay = 1.0 - progress
-    else:
-        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * decay)
+from reformer_dist.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ from reformer_dist.run.compose import to_dict
 from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
 from reformer_dist.run.directory import (
     RunDirectory,
+    check_rate,
     config_changes,
-    describe_rate_change,
     open_run_directory,
     require_same_config,
     require_same_model,
@@ -123,9 +123,9 @@ def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resou
     changes = [f"ranks of the job: {old_size} -> {new_size}"] if old_size != new_size else []
     for change in changes + config_changes(resume_from.record.config, record.config):
         logger.info(f"  changed since: {change}")
-    if jump := describe_rate_change(resume_from, config):
-        logger.warning(jump)
     runtime.together(lambda: require_same_model(resume_from, record))
+    if jump := runtime.together(lambda: check_rate(resume_from, config)):
+        logger.warning(jump)
     return EngineParts(engine, checkpoints, checkpoints.restore(resume_from))
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from reformer_dist.checkpoint import CheckpointReader, RunRecord
 from reformer_dist.config import OptimConfig, RunConfig
+from reformer_dist.config.optim import OPEN_ENDED
 from reformer_dist.distributed.runtime import Runtime
-from reformer_dist.engine.optim import learning_rate
+from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.run.compose import to_dict, to_yaml
@@ -24,7 +25,8 @@ from reformer_dist.training.checkpoint_manager import find_resume_checkpoint
 from reformer_dist.training.metrics_log import TENSORBOARD_FOLDER
 
 CONFIG_FILE = "config.yaml"
-RATE_TOLERANCE = 0.01  # relative change of the learning rate that is worth a warning
+RATE_TOLERANCE = 0.01  # relative change of the learning rate that is worth a message
+RATE_KEYS = ("lr", "schedule", "warmup_steps", "min_lr_ratio", "restarts")  # who changes these wants another rate
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,46 @@ def require_same_model(checkpoint: CheckpointReader, record: RunRecord) -> None:
         raise CheckpointError(f"{error}\n{fix}{':' if keys else ''}{keys}") from error
 
 
-def describe_rate_change(checkpoint: CheckpointReader, config: RunConfig) -> str | None:
-    """A warning if the learning rate is not the one with which the saved configuration would continue."""
+def check_rate(checkpoint: CheckpointReader, config: RunConfig) -> str | None:
+    """A warning if the learning rate is not the one with which the saved configuration would continue.
+
+    Raises ConfigError if it rises, or falls in the middle of a decay from optim.decay_from, only because the
+    schedule ends elsewhere, unless optim.accept_jump allows that.
+    """
     saved, step = checkpoint.record.config, checkpoint.step
-    before = OptimConfig(**saved["optim"])
-    last = learning_rate(before, max(0, step - 1), saved["trainer"]["max_steps"])
-    expected = learning_rate(before, step, saved["trainer"]["max_steps"])
-    rate = learning_rate(config.optim, step, config.trainer.max_steps)
-    if step >= config.trainer.max_steps or math.isclose(rate, expected, rel_tol=RATE_TOLERANCE):
+    before, old_end, end = OptimConfig(**saved["optim"]), saved["trainer"]["max_steps"], config.trainer.max_steps
+    last = learning_rate(before, max(0, step - 1), old_end)
+    expected, rate = learning_rate(before, step, old_end), learning_rate(config.optim, step, end)
+    if step >= end or any(math.isclose(rate, each, rel_tol=RATE_TOLERANCE) for each in (expected, last)):
         return None
+    jump = f"the learning rate goes from {last:.3g} at step {step} to {rate:.3g} at step {step + 1}"
     changes = config_changes(
-        {"optim": saved["optim"], "trainer.max_steps": saved["trainer"]["max_steps"]},
-        {"optim": to_dict(config.optim), "trainer.max_steps": config.trainer.max_steps},
+        {"optim": saved["optim"], "trainer.max_steps": old_end},
+        {"optim": to_dict(config.optim), "trainer.max_steps": end},
     )
     reason = f"the schedule counts from step 0, also after a change ({'; '.join(changes)})"
-    return f"the learning rate goes from {last:.3g} at step {step} to {rate:.3g} at step {step + 1}: {reason}"
+    is_asked = any(getattr(before, key) != getattr(config.optim, key) for key in RATE_KEYS)
+    is_harmless = rate < last and config.optim.decay_from is None  # the schedule goes on
+    if is_asked or is_harmless or config.optim.accept_jump:
+        return f"{jump}: {reason}"
+    fixes = _rate_fixes(checkpoint, config, last)
+    raise ConfigError(f"trainer.max_steps={end}: {jump}: {reason}; {'; '.join(fixes)}")
+
+
+def _rate_fixes(checkpoint: CheckpointReader, config: RunConfig, last: float) -> list[str]:
+    """Ways to continue at the rate of a checkpoint, and to accept another one."""
+    step, optim = checkpoint.step, config.optim
+    constant = f"optim.schedule=constant optim.lr={last:.6g} optim.warmup_steps=0"
+    if optim.decay_from is not None:
+        constant += " optim.decay_from=null"
+    fixes = [f"to stay at the last rate: {constant}{' optim.restarts=[]' if optim.restarts else ''}"]
+    if optim.schedule not in OPEN_ENDED and step == checkpoint.record.config["trainer"]["max_steps"]:
+        restarts = ",".join(map(str, [*(each for each in optim.restarts if each < step), step]))
+        fixes.append(f"to warm up again after the end of the schedule: optim.restarts=[{restarts}]")
+    if optim.decay_from is not None and optim.decay_from < step:
+        branch = "resume=<a checkpoint from before the decay> and another output_dir"
+        fixes.append(f"to train longer before the decay: {branch}")
+    return [*fixes, "to go on with the jump: optim.accept_jump=true"]
 
 
 def write_config(config: RunConfig, runtime: Runtime) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from reformer_dist.distributed.runtime import Preempted, SharedError, Unavailable
-from reformer_dist.engine.optim import learning_rate
+from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import NonFiniteError, TrainingError, UserError
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed

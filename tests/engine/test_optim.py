@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from torch import nn
 
-from reformer_dist.config import AttentionKind, ModelConfig, OptimConfig, Position, Schedule
-from reformer_dist.engine.optim import build_optimizer, learning_rate, parameter_groups
+from reformer_dist.config import AttentionKind, DecayShape, ModelConfig, OptimConfig, Position, Schedule
+from reformer_dist.engine.optim import build_optimizer, parameter_groups
+from reformer_dist.engine.schedule import learning_rate
+from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerLM
 
 WARMUP, LAST = 10, 110
@@ -48,6 +52,55 @@ def test_courses() -> None:
     assert rates(Schedule.constant)[WARMUP:] == [2.0] * (LAST + 20 - WARMUP)
     assert rates(Schedule.inverse_sqrt)[4 * WARMUP - 1] == pytest.approx(1.0)
     assert rates(Schedule.cosine, min_lr_ratio=0.0)[LAST] == 0.0
+
+
+@pytest.mark.parametrize("shape", list(DecayShape))
+def test_the_stable_phase_does_not_depend_on_the_end_of_the_run(shape: DecayShape) -> None:
+    stable = OptimConfig(lr=2.0, schedule=Schedule.wsd, warmup_steps=WARMUP)
+    decaying = replace(stable, decay_from=60, decay=shape)
+    before = [learning_rate(stable, step, 10**6) for step in range(60)]
+    assert before == [learning_rate(decaying, step, LAST) for step in range(60)]
+    assert before[WARMUP:] == [2.0] * (60 - WARMUP)
+    assert [learning_rate(stable, step, 100) for step in (99, 100, 10**7)] == [2.0] * 3
+    middle = {DecayShape.linear: 0.5, DecayShape.cosine: 0.5, DecayShape.one_minus_sqrt: 1 - math.sqrt(0.5)}
+    assert learning_rate(decaying, 60, LAST) == 2.0
+    assert learning_rate(decaying, 85, LAST) == pytest.approx(0.2 + 1.8 * middle[shape])
+    assert [learning_rate(decaying, step, LAST) for step in (LAST, LAST + 9)] == pytest.approx([0.2] * 2)
+
+
+def test_a_decay_begins_at_the_rate_of_the_schedule() -> None:
+    config = OptimConfig(lr=1.0, schedule=Schedule.inverse_sqrt, warmup_steps=4, decay_from=64)
+    assert learning_rate(config, 64, 100) == learning_rate(config, 63, 100) == 0.25
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+    low = replace(config, min_lr_ratio=0.5)
+    assert learning_rate(low, 99, 100) == 0.25  # no decay ends above where it began
+
+
+@pytest.mark.parametrize("schedule", [Schedule.cosine, Schedule.linear])
+def test_a_restart_is_continuous_and_keeps_what_was_before(schedule: Schedule) -> None:
+    once = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=5)
+    again = replace(once, restarts=[50, 100])
+    course = [learning_rate(again, step, 150) for step in range(150)]
+    assert course[:50] == [learning_rate(once, step, 50) for step in range(50)]
+    for restart in (50, 100):
+        assert course[restart : restart + 5] == pytest.approx([0.28, 0.46, 0.64, 0.82, 1.0])
+        assert course[restart + 5 :][:45] == pytest.approx(course[5:50])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"decay_from": 50}, r"^optim\.decay_from=50: .*cosine"),
+        ({"schedule": "wsd", "decay_from": 5}, r"^optim\.decay_from=5: .*warmup_steps=10"),
+        ({"schedule": "wsd", "restarts": [5]}, r"^optim\.restarts=\[5\]: .*wsd"),
+        ({"restarts": [9, 9]}, r"^optim\.restarts=\[9, 9\]: .*ascending"),
+        ({"restarts": [0]}, r"^optim\.restarts=\[0\]: .*above 0"),
+        ({"decay": "1-sqrt"}, r"^optim\.decay=1-sqrt: .*one_minus_sqrt"),
+    ],
+)
+def test_keys_of_another_schedule_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(warmup_steps=WARMUP, **changed)
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

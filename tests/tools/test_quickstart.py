@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +23,6 @@ def test_quickstart_on_a_given_text(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         assert said in done.stdout and "held-out bits per byte" in done.stdout
+    [continues] = [line for line in done.stdout.splitlines() if line.startswith("continue ")]
+    done = subprocess.run(shlex.split(continues)[1:], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "step   8/8" in done.stderr + done.stdout, done.stdout + done.stderr

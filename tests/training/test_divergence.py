@@ -31,7 +31,7 @@ from reformer_dist.training.checkpoint_manager import TrainState
 from reformer_dist.training.divergence import DivergenceMonitor
 from reformer_dist.training.validator import Validator
 
-LONGER = ("trainer.max_steps=20", "trainer.save_every=1", "trainer.max_skipped_steps=3")
+LONGER = ("trainer.max_steps=20", "trainer.save_every=1", "trainer.max_skipped_steps=3", "optim.accept_jump=true")
 
 
 def saved_steps(run: Path) -> list[int]:

@@ -222,7 +222,7 @@ def test_another_model_is_refused_with_its_keys(
     ("before", "after", "rates"),
     [
         (("optim.schedule=constant",), ("optim.schedule=linear",), ("0.01", "0.0064")),
-        ((), (), ("0.00232", "0.00689")),
+        ((), ("optim.accept_jump=true",), ("0.00232", "0.00689")),
         (("optim.schedule=constant",), ("optim.schedule=constant",), None),
         ((), ("trainer.max_steps=6",), None),
     ],
@@ -243,6 +243,38 @@ def test_a_rate_that_jumps_is_told(
     if rates is not None:
         assert f"from {rates[0]} at step 6 to {rates[1]} at step 7" in told[0]
         assert "trainer.max_steps: 6 -> 12" in told[0]
+
+
+def test_a_longer_schedule_goes_on_only_as_the_message_says(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    """Each way that a refused run is offered works: at the last rate, with a warm-up, or with a jump."""
+    longer, refusal = "trainer.max_steps=9", r"^trainer\.max_steps=9: .*0\.00232 at step 6 .*max_steps: 6 -> 9"
+    with pytest.raises(UserError, match=refusal) as refused:
+        train(job, tiny_data, interrupted(whole, tmp_path / "run", 6), longer)
+    ways = [way.partition(": ")[2].split() for way in str(refused.value).split("; ") if way.startswith("to ")]
+    assert [way[0].partition("=")[0] for way in ways] == ["optim.schedule", "optim.restarts", "optim.accept_jump"]
+    for number, (way, rates) in enumerate(
+        zip(ways, ([0.00232] * 3, [0.0055, 0.01, 0.01], [0.0045, 0.00269, 0.00145]), strict=True)
+    ):
+        run = train(job, tiny_data, interrupted(whole, tmp_path / f"run{number}", 6), longer, *way)
+        assert [row["train/lr"] for row in losses(run).values()] == pytest.approx(rates, rel=1e-2)
+
+
+def test_branches_of_a_stable_run_decay_from_its_checkpoints(
+    tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    stable = ("optim.schedule=wsd", "optim.decay=one_minus_sqrt")
+    trunk = train(job, tiny_data, tmp_path / "trunk", *stable)
+    train(job, tiny_data, trunk, *stable, "trainer.max_steps=7")  # longer, at the same rate
+    branch = (*stable, "optim.decay_from=3", "trainer.max_steps=5", f"resume={checkpoint(trunk, 3)}")
+    run = train(job, tiny_data, tmp_path / "branch", *branch)
+    assert [row["train/lr"] for row in losses(run).values()] == pytest.approx(
+        [0.01, 0.001 + 0.009 * (1 - 0.5**0.5)]
+    )
+    assert not any("the learning rate goes" in line for line in said.messages)
+    with pytest.raises(UserError, match=r"(?s)^trainer\.max_steps=9: .*from before the decay"):
+        train(job, tiny_data, run, *branch[:-2], "trainer.max_steps=9")
 
 
 def test_a_run_with_checkpoints_outlives_the_source_of_its_weights(

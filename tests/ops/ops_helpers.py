@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -46,6 +46,15 @@ class Case:
         if self.padding == "row":
             mask[0] = False
         return q, k, v, bucket_ids, mask
+
+    def query_ids(self) -> Tensor | None:
+        """Bucket ids [B, H, R, S] of the queries, if those of the keys are their own; many agree with them."""
+        if not self.options.own_keys:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        ids = self.tensors()[3]
+        others = torch.randint(0, self.options.n_buckets, ids.shape, generator=generator, dtype=torch.uint8)
+        return torch.where(torch.rand(ids.shape, generator=generator) < 0.5, ids, others)
 
 
 def window_rules() -> st.SearchStrategy[Rule]:
@@ -91,14 +100,33 @@ def cases(draw: st.DrawFn, rules: st.SearchStrategy[Rule], longest: int = 80, n_
     )
 
 
+def own_key_cases(backend: str, **limits: int) -> st.SearchStrategy[Case]:
+    """Cases whose keys have buckets of their own."""
+
+    def with_own_keys(case: Case) -> Case:
+        rule = case.options.rule
+        rule = rule if rule.causal else replace(rule, sees_self=True)
+        return replace(case, options=replace(case.options, rule=rule, own_keys=True, backend=backend))
+
+    return cases(window_rules(), **limits).map(with_own_keys)
+
+
 def run_fast(
-    inputs: tuple[Tensor, Tensor, Tensor], bucket_ids: Tensor, options: AttentionOptions, mask: Tensor | None
+    inputs: tuple[Tensor, Tensor, Tensor],
+    bucket_ids: Tensor,
+    options: AttentionOptions,
+    mask: Tensor | None,
+    query_ids: Tensor | None = None,
 ) -> Tensor:
-    return bucket_attention(*inputs, bucket_ids, options, mask)
+    return bucket_attention(*inputs, bucket_ids, options, mask, query_ids)
 
 
 def run_oracle(
-    inputs: tuple[Tensor, Tensor, Tensor], bucket_ids: Tensor, options: AttentionOptions, mask: Tensor | None
+    inputs: tuple[Tensor, Tensor, Tensor],
+    bucket_ids: Tensor,
+    options: AttentionOptions,
+    mask: Tensor | None,
+    query_ids: Tensor | None = None,
 ) -> Tensor:
     return reference_attention(
         *inputs,
@@ -109,6 +137,8 @@ def run_oracle(
         count_pairs_once=options.count_pairs_once,
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
+        query_ids=query_ids,
+        attends_alone=options.attends_alone,
     )
 
 
@@ -120,7 +150,7 @@ def outputs_and_grads(case: Case, dtype: torch.dtype = torch.float32) -> list[tu
     found = []
     for run, wide in ((run_fast, dtype), (run_oracle, torch.float64)):
         leaves = tuple(x.to(wide).requires_grad_() for x in inputs)
-        out = run(leaves, bucket_ids, case.options, mask)
+        out = run(leaves, bucket_ids, case.options, mask, case.query_ids())
         found.append([out.detach(), *torch.autograd.grad(out, leaves, d_out.to(wide))])
     return list(zip(("output", "dq", "dk", "dv"), *found, strict=True))
 

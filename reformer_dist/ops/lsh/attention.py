@@ -42,10 +42,14 @@ class Shard:
     """Tokens of a sequence, on all ranks."""
     first_head: int = 0
     """Index of the first of the N heads within the B * H heads of the tensors."""
+    query_sort_keys: Tensor | None = None
+    """[N, R, L] as sort_keys, of the rows as queries, if buckets of keys are their own. None: one for both."""
     positions: Tensor | None = None
     """[L] positions in the sequence; None for whole sequences."""
     position_codes: Tensor | None = None
     """[R, L] `sorting.position_codes` of a partition, with count_pairs_once."""
+    query_codes: Tensor | None = None
+    """[R, L] likewise, of the rows as queries, if buckets of keys are their own."""
     bucket_sizes: Tensor | None = None
     """[BH, R, K] tokens of each bucket on all ranks; None for whole sequences."""
     partition: Partition = field(default_factory=Partition)
@@ -121,6 +125,8 @@ class WorkspaceShape:
     dropout: bool
     device: str
     """cpu or cuda."""
+    own_keys: bool = False
+    """Keys have buckets of their own."""
     n_partition_rows: float | None = None
     """Expected rows of a partition of the sorted order; None for whole sequences."""
 
@@ -212,13 +218,25 @@ class Exchange(Protocol):
 class LocalExchange:
     """Whole sequences on this rank: no communication."""
 
-    def __init__(self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+        query_ids: Tensor | None = None,
+    ) -> None:
         """bucket_ids [B, H, R, S] below options.n_buckets; key_padding_mask [B, S], True for real tokens.
 
+        query_ids: buckets of the queries, like bucket_ids, which are then those of the keys (options.own_keys).
         Raises ValueError for other shapes, dtypes or devices, and unless options.rows is [B].
         """
         checks = TensorChecks()
         checks.integers("bucket_ids", bucket_ids, "B H R S")
+        if (query_ids is not None) != options.own_keys:
+            given = "None" if query_ids is None else "a tensor"
+            raise ValueError(f"query_ids={given}: must be given if own_keys=True, and only then")
+        if query_ids is not None:
+            checks.integers("query_ids", query_ids, "B H R S")
         checks.mask("key_padding_mask", key_padding_mask, "B S")
         options.check_rows(checks)
         n_heads = bucket_ids.shape[1]
@@ -226,6 +244,7 @@ class LocalExchange:
         if options.n_heads is not None:
             check_integer("n_heads", options.n_heads, least=options.first_head + n_heads)
         self.bucket_ids, self.options, self.key_padding_mask = bucket_ids, options, key_padding_mask
+        self.query_ids = query_ids
 
     def check(self, q: Tensor, k: Tensor | None, v: Tensor) -> None:
         """Raises ValueError unless q, k, v are [B, H, S, D] of one dtype, on one device, like the bucket ids."""
@@ -251,16 +270,20 @@ class LocalExchange:
             yield sorter.sort_once(group, lambda first=first: self._shard(first, size))  # type: ignore[misc]
 
     def _shard(self, first: int, size: int) -> Shard:
-        batch, n_heads, _, seq_len = self.bucket_ids.shape
+        (batch, n_heads, _, seq_len), n_buckets = self.bucket_ids.shape, self.options.n_buckets
         heads, mask = slice(first, min(first + size, batch * n_heads)), self.key_padding_mask
-        ids = self.bucket_ids.flatten(0, 1)[heads].unsqueeze(1)
         if mask is not None:
             mask = mask[torch.arange(heads.start, heads.stop, device=mask.device) // n_heads]
-        head_index = self.options.head_indices(batch, n_heads, ids.device)[heads]
+        keys, queries = (
+            None if ids is None else mark_padding(ids.flatten(0, 1)[heads].unsqueeze(1), n_buckets, mask)
+            for ids in (self.bucket_ids, self.query_ids)
+        )
+        assert keys is not None
         return Shard(
-            sort_keys=mark_padding(ids, self.options.n_buckets, mask),
-            n_sort_keys=self.options.n_buckets,
-            head_index=head_index,
+            sort_keys=keys,
+            n_sort_keys=n_buckets,
+            head_index=self.options.head_indices(batch, n_heads, keys.device)[heads],
+            query_sort_keys=queries,
             seq_len=seq_len,
             first_head=first,
             has_padding=mask is not None,

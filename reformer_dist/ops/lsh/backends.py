@@ -35,9 +35,15 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
 def unsupported_reason(
-    name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
+    name: str,
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    chunks: bool = False,
+    own_keys: bool = False,
 ) -> str | None:
-    """The reason why a backend can't run; None if it can. chunks: under the chunk rule."""
+    """The reason why a backend can't run; None if it can. chunks, own_keys: see `AttentionOptions`."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     if name not in MAX_HEAD_DIM:
@@ -46,6 +52,8 @@ def unsupported_reason(
         return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
     if name == "native" and chunks:
         return "supports the window rule only; use torch for chunks"
+    if name == "triton" and own_keys:
+        return "has no kernels for keys with buckets of their own; use torch for them"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "needs the package triton (pip install triton); torch needs no other package"
     if not _fits(name, head_dim):
@@ -70,24 +78,35 @@ def _missing_gpu(device: torch.device) -> str | None:
     return None
 
 
-def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
+def choose(
+    name: str,
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    chunks: bool = False,
+    own_keys: bool = False,
+) -> str:
     """The name of the backend to run. Raises ValueError if `name` can't."""
+    fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
+    tried = fast if name == "auto" else name
+    reason = unsupported_reason(tried, device, head_dim, dtype, chunks=chunks, own_keys=own_keys)
     if name == "auto":
-        fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        return fast if unsupported_reason(fast, device, head_dim, dtype, chunks=chunks) is None else "torch"
-    reason = unsupported_reason(name, device, head_dim, dtype, chunks=chunks)
+        return fast if reason is None else "torch"
     if reason is not None:
         raise ValueError(f"backend={name}: {reason}")
     return name
 
 
-def choose_for_planning(name: str, device_type: str, head_dim: int, *, chunks: bool) -> str:
+def choose_for_planning(
+    name: str, device_type: str, head_dim: int, *, chunks: bool, own_keys: bool = False
+) -> str:
     """The backend that `choose` would select on cpu or cuda, for which the GPU and Triton need not be present."""
     fast = {"cuda": "triton", "cpu": "native"}[device_type]
     if name not in ("auto", fast):
         return "torch"
     if fast == "triton":
-        return fast if _fits(fast, head_dim) else "torch"
+        return fast if _fits(fast, head_dim) and not own_keys else "torch"
     return choose("auto", torch.device("cpu"), head_dim, torch.float32, chunks=chunks)
 
 
@@ -106,7 +125,8 @@ def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = Fal
     partitioned: of the sorted order, where `torch` replaces `reference`, and any backend under the chunk rule.
     """
     chunks = isinstance(options.rule, ChunkRule)
-    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
+    own_keys = options.own_keys
+    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks, own_keys=own_keys)
     return _load("torch" if partitioned and (chunks or name == "reference") else name)
 
 
@@ -125,16 +145,20 @@ def bucket_attention(
     bucket_ids: Tensor,
     options: AttentionOptions,
     key_padding_mask: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the union of the keys that each query attends to in its rounds (paper, eq. 2 to 4).
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. A query that met no key attends to itself. Raises ValueError if options.backend can't run, and for
-    tensors of other shapes, dtypes, devices or values.
+    tokens. query_ids: buckets of the queries, with options.own_keys, where bucket_ids are those of the keys. A
+    query that met no key attends to itself, or gets 0 (`AttentionOptions.attends_alone`). Raises ValueError if
+    options.backend can't run, and for tensors of other shapes, dtypes, devices or values.
     """
-    exchange = LocalExchange(bucket_ids, options, key_padding_mask)
+    exchange = LocalExchange(bucket_ids, options, key_padding_mask, query_ids)
     check_range("bucket_ids", bucket_ids, options.n_buckets, limit="n_buckets")
+    if query_ids is not None:
+        check_range("query_ids", query_ids, options.n_buckets, limit="n_buckets")
     if options.next_value_heads:
         exchange.check(q, k, v)
         v = next_values(zero_padding(v, key_padding_mask), options.next_value_heads)
@@ -145,6 +169,8 @@ def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchan
     """`bucket_attention` by an exchange, with values v that `next_values` has shifted. Raises ValueError."""
     exchange.check(q, k, v)
     options = exchange.options
+    if options.own_keys and k is None:
+        raise ValueError("k=None: must be given with own_keys=True")
     if options.backend != "reference":
         return attend(q, k, v, exchange, backend_for(options, v))
     return reference_attention(
@@ -159,6 +185,7 @@ def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchan
         dropout=options.dropout,
         dropout_seed=options.dropout_seed,
         head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
+        query_ids=exchange.query_ids,
         attends_alone=options.attends_alone,
     )
 

@@ -20,12 +20,18 @@ class WindowRule:
 
     If causal, only to those not later than itself. The earlier members of a bucket do not depend on later tokens,
     so this rule is strictly causal, and token-by-token decoding matches the full forward.
+
+    Keys with buckets of their own (`AttentionOptions.own_keys`): a query attends to the last `window` keys of its
+    bucket up to its position; if not causal, also to the `window - 1` keys after those.
     """
 
     window: int
     causal: bool
     sees_self: bool = False
-    """True (local attention): a token attends to itself. False (shared query-key): only if it has no other key."""
+    """True (local attention): a token attends to itself. False (shared query-key): only if it has no other key.
+
+    Keys with buckets of their own: whether the keys up to a query's position include that at the position itself.
+    """
 
     def __post_init__(self) -> None:
         check_integer("window", self.window, least=1, most=LARGEST_WINDOW)

@@ -65,11 +65,16 @@ class AttentionOptions(DropoutOptions):
     """Heads, from the first, with values of the next token (`next_values`); queries without keys then get 0."""
     backend: str = "auto"
     """auto, reference, torch, native or triton: see `ops.lsh.backends`."""
+    own_keys: bool = False
+    """Keys have bucket ids of their own: see `WindowRule`. Otherwise a token has one bucket, as query and key."""
 
     @property
     def attends_alone(self) -> bool:
-        """Whether a query that met no key attends to itself. With values of the next token it gets 0."""
-        return self.next_value_heads == 0
+        """Whether a query that met no key attends to itself; else it gets 0.
+
+        It gets 0 with values of the next token, and if its own key may be in another bucket.
+        """
+        return self.next_value_heads == 0 and not self.own_keys
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +83,15 @@ class AttentionOptions(DropoutOptions):
         check_type("count_pairs_once", self.count_pairs_once, bool)
         check_integer("next_value_heads", self.next_value_heads, least=0)
         check_choice("backend", self.backend, BACKENDS)
-        if self.next_value_heads and self.rule.sees_self:
+        check_type("own_keys", self.own_keys, bool)
+        if self.own_keys and isinstance(self.rule, ChunkRule):
+            raise ValueError(
+                "own_keys=True: needs a WindowRule; in chunks, a token has one bucket as query and key"
+            )
+        if self.own_keys and not self.rule.causal:  # a successor's value is then no secret
+            if not self.rule.sees_self:
+                raise ValueError("rule.sees_self=False: must be True with own_keys=True unless rule.causal=True")
+        elif self.next_value_heads and self.rule.sees_self:
             raise ValueError(f"next_value_heads={self.next_value_heads}: needs rule.sees_self=False")
         if self.count_pairs_once:
             self._check_count_pairs_once()

@@ -12,11 +12,14 @@ from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
 
 
-def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None) -> Tensor:
+def visible_pairs(
+    bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None, query_ids: Tensor | None = None
+) -> Tensor:
     """Number of times query i attends to key j in each round: int64 [B, H, R, S, S].
 
     bucket_ids [B, H, R, S]; key_padding_mask [B, S], True for real tokens. Padding is in no bucket, neither as a
-    query nor as a key. A token does not attend to itself unless rule.sees_self.
+    query nor as a key. A token does not attend to itself unless rule.sees_self. query_ids [B, H, R, S]: buckets of
+    the queries, under the window rule, if those of the keys are their own.
     """
     batch, n_heads, n_hashes, seq_len = bucket_ids.shape
     visible = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64, device="cpu")
@@ -28,7 +31,11 @@ def visible_pairs(bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | Non
             buckets = bucket_ids[b, h].cpu().long()
             if isinstance(rule, WindowRule):
                 for r in range(n_hashes):
-                    visible[b, h, r] = _window_round(buckets[r], rule, real)
+                    if query_ids is None:
+                        visible[b, h, r] = _window_round(buckets[r], rule, real)
+                    else:
+                        query_bucket = query_ids[b, h, r].cpu().long()
+                        visible[b, h, r] = _own_keys_round(query_bucket, buckets[r], rule, real)
             else:
                 visible[b, h] = _chunk_rounds(buckets, rule, real)
     return visible.to(bucket_ids.device)
@@ -44,6 +51,16 @@ def _window_round(bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
     if not rule.sees_self:
         visible.fill_diagonal_(False)
     return visible.long()
+
+
+def _own_keys_round(query_bucket: Tensor, key_bucket: Tensor, rule: WindowRule, real: Tensor) -> Tensor:
+    in_bucket = (query_bucket[:, None] == key_bucket[None, :]) & real[:, None] & real[None, :]
+    # keys of the query's bucket up to its position, its own included unless not rule.sees_self
+    n_up_to = torch.tril(in_bucket, diagonal=0 if rule.sees_self else -1).sum(dim=1)
+    rank = torch.tril((key_bucket[:, None] == key_bucket[None, :]) & real[None, :], diagonal=-1).sum(dim=1)
+    distance = n_up_to[:, None] - 1 - rank[None, :]
+    near = (distance >= 0) & (distance < rule.window) if rule.causal else distance.abs() < rule.window
+    return (in_bucket & near).long()
 
 
 def _chunk_rounds(buckets: Tensor, rule: ChunkRule, real: Tensor) -> Tensor:
@@ -82,15 +99,17 @@ def reference_attention(
     dropout: float = 0.0,
     dropout_seed: int = 0,
     head_indices: Tensor | None = None,
+    query_ids: Tensor | None = None,
     attends_alone: bool = True,
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
     A pair that is visible in several rounds counts once per round, or once with count_pairs_once (the paper's
     N(i, j)). A token without keys attends to itself if attends_alone, else to nothing. head_indices [B * H]: see
-    `DropoutOptions.head_indices`, 0, 1, ... if None. Differentiable; computes in float32 or wider.
+    `DropoutOptions.head_indices`, 0, 1, ... if None. query_ids: see `visible_pairs`. Differentiable; computes in
+    float32 or wider.
     """
-    visible = visible_pairs(bucket_ids, rule, key_padding_mask)
+    visible = visible_pairs(bucket_ids, rule, key_padding_mask, query_ids)
     out, met_no_key = _union_softmax(
         q, k, v, visible, scale, count_pairs_once, _dropout_factors(visible, dropout, dropout_seed, head_indices)
     )

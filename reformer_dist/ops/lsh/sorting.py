@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
 
 
 def mark_padding(bucket_ids: Tensor, n_buckets: int, key_padding_mask: Tensor | None) -> Tensor:
@@ -74,11 +74,34 @@ def indices_in_bucket(bucket: Tensor, before: Tensor) -> Tensor:
     return index.view(n_heads, seq_len)
 
 
+def last_key_ranks(query_bucket: Tensor, key_bucket: Tensor, before: Tensor, *, includes_own: bool) -> Tensor:
+    """Rank within its bucket of the last key up to each query in one round, -1 if there is none: int64 [BH, S].
+
+    query_bucket, key_bucket [BH, S]; before [BH, K]: keys of each bucket that precede all of these tokens.
+    includes_own: keys at the query's own position count. Undefined for padding.
+    """
+    n_heads, seq_len = key_bucket.shape
+    n_ids = before.shape[1] + 1
+    # queries and keys in one order by (bucket, position)
+    pair = (key_bucket, query_bucket) if includes_own else (query_bucket, key_bucket)
+    head_offset = torch.arange(n_heads, device=key_bucket.device).view(-1, 1, 1) * n_ids
+    ids = (torch.stack(pair, dim=2).long() + head_offset).flatten()
+    order = stable_argsort(ids)
+    is_key = (order % 2 == 0) == includes_own
+    sorted_ids = ids[order]
+    counts = torch.bincount(sorted_ids[is_key], minlength=n_heads * n_ids)
+    shift = torch.nn.functional.pad(before.long(), (0, 1)).flatten() - (counts.cumsum(0) - counts)
+    ranks = torch.empty_like(order)
+    ranks[order] = is_key.cumsum(0) - 1 + shift[sorted_ids]
+    return ranks.view(n_heads, seq_len, 2)[..., int(includes_own)]
+
+
 def position_codes(bucket: Tensor, index: Tensor, total: Tensor, rule: Rule) -> Tensor:
     """Codes of one round, int32 [BH, S], from which `within_reach` computes whether a query sees a key.
 
     bucket [BH, S], index within it [BH, S], size of each bucket [BH, K]. Window rule: the sorted position, with a
-    gap of one window between buckets. Chunk rule: the chunk index. The codes of padding are undefined.
+    gap of one window between buckets. Chunk rule: the chunk index. The codes of padding are undefined. Of queries
+    with keys of their own, index: `last_key_ranks`, total: of the keys.
     """
     gap = 0 if isinstance(rule, ChunkRule) else rule.window
     spread = total.long() + gap
@@ -97,4 +120,15 @@ def full_position_codes(buckets: Tensor, n_buckets: int, rule: Rule) -> Tensor:
         bucket = buckets[:, round_]
         index = indices_in_bucket(bucket, torch.zeros_like(total[:, round_]))
         codes.append(position_codes(bucket, index, total[:, round_], rule))
+    return torch.stack(codes)
+
+
+def full_query_codes(query_buckets: Tensor, key_buckets: Tensor, n_buckets: int, rule: WindowRule) -> Tensor:
+    """As `full_position_codes`, of queries whose keys have buckets of their own; ids [BH, R, S]."""
+    total = count_buckets(key_buckets, n_buckets)
+    codes = []
+    for round_ in range(key_buckets.shape[1]):
+        bucket, no_earlier = query_buckets[:, round_], torch.zeros_like(total[:, round_])
+        ranks = last_key_ranks(bucket, key_buckets[:, round_], no_earlier, includes_own=rule.sees_self)
+        codes.append(position_codes(bucket, ranks, total[:, round_], rule))
     return torch.stack(codes)

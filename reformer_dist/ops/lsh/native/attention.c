@@ -21,9 +21,13 @@ typedef struct {
     double scale;          /* of q.k, in units of log 2 */
     double dropout_factor; /* 1 / (1 - dropout) */
     const int32_t *order;        /* [n_rounds, n_batch_heads * seq_len] row in each slot */
-    const int32_t *spans;        /* [n_rounds, n_spans, 4] slots: begin and end of the bucket and of the span */
+    const int32_t *spans;        /* [n_rounds, n_spans, 4] slots: begin and end of the bucket's keys, of the span's queries */
     const int32_t *span_counts;  /* [n_rounds, 2] number of spans, and of the leading ones, which share no keys */
     const int32_t *codes;        /* [n_rounds, n_rows] position codes, if pairs are counted once; or null */
+    /* If keys have buckets of their own, whose order is `order`; or null: */
+    const int32_t *query_order;  /* likewise, of the rows as queries */
+    const int32_t *last_keys;    /* likewise: slot of the last key up to the query, before the bucket's first if none */
+    const int32_t *query_codes;  /* [n_rounds, n_rows] */
     const int32_t *head_indices; /* [n_batch_heads] for dropout; [n_rows] with positions; or null */
     const int32_t *positions;    /* [n_rows] if the rows are not full sequences; null: 0, 1, ... */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
@@ -37,18 +41,27 @@ typedef struct {
 /* Queries processed together, and the range of their keys: slots in the order of a round. */
 typedef struct {
     const Call *call;
-    const int32_t *order;
+    const int32_t *order, *query_order;
     int round, dim, n_queries, first, first_key, end_key;
     int32_t row[GROUP]; /* after the last query, that one again: the results of those lanes are discarded */
+    ints at[VECTORS];   /* slot of each query among the keys: its own, or that of the last key up to it */
 } Group;
 
 static Group group_at(const Call *call, int round, const int32_t *span, int slot) {
     int window = (int)call->window, begin = span[0], end = span[1], left = span[3] - slot;
     Group g = {.call = call, .round = round, .dim = (int)call->head_dim, .first = slot};
-    g.order = call->order + round * call->n_batch_heads * call->seq_len;
+    int64_t round_at = round * call->n_batch_heads * call->seq_len;
+    g.order = call->order + round_at;
+    g.query_order = call->query_order ? call->query_order + round_at : g.order;
     g.n_queries = left < GROUP ? left : GROUP;
-    for (int i = 0; i < GROUP; i++) g.row[i] = g.order[slot + (i < g.n_queries ? i : g.n_queries - 1)];
-    int seen_from = slot - (window - 1), seen_to = slot + g.n_queries;
+    const int32_t *last_keys = call->last_keys ? call->last_keys + round_at + slot : NULL;
+    for (int i = 0; i < GROUP; i++) {
+        int lane = i < g.n_queries ? i : g.n_queries - 1;
+        g.row[i] = g.query_order[slot + lane];
+        g.at[i / LANES][i % LANES] = last_keys ? last_keys[lane] : slot + i;
+    }
+    int end_lane = g.n_queries - 1;
+    int seen_from = g.at[0][0] - (window - 1), seen_to = g.at[end_lane / LANES][end_lane % LANES] + 1;
     if (!call->causal) seen_to += window - 1;
     g.first_key = seen_from > begin ? seen_from : begin;
     g.end_key = seen_to < end ? seen_to : end;
@@ -79,7 +92,7 @@ static void key_targets(const Group *g, float *x, int first, int n, float *scrat
 /* Mask of the lanes whose query attends to the key in a slot. */
 INLINE ints visible_lanes(const Group *g, int key_slot, int first_lane) {
     const Call *call = g->call;
-    ints distance = iota(g->first + first_lane - key_slot);
+    ints distance = g->at[first_lane / LANES] - key_slot;
     int window = (int)call->window, nearest = call->causal ? (call->sees_self ? 0 : 1) : 1 - window;
     ints visible = (distance >= nearest) & (distance < window);
     if (!call->causal && !call->sees_self) visible &= distance != 0;
@@ -96,8 +109,9 @@ static void count_once_factors(const Group *g, int first, int n, float *factors)
             ints n_shared = {0};
             for (int round = 0; round < call->n_rounds; round++) {
                 const int32_t *codes = call->codes + round * n_rows;
+                const int32_t *query_codes = call->query_codes ? call->query_codes + round * n_rows : codes;
                 ints distance;
-                for (int i = 0; i < LANES; i++) distance[i] = codes[g->row[h + i]];
+                for (int i = 0; i < LANES; i++) distance[i] = query_codes[g->row[h + i]];
                 distance -= codes[g->order[first + j]];
                 n_shared -= (distance < window) & (call->causal ? distance >= 0 : distance > -window);
             }
@@ -277,21 +291,22 @@ static void attend_backward(const Group *g) {
     }
 }
 
-/* Prefetches the rows of the next group, which are scattered, while this one is computed. */
-INLINE void prefetch_rows(const Group *g, const float *x, int n) {
-    const int32_t *rows = g->order + g->first + GROUP;
+/* Prefetches up to GROUP rows of x from slot `from` of an order. */
+INLINE void prefetch_rows(const Group *g, const float *x, const int32_t *order, int from) {
+    int64_t n_following = g->call->n_batch_heads * g->call->seq_len - from;
+    int n = n_following > GROUP ? GROUP : n_following > 0 ? (int)n_following : 0;
     for (int i = 0; i < n; i++)
-        for (int d = 0; d < g->dim; d += 16) __builtin_prefetch(x + (int64_t)rows[i] * g->dim + d, 0, 2);
+        for (int d = 0; d < g->dim; d += 16) __builtin_prefetch(x + (int64_t)order[from + i] * g->dim + d, 0, 2);
 }
 
+/* Prefetches the rows of the next group, which are scattered, while this one is computed. */
 INLINE void prefetch_next(const Group *g, int is_backward) {
     const Call *call = g->call;
-    int64_t n_following = call->n_batch_heads * call->seq_len - g->first - GROUP;
-    int n = n_following > GROUP ? GROUP : n_following > 0 ? (int)n_following : 0, shared = call->key_scales != NULL;
-    const float *forward[] = {call->q, call->v, call->out, call->k};
-    const float *backward[] = {call->q, call->v, call->d_out, call->dq, call->dv, call->k, call->dk};
-    for (int x = 0; x < (is_backward ? 7 - 2 * shared : 4 - shared); x++)
-        prefetch_rows(g, is_backward ? backward[x] : forward[x], n);
+    int shared = call->key_scales != NULL, next = g->first + GROUP, next_key = call->query_order ? g->end_key : next;
+    const float *queries[] = {call->q, is_backward ? call->d_out : call->out, call->dq};
+    const float *keys[] = {call->v, call->dv, call->k, call->dk};
+    for (int x = 0; x < (is_backward ? 3 : 2); x++) prefetch_rows(g, queries[x], g->query_order, next);
+    for (int x = 0; x < (shared ? 2 : 4); x += is_backward ? 1 : 2) prefetch_rows(g, keys[x], g->order, next_key);
 }
 
 static void attend_span(const Call *call, int round, int number, int is_backward) {

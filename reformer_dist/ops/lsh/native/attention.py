@@ -67,7 +67,7 @@ class NativeBackend:
         n_heads = min(shape.n_heads, max(1, GROUP_TOKENS // shape.seq_len))
         rows = n_heads * shape.seq_len
         order = _order_bytes(shape, n_heads, rows) + (4 * rows * shape.n_rounds if shape.has_codes else 0)
-        sorting = shape.n_rounds * 4 * (rows + n_heads * shape.n_buckets)
+        sorting = shape.n_rounds * 4 * (rows + n_heads * shape.n_buckets) * (2 if shape.own_keys else 1)
         in_float32 = 0 if shape.element_size == 4 else 6 if shape.shared_keys else 8
         attending = vector * rows * in_float32 + 4 * rows * (3 if shape.shared_keys else 1)
         # the previous group's order is freed after this one's is computed
@@ -89,7 +89,8 @@ class NativeBackend:
 
 def _order_bytes(shape: WorkspaceShape, n_heads: int, rows: float) -> float:
     """Sorted order of the rows by bucket, and its spans."""
-    return shape.n_rounds * (4 * rows + 16 * n_heads * shape.n_buckets)
+    n_orders = 1 if not shape.own_keys else 4 if shape.has_codes else 3  # with last keys, and codes of queries
+    return shape.n_rounds * (4 * n_orders * rows + 16 * n_heads * shape.n_buckets)
 
 
 class NativeSortedShard:
@@ -99,9 +100,13 @@ class NativeSortedShard:
         assert isinstance(options.rule, WindowRule)
         row_len = shard.sort_keys.shape[2]
         self._rows = slice(shard.first_head * row_len, shard.first_head * row_len + shard.n_rows)
-        bounds = None if shard.is_whole else shard.query_bounds(options.rule)
-        order = order_rows(shard.sort_keys, options, bounds)
-        self._order = order if shard.is_whole else replace(order, codes=shard.position_codes)
+        queries, is_whole = shard.query_sort_keys, shard.is_whole
+        # of a partition with keys of their own, the queries of other ranks are absent
+        bounds = None if is_whole or queries is not None else shard.query_bounds(options.rule)
+        order = order_rows(shard.sort_keys, options, shard.n_sort_keys, bounds, queries, is_whole=is_whole)
+        if not is_whole:
+            order = replace(order, codes=shard.position_codes, query_codes=shard.query_codes)
+        self._order = order
         self._options, self._row_len, self._window = options, row_len, window_of(options, shard.seq_len)
         drops = options.dropout > 0
         self._head_index = shard.head_index.int() if drops else None
@@ -144,7 +149,7 @@ class NativeSortedShard:
 
         call = AttentionCall(
             self._row_len, n_heads, n_rounds, dim,
-            self._window, rule.causal, rule.sees_self,
+            self._window, rule.causal, rule.sees_self or options.own_keys,  # own keys: see order.last_keys
             order.spans.shape[1], torch.get_num_threads(),
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),

@@ -36,8 +36,12 @@ class OrderCall(ctypes.Structure):
     """Mirrors order.c, which documents the fields."""
 
     _fields_ = _fields(
-        (ctypes.c_int64, "seq_len n_batch_heads n_rounds n_buckets span_len n_spans window n_threads"),
-        (ctypes.c_void_p, "ids queries ends order spans span_counts codes"),
+        (
+            ctypes.c_int64,
+            "seq_len n_batch_heads n_rounds n_buckets span_len n_spans window includes_own n_threads",
+        ),
+        (ctypes.c_void_p, "ids query_ids queries ends query_ends"),
+        (ctypes.c_void_p, "order spans span_counts codes query_order last_keys query_codes"),
     )
 
 
@@ -50,7 +54,7 @@ class AttentionCall(ctypes.Structure):
         (ctypes.c_double, "scale dropout_factor"),
         (
             ctypes.c_void_p,
-            "order spans span_counts codes head_indices positions "
+            "order spans span_counts codes query_order last_keys query_codes head_indices positions "
             "q k v d_out out lse sums key_scales along dq dk dv",
         ),
     )
@@ -94,14 +98,21 @@ class Order:
     """int32 [R, 2]: see attention.c."""
     codes: Tensor | None
     """int32 [R, BH * S] position codes of the rows, with count_pairs_once."""
+    query_order: Tensor | None = None
+    """int32 [R, BH * S] as `order`, of the rows as queries, if the buckets of the keys are their own."""
+    last_keys: Tensor | None = None
+    """int32 [R, BH * S] likewise: slot of the last key up to each query."""
+    query_codes: Tensor | None = None
+    """int32 [R, BH * S] likewise, as `codes`."""
 
     def addresses(self, n_rounds: int, n_rows: int) -> tuple[int | None, ...]:
         """Pointers to the tensors."""
+        names = ("codes", "query_order", "last_keys", "query_codes")
         return (
             address("order", self.order, n_rounds, n_rows, dtype=torch.int32),
             address("spans", self.spans, n_rounds, self.spans.shape[1], 4, dtype=torch.int32),
             address("span_counts", self.span_counts, n_rounds, 2, dtype=torch.int32),
-            address("codes", self.codes, n_rounds, n_rows, dtype=torch.int32),
+            *(address(name, getattr(self, name), n_rounds, n_rows, dtype=torch.int32) for name in names),
         )
 
 
@@ -111,14 +122,22 @@ def window_of(options: AttentionOptions, seq_len: int) -> int:
     return min(options.rule.window, seq_len)
 
 
-def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor | None = None) -> Order:
+def order_rows(
+    buckets: Tensor,
+    options: AttentionOptions,
+    n_buckets: int,
+    query_bounds: Tensor | None = None,
+    query_buckets: Tensor | None = None,
+    *,
+    is_whole: bool = True,
+) -> Order:
     """The order of bucket ids [BH, R, S], where n_buckets marks absent rows. Raises ValueError for other ids.
 
     query_bounds [R, n_buckets, 2]: of a partition, which is one head; see `Shard.query_bounds`. The caller adds
-    its codes, which depend on the whole order.
+    its codes, which depend on the whole order. query_buckets: ids of the rows as queries, if those of the keys are
+    their own.
     """
     n_batch_heads, n_rounds, seq_len = buckets.shape
-    n_buckets = options.n_buckets if query_bounds is None else query_bounds.shape[1]
     window = window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has separate keys
     n_spans = n_batch_heads * (n_buckets + seq_len // span_len)
@@ -126,18 +145,31 @@ def order_rows(buckets: Tensor, options: AttentionOptions, query_bounds: Tensor 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device="cpu")
 
-    counts_once = options.count_pairs_once and n_rounds > 1 and query_bounds is None
-    codes = ints(n_rounds, n_batch_heads * seq_len) if counts_once else None
-    order = Order(ints(n_rounds, n_batch_heads * seq_len), ints(n_rounds, n_spans, 4), ints(n_rounds, 2), codes)
+    def per_row(*, needed: bool) -> Tensor | None:
+        return ints(n_rounds, n_batch_heads * seq_len) if needed else None
+
+    has_own, has_codes = query_buckets is not None, options.count_pairs_once and n_rounds > 1 and is_whole
+    order = Order(
+        ints(n_rounds, n_batch_heads * seq_len), ints(n_rounds, n_spans, 4), ints(n_rounds, 2),
+        per_row(needed=has_codes), per_row(needed=has_own), per_row(needed=has_own),
+        per_row(needed=has_own and has_codes),
+    )  # fmt: skip
     ids, ends = buckets.int().contiguous(), ints(n_rounds, n_batch_heads, n_buckets + 2)
+    query_ids, query_ends = (
+        (None, None) if query_buckets is None else (query_buckets.int().contiguous(), ends.clone())
+    )
     call = OrderCall(
-        seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window, torch.get_num_threads(),
+        seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window,
+        options.rule.sees_self, torch.get_num_threads(),
         address("bucket_ids", ids, n_batch_heads, n_rounds, seq_len, dtype=torch.int32),
+        address("query_ids", query_ids, n_batch_heads, n_rounds, seq_len, dtype=torch.int32),
         address("query_bounds", query_bounds, n_rounds, n_batch_heads * n_buckets, 2, dtype=torch.int32),
         address("ends", ends, n_rounds, n_batch_heads, n_buckets + 2, dtype=torch.int32),
+        address("query_ends", query_ends, n_rounds, n_batch_heads, n_buckets + 2, dtype=torch.int32),
         *order.addresses(n_rounds, n_batch_heads * seq_len),
     )  # fmt: skip
     if not library().reformer_order(ctypes.byref(call)):
+        ids = ids if query_ids is None else torch.stack([ids, query_ids])
         wrong = ids[(ids < 0) | (ids > n_buckets)]
         raise ValueError(f"bucket_ids={wrong[0].item()}: must be from 0 to {n_buckets - 1}, below n_buckets")
     return order

@@ -1,58 +1,135 @@
-/* The order of each round by (head index, bucket, position), split into spans for the threads. */
+/* The order of each round by (head index, bucket, position), split into spans for the threads.
+
+   Keys may have buckets of their own: queries and keys are then sorted apart, and each query is linked to the last key
+   of its bucket up to its position. */
 
 #include <stdint.h>
 #include <string.h>
 
 /* Mirrored by `calls.OrderCall`, field by field. */
 typedef struct {
-    int64_t seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window, n_threads;
+    int64_t seq_len, n_batch_heads, n_rounds, n_buckets, span_len, n_spans, window;
+    int64_t includes_own; /* keys of their own: whether the keys up to a query include that of its row */
+    int64_t n_threads;
     const int32_t *ids;   /* [n_batch_heads, n_rounds, seq_len] buckets; n_buckets for absent rows */
+    const int32_t *query_ids; /* likewise, of the rows as queries, if ids are those of keys of their own; or null */
     const int32_t *queries; /* [n_rounds, n_batch_heads, n_buckets, 2] first query of each bucket and one past its last,
                                relative to the bucket; null if all rows are queries */
-    int32_t *ends;        /* [n_rounds, n_batch_heads, n_buckets + 2] scratch */
+    int32_t *ends, *query_ends; /* [n_rounds, n_batch_heads, n_buckets + 2] scratch */
     int32_t *order;       /* as in attention.c */
     int32_t *spans;       /* likewise */
     int32_t *span_counts; /* likewise */
     int32_t *codes;       /* likewise: slots, with a gap of a window between buckets; or null */
+    int32_t *query_order, *last_keys, *query_codes; /* likewise; null unless keys are their own */
 } OrderCall;
 
-/* Counting sort; stores the end of each bucket in ends. Returns 0, without an order, if an id is out of range. */
-static int sort_head(const OrderCall *call, int64_t head, int64_t round) {
-    const int32_t *id = call->ids + (head * call->n_rounds + round) * call->seq_len;
-    int64_t first = (round * call->n_batch_heads + head) * call->seq_len;
-    int32_t *end = call->ends + (round * call->n_batch_heads + head) * (call->n_buckets + 2);
+/* Counting sort; stores the end of each bucket in end. Returns 0, without an order, if an id is out of range. */
+static int sort_rows(const OrderCall *call, int64_t head, int64_t round, const int32_t *ids, int32_t *order, int32_t *end) {
+    const int32_t *id = ids + (head * call->n_rounds + round) * call->seq_len;
+    order += (round * call->n_batch_heads + head) * call->seq_len;
     memset(end, 0, (call->n_buckets + 2) * sizeof(int32_t));
     for (int64_t i = 0; i < call->seq_len; i++) {
         if (id[i] < 0 || id[i] > call->n_buckets) return 0;
         end[id[i] + 1]++;
     }
     for (int64_t b = 0; b <= call->n_buckets; b++) end[b + 1] += end[b];
-    for (int64_t i = 0; i < call->seq_len; i++) {
-        int32_t slot = end[id[i]]++;
-        call->order[first + slot] = (int32_t)(head * call->seq_len + i);
-        if (call->codes) call->codes[first + i] = slot + id[i] * (int32_t)call->window;
+    for (int64_t i = 0; i < call->seq_len; i++) order[end[id[i]]++] = (int32_t)(head * call->seq_len + i);
+    return 1;
+}
+
+/* Slots of a bucket in the order of a head's rows. */
+typedef struct {
+    int32_t begin, end;
+} Bucket;
+
+static Bucket bucket_at(const OrderCall *call, int64_t line, int64_t b, const int32_t *ends) {
+    const int32_t *end = ends + line * (call->n_buckets + 2);
+    int32_t first = (int32_t)(line % call->n_batch_heads * call->seq_len);
+    return (Bucket){first + (b ? end[b - 1] : 0), first + end[b]};
+}
+
+/* The slot of the last key up to each query of a bucket: one before the bucket's first if there is none. */
+static void link_bucket(const OrderCall *call, int64_t line, int64_t b) {
+    int64_t round_at = line / call->n_batch_heads * call->n_batch_heads * call->seq_len;
+    const int32_t *keys = call->order + round_at, *queries = call->query_order + round_at;
+    Bucket of_keys = bucket_at(call, line, b, call->ends), of_queries = bucket_at(call, line, b, call->query_ends);
+    int32_t key = of_keys.begin;
+    for (int32_t slot = of_queries.begin; slot < of_queries.end; slot++) {
+        while (key < of_keys.end && keys[key] < queries[slot] + call->includes_own) key++;
+        call->last_keys[round_at + slot] = key - 1;
+    }
+}
+
+/* Position codes of the rows of a bucket, whose positions in the order are `slots`, or the order's own. */
+static void code_bucket(const OrderCall *call, int64_t line, int64_t b, const int32_t *ends, const int32_t *order,
+                        const int32_t *slots, int32_t *codes) {
+    int64_t round_at = line / call->n_batch_heads * call->n_batch_heads * call->seq_len;
+    Bucket bucket = bucket_at(call, line, b, ends);
+    for (int32_t slot = bucket.begin; slot < bucket.end; slot++) {
+        int32_t at = slots ? slots[round_at + slot] : slot;
+        codes[round_at + order[round_at + slot]] = at + (int32_t)(b * call->window);
+    }
+}
+
+/* Sorts the rows of a head in one round. Returns 0 if an id is out of range. */
+static int sort_head(const OrderCall *call, int64_t head, int64_t round) {
+    int64_t line = round * call->n_batch_heads + head, ends_at = line * (call->n_buckets + 2);
+    if (!sort_rows(call, head, round, call->ids, call->order, call->ends + ends_at)) return 0;
+    if (call->query_ids &&
+        !sort_rows(call, head, round, call->query_ids, call->query_order, call->query_ends + ends_at))
+        return 0;
+    for (int64_t b = 0; b < call->n_buckets; b++) {
+        if (call->query_ids) link_bucket(call, line, b);
+        if (call->codes) code_bucket(call, line, b, call->ends, call->order, NULL, call->codes);
+        if (call->codes && call->query_ids)
+            code_bucket(call, line, b, call->query_ends, call->query_order, call->last_keys, call->query_codes);
     }
     return 1;
 }
 
+static void set_span(const OrderCall *call, int64_t round, int32_t number, Bucket keys, int64_t from, int64_t to) {
+    int32_t *span = call->spans + (round * call->n_spans + number) * 4;
+    span[0] = keys.begin;
+    span[1] = keys.end;
+    span[2] = (int32_t)from;
+    span[3] = (int32_t)to;
+}
+
+/* Index of the span of a query: that of its last key among spans of span_len keys. */
+static int64_t span_of(const OrderCall *call, const int32_t *last_keys, int32_t slot, Bucket keys) {
+    return last_keys[slot] < keys.begin ? 0 : (last_keys[slot] - keys.begin) / call->span_len;
+}
+
+/* Appends every other span of a bucket whose keys are their own; returns the number of spans so far. */
+static int32_t split_own_keys(const OrderCall *call, int64_t line, int64_t b, Bucket keys, int is_second, int32_t n) {
+    int64_t round = line / call->n_batch_heads;
+    const int32_t *last_keys = call->last_keys + round * call->n_batch_heads * call->seq_len;
+    Bucket queries = bucket_at(call, line, b, call->query_ends);
+    for (int32_t from = queries.begin, to; from < queries.end && keys.begin < keys.end; from = to) {
+        int64_t number = span_of(call, last_keys, from, keys);
+        for (to = from + 1; to < queries.end && span_of(call, last_keys, to, keys) == number; to++) {}
+        if (number % 2 == is_second) set_span(call, round, n++, keys, from, to);
+    }
+    return n;
+}
+
 /* Appends every other span of each bucket, from the first or the second; returns the number of spans so far. */
 static int32_t split_head(const OrderCall *call, int64_t head, int64_t round, int is_second, int32_t n) {
-    int64_t line = round * call->n_batch_heads + head, first = head * call->seq_len, begin = first;
-    const int32_t *end = call->ends + line * (call->n_buckets + 2);
-    for (int64_t b = 0; b < call->n_buckets; begin = first + end[b++]) {
-        int64_t stop = first + end[b], from = begin, to = stop;
+    int64_t line = round * call->n_batch_heads + head;
+    for (int64_t b = 0; b < call->n_buckets; b++) {
+        Bucket keys = bucket_at(call, line, b, call->ends);
+        int64_t from = keys.begin, to = keys.end;
+        if (call->query_ids) {
+            n = split_own_keys(call, line, b, keys, is_second, n);
+            continue;
+        }
         if (call->queries) {
             const int32_t *bounds = call->queries + (line * call->n_buckets + b) * 2;
-            from = begin + bounds[0];
-            to = begin + bounds[1];
+            from = keys.begin + bounds[0];
+            to = keys.begin + bounds[1];
         }
-        for (int64_t at = from + is_second * call->span_len; at < to; at += 2 * call->span_len) {
-            int32_t *span = call->spans + (round * call->n_spans + n++) * 4;
-            span[0] = (int32_t)begin;
-            span[1] = (int32_t)stop;
-            span[2] = (int32_t)at;
-            span[3] = (int32_t)(at + call->span_len < to ? at + call->span_len : to);
-        }
+        for (int64_t at = from + is_second * call->span_len; at < to; at += 2 * call->span_len)
+            set_span(call, round, n++, keys, at, at + call->span_len < to ? at + call->span_len : to);
     }
     return n;
 }

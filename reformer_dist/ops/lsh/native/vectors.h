@@ -41,12 +41,6 @@ INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec blend(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
 INLINE vec vec_max(vec a, vec b) { return blend(a > b, a, b); }
 
-INLINE ints iota(int from) {
-    ints x;
-    for (int i = 0; i < LANES; i++) x[i] = from + i;
-    return x;
-}
-
 /* 2^x to a relative error of 1e-7; 0 below 2^-126; NaN stays NaN. */
 INLINE vec vec_exp2(vec x) {
     const float to_integers = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */

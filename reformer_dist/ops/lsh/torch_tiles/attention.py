@@ -14,7 +14,7 @@ from reformer_dist.ops.lsh.online_softmax import PartialSoftmax
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import choose_tiling
 from reformer_dist.ops.lsh.shared_keys import shared_keys, shared_keys_backward
-from reformer_dist.ops.lsh.sorting import count_buckets, full_position_codes, row_sort_keys
+from reformer_dist.ops.lsh.sorting import count_buckets, full_position_codes, full_query_codes, row_sort_keys
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout, build_layouts
 from reformer_dist.ops.lsh.torch_tiles.pair_mask import PairMask, Rows
 from reformer_dist.ops.lsh.torch_tiles.rounds import RowGroup, attend, attend_backward, attend_rounds
@@ -131,24 +131,31 @@ class TorchSortedShard:
 
 def lay_out(shard: Shard, options: AttentionOptions) -> list[Layout]:
     """The layouts of all rounds, for rows head by head."""
-    if shard.bucket_sizes is not None:
-        keys = list(shard.sort_keys[0])
-        return build_layouts(keys, shard.bucket_sizes, shard.seq_len, options, shard.partition)
     n_heads, n_rounds, seq_len = shard.sort_keys.shape
-    head = torch.arange(n_heads, device=shard.sort_keys.device).repeat_interleave(seq_len)
-    keys = [
-        row_sort_keys(head, shard.sort_keys[:, r].flatten(), n_heads, shard.n_sort_keys) for r in range(n_rounds)
-    ]
-    sizes = count_buckets(shard.sort_keys, shard.n_sort_keys)
-    return build_layouts(keys, sizes, shard.seq_len, options, shard.partition)
+
+    def by_round(sort_keys: Tensor) -> list[Tensor]:
+        if not shard.is_whole:
+            return list(sort_keys[0])
+        head = torch.arange(n_heads, device=sort_keys.device).repeat_interleave(seq_len)
+        of_rounds = (sort_keys[:, r].flatten() for r in range(n_rounds))
+        return [row_sort_keys(head, of_round, n_heads, shard.n_sort_keys) for of_round in of_rounds]
+
+    sizes = shard.bucket_sizes
+    if sizes is None:
+        sizes = count_buckets(shard.sort_keys, shard.n_sort_keys)
+    queries = None if shard.query_sort_keys is None else by_round(shard.query_sort_keys)
+    return build_layouts(by_round(shard.sort_keys), sizes, shard.seq_len, options, shard.partition, queries)
 
 
 def _flat_rows(shard: Shard, options: AttentionOptions) -> Rows:
     if shard.positions is not None:
-        return Rows(shard.head_index, shard.positions, shard.position_codes)
+        return Rows(shard.head_index, shard.positions, shard.position_codes, shard.query_codes)
     n_heads, n_rounds, seq_len = shard.sort_keys.shape
     positions = torch.arange(seq_len, device=shard.sort_keys.device).repeat(n_heads)
-    codes = None
+    codes = query_codes = None
     if options.count_pairs_once and n_rounds > 1:
-        codes = full_position_codes(shard.sort_keys, shard.n_sort_keys, options.rule).flatten(1)
-    return Rows(shard.head_index.repeat_interleave(seq_len), positions, codes)
+        keys, n_keys, rule = shard.sort_keys, shard.n_sort_keys, options.rule
+        codes = full_position_codes(keys, n_keys, rule).flatten(1)
+        if shard.query_sort_keys is not None and isinstance(rule, WindowRule):
+            query_codes = full_query_codes(shard.query_sort_keys, keys, n_keys, rule).flatten(1)
+    return Rows(shard.head_index.repeat_interleave(seq_len), positions, codes, query_codes)

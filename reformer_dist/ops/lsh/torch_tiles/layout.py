@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import (
     ChunkPartition,
@@ -34,7 +34,15 @@ from reformer_dist.ops.lsh.partition import (
     window_partition,
 )
 from reformer_dist.ops.lsh.sorting import radix_argsort
-from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS, Integers, Span, consecutive_spans, place_tiles
+from reformer_dist.ops.lsh.torch_tiles.tiles import (
+    SPAN_SLOTS,
+    Integers,
+    Span,
+    column_offsets,
+    consecutive_spans,
+    place_tiles,
+    spans_of_own_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,11 @@ class Layout:
     slot_of_row: Tensor
     """[n_rows] slot of each row as a query; a slot of the last tile if it is not a query in this round."""
     key_slot_of_row: Tensor | None
-    """[n_rows] slot of each row as a key, likewise; None if a key may have several (wrapped chunks)."""
+    """[n_rows] slot of each row as a key, likewise; None if one may have several (wrapped chunks, own keys)."""
     edges: Edges | None
     """Window rule only."""
+    query_ranks: Tensor | None = None
+    """[slots of queries] with keys of their own: rank within its bucket of the last key up to the query."""
 
     def gather_indices(self) -> tuple[Tensor, Tensor]:
         """Rows in the slots of queries and of keys, with row 0 in empty slots."""
@@ -61,6 +71,7 @@ class Layout:
 
     @property
     def n_tiles(self) -> int:
+        """Tiles of queries."""
         return self.query_slots.numel() // self.tiling.tile_len
 
 
@@ -77,11 +88,17 @@ class Edges:
 
 
 def build_layouts(
-    keys: list[Tensor], total: Tensor, seq_len: int, options: AttentionOptions, partition: Partition
+    keys: list[Tensor],
+    total: Tensor,
+    seq_len: int,
+    options: AttentionOptions,
+    partition: Partition,
+    queries: list[Tensor] | None = None,
 ) -> list[Layout]:
     """Layouts of all rounds of the rows of a partition; the whole order has seq_len tokens per head.
 
     keys: sort keys of each round, see `sorting.row_sort_keys`; total [BH, R, K]: bucket sizes over all partitions.
+    queries: sort keys of the rows as queries, if they differ; then those that another rank attends are absent.
     """
     rule, n_buckets = options.rule, options.n_buckets
     tiling = choose_tiling(rule, seq_len, n_buckets)
@@ -89,6 +106,9 @@ def build_layouts(
         chunks = chunk_partition(seq_len, rule, partition)
         return chunk_layouts(torch.stack(keys), total.shape[0], n_buckets, rule, chunks, tiling)
     parts = [window_partition(total[:, r], rule, tiling.tile_len, partition) for r in range(len(keys))]
+    if queries is not None:
+        rounds = zip(queries, keys, parts, strict=True)
+        return [own_keys_layout(query, key, part, rule, tiling) for query, key, part in rounds]
     return [window_layout(key, part, tiling) for key, part in zip(keys, parts, strict=True)]
 
 
@@ -139,6 +159,62 @@ def window_layout(keys: Tensor, part: WindowPartition, tiling: Tiling) -> Layout
     (key_slots, key_slot_of_row), (query_slots, slot_of_row) = keys_on_device, queries_on_device
     edges = Edges(is_edge, on_device(tile_rank), on_device(tile_count))
     return Layout(tiling, placement.spans, query_slots, key_slots, slot_of_row, key_slot_of_row, edges)
+
+
+def own_keys_layout(
+    queries: Tensor, keys: Tensor, part: WindowPartition, rule: WindowRule, tiling: Tiling
+) -> Layout:
+    """Layout of rows with sort keys [n_rows] as queries and as keys.
+
+    The last key up to a query determines its *home*, a tile of keys of its bucket. Queries of one home fill tiles
+    of their own, and each of these has copies of the tiles of keys around its home.
+    """
+    query_keys, sort_keys, start, total = (
+        x.flatten().cpu().numpy() for x in (queries, keys, part.start, part.total)
+    )
+    tile_len, n_rows = tiling.tile_len, sort_keys.size
+    counts = np.bincount(sort_keys, minlength=total.size + 1)[:-1]
+    key_order = radix_argsort(sort_keys)[: int(counts.sum())]
+    first_key = np.cumsum(counts) - counts
+
+    order = radix_argsort(query_keys)[: np.count_nonzero(query_keys < total.size)]
+    bucket = query_keys[order]
+    # rows of a head are sorted by position
+    by_position = np.searchsorted(
+        sort_keys[key_order] * n_rows + key_order, bucket * n_rows + order, "right" if rule.sees_self else "left"
+    )
+    last_key = by_position - first_key[bucket] - 1 + start[bucket]
+    meets_keys = last_key >= 0 if rule.causal else total[bucket] > 0
+    order, bucket, last_key = order[meets_keys], bucket[meets_keys], last_key[meets_keys]
+
+    home = np.maximum(last_key, 0) // tile_len
+    is_first = np.ones(order.size, dtype=np.bool_)
+    is_first[1:] = (np.diff(bucket) != 0) | (np.diff(home) != 0)
+    first = np.flatnonzero(is_first)
+    sizes = np.diff(np.append(first, order.size))
+    tiles = -(-sizes // tile_len)
+    slot = np.arange(order.size) + np.repeat((np.cumsum(tiles) - tiles) * tile_len - first, sizes)
+    n_tiles = int(tiles.sum())
+    query_rows, query_ranks = np.full((2, (n_tiles + 1) * tile_len), -1)
+    query_slot = np.full(n_rows, query_rows.size - 1)
+    query_rows[slot], query_ranks[slot], query_slot[order] = order, last_key, slot
+
+    tile_bucket, tile_home = (np.repeat(x[first], tiles) for x in (bucket, home))
+    offset = np.array(column_offsets(tiling))
+    rank = (tile_home[:, None] - offset)[:, :, None] * tile_len + np.arange(tile_len)
+    rank = rank.reshape(n_tiles, offset.size * tile_len)
+    held = rank - start[tile_bucket, None]
+    is_held = (held >= 0) & (held < counts[tile_bucket, None])
+    key_rows = np.full((n_tiles * offset.size + 1) * tile_len, -1)  # with an empty tile at the end
+    key_rows[:-tile_len][is_held.ravel()] = key_order[(first_key[tile_bucket, None] + held)[is_held]]
+
+    def on_device(x: Integers) -> Tensor:
+        return torch.from_numpy(x).to(keys.device)
+
+    edges = Edges(np.ones(n_tiles, dtype=np.bool_), on_device(tile_home * tile_len), on_device(total[tile_bucket]))
+    spans = spans_of_own_keys(n_tiles, tiling, _span_tiles(tiling, keys))
+    query_slots, key_slots, slot_of_row, ranks = map(on_device, (query_rows, key_rows, query_slot, query_ranks))
+    return Layout(tiling, spans, query_slots, key_slots, slot_of_row, None, edges, ranks)
 
 
 def _span_tiles(tiling: Tiling, x: Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from reformer_dist.ops.dropout import keep_mask, token_keys
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, WindowRule, within_reach
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.ops.lsh.torch_tiles.layout import Layout
+from reformer_dist.ops.lsh.torch_tiles.layout import Edges, Layout
 from reformer_dist.ops.lsh.torch_tiles.tiles import Column
 from reformer_dist.ops.tensor_cache import cache_tensors
 
@@ -25,6 +25,8 @@ class Rows:
     """[n_rows] positions in the whole sequence."""
     codes: Tensor | None = None
     """[R, n_rows] with count_pairs_once: `sorting.position_codes` of every round."""
+    query_codes: Tensor | None = None
+    """[R, n_rows] likewise, as queries, if keys have buckets of their own."""
 
 
 class PairMask:
@@ -60,11 +62,14 @@ class PairMask:
             slots.view(-1, self._layout.tiling.tile_len)
             for slots in (self._layout.query_slots, self._layout.key_slots)
         )
-        return queries[column.queries], torch.cat([keys[run.keys : run.keys + run.n_tiles] for run in column.runs])
+        tiles = (keys[run.keys :: run.key_step][: run.n_tiles] for run in column.runs)
+        return queries[column.queries], torch.cat(list(tiles))
 
     def _window_bias(self, column: Column, rule: WindowRule) -> Tensor:
         edges, tiles = self._layout.edges, column.queries
         assert edges is not None
+        if self._layout.query_ranks is not None:
+            return self._own_keys_bias(column, rule, edges, self._layout.query_ranks)
         band = _band(rule, self._layout.tiling.tile_len, column.offset, edges.rank.device)
         if not edges.is_edge[tiles].any():
             return band
@@ -73,6 +78,16 @@ class PairMask:
         is_member = (rank >= 0) & (rank < edges.count[tiles].unsqueeze(1))
         outside = torch.zeros(rank.shape, dtype=torch.float32, device=rank.device)
         return band + outside.masked_fill_(~is_member, -torch.inf).unsqueeze(1)
+
+    def _own_keys_bias(self, column: Column, rule: WindowRule, edges: Edges, query_ranks: Tensor) -> Tensor:
+        tile_len = self._layout.tiling.tile_len
+        first = edges.rank[column.queries].unsqueeze(1)
+        rank = first - _lag(tile_len, column.offset, first.device)
+        is_member = (rank >= 0) & (rank < edges.count[column.queries].unsqueeze(1))
+        query_rank = query_ranks.view(-1, tile_len)[column.queries]
+        visible = within_reach(query_rank.unsqueeze(2), rank.unsqueeze(1), rule) & is_member.unsqueeze(1)
+        bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
+        return bias.masked_fill_(~visible, -torch.inf)
 
     def _chunk_bias(self, column: Column, rule: ChunkRule) -> Tensor:
         """Chunk rule: all keys of the tile except later ones (causal) and the query itself (unless sees_self)."""
@@ -91,9 +106,10 @@ class PairMask:
         """Number of rounds in which each pair is visible, float32 [n_tiles, tile_len, tile_len]."""
         queries, keys = (rows.clamp_min(0) for rows in self._rows_of(column))
         n_shared = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.float32, device=queries.device)
-        for round_codes in codes:
+        query_codes = codes if self._rows.query_codes is None else self._rows.query_codes
+        for of_queries, of_keys in zip(query_codes, codes, strict=True):
             n_shared += within_reach(
-                round_codes[queries].unsqueeze(2), round_codes[keys].unsqueeze(1), self._options.rule
+                of_queries[queries].unsqueeze(2), of_keys[keys].unsqueeze(1), self._options.rule
             )
         return n_shared
 

@@ -45,12 +45,12 @@ class Pairs:
 
     def at_keys(self, tiles: Tensor, first: int = 0) -> Views:
         """Key tiles of each run, likewise."""
-        return [tiles.narrow(0, run.keys - first, run.n_tiles) for run in self._runs]
+        return [tiles[run.keys - first :: run.key_step][: run.n_tiles] for run in self._runs]
 
 
-def gather_tiles(rows: Tensor, slots: Tensor, tile_len: int, span: Span) -> Tensor:
-    """[tiles, tile_len, D] from rows [n_rows, D] in a span's slots; empty slots must hold a valid row."""
-    gathered = gather_rows(rows, slots[span.start * tile_len : span.stop * tile_len])
+def gather_tiles(rows: Tensor, slots: Tensor, tile_len: int, start: int, stop: int) -> Tensor:
+    """[tiles, tile_len, D] from rows [n_rows, D] in slots of tiles; empty slots must hold a valid row."""
+    gathered = gather_rows(rows, slots[start * tile_len : stop * tile_len])
     return gathered.view(-1, tile_len, rows.shape[1])
 
 

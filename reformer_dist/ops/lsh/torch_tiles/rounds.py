@@ -72,14 +72,15 @@ def _attend_round(
     o[-1] = 0  # the empty tile, for rows that are not queries
     query_rows, key_rows = layout.gather_indices()
     for span in layout.spans:
-        queries = gather_tiles(q, query_rows, tile_len, span)
-        keys, values = (gather_tiles(x, key_rows, tile_len, span) for x in (k, v))
+        queries = gather_tiles(q, query_rows, tile_len, span.start, span.stop)
+        keys, values = (gather_tiles(x, key_rows, tile_len, *span.key_tiles) for x in (k, v))
+        first_key = span.key_tiles[0]
         pairs = Pairs(layout, span, group.scratch)
         p = pairs.buffer("scores")
         for part, column in zip(pairs.by_column(p), span.columns, strict=True):
             part.copy_(mask.bias(column))
         p_runs = pairs.by_run(p)
-        add_products(p_runs, pairs.at_queries(queries, span.start), transposed(pairs.at_keys(keys, span.start)))
+        add_products(p_runs, pairs.at_queries(queries, span.start), transposed(pairs.at_keys(keys, first_key)))
         tiles = span.columns[0].queries
         row_max[tiles] = span_max = _reduce_columns(torch.maximum, p.amax(dim=2), pairs).clamp_min_(LOWEST)
         for part, part_max in zip(pairs.by_column(p), pairs.by_queries(span_max), strict=True):
@@ -89,7 +90,7 @@ def _attend_round(
         if group.options.dropout > 0:
             for part, column in zip(pairs.by_column(p), span.columns, strict=True):
                 part.mul_(mask.dropout_factors(column))
-        products.sum_products(pairs.at_queries(o), p_runs, pairs.at_keys(values, span.start))
+        products.sum_products(pairs.at_queries(o), p_runs, pairs.at_keys(values, first_key))
     return o.flatten(0, 1), row_max.flatten(), row_sum.flatten()
 
 
@@ -132,13 +133,16 @@ def _backward_round(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One round's gradients by slot: dq / scale, dk / log 2 and dv; q is scaled, lse in base 2."""
     tile_len, width = layout.tiling.tile_len, q.shape[1]
+    n_slots = layout.key_slots.numel()
     dq, dk, dv = (
-        group.scratch.rows(name, layout.query_slots.numel(), width).view(layout.n_tiles, tile_len, width)
-        for name in ("dq", "dk", "dv")
+        group.scratch.rows(name, n, width).view(-1, tile_len, width)
+        for name, n in (("dq", layout.query_slots.numel()), ("dk", n_slots), ("dv", n_slots))
     )
     # without tiles after the query's, the first run covers all keys, and the other runs add to them
     looks_ahead = layout.tiling.n_after > 0
     add_to_keys = add_products if looks_ahead else products.sum_products
+    if layout.query_ranks is not None:  # each run has keys of its own
+        looks_ahead, add_to_keys = False, products.set_products
     for grad in (dq, dk, dv):
         # the last tile is that of absent rows
         (grad if looks_ahead else grad[-1]).zero_()
@@ -146,8 +150,8 @@ def _backward_round(
     # empty slots (-1) get lse = inf, so their probabilities are 0
     lse = torch.cat([lse, lse.new_full((1,), torch.inf)])
     for span in layout.spans:
-        queries, d_outs = (gather_tiles(x, query_rows, tile_len, span) for x in (q, d_out))
-        keys, values = (gather_tiles(x, key_rows, tile_len, span) for x in (k, v))
+        queries, d_outs = (gather_tiles(x, query_rows, tile_len, span.start, span.stop) for x in (q, d_out))
+        keys, values = (gather_tiles(x, key_rows, tile_len, *span.key_tiles) for x in (k, v))
         pairs = Pairs(layout, span, group.scratch)
         tiles = span.columns[0].queries
         slots = layout.query_slots[tiles.start * tile_len : tiles.stop * tile_len]
@@ -155,7 +159,7 @@ def _backward_round(
         p, ds = pairs.buffer("scores"), pairs.buffer("ds")
         p_runs, ds_runs = pairs.by_run(p), pairs.by_run(ds)
         at_queries, at_d_outs = (pairs.at_queries(x, span.start) for x in (queries, d_outs))
-        at_keys, at_values = (pairs.at_keys(x, span.start) for x in (keys, values))
+        at_keys, at_values = (pairs.at_keys(x, span.key_tiles[0]) for x in (keys, values))
         for part, column, part_lse in zip(pairs.by_column(p), span.columns, lses, strict=True):
             torch.sub(mask.bias(column), part_lse, out=part)
         add_products(p_runs, at_queries, transposed(at_keys))

@@ -30,11 +30,12 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Run:
-    """Pairs of consecutive tiles: tile `queries` + i attends to tile `keys` + i."""
+    """Pairs of tiles: tile `queries` + i attends to tile `keys` + i * `key_step`."""
 
     queries: int
     keys: int
     n_tiles: int
+    key_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Span:
     stop: int
     columns: list[Column]
     """The first has offset 0 and covers all query tiles in one run."""
+    keys: tuple[int, int] | None = None
+    """Range of the key tiles, if they are in an order of their own."""
+
+    @property
+    def key_tiles(self) -> tuple[int, int]:
+        return self.keys or (self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -145,13 +152,33 @@ def _tiles_of(buckets: Integers, tiles: Integers, first: Integers) -> Integers:
     return np.repeat(first[buckets], counts) + within
 
 
+def column_offsets(tiling: Tiling) -> list[int]:
+    """Offsets of the columns, nearest first: sums of tiles without a far neighbour are as if it had no column."""
+    return [*range(tiling.n_before + 1), *range(-1, -tiling.n_after - 1, -1)]
+
+
 def consecutive_spans(start: int, end: int, tiling: Tiling, span_tiles: int) -> list[Span]:
     """Spans of the tiles in [start, end), each paired with its neighbours."""
-    # nearest first: the sums of tiles without a far neighbour are as if that column did not exist
-    offsets = (*range(tiling.n_before + 1), *range(-1, -tiling.n_after - 1, -1))
+    offsets = column_offsets(tiling)
     spans = []
     for first in range(start, end, span_tiles):
         size = min(span_tiles, end - first)
         columns = [Column(offset, [Run(first, first - offset, size)]) for offset in offsets]
         spans.append(Span(first - tiling.n_before, first + size + tiling.n_after, columns))
+    return spans
+
+
+def spans_of_own_keys(n_tiles: int, tiling: Tiling, span_tiles: int) -> list[Span]:
+    """Spans of tiles of queries, each of which has copies of the tiles of its keys, in the order of columns."""
+    offsets = column_offsets(tiling)
+    width = len(offsets)
+    size = max(1, span_tiles // width)
+    spans = []
+    for start in range(0, n_tiles, size):
+        stop = min(start + size, n_tiles)
+        columns = [
+            Column(offset, [Run(start, start * width + c, stop - start, width)])
+            for c, offset in enumerate(offsets)
+        ]
+        spans.append(Span(start, stop, columns, keys=(start * width, stop * width)))
     return spans

@@ -26,6 +26,7 @@ from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.command import run_command
+from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, load_model
@@ -75,7 +76,8 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
     """Evaluates as one rank of the job; rank 0 prints. Raises UserError on every rank."""
     job = runtime.start()
     with failures.detect_lost_ranks(job):
-        lines = _mode(arguments)(arguments, job)
+        with live.shown(), live.phase("evaluating"):
+            lines = _mode(arguments)(arguments, job)
         if job.is_main:
             print("\n".join(lines))
 

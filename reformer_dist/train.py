@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from reformer_dist.config import LauncherKind, RunConfig
 from reformer_dist.errors import ConfigError
+from reformer_dist.process.live_line import live
 from reformer_dist.process.signals import exit_on_signal, terminate_with_launcher
 
 if TYPE_CHECKING:
@@ -29,9 +30,15 @@ def train(config: RunConfig) -> None:
             return
     # before the imports of torch and DeepSpeed, for which --help and an invalid override need not wait
     config.micro_batching(environment.env_world_size())
-    from reformer_dist.distributed import failures, runtime
-    from reformer_dist.run.build import build_trainer
-    from reformer_dist.training.preemption import StopSignal
+    with live.shown():
+        _train_as_rank(config)
+
+
+def _train_as_rank(config: RunConfig) -> None:
+    with live.phase("importing"):
+        from reformer_dist.distributed import failures, runtime
+        from reformer_dist.run.build import build_trainer
+        from reformer_dist.training.preemption import StopSignal
 
     stop = StopSignal()
     with stop.listen():

@@ -79,6 +79,7 @@ THIRD_PARTY_HOMES = {
     "optuna": {"sweep"},
     "matplotlib": {"diagnostics", "sweep"},
     "tensorboard": {"training"},
+    "tqdm": {"process"},
     "triton": {"ops"},
 }
 MOST_FILES_AT_ROOT = 10

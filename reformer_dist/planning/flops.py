@@ -17,12 +17,20 @@ from reformer_dist.planning.sizes import JobSpec, n_projections
 
 def step_flops(job: JobSpec) -> float:
     """Forward, backward (twice the forward) and recompute."""
+    return _step_flops(job, n_recomputes=0 if job.config.model.recompute is Recompute.none else 1)
+
+
+def model_flops(job: JobSpec) -> float:
+    """Forward and backward only: what the model needs, however its activations are obtained."""
+    return _step_flops(job, n_recomputes=0)
+
+
+def _step_flops(job: JobSpec, n_recomputes: int) -> float:
     model, rows = job.config.model, job.config.data.batch_size
     layers = _stack_flops(job)
     if job.encoder:
         layers += _stack_flops(job.encoder) + model.n_layers * cross_flops(job, job.encoder)
-    passes = 3 if model.recompute is Recompute.none else 4
-    return rows * (layers * passes * (1 - model.layer_drop) + _ends_flops(job) * 3)
+    return rows * (layers * (3 + n_recomputes) * (1 - model.layer_drop) + _ends_flops(job) * 3)
 
 
 def _stack_flops(job: JobSpec) -> float:

@@ -8,11 +8,16 @@ from typing import TextIO
 
 from reformer_dist.distributed.environment import env_rank
 from reformer_dist.process import stdio
+from reformer_dist.process.live_line import live
 
 logger = logging.getLogger("reformer_dist")
 
 
 class _Handler(logging.StreamHandler[TextIO]):
+    def emit(self, record: logging.LogRecord) -> None:
+        with live.hidden():
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Discards all further output if the reader is gone. logging would print a traceback for each line."""
         if stdio.is_disconnected(self.stream):

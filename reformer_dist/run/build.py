@@ -7,17 +7,22 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from reformer_dist.checkpoint import RunRecord
 from reformer_dist.config import RunConfig
 from reformer_dist.data import Corpus
-from reformer_dist.distributed.runtime import Preempted, Runtime, Unavailable
+from reformer_dist.distributed.runtime import Preempted, Runtime, Unavailable, ranks_per_node
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
 from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.models.block import Block
 from reformer_dist.parallel.sequence import make_sequence
+from reformer_dist.planning import JobSpec
+from reformer_dist.planning.flops import model_flops
+from reformer_dist.planning.peaks import peak_flops
+from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import to_dict
 from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
@@ -34,6 +39,7 @@ from reformer_dist.run.memory import require_memory
 from reformer_dist.run.pretrained import load_initial_weights
 from reformer_dist.training.batches import BatchReader
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, has_checkpoints
+from reformer_dist.training.metrics import StepCost
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, StepLayout, TaskData
 from reformer_dist.training.preemption import StopSignal
@@ -50,8 +56,10 @@ def build_trainer(
     rank.
     """
     require_same_config(config, runtime)
-    layout = make_layout(config, runtime)
-    data = open_data(config, runtime)
+    with live.phase("compiling"):  # the C library, on a CPU without it
+        layout = make_layout(config, runtime)
+    with live.phase("opening the data"):
+        data = open_data(config, runtime)
     runtime.together(lambda: require_memory(config, runtime, data.task))
     directory = open_run_directory(config, runtime, resources)
     training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
@@ -60,7 +68,8 @@ def build_trainer(
     resources.callback(loader.close)
     if training_data.state.step < run.config.trainer.max_steps:
         loader.prefetch()  # while the engine is built and the weights are read
-    parts = build_engine(run, data, directory, resources)
+    with live.phase("building the model" if directory.resume_from is None else "reading the checkpoint"):
+        parts = build_engine(run, data, directory, resources)
 
     step = parts.state.step
     if step < run.config.trainer.max_steps:  # otherwise it would record overrides that were never used
@@ -78,7 +87,19 @@ def build_trainer(
     )
     validator = Validator(run, data, layout, parts.engine, metrics)
     _log_run(run, layout, data, parts.engine)
-    return Trainer(run, data, parts, batches, validator, metrics)
+    return Trainer(run, data, parts, batches, validator, metrics, step_cost(run, data))
+
+
+def step_cost(run: RunContext, data: TaskData) -> StepCost | None:
+    """None if the peak of the devices is unknown, or if rows have lengths of their own."""
+    config, runtime = run.config, run.runtime
+    if runtime.device.type != "cuda" or not config.task.packs_text:
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(runtime.device), config.trainer.precision)
+    if peak is None:
+        return None
+    job = JobSpec(config, runtime.world_size, ranks_per_node(), data.task.vocab_size, runtime.device.type)
+    return StepCost(model_flops(job), peak * runtime.world_size)
 
 
 def open_data(config: RunConfig, runtime: Runtime) -> TaskData:

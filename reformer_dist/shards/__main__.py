@@ -21,6 +21,7 @@ from reformer_dist.data import (
 )
 from reformer_dist.errors import DataError
 from reformer_dist.process.command import run_command
+from reformer_dist.process.live_line import live
 from reformer_dist.shards.arguments import parse_arguments
 from reformer_dist.shards.inputs import InputFormat
 
@@ -29,12 +30,13 @@ def make_shards() -> None:
     """Writes the dataset that the arguments of the command line describe. Raises UserError."""
     arguments = parse_arguments()
     form = InputFormat.of(arguments)
-    tokenizer = choose_tokenizer(arguments, form)
+    with live.shown(), live.phase("training the tokenizer" if arguments.tokenizer == "bpe" else ""):
+        tokenizer = choose_tokenizer(arguments, form)
     require_offsets(arguments, tokenizer)
     form.left_out.clear()  # the tokenizer's pass over the inputs has counted them already
-    with removed_on_failure(arguments.output):
+    with removed_on_failure(arguments.output), live.shown(), live.phase("cutting shards"):
         summary = write_samples(
-            form.records(),
+            live.counted(form.records(), "documents"),
             arguments.output,
             tokenizer,
             shard_bytes=int(arguments.shard_mb * 2**20),

@@ -11,6 +11,7 @@ from torch import Tensor
 from reformer_dist.data import Batch
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.parallel import SlicedSequence
+from reformer_dist.process.live_line import live
 from reformer_dist.tasks import Task
 from reformer_dist.training.batches import MicroBatch
 from reformer_dist.training.metrics import bits_per_byte
@@ -63,7 +64,7 @@ def evaluate(
     token_bytes = task.token_bytes
     nats, n_labels, text_bytes, n_correct = 0.0, 0, 0, 0
     positions = PositionSums(token_bytes)
-    for rows in batches:
+    for rows in live.counted(batches, "batches"):
         batch = MicroBatch.from_rows(rows, sequence, labels_per_row=task.labels_per_row)
         inputs = batch.to(runtime.device)
         if by_position:

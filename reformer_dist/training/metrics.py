@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,21 @@ class WindowMetrics:
     """Mean loss in nats per token over the steps that were not skipped; nan if there are none."""
     tokens_per_s: float
     seconds_per_step: float
+    data_wait: float = 0.0
+    """Fraction of the time in which the ranks waited for the rows of a step."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step computes, and what the devices could compute: for the model FLOPs utilization (MFU)."""
+
+    flops: float
+    """Of forward and backward over all ranks, without what is computed again."""
+    peak: float
+    """FLOPs per second of all ranks' devices."""
+
+    def utilization(self, seconds_per_step: float) -> float:
+        return self.flops / (seconds_per_step * self.peak)
 
 
 class MetricsWindow:
@@ -51,7 +67,7 @@ class MetricsWindow:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._counted_tokens, self._tokens, self._steps = 0.0, 0.0, 0
         self._start = time.perf_counter()
-        self._paused = 0.0
+        self._paused, self._waited = 0.0, 0.0
 
     def add(self, loss_sum: torch.Tensor, tokens: float, *, was_skipped: bool) -> None:
         """Adds a step: this rank's summed loss, and the valid tokens of all ranks."""
@@ -64,6 +80,10 @@ class MetricsWindow:
     def pause(self, seconds: float) -> None:
         """Excludes time spent on evaluation, samples or checkpoints from throughput."""
         self._paused += seconds
+
+    def wait(self, seconds: float) -> None:
+        """Counts time spent waiting for data."""
+        self._waited += seconds
 
     @property
     def has_steps(self) -> bool:
@@ -83,6 +103,7 @@ class MetricsWindow:
             "tokens": self._tokens,
             "steps": self._steps,
             "seconds": self.seconds,
+            "waited": self._waited,
         }
 
     def load_state(self, state: dict[str, float]) -> None:
@@ -90,7 +111,7 @@ class MetricsWindow:
         self.reset()
         self._loss += state["loss"]
         self._counted_tokens, self._tokens, self._steps = state["counted"], state["tokens"], int(state["steps"])
-        self._paused = -state["seconds"]
+        self._paused, self._waited = -state["seconds"], state.get("waited", 0.0)
 
     @property
     def local_loss(self) -> float:
@@ -100,29 +121,31 @@ class MetricsWindow:
         """loss_sum: local_loss summed over the ranks."""
         seconds = max(1e-9, self.seconds)
         loss = loss_sum / self._counted_tokens if self._counted_tokens else math.nan
-        return WindowMetrics(loss, self._tokens / seconds, seconds / max(1, self._steps))
+        per_step, waited = seconds / max(1, self._steps), min(1.0, self._waited / seconds)
+        return WindowMetrics(loss, self._tokens / seconds, per_step, waited)
 
 
-def progress_line(
-    step: int,
-    max_steps: int,
+def progress_figures(
     metrics: WindowMetrics,
     *,
+    steps_left: int,
     bpb: float | None,
+    mfu: float | None,
+    memory_gib: float,
     grad_norm: float,
     lr: float,
-    skipped: int,
-    failed_saves: int,
-) -> str:
-    parts = [
-        f"step {step:>{len(str(max_steps))}}/{max_steps}",
+    counts: Mapping[str, int],
+) -> list[str]:
+    """The figures of a progress line, the most important first. counts: of failures, by name; none is shown."""
+    return [
         f"loss {metrics.loss:.3f}",
         *([f"bits per byte {bpb:.3f}"] if bpb is not None else []),
+        f"ETA {duration(steps_left * metrics.seconds_per_step)}",
+        *(f"{name} {count}" for name, count in counts.items() if count),
         f"{metrics.tokens_per_s:,.0f} {'labels' if bpb is None else 'tokens'}/s",
+        *([f"MFU {mfu:.1%}"] if mfu is not None else []),
+        f"data wait {metrics.data_wait:.0%}",
+        f"{memory_gib:.1f} GiB",
         f"grad norm {grad_norm:.2f}",
         f"lr {lr:.1e}",
-        f"ETA {duration((max_steps - step) * metrics.seconds_per_step)}",
-        *([f"skipped {skipped}"] if skipped else []),
-        *([f"failed saves {failed_saves}"] if failed_saves else []),
     ]
-    return " | ".join(parts)

@@ -10,11 +10,18 @@ import torch
 from reformer_dist.distributed.runtime import Preempted, SharedError, Unavailable
 from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import NonFiniteError, TrainingError, UserError
+from reformer_dist.process.live_line import SEPARATOR, live
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
 from reformer_dist.training.batches import BatchReader, StepInputs
 from reformer_dist.training.divergence import DivergenceMonitor
-from reformer_dist.training.metrics import MetricsWindow, bits_per_byte, peak_memory_gib, progress_line
+from reformer_dist.training.metrics import (
+    MetricsWindow,
+    StepCost,
+    bits_per_byte,
+    peak_memory_gib,
+    progress_figures,
+)
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, TaskData
 from reformer_dist.training.validator import Validator
@@ -32,12 +39,15 @@ class Trainer:
         batches: BatchReader,
         validator: Validator,
         metrics: MetricsLogger,
+        cost: StepCost | None = None,
     ) -> None:
+        """cost: for the MFU; None if the peak of the devices or the length of rows is unknown."""
         self.config = run.config
         self.state = parts.state
         self._runtime, self._engine, self._checkpoints = run.runtime, parts.engine, parts.checkpoints
         self._batch_reader, self._validator, self._metrics = batches, validator, metrics
         self._bytes_per_token = data.bytes_per_token
+        self._cost = cost
         self._metrics_window = MetricsWindow(run.runtime.device)
         self._watchdog = Watchdog(run.runtime, run.config.trainer.step_timeout)
         self._data_state: dict[str, Any] = {}
@@ -72,13 +82,18 @@ class Trainer:
     def _train(self) -> None:
         if not self.state.is_observed:
             self._evaluate_and_sample()
+        live.progress(self.state.step, self.config.trainer.max_steps)
+        shown = "compiling" if self._runtime.device.type == "cuda" else ""  # kernels, in the first step
         while self.state.step < self.config.trainer.max_steps:
             start = time.perf_counter()
             step = self.state.step + 1
             with self._watchdog.phase(f"waiting for data of step {step} (here or on another rank)"):
                 inputs = self._batch_reader.next_step()
-            with self._watchdog.phase(f"computing step {step}"):
+            self._metrics_window.wait(time.perf_counter() - start)
+            with self._watchdog.phase(f"computing step {step}"), live.phase(shown):
                 grad_norm, lr = self._train_step(inputs)
+            live.progress(step, self.config.trainer.max_steps)
+            shown = ""
             self._data_state = inputs.data_state
             self.state.seconds += time.perf_counter() - start
             if self._is_due(self.config.trainer.log_every):
@@ -94,11 +109,12 @@ class Trainer:
         """Evaluates, and generates text, if due."""
         self.state.is_observed = False
         if self._is_due(self.config.trainer.eval_every):
-            with self._watchdog.phase(f"evaluating after step {self.state.step}"):
+            with self._watchdog.phase(f"evaluating after step {self.state.step}"), live.phase("evaluating"):
                 loss = self._validator.evaluate(self.state.step, self.state.seconds)
             self._monitor.end_evaluation(loss)
         if self._is_due(self.config.trainer.sample_every):
-            self._validator.generate_text(self.state.step)
+            with live.phase("generating text"):
+                self._validator.generate_text(self.state.step)
         self.state.is_observed = True
 
     def _save_if_due(self) -> None:
@@ -164,18 +180,22 @@ class Trainer:
         step, max_steps = self.state.step, self.config.trainer.max_steps
         metrics = self._metrics_window.result(self._runtime.sum([self._metrics_window.local_loss])[0])
         bpb = None if self._bytes_per_token is None else bits_per_byte(metrics.loss, self._bytes_per_token)
-        logger.info(
-            progress_line(
-                step,
-                max_steps,
-                metrics,
-                bpb=bpb,
-                grad_norm=grad_norm,
-                lr=lr,
-                skipped=self.state.skipped,
-                failed_saves=self._failed_saves,
-            )
+        mfu = None if self._cost is None else self._cost.utilization(metrics.seconds_per_step)
+        memory = peak_memory_gib(self._runtime.device)
+        figures = progress_figures(
+            metrics,
+            steps_left=max_steps - step,
+            bpb=bpb,
+            mfu=mfu,
+            memory_gib=memory,
+            grad_norm=grad_norm,
+            lr=lr,
+            counts={"skipped": self.state.skipped, "failed saves": self._failed_saves},
         )
+        if live.is_shown:
+            live.figures(figures)
+        else:
+            logger.info(SEPARATOR.join([f"step {step:>{len(str(max_steps))}}/{max_steps}", *figures]))
         values = {
             "train/loss": metrics.loss,
             **({} if bpb is None else {"train/bits_per_byte": bpb}),
@@ -185,7 +205,9 @@ class Trainer:
             "data/damaged": self._batch_reader.n_damaged,
             "checkpoint/failed_saves": self._failed_saves,
             "perf/tokens_per_s": metrics.tokens_per_s,
-            "perf/peak_memory_gib": peak_memory_gib(self._runtime.device),
+            "perf/data_wait": metrics.data_wait,
+            **({} if mfu is None else {"perf/mfu": mfu}),
+            "perf/peak_memory_gib": memory,
         }
         self._metrics.scalars(values, step, self.state.seconds)
         self._metrics_window.reset()
@@ -196,11 +218,12 @@ class Trainer:
         self._wait_for_save(block=True)
         self.state.window = self._metrics_window.state if self._metrics_window.has_steps else {}
         try:
-            # first, so that no checkpoint is ahead of the metrics on disk
-            self._runtime.on_main(self._metrics.flush)
-            self._checkpoints.start_save(self.state, self._data_state)
-            if must_succeed:
-                self._checkpoints.wait()
+            with live.phase("saving"):
+                # first, so that no checkpoint is ahead of the metrics on disk
+                self._runtime.on_main(self._metrics.flush)
+                self._checkpoints.start_save(self.state, self._data_state)
+                if must_succeed:
+                    self._checkpoints.wait()
         except NonFiniteError as error:
             self._monitor.stop(str(error))
         except UserError as error:

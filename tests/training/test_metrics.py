@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import pytest
 import torch
 
 from reformer_dist.training.metrics import (
     MetricsWindow,
+    StepCost,
     WindowMetrics,
     bits_per_byte,
     duration,
     peak_memory_gib,
-    progress_line,
+    progress_figures,
 )
 
 CPU = torch.device("cpu")
@@ -81,11 +83,32 @@ def test_an_empty_window_divides_by_nothing(clock: list[float]) -> None:
     assert math.isnan(MetricsWindow(CPU).result(0.0).loss)
 
 
-def test_progress_line() -> None:
-    numbers = {"bpb": 1.9557, "grad_norm": 0.456, "lr": 0.0003}
-    line = progress_line(40, 1000, WindowMetrics(1.3556, 12345.6, 0.5), skipped=0, failed_saves=0, **numbers)
-    expected = ["step   40/1000", "loss 1.356", "bits per byte 1.956", "12,346 tokens/s", "grad norm 0.46"]
-    assert line.split(" | ") == [*expected, "lr 3.0e-04", "ETA 8m00s"]
-    assert progress_line(9, 9, WindowMetrics(1.0, 1.0, 1.0), skipped=2, failed_saves=1, **numbers).endswith(
-        "ETA 0s | skipped 2 | failed saves 1"
+def test_progress_figures() -> None:
+    numbers: dict[str, Any] = {"grad_norm": 0.456, "lr": 0.0003, "memory_gib": 12.34}
+    metrics = WindowMetrics(1.3556, 12345.6, 0.5, 0.034)
+    figures = progress_figures(
+        metrics, steps_left=960, bpb=1.9557, mfu=0.4123, counts={"skipped": 0, "failed saves": 0}, **numbers
     )
+    speed = ["12,346 tokens/s", "MFU 41.2%", "data wait 3%", "12.3 GiB"]
+    assert figures == ["loss 1.356", "bits per byte 1.956", "ETA 8m00s", *speed, "grad norm 0.46", "lr 3.0e-04"]
+    counts = {"skipped": 2, "failed saves": 1}
+    figures = progress_figures(metrics, steps_left=0, bpb=None, mfu=None, counts=counts, **numbers)
+    assert figures[:5] == ["loss 1.356", "ETA 0s", "skipped 2", "failed saves 1", "12,346 labels/s"]
+    assert "MFU" not in " ".join(figures)
+
+
+def test_the_wait_for_data_survives_a_resume(clock: list[float]) -> None:
+    window = MetricsWindow(CPU)
+    clock[0] += 4.0
+    window.wait(1.0)
+    window.add(torch.tensor(1.0), 1.0, was_skipped=False)
+    resumed = MetricsWindow(CPU)
+    resumed.load_state(window.state)
+    assert resumed.result(1.0).data_wait == window.result(1.0).data_wait == 0.25
+    older = {name: value for name, value in window.state.items() if name != "waited"}
+    resumed.load_state(older)
+    assert resumed.result(1.0).data_wait == 0.0
+
+
+def test_model_flops_utilization() -> None:
+    assert StepCost(flops=3e12, peak=2e13).utilization(seconds_per_step=0.5) == pytest.approx(0.3)

@@ -10,6 +10,7 @@ import pytest
 from run_helpers import LOSS, checkpoint, heldout_loss, train
 from safetensors import SafetensorError
 from support.events import read_events, scalars
+from support.terminal import terminal
 from support.tiny import WORDS
 from support.weights import assert_same
 
@@ -17,6 +18,7 @@ from reformer_dist.checkpoint import async_save
 from reformer_dist.data import ByteTokenizer, write_dataset
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
+from reformer_dist.process.live_line import live
 
 
 def test_the_loss_falls(whole: Path) -> None:
@@ -31,7 +33,7 @@ def test_what_tensorboard_gets(whole: Path) -> None:
     lsh = {"lsh/largest_bucket_over_mean", "lsh/full_windows", "lsh/agreement_of_rounds"}
     train_tags = {f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps")}
     eval_tags = {"eval/loss", "eval/bits_per_byte", "eval_by_position/0-63", "reversible/drift", *lsh}
-    perf_tags = {"checkpoint/failed_saves", "perf/tokens_per_s", "perf/peak_memory_gib"}
+    perf_tags = {"checkpoint/failed_saves", "perf/tokens_per_s", "perf/data_wait", "perf/peak_memory_gib"}
     assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags | {"data/damaged"}
     assert all(math.isfinite(event.value) for tag in eval_tags for event in events.Scalars(tag))
     assert 0 < scalars(whole, "reversible/drift")[6] < 1e-3
@@ -62,12 +64,32 @@ def test_progress_is_told(tiny_data: Path, tmp_path: Path, job: Runtime, said: p
     announced, first, second, heldout, saved = said.messages
     assert "41,281 parameters | ZeRO stage 0, fp32, 1 rank on cpu | 256 tokens per step in 4 micro-b" in announced
     for line in (first, second):
-        for words in ("/2 | loss ", " | bits per byte ", " tokens/s | ", " | grad norm ", " | lr ", " | ETA "):
+        for words in (
+            "/2 | loss ",
+            " | bits per byte ",
+            " | ETA ",
+            " tokens/s | data wait ",
+            " | grad norm ",
+            " | lr ",
+        ):
             assert words in line
     assert heldout.startswith("step 2 | held-out loss ")
     assert " | held-out bits per byte " in heldout
     assert re.search(r" \| 6 of \d+ rows$", heldout)
     assert saved.endswith("step-00000002")
+
+
+def test_a_terminal_shows_a_live_line_instead(
+    tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    with terminal(70) as screen, live.shown():
+        train(job, tiny_data, tmp_path / "run", "trainer.max_steps=2", "trainer.eval_every=2")
+    assert max(map(len, screen.frames)) <= 70
+    assert any(frame.startswith("2/2 100% |") and "| loss " in frame for frame in screen.frames)
+    for phase in ("opening the data", "building the model", "evaluating", "saving"):
+        assert any(frame.startswith(phase) for frame in screen.frames), phase
+    assert not any("grad norm" in message for message in said.messages)
+    assert any("held-out loss" in message for message in said.messages)
 
 
 def test_a_failed_save_does_not_stop_the_run(

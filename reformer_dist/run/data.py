@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import DataConfig, RunConfig
@@ -71,6 +72,12 @@ def open_sampler(config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader
     )
 
 
+def describe_rows(settings: Mapping[str, Any]) -> str:
+    """Rows of a step, from the settings of a sampler."""
+    length = "one sample each" if settings.get("by_sample") else f"{settings['seq_len']} tokens"
+    return f"{settings['batch_size']} of {length}"
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """The sampling order of a run's data, and the position at which the run starts or resumes."""
@@ -90,14 +97,17 @@ class TrainingData:
         saved = merge_states([rank["data"] for rank in checkpoint.rank_states])
         state = read_state(saved, sampler, changes=changes, accept_changed=config.data.accept_changed)
         logger.info(f"resuming data after step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
+        before, now = (describe_rows(settings) for settings in (saved["settings"], sampler.settings()))
+        if before != now:
+            logger.info(f"rows of a step: {before} -> {now}; what is left of the data is divided among them")
         return cls(corpus, sampler, state)
 
     def with_last_step(self, config: RunConfig) -> RunConfig:
         """The configuration with trainer.max_steps lowered to the step at which data.epochs ends the run."""
         if config.data.epochs == 0:
             return config
-        first_step, first_pass = self.state.origin
-        last = first_step + self.sampler.steps_for(config.data.epochs - first_pass)
+        cut = None if self.state.cuts is None else self.state.cuts[0]
+        last = self.sampler.last_step(config.data.epochs, self.state.origin, cut)
         if config.trainer.max_steps < last:
             reason = f"data.epochs={config.data.epochs} would take {last} steps"
             logger.warning(f"trainer.max_steps={config.trainer.max_steps}: ends the run first; {reason}")

@@ -54,7 +54,7 @@ def test_a_damaged_sample_is_skipped_and_named(copy: Dataset) -> None:
     whole = [bytes(tokens[:-1].astype("uint8")) for tokens in documents_of(copy)]
     ids = [damage_sample(copy, number) for number in (0, 5, 6)]
     changed: dict[str, Any] = {"batch_size": 1, "shuffle": False, "passes": 1}
-    n_steps = make_sampler(copy, batch_size=1).steps_for(1)
+    n_steps = make_sampler(copy, batch_size=1).last_step(1)
     batches, state = read_steps(copy, n_steps, **changed)
     found = [damage for batch in batches for damage in batch.damaged]
     assert [damage.id for damage in found] == ids
@@ -81,7 +81,7 @@ def test_a_repaired_sample_stays_in_quarantine(dataset: Dataset, copy: Dataset) 
     for number in (3, 11, 30):
         damage_sample(copy, number)
     changed: dict[str, Any] = {"batch_size": 2}
-    n_steps = make_sampler(copy, **changed).steps_for(1)
+    n_steps = make_sampler(copy, **changed).last_step(1)
     expected, _ = read_world(copy, 2 * n_steps, **changed)
     _, state = read_world(copy, n_steps, **changed)
     assert len(state["quarantine"]) == 3
@@ -106,7 +106,7 @@ def test_too_many_damaged_samples_are_an_error(copy: Dataset, workers: int) -> N
         damage_sample(copy, number)
     n_samples = copy.total("samples", "train")
     settings: dict[str, Any] = {"batch_size": 2, "workers": workers}
-    n_steps = make_sampler(copy, batch_size=2).steps_for(1)
+    n_steps = make_sampler(copy, batch_size=2).last_step(1)
     with open_loader(copy, max_damaged_fraction=6 / n_samples + 1e-9, **settings) as loader:
         for _ in range(n_steps):
             next(loader)

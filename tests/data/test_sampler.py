@@ -125,7 +125,7 @@ def test_a_pass_holds_every_token_once(
     assert set(found.values()) == {passes}
     assert len(found) == dataset.total("tokens", "train")
     # the planned number of steps, and all streams are within a row of each other
-    assert max(steps) == make_sampler(dataset, **changed).steps_for(passes)
+    assert max(steps) == make_sampler(dataset, **changed).last_step(passes)
     assert max(steps) - min(steps) <= passes
 
 
@@ -168,7 +168,7 @@ def test_rows_are_the_documents_and_the_token_before_them(dataset: Dataset) -> N
 def test_the_end_of_the_last_pass_is_padding(dataset: Dataset) -> None:
     n_tokens = dataset.total("tokens", "train")
     sampler = make_sampler(dataset, seq_len=500, batch_size=3)
-    rows, _ = read_world(dataset, sampler.steps_for(2) + 1, seq_len=500, batch_size=3, passes=2)
+    rows, _ = read_world(dataset, sampler.last_step(2) + 1, seq_len=500, batch_size=3, passes=2)
     assert int((rows[:, 1] != -100).sum()) == 2 * n_tokens
     assert (rows[-1, 1] == -100).all() and (rows[-1, 0] == 256).all()
 
@@ -191,7 +191,7 @@ def test_samples_are_shuffled_within_and_across_shards(make_dataset: Callable[..
 
 
 def test_document_starts_can_be_masked(dataset: Dataset) -> None:
-    n_steps = make_sampler(dataset).steps_for(1) - 1  # within one pass, so that no range ends within a document
+    n_steps = make_sampler(dataset).last_step(1) - 1  # within one pass, so that no range ends within a document
     plain, state = read_world(dataset, n_steps)
     masking = next_token_examples(64, 256, mask_document_starts=True)
     masked, masked_state = read_world(dataset, n_steps, make_example=masking)
@@ -255,7 +255,7 @@ def test_pooled_data_sets_are_read_whole(dataset: Dataset, make_dataset: Callabl
     other = make_dataset([(f"n{n}", b"number %d." % n) for n in range(50)])
     corpus = Corpus([dataset, other])
     sampler = make_sampler(corpus, batch_size=2)
-    rows, _ = read_world(corpus, sampler.steps_for(1), batch_size=2, passes=1)
+    rows, _ = read_world(corpus, sampler.last_step(1), batch_size=2, passes=1)
     found = Counter(rows[:, 1].flatten().tolist())
     right = Counter(np.concatenate(documents_of(dataset) + documents_of(other)).tolist())
     assert found - Counter({-100: found[-100]}) == right
@@ -270,7 +270,7 @@ def test_finding_a_position_reads_no_more_after_a_thousand_passes(
     monkeypatch.setattr(index_module, "read_index", lambda *args: reads.update(["index"]) or read_index(*args))
     monkeypatch.setattr(SampleReader, "read", lambda *args: reads.update(["sample"]) or read_sample(*args))
     _, state = read_world(dataset, 1)
-    share = min(make_sampler(dataset).pools[0].stream_range(stream)[1] for stream in range(8))
+    share = make_sampler(dataset).pools[0].n_units // 8
     for passes in (0, 1, 1000, 10**9):
         streams = {key: [value[0] + passes * share, value[1]] for key, value in state["streams"].items()}
         reads.clear()

@@ -100,7 +100,7 @@ def test_fields_come_back(data: Path) -> None:
 
 
 def test_a_pass_reads_every_sample_once_in_any_world(data: Path) -> None:
-    steps = make_sampler(data).steps_for(1)
+    steps = make_sampler(data).last_step(1)
     assert steps == -(-50 // BATCH)
     whole, state = read(data, steps, passes=1)
     seen = sorted(bytes(row[:-1]) for row in rows(whole) if row)
@@ -143,7 +143,7 @@ def test_a_damaged_sample_is_skipped(data: Path, tmp_path: Path) -> None:
     content = bytearray((copy / shard.name).read_bytes())
     content[entry.offset] ^= 1
     (copy / shard.name).write_bytes(content)
-    found, state = read(copy, 2 * make_sampler(copy).steps_for(1))
+    found, state = read(copy, 2 * make_sampler(copy).last_step(1))
     assert [sample[2] for sample in state["quarantine"]] == [entry.key]
     assert len(rows(found)) == len([row for row in rows(found) if row])
 

@@ -200,7 +200,10 @@ def test_the_samples_of_a_step(
     inspect(monkeypatch, run_folder, "--order", 20)
     listed = capsys.readouterr().out.splitlines()
     assert listed == shown.splitlines()[:-1]
-    assert listed.pop(0) == "order of seed=3, batch_size=8, seq_len=64, shuffle=True, interleaved_shards=2"
+    assert (
+        listed.pop(0)
+        == "order of seed=3, batch_size=8, seq_len=64, shuffle=True, interleaved_shards=2, weights=None"
+    )
     # the text of each row is that of the listed spans
     texts = dict(varied_documents())
     rows: list[bytes] = []

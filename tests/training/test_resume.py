@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import LOSS, checkpoint, damage, interrupted, losses, train
+from run_helpers import LOSS, checkpoint, damage, data_state, interrupted, losses, train
 from support.events import scalars
 from support.tiny import tiny_overrides
 from support.weights import assert_same
@@ -184,7 +184,6 @@ def test_going_back_in_the_same_directory_is_refused(
     ("changed", "words"),
     [
         ("model.ff_mult=2", r"\bmodel\b(.|\n)*feed_forward.* in the checkpoint"),
-        ("data.seq_len=32", "seq_len"),
         ("trainer.seed=1", "seed"),
     ],
 )
@@ -214,8 +213,21 @@ def test_another_model_is_refused_with_its_keys(
     run = interrupted(whole, tmp_path / "run", 3)
     with pytest.raises(UserError, match=r"(?s)different model.*output_dir.*\n  model\.dim: 32 -> 64"):
         train(job, tiny_data, run, "model.dim=64", "model.axial_dims=[16,48]")
-    with pytest.raises(UserError, match=r"^data\.seq_len=32: .*\bdata\.seq_len=64\b.*output_dir"):
-        train(job, tiny_data, run, "data.seq_len=32")
+
+
+def test_a_run_is_taken_up_at_another_length(
+    whole: Path, tiny_data: Path, tmp_path: Path, job: Runtime, said: pytest.LogCaptureFixture
+) -> None:
+    """In the middle and after its end; each token is read once (tests/data/test_recut.py)."""
+    longer = ("data.seq_len=128", "data.batch_size=2", "trainer.micro_batch_size=2")
+    run = train(job, tiny_data, interrupted(whole, tmp_path / "run", 3), *longer)
+    state = data_state(checkpoint(run, 6))
+    assert state["origin"] == [3, 0] and state["settings"]["seq_len"] == 128
+    assert [value[0] for value in state["streams"].values()] == [3 * 64 + 3 * 128] * 2
+    assert any(line.startswith("rows of a step: 4 of 64 tokens -> 2 of 128 tokens") for line in said.messages)
+    again = train(job, tiny_data, run, "trainer.max_steps=7", "optim.accept_jump=true")
+    state = data_state(checkpoint(again, 7))
+    assert [value[0] for value in state["streams"].values()] == [3 * 64 + 3 * 128 + 64] * 4
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,19 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of weights, tokenizer, and sizes and checksums of all shards, independent of their addresses."""
-        content = [self.weights, [dataset.fingerprint for dataset in self.datasets]]
+        """sha256 of tokenizer, and sizes and checksums of all shards, independent of their addresses.
+
+        Of weights, it only covers whether there are any: they may change during a run.
+        """
+        return self._digest(self.weights is not None)
+
+    @property
+    def fingerprint_with_weights(self) -> str:
+        """The fingerprint in states of earlier versions."""
+        return self._digest(self.weights)
+
+    def _digest(self, weights: Any) -> str:
+        content = [weights, [dataset.fingerprint for dataset in self.datasets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -21,6 +21,7 @@ from reformer_dist.data.format.corpus import Corpus
 from reformer_dist.data.format.quarantine import CheckedReader, DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, make_sample
 from reformer_dist.data.loading.collate import Batch, Example, collate, next_token_example
+from reformer_dist.data.loading.cut import Cut, StreamPart
 from reformer_dist.data.loading.packing import Span, StreamIndex, pack_spans
 from reformer_dist.data.loading.sampler import DrawKey, Pool
 from reformer_dist.errors import DataError
@@ -152,7 +153,7 @@ def _read_all_rows(
 ) -> Iterator[tuple[int, list[Span]]]:
     by_sample, length = seq_len is None, seq_len or 1
     pool = Pool(0, corpus.shards(rows.split), seed=0, n_streams=1, shuffle=False, by_sample=by_sample)
-    index = StreamIndex(pool, stream=0, passes=1)
+    index = StreamIndex(pool, StreamPart(Cut(), pool.n_units, 0, 1), stream=0, passes=1)
     quarantine = Quarantine(corpus.total("samples", rows.split), rows.max_damaged_fraction)
     reported: set[DamagedSample] = set()
     with closing(CheckedReader(quarantine)) as reader:

@@ -90,7 +90,8 @@ class TrainLoader:
             divisors = f"{dp_size} ranks and micro-batches of {micro_batch_size}"
             raise ValueError(f"batch_size={sampler.n_streams} can't be divided into {divisors}")
         state = state or LoaderState()
-        self._sampler, self._quarantine, self._origin = sampler, quarantine, state.origin
+        self._sampler, self._quarantine = sampler, quarantine
+        self._origin, self._cuts = state.origin, state.cuts
         self._micro_batch_size = micro_batch_size
         make_example = make_example or next_token_examples(sampler.seq_len, sampler.corpus.tokenizer.eos_id)
         self._stream_ids = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
@@ -178,7 +179,8 @@ class TrainLoader:
         step = self._step
 
         def make_state() -> dict[str, Any]:
-            return LoaderState(step, self._origin, streams, frozenset(self._damaged)).to_json(self._sampler)
+            state = LoaderState(step, self._origin, streams, frozenset(self._damaged), self._cuts)
+            return state.to_json(self._sampler)
 
         return StepBatch(
             batches=[collate(examples[i : i + size]) for i in range(0, len(examples), size)],

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reformer_dist.data.format.sample_reader import SampleRef
+from reformer_dist.data.loading.cut import Cut, StreamPart
 from reformer_dist.data.loading.sampler import Pool, Sampler, ShuffledGroup
 from reformer_dist.errors import DataError
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
@@ -56,13 +57,22 @@ class TokenStream:
         positions: Sequence[int] | None = None,
         digest: bytes = bytes(HASH_BYTES),
         passes: int | None = None,
+        cuts: Sequence[Cut] | None = None,
     ) -> None:
-        """positions: units before the next row, per pool, over all passes. passes: None for an endless stream."""
+        """positions: units before the next row, per pool, over all passes. passes: None for an endless stream.
+
+        cuts: of the pools, if the run has divided them anew.
+        """
         self.positions = list(positions or [0] * len(sampler.pools))
         self.digest = digest
         """Running hash of the ids of all spans so far."""
         self._units_per_row = sampler.units_per_row
-        self._indexes = [StreamIndex(pool, stream, passes) for pool in sampler.pools]
+        cuts = cuts or [Cut()] * len(sampler.pools)
+        parts = [
+            StreamPart(cut, pool.n_units, stream, sampler.n_streams)
+            for cut, pool in zip(cuts, sampler.pools, strict=True)
+        ]
+        self._indexes = [StreamIndex(*each, stream, passes) for each in zip(sampler.pools, parts, strict=True)]
 
     def next_spans(self, pool: int, load_tokens: LoadTokens) -> list[Span]:
         """Spans of the next row: seq_len tokens in total or one sample, fewer at the end of the stream.
@@ -86,23 +96,32 @@ class TokenStream:
         self.digest = hashlib.blake2b(self.digest + ids.encode(), digest_size=HASH_BYTES).digest()
         return spans
 
+    def skip_rows(self, n_rows: Sequence[int]) -> None:
+        """Advances by rows of each pool, as if no sample were damaged, without updating the hash."""
+        moves = zip(self._indexes, self.positions, n_rows, strict=True)
+        self.positions = [index.skip(position, n * self._units_per_row) for index, position, n in moves]
+
 
 class StreamIndex:
     """Maps positions of one stream in one pool to samples. Caches the last group and sample."""
 
-    def __init__(self, pool: Pool, stream: int, passes: int | None) -> None:
-        self._pool, self._passes, self._stream = pool, passes, stream
-        self._first, self._length = pool.stream_range(stream)
+    def __init__(self, pool: Pool, part: StreamPart, stream: int, passes: int | None) -> None:
+        self._pool, self._part, self._stream = pool, part, stream
+        self._end = None if passes is None else part.position_after(passes)
         self._group: ShuffledGroup | None = None
         self._group_pass = -1
         self._sample: tuple[SampleRef, Tokens | None] | None = None
 
     def is_at_end(self, position: int) -> bool:
-        return self._passes is not None and position >= self._passes * self._length
+        return self._end is not None and position >= self._end
+
+    def skip(self, position: int, n_units: int) -> int:
+        """The position `n_units` later, or the end of the stream."""
+        return position + n_units if self._end is None else min(position + n_units, self._end)
 
     def raise_if_all_damaged(self, n_damaged: int) -> None:
         """Raises DataError if `n_damaged` consecutive damaged units are all that this stream ever reads."""
-        if not self._pool.shuffle and n_damaged >= self._length:
+        if not self._pool.shuffle and n_damaged >= self._part.pass_length:
             hint = "so that each epoch assigns different samples to each row"
             raise DataError(
                 f"data.shuffle=false: every sample assigned to batch row {self._stream} is damaged; restore the "
@@ -111,8 +130,7 @@ class StreamIndex:
 
     def span_at(self, position: int, max_length: int, load_tokens: LoadTokens) -> tuple[Span | None, int]:
         """(span that begins at a position, units to advance); the span is None if the sample is damaged."""
-        pass_index, offset = divmod(position, self._length)
-        unit = self._first + offset
+        pass_index, unit, n_contiguous = self._part.locate(position)
         group = self._group
         if group is None or pass_index != self._group_pass or not group.start <= unit < group.end:
             self._group = group = self._pool.group_at(pass_index, unit)
@@ -124,7 +142,7 @@ class StreamIndex:
         tokens = self._sample[1]
         if self._pool.by_sample:
             return None if tokens is None else Span(dataset_index, ref, 0, ref.entry.n_tokens, tokens), 1
-        length = min(ref.entry.n_tokens - start, self._length - offset)
+        length = min(ref.entry.n_tokens - start, n_contiguous)
         if tokens is None:
             return None, length
         length = min(length, max_length)

@@ -26,7 +26,7 @@ class Replay:
         """quarantine: samples that the run skipped, besides those of `state`. passes: see `TrainLoader`."""
         self.step = state.step
         """Steps replayed or skipped so far."""
-        self._sampler = sampler
+        self._sampler, self._origin, self._cuts = sampler, state.origin, state.cuts
         self._quarantine = quarantine | state.quarantine
         self._streams = [state.open_stream(sampler, stream, passes) for stream in range(sampler.n_streams)]
 
@@ -50,9 +50,14 @@ class Replay:
             for step in range(self.step, self.step + n_steps):
                 rows[np.arange(self._sampler.n_streams), self._sampler.pools_of_step(step)] += 1
         for stream, counts in zip(self._streams, rows, strict=True):
-            units = (counts * self._sampler.units_per_row).tolist()
-            stream.positions = [position + n for position, n in zip(stream.positions, units, strict=True)]
+            stream.skip_rows(counts.tolist())
         self.step += n_steps
+
+    @property
+    def state(self) -> LoaderState:
+        """The loader state of the run after these steps."""
+        streams = {number: (stream.positions, stream.digest) for number, stream in enumerate(self._streams)}
+        return LoaderState(self.step, self._origin, streams, frozenset(self._quarantine), self._cuts)
 
     @property
     def hash(self) -> str:

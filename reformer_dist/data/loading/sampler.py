@@ -3,9 +3,9 @@
 A pool is a list of shards: all shards of the run or, if datasets are mixed by weight, those of one dataset. Pass
 k over a pool permutes its shards by (seed, pool, k), cuts them into groups, and concatenates the groups, with
 the samples of each permuted by (seed, pool, k, group). This sequence of tokens, or of samples if a row holds one
-sample, is cut into V equal ranges, one per virtual stream. A position in a stream is therefore one integer, the
-units (tokens or samples) before it over all passes, and seeking to it takes no longer in the thousandth pass than
-in the first.
+sample, is cut into V equal ranges, one per virtual stream (`cut.py`). A position in a stream is therefore one
+integer, the units (tokens or samples) before it over all passes, and seeking to it takes no longer in the
+thousandth pass than in the first.
 
 The fewer streams there are, the more shards a group has: otherwise a run with few long rows, which takes hundreds
 of steps to read a shard, would read one source in all of them.
@@ -17,6 +17,7 @@ Only the raw output of a seeded bit generator is used: numpy promises that it ne
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.format.corpus import Corpus, CorpusShard
 from reformer_dist.data.format.index import IndexEntry, ShardIndex
+from reformer_dist.data.loading.cut import Cut, Era, end_of_passes
 from reformer_dist.errors import DataError
 
 MAX_CACHED_PASSES = 4
@@ -117,7 +119,7 @@ class Pool:
         Raises DataError if the shards hold no text or fewer units than there are streams.
         """
         self.number, self.shards, self.by_sample, self.shuffle = number, shards, by_sample, shuffle
-        self._seed, self._n_streams, self._interleaved_shards = seed, n_streams, interleaved_shards
+        self._seed, self._interleaved_shards = seed, interleaved_shards
         sizes = [s.shard.samples if by_sample else s.shard.tokens for s in shards]
         self._shard_sizes = np.array(sizes, dtype=np.int64)
         self.n_units = int(self._shard_sizes.sum())
@@ -134,11 +136,6 @@ class Pool:
         """Hash of everything but the seed that determines the order of the pool."""
         shards = [[s.shard.name, s.shard.sha256, s.shard.index_sha256] for s in self.shards]
         return hashlib.sha256(repr(shards).encode()).hexdigest()[:16]
-
-    def stream_range(self, stream: int) -> tuple[int, int]:
-        """(first unit, number of units) of each pass that a stream reads."""
-        first = self.n_units * stream // self._n_streams
-        return first, self.n_units * (stream + 1) // self._n_streams - first
 
     def group_at(self, pass_index: int, unit: int) -> ShuffledGroup:
         """The group of shards that holds a unit of a pass. Raises DataError if an index can't be read."""
@@ -241,14 +238,19 @@ class Sampler:
     def units_per_row(self) -> int:
         return 1 if self.by_sample else self.seq_len
 
-    def steps_for(self, passes: int) -> int:
-        """Steps until every token of `passes` passes over a single pool has been predicted once."""
-        longest = -(-self.pools[0].n_units // self.n_streams)
-        return -(-passes * longest // self.units_per_row)
+    def last_step(
+        self, passes: int, origin: tuple[int, int] = (0, 0), cut: Cut | None = None, eras: Sequence[Era] = ()
+    ) -> int:
+        """The step that completes `passes` passes over a single pool. See `end_of_passes`.
+
+        eras: of other rows than this sampler's, from the first step of the cut on.
+        """
+        eras = eras or [Era(None, self.n_streams, self.units_per_row)]
+        return end_of_passes(passes, origin, cut or Cut(), self.pools[0].n_units, eras)
 
     def settings(self) -> dict[str, Any]:
         """Everything else that determines the order, as JSON values."""
         # with one sample per row, the order does not depend on the length of a row
         row = {"by_sample": True} if self.by_sample else {"seq_len": self.seq_len}
         order = {"shuffle": self.shuffle, "interleaved_shards": self.interleaved_shards}
-        return {"seed": self.seed, "batch_size": self.n_streams, **row, **order}
+        return {"seed": self.seed, "batch_size": self.n_streams, **row, **order, "weights": self.corpus.weights}

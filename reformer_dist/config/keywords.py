@@ -92,7 +92,9 @@ FORWARD_COUNTERPARTS: Mapping[str, str] = {
     **dict.fromkeys(("attn_mask", "src_mask", "tgt_mask", "input_attn_mask", "is_causal"), _PAIRS),
     **dict.fromkeys(("input_ids", "decoder_input_ids"), "tokens [B, S]"),
     "inputs_embeds": "ReformerStack, which takes vectors [B, S, dim]",
-    "position_ids": "key_padding_mask: positions count from the first real token",
+    **dict.fromkeys(
+        ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"), "document_ids [B, S], the document of each token"
+    ),
     "pos_emb": "position of ModelConfig",
     **dict.fromkeys(("output_attentions", "need_weights", "return_attn"), "reformer_dist.inspect_attention"),
     **dict.fromkeys(("output_hidden_states", "return_embeddings"), "model.encode(tokens)"),

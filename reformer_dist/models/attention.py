@@ -31,7 +31,7 @@ from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, h
 from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import unsupported_reason
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
-from reformer_dist.ops.lsh.next_values import zero_padding
+from reformer_dist.ops.lsh.next_values import zero_padding, zero_starts
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -115,6 +115,7 @@ class SelfAttention(CountsSteps):
             dropout_seed=context.seed_for("attention", layer),
             rows=context.coords.rows,
             backend=config.attention_backend.name,
+            document_ids=context.document_ids,
         )
 
     @staticmethod
@@ -149,6 +150,7 @@ class LSHSelfAttention(SelfAttention):
             q = rotate(q, *context.rotary)
         if options.next_value_heads:
             v = zero_padding(v, context.key_padding_mask)
+            v = zero_starts(v, options.next_value_heads, context.document_starts)
         return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
 
     def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:
@@ -187,6 +189,7 @@ class ExactSelfAttention(SelfAttention):
             dropout=context.dropout(self.config.attention_dropout),
             seed=context.seed_for("attention", layer),
             rows=context.coords.rows,
+            document_ids=context.document_ids,
         )
         return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
 

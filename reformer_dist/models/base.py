@@ -61,7 +61,7 @@ class ReformerModel(CountsSteps):
 
     def _embed(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         check_length(self.config, tokens.shape[1])
-        x: Tensor = self.embedding(tokens, context.coords.positions)
+        x: Tensor = self.embedding(tokens, context.positions)
         return token_dropout(
             x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.coords
         )

@@ -15,6 +15,7 @@ from reformer_dist.models.decoding import DecodingState
 from reformer_dist.models.recompute import LayerWeights
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.models.training_steps import CountsSteps
+from reformer_dist.ops.checks import check_range
 from reformer_dist.ops.dropout import TokenCoords
 from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
@@ -36,6 +37,11 @@ class ForwardOptions(TypedDict, total=False):
     """Seed of this step's dropout masks in training mode; None draws one from torch's global generator."""
     rows: Tensor | None
     """[B] indices of the rows in the global batch, which dropout masks depend on; None: 0, 1, .."""
+    document_ids: Tensor | None
+    """[B, S] integers that do not decrease along a row: tokens attend to those of their own document only. None: a
+    row is one document."""
+    position_ids: Tensor | None
+    """[B, S] positions for position embeddings, such as those within documents; None: those in the row."""
     bucket_stats: list[BucketStats] | None
     """List that LSH layers append their bucket statistics to."""
     sequence: SequenceAccess
@@ -67,8 +73,14 @@ class ForwardContext:
     """Coordinates of the local tokens in the global batch, which dropout masks depend on."""
     sequence: SequenceAccess
     """Access to the sequences of which the tokens are a part."""
+    positions: Tensor
+    """[S] or [B, S] positions of the local tokens for position embeddings."""
     key_padding_mask: Tensor | None = None
     """[B, S], True for real tokens."""
+    document_ids: Tensor | None = None
+    """[B, S]: see `ForwardOptions`."""
+    document_starts: Tensor | None = None
+    """[B, S], True for the first token of a document; only for values of the next token."""
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
     bucket_stats: list[BucketStats] | None = None
@@ -105,9 +117,14 @@ def build_context(
     """
     sequence = options.get("sequence", WHOLE_SEQUENCE)
     mask, step = options.get("key_padding_mask"), options.get("step")
+    documents, positions = options.get("document_ids"), options.get("position_ids")
     if isinstance(sequence, DecodingState):
-        sequence.check_call(config, step, is_training=is_training)
+        sequence.check_call(config, step, documents, positions, is_training=is_training)
     coords = TokenCoords(options.get("rows"), sequence.positions(n_tokens, device, mask))
+    if positions is None:
+        positions = coords.positions
+    else:
+        check_range("position_ids", positions, config.max_positions or 2**31, limit="max_positions")
     dropout_seed = options.get("dropout_seed")
     if not is_training:
         dropout_seed = None
@@ -115,10 +132,24 @@ def build_context(
         dropout_seed = int(torch.randint(2**62, (1,), device="cpu").item())
     rotary = None
     if config.position is Position.rotary:
-        rotary = rotary_tables(coords.positions, config.resolved_head_dim)
+        rotary = rotary_tables(positions, config.resolved_head_dim)
+    starts = None
+    if documents is not None and config.next_value_heads:
+        starts = sequence.document_starts(documents)
     phase = "evaluation" if step is None else "training"
     rotation_seed = derive_seed("rotations", seed, phase, step or 0)
-    return ForwardContext(dropout_seed, rotation_seed, coords, sequence, mask, rotary, options.get("bucket_stats"))
+    return ForwardContext(
+        dropout_seed,
+        rotation_seed,
+        coords,
+        sequence,
+        positions,
+        mask,
+        documents,
+        starts,
+        rotary,
+        options.get("bucket_stats"),
+    )
 
 
 def refuse_options(options: ForwardOptions) -> None:

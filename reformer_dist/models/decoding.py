@@ -10,6 +10,7 @@ Models and a standalone `ReformerStack` need no code for this: to attention, the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class DecodingState(WholeSequence):
     """KV caches of all layers for B sequences. Implements `models.sequence.SequenceAccess`.
 
     The first call prefills from the prompts, which may be padded on the left. Each later call takes one token per
-    row, and no mask. Raises ValueError if the model can't be decoded with a cache.
+    row, and no mask; it continues the last document of its prompt, if that is divided into documents. Raises
+    ValueError if the model can't be decoded with a cache.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,15 +50,29 @@ class DecodingState(WholeSequence):
         self._max_positions = config.max_positions
         self._step: int | None = None
         """Of the first call, whose rotations sort all tokens into buckets."""
+        self._prompt_ids: tuple[Tensor | None, Tensor | None] = (None, None)
         self._layers: dict[int, _LayerState] = {}
         self._length = 0
         """Of every row, padding included."""
         self._first: Tensor | None = None
-        """[B]: index of each row's first real token; None without padding."""
-        self._least_padding = 0
+        """[B]: index of each row's first real token, or of the first one of its last document; None: 0."""
+        self._origin: Tensor | None = None
+        """[B]: index of each row's token at position 0; None: 0."""
+        self._least_origin = 0
 
-    def check_call(self, config: ModelConfig, step: int | None, *, is_training: bool) -> None:
-        """Raises ValueError if the next call has dropout, or other rotations than the first one."""
+    def check_call(
+        self,
+        config: ModelConfig,
+        step: int | None,
+        document_ids: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        is_training: bool,
+    ) -> None:
+        """Raises ValueError if the next call has dropout, or other rotations than the first one.
+
+        document_ids, position_ids [B, S]: of prompts, whose last document the next tokens continue.
+        """
         dropouts = ("dropout", "attention_dropout", "ff_dropout", "layer_drop")
         used = [f"model.{name}={getattr(config, name)}" for name in dropouts if getattr(config, name) > 0]
         if is_training and used:
@@ -65,32 +81,44 @@ class DecodingState(WholeSequence):
             raise ValueError(
                 f"step={step}: must be that of the prompts, step={self._step}, whose rotations hash all"
             )
-        self._step = step
+        for name, given in (("document_ids", document_ids), ("position_ids", position_ids)):
+            if self._layers and given is not None:
+                requirement = (
+                    "a later token continues the last document of its prompt; begin a new state for another"
+                )
+                raise ValueError(f"{name}: {requirement}")
+        self._step, self._prompt_ids = step, (document_ids, position_ids)
 
     def positions(self, n_tokens: int, device: torch.device, key_padding_mask: Tensor | None = None) -> Tensor:
         if not self._layers:
-            self._read_padding(key_padding_mask)
+            self._read_prompts(key_padding_mask)
             self._length = n_tokens
             return super().positions(n_tokens, device, key_padding_mask)
         if n_tokens != 1 or key_padding_mask is not None:
             raise ValueError(f"{n_tokens} tokens: after the prompts, a call takes one token per row and no mask")
         index = self._length
-        longest = index + 1 - self._least_padding
+        longest = index + 1 - self._least_origin
         if self._max_positions is not None and longest > self._max_positions:
             raise ValueError(f"{longest} tokens: this model's positions allow at most {self._max_positions}")
         self._length += 1
-        if self._first is None:
+        if self._origin is None:
             return torch.full((1,), index, dtype=torch.int64, device=device)
-        return index - self._first.unsqueeze(1)
+        return index - self._origin.unsqueeze(1)
 
-    def _read_padding(self, mask: Tensor | None) -> None:
-        if mask is None or bool(mask.all()):
-            return
-        first = first_real(mask)
-        left_padded = torch.arange(mask.shape[1], device=mask.device) >= first.unsqueeze(1)
-        if not torch.equal(mask, left_padded):
-            raise ValueError("key_padding_mask: each row must have a real token, and padding on the left only")
-        self._first, self._least_padding = first, int(first.min())
+    def _read_prompts(self, mask: Tensor | None) -> None:
+        if mask is not None and not bool(mask.all()):
+            first = first_real(mask)
+            left_padded = torch.arange(mask.shape[1], device=mask.device) >= first.unsqueeze(1)
+            if not torch.equal(mask, left_padded):
+                raise ValueError("key_padding_mask: each row must have a real token, and padding on the left only")
+            self._first = self._origin = first
+        document_ids, position_ids = self._prompt_ids
+        if document_ids is not None:
+            in_last = first_real(document_ids == document_ids[:, -1:])
+            self._first = in_last if self._first is None else torch.maximum(self._first, in_last)
+        if position_ids is not None:
+            self._origin = position_ids.shape[1] - 1 - position_ids[:, -1]
+        self._least_origin = 0 if self._origin is None else int(self._origin.min())
 
     def of_layer(self, layer: int) -> LayerAccess:
         if layer not in self._layers:
@@ -101,9 +129,9 @@ class DecodingState(WholeSequence):
         """Replaces row i by row rows[i]; rows [N] int64 may repeat and drop rows."""
         for state in self._layers.values():
             state.select_rows(rows)
-        if self._first is not None:
-            self._first = self._first[rows]
-            self._least_padding = int(self._first.min())
+        if self._origin is not None:
+            self._origin = self._origin[rows]
+            self._least_origin = int(self._origin.min())
 
     def n_bytes(self) -> int:
         """Memory of the caches."""
@@ -127,7 +155,10 @@ class _LayerState(WholeSequence):
         if isinstance(self._cache, BucketCache):
             return self._cache.attend(q, v, exchange.bucket_ids)
         if k is None:
-            self._cache = BucketCache(q, v, exchange.bucket_ids, options, exchange.key_padding_mask)
+            seen = None  # by later tokens
+            if self._first is not None:
+                seen = torch.arange(q.shape[2], device=q.device) >= self._first.unsqueeze(1)
+            self._cache = BucketCache(q, v, exchange.bucket_ids, replace(options, document_ids=None), seen)
         else:
             assert options.n_buckets == 1 and isinstance(options.rule, WindowRule) and options.rule.sees_self
             self._cache = WindowCache(k, v, options.rule.window, options.scale, self._first)

@@ -65,8 +65,12 @@ class ReformerEncoderDecoder(ReformerModel):
         source: tokens, or the result of `encode_source`. tokens: the decoder input, which is a start token and the
         target. Labels of -100 are ignored. source_mask [B, T]: True for real tokens of the source;
         source_sequence: which part of the sources is local. logits_to_keep: returns logits of the last tokens
-        only. The other keywords are those of `ForwardOptions` and apply to the target.
+        only. The other keywords are those of `ForwardOptions` and apply to the target; document_ids and
+        position_ids are refused.
         """
+        for name in ("document_ids", "position_ids"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}: a row of an encoder-decoder holds one source and one target; omit it")
         if self.training and options.get("dropout_seed") is None:
             options["dropout_seed"] = int(torch.randint(2**62, (1,), device="cpu").item())
         # of both stacks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.models.context import ForwardOptions
-from reformer_dist.ops.checks import TensorChecks, check_integer, check_range, check_type
+from reformer_dist.ops.checks import TensorChecks, check_document_ids, check_integer, check_range, check_type
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int, mask_name: str, mask: Tensor | None) -> TensorChecks:
@@ -44,6 +44,11 @@ def check_vectors(x: Tensor, dim: int, options: ForwardOptions) -> None:
 def check_options(checks: TensorChecks, options: ForwardOptions) -> None:
     """Raises ValueError unless rows and numbers of the options fit; checks: of the inputs, with their batch B."""
     rows, step, dropout_seed = (options.get(name) for name in ("rows", "step", "dropout_seed"))
+    documents, positions = options.get("document_ids"), options.get("position_ids")
+    if documents is not None:
+        check_document_ids(checks, documents)
+    if positions is not None:
+        checks.integers("position_ids", positions, "B S")
     if isinstance(rows, Tensor):
         checks.integers("rows", rows, "B")
     elif rows is not None:

@@ -16,7 +16,7 @@ from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
-from reformer_dist.ops.lsh.next_values import next_values
+from reformer_dist.ops.lsh.next_values import document_starts, next_values
 from reformer_dist.ops.lsh.sorting import count_buckets
 
 
@@ -70,6 +70,10 @@ class SequenceAccess(Protocol):
         """
         ...
 
+    def document_starts(self, document_ids: Tensor) -> Tensor:
+        """Whether each local token is the first of its document, bool [B, S], from their document_ids [B, S]."""
+        ...
+
     def of_layer(self, layer: int) -> LayerAccess:
         """The attention of a layer."""
         ...
@@ -101,6 +105,9 @@ class WholeSequence:
         if key_padding_mask is None:
             return indices
         return (indices - first_real(key_padding_mask).unsqueeze(1)).clamp_min(0)
+
+    def document_starts(self, document_ids: Tensor) -> Tensor:
+        return document_starts(document_ids)
 
     def of_layer(self, layer: int) -> LayerAccess:
         return self

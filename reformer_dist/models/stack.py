@@ -67,7 +67,7 @@ class ReformerStack(CountsSteps):
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
             if self.positions is not None:
-                x = x.float() + self.positions(context.coords.positions)
+                x = x.float() + self.positions(context.positions)
         x = x.float()
         if torch.is_grad_enabled() and not x.requires_grad:
             # with a frozen embedding the layers must still train, and ZeRO's hooks need an input with a gradient

@@ -80,6 +80,13 @@ class TensorChecks:
                 self._sources[letter] = name
 
 
+def check_document_ids(checks: TensorChecks, document_ids: Tensor) -> None:
+    """document_ids are integers [B, S] of 31 bits that do not decrease along a row."""
+    checks.integers("document_ids", document_ids, "B S")
+    check_range("document_ids", document_ids, 2**31, limit="2**31")
+    check_all("document_ids", document_ids.diff(dim=1) >= 0, "must not decrease along a row")
+
+
 def one_per_row_or_shared(x: Tensor, dims: str) -> str:
     """dims "B S ..." for a tensor that differs between batch rows, or without the "B" where all rows share it."""
     has_batch = not isinstance(x, Tensor) or x.dim() >= len(dims.split())
@@ -138,8 +145,14 @@ def check_range(name: str, x: Tensor, stop: int, *, limit: str, also: int | None
     expected = f"must be from 0 to {stop - 1}, below {limit}={stop}"
     if also is not None:
         is_valid, expected = is_valid | (x == also), f"{expected}, or {also}"
-    if x.device.type == "cpu" and not isinstance(x, FakeTensor):  # which has no values
+    check_all(name, is_valid, expected, x)
+
+
+def check_all(name: str, is_valid: Tensor, expected: str, x: Tensor | None = None) -> None:
+    """Every element of is_valid is True; the message has that of x where one is not. On a GPU, as check_range."""
+    if is_valid.device.type == "cpu" and not isinstance(is_valid, FakeTensor):  # which has no values
         if not bool(is_valid.all()):
-            raise ValueError(f"{name}={x[~is_valid][0].item()}: {expected}")
-    elif x.device.type != "meta":
+            value = "" if x is None else f"={x[~is_valid][0].item()}"
+            raise ValueError(f"{name}{value}: {expected}")
+    elif is_valid.device.type != "meta":
         torch._assert_async(is_valid.all(), f"{name}: {expected}")

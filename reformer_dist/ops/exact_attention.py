@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_dist.ops.checks import TensorChecks, check_dropout, check_integer
+from reformer_dist.ops.checks import TensorChecks, check_document_ids, check_dropout, check_integer
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class ExactOptions:
     seed: int
     rows: Tensor | None
     """[B] indices of the rows in the global batch; None: 0, 1, .."""
+    document_ids: Tensor | None = None
+    """[B, S] as in `lsh.AttentionOptions`. Each document is a call of its own, so no mask of S x S exists."""
 
     def __post_init__(self) -> None:
         check_dropout("dropout", self.dropout)
@@ -35,18 +38,47 @@ class ExactOptions:
         """
         _check(q, k, v, key_padding_mask, self.rows)
         check_integer("first_head", first_head, least=0, most=n_heads - q.shape[1])
+        rows = range(len(q)) if self.rows is None or self.dropout == 0.0 else self.rows.tolist()
+        head_indices = [row * n_heads + first_head for row in rows]
+        if self.document_ids is None:
+            return self._attend(q, k, v, key_padding_mask, head_indices)
+        check_document_ids(TensorChecks(B=len(q), S=q.shape[2]), self.document_ids)
+        outs = []
+        for row, lengths in enumerate(document_lengths(self.document_ids)):
+            # split, whose backward is one concatenation, unlike that of slices
+            parts = (x[row : row + 1].split(lengths, dim=2) for x in (q, k, v))
+            masks: Sequence[Tensor | None] = [None] * len(lengths)
+            if key_padding_mask is not None:
+                masks = key_padding_mask[row : row + 1].split(lengths, dim=1)
+            starts = [0, *itertools.accumulate(lengths[:-1])]
+            documents = [
+                self._attend(q, k, v, mask, head_indices[row : row + 1], start)
+                for q, k, v, mask, start in zip(*parts, masks, starts, strict=True)
+            ]
+            outs.append(torch.cat(documents, dim=2))
+        return torch.cat(outs)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        head_indices: Sequence[int],
+        start: int = 0,
+    ) -> Tensor:
+        """head_indices: of the first head of each row, within the step; start: position of the first token."""
         if self.dropout == 0.0:
             return exact_attention(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask)
         mask = None if key_padding_mask is None else _mask(key_padding_mask, self.causal)
-        rows = range(len(q)) if self.rows is None else self.rows.tolist()
         outs = []
         # PyTorch's kernels draw dropout from the global generator only, so heads run one by one with a seed each
         for row, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
             one_head = (slice(row, row + 1), slice(head, head + 1))
-            global_index = rows[row] * n_heads + head + first_head
+            # spread out, since the generators may be correlated for adjacent seeds, in the low bits that CPUs use
+            offset = (head_indices[row] + head) * 0x9E3779B97F4A7C15 + start * 0xBF58476D1CE4E5B9
             with torch.random.fork_rng(devices=[q.device] if q.is_cuda else []):
-                # spread out, since the generators may be correlated for adjacent seeds
-                torch.manual_seed((self.seed + global_index * 0x9E3779B97F4A7C15) % 2**63)
+                torch.manual_seed((self.seed + offset) % 2**63)
                 outs.append(
                     F.scaled_dot_product_attention(
                         q[one_head],
@@ -58,6 +90,11 @@ class ExactOptions:
                     )
                 )
         return torch.cat(outs).view(q.shape)
+
+
+def document_lengths(document_ids: Tensor) -> list[list[int]]:
+    """Tokens of each document of each row, from document_ids [B, S]."""
+    return [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_ids]
 
 
 def exact_attention(

@@ -85,6 +85,7 @@ class TokenDispatcher:
             position_codes=route.position_codes if n_rounds > 1 else None,
             bucket_sizes=route.bucket_sizes,
             partition=Partition(self.comm.index, self.comm.size),
+            document_ids=None if route.document_ids is None else route.document_ids.unsqueeze(0),
         )
         k, v = (self.key_format.field(key_rows, name) for name in ("k", "v"))
         if queries is None:

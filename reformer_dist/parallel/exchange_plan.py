@@ -81,6 +81,8 @@ class Route:
     """int32 [R, BH * S] rank that attends from each local token, -1 for padding; only if combined per round."""
     bucket_sizes: Tensor
     """int32 [BH, R, K] members of each bucket on all ranks."""
+    document_ids: Tensor | None
+    """int32 [L] documents of the received tokens, if tokens attend to those of their own only."""
     checksum: int
     """Checksum of what this rank sends minus that of what it receives: over all ranks they sum to 0."""
 
@@ -112,6 +114,9 @@ def make_plan(
     those that the bucket counts predict.
     """
     n_heads, _, n_local = buckets.shape
+    documents = options.document_ids
+    if documents is not None:
+        documents = documents.int().repeat_interleave(n_heads // len(documents), dim=0)
     group_size = max(1, GROUP_TOKENS["cuda" if buckets.is_cuda else "cpu"] // n_local)
     routes, mismatches = [], 0
     with comm.stats.timed(PHASE):
@@ -119,7 +124,8 @@ def make_plan(
         for first in range(0, n_heads, group_size):
             heads = slice(first, min(first + group_size, n_heads))
             local = _LocalTokens(buckets[heads], preceding[heads], sizes[heads], options, seq_len, comm.size)
-            routes.append(_make_route(heads, local, options, comm, keeps_owners=per_round))
+            of_heads = None if documents is None else documents[heads]
+            routes.append(_make_route(heads, local, of_heads, options, comm, keeps_owners=per_round))
             mismatches += _count_mismatches(routes[-1], options, seq_len, n_local, comm)
         checksum = _wrap_int64(sum(route.checksum for route in routes))
         sums = torch.tensor([mismatches, checksum], device=buckets.device)
@@ -212,14 +218,24 @@ class _LocalTokens:
 
 
 def _make_route(
-    heads: slice, local: _LocalTokens, options: AttentionOptions, comm: CommGroup, *, keeps_owners: bool
+    heads: slice,
+    local: _LocalTokens,
+    documents: Tensor | None,
+    options: AttentionOptions,
+    comm: CommGroup,
+    *,
+    keeps_owners: bool,
 ) -> Route:
-    """Tells each rank which tokens of these heads it will receive, and their bucket ids."""
+    """Tells each rank which tokens of these heads it will receive, their bucket ids and documents [BH, S]."""
     bits = torch.stack([pack_bits(local.is_needed), pack_bits(local.is_query)], dim=1)
     recipient, head, token = local.is_needed.nonzero(as_tuple=True)
     ids = local.sent_ids(recipient, head, token, options.n_buckets)
-    fields = {"ids": ids} if local.codes is None else {"ids": ids, "codes": local.codes[head, :, token]}
-    row_format = RowFormat(**{name: (x.dtype, ids.shape[1]) for name, x in fields.items()})
+    fields = {"ids": ids}
+    if local.codes is not None:
+        fields["codes"] = local.codes[head, :, token]
+    if documents is not None:
+        fields["documents"] = documents[head, token].unsqueeze(1)
+    row_format = RowFormat(**{name: (x.dtype, x.shape[1]) for name, x in fields.items()})
     received_bits = comm.all_to_all(bits, PHASE)
     sent, sent_queries, received, received_queries = (
         Selection.of(both[:, i].contiguous()) for both in (bits, received_bits) for i in (0, 1)
@@ -227,11 +243,21 @@ def _make_route(
     rows = comm.all_to_all_v(SplitRows(row_format.pack(**fields), sent.splits, received.splits), PHASE).wait()
     codes = None if local.codes is None else row_format.field(rows, "codes").t().contiguous()
     received_ids = row_format.field(rows, "ids").contiguous()
+    received_documents = None if documents is None else row_format.field(rows, "documents").flatten()
     checksum = _checksum(sent, sent_queries, ids, comm, is_sent=True)
     checksum -= _checksum(received, received_queries, received_ids, comm, is_sent=False)
     owners = local.owners if keeps_owners else None
     selections = (sent, sent_queries, received, received_queries)
-    return Route(heads, *selections, received_ids, codes, owners, local.bucket_sizes, _wrap_int64(checksum))
+    return Route(
+        heads,
+        *selections,
+        received_ids,
+        codes,
+        owners,
+        local.bucket_sizes,
+        received_documents,
+        _wrap_int64(checksum),
+    )
 
 
 def _count_mismatches(route: Route, options: AttentionOptions, seq_len: int, n_local: int, comm: CommGroup) -> int:

@@ -18,7 +18,7 @@ from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, CrossKeys, CrossOptions, attend_locally, cross_attention
 from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
-from reformer_dist.ops.lsh.next_values import next_values
+from reformer_dist.ops.lsh.next_values import document_starts, next_values
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
@@ -68,6 +68,10 @@ class SlicedSequence:
         # padding takes the last position, since position tables may end there
         return torch.arange(self._start, self._start + n_tokens, device=device).clamp_max(self.seq_len - 1)
 
+    def document_starts(self, document_ids: Tensor) -> Tensor:
+        index, lasts = self.mesh.slice_index, gather_slices(document_ids[:, -1].contiguous(), self.mesh)
+        return document_starts(document_ids, lasts[index - 1] if index else None)
+
     def of_layer(self, layer: int) -> SlicedSequence:
         return self
 
@@ -80,10 +84,14 @@ class SlicedSequence:
         if mesh.heads > 1:
             order = list(range(mesh.heads))
             bucket_ids = to_heads(bucket_ids.transpose(2, 3), mesh.head_group, order).transpose(2, 3).contiguous()
-            if mask is not None:
-                mask = _concat_slices(mesh.head_group.all_gather(mask.contiguous(), "heads"))
+            mask, documents = (
+                None if x is None else _concat_slices(mesh.head_group.all_gather(x.contiguous(), "heads"))
+                for x in (mask, options.document_ids)
+            )
+            options = replace(options, document_ids=documents)
         if mesh.buckets == 1:
-            mask = None if mask is None else mask[:, : self.seq_len]
+            mask, documents = (None if x is None else x[:, : self.seq_len] for x in (mask, options.document_ids))
+            options = replace(options, document_ids=documents)
             return LocalExchange(bucket_ids[..., : self.seq_len], options, mask)
         buckets = mark_padding(bucket_ids, options.n_buckets, mask)
         plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
@@ -119,7 +127,8 @@ class SlicedSequence:
     ) -> Tensor:
         comm, n_heads = self.mesh.sequence_group, q.shape[1]
         q, k, v = (self._to_whole_sequences(x) for x in (q, k, v))
-        mask = self._whole_sequence_mask(key_padding_mask)
+        mask = self._whole_rows(key_padding_mask)
+        options = replace(options, document_ids=self._whole_rows(options.document_ids))
         first_head = comm.index * n_heads // comm.size
         out = options.attend(q, k, v, mask, first_head=first_head, n_heads=n_heads)
         return to_slices(self._with_padding(out, self.mesh.size), comm, self._order)
@@ -140,7 +149,7 @@ class SlicedSequence:
             source._to_whole_sequences(local.k),
             source._to_whole_sequences(local.v),
             source._whole_sequence_ids(local.ids),
-            source._whole_sequence_mask(local.padding_mask),
+            source._whole_rows(local.padding_mask),
         )
         q, query_ids = self._to_whole_sequences(q), self._whole_sequence_ids(query_ids)
         options = replace(options, n_heads=n_heads, first_head=comm.index * n_heads // comm.size)
@@ -166,11 +175,11 @@ class SlicedSequence:
         """[B, H, R, n_local] -> [B, H / P, R, seq_len]."""
         return None if ids is None else self._to_whole_sequences(ids.transpose(2, 3)).transpose(2, 3)
 
-    def _whole_sequence_mask(self, mask: Tensor | None) -> Tensor | None:
+    def _whole_rows(self, x: Tensor | None) -> Tensor | None:
         """[B, n_local] -> [B, seq_len]."""
-        if mask is None:
+        if x is None:
             return None
-        slices = self.mesh.sequence_group.all_gather(mask.contiguous(), "heads")[self._order]
+        slices = self.mesh.sequence_group.all_gather(x.contiguous(), "heads")[self._order]
         return _concat_slices(slices)[:, : self.seq_len]
 
     def _without_padding(self, x: Tensor) -> Tensor:

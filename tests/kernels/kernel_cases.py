@@ -26,6 +26,7 @@ class KernelCase:
     shared: bool = False
     crowded: bool = False
     """In the first round all tokens are in the last bucket, and the others are empty."""
+    documents: bool = False
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
 
@@ -37,6 +38,13 @@ class KernelCase:
     def rows(self, device: str) -> Tensor:
         """[B]: numbers of the rows in the whole batch."""
         return torch.tensor([5, 2], device=device)[: self.batch]
+
+    def document_ids(self, device: str) -> Tensor | None:
+        """[B, S]: documents of 9 tokens, and of 11 in the second row."""
+        if not self.documents:
+            return None
+        lengths = torch.tensor([[9], [11]])[: self.batch]
+        return (torch.arange(self.seq_len) // lengths).to(device)
 
     def tensors(self, device: str) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """q, k, v [B, 2, S, D] as views of [B, S, 2, D] (a projection), ids [B, 2, R, S], mask [B, S]."""
@@ -80,6 +88,10 @@ CASES = {
     "long tiles of both sides": KernelCase(
         WindowRule(70, False), n_buckets=2, seq_len=300, padding=True, dtype=torch.bfloat16, tolerance=0.06
     ),
+    "documents": KernelCase(WindowRule(9, True), documents=True, shared=True, padding=True),
+    "documents, both sides, once": KernelCase(
+        WindowRule(20, False), n_buckets=1, documents=True, once=True, dropout=0.2, seq_len=71
+    ),
     "fp16": KernelCase(WindowRule(9, True), dtype=torch.float16, tolerance=0.01),
     "chunks": KernelCase(ChunkRule(16, True), padding=True),
     "short chunks of both sides": KernelCase(ChunkRule(5, False, 2, 1), padding=True, dropout=0.2),
@@ -103,7 +115,13 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     inputs, ids, mask = case.tensors(device)
     settings = {"count_pairs_once": case.once, "dropout": case.dropout, "dropout_seed": 123456789012345}
     options = AttentionOptions(
-        case.rule, case.n_buckets, 0.3, **settings, rows=case.rows(device), backend="triton"
+        case.rule,
+        case.n_buckets,
+        0.3,
+        **settings,
+        rows=case.rows(device),
+        backend="triton",
+        document_ids=case.document_ids(device),
     )
     d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
 
@@ -117,6 +135,7 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
     if case.shared:  # round the keys as the kernels do
         keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
+    settings["document_ids"] = options.document_ids
     settings["head_indices"] = options.head_indices(case.batch, 2, inputs[0].device)
     expected = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **settings)
     expected_grads = torch.autograd.grad(expected, (q, v) if case.shared else (q, k, v), d_out.double())

@@ -26,7 +26,7 @@ def test_partitions_match_the_reference(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
-        rows=case.rows(DEVICE), backend="triton",
+        rows=case.rows(DEVICE), backend="triton", document_ids=case.document_ids(DEVICE),
     )  # fmt: skip
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     actual = attend_by_partition(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
@@ -43,6 +43,7 @@ def test_partitions_match_the_reference(case: KernelCase) -> None:
         dropout=case.dropout,
         dropout_seed=7,
         head_indices=options.head_indices(case.batch, 2, v.device),
+        document_ids=options.document_ids,
     )
     expected = [expected.detach(), *torch.autograd.grad(expected, leaves, d_out.float())]
     if case.shared:  # the key of a zero query has no derivative

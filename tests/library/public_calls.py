@@ -104,9 +104,17 @@ QKV = {name: floats(B, H, S, D) for name in "qkv"}
 OF_HEADS = dict.fromkeys("qkv", "B H S D")
 TOKEN = {name: floats(B, H, 1, D) for name in "qkv"}
 OF_TOKEN = dict.fromkeys("qkv", "B H 1 D")
+DOCUMENTS, POSITIONS = torch.arange(S).expand(B, S) // 8, torch.arange(S).expand(B, S) % 8
+WRONG_DOCUMENTS = [DOCUMENTS.flip(1), DOCUMENTS - 1, DOCUMENTS + 2**31]
 FORWARD = {"key_padding_mask": MASK, "rows": ROWS, "step": 3, "dropout_seed": 5}
 OF_FORWARD = {"key_padding_mask": "B S", "rows": "B"}
 WRONG_FORWARD: dict[str, list[Any]] = {"step": [-1, 1.5, "1"], "dropout_seed": [1.5, "1"]}
+IDS_OF_TOKENS = {"document_ids": DOCUMENTS, "position_ids": POSITIONS}
+WRONG_IDS: dict[str, list[Any]] = {
+    "document_ids": WRONG_DOCUMENTS, "position_ids": [POSITIONS - 1, POSITIONS + 2**40]
+}  # fmt: skip
+OF_DOCUMENTS = {"document_ids": "B S", "position_ids": "B S"}
+"""Of the forward of everything but an encoder-decoder."""
 MODELS = {
     "lm": ReformerLM(config(), V),
     "classifier": ReformerForSequenceClassification(config(causal=False), V, 5),
@@ -138,9 +146,10 @@ def cached(kind: str) -> Any:
 OPS = {
     "lsh_attention": Call(
         lsh_attention,
-        {"qk": QKV["q"], "v": QKV["v"], "key_padding_mask": MASK},
-        {"qk": "B H S D", "v": "B H S D", "key_padding_mask": "B S"},
+        {"qk": QKV["q"], "v": QKV["v"], "key_padding_mask": MASK, "document_ids": DOCUMENTS},
+        {"qk": "B H S D", "v": "B H S D", "key_padding_mask": "B S", "document_ids": "B S"},
         wrong={
+            "document_ids": WRONG_DOCUMENTS,
             "n_hashes": INTEGER, "n_buckets": [*INTEGER, 3, 2**40], "window": [*INTEGER, 2**40],
             "seed": [*SEED, 2**70],
             "scale": POSITIVE, "dropout": PROBABILITY, "dropout_seed": SEED, "hash_scheme": ["rotations", None, 1],
@@ -298,14 +307,17 @@ CACHES = {
 def forward(name: str, **wrong: list[Any]) -> dict[str, Any]:
     """Fields of a `Call` of a model's forward."""
     model = MODELS[name]
+    if name != "translator":
+        wrong = {**WRONG_IDS, **wrong}
     return {"function": model, "signature": type(model).forward, "wrong": {**WRONG_FORWARD, **wrong}}
 
 
 def layer(kind: Any) -> Call:
     module = kind(config())
     return Call(
-        module, {"x": floats(B, S, DIM), **FORWARD}, {"x": "B S dim", **OF_FORWARD}, fixed="dim",
-        wrong=WRONG_FORWARD, signature=kind.forward,
+        module, {"x": floats(B, S, DIM), **FORWARD, **IDS_OF_TOKENS},
+        {"x": "B S dim", **OF_FORWARD, **OF_DOCUMENTS},
+        fixed="dim", wrong={**WRONG_FORWARD, **WRONG_IDS}, signature=kind.forward,
     )  # fmt: skip
 
 
@@ -313,18 +325,18 @@ WRONG_TOKENS = labels(V, B, S)
 KEPT = [0, -1, 1.5]
 LIBRARY = {
     "ReformerLM.forward": Call(
-        valid={"tokens": TOKENS, "labels": TOKENS, **FORWARD},
-        dims={"tokens": "B S", "labels": "B S", **OF_FORWARD},
+        valid={"tokens": TOKENS, "labels": TOKENS, **FORWARD, **IDS_OF_TOKENS},
+        dims={"tokens": "B S", "labels": "B S", **OF_FORWARD, **OF_DOCUMENTS},
         **forward("lm", tokens=WRONG_TOKENS, labels=WRONG_TOKENS, logits_to_keep=KEPT),
     ),
     "ReformerForSequenceClassification.forward": Call(
-        valid={"tokens": TOKENS, "labels": integers(5, B), **FORWARD},
-        dims={"tokens": "B S", "labels": "B", **OF_FORWARD},
+        valid={"tokens": TOKENS, "labels": integers(5, B), **FORWARD, **IDS_OF_TOKENS},
+        dims={"tokens": "B S", "labels": "B", **OF_FORWARD, **OF_DOCUMENTS},
         **forward("classifier", tokens=WRONG_TOKENS, labels=labels(5, B)),
     ),
     "ReformerForQuestionAnswering.forward": Call(
-        valid={"tokens": TOKENS, "labels": integers(S, B, 2), "answer_mask": MASK, **FORWARD},
-        dims={"tokens": "B S", "labels": "B 2", "answer_mask": "B S", **OF_FORWARD},
+        valid={"tokens": TOKENS, "labels": integers(S, B, 2), "answer_mask": MASK, **FORWARD, **IDS_OF_TOKENS},
+        dims={"tokens": "B S", "labels": "B 2", "answer_mask": "B S", **OF_FORWARD, **OF_DOCUMENTS},
         **forward("reader", tokens=WRONG_TOKENS, labels=labels(S, B, 2)),
     ),
     "ReformerEncoderDecoder.forward": Call(

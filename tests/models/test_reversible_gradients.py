@@ -213,7 +213,9 @@ def test_streams_are_reconstructed(is_autocast: bool) -> None:
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, torch.Generator().manual_seed(parameter.numel()))
     coords = TokenCoords(None, torch.arange(37))
-    context = ForwardContext(dropout_seed=None, rotation_seed=1, coords=coords, sequence=WholeSequence())
+    context = ForwardContext(
+        dropout_seed=None, rotation_seed=1, coords=coords, sequence=WholeSequence(), positions=coords.positions
+    )
     caches = [RecomputeCache() for _ in range(6)]
     streams = [torch.randn(2, 2, 37, 24, generator=torch.Generator().manual_seed(0)).unbind()]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):

@@ -42,6 +42,8 @@ def attend(
     rotations = draw_rotations(n_heads, head_dim, 3, n_buckets, "rotation", seed=0)
     ids = hash_vectors(q, rotations, n_buckets, "rotation", backend="native")
     more = {"count_pairs_once": True, "dropout": 0.3, "rows": torch.arange(batch)} if extras else {}
+    if extras:
+        more["document_ids"] = (torch.rand(batch, seq_len) < 0.1).long().cumsum(dim=1)
     options = AttentionOptions(WindowRule(window, causal), n_buckets, scale=1.0, backend="native", **more)
     mask = torch.rand(batch, seq_len) < 0.7 if extras else None
     bucket_attention(q, k if own_keys else None, v, ids, options, mask).sum().backward()
@@ -50,7 +52,10 @@ def attend(
 def attend_shards() -> None:
     q, v = torch.randn(2, 1, 2, 300, 16).unbind()
     ids = torch.randint(0, 4, (1, 2, 2, 300))
-    options = AttentionOptions(WindowRule(20, True), 4, scale=1.0, dropout=0.1, backend="native")
+    documents = torch.arange(300).unsqueeze(0) // 40
+    options = AttentionOptions(
+        WindowRule(20, True), 4, scale=1.0, dropout=0.1, backend="native", document_ids=documents
+    )
     attend_by_partition(q, None, v, ids, options, None, torch.ones_like(v), 3)
 
 

@@ -15,7 +15,10 @@ from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
 from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule
+from reformer_dist.ops.lsh.next_values import zero_starts
 from reformer_dist.parallel import SlicedSequence, exchange_plan
+
+LAST_DOCUMENT = 2**31 - 1  # fills slices after the end of a row
 
 
 class Mode(NamedTuple):
@@ -50,6 +53,7 @@ class Case:
     """none, some (random tokens), slice (all of the first rank's), all (the first row)"""
     dtype: torch.dtype = torch.float32
     backend: str = "torch"
+    documents: bool = False
 
     def tensors(self, size: int) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor]:
         """q, (k), v of the whole sequence, bucket ids, mask, gradient of the output."""
@@ -72,6 +76,13 @@ class Case:
                 mask[0] = False
         d_out = torch.randn(shape, generator=draw).to(self.dtype)
         return vectors, ids.to(torch.uint8 if self.n_buckets < 255 else torch.int16), mask, d_out
+
+    def document_ids(self) -> Tensor | None:
+        """[B, S]: documents of 0 to 20 tokens, which differ between the rows."""
+        if not self.documents:
+            return None
+        draw = torch.Generator().manual_seed(self.seq_len)
+        return (torch.rand(self.batch, self.seq_len, generator=draw) < 0.1).long().cumsum(dim=1)
 
     def options(self) -> AttentionOptions:
         return AttentionOptions(
@@ -116,6 +127,11 @@ def cases() -> list[Case]:
         Case("next values, fewer tokens than ranks", CAUSAL, next_value_heads=4, seq_len=3),
         Case("bf16", CAUSAL, dtype=torch.bfloat16),
         Case("bf16, odd width", CAUSAL, dtype=torch.bfloat16, head_dim=5),
+        Case("documents", CAUSAL, seq_len=97, documents=True),
+        Case("documents, two-sided, padding, dropout", TWO_SIDED, padding="some", dropout=0.2, documents=True),
+        Case("documents, pairs once", CAUSAL, count_pairs_once=True, n_buckets=2, documents=True),
+        Case("documents, next values", CAUSAL, next_value_heads=3, seq_len=99, documents=True),
+        Case("documents, local", sees_self[True], documents=True, **one_round),
     ]
     by_c = {"backend": "auto", "head_dim": 16}
     found += [
@@ -127,6 +143,7 @@ def cases() -> list[Case]:
         Case("C: local, two-sided", sees_self[False], padding="slice", **one_round, **by_c),
         Case("C: fewer tokens than ranks", CAUSAL, seq_len=3, **by_c),
         replace(wide, name="C: more buckets than tokens", **by_c),
+        Case("C: documents", CAUSAL, seq_len=301, n_buckets=2, count_pairs_once=True, documents=True, **by_c),
         Case("C: bf16, a row of padding", CAUSAL, padding="all", dtype=torch.bfloat16, **by_c),
     ]
     chunk = ChunkRule(8, causal=True)
@@ -153,7 +170,14 @@ def attend(
 ) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
-    exchange = sequence.make_exchange(ids, case.options(), mask)
+    options, documents = case.options(), case.document_ids()
+    if documents is not None:
+        if isinstance(sequence, SlicedSequence):
+            documents = sequence.take(documents, LAST_DOCUMENT)
+        options = replace(options, document_ids=documents)
+        starts = sequence.document_starts(documents)
+        leaves[-1] = zero_starts(leaves[-1], case.next_value_heads, starts).detach().requires_grad_()
+    exchange = sequence.make_exchange(ids, options, mask)
     k = None if case.shared else leaves[1]
     for _ in range(2):
         out = sequence.bucket_attention(leaves[0], k, leaves[-1], exchange)
@@ -225,13 +249,14 @@ def check_causality(mesh: SequenceMesh, per_round: bool) -> None:
 
 
 def check_exact_attention(mesh: SequenceMesh) -> None:
-    for seq_len, causal, dropout, padding in (
-        (64, True, 0.0, "none"),
-        (37, False, 0.0, "some"),
-        (37, True, 0.4, "some"),
+    for seq_len, causal, dropout, padding, documents in (
+        (64, True, 0.0, "none", False),
+        (37, False, 0.0, "some", False),
+        (37, True, 0.4, "some", False),
+        (37, True, 0.4, "some", True),
     ):
         case = Case("exact", CAUSAL, seq_len=seq_len, n_heads=8, head_dim=4, shared=False, padding=padding)
-        options = ExactOptions(causal=causal, dropout=dropout, seed=3, rows=torch.tensor([2, 6]))
+        document_ids = replace(case, documents=documents).document_ids()
         sliced = SlicedSequence(mesh, seq_len)
         tensors = case.tensors(mesh.size)
         outcomes = []
@@ -240,6 +265,10 @@ def check_exact_attention(mesh: SequenceMesh) -> None:
             (sliced, own_tensors(sliced, *tensors)),
         ):
             leaves = [x.clone().requires_grad_() for x in vectors]
+            own = document_ids
+            if own is not None and sequence is sliced:
+                own = sliced.take(own, LAST_DOCUMENT)
+            options = ExactOptions(causal, dropout, seed=3, rows=torch.tensor([2, 6]), document_ids=own)
             out = sequence.exact_attention(*leaves, options, mask)
             outcomes.append([out.detach(), *torch.autograd.grad(out, leaves, d_out)])
         for right, part in zip(*outcomes, strict=True):

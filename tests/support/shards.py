@@ -40,7 +40,7 @@ def partition_shards(
     has_codes = options.count_pairs_once and n_rounds > 1
     codes = sorting.full_position_codes(buckets, n_buckets, options.rule) if has_codes else None
     real_bucket = buckets.long().clamp_max(n_buckets - 1)
-    is_real = buckets < n_buckets
+    is_real, documents = buckets < n_buckets, options.document_ids
     for index in range(size):
         is_held, is_query = torch.zeros_like(is_real), torch.zeros_like(is_real)
         for r in range(n_rounds):
@@ -66,6 +66,7 @@ def partition_shards(
             position_codes=None if codes is None else codes[:, head, token].contiguous(),
             bucket_sizes=sizes,
             partition=Partition(index, size),
+            document_ids=None if documents is None else documents[head // n_heads, token].int().unsqueeze(0),
         )
         yield PartitionShard(shard, head * seq_len + token, is_query[head, :, token].any(dim=1))
 

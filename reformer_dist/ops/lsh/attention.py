@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.checks import TensorChecks, check_integer
+from reformer_dist.ops.checks import TensorChecks, check_document_ids, check_integer
 from reformer_dist.ops.first_order import FirstOrderFunction, first_order
 from reformer_dist.ops.lsh.neighbour_rules import Rule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
@@ -55,6 +55,9 @@ class Shard:
     partition: Partition = field(default_factory=Partition)
     has_padding: bool = True
     """Whether some rows may be absent from all rounds."""
+    document_ids: Tensor | None = None
+    """int32 [N, L]: rows of different documents do not attend to each other. Since those of a document are
+    adjacent in a sequence, they also are within each bucket, and the order by (bucket, position) serves all."""
 
     @property
     def is_whole(self) -> bool:
@@ -239,6 +242,8 @@ class LocalExchange:
             checks.integers("query_ids", query_ids, "B H R S")
         checks.mask("key_padding_mask", key_padding_mask, "B S")
         options.check_rows(checks)
+        if options.document_ids is not None:
+            check_document_ids(checks, options.document_ids)
         n_heads = bucket_ids.shape[1]
         check_integer("next_value_heads", options.next_value_heads, least=0, most=options.n_heads or n_heads)
         if options.n_heads is not None:
@@ -272,8 +277,8 @@ class LocalExchange:
     def _shard(self, first: int, size: int) -> Shard:
         (batch, n_heads, _, seq_len), n_buckets = self.bucket_ids.shape, self.options.n_buckets
         heads, mask = slice(first, min(first + size, batch * n_heads)), self.key_padding_mask
-        if mask is not None:
-            mask = mask[torch.arange(heads.start, heads.stop, device=mask.device) // n_heads]
+        row = torch.arange(heads.start, heads.stop, device=self.bucket_ids.device) // n_heads
+        mask, documents = (None if x is None else x[row] for x in (mask, self.options.document_ids))
         keys, queries = (
             None if ids is None else mark_padding(ids.flatten(0, 1)[heads].unsqueeze(1), n_buckets, mask)
             for ids in (self.bucket_ids, self.query_ids)
@@ -287,6 +292,7 @@ class LocalExchange:
             seq_len=seq_len,
             first_head=first,
             has_padding=mask is not None,
+            document_ids=None if documents is None else documents.int(),
         )
 
 

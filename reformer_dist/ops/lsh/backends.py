@@ -22,7 +22,7 @@ from reformer_dist.ops.lsh.hashing import check_factors, check_rotations, count_
 from reformer_dist.ops.lsh.native.attention import NativeBackend
 from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
-from reformer_dist.ops.lsh.next_values import next_values, zero_padding
+from reformer_dist.ops.lsh.next_values import document_starts, next_values, zero_padding, zero_starts
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
@@ -161,7 +161,9 @@ def bucket_attention(
         check_range("query_ids", query_ids, options.n_buckets, limit="n_buckets")
     if options.next_value_heads:
         exchange.check(q, k, v)
-        v = next_values(zero_padding(v, key_padding_mask), options.next_value_heads)
+        documents, n_heads = options.document_ids, options.next_value_heads
+        v = zero_starts(v, n_heads, None if documents is None else document_starts(documents))
+        v = next_values(zero_padding(v, key_padding_mask), n_heads)
     return attend_locally(q, k, v, exchange)
 
 
@@ -187,6 +189,7 @@ def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchan
         head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
         query_ids=exchange.query_ids,
         attends_alone=options.attends_alone,
+        document_ids=options.document_ids,
     )
 
 

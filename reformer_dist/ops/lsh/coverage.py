@@ -69,6 +69,9 @@ def measure_coverage(
         row, column = position[chunk, None], position[None, :]
         visible = column < row if rule.causal else column != row
         candidates = visible & real[:, None, :] & real[:, chunk, None]
+        if (documents := options.document_ids) is not None:
+            same_document = documents[:, chunk, None] == documents[:, None, :]
+            candidates &= same_document.repeat_interleave(q.shape[1], dim=0)
         attended = torch.zeros_like(candidates)
         for round_codes in codes:
             attended |= within_reach(round_codes[:, chunk, None], round_codes[:, None, :], rule)

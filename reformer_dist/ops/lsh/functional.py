@@ -22,6 +22,7 @@ def lsh_attention(
     causal: bool = True,
     seed: int = 0,
     key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
     scale: float = 1.0,
     hash_scheme: str = "rotation",
     count_pairs_once: bool = False,
@@ -34,7 +35,8 @@ def lsh_attention(
     qk, v [B, H, S, D], of any length S; keys are qk / |qk|, and logits scale * q.k. In each of n_hashes rounds
     a token attends to the members of its bucket at a sorted distance below `window`, earlier ones only if causal.
     A token without keys attends to itself. seed: of the hash rotations; should differ between layers and training
-    steps. key_padding_mask [B, S]: True for real tokens. dropout: of attention weights, with masks that are a
+    steps. key_padding_mask [B, S]: True for real tokens. document_ids [B, S]: integers that do not decrease along
+    a row; tokens attend to those of their own document only. dropout: of attention weights, with masks that are a
     function of dropout_seed. n_buckets: 1 or even. backend: auto, triton, native, torch or reference. Time and
     memory grow with S * n_hashes * window.
 
@@ -55,6 +57,7 @@ def lsh_attention(
         dropout=dropout,
         dropout_seed=dropout_seed,
         backend=backend,
+        document_ids=document_ids,
     )
     rotations = draw_rotations(qk.shape[1], qk.shape[3], n_hashes, n_buckets, hash_scheme, seed)
     bucket_ids = hash_vectors(qk, rotations, n_buckets, hash_scheme, backend=backend)

@@ -16,6 +16,29 @@ def zero_padding(v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return v if key_padding_mask is None else v.masked_fill(~key_padding_mask[:, None, :, None], 0)
 
 
+def zero_starts(v: Tensor, n_heads: int, starts: Tensor | None) -> Tensor:
+    """v [B, H, S, D] with zeros in the first n_heads heads at the first tokens of documents (starts [B, S] True).
+
+    They succeed no token: the last one of a document has no successor.
+    """
+    if starts is None:
+        return v
+    is_moved = torch.arange(v.shape[1], device=v.device) < n_heads
+    return v.masked_fill(starts[:, None, :, None] & is_moved[:, None, None], 0)
+
+
+def document_starts(document_ids: Tensor, preceding: Tensor | None = None) -> Tensor:
+    """Whether each token is the first of its document, bool [B, S], from document_ids [B, S].
+
+    preceding [B]: document of the token before the first, on the previous rank; None: there is none.
+    """
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    torch.ne(document_ids[:, 1:], document_ids[:, :-1], out=starts[:, 1:])
+    if preceding is not None:
+        starts[:, 0] = document_ids[:, 0] != preceding
+    return starts
+
+
 def next_values(v: Tensor, n_heads: int, following: Tensor | None = None) -> Tensor:
     """v [B, H, S, D] whose first n_heads heads are moved one position on; the others stay.
 

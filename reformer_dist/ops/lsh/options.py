@@ -67,6 +67,9 @@ class AttentionOptions(DropoutOptions):
     """auto, reference, torch, native or triton: see `ops.lsh.backends`."""
     own_keys: bool = False
     """Keys have bucket ids of their own: see `WindowRule`. Otherwise a token has one bucket, as query and key."""
+    document_ids: Tensor | None = None
+    """[B, S] integers that do not decrease along a row: a token attends to those of its own document only, as if
+    each document were a sequence of its own. None: a row is one document."""
 
     @property
     def attends_alone(self) -> bool:
@@ -93,6 +96,8 @@ class AttentionOptions(DropoutOptions):
                 raise ValueError("rule.sees_self=False: must be True with own_keys=True unless rule.causal=True")
         elif self.next_value_heads and self.rule.sees_self:
             raise ValueError(f"next_value_heads={self.next_value_heads}: needs rule.sees_self=False")
+        if self.document_ids is not None and isinstance(self.rule, ChunkRule):
+            raise ValueError(f"document_ids: need a WindowRule, not {self.rule}, whose chunks cross documents")
         if self.count_pairs_once:
             self._check_count_pairs_once()
 

@@ -13,14 +13,24 @@ from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
 
 
 def visible_pairs(
-    bucket_ids: Tensor, rule: Rule, key_padding_mask: Tensor | None = None, query_ids: Tensor | None = None
+    bucket_ids: Tensor,
+    rule: Rule,
+    key_padding_mask: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """Number of times query i attends to key j in each round: int64 [B, H, R, S, S].
 
     bucket_ids [B, H, R, S]; key_padding_mask [B, S], True for real tokens. Padding is in no bucket, neither as a
     query nor as a key. A token does not attend to itself unless rule.sees_self. query_ids [B, H, R, S]: buckets of
-    the queries, under the window rule, if those of the keys are their own.
+    the queries, under the window rule, if those of the keys are their own. document_ids [B, S], with a WindowRule:
+    each document has buckets of its own.
     """
+    if document_ids is not None:
+        n_buckets = max(int(ids.max()) for ids in (bucket_ids, query_ids) if ids is not None) + 1
+        first_bucket = document_ids[:, None, None, :].long() * n_buckets
+        bucket_ids = bucket_ids.long() + first_bucket
+        query_ids = None if query_ids is None else query_ids.long() + first_bucket
     batch, n_heads, n_hashes, seq_len = bucket_ids.shape
     visible = torch.zeros(batch, n_heads, n_hashes, seq_len, seq_len, dtype=torch.int64, device="cpu")
     for b in range(batch):
@@ -101,15 +111,16 @@ def reference_attention(
     head_indices: Tensor | None = None,
     query_ids: Tensor | None = None,
     attends_alone: bool = True,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the union of all (round, key) pairs; q, k, v and the result are [B, H, S, D].
 
     A pair that is visible in several rounds counts once per round, or once with count_pairs_once (the paper's
     N(i, j)). A token without keys attends to itself if attends_alone, else to nothing. head_indices [B * H]: see
-    `DropoutOptions.head_indices`, 0, 1, ... if None. query_ids: see `visible_pairs`. Differentiable; computes in
-    float32 or wider.
+    `DropoutOptions.head_indices`, 0, 1, ... if None. query_ids, document_ids: see `visible_pairs`. Differentiable;
+    computes in float32 or wider.
     """
-    visible = visible_pairs(bucket_ids, rule, key_padding_mask, query_ids)
+    visible = visible_pairs(bucket_ids, rule, key_padding_mask, query_ids, document_ids)
     out, met_no_key = _union_softmax(
         q, k, v, visible, scale, count_pairs_once, _dropout_factors(visible, dropout, dropout_seed, head_indices)
     )

@@ -103,7 +103,10 @@ class NativeSortedShard:
         queries, is_whole = shard.query_sort_keys, shard.is_whole
         # of a partition with keys of their own, the queries of other ranks are absent
         bounds = None if is_whole or queries is not None else shard.query_bounds(options.rule)
-        order = order_rows(shard.sort_keys, options, shard.n_sort_keys, bounds, queries, is_whole=is_whole)
+        documents = None if shard.document_ids is None else shard.document_ids.contiguous()
+        order = order_rows(
+            shard.sort_keys, options, shard.n_sort_keys, bounds, queries, documents, is_whole=is_whole
+        )
         if not is_whole:
             order = replace(order, codes=shard.position_codes, query_codes=shard.query_codes)
         self._order = order

@@ -40,7 +40,7 @@ class OrderCall(ctypes.Structure):
             ctypes.c_int64,
             "seq_len n_batch_heads n_rounds n_buckets span_len n_spans window includes_own n_threads",
         ),
-        (ctypes.c_void_p, "ids query_ids queries ends query_ends"),
+        (ctypes.c_void_p, "ids query_ids queries documents ends query_ends"),
         (ctypes.c_void_p, "order spans span_counts codes query_order last_keys query_codes"),
     )
 
@@ -128,6 +128,7 @@ def order_rows(
     n_buckets: int,
     query_bounds: Tensor | None = None,
     query_buckets: Tensor | None = None,
+    document_ids: Tensor | None = None,
     *,
     is_whole: bool = True,
 ) -> Order:
@@ -135,12 +136,13 @@ def order_rows(
 
     query_bounds [R, n_buckets, 2]: of a partition, which is one head; see `Shard.query_bounds`. The caller adds
     its codes, which depend on the whole order. query_buckets: ids of the rows as queries, if those of the keys are
-    their own.
+    their own. document_ids [BH, S]: see `Shard.document_ids`.
     """
     n_batch_heads, n_rounds, seq_len = buckets.shape
     window = window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has separate keys
-    n_spans = n_batch_heads * (n_buckets + seq_len // span_len)
+    n_runs = n_buckets if document_ids is None else seq_len  # at most
+    n_spans = n_batch_heads * (n_runs + seq_len // span_len)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device="cpu")
@@ -164,6 +166,7 @@ def order_rows(
         address("bucket_ids", ids, n_batch_heads, n_rounds, seq_len, dtype=torch.int32),
         address("query_ids", query_ids, n_batch_heads, n_rounds, seq_len, dtype=torch.int32),
         address("query_bounds", query_bounds, n_rounds, n_batch_heads * n_buckets, 2, dtype=torch.int32),
+        address("document_ids", document_ids, n_batch_heads, seq_len, dtype=torch.int32),
         address("ends", ends, n_rounds, n_batch_heads, n_buckets + 2, dtype=torch.int32),
         address("query_ends", query_ends, n_rounds, n_batch_heads, n_buckets + 2, dtype=torch.int32),
         *order.addresses(n_rounds, n_batch_heads * seq_len),

@@ -1,7 +1,9 @@
 /* The order of each round by (head index, bucket, position), split into spans for the threads.
 
    Keys may have buckets of their own: queries and keys are then sorted apart, and each query is linked to the last key
-   of its bucket up to its position. */
+   of its bucket up to its position.
+
+   The rows of a document are adjacent within each bucket: each such run of rows is a bucket to attention.c. */
 
 #include <stdint.h>
 #include <string.h>
@@ -15,6 +17,7 @@ typedef struct {
     const int32_t *query_ids; /* likewise, of the rows as queries, if ids are those of keys of their own; or null */
     const int32_t *queries; /* [n_rounds, n_batch_heads, n_buckets, 2] first query of each bucket and one past its last,
                                relative to the bucket; null if all rows are queries */
+    const int32_t *documents; /* [n_batch_heads, seq_len] document of each row, ascending within a bucket; or null */
     int32_t *ends, *query_ends; /* [n_rounds, n_batch_heads, n_buckets + 2] scratch */
     int32_t *order;       /* as in attention.c */
     int32_t *spans;       /* likewise */
@@ -100,11 +103,9 @@ static int64_t span_of(const OrderCall *call, const int32_t *last_keys, int32_t 
     return last_keys[slot] < keys.begin ? 0 : (last_keys[slot] - keys.begin) / call->span_len;
 }
 
-/* Appends every other span of a bucket whose keys are their own; returns the number of spans so far. */
-static int32_t split_own_keys(const OrderCall *call, int64_t line, int64_t b, Bucket keys, int is_second, int32_t n) {
-    int64_t round = line / call->n_batch_heads;
+/* Appends every other span of queries whose keys are their own; returns the number of spans so far. */
+static int32_t split_own_keys(const OrderCall *call, int64_t round, Bucket keys, Bucket queries, int is_second, int32_t n) {
     const int32_t *last_keys = call->last_keys + round * call->n_batch_heads * call->seq_len;
-    Bucket queries = bucket_at(call, line, b, call->query_ends);
     for (int32_t from = queries.begin, to; from < queries.end && keys.begin < keys.end; from = to) {
         int64_t number = span_of(call, last_keys, from, keys);
         for (to = from + 1; to < queries.end && span_of(call, last_keys, to, keys) == number; to++) {}
@@ -113,23 +114,45 @@ static int32_t split_own_keys(const OrderCall *call, int64_t line, int64_t b, Bu
     return n;
 }
 
+/* Likewise of queries that are among the keys. */
+static int32_t split_queries(const OrderCall *call, int64_t round, Bucket keys, Bucket queries, int is_second, int32_t n) {
+    if (call->query_ids) return split_own_keys(call, round, keys, queries, is_second, n);
+    for (int64_t at = queries.begin + is_second * call->span_len; at < queries.end; at += 2 * call->span_len)
+        set_span(call, round, n++, keys, at, at + call->span_len < queries.end ? at + call->span_len : queries.end);
+    return n;
+}
+
+/* The first of the slots [slot, end) of a bucket whose row is of a later document, or end. */
+static int32_t skip_document(const OrderCall *call, const int32_t *order, int32_t slot, int32_t end, int32_t document) {
+    while (slot < end && call->documents[order[slot]] <= document) slot++;
+    return slot;
+}
+
+/* As split_queries, for the queries of each document and its keys. */
+static int32_t split_documents(const OrderCall *call, int64_t round, Bucket keys, Bucket queries, int is_second, int32_t n) {
+    int64_t round_at = round * call->n_batch_heads * call->seq_len;
+    const int32_t *order = call->order + round_at, *query_order = call->query_ids ? call->query_order + round_at : order;
+    for (int32_t begin = keys.begin, end; begin < keys.end; begin = end) {
+        int32_t document = call->documents[order[begin]];
+        end = skip_document(call, order, begin, keys.end, document);
+        queries.begin = skip_document(call, query_order, queries.begin, queries.end, document - 1);
+        int32_t query_end = skip_document(call, query_order, queries.begin, queries.end, document);
+        n = split_queries(call, round, (Bucket){begin, end}, (Bucket){queries.begin, query_end}, is_second, n);
+    }
+    return n;
+}
+
 /* Appends every other span of each bucket, from the first or the second; returns the number of spans so far. */
 static int32_t split_head(const OrderCall *call, int64_t head, int64_t round, int is_second, int32_t n) {
     int64_t line = round * call->n_batch_heads + head;
     for (int64_t b = 0; b < call->n_buckets; b++) {
-        Bucket keys = bucket_at(call, line, b, call->ends);
-        int64_t from = keys.begin, to = keys.end;
-        if (call->query_ids) {
-            n = split_own_keys(call, line, b, keys, is_second, n);
-            continue;
-        }
+        Bucket keys = bucket_at(call, line, b, call->ends), queries = keys;
+        if (call->query_ids) queries = bucket_at(call, line, b, call->query_ends);
         if (call->queries) {
             const int32_t *bounds = call->queries + (line * call->n_buckets + b) * 2;
-            from = keys.begin + bounds[0];
-            to = keys.begin + bounds[1];
+            queries = (Bucket){keys.begin + bounds[0], keys.begin + bounds[1]};
         }
-        for (int64_t at = from + is_second * call->span_len; at < to; at += 2 * call->span_len)
-            set_span(call, round, n++, keys, at, at + call->span_len < to ? at + call->span_len : to);
+        n = (call->documents ? split_documents : split_queries)(call, round, keys, queries, is_second, n);
     }
     return n;
 }

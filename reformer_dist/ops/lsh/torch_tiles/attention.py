@@ -148,8 +148,9 @@ def lay_out(shard: Shard, options: AttentionOptions) -> list[Layout]:
 
 
 def _flat_rows(shard: Shard, options: AttentionOptions) -> Rows:
+    documents = None if shard.document_ids is None else shard.document_ids.flatten()
     if shard.positions is not None:
-        return Rows(shard.head_index, shard.positions, shard.position_codes, shard.query_codes)
+        return Rows(shard.head_index, shard.positions, shard.position_codes, shard.query_codes, documents)
     n_heads, n_rounds, seq_len = shard.sort_keys.shape
     positions = torch.arange(seq_len, device=shard.sort_keys.device).repeat(n_heads)
     codes = query_codes = None
@@ -158,4 +159,4 @@ def _flat_rows(shard: Shard, options: AttentionOptions) -> Rows:
         codes = full_position_codes(keys, n_keys, rule).flatten(1)
         if shard.query_sort_keys is not None and isinstance(rule, WindowRule):
             query_codes = full_query_codes(shard.query_sort_keys, keys, n_keys, rule).flatten(1)
-    return Rows(shard.head_index.repeat_interleave(seq_len), positions, codes, query_codes)
+    return Rows(shard.head_index.repeat_interleave(seq_len), positions, codes, query_codes, documents)

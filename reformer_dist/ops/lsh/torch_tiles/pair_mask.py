@@ -27,6 +27,8 @@ class Rows:
     """[R, n_rows] with count_pairs_once: `sorting.position_codes` of every round."""
     query_codes: Tensor | None = None
     """[R, n_rows] likewise, as queries, if keys have buckets of their own."""
+    document_ids: Tensor | None = None
+    """[n_rows]"""
 
 
 class PairMask:
@@ -44,6 +46,8 @@ class PairMask:
         """Bias of the scores, over log 2: float32 [n_tiles or 1, tile_len, tile_len]. Cached: do not modify."""
         rule = self._options.rule
         bias = self._window_bias(column, rule) if isinstance(rule, WindowRule) else self._chunk_bias(column, rule)
+        if self._rows.document_ids is not None:
+            bias = bias.masked_fill(self._crosses_documents(self._rows.document_ids, column), -torch.inf)
         codes = self._rows.codes
         if codes is not None and codes.shape[0] > 1:
             bias = bias - self._count_shared_rounds(codes, column).clamp_min_(1).log2_()
@@ -101,6 +105,11 @@ class PairMask:
             visible &= key != query
         bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
         return bias.masked_fill_(~visible, -torch.inf)
+
+    def _crosses_documents(self, document_ids: Tensor, column: Column) -> Tensor:
+        """Whether a pair's tokens are of different documents, [n_tiles, tile_len, tile_len]."""
+        queries, keys = (document_ids[rows.clamp_min(0)] for rows in self._rows_of(column))
+        return queries.unsqueeze(2) != keys.unsqueeze(1)
 
     def _count_shared_rounds(self, codes: Tensor, column: Column) -> Tensor:
         """Number of rounds in which each pair is visible, float32 [n_tiles, tile_len, tile_len]."""

@@ -120,13 +120,14 @@ class TritonSortedShard:
     def _arguments(self, q: Tensor) -> tuple[Any, ...]:
         """The arguments of both kernels from order_ptr on."""
         tiles, (_, n_heads, seq_len, _) = self._tiles, q.shape
-        codes, token_ids = (tiles.order if x is None else x for x in (tiles.codes, tiles.token_ids))
+        optional = (tiles.codes, tiles.token_ids, tiles.document_ids)
+        codes, token_ids, documents = (tiles.order if x is None else x for x in optional)
         sizes = (self._first_head, n_heads, seq_len, tiles.table.shape[2])
         dropout, seed = self._options.dropout, self._options.dropout_seed
         fields = (0, 0, 1.0)  # of pair_mask.Dropout
         if dropout > 0:
             fields = (signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout))
-        return tiles.order, tiles.table, codes, token_ids, *sizes, self._options.scale, *fields
+        return tiles.order, tiles.table, codes, token_ids, documents, *sizes, self._options.scale, *fields
 
     def _flags(self, q: Tensor, launch: tuning.Launch, *, shared: bool) -> dict[str, Any]:
         block, n_rounds, largest = self._tiles.block, self._tiles.order.shape[1], self._tuning.block

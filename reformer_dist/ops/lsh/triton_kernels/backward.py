@@ -76,7 +76,7 @@ class Keys(NamedTuple):
 def attend_round_backward(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
-    order_ptr, table_ptr, codes_ptr, token_ids_ptr, first_head, n_heads, seq_len, n_tiles, scale,
+    order_ptr, table_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, n_tiles, scale,
     dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
     """One round is written to dq, dk, dv [B, H, S, D]; of several, each to those [BH, R, S, D].
@@ -90,7 +90,7 @@ def attend_round_backward(
         return
     order = sorted_round(order_ptr, seq_len, C)
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
-    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, seq_len, scale, dropout, C)
+    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
     head = first_head + tl.program_id(2)
     inputs = HeadInputs(
         q=head_rows(q_ptr, q_strides, head, n_heads),
@@ -184,7 +184,7 @@ def pair_gradients(keys, queries, pairs, KEYS_FIRST: tl.constexpr, C: tl.constex
     scores *= factors
     if C.counts_once:
         scores -= tl.log2(count_rounds(pairs.codes_ptr, query, key, pairs.seq_len, C))
-    p = tl.where(attends(query, key, pairs.begin, C), tl.exp2(scores - lse), 0.0)
+    p = tl.where(attends(query, key, pairs, C), tl.exp2(scores - lse), 0.0)
     dropped = p
     if C.drops:  # drawn in the round of the query, which differs from the tile's where rounds wrap
         kept = dropout_factors(query, key, round_, pairs, C)

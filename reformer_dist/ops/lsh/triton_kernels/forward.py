@@ -51,7 +51,7 @@ class RunningSoftmax(NamedTuple):
 @triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
 def attend_round(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
-    order_ptr, table_ptr, codes_ptr, token_ids_ptr, first_head, n_heads, seq_len, n_tiles, scale,
+    order_ptr, table_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, n_tiles, scale,
     dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
     """q, k, v [B, H, S, D]; order [BH, R, S] and the other tensors of a group of BH heads from first_head on.
@@ -67,7 +67,7 @@ def attend_round(
     round_, head = tl.program_id(1), tl.program_id(2)
     order = sorted_round(order_ptr, seq_len, C)
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
-    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, seq_len, scale, dropout, C)
+    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
     q_rows = head_rows(q_ptr, q_strides, first_head + head, n_heads)
     k_rows = head_rows(k_ptr, k_strides, first_head + head, n_heads)
     v_rows = head_rows(v_ptr, v_strides, first_head + head, n_heads)
@@ -108,7 +108,7 @@ def add_keys(softmax, q, queries, k, v, keys, round_, pairs, C: tl.constexpr):
     scores = product(q, tl.trans(k), C) * score_factors(k, pairs.scale, C)[None, :]
     if C.counts_once:
         scores -= tl.log2(count_rounds(pairs.codes_ptr, queries, keys, pairs.seq_len, C))
-    scores = tl.where(attends(queries, keys, pairs.begin, C), scores, float("-inf"))
+    scores = tl.where(attends(queries, keys, pairs, C), scores, float("-inf"))
     row_max = tl.maximum(softmax.row_max, tl.max(scores, 1))
     p = tl.exp2(scores - row_max[:, None])
     rescale = tl.exp2(softmax.row_max - row_max)

@@ -35,18 +35,21 @@ class PairContext(NamedTuple):
     """Position codes of the head, int32 [R, S], see `tiles.Tiles.codes`."""
     token_ids: Any
     """See `load_token_ids`."""
+    documents_ptr: Any
+    """Documents of the head's rows, int32 [S], see `tiles.Tiles.document_ids`."""
     seq_len: Any
     scale: Any
     dropout: Any
 
 
 @triton.jit
-def pair_context(bounds, codes_ptr, token_ids_ptr, seq_len, scale, dropout, C: tl.constexpr):
-    """PairContext of this program; codes [BH, R, S]."""
+def pair_context(bounds, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C: tl.constexpr):
+    """PairContext of this program; codes [BH, R, S], documents [BH, S]."""
     head = tl.program_id(2)
     codes_ptr += head.to(tl.int64) * C.n_rounds * seq_len
     token_ids = load_token_ids(token_ids_ptr, head, C)
-    return PairContext(bounds.begin, codes_ptr, token_ids, seq_len, scale, dropout)
+    documents_ptr += head.to(tl.int64) * seq_len
+    return PairContext(bounds.begin, codes_ptr, token_ids, documents_ptr, seq_len, scale, dropout)
 
 
 @triton.jit
@@ -74,10 +77,10 @@ def near(distance, C: tl.constexpr):
 
 
 @triton.jit
-def attends(query, key, begin, C: tl.constexpr):
+def attends(query, key, pairs, C: tl.constexpr):
     """Whether each query attends to each key: both Indices."""
     if C.chunked:
-        is_near = near((query.slot - begin) // C.span - (key.slot - begin) // C.span, C)
+        is_near = near((query.slot - pairs.begin) // C.span - (key.slot - pairs.begin) // C.span, C)
         # a head's rows are ordered by position
         if C.causal:
             is_near = is_near & (key.row <= query.row)
@@ -87,6 +90,10 @@ def attends(query, key, begin, C: tl.constexpr):
         is_near = near(query.slot - key.slot, C)
         if not C.sees_self:
             is_near = is_near & (query.slot != key.slot)
+        if C.documents:
+            is_near = is_near & (
+                tl.load(pairs.documents_ptr + query.row) == tl.load(pairs.documents_ptr + key.row)
+            )
     return is_near
 
 

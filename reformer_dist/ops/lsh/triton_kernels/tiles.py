@@ -44,6 +44,8 @@ class KernelConstants:
     sees_self: bool
     counts_once: bool
     drops: bool
+    documents: bool
+    """Rows of different documents do not attend to each other."""
     shared: bool
     """Keys are q / |q|."""
     sharded: bool
@@ -79,6 +81,7 @@ class KernelConstants:
             sees_self=rule.sees_self,
             counts_once=options.count_pairs_once and n_rounds > 1,
             drops=options.dropout > 0,
+            documents=options.document_ids is not None,
             shared=shared,
             sharded=sharded,
         )
@@ -103,6 +106,8 @@ class Tiles:
 
     Of a partition, which is one head, [2, S]: position of each row, and index of its (batch row, head).
     """
+    document_ids: Tensor | None = None
+    """int32 [BH, S]: see `attention.Shard`."""
     present: Tensor | None = None
     """Of a partition, uint8 [R, S]: 0 in rounds from which a row is absent. There it is in no tile."""
 
@@ -130,7 +135,12 @@ def tile_heads(shard: Shard, options: AttentionOptions, *, largest: int) -> Tile
     block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
     order, table, sorted_ids = _sort_rounds(buckets, n_buckets, options.rule, block, has_padding=padded)
     token_ids = shard.head_index.int() if options.dropout > 0 else None
-    return Tiles(block, order, table, _position_codes(order, sorted_ids, options), token_ids)
+    codes = _position_codes(order, sorted_ids, options)
+    return Tiles(block, order, table, codes, token_ids, _contiguous(shard.document_ids))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
@@ -141,7 +151,8 @@ def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> 
     order, table, _ = _sort_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
     token_ids = torch.stack([shard.positions, shard.head_index]).int()
     is_present = (shard.sort_keys[0] < n_keys).to(torch.uint8)
-    return Tiles(block, order, table, shard.position_codes, token_ids, is_present)
+    documents = _contiguous(shard.document_ids)
+    return Tiles(block, order, table, shard.position_codes, token_ids, documents, is_present)
 
 
 def _sort_rounds(

@@ -58,7 +58,10 @@ class Row:
 
 def rows() -> Iterator[Row]:
     far = {
-        str(n): [f"data.path={{data}}/mqar_{n}", f"data.seq_len={n}", f"model.n_buckets={n // 32}", "--batch", "4"]
+        str(n): [
+            *(f"data.path={{data}}/mqar_{n}", f"data.seq_len={n}"),
+            *(f"model.n_buckets={n // 32}", "model.window=128", "--batch", "1"),
+        ]
         for n in (1024, 4096, 16384)
     }
     for name, layers in LAYERS.items():
@@ -67,11 +70,12 @@ def rows() -> Iterator[Row]:
         yield Row("joint_recall", name, 12, "joint_recall", "joint_recall", layers, {"sizes": ["--batch", "32"]})
     for rounds in (4, 1):
         overrides = [
-            *("data.seq_len=1024", "model.max_seq_len=1024", "model.n_buckets=32", f"model.n_hashes={rounds}"),
-            *("data.batch_size=8", "trainer.max_steps=6000", NO_NEXT),
+            *("data.seq_len=1024", "data.batch_size=8", "model.n_buckets=32", f"model.n_hashes={rounds}"),
+            *("model.dim=256", "model.ff_mult=1", "model.position=rotary", "model.window=64"),
+            *("model.next_value_heads=4", "optim.lr=3e-3", "trainer.max_steps=1500"),
         ]
-        table = {str(n): [f"model.n_hashes={n}", "--rows", "128"] for n in (8, 4, 2, 1)}
-        yield Row("duplication", f"{rounds} rounds", 90, "duplication", "duplication_1024", overrides, table)
+        table = {str(n): [f"model.n_hashes={n}", "--rows", "302"] for n in (8, 4, 2, 1)}
+        yield Row("duplication", f"{rounds} rounds", 6, "duplication", "duplication_1024", overrides, table)
     text = [
         *("data.seq_len=4096", "data.batch_size=2", "trainer.max_steps=2500", "model.n_buckets=64"),
         *("optim.lr=3e-3", "optim.warmup_steps=100", "trainer.eval_every=250", "trainer.sample_every=0"),

@@ -102,6 +102,12 @@ class SelfAttention(CountsSteps):
         """Outputs of the heads, [B, H, S, D]."""
         raise NotImplementedError
 
+    def _rotate(self, kind: AttentionKind, context: ForwardContext, *vectors: Tensor) -> list[Tensor]:
+        """Queries and keys [B, H, S, D] with rotary positions, in layers of a kind that has them."""
+        if context.rotary is None or kind not in self.config.rotary_layers:
+            return list(vectors)
+        return [rotate(x, *context.rotary) for x in vectors]
+
     def _options(self, kind: AttentionKind, context: ForwardContext, layer: int) -> AttentionOptions:
         """Options of LSH or local attention."""
         config, rule, is_lsh = self.config, LayerRule.of(self.config, kind), kind is AttentionKind.lsh
@@ -146,8 +152,7 @@ class LSHSelfAttention(SelfAttention):
     ) -> Tensor:
         options = self._options(AttentionKind.lsh, context, layer)
         exchange = self._get_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
-        if context.rotary is not None:
-            q = rotate(q, *context.rotary)
+        (q,) = self._rotate(AttentionKind.lsh, context, q)
         if options.next_value_heads:
             v = zero_padding(v, context.key_padding_mask)
             v = zero_starts(v, options.next_value_heads, context.document_starts)
@@ -169,8 +174,7 @@ class LocalSelfAttention(SelfAttention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
-        if context.rotary is not None:
-            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        q, k = self._rotate(AttentionKind.local, context, q, k)
         options = self._options(AttentionKind.local, context, layer)
         exchange = self._get_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
@@ -182,8 +186,7 @@ class ExactSelfAttention(SelfAttention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
-        if context.rotary is not None:
-            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        q, k = self._rotate(AttentionKind.exact, context, q, k)
         options = ExactOptions(
             causal=self.config.causal,
             dropout=context.dropout(self.config.attention_dropout),

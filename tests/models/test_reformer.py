@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from model_helpers import EXACT, LOCAL, LSH, random_tokens, shifted, small_config, small_model, train
 from torch import Tensor
 
-from reformer_dist.config import Position, Recompute
+from reformer_dist.config import AttentionKind, Position, Recompute
 from reformer_dist.models import ReformerLM
+from reformer_dist.models.attention import build_attention
+from reformer_dist.models.context import build_context
 from reformer_dist.models.embedding import AxialPositions, SinusoidalPositions
+from reformer_dist.ops.rotary import rotary_tables
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.1, "ff_dropout": 0.1}
 
@@ -114,6 +118,24 @@ def test_too_long_inputs_are_refused(position: Position) -> None:
 @pytest.mark.parametrize("position", [Position.rotary, Position.sinusoidal])
 def test_other_positions_have_no_limit(position: Position) -> None:
     assert small_model(position=position)(random_tokens(1, 300)).shape == (1, 300, 50)
+
+
+@pytest.mark.parametrize("kind", [LSH, LOCAL, EXACT])
+def test_layers_without_rotary_positions_attend_by_content_alone(kind: AttentionKind) -> None:
+    """Under other positions, with the same tokens in the same order, their output is the same."""
+    x = torch.randn(1, 12, 24)
+
+    def outputs(**changes: Any) -> tuple[Tensor, Tensor]:
+        config = small_config(layers=[kind], position=Position.rotary, **changes)
+        torch.manual_seed(0)
+        layer = build_attention(config, kind).eval()
+        context = build_context(config, 0, 12, x.device, {}, is_training=False)
+        spread = replace(context, rotary=rotary_tables(3 * torch.arange(12), config.resolved_head_dim))
+        return layer(x, context), layer(x, spread)
+
+    without = outputs(rotary_layers=[other for other in AttentionKind if other is not kind])
+    assert torch.equal(*without)
+    assert not torch.allclose(*outputs(), atol=1e-4)
 
 
 def test_positions_are_distinct() -> None:

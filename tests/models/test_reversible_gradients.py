@@ -53,6 +53,7 @@ CHANGES: list[dict[str, Any]] = [
     {"share_layers": True, "layers": [LSH], "compat": CompatConfig(norm_per_layer=True), **DROPOUTS},
     {"tie_embeddings": True},
     {"position": Position.rotary},
+    {"position": Position.rotary, "rotary_layers": [LOCAL], "next_value_heads": 1},
     {"position": Position.learned},
     {"position": Position.sinusoidal},
     {"activation": Activation.relu},

@@ -47,9 +47,15 @@ from reformer_dist.data.prepare.documents import (
     read_text,
 )
 from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
+from reformer_dist.data.prepare.raw_files import read_counter
 from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
-from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout
-from reformer_dist.data.prepare.shard_writer import WriteSummary, write_dataset, write_samples
+from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout, sample_texts
+from reformer_dist.data.prepare.shard_writer import (
+    WriteSummary,
+    has_finished_batches,
+    write_dataset,
+    write_samples,
+)
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
@@ -92,6 +98,7 @@ __all__ = [
     "count_rows",
     "count_text_bytes",
     "describe_changes",
+    "has_finished_batches",
     "heldout_sample_batches",
     "heldout_text_batches",
     "is_heldout",
@@ -102,6 +109,7 @@ __all__ = [
     "next_token_example",
     "next_token_examples",
     "pack_spans",
+    "read_counter",
     "read_groups",
     "read_labeled",
     "read_parallel",
@@ -111,6 +119,7 @@ __all__ = [
     "read_squad",
     "read_state",
     "read_text",
+    "sample_texts",
     "saved_interleaving",
     "verify_dataset",
     "write_dataset",

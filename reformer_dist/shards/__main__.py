@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,27 +17,37 @@ from reformer_dist.data import (
     Tokenizer,
     WriteSummary,
     assign_splits,
+    has_finished_batches,
     load_tokenizer,
+    sample_texts,
     write_samples,
 )
 from reformer_dist.errors import DataError
 from reformer_dist.process.command import run_command
+from reformer_dist.process.cores import usable_cores
 from reformer_dist.process.live_line import live
 from reformer_dist.shards.arguments import parse_arguments
 from reformer_dist.shards.inputs import InputFormat
+from reformer_dist.shards.progress import input_bytes, progress
+
+SERIAL_BYTES = 32 << 20  # of input that one process tokenizes before others would have started
+VOCABULARY_BYTES = 512 << 20  # of text from which a vocabulary is learned
 
 
 def make_shards() -> None:
     """Writes the dataset that the arguments of the command line describe. Raises UserError."""
     arguments = parse_arguments()
     form = InputFormat.of(arguments)
-    with live.shown(), live.phase("training the tokenizer" if arguments.tokenizer == "bpe" else ""):
-        tokenizer = choose_tokenizer(arguments, form)
+    total = input_bytes(form.paths)
+    workers = arguments.workers
+    if workers is None:
+        workers = usable_cores() if total > SERIAL_BYTES and usable_cores() > 1 else 0
+    tokenizer = choose_tokenizer(arguments, form, total)
     require_offsets(arguments, tokenizer)
     form.left_out.clear()  # the tokenizer's pass over the inputs has counted them already
-    with removed_on_failure(arguments.output), live.shown(), live.phase("cutting shards"):
+    with removed_on_failure(arguments.output), progress("tokenizing", total) as shown:
         summary = write_samples(
-            live.counted(form.records(), "documents"),
+            form.records(),
             arguments.output,
             tokenizer,
             shard_bytes=int(arguments.shard_mb * 2**20),
@@ -45,18 +56,25 @@ def make_shards() -> None:
             heldout=form.heldout() if form.heldout else None,
             fields=form.fields,
             label_spans=bool(arguments.label_spans),
-            labels=sorted({record.metadata["label"] for record in form.records()}) if arguments.label else (),
+            labels=None if arguments.label else (),
+            workers=workers,
+            resume=True,
+            on_read=shown.add,
         )
     show(summary, form.left_out, tokenizer, arguments.output)
+    print(f"  {shown.rate:.1f} MB of text per second")
 
 
 @contextmanager
 def removed_on_failure(folder: Path) -> Iterator[None]:
-    """Removes the folders created in this context if it fails or is interrupted."""
+    """Removes the folders created in this context if it fails, unless they hold work that can be continued."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException:
+        if has_finished_batches(folder):
+            print(f"{folder}/.writing keeps what is done; the same command goes on from there", file=sys.stderr)
+            raise
         if created:
             shutil.rmtree(folder, ignore_errors=True)
         for path in created[1:]:
@@ -65,7 +83,7 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokenizer:
+def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat, total_bytes: int) -> Tokenizer:
     if arguments.tokenizer_of:
         from reformer_dist.checkpoint.export import open_weights  # loads torch
 
@@ -76,10 +94,13 @@ def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat) -> Tokeni
     if arguments.tokenizer_file:
         special = arguments.special_tokens
         return BpeTokenizer.load(arguments.tokenizer_file, arguments.eot_token, use_special_tokens=special)
-    # the tokenizer is not trained on held-out text
-    training = assign_splits(form.records(), () if form.heldout else None, arguments.heldout)
-    texts = (text for split, record in training if split == "train" for text in record.fields)
-    return BpeTokenizer.train(texts, arguments.vocab_size or 8192)
+    with progress("reading for the vocabulary", total_bytes) as shown:
+        # the tokenizer is not trained on held-out text
+        training = assign_splits(form.records(), () if form.heldout else None, arguments.heldout)
+        texts = (text for split, record in training if split == "train" for text in record.fields)
+        sampled = sample_texts(shown.counted(texts), VOCABULARY_BYTES)
+    with live.shown(), live.phase("training the tokenizer"):
+        return BpeTokenizer.train(sampled, arguments.vocab_size or 8192)
 
 
 def require_offsets(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:

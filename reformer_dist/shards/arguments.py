@@ -57,6 +57,12 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output", required=True, type=Path, metavar="DIR", help="output folder of the dataset")
     add("--overwrite", action="store_true", help="replace an existing dataset in DIR")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that tokenize (default: one per core, and none besides this one for small inputs)",
+    )
     add("--shard-mb", type=float, default=16.0, metavar="F", help="size of a shard in MiB (default: 16)")
     add("--heldout", type=float, default=0.05, metavar="F", help="held-out fraction of documents (default: 0.05)")
     add(
@@ -149,6 +155,7 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         f"--jsonl-field {arguments.renamed}: is now --text-field": arguments.renamed is None,
         f"--section-mb {arguments.section_mb}: must be from 0.001 to 512": 0.001 <= arguments.section_mb <= 512,
         f"--heldout {arguments.heldout}: must be at least 0 and below 1": 0 <= arguments.heldout < 1,
+        f"--workers {arguments.workers}: must be from 0 to 1024": 0 <= (arguments.workers or 0) <= 1024,
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),

@@ -32,12 +32,15 @@ class InputFormat:
     """Held-out records, if given separately."""
     left_out: SkippedFiles
     """Counts of skipped inputs."""
+    paths: tuple[Path, ...]
+    """All files and folders that are read."""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> InputFormat:
         """Raises DataError if a file is missing."""
         heldout_files: list[Path] = arguments.heldout_from
         left_out = SkippedFiles()
+        paths = (*(arguments.inputs or (arguments.source, arguments.target)), *heldout_files)
         if arguments.source:
             read: Callable[..., Iterator[RawSample]] = read_parallel
             pairs: list[tuple[Any, ...]] = [(arguments.source, arguments.target), tuple(heldout_files)]
@@ -54,7 +57,9 @@ class InputFormat:
         else:
             read = partial(read_text, options=text_options(arguments), skipped=left_out)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
-        return cls(fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if heldout_files else None, left_out)
+        return cls(
+            fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if heldout_files else None, left_out, paths
+        )
 
 
 def text_options(arguments: argparse.Namespace) -> TextOptions:

@@ -1,10 +1,8 @@
-"""Which samples are held out, and the order in which samples are written."""
+"""Which samples are held out."""
 
 from __future__ import annotations
 
-import hashlib
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,10 +16,10 @@ from reformer_dist.data import (
     assign_splits,
     is_heldout,
     read_text,
+    sample_texts,
     write_samples,
 )
-from reformer_dist.data.prepare import samples as samples_module
-from reformer_dist.data.prepare.samples import divide, in_hash_order
+from reformer_dist.data.prepare.samples import divide
 from reformer_dist.errors import DataError
 
 TEXTS = st.lists(st.binary(min_size=2, max_size=3), min_size=1, max_size=6)
@@ -124,28 +122,13 @@ def test_few_documents_make_a_dataset(tmp_path: Path) -> None:
         write_samples([RawSample("a", (b"one", b"two"))], tmp_path / "d", ByteTokenizer(), fields=("a", "b"))
 
 
-def test_the_order_depends_on_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory, from disk, and from disk in several stages, for any order of the input."""
-    samples = [
-        ("train", RawSample(f"doc{n}", (b"text %d" % (n % 100),), {"label": "é"}, ((0, 1),), ("g",), b"key", True))
-        for n in range(600)
-    ]
-    expected = list(in_hash_order(samples, tmp_path))
-    assert sorted(sample.name for _, sample in expected) == sorted(sample.name for _, sample in samples)
-    places = [int(sample.name[3:]) for _, sample in expected]
-    assert sum(abs(a - b) == 1 for a, b in pairwise(places)) < 10
-    shuffled = random.Random(0).sample(samples, len(samples))
-    for n_bytes in (200_000, 20_000, 1_000):
-        monkeypatch.setattr(samples_module, "SORTED_BYTES", n_bytes)
-        assert list(in_hash_order(shuffled, tmp_path)) == expected
-        assert not list(tmp_path.iterdir())
-    names = "\n".join(sample.name for _, sample in expected).encode()
-    assert (
-        hashlib.sha256(names).hexdigest()[:16] == "76759f679a2d6c6b"
-    )  # datasets must not change with the version
-
-
-def test_copies_of_one_document_do_not_divide_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_module, "SORTED_BYTES", 10)
-    samples = [("train", RawSample("same", (b"a long text",)))] * 3
-    assert list(in_hash_order(samples, tmp_path)) == samples
+def test_texts_for_a_vocabulary_are_bounded() -> None:
+    texts = [b"%d" % number * 10 for number in range(200)]
+    total = sum(map(len, texts))
+    assert sample_texts(texts, total) == texts
+    found = sample_texts(texts, total // 2)
+    assert total // 2 - 60 < sum(map(len, found)) <= total // 2
+    assert found == [text for text in texts if text in found]
+    shuffled = random.Random(0).sample(texts, len(texts))
+    assert sorted(sample_texts(shuffled, total // 2)) == sorted(found)
+    assert sample_texts([b"long" * 10], 9) == [b"longlongl"]

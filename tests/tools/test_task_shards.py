@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -181,3 +182,16 @@ def test_invalid_label_spans_are_refused(
     arguments = (raw, "--label-spans", "spans", "--heldout-from", raw, "--output", tmp_path / "data")
     assert make_shards(monkeypatch, *arguments) == 1
     assert "raw.jsonl:1: field 'spans' is" in capsys.readouterr().err
+
+
+def test_progress_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("reformer_dist.shards.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("reformer_dist.data.prepare.parallel.BATCH_BYTES", 4096)
+    path = write_lines(tmp_path / "d.jsonl", *({"text": f"text {n} " * 20} for n in range(200)))
+    assert make_shards(monkeypatch, path, "--output", tmp_path / "d", "--tokenizer", "bpe") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^tokenizing: 100%, [\d.]+ MB/s of text, 0:00:00 left$", shown, re.MULTILINE)
+    assert "reading for the vocabulary: " in shown
+    assert re.search(r"[\d.]+ MB of text per second", shown)

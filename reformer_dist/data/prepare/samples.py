@@ -1,32 +1,27 @@
-"""Samples before they are written: the split of each, and the order in which they are written.
+"""Samples before they are tokenized, and the split of each.
 
-Both depend on content, not on the order of the inputs. Whether a sample is held out is decided by a hash of its
-text, so that copies are in the same split. Samples are written in the order of another hash: each shard is then a
-random sample of the whole, although the inputs came one source after another.
+Split and order depend on content, not on the order of the inputs. Whether a sample is held out is decided by a
+hash of its text, so that copies are in the same split. Samples are written in the order of another hash
+(`encoding.order_key`): each shard is a random sample of the whole, although inputs came one source after another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import marshal
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from typing import Any
 
 from reformer_dist.data.format.dataset_layout import SPLITS
 
-SORTED_BYTES = 256 << 20
 SAMPLE_OVERHEAD = 512  # bytes of the objects that hold a sample, about
 MAX_TAIL_SHIFT = 64 << 10
-_KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample before tokenization. Its values must be plain, since `in_hash_order` marshals them to disk."""
+    """A sample before tokenization."""
 
     name: str
     """File and line, or another description of its origin."""
@@ -130,58 +125,22 @@ def divide(sample: RawSample, heldout_fraction: float) -> tuple[RawSample, RawSa
 
 
 def _split_rank(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"heldout").digest(), "big")
+    return _hash(text, b"heldout")
 
 
-def in_hash_order(samples: Iterable[Assigned], scratch: Path, depth: int = 0) -> Iterator[Assigned]:
-    """The samples in the order of a hash of their names and fields, for any order in which they come.
-
-    Up to SORTED_BYTES are sorted in memory. If there are more, all are first written to files in `scratch`,
-    by byte `depth` of the hash, and each file is sorted in the same way.
-    """
-    iterator = iter(samples)
-    waiting: list[tuple[bytes, Assigned]] = []
-    n_bytes = 0
-    for split, sample in iterator:
-        waiting.append((_order_key(sample), (split, sample)))
-        n_bytes += SAMPLE_OVERHEAD + sum(map(len, sample.fields))
-        if n_bytes > SORTED_BYTES and depth < _KEY_BYTES:
-            break
-    else:
-        waiting.sort(key=lambda pair: pair[0])
-        yield from (assigned for _, assigned in waiting)
-        return
-    with ExitStack() as stack:
-        files: dict[int, BinaryIO] = {}
-        for key, assigned in chain(waiting, ((_order_key(pair[1]), pair) for pair in iterator)):
-            if key[depth] not in files:
-                path = scratch / f"{depth}-{key[depth]}"
-                files[key[depth]] = stack.enter_context(path.open("wb"))
-            marshal.dump(_to_values(assigned), files[key[depth]])
-    del waiting
-    for number in sorted(files):
-        path = scratch / f"{depth}-{number}"
-        yield from in_hash_order(_read_scratch(path), scratch, depth + 1)
-        path.unlink()
+def _hash(text: bytes, purpose: bytes) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=purpose).digest(), "big")
 
 
-def _order_key(sample: RawSample) -> bytes:
-    digest = hashlib.blake2b(
-        sample.name.encode("utf-8", "surrogateescape"), digest_size=_KEY_BYTES, person=b"order"
-    )
-    for text in sample.fields:
-        digest.update(b"\0" + text)
-    return digest.digest()
-
-
-def _to_values(assigned: Assigned) -> list[Any]:
-    split, sample = assigned
-    values = [getattr(sample, each.name) for each in fields(sample)]
-    return [split, *(dict(value) if isinstance(value, Mapping) else value for value in values)]
-
-
-def _read_scratch(path: Path) -> Iterator[Assigned]:
-    with path.open("rb") as file:
-        while file.peek(1):
-            split, *values = marshal.load(file)  # written by this process
-            yield split, RawSample(*values)
+def sample_texts(texts: Iterable[bytes], max_bytes: int) -> list[bytes]:
+    """Texts of at most `max_bytes` in total, in their order: all, or a sample that depends on content alone."""
+    kept: list[tuple[int, int, bytes]] = []  # those with the lowest hashes, the highest first
+    total = 0
+    for number, text in enumerate(texts):
+        text = text[:max_bytes]
+        heappush(kept, (-_hash(text, b"sample"), number, text))
+        total += len(text)
+        while total > max_bytes:
+            total -= len(heappop(kept)[2])
+    return [text for _, _, text in sorted(kept, key=lambda each: each[1])]

@@ -1,30 +1,26 @@
 """Writer of datasets: tar shards, their indexes, and dataset.json.
 
-The same documents, in any order, produce the same shards, bit for bit. Everything is written to a staging folder
-and moved into place at the end, dataset.json last, so that a dataset that opens is complete and a failure leaves
-an older one unchanged.
+The same documents, in any order, produce the same shards, bit for bit, with any number of processes. Everything is
+written to a staging folder and moved into place at the end, dataset.json last, so that a dataset that opens is
+complete and a failure leaves an older one unchanged.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
+import os
 import re
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from reformer_dist.data.format.dataset_layout import (
     DATASET_FILE,
     FORMAT_VERSION,
-    MAX_SAMPLE_BYTES,
     MEMBER_SUFFIX,
     SPLITS,
     TEXT_FIELDS,
@@ -33,12 +29,17 @@ from reformer_dist.data.format.dataset_layout import (
     json_sha256,
     write_json,
 )
-from reformer_dist.data.format.label_spans import GROUPS, SPANS, token_spans
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.samples import RawSample, assign_splits, in_hash_order
+from reformer_dist.data.prepare.batches import in_hash_order
+from reformer_dist.data.prepare.encoding import EncodedSample
+from reformer_dist.data.prepare.parallel import OnRead, encode_batches
+from reformer_dist.data.prepare.samples import RawSample, assign_splits
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
+from reformer_dist.fs.lock import LOCK_FILE, acquire_lock
 
+STAGING_FOLDER = ".writing"
+BATCH_FOLDER = "batches"
 _SHARD_FILE = re.compile(r"(train|heldout)-\d{6,}\.(tar|json)")
 
 
@@ -80,14 +81,19 @@ def write_samples(
     *,
     heldout: Iterable[RawSample] | None = None,
     fields: Sequence[str] = TEXT_FIELDS,
-    labels: Sequence[str] = (),
+    labels: Sequence[str] | None = (),
     label_spans: bool = False,
+    workers: int = 0,
+    resume: bool = False,
+    on_read: OnRead = lambda n_bytes: None,
 ) -> WriteSummary:
     """Writes samples, each with one text per name in `fields`, as a dataset, in an order that shuffles them.
 
     shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
     out; by default a `heldout_fraction` of the samples, selected by content. labels: those that the metadata may
-    hold. label_spans: whether samples say which of their tokens are labels.
+    hold; None for those of the training samples. label_spans: whether samples say which tokens are labels.
+    workers: processes that tokenize, 0 for none besides this one. resume: continue the work of a process that was
+    interrupted, and keep it if this one is. on_read: called with the bytes of text of each batch.
 
     Raises DataError if there is no text, a split is empty, a label is unknown, the folder can't be written, or it
     already holds a dataset and `overwrite` is False.
@@ -99,11 +105,13 @@ def write_samples(
         raise DataError(f"heldout_fraction={heldout_fraction}: must be at least 0 and below 1")
     if not overwrite and any(_dataset_files(folder)):
         raise DataError(f"{folder}: already holds a dataset; give another folder, or --overwrite to replace it")
-    with _staging(folder) as staging:
+    with _staging(folder, resume) as staging:
         assigned = assign_splits(samples, heldout, heldout_fraction)
-        with TemporaryDirectory(dir=staging) as scratch:
-            ordered = in_hash_order(assigned, Path(scratch))
-            summary = _write_splits(ordered, staging, tokenizer, shard_bytes, labels)
+        batches = encode_batches(assigned, tokenizer, staging / BATCH_FOLDER, workers=workers, on_read=on_read)
+        if labels is None:
+            labels = sorted({label for batch in batches for label in batch.labels})
+        summary = _write_splits(in_hash_order(batches), staging, tokenizer.dtype, shard_bytes, labels)
+        shutil.rmtree(staging / BATCH_FOLDER)
         _check_splits(summary, heldout_fraction)
         record = {
             "format": FORMAT_VERSION,
@@ -116,14 +124,20 @@ def write_samples(
             **({"label_spans": True} if label_spans else {}),
             "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
         }
-        # dataset.json is removed first, so that a mixture of the old and the new dataset never opens
-        (folder / DATASET_FILE).unlink(missing_ok=True)
-        for path in list(_dataset_files(folder)):
-            path.unlink()
-        for path in sorted(staging.iterdir()):
-            path.replace(folder / path.name)
-        write_json(folder / DATASET_FILE, {**record, "sha256": json_sha256(record)})
+        _publish(staging, folder, record)
     return summary
+
+
+def _publish(staging: Path, folder: Path, record: dict[str, Any]) -> None:
+    """Moves a dataset into place."""
+    # dataset.json is removed first, so that a mixture of the old and the new dataset never opens
+    (folder / DATASET_FILE).unlink(missing_ok=True)
+    for path in list(_dataset_files(folder)):
+        path.unlink()
+    for path in sorted(staging.iterdir()):
+        if path.name != LOCK_FILE:
+            path.replace(folder / path.name)
+    write_json(folder / DATASET_FILE, {**record, "sha256": json_sha256(record)})
 
 
 def _dataset_files(folder: Path) -> Iterator[Path]:
@@ -132,41 +146,52 @@ def _dataset_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def has_finished_batches(folder: Path) -> bool:
+    """Whether an interrupted `write_samples` left work in its output folder that can be continued."""
+    return any((folder / STAGING_FOLDER / BATCH_FOLDER).glob("*.json"))
+
+
 @contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    staging = folder / ".writing"
+def _staging(folder: Path, resume: bool) -> Iterator[Path]:
+    staging = folder / STAGING_FOLDER
+    lock = None
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
-        staging.mkdir(parents=True)
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(staging / LOCK_FILE)
+        if lock is None:
+            raise DataError(f"{folder}: another process writes a dataset there; wait, or give another folder")
+        for path in staging.iterdir():  # of a killed process
+            if path.is_dir() and not resume:
+                shutil.rmtree(path)
+            elif path.is_file() and path.name != LOCK_FILE:
+                path.unlink()
         yield staging
     except OSError as error:
         raise DataError(
             f"{folder}: can't be written ({error}); it must be a writable folder with free space, or not exist"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            if not (resume and has_finished_batches(folder)):
+                shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
 
 
 def _write_splits(
-    samples: Iterable[tuple[str, RawSample]],
-    staging: Path,
-    tokenizer: Tokenizer,
-    shard_bytes: int,
-    labels: Sequence[str],
+    samples: Iterable[EncodedSample], staging: Path, dtype: str, shard_bytes: int, labels: Sequence[str]
 ) -> WriteSummary:
-    writers = {split: _SplitWriter(staging, split, tokenizer, shard_bytes) for split in SPLITS}
+    writers = {split: _SplitWriter(staging, split, dtype, shard_bytes) for split in SPLITS}
     summary = WriteSummary(splits={split: writer.shards for split, writer in writers.items()})
     try:
-        for split, sample in samples:
-            if not all(sample.fields):
+        for sample in samples:
+            if not sample.payload:
                 summary.empty += 1
                 continue
             if labels and sample.metadata["label"] not in labels:
                 expected = f"it must be one of the training samples': {', '.join(labels)}"
                 raise DataError(f"{sample.name}: its label {sample.metadata['label']!r} is unknown; {expected}")
-            normalized = tuple(tokenizer.normalize(text) for text in sample.fields)
-            summary.normalized += normalized != sample.fields
-            writers[split].add(replace(sample, fields=normalized))
+            summary.normalized += sample.is_normalized
+            writers[sample.split].add(sample)
     finally:
         for writer in writers.values():
             writer.close()
@@ -193,44 +218,36 @@ class _SplitWriter:
 
     folder: Path
     split: str
-    tokenizer: Tokenizer
+    dtype: str
+    """Of token ids."""
     shard_bytes: int
     shards: list[Shard] = field(default_factory=list)
     _tar: tarfile.TarFile | None = None
     _index: list[dict[str, Any]] = field(default_factory=list)
     _n_documents: int = 0
 
-    def add(self, sample: RawSample) -> None:
-        parts = [self.tokenizer.encode(text) for text in sample.fields]
-        ids = np.concatenate(parts)
-        metadata = dict(sample.metadata)
-        if sample.label_spans:
-            metadata[SPANS] = token_spans(sample.label_spans, parts[0], self.tokenizer, sample.name)
-            metadata |= {GROUPS: list(sample.label_groups)} if sample.label_groups else {}
-        payload = ids.astype(np.dtype(self.tokenizer.dtype).newbyteorder("<")).tobytes()
-        if len(payload) > MAX_SAMPLE_BYTES:
-            expected = f"the maximum is {MAX_SAMPLE_BYTES}: cut the document into several"
-            raise DataError(f"{sample.name}: holds {len(payload)} bytes of token ids; {expected}")
-        if self._tar is not None and self._tar.offset + 1024 + len(payload) > self.shard_bytes:
+    def add(self, sample: EncodedSample) -> None:
+        size = len(sample.payload)
+        if self._tar is not None and self._tar.offset + 1024 + size > self.shard_bytes:
             self.close()
         if self._tar is None:
             self._tar = tarfile.TarFile(self._path(".tar"), "w", format=tarfile.GNU_FORMAT)
         key = f"{self._n_documents:08d}"
         # a new TarInfo has time, owner and group 0, so that shards do not depend on the machine
-        member = tarfile.TarInfo(f"{key}.{MEMBER_SUFFIX[self.tokenizer.dtype]}")
-        member.size = len(payload)
-        self._tar.addfile(member, io.BytesIO(payload))
+        member = tarfile.TarInfo(f"{key}.{MEMBER_SUFFIX[self.dtype]}")
+        member.size = size
+        self._tar.addfile(member, io.BytesIO(sample.payload))
         self._index.append(
             {
                 "key": key,
                 "document": sample.name,
-                "offset": self._tar.offset - -(-len(payload) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE,
-                "size": len(payload),
-                "n_tokens": len(ids) + len(parts),
-                "n_bytes": sum(map(len, sample.fields)),
-                "sha256": hashlib.sha256(payload).hexdigest(),
-                **({"lengths": [len(part) for part in parts]} if len(parts) > 1 else {}),
-                **({"facts": metadata} if metadata else {}),
+                "offset": self._tar.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE,
+                "size": size,
+                "n_tokens": sum(sample.lengths) + len(sample.lengths),
+                "n_bytes": sample.n_bytes,
+                "sha256": sample.sha256,
+                **({"lengths": list(sample.lengths)} if len(sample.lengths) > 1 else {}),
+                **({"facts": dict(sample.metadata)} if sample.metadata else {}),
             }
         )
         self._n_documents += 1

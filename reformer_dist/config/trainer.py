@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from reformer_dist.config.checks import LARGEST_INT64, MONTH, ConfigGroup, bounded
+from reformer_dist.config.checks import LARGEST_INT64, MONTH, ConfigGroup, bounded, require
 
 
 class Precision(Enum):
@@ -41,5 +41,15 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """The run stops once the loss has been above that of a uniform guess, ln(vocabulary), for this many steps
     after the warmup; 0: it only warns."""
 
+    profile: list[int] | None = None
+    """[from, to]: traces of these steps, and a table of their time by part, are written to output_dir/profile."""
+
     step_timeout: float = bounded(0.0, least=0, most=MONTH, hint="that is a month")
     """A rank logs what it is doing when a part of a step takes longer than this many seconds; 0 means never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile is not None:
+            requirement = f"must be [from, to] with 1 <= from <= to <= trainer.max_steps={self.max_steps}"
+            is_valid = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.max_steps
+            require(is_valid, "trainer.profile", self.profile, requirement)

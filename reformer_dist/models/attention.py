@@ -32,6 +32,7 @@ from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import unsupported_reason
 from reformer_dist.ops.lsh.hashing import single_bucket_ids
 from reformer_dist.ops.lsh.next_values import zero_padding, zero_starts
+from reformer_dist.ops.profiling import part
 from reformer_dist.ops.rotary import rotate
 from reformer_dist.seeds import derive_seed
 
@@ -194,7 +195,8 @@ class ExactSelfAttention(SelfAttention):
             rows=context.coords.rows,
             document_ids=context.document_ids,
         )
-        return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
+        with part("attend"):
+            return context.sequence.of_layer(layer).exact_attention(q, k, v, options, context.key_padding_mask)
 
 
 def check_attention_backend(config: ModelConfig, device: torch.device) -> None:
@@ -215,8 +217,9 @@ def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
     scheme, backend = config.hash_scheme.name, config.attention_backend.name
     factors = None if config.compat.bucket_factors is None else tuple(config.compat.bucket_factors)
     sizes = (vectors.shape[1], vectors.shape[3], config.n_hashes, config.n_buckets)
-    if config.compat.hash_seed is not None:
-        rotations = seeded_rotations(*sizes, config.compat.hash_seed, factors=factors)
-    else:
-        rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
-    return hash_vectors(vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend)
+    with part("hash"):
+        if config.compat.hash_seed is not None:
+            rotations = seeded_rotations(*sizes, config.compat.hash_seed, factors=factors)
+        else:
+            rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
+        return hash_vectors(vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend)

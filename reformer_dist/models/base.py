@@ -20,6 +20,7 @@ from reformer_dist.models.stack import ReformerStack
 from reformer_dist.models.training_steps import CountsSteps, draws_rotations
 from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.ops.dropout import token_dropout
+from reformer_dist.ops.profiling import part
 
 LARGEST_VOCABULARY = 2**31 - 1
 
@@ -61,10 +62,10 @@ class ReformerModel(CountsSteps):
 
     def _embed(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         check_length(self.config, tokens.shape[1])
-        x: Tensor = self.embedding(tokens, context.positions)
-        return token_dropout(
-            x, context.dropout(self.config.dropout), context.seed_for("embedding"), context.coords
-        )
+        with part("embedding"):
+            x: Tensor = self.embedding(tokens, context.positions)
+            dropout = context.dropout(self.config.dropout)
+            return token_dropout(x, dropout, context.seed_for("embedding"), context.coords)
 
     def _build_context(self, tokens: Tensor, options: ForwardOptions) -> ForwardContext:
         """The context of one forward call on tokens [B, S]. Raises ValueError for inputs that do not fit."""

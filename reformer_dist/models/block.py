@@ -26,6 +26,7 @@ from reformer_dist.models.recompute import LayerWeights, check_reversible
 from reformer_dist.models.reversible import Streams, Sublayer, Tape, TokenwiseSublayer, reversible_steps
 from reformer_dist.ops.checks import check_type
 from reformer_dist.ops.dropout import token_dropout
+from reformer_dist.ops.profiling import part
 
 
 class Block(nn.Module):
@@ -102,19 +103,23 @@ class Block(nn.Module):
         feed_forward_norm = norm_of_layer(self.feed_forward_norm, layer)
 
         def attend(x: Tensor) -> Tensor:
-            out = attention_norm.scale_output(self.attention(attention_norm(x), context, layer, cache))
-            return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.coords)
+            with part("projections"):
+                out = attention_norm.scale_output(self.attention(attention_norm(x), context, layer, cache))
+                return token_dropout(out, dropout, context.seed_for("after_attention", layer), context.coords)
 
         def cross_attend(x: Tensor) -> Tensor:
             norm = norm_of_layer(self.cross_attention_norm, layer)
-            out = norm.scale_output(self.cross_attention(norm(x), context, layer, cache))
-            return token_dropout(out, dropout, context.seed_for("after_cross_attention", layer), context.coords)
+            with part("projections"):
+                out = norm.scale_output(self.cross_attention(norm(x), context, layer, cache))
+                seed = context.seed_for("after_cross_attention", layer)
+                return token_dropout(out, dropout, seed, context.coords)
 
         def feed_forward(start: int, x: Tensor) -> Tensor:
             coords = context.coords.chunk(start, start + x.shape[1])
-            out = self.feed_forward(feed_forward_norm(x), context, layer, coords)
-            out = feed_forward_norm.scale_output(out)
-            return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), coords)
+            with part("feed-forward"):
+                out = self.feed_forward(feed_forward_norm(x), context, layer, coords)
+                out = feed_forward_norm.scale_output(out)
+                return token_dropout(out, dropout, context.seed_for("after_feed_forward", layer), coords)
 
         weights = [*attention_norm.parameters(), *self.attention.parameters()]
         sublayers = [Sublayer(attend, weights)]

@@ -15,6 +15,7 @@ from reformer_dist.models.inputs import check_labels
 from reformer_dist.ops.checks import check_integer, check_range
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 from reformer_dist.ops.dropout import TokenCoords, token_dropout
+from reformer_dist.ops.profiling import part
 
 
 class ReformerForSequenceClassification(ReformerModel):
@@ -40,11 +41,13 @@ class ReformerForSequenceClassification(ReformerModel):
         if labels is not None:
             check_labels(labels, "B", tokens)
             check_range("labels", labels, self.n_classes, limit="n_classes", also=IGNORE_INDEX)
-        logits: Tensor = self.head(pool(self._hidden(tokens, context), context, self.config.pooling), context)
-        if labels is None:
-            return logits
-        loss = F.cross_entropy(logits, labels.long(), reduction="sum", ignore_index=IGNORE_INDEX)
-        return loss / context.sequence.n_slices
+        hidden = self._hidden(tokens, context)
+        with part("loss"):
+            logits: Tensor = self.head(pool(hidden, context, self.config.pooling), context)
+            if labels is None:
+                return logits
+            loss = F.cross_entropy(logits, labels.long(), reduction="sum", ignore_index=IGNORE_INDEX)
+            return loss / context.sequence.n_slices
 
 
 class ClassificationHead(nn.Module):

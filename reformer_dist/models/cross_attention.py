@@ -9,6 +9,7 @@ from reformer_dist.models.attention import hash_heads
 from reformer_dist.models.context import EncodedSource, ForwardContext, RecomputeCache
 from reformer_dist.ops.lsh import CrossKeys, CrossOptions
 from reformer_dist.ops.lsh.shared_keys import shared_keys
+from reformer_dist.ops.profiling import part
 from reformer_dist.seeds import derive_seed
 
 
@@ -43,13 +44,15 @@ class CrossAttention(nn.Module):
             return self._keys(source, seed, layer, cache)
 
         access, options = context.sequence.of_layer(layer), self._options(context, layer)
-        out = access.cross_attention(q, query_ids, keys, options, source.sequence)
+        with part("attend"):
+            out = access.cross_attention(q, query_ids, keys, options, source.sequence)
         return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def _keys(self, source: EncodedSource, seed: int, layer: int, cache: RecomputeCache) -> CrossKeys:
-        hidden = source.hidden.to(self.to_k.weight.dtype)
-        k, v = self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))
-        k = k if self.is_exact else shared_keys(k)
+        with part("projections"):
+            hidden = source.hidden.to(self.to_k.weight.dtype)
+            k, v = self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))
+            k = k if self.is_exact else shared_keys(k)
         return CrossKeys(k, v, self._hash(k, seed, layer, cache.key_ids), source.key_padding_mask)
 
     def _hash(self, vectors: Tensor, seed: int, layer: int, cached: dict[int, Tensor]) -> Tensor | None:

@@ -27,6 +27,7 @@ from reformer_dist.models.sequence import SequenceAccess
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.models.training_steps import draws_rotations
 from reformer_dist.ops.checks import check_integer, check_type
+from reformer_dist.ops.profiling import part
 from reformer_dist.seeds import derive_seed
 
 
@@ -83,7 +84,8 @@ class ReformerEncoderDecoder(ReformerModel):
         if logits_to_keep is not None:
             check_integer("logits_to_keep", logits_to_keep, least=1)
             hidden = hidden[:, -logits_to_keep:]
-        logits_or_loss: Tensor = self.head(hidden, labels)
+        with part("loss"):
+            logits_or_loss: Tensor = self.head(hidden, labels)
         return logits_or_loss
 
     def encode(self, tokens: Tensor, **options: Unpack[ForwardOptions]) -> Tensor:

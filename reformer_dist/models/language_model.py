@@ -11,6 +11,7 @@ from reformer_dist.models.context import ForwardOptions
 from reformer_dist.models.head import LanguageModelHead
 from reformer_dist.models.initialization import init_weights
 from reformer_dist.ops.checks import check_integer
+from reformer_dist.ops.profiling import part
 
 
 class ReformerLM(ReformerModel):
@@ -45,5 +46,6 @@ class ReformerLM(ReformerModel):
         if logits_to_keep is not None:
             check_integer("logits_to_keep", logits_to_keep, least=1)
             hidden = hidden[:, -logits_to_keep:]
-        logits_or_loss: Tensor = self.head(hidden, labels, per_token=per_token_loss)
+        with part("loss"):
+            logits_or_loss: Tensor = self.head(hidden, labels, per_token=per_token_loss)
         return logits_or_loss

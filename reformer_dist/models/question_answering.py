@@ -13,6 +13,7 @@ from reformer_dist.models.initialization import init_weights
 from reformer_dist.models.inputs import check_labels
 from reformer_dist.ops.checks import TensorChecks, check_range
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
+from reformer_dist.ops.profiling import part
 
 MASKED_LOGIT = torch.finfo(torch.float32).min
 
@@ -46,14 +47,16 @@ class ReformerForQuestionAnswering(ReformerModel):
         """
         context = self._build_context(tokens, options)
         self._check(tokens, labels, answer_mask, context)
-        logits = self.head(self._hidden(tokens, context)).float()
-        masks = [mask.unsqueeze(-1) for mask in (context.key_padding_mask, answer_mask) if mask is not None]
-        for mask in masks:
-            logits = logits.masked_fill(~mask, MASKED_LOGIT)
-        if labels is None:
-            first, last = logits.unbind(dim=-1)
-            return first, last
-        return _cross_entropy_over_positions(logits, labels, masks, context)
+        hidden = self._hidden(tokens, context)
+        with part("loss"):
+            logits = self.head(hidden).float()
+            masks = [mask.unsqueeze(-1) for mask in (context.key_padding_mask, answer_mask) if mask is not None]
+            for mask in masks:
+                logits = logits.masked_fill(~mask, MASKED_LOGIT)
+            if labels is None:
+                first, last = logits.unbind(dim=-1)
+                return first, last
+            return _cross_entropy_over_positions(logits, labels, masks, context)
 
     @staticmethod
     def _check(tokens: Tensor, labels: Tensor | None, answer_mask: Tensor | None, context: ForwardContext) -> None:

@@ -20,6 +20,7 @@ from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Sor
 from reformer_dist.ops.lsh.backends import backend_for
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
+from reformer_dist.ops.profiling import part
 from reformer_dist.parallel.combine import MergedCombiner, RoundCombiner
 from reformer_dist.parallel.dispatch import TokenDispatcher, as_one_head
 from reformer_dist.parallel.exchange_plan import ExchangePlan, Route, Selection
@@ -75,13 +76,13 @@ class BucketExchange:
         returned: list[Work] = []
         # two more stages: a route dispatched in one is attended in the next and combined in the one after
         for stage in range(len(routes) + 2):
-            with timed("dispatch"):
+            with timed("dispatch"), part("exchange"):
                 arrived = [work.wait() for work in dispatched]
                 messages = pack(routes[stage]) if stage < len(routes) else []
                 dispatched = [comm.all_to_all_v(message, "dispatch") for message in messages]
             with timed("attend"):
                 results = attend(routes[stage - 1], arrived) if arrived else []
-            with timed("combine"):
+            with timed("combine"), part("exchange"):
                 combined = [work.wait() for work in returned]
                 returned = [comm.all_to_all_v(message, "combine") for message in results]
                 if combined:
@@ -159,6 +160,6 @@ class _Backward:
         tokens, splits = selection.tokens(self._dispatcher.plan.n_local), selection.splits
         grads = self._dispatcher.rows_of(target, route)
         total = torch.zeros(grads.shape, dtype=torch.float32, device=rows.device)
-        for index, part in zip(tokens.split(splits), rows.split(splits), strict=True):
-            total[index] += part.float()
+        for index, received in zip(tokens.split(splits), rows.split(splits), strict=True):
+            total[index] += received.float()
         grads.add_(total)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from reformer_dist.distributed.comm import CommGroup
 from reformer_dist.distributed.mesh import SequenceMesh
+from reformer_dist.ops.profiling import part
 
 PHASE, GATHER_PHASE = "heads", "gather"
 
@@ -33,14 +34,14 @@ class _HeadExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: CommGroup, order: list[int], is_to_heads: bool) -> Tensor:
         ctx.settings = (comm, order, is_to_heads)
-        with comm.stats.timed(PHASE):
+        with comm.stats.timed(PHASE), part("exchange"):
             return (_to_heads if is_to_heads else _to_slices)(x, comm, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         comm, order, is_to_heads = ctx.settings
-        with comm.stats.timed(PHASE):
+        with comm.stats.timed(PHASE), part("exchange"):
             return (_to_slices if is_to_heads else _to_heads)(grads[0], comm, order), None, None, None
 
 
@@ -67,7 +68,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: SequenceMesh) -> Tensor:
         ctx.mesh = mesh
-        by_rank = mesh.sequence_group.all_gather(x, GATHER_PHASE)
+        with part("exchange"):
+            by_rank = mesh.sequence_group.all_gather(x, GATHER_PHASE)
         return by_rank[[mesh.rank_of_slice(index) for index in range(mesh.size)]]
 
     @staticmethod
@@ -77,4 +79,5 @@ class _Gather(torch.autograd.Function):
         by_rank = torch.empty_like(grads[0])
         for index, grad in enumerate(grads[0]):
             by_rank[mesh.rank_of_slice(index)] = grad
-        return mesh.sequence_group.all_to_all(by_rank, GATHER_PHASE).sum(dim=0), None
+        with part("exchange"):
+            return mesh.sequence_group.all_to_all(by_rank, GATHER_PHASE).sum(dim=0), None

@@ -20,6 +20,7 @@ from reformer_dist.ops.lsh.attention import Exchange, LocalExchange
 from reformer_dist.ops.lsh.bucket_stats import BucketStats, measure_bucket_stats
 from reformer_dist.ops.lsh.next_values import document_starts, next_values
 from reformer_dist.ops.lsh.sorting import count_buckets, mark_padding
+from reformer_dist.ops.profiling import part
 from reformer_dist.parallel.bucket_exchange import BucketExchange, exchanged_attention
 from reformer_dist.parallel.collectives import gather_slices, to_heads, to_slices
 from reformer_dist.parallel.exchange_plan import make_plan
@@ -94,7 +95,8 @@ class SlicedSequence:
             options = replace(options, document_ids=documents)
             return LocalExchange(bucket_ids[..., : self.seq_len], options, mask)
         buckets = mark_padding(bucket_ids, options.n_buckets, mask)
-        plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
+        with part("exchange"):
+            plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
         return BucketExchange(plan, options, mesh.bucket_group, per_round=self._per_round)
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from reformer_dist.distributed.runtime import Preempted, SharedError, Unavailable
 from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import NonFiniteError, TrainingError, UserError
+from reformer_dist.ops.profiling import part
 from reformer_dist.process.live_line import SEPARATOR, live
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
@@ -24,6 +26,7 @@ from reformer_dist.training.metrics import (
 )
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, TaskData
+from reformer_dist.training.profiler import StepProfiler
 from reformer_dist.training.validator import Validator
 from reformer_dist.training.watchdog import Watchdog
 
@@ -50,6 +53,7 @@ class Trainer:
         self._cost = cost
         self._metrics_window = MetricsWindow(run.runtime.device)
         self._watchdog = Watchdog(run.runtime, run.config.trainer.step_timeout)
+        self._profiler = StepProfiler(run.config.trainer.profile, Path(run.config.output_dir), run.runtime)
         self._data_state: dict[str, Any] = {}
         self._monitor = DivergenceMonitor(
             run.config, run.runtime, parts.checkpoints, parts.state, data.task.guessing_loss
@@ -78,6 +82,8 @@ class Trainer:
         except (SharedError, TrainingError):  # on every rank
             self._wait_for_save(block=True)
             raise
+        finally:
+            self._profiler.close()
 
     def _train(self) -> None:
         if not self.state.is_observed:
@@ -87,11 +93,15 @@ class Trainer:
         while self.state.step < self.config.trainer.max_steps:
             start = time.perf_counter()
             step = self.state.step + 1
-            with self._watchdog.phase(f"waiting for data of step {step} (here or on another rank)"):
-                inputs = self._batch_reader.next_step()
-            self._metrics_window.wait(time.perf_counter() - start)
-            with self._watchdog.phase(f"computing step {step}"), live.phase(shown):
-                grad_norm, lr = self._train_step(inputs)
+            with self._profiler.step(step):
+                with (
+                    self._watchdog.phase(f"waiting for data of step {step} (here or on another rank)"),
+                    part("data"),
+                ):
+                    inputs = self._batch_reader.next_step()
+                self._metrics_window.wait(time.perf_counter() - start)
+                with self._watchdog.phase(f"computing step {step}"), live.phase(shown):
+                    grad_norm, lr = self._train_step(inputs)
             live.progress(step, self.config.trainer.max_steps)
             shown = ""
             self._data_state = inputs.data_state
@@ -161,16 +171,19 @@ class Trainer:
         step_index, device = self.state.step, self._runtime.device
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in inputs.micro_batches:
-            loss = self._engine.forward(
-                **batch.to(device),
-                step=step_index,
-                dropout_seed=derive_seed("dropout", self.config.trainer.seed, step_index),
-                **batch.sequences,
-            )
-            self._engine.backward(loss, inputs.n_labels)
+            with part("forward"):
+                loss = self._engine.forward(
+                    **batch.to(device),
+                    step=step_index,
+                    dropout_seed=derive_seed("dropout", self.config.trainer.seed, step_index),
+                    **batch.sequences,
+                )
+            with part("backward"):
+                self._engine.backward(loss, inputs.n_labels)
             loss_sum += loss.detach()
         lr = learning_rate(self.config.optim, step_index, self.config.trainer.max_steps)
-        result = self._engine.step(lr)
+        with part("optimizer"):
+            result = self._engine.step(lr)
         self.state.step = step_index + 1
         self._metrics_window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
         self._monitor.end_step(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.jobs
 
 STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
-SHARED = "parallel.sequence=2"
+SHARED, PROFILED = "parallel.sequence=2", "trainer.profile=[2,3]"
 DAMAGED = ("data.max_damaged_fraction=0.5", "data.workers=0")
 EPOCH = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=10")
 EPOCH += ("trainer.max_steps=1000",)
@@ -61,7 +61,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
     add("too many", "parallel.sequence=3")
     by_buckets = (SHARED, "parallel.buckets=2", "deepspeed.stage=1", *EVALUATED, "trainer.sample_every=6")
     add("heads", SHARED, *EVALUATED)
-    add("buckets", *by_buckets, "trainer.sample_tokens=3")
+    add("buckets", *by_buckets, "trainer.sample_tokens=3", PROFILED)
     add("buckets-resumed", *by_buckets, f"resume={checkpoint(root / 'buckets', 3)}")
     add("buckets-elastic", *by_buckets, f"resume={checkpoint(alone, 3)}")
     add("broken", data=broken(tiny_data, root / "data"))
@@ -77,7 +77,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
     # stage 3 last: DeepSpeed then replaces torch's linear in the process
     for stage in STAGES:
         zero = f"deepspeed.stage={stage}"
-        add(f"zero{stage}", zero, *EVALUATED, "trainer.sample_every=6", "trainer.sample_tokens=3")
+        add(f"zero{stage}", zero, *EVALUATED, "trainer.sample_every=6", "trainer.sample_tokens=3", PROFILED)
         add(f"zero{stage}-resumed", zero, f"resume={checkpoint(root / f'zero{stage}', 3)}")
     add("offload3", "deepspeed.stage=3", "deepspeed.offload_optimizer=true")
     plan["again"] = [*plan["plain"], "resume=never"]
@@ -96,6 +96,17 @@ def test_resume_is_bitwise(ranks: tuple[Path, dict[str, Any]], stage: int) -> No
     whole, resumed = ranks[0] / f"zero{stage}", ranks[0] / f"zero{stage}-resumed"
     assert scalars(resumed, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
     assert_same(checkpoint(resumed, 6), checkpoint(whole, 6))
+
+
+@pytest.mark.parametrize("name", ["buckets", "zero0", "zero2", "zero3"])
+def test_every_rank_profiles_its_steps(ranks: tuple[Path, dict[str, Any]], name: str) -> None:
+    for rank in (0, 1):
+        table = (ranks[0] / name / f"profile/rank-{rank:05d}.steps-2-3.txt").read_text().splitlines()
+        named = [line.split()[0] for line in table]
+        assert {"attend", "feed-forward", "optimizer"} < set(named)
+        assert ("exchange" in named) == (name == "buckets")
+        _, total, _, measured, *_ = table[-1].split()
+        assert float(total) == pytest.approx(float(measured), rel=0.05)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -22,6 +22,7 @@ from reformer_dist.ops.lsh.neighbour_rules import Rule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
 from reformer_dist.ops.lsh.sorting import mark_padding
+from reformer_dist.ops.profiling import part
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,15 @@ class Sorter:
         self.backend, self._cache = backend, cache
 
     def sort(self, shard: Shard) -> SortedShard:
-        return self.backend.sort(shard)
+        with part("sort"):
+            return self.backend.sort(shard)
 
     def sort_once(self, group: int, shard: Callable[[], Shard]) -> SortedShard:
         """The sorted shard of a group, cached by the earlier pass."""
         if group in self._cache:
             return self._cache[group]
-        sorted_shard = self.backend.sort(shard())
+        with part("sort"):
+            sorted_shard = self.backend.sort(shard())
         if self.backend.keeps_order:
             self._cache[group] = sorted_shard
         return sorted_shard
@@ -317,7 +320,7 @@ class _Attention(FirstOrderFunction):
         out = torch.empty_like(v)
         lse = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
         ctx.exchange, ctx.backend, ctx.cache = exchange, backend, {}
-        with torch.autocast(v.device.type, enabled=False):
+        with torch.autocast(v.device.type, enabled=False), part("attend"):
             sorter = Sorter(backend(exchange.options, v), ctx.cache)
             exchange.forward(ForwardTensors(q, k, v, out, lse), sorter)
             if exchange.options.attends_alone:
@@ -334,7 +337,7 @@ class _Attention(FirstOrderFunction):
         d_out = ctx.backend.with_supported_strides(grads[0])
         dq, dv = torch.zeros_like(q), torch.zeros_like(v)
         dk = None if k is None else torch.zeros_like(k)
-        with torch.autocast(v.device.type, enabled=False):
+        with torch.autocast(v.device.type, enabled=False), part("attend"):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.cache)
             delta = sorter.backend.row_dot(d_out, out)
             if ctx.exchange.options.attends_alone:

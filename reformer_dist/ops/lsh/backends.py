@@ -27,6 +27,7 @@ from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.reference import reference_attention
 from reformer_dist.ops.lsh.shared_keys import shared_keys
 from reformer_dist.ops.lsh.torch_tiles.attention import TorchBackend
+from reformer_dist.ops.profiling import part
 
 NAMES = ("reference", "torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,22 +176,23 @@ def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchan
         raise ValueError("k=None: must be given with own_keys=True")
     if options.backend != "reference":
         return attend(q, k, v, exchange, backend_for(options, v))
-    return reference_attention(
-        q,
-        shared_keys(q) if k is None else k,
-        v,
-        exchange.bucket_ids,
-        options.rule,
-        scale=options.scale,
-        key_padding_mask=exchange.key_padding_mask,
-        count_pairs_once=options.count_pairs_once,
-        dropout=options.dropout,
-        dropout_seed=options.dropout_seed,
-        head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
-        query_ids=exchange.query_ids,
-        attends_alone=options.attends_alone,
-        document_ids=options.document_ids,
-    )
+    with part("attend"):
+        return reference_attention(
+            q,
+            shared_keys(q) if k is None else k,
+            v,
+            exchange.bucket_ids,
+            options.rule,
+            scale=options.scale,
+            key_padding_mask=exchange.key_padding_mask,
+            count_pairs_once=options.count_pairs_once,
+            dropout=options.dropout,
+            dropout_seed=options.dropout_seed,
+            head_indices=options.head_indices(q.shape[0], q.shape[1], q.device),
+            query_ids=exchange.query_ids,
+            attends_alone=options.attends_alone,
+            document_ids=options.document_ids,
+        )
 
 
 def hash_vectors(

@@ -31,3 +31,7 @@ class TrainingError(UserError):
 
 class PeerLost(UserError):
     """Another process of the job exited or hangs; every remaining rank reports which."""
+
+
+class OutOfMemory(UserError):
+    """The memory of a device or machine ran out on this rank; the message names keys that would help."""

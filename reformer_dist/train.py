@@ -37,16 +37,19 @@ def train(config: RunConfig) -> None:
 def _train_as_rank(config: RunConfig) -> None:
     with live.phase("importing"):
         from reformer_dist.distributed import failures, runtime
+        from reformer_dist.run import out_of_memory
         from reformer_dist.run.build import build_trainer
         from reformer_dist.training.preemption import StopSignal
 
     stop = StopSignal()
     with stop.listen():
-        job = runtime.start(timedelta(seconds=config.parallel.timeout))
+        timeout, traces = timedelta(seconds=config.parallel.timeout), f"{config.output_dir}/nccl_rank_"
+        job = runtime.start(timeout, trace_prefix=traces)
         stop.defer_to_steps()
         with ExitStack() as resources, failures.detect_lost_ranks(job, ADVICE):
             try:
-                build_trainer(config, job, resources, stop).fit()
+                with out_of_memory.reported(config, job):
+                    build_trainer(config, job, resources, stop).fit()
             except runtime.Preempted:
                 stop.exit_soon()
                 raise

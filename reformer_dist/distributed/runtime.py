@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +49,7 @@ __all__ = [
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 DRAIN_SECONDS = 0.1
+RECORDED_COLLECTIVES = 2000
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,12 @@ def _merge_messages(messages: list[str | None]) -> str:
     return "\n".join(f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in ranks_of.items())
 
 
-def start(timeout: timedelta = TIMEOUT) -> Runtime:
+def start(timeout: timedelta = TIMEOUT, *, trace_prefix: str | None = None) -> Runtime:
     """Joins the job of torchrun, deepspeed or a similar launcher; without one, starts a job of one process.
 
-    timeout: how long a rank waits for the others, here and in the collectives of all groups. Raises UserError on
-    this rank alone if the launcher's environment is incomplete or the job can't be joined.
+    timeout: how long a rank waits for the others, here and in the collectives of all groups. trace_prefix: of the
+    files, one per rank, in which NCCL's collectives before a timeout are recorded. Raises UserError on this rank
+    alone if the launcher's environment is incomplete or the job can't be joined.
     """
     _check_environment()
     world_size, rank = env_world_size(), env_rank()
@@ -148,6 +151,8 @@ def start(timeout: timedelta = TIMEOUT) -> Runtime:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         backend = "nccl"
+        if trace_prefix is not None:
+            record_collectives(trace_prefix)
     else:
         device, backend = torch.device("cpu"), "gloo"
     # for groups that are created later without a timeout, such as DeepSpeed's
@@ -161,6 +166,16 @@ def start(timeout: timedelta = TIMEOUT) -> Runtime:
         _join(backend, rank, world_size, timeout)
     control = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, local_rank, world_size, device, control)
+
+
+def record_collectives(prefix: str) -> None:
+    """Makes PyTorch's flight recorder write the last NCCL collectives of this rank when one times out or fails.
+
+    `torchfrtrace` compares the files of all ranks. Variables that are set already are kept.
+    """
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(Path(prefix).absolute()))
 
 
 def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:

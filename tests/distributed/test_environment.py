@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -61,3 +63,16 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch, used_port: int)
     monkeypatch.setattr(dist, "init_process_group", listen)
     with pytest.raises(UserError, match=rf"^MASTER_PORT={used_port}: is in use"):
         runtime._join("gloo", 0, 2, runtime.TIMEOUT)
+
+
+def test_nccl_records_its_collectives_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    monkeypatch.chdir(tmp_path)
+    runtime.record_collectives("outputs/run/nccl_rank_")
+    assert [os.environ[name] for name in names] == ["1", "7", str(tmp_path / "outputs/run/nccl_rank_")]

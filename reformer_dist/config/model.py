@@ -127,6 +127,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """chunk rule: tokens per chunk of the sorted order."""
     n_chunks_before: int = bounded(1, least=0, most=LARGEST_CHUNK)
     n_chunks_after: int = bounded(0, least=0, most=LARGEST_CHUNK)
+    shared_qk: bool = True
+    """LSH layers: the key of a token is its query, normalized. false: keys have a projection of their own, and a
+    token attends to the last `window` keys of its query's bucket."""
     next_value_heads: int = bounded(0, least=0)
     """Heads of each LSH layer in which the key of a token carries the value of the next token: they find what
     followed a token like their own."""
@@ -135,7 +138,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
     count_pairs_once: bool = False
     """A pair that shares a bucket in several rounds counts once (paper, N(i,j)) instead of once per round."""
     qk_scale: float = bounded(1.0, above=0)
-    """Scale of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch)."""
+    """Scale of q.k in LSH attention: 1 (paper), or head_dim**-0.5 (reformer_pytorch, and always with keys of their
+    own)."""
     local_window: int = bounded(128, least=1, most=LARGEST_WINDOW)
     """Local attention: positions in the window, including the token's own."""
     attention_backend: AttentionBackend = AttentionBackend.auto
@@ -220,6 +224,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
             require(is_valid, "model.compat.bucket_factors", factors, requirement)
         n_shifted, requirement = self.next_value_heads, f"must be at most model.n_heads={self.n_heads}"
         require(n_shifted <= self.n_heads, "model.next_value_heads", n_shifted, requirement)
+        if not self.shared_qk:
+            self._check_own_keys()
         if self.compat.hash_seed is not None:
             requirement = "needs model.hash_scheme=rotation"
             is_rotation = self.hash_scheme is HashScheme.rotation
@@ -228,6 +234,18 @@ class ModelConfig(ConfigGroup, prefix="model."):
             limit = LARGEST_WINDOW // self.n_buckets
             condition = f"model.n_buckets={self.n_buckets} and model.count_pairs_once=true"
             require(self.window <= limit, "model.window", self.window, f"must be at most {limit} with {condition}")
+
+    def _check_own_keys(self) -> None:
+        key = "model.shared_qk"
+        requirement = "needs model.neighbours=window: in chunks, a token has one bucket as query and key"
+        require(self.neighbours is NeighbourRule.window, key, False, requirement)
+        for name in ("hash_seed", "bucket_factors"):
+            value = getattr(self.compat, name)
+            requirement = f"excludes model.compat.{name}={value}, which is of models with shared queries and keys"
+            require(value is None, key, False, requirement)
+        requirement = "must be 1 with model.shared_qk=false, which scales q.k by head_dim**-0.5"
+        uses_scale = self.cross_attention is CrossAttentionKind.lsh
+        require(self.qk_scale == 1 or uses_scale, "model.qk_scale", self.qk_scale, requirement)
 
     def _check_chunks(self) -> None:
         compat, key = self.compat, "model.compat.chunk_wrap"

@@ -25,9 +25,10 @@ class CoverageSequence(WholeSequence):
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
-        if k is None:  # separate keys are those of local attention, which does not hash
-            ids, options, mask = exchange.bucket_ids, exchange.options, exchange.key_padding_mask
-            self.layers.append(measure_coverage(q, shared_keys(q), ids, options, mask))
+        options, mask = exchange.options, exchange.key_padding_mask
+        if k is None or options.own_keys:  # other separate keys are those of local attention, which does not hash
+            keys, ids = shared_keys(q) if k is None else k, exchange.bucket_ids
+            self.layers.append(measure_coverage(q, keys, ids, options, mask, exchange.query_ids))
         return super().bucket_attention(q, k, v, exchange)
 
 

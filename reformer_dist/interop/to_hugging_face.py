@@ -61,6 +61,9 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
         or "their output projection has no bias; must be false",
         "model.hash_scheme": config.hash_scheme is HashScheme.rotation or "must be rotation",
         "model.count_pairs_once": not config.count_pairs_once or "they count a pair in every round; must be false",
+        "model.shared_qk": not has_lsh
+        or config.shared_qk
+        or "their LSH layers share queries and keys; must be true",
         "model.next_value_heads": config.next_value_heads == 0 or "they have no such heads; must be 0",
         "model.local_round": not config.local_round or "they have none; must be false",
         "model.n_buckets": not has_lsh or config.n_buckets > 1 or "must be at least 2",

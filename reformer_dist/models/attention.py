@@ -47,7 +47,6 @@ def build_attention(config: ModelConfig, kind: AttentionKind) -> SelfAttention:
 class SelfAttention(CountsSteps):
     """Projections to and from heads; subclasses implement the attention of the heads."""
 
-    has_own_keys = True
     kinds: Sequence[AttentionKind] = ()
     """[lsh] if it hashes."""
 
@@ -57,6 +56,7 @@ class SelfAttention(CountsSteps):
         self.config = config
         self.n_heads, self.head_dim = config.n_heads, config.resolved_head_dim
         inner = self.n_heads * self.head_dim
+        self.has_own_keys = AttentionKind.lsh not in self.kinds or not config.shared_qk
         self.to_q = nn.Linear(config.dim, inner, bias=False)
         if self.has_own_keys:
             self.to_k = nn.Linear(config.dim, inner, bias=False)
@@ -112,10 +112,12 @@ class SelfAttention(CountsSteps):
     def _options(self, kind: AttentionKind, context: ForwardContext, layer: int) -> AttentionOptions:
         """Options of LSH or local attention."""
         config, rule, is_lsh = self.config, LayerRule.of(self.config, kind), kind is AttentionKind.lsh
+        scale = config.qk_scale if rule.shares_keys else self.head_dim**-0.5
         return AttentionOptions(
             rule=rule.rule,
             n_buckets=rule.n_buckets,
-            scale=config.qk_scale if is_lsh else self.head_dim**-0.5,
+            scale=scale,
+            own_keys=rule.own_buckets,
             count_pairs_once=is_lsh and config.count_pairs_once,
             next_value_heads=config.next_value_heads if is_lsh else 0,
             dropout=context.dropout(config.attention_dropout),
@@ -127,46 +129,61 @@ class SelfAttention(CountsSteps):
 
     @staticmethod
     def _get_exchange(
-        bucket_ids: Callable[[], Tensor],
+        bucket_ids: Callable[[], tuple[Tensor, Tensor | None]],
         options: AttentionOptions,
         context: ForwardContext,
         layer: int,
         cache: RecomputeCache | None,
     ) -> Exchange:
-        """The exchange of this call; a recompute reuses that of the first run, with its bucket ids."""
+        """The exchange of this call; a recompute reuses that of the first run, with its bucket ids.
+
+        bucket_ids: of the keys, and of the queries if they differ, see `SequenceAccess.make_exchange`.
+        """
         if cache is not None and layer in cache.exchanges:
             return cache.exchanges[layer]
-        exchange = context.sequence.make_exchange(bucket_ids(), options, context.key_padding_mask)
+        key_ids, query_ids = bucket_ids()
+        exchange = context.sequence.make_exchange(key_ids, options, context.key_padding_mask, query_ids)
         if cache is not None:
             cache.exchanges[layer] = exchange
         return exchange
 
 
 class LSHSelfAttention(SelfAttention):
-    """Shared query-key attention within buckets (paper, section 2): k = q / |q|."""
+    """Attention within buckets, with a shared query-key k = q / |q| (paper, section 2) or keys of their own."""
 
-    has_own_keys = False
     kinds = (AttentionKind.lsh,)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None
     ) -> Tensor:
         options = self._options(AttentionKind.lsh, context, layer)
-        exchange = self._get_exchange(lambda: self._bucket_ids(q, context, layer), options, context, layer, cache)
-        (q,) = self._rotate(AttentionKind.lsh, context, q)
+        own = self.has_own_keys
+
+        def bucket_ids() -> tuple[Tensor, Tensor | None]:
+            query_ids = self._hash(q, context, layer)
+            key_ids = self._hash(k, context, layer) if own else query_ids
+            self._collect_stats(key_ids, context)
+            return self._add_local_round(key_ids), self._add_local_round(query_ids) if own else None
+
+        exchange = self._get_exchange(bucket_ids, options, context, layer, cache)
+        q, *keys = self._rotate(AttentionKind.lsh, context, *((q, k) if own else (q,)))
         if options.next_value_heads:
             v = zero_padding(v, context.key_padding_mask)
             v = zero_starts(v, options.next_value_heads, context.document_starts)
-        return context.sequence.of_layer(layer).bucket_attention(q, None, v, exchange)
+        return context.sequence.of_layer(layer).bucket_attention(q, keys[0] if own else None, v, exchange)
 
-    def _bucket_ids(self, q: Tensor, context: ForwardContext, layer: int) -> Tensor:
-        """[B, H, R, S] of all rounds, including the local one."""
-        config = self.config
-        bucket_ids = hash_heads(q, config, derive_seed("rotations", context.rotation_seed, layer))
+    def _hash(self, vectors: Tensor, context: ForwardContext, layer: int) -> Tensor:
+        """Bucket ids [B, H, R, S] of queries or keys, which have the same rotations."""
+        return hash_heads(vectors, self.config, derive_seed("rotations", context.rotation_seed, layer))
+
+    def _collect_stats(self, key_ids: Tensor, context: ForwardContext) -> None:
         if context.bucket_stats is not None:
-            context.bucket_stats.append(context.sequence.bucket_stats(bucket_ids, config.n_buckets, config.window))
-        # in the local round, all tokens share bucket 0
-        return F.pad(bucket_ids, (0, 0, 0, 1)) if config.local_round else bucket_ids
+            sizes = self.config.n_buckets, self.config.window
+            context.bucket_stats.append(context.sequence.bucket_stats(key_ids, *sizes))
+
+    def _add_local_round(self, bucket_ids: Tensor) -> Tensor:
+        """With a last round in which all tokens share bucket 0."""
+        return F.pad(bucket_ids, (0, 0, 0, 1)) if self.config.local_round else bucket_ids
 
 
 class LocalSelfAttention(SelfAttention):
@@ -177,7 +194,7 @@ class LocalSelfAttention(SelfAttention):
     ) -> Tensor:
         q, k = self._rotate(AttentionKind.local, context, q, k)
         options = self._options(AttentionKind.local, context, layer)
-        exchange = self._get_exchange(lambda: single_bucket_ids(q), options, context, layer, cache)
+        exchange = self._get_exchange(lambda: (single_bucket_ids(q), None), options, context, layer, cache)
         return context.sequence.of_layer(layer).bucket_attention(q, k, v, exchange)
 
 
@@ -205,9 +222,9 @@ def check_attention_backend(config: ModelConfig, device: torch.device) -> None:
     if kinds == {AttentionKind.exact}:
         return
     name = config.attention_backend.name
-    rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
-    chunks = any(isinstance(rule, ChunkRule) for rule in rules)
-    reason = unsupported_reason(name, device, config.resolved_head_dim, chunks=chunks)
+    rules = [LayerRule.of(config, kind) for kind in kinds - {AttentionKind.exact}]
+    chunks, own_keys = any(isinstance(r.rule, ChunkRule) for r in rules), any(r.own_buckets for r in rules)
+    reason = unsupported_reason(name, device, config.resolved_head_dim, chunks=chunks, own_keys=own_keys)
     if reason is not None:
         raise ConfigError(f"model.attention_backend={name}: {reason}")
 

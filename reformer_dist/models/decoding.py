@@ -149,16 +149,17 @@ class _LayerState(WholeSequence):
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
         options = exchange.options
+        ids, query_ids = exchange.bucket_ids, exchange.query_ids
+        if isinstance(self._cache, BucketCache):
+            return self._cache.attend(q, v, ids, k=k, query_ids=query_ids)
         if isinstance(self._cache, WindowCache):
             assert k is not None
             return self._cache.attend(q, k, v)
-        if isinstance(self._cache, BucketCache):
-            return self._cache.attend(q, v, exchange.bucket_ids)
-        if k is None:
+        if k is None or options.own_keys:
             seen = None  # by later tokens
             if self._first is not None:
                 seen = torch.arange(q.shape[2], device=q.device) >= self._first.unsqueeze(1)
-            self._cache = BucketCache(q, v, exchange.bucket_ids, replace(options, document_ids=None), seen)
+            self._cache = BucketCache(q, v, ids, replace(options, document_ids=None), seen, k=k)
         else:
             assert options.n_buckets == 1 and isinstance(options.rule, WindowRule) and options.rule.sees_self
             self._cache = WindowCache(k, v, options.rule.window, options.scale, self._first)

@@ -112,7 +112,12 @@ class _RecordingSequence(WholeSequence):
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
         weights = _weights(v, q.shape[2], lambda values: attend_locally(q, k, values, exchange))
-        self._views.append(AttentionView(weights, exchange.bucket_ids if k is None else None, self._name))
+        key_ids, query_ids = exchange.bucket_ids, exchange.query_ids
+        if query_ids is not None:
+            view = AttentionView(weights, query_ids, self._name, key_ids)
+        else:
+            view = AttentionView(weights, key_ids if k is None else None, self._name)
+        self._views.append(view)
         return super().bucket_attention(q, k, v, exchange)
 
     def exact_attention(

@@ -79,11 +79,16 @@ class SequenceAccess(Protocol):
         ...
 
     def make_exchange(
-        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+        self,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+        query_ids: Tensor | None = None,
     ) -> Exchange:
         """The exchange of an attention call and of its recompute.
 
-        bucket_ids [B, H, R, S] of the local tokens; key_padding_mask [B, S].
+        bucket_ids [B, H, R, S] of the local tokens; key_padding_mask [B, S]. query_ids: of the tokens as queries,
+        with options.own_keys, where bucket_ids are those of the keys.
         """
         ...
 
@@ -113,9 +118,13 @@ class WholeSequence:
         return self
 
     def make_exchange(
-        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+        self,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+        query_ids: Tensor | None = None,
     ) -> Exchange:
-        return LocalExchange(bucket_ids, options, key_padding_mask)
+        return LocalExchange(bucket_ids, options, key_padding_mask, query_ids)
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)

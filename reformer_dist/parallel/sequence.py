@@ -77,14 +77,18 @@ class SlicedSequence:
         return self
 
     def make_exchange(
-        self, bucket_ids: Tensor, options: AttentionOptions, key_padding_mask: Tensor | None
+        self,
+        bucket_ids: Tensor,
+        options: AttentionOptions,
+        key_padding_mask: Tensor | None,
+        query_ids: Tensor | None = None,
     ) -> Exchange:
         """A `BucketExchange`, or a `LocalExchange` if the head exchange makes sequences whole."""
         mesh, n_heads, mask = self.mesh, bucket_ids.shape[1], key_padding_mask
         options = replace(options, n_heads=n_heads, first_head=mesh.head_rank * n_heads // mesh.heads)
         if mesh.heads > 1:
-            order = list(range(mesh.heads))
-            bucket_ids = to_heads(bucket_ids.transpose(2, 3), mesh.head_group, order).transpose(2, 3).contiguous()
+            bucket_ids = self._ids_to_heads(bucket_ids)
+            query_ids = None if query_ids is None else self._ids_to_heads(query_ids)
             mask, documents = (
                 None if x is None else _concat_slices(mesh.head_group.all_gather(x.contiguous(), "heads"))
                 for x in (mask, options.document_ids)
@@ -93,7 +97,11 @@ class SlicedSequence:
         if mesh.buckets == 1:
             mask, documents = (None if x is None else x[:, : self.seq_len] for x in (mask, options.document_ids))
             options = replace(options, document_ids=documents)
-            return LocalExchange(bucket_ids[..., : self.seq_len], options, mask)
+            query_ids = None if query_ids is None else query_ids[..., : self.seq_len]
+            return LocalExchange(bucket_ids[..., : self.seq_len], options, mask, query_ids)
+        if query_ids is not None:
+            way_out = "must divide heads only: parallel.heads=parallel.sequence, parallel.buckets=1"
+            raise ValueError(f"model.shared_qk=false: keys of their own are not exchanged by buckets; {way_out}")
         buckets = mark_padding(bucket_ids, options.n_buckets, mask)
         with part("exchange"):
             plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
@@ -115,6 +123,11 @@ class SlicedSequence:
                 k = None if k is None else self._without_padding(k)
                 out = self._with_padding(attend_locally(q, k, v, exchange), mesh.heads)
         return to_slices(out, mesh.head_group, order) if mesh.heads > 1 else out
+
+    def _ids_to_heads(self, ids: Tensor) -> Tensor:
+        """[B, H, R, S] -> [B, H / P, R, P * S], by the head exchange."""
+        order = list(range(self.mesh.heads))
+        return to_heads(ids.transpose(2, 3), self.mesh.head_group, order).transpose(2, 3).contiguous()
 
     def _next_values(self, v: Tensor, n_heads: int) -> Tensor:
         if n_heads == 0:
@@ -213,6 +226,7 @@ def make_sequence(config: RunConfig, runtime: Runtime, micro_batch: int) -> Slic
         n_hashes=model.n_hashes + model.local_round,
         n_buckets=model.n_buckets,
         element_size=4 if config.trainer.precision is Precision.fp32 else 2,
+        own_keys=not model.shared_qk,
     )
     heads, buckets = choose_mesh(parallel.meshes(), shape, ranks_per_node())
     if parallel.sequence > 1:

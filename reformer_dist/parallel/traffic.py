@@ -29,6 +29,8 @@ class LayerShape:
     n_buckets: int
     element_size: int
     """Bytes of a number: 4 in float32, 2 in bf16."""
+    own_keys: bool = False
+    """Keys and queries have bucket ids, and vectors, of their own."""
 
     @property
     def tokens(self) -> int:
@@ -43,7 +45,7 @@ class LayerShape:
     @property
     def ids(self) -> int:
         """Bytes of one token's bucket ids in one head."""
-        return self.n_hashes * bucket_dtype(self.n_buckets).itemsize
+        return self.n_hashes * bucket_dtype(self.n_buckets).itemsize * (2 if self.own_keys else 1)
 
 
 def mean_other_ranks(n_ranks: int, n_hashes: int) -> float:
@@ -52,8 +54,11 @@ def mean_other_ranks(n_ranks: int, n_hashes: int) -> float:
 
 
 def head_bytes(shape: LayerShape, heads: int) -> float:
-    """Bytes that a rank sends to others for the head exchange in forward: q, v and bucket ids, and o back."""
-    return shape.tokens * (3 * shape.vector + shape.ids) * (heads - 1) / heads
+    """Bytes that a rank sends to others for the head exchange in forward: q, v and bucket ids, and o back.
+
+    And k, if keys are their own.
+    """
+    return shape.tokens * ((4 if shape.own_keys else 3) * shape.vector + shape.ids) * (heads - 1) / heads
 
 
 def bucket_bytes(
@@ -71,13 +76,14 @@ def bucket_bytes(
     n_heads = shape.rows * shape.n_heads / heads
     counts = 12 * n_heads * shape.n_hashes * shape.n_buckets * (buckets - 1) / buckets
     destination_bits = 2 / 8 * (buckets - 1) * shape.tokens
-    out = sent * (2 * shape.vector + -(-shape.ids // 4) * 4)
+    # ids of keys and of queries are sent apart, with either
+    out = sent * (2 * shape.vector + -(-shape.ids // 4) * 4) + returned * (shape.vector if shape.own_keys else 0)
     back = returned * (shape.vector + 4)
     return counts + destination_bits + shape.tokens * (out + back)
 
 
 def all_gather_bytes(shape: LayerShape, n_ranks: int) -> float:
-    """Bytes that an all-gather of q and v would send instead."""
+    """Bytes that an all-gather of q (or k) and v would send instead."""
     return shape.tokens * 2 * shape.vector * (n_ranks - 1)
 
 

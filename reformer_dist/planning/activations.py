@@ -20,12 +20,12 @@ class SublayerMemory:
 
     def attention_saved(self, kind: AttentionKind) -> int:
         """Tensors of an attention sublayer saved from forward to backward."""
-        s, n_read = self.sizes, n_projections(kind)
+        s, n_read = self.sizes, n_projections(self.job.config.model, kind)
         inputs = s.hidden * (n_read if self.job.uses_autocast else 1) + self.norm_saved()
         heads = s.heads * (n_read + 1)  # q, k, v and the output
         if kind is not AttentionKind.exact and self.job.config.model.n_heads > 1:
             heads += s.heads  # the output again, with heads concatenated
-        ids = s.ids if kind is AttentionKind.lsh else 0
+        ids = s.layer_ids if kind is AttentionKind.lsh else 0
         pairs = self._pair_mask() if kind is AttentionKind.exact else 0
         return inputs + heads + s.per_head + ids + pairs + self._mask(s.hidden, self.job.config.model.dropout)
 
@@ -36,7 +36,7 @@ class SublayerMemory:
         if kind is not AttentionKind.exact and model.n_heads > 1:
             freed += s.heads
         d_output = s.heads * (2 if model.n_heads > 1 else 1)  # as received, and split into heads
-        return self.d_result() + d_output + s.heads * n_projections(kind) - freed
+        return self.d_result() + d_output + s.heads * n_projections(model, kind) - freed
 
     def feed_forward_saved(self) -> int:
         """Tensors of a feed-forward sublayer saved from forward to backward, for all tokens."""

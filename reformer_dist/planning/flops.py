@@ -70,7 +70,7 @@ def layer_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:
     inner, heads = model.resolved_ff_dim, model.n_heads * model.resolved_head_dim
     n_matrices = 3 if model.activation is Activation.glu else 2
     values = model.resolved_head_dim if model.one_value_head else heads
-    products = 2 * model.dim * (heads * n_projections(kind) + values + inner * n_matrices)
+    products = 2 * model.dim * (heads * n_projections(model, kind) + values + inner * n_matrices)
     return products + attention_flops(model, kind, seq_len)
 
 
@@ -96,4 +96,5 @@ def hash_flops(model: ModelConfig) -> float:
     scheme = model.hash_scheme.name
     factors = model.compat.bucket_factors or bucket_factors(model.n_buckets, LARGEST_FACTOR[scheme])
     columns = sum(factors) // 2 if scheme == "rotation" else len(factors)
-    return model.n_heads * model.resolved_head_dim * 2 * columns * model.n_hashes
+    n_hashed = 1 if model.shared_qk else 2
+    return model.n_heads * model.resolved_head_dim * 2 * columns * model.n_hashes * n_hashed

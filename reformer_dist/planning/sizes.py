@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from reformer_dist.config import AttentionKind, Precision, RunConfig, TaskConfig, TaskKind
-from reformer_dist.ops.lsh.hashing import bucket_dtype
+from reformer_dist.config import AttentionKind, ModelConfig, Precision, RunConfig, TaskConfig, TaskKind
 from reformer_dist.parallel.traffic import LayerShape, choose_mesh
 
 
@@ -46,6 +45,7 @@ class JobSpec:
             n_hashes=model.n_hashes + model.local_round,
             n_buckets=model.n_buckets,
             element_size=4 if self.config.trainer.precision is Precision.fp32 else 2,
+            own_keys=not model.shared_qk,
         )
 
     @property
@@ -91,7 +91,9 @@ class Sizes:
     per_head: int
     """[tokens, n_heads] float32: a logsumexp."""
     ids: int
-    """Bucket ids of one LSH layer."""
+    """Bucket ids of the tokens in all rounds."""
+    layer_ids: int
+    """Those of one LSH layer: of queries and keys, if both have their own."""
     statistics: int
     """Mean and standard deviation of a layer norm."""
 
@@ -106,11 +108,12 @@ class Sizes:
             heads=tokens * shape.n_heads * shape.head_dim * width,
             inner=tokens * model.resolved_ff_dim * width,
             per_head=tokens * shape.n_heads * 4,
-            ids=shape.tokens * shape.n_hashes * bucket_dtype(shape.n_buckets).itemsize,
+            ids=shape.tokens * replace(shape, own_keys=False).ids,
+            layer_ids=shape.tokens * shape.ids,
             statistics=tokens * 8,
         )
 
 
-def n_projections(kind: AttentionKind) -> int:
+def n_projections(model: ModelConfig, kind: AttentionKind) -> int:
     """Projections of a layer's input: q and v, and k if keys are not shared with the queries."""
-    return 2 if kind is AttentionKind.lsh else 3
+    return 2 if kind is AttentionKind.lsh and model.shared_qk else 3

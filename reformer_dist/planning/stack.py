@@ -104,7 +104,7 @@ class StackMemory:
     def _saved_for_recompute(self, layer: int) -> float:
         """Bucket ids and the exchange plan, saved for the recompute."""
         kind = self._kind(layer)
-        ids = self.sizes.ids if kind is AttentionKind.lsh else 0
+        ids = self.sizes.layer_ids if kind is AttentionKind.lsh else 0
         return ids + self._exchange_plan(kind) + (self._cross.ids if self._cross else 0)
 
     def _exchange_plan(self, kind: AttentionKind) -> float:
@@ -115,8 +115,14 @@ class StackMemory:
         if kind is AttentionKind.exact:
             return 0.0
         exchange, model = self._exchange(kind), self.job.config.model
-        chunks, head_dim = isinstance(exchange.attention.rule, ChunkRule), exchange.attention.head_dim
-        backend = choose_for_planning(model.attention_backend.name, self.job.device, head_dim, chunks=chunks)
+        shape_of_call = exchange.attention
+        backend = choose_for_planning(
+            model.attention_backend.name,
+            self.job.device,
+            shape_of_call.head_dim,
+            chunks=isinstance(shape_of_call.rule, ChunkRule),
+            own_keys=shape_of_call.own_keys,
+        )
         shifted_values = 0.0
         if kind is AttentionKind.lsh and model.next_value_heads:
             shape = self.job.layer_shape
@@ -141,6 +147,7 @@ class StackMemory:
             count_pairs_once=model.count_pairs_once,
             dropout=model.attention_dropout > 0,
             device=self.job.device,
+            own_keys=layer.own_buckets,
         )
         return ExchangeMemory(shape, attention, buckets)
 

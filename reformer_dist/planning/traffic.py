@@ -59,7 +59,9 @@ def cross_attention_bytes(job: JobSpec, encoder: JobSpec) -> float:
     ids = 0
     if job.config.model.cross_attention is CrossAttentionKind.lsh:
         # without the local round, which only self-attention has
-        ids = (targets.tokens + sources.tokens) * replace(targets, n_hashes=job.config.model.n_hashes).ids
+        ids = (targets.tokens + sources.tokens) * replace(
+            targets, n_hashes=job.config.model.n_hashes, own_keys=False
+        ).ids
     return (vectors * (forwards(job) + 1) + ids * forwards(job)) * (n_ranks - 1) / n_ranks
 
 
@@ -78,8 +80,8 @@ class LayerTraffic:
         shape = self.job.layer_shape
         heads = self.job.config.parallel.sequence if self.kind is AttentionKind.exact else self.job.mesh_shape[0]
         vectors = shape.tokens * shape.vector * (heads - 1) / heads
-        ids = head_bytes(shape, heads) - 3 * vectors if self.kind is AttentionKind.lsh else 0.0
-        n_vectors = n_projections(self.kind) + 1  # q, k, v and o; or their gradients
+        n_vectors = n_projections(self.job.config.model, self.kind) + 1  # q, k, v and o; or their gradients
+        ids = head_bytes(shape, heads) - n_vectors * vectors if self.kind is AttentionKind.lsh else 0.0
         return vectors * n_vectors * (self._forwards + 1) + ids
 
     def buckets(self) -> float:
@@ -96,6 +98,7 @@ class LayerTraffic:
             reach = min(buckets - 1.0, (window - 1) / slice_len) * (buckets - 1) / buckets
             return reach * shape.tokens * 2 * shape.vector * (self._forwards + 2)
         sent = mean_other_ranks(buckets, shape.n_hashes)
-        recompute = sent * shape.tokens * (2 * shape.vector + shape.vector + 4)
-        backward = sent * shape.tokens * (2 * shape.vector + shape.vector + 8 + 2 * shape.vector)
+        queries = shape.vector if shape.own_keys else 0  # q, and dq in the backward
+        recompute = sent * shape.tokens * (2 * shape.vector + queries + shape.vector + 4)
+        backward = sent * shape.tokens * (2 * shape.vector + shape.vector + 8 + 2 * shape.vector + 2 * queries)
         return bucket_bytes(shape, heads, buckets) + recompute * (self._forwards - 1) + backward

@@ -260,6 +260,10 @@ def test_what_models_of_other_systems_need() -> None:
     for factors in ([8, 6], [64, 1], [-8, -8], []):
         complains("model.compat.bucket_factors", factors, "64", n_buckets=64)
     complains("model.compat.hash_seed", 3, "rotation", hash_scheme=HashScheme.floor)
+    complains("model.shared_qk", False, "model.neighbours=window", neighbours=NeighbourRule.chunk)
+    complains("model.shared_qk", False, "model.compat.hash_seed=3", compat=CompatConfig(hash_seed=3))
+    complains("model.shared_qk", False, "bucket_factors=[8, 8]", compat=CompatConfig(bucket_factors=[8, 8]))
+    complains("model.qk_scale", 0.5, "model.shared_qk=false", shared_qk=False)
     complains("model.axial_dims", [128, 128], "axial_sum", compat=CompatConfig(axial_sum=True))
     complains("model.tie_embeddings", True, "concat", compat=CompatConfig(merge_streams=StreamMerge.concat))
 

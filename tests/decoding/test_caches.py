@@ -99,6 +99,32 @@ def test_buckets(text: Text, counts_once: bool, scale: float, next_value_heads: 
     torch.testing.assert_close(found, expected[:, :, text.n_prompt :], atol=2e-6, rtol=1e-5)
 
 
+@given(
+    text=TEXTS,
+    counts_once=st.booleans(),
+    scale=st.sampled_from([1.0, 0.3]),
+    next_value_heads=st.sampled_from([0, 1]),
+)
+def test_buckets_of_own_keys(text: Text, counts_once: bool, scale: float, next_value_heads: int) -> None:
+    q, k, v, ids, mask = text.draw()
+    query_ids, n = ids.flip(-1), text.n_prompt
+    rule = WindowRule(text.window, causal=True, sees_self=next_value_heads == 0)
+    options = AttentionOptions(
+        rule, text.n_buckets, scale, counts_once, next_value_heads, backend="reference", own_keys=True
+    )
+    if mask is not None:
+        v = v * mask[:, None, :, None]
+    prompt = None if mask is None else mask[:, :n]
+    cache = BucketCache(q[:, :, :n], v[:, :, :n], ids[..., :n], options, prompt, k=k[:, :, :n])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, query_ids: Tensor) -> Tensor:
+        return cache.attend(q, v, ids.transpose(2, 3), k=k, query_ids=query_ids.transpose(2, 3))
+
+    found = step_by_step(attend, text, q, k, v, ids.transpose(2, 3), query_ids.transpose(2, 3))
+    expected = bucket_attention(q, k, v, ids, options, mask, query_ids)
+    torch.testing.assert_close(found, expected[:, :, n:], atol=2e-6, rtol=1e-5)
+
+
 def test_unused_ring_slots_do_not_count_as_keys() -> None:
     """They contain pool slot 0, whose token is in other rings."""
     text = Text(2, 1, 2, 2, window=50, n_prompt=10, n_more=5, head_dim=4, is_padded=False, seed=0)

@@ -65,7 +65,9 @@ def draw_tokens(batch: int, seq_len: int, seed: int) -> torch.Tensor:
     layers=st.sampled_from([[LSH], [LOCAL], [EXACT], [LSH, LOCAL], [LSH, LOCAL, EXACT]]),
     position=st.sampled_from(list(Position)),
     hash_scheme=st.sampled_from(list(HashScheme)),
-    flags=st.fixed_dictionaries({name: st.booleans() for name in ("local_round", "count_pairs_once")}),
+    flags=st.fixed_dictionaries(
+        {name: st.booleans() for name in ("local_round", "count_pairs_once", "shared_qk")}
+    ),
     n_hashes=st.integers(1, 3),
     next_value_heads=st.sampled_from([0, 1, 2]),
     lengths=st.lists(st.integers(26, 40), min_size=1, max_size=3),

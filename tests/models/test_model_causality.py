@@ -46,6 +46,8 @@ def largest_leak(model: ReformerLM) -> float:
         {"layers": [LSH, EXACT]},
         {"layers": [LOCAL, LSH], "next_value_heads": 1},
         {"layers": [LSH], "next_value_heads": 2, "local_round": True},
+        {"layers": [LOCAL, LSH], "shared_qk": False, "local_round": True, "count_pairs_once": True},
+        {"layers": [LSH], "shared_qk": False, "next_value_heads": 1, "position": Position.rotary},
     ],
     ids=str,
 )

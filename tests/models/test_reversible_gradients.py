@@ -86,6 +86,7 @@ CHANGES: list[dict[str, Any]] = [
     {"layer_drop": 0.5, **DROPOUTS},
     {"head_dim": 5, "qk_scale": 0.4},
     {"next_value_heads": 1, **DROPOUTS},
+    {"shared_qk": False, "local_round": True, **DROPOUTS},
 ]
 
 

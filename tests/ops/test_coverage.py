@@ -19,6 +19,7 @@ RULES = [
     ChunkRule(7, causal=True),
     ChunkRule(5, causal=False, n_before=1, n_after=1),
 ]
+OWN_KEYS = [WindowRule(5, causal=True, sees_self=True), WindowRule(3, causal=False, sees_self=True)]
 
 
 def inputs(seed: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,20 +30,22 @@ def inputs(seed: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", [*RULES, *OWN_KEYS], ids=str)
 def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, padded: bool, seed: int) -> None:
     monkeypatch.setattr(module, "QUERY_CHUNK", 16)
     q, k, bucket_ids = inputs(seed, rounds=3)
+    query_ids = bucket_ids.flip(-1) if rule.sees_self else None
     mask = torch.ones(BATCH, SEQ_LEN, dtype=torch.bool)
     if padded:
         mask[0, -9:] = False
-    found = measure_coverage(
-        q, k, bucket_ids, AttentionOptions(rule, BUCKETS, scale=1.5), mask if padded else None
-    )
+    options = AttentionOptions(rule, BUCKETS, scale=1.5, own_keys=rule.sees_self)
+    found = measure_coverage(q, k, bucket_ids, options, mask if padded else None, query_ids)
 
-    met = visible_pairs(bucket_ids, rule, mask).amax(2) > 0
+    met = visible_pairs(bucket_ids, rule, mask, query_ids).amax(2) > 0
     every = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool)
-    candidates = every.tril(-1) if rule.causal else ~torch.eye(SEQ_LEN, dtype=torch.bool)
+    candidates = every.tril() if rule.causal else every
+    if not rule.sees_self:
+        candidates = candidates & ~torch.eye(SEQ_LEN, dtype=torch.bool)
     candidates = (candidates & mask[:, None, :] & mask[:, :, None]).unsqueeze(1).expand_as(met)
     weights = (1.5 * q.double() @ k.double().transpose(-1, -2)).masked_fill(~candidates, -torch.inf).softmax(-1)
     counted = candidates.any(-1)

@@ -97,6 +97,7 @@ def test_parameters_of_other_models(kind, tiny_data, tmp_path):
         {"dropout": 0.1, "ff_dropout": 0.1},
         {"norm": "scale", "one_value_head": True},
         {"norm": "rezero"},
+        {"shared_qk": False, "layers": ["lsh"]},
     ],
     ids=str,
 )
@@ -146,6 +147,8 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path
         ("model.recompute=checkpoint", "model.n_layers=4"),
         ("trainer.precision=bf16", "model.position=rotary"),
         ("model.attention_backend=torch", "model.recompute=none"),
+        ("model.layers=[lsh]", "model.shared_qk=false", "trainer.precision=bf16"),
+        ("model.layers=[lsh]", "model.shared_qk=false", "model.attention_backend=torch"),
         ("model.attention_backend=torch", "trainer.precision=bf16", "model.position=rotary"),
         ("deepspeed.stage=2", "model.n_layers=6", "data.batch_size=1", "trainer.save_every=1"),
         *(

@@ -1,8 +1,8 @@
 """KV cache of LSH attention: a token attends to the last members of its bucket in each round.
 
 An append-only pool holds keys and values of all tokens. For each (row, head, round, bucket), a ring buffer holds
-the pool slots of the bucket's last `window - 1` members. A token thus reads rounds * (window - 1) slots per head,
-at any context length.
+the pool slots of the bucket's last `window - 1` members, or `window` keys if their buckets are their own. A token
+thus reads rounds * window slots per head at most, at any context length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reformer_dist.ops.lsh.sorting import count_buckets, indices_in_bucket, mark
 
 
 class BucketCache:
-    """Shared query-key attention under the causal window rule."""
+    """LSH attention under the causal window rule, with a shared query-key or keys of their own."""
 
     def __init__(
         self,
@@ -31,36 +31,50 @@ class BucketCache:
         bucket_ids: Tensor,
         options: AttentionOptions,
         key_padding_mask: Tensor | None,
+        *,
+        k: Tensor | None = None,
     ) -> None:
         """From a prompt: q, v [B, H, S, D], bucket_ids [B, H, R, S], key_padding_mask [B, S].
 
-        Raises ValueError.
+        k [B, H, S, D]: with options.own_keys, whose bucket ids are then given. Raises ValueError.
         """
         rule = options.rule
-        if not (isinstance(rule, WindowRule) and rule.causal and not rule.sees_self):
+        if not (isinstance(rule, WindowRule) and rule.causal and (options.own_keys or not rule.sees_self)):
             raise ValueError(f"rule={rule}: must be a causal WindowRule with sees_self=False")
-        LocalExchange(bucket_ids, options, key_padding_mask).check(q, None, v)
+        query_ids = bucket_ids if options.own_keys else None
+        LocalExchange(bucket_ids, options, key_padding_mask, query_ids).check(q, k, v)
+        k = _keys(q, k, options.own_keys)
         check_range("bucket_ids", bucket_ids, options.n_buckets, limit="n_buckets")
         self._scale = options.scale
         self._counts_once = options.count_pairs_once and bucket_ids.shape[2] > 1
-        self._ring_size = rule.window - 1
+        self._own_keys = options.own_keys
+        self._ring_size = rule.window if options.own_keys else rule.window - 1
         self._next_value_heads, self._attends_alone = options.next_value_heads, options.attends_alone
-        # the newest token waits for the value of the next one; no token attends to itself
-        n_cached = q.shape[2] - 1
-        self._newest = q[:, :, n_cached:].clone(), v[:, :, n_cached:].clone(), bucket_ids[..., n_cached:].clone()
+        # unless tokens attend to themselves, the newest one waits for the value of the next
+        self._waits = not rule.sees_self
+        n_cached = q.shape[2] - int(self._waits)
+        self._newest = k[:, :, -1:].clone(), v[:, :, -1:].clone(), bucket_ids[..., -1:].clone()
         values = next_values(v, self._next_value_heads)[:, :, :n_cached]
         # [slots, H, 2 D]: key and value of a token are adjacent, since they are read together
-        self._pool = GrowableTensor(_entries(q[:, :, :n_cached], values), dim=0)
+        self._pool = GrowableTensor(_entries(k[:, :, :n_cached], values), dim=0)
         buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)[..., :n_cached]
         counts = count_buckets(buckets, options.n_buckets)
         rings = _fill_rings(buckets, counts, self._ring_size, n_heads=q.shape[1])
         shape = (*bucket_ids.shape[:3], options.n_buckets)
         self._counts, self._rings = counts.view(shape), rings.view(*shape, self._ring_size)
 
-    def attend(self, q: Tensor, v: Tensor, bucket_ids: Tensor) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        v: Tensor,
+        bucket_ids: Tensor,
+        *,
+        k: Tensor | None = None,
+        query_ids: Tensor | None = None,
+    ) -> Tensor:
         """Output [B, H, 1, D] of the next token, in v's dtype. bucket_ids [B, H, R, 1].
 
-        Raises ValueError.
+        k, query_ids: with keys of their own, where bucket_ids are those of the key. Raises ValueError.
         """
         check_token(self._newest[0], q=q, v=v)
         n_rounds, n_buckets = self._counts.shape[2:]
@@ -68,23 +82,30 @@ class BucketCache:
         checks.floats("q", q, "B H 1 D")
         checks.integers("bucket_ids", bucket_ids, "B H R 1")
         check_range("bucket_ids", bucket_ids, n_buckets, limit="n_buckets")
+        if (query_ids is not None) != self._own_keys:
+            given = "None" if query_ids is None else "a tensor"
+            raise ValueError(f"query_ids={given}: must be given if own_keys=True, and only then")
+        if query_ids is not None:
+            checks.integers("query_ids", query_ids, "B H R 1")
+            check_range("query_ids", query_ids, n_buckets, limit="n_buckets")
         if self._ring_size == 0:  # with a window of 1, no query has a key
             return v if self._attends_alone else torch.zeros_like(v)
         with torch.autocast(q.device.type, enabled=False):
-            self._append_newest(v)
-            self._newest = q, v, bucket_ids
-            ring = self._ring_of(bucket_ids)
+            newest = _keys(q, k, self._own_keys), v, bucket_ids
+            if self._waits:
+                newest, self._newest = self._newest, newest
+            self._append(*newest, next_v=v)
+            ring = self._ring_of(bucket_ids if query_ids is None else query_ids)
             count = self._counts.view(-1)[ring]
             members = self._rings.view(-1, self._ring_size)[ring]
             is_member = torch.arange(self._ring_size, device=q.device) < count.unsqueeze(-1)
             return self._attend(q, v, members.flatten(2), is_member.flatten(2))
 
-    def _append_newest(self, next_v: Tensor) -> None:
-        """Makes the newest token a key, now that the value [B, H, 1, D] of its successor is known."""
-        q, v, bucket_ids = self._newest
+    def _append(self, k: Tensor, v: Tensor, bucket_ids: Tensor, *, next_v: Tensor) -> None:
+        """Makes a token a key, now that the value [B, H, 1, D] of its successor is known, if it is needed."""
         n = self._next_value_heads
-        self._pool.append(_entries(q, torch.cat([next_v[:, :n], v[:, n:]], dim=1)))
-        entry = torch.arange(self._pool.size - q.shape[0], self._pool.size, device=q.device, dtype=torch.int32)
+        self._pool.append(_entries(k, torch.cat([next_v[:, :n], v[:, n:]], dim=1)))
+        entry = torch.arange(self._pool.size - k.shape[0], self._pool.size, device=k.device, dtype=torch.int32)
         ring = self._ring_of(bucket_ids)
         count = self._counts.view(-1)[ring]
         slots = ring * self._ring_size + count % self._ring_size
@@ -117,16 +138,23 @@ class BucketCache:
         check_rows(rows, self._counts.shape[0])
         # the pool stays: rows that continue the same sequence share its entries
         self._counts, self._rings = self._counts[rows], self._rings[rows]
-        q, v, bucket_ids = self._newest
-        self._newest = q[rows], v[rows], bucket_ids[rows]
+        k, v, bucket_ids = self._newest
+        self._newest = k[rows], v[rows], bucket_ids[rows]
 
     def n_bytes(self) -> int:
         return self._pool.n_bytes() + sum(x.nbytes for x in (self._counts, self._rings, *self._newest))
 
 
-def _entries(q: Tensor, v: Tensor) -> Tensor:
+def _keys(q: Tensor, k: Tensor | None, own_keys: bool) -> Tensor:
+    """The keys [B, H, S, D]. Raises ValueError unless k is given if they are their own, and only then."""
+    if (k is not None) != own_keys:
+        raise ValueError(f"k={'None' if k is None else 'a tensor'}: must be given if own_keys=True, and only then")
+    return shared_keys(q) if k is None else k
+
+
+def _entries(k: Tensor, v: Tensor) -> Tensor:
     """Pool entries [B * S, H, 2 D] of tokens [B, H, S, D]."""
-    return torch.cat([shared_keys(q), v], dim=-1).transpose(1, 2).flatten(0, 1)
+    return torch.cat([k, v], dim=-1).transpose(1, 2).flatten(0, 1)
 
 
 def _fill_rings(buckets: Tensor, counts: Tensor, ring_size: int, n_heads: int) -> Tensor:

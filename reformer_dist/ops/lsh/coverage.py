@@ -9,9 +9,9 @@ from torch import Tensor
 
 from reformer_dist.ops.checks import check_range
 from reformer_dist.ops.lsh.attention import LocalExchange
-from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, within_reach
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, WindowRule, within_reach
 from reformer_dist.ops.lsh.options import AttentionOptions
-from reformer_dist.ops.lsh.sorting import full_position_codes, mark_padding
+from reformer_dist.ops.lsh.sorting import full_position_codes, full_query_codes, mark_padding
 
 QUERY_CHUNK = 256
 
@@ -44,22 +44,27 @@ def measure_coverage(
     bucket_ids: Tensor,
     options: AttentionOptions,
     key_padding_mask: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> Coverage:
     """Compares the neighbourhoods of bucket ids [B, H, R, S] with exact attention of q, k [B, H, S, D].
 
     Exact attention is the softmax of scale * q.k over every real token but the query itself (if causal, every
-    earlier one): LSH attention with a single bucket and an unlimited window. Queries without such a key, and
-    padding, are not counted. Time S^2 and memory S * QUERY_CHUNK per (batch row, head). Wrapped chunks are not
+    earlier one): LSH attention with a single bucket and an unlimited window. With keys of their own, whose
+    queries' buckets are query_ids, the query itself is one of them. Queries without such a key, and padding, are
+    not counted. Time S^2 and memory S * QUERY_CHUNK per (batch row, head). Wrapped chunks are not
     supported, since their neighbours are in other rounds. Raises ValueError.
     """
     rule = options.rule
     if isinstance(rule, ChunkRule) and rule.wrap:
         raise ValueError("rule.wrap=True: coverage is not defined for wrapped chunks; must be False")
-    LocalExchange(bucket_ids, options, key_padding_mask).check(q, k, q)
+    LocalExchange(bucket_ids, options, key_padding_mask, query_ids).check(q, k, q)
     check_range("bucket_ids", bucket_ids, options.n_buckets, limit="n_buckets")
     seq_len = q.shape[2]
     buckets = mark_padding(bucket_ids, options.n_buckets, key_padding_mask)
-    codes = full_position_codes(buckets, options.n_buckets, rule)
+    codes = query_codes = full_position_codes(buckets, options.n_buckets, rule)
+    if query_ids is not None and isinstance(rule, WindowRule):
+        queries_at = mark_padding(query_ids, options.n_buckets, key_padding_mask)
+        query_codes = full_query_codes(queries_at, buckets, options.n_buckets, rule)
     real = buckets[:, 0] != options.n_buckets
     queries, keys = q.flatten(0, 1).float(), k.flatten(0, 1).float()
     position = torch.arange(seq_len, device=q.device)
@@ -67,14 +72,16 @@ def measure_coverage(
     for start in range(0, seq_len, QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
         row, column = position[chunk, None], position[None, :]
-        visible = column < row if rule.causal else column != row
+        visible = column <= row if rule.causal else column == column
+        if not rule.sees_self:
+            visible = visible & (column != row)
         candidates = visible & real[:, None, :] & real[:, chunk, None]
         if (documents := options.document_ids) is not None:
             same_document = documents[:, chunk, None] == documents[:, None, :]
             candidates &= same_document.repeat_interleave(q.shape[1], dim=0)
         attended = torch.zeros_like(candidates)
-        for round_codes in codes:
-            attended |= within_reach(round_codes[:, chunk, None], round_codes[:, None, :], rule)
+        for of_queries, of_keys in zip(query_codes, codes, strict=True):
+            attended |= within_reach(of_queries[:, chunk, None], of_keys[:, None, :], rule)
         attended &= candidates
         scores = options.scale * (queries[:, chunk] @ keys.transpose(1, 2))
         weights = scores.masked_fill(~candidates, -torch.inf).softmax(-1).masked_fill(~attended, 0.0)

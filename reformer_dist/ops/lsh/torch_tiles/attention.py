@@ -55,19 +55,25 @@ class TorchBackend:
             previous_group = 0 if n_heads == shape.n_heads else 3 * rows * vector
         tiling = choose_tiling(shape.rule, shape.seq_len, shape.n_buckets)
         tile_len = tiling.tile_len
-        columns = tile_len * (tiling.n_before + 1 + tiling.n_after)
+        width = tiling.n_before + 1 + tiling.n_after
+        columns = tile_len * width
         slots = rows
         if isinstance(shape.rule, WindowRule) and shape.n_buckets > 1:
             slots += n_heads * shape.n_buckets * tile_len / 2  # the last tile of a bucket is half empty
-        layouts = shape.n_rounds * (INDEX_BYTES * (slots + rows) + 4 * slots * columns / tile_len)
-        n_spans = -(-slots // SPAN_SLOTS[shape.device])
-        span = slots / n_spans
+        key_slots = slots
+        if shape.own_keys:  # queries of each tile of keys fill tiles, with copies of the tiles of their keys
+            slots = rows + slots / 2
+            key_slots = width * slots
+        layouts = shape.n_rounds * (INDEX_BYTES * (max(slots, key_slots) + rows) + 4 * slots * width)
+        n_spans = -(-key_slots // SPAN_SLOTS[shape.device])
+        span, key_span = slots / n_spans, key_slots / n_spans
         n_blocks = 3 if shape.dropout else 2  # probabilities, after dropout, and their gradients
-        buffers = vector * (rows + 3 * slots) + n_blocks * span * columns * 4  # scaled queries; dq, dk, dv by slot
+        # scaled queries; dq, dk, dv by slot
+        buffers = vector * (rows + slots + 2 * key_slots) + n_blocks * span * columns * 4
         grads = vector * 3 * rows
         # q, dO, k and v; with several spans also the next one's q and dO
-        sorted_copies = vector * (6 if n_spans > 1 else 4) * span
-        keys = vector * rows if shape.n_buckets > 1 else 0  # normalized queries
+        sorted_copies = vector * ((4 if n_spans > 1 else 2) * span + 2 * key_span)
+        keys = vector * rows if shape.shared_keys and shape.n_buckets > 1 else 0  # normalized queries
         in_float32 = 0 if shape.element_size == 4 else vector * 3 * rows  # k, v and dO
         return layouts + HEADROOM * buffers + grads + sorted_copies + keys + in_float32 + previous_group
 

@@ -24,6 +24,7 @@ from reformer_dist.ops.lsh.torch_tiles import products
 from reformer_dist.ops.lsh.torch_tiles.layout import Layout
 from reformer_dist.ops.lsh.torch_tiles.pair_mask import PairMask
 from reformer_dist.ops.lsh.torch_tiles.products import Pairs, add_products, gather_tiles, transposed
+from reformer_dist.ops.lsh.torch_tiles.tiles import SPAN_SLOTS
 from reformer_dist.ops.workspace import Workspace, gather_rows
 
 
@@ -38,6 +39,11 @@ class RowGroup:
 
     def rounds(self) -> Iterator[tuple[Layout, PairMask]]:
         return zip(self.layouts, self.masks, strict=True)
+
+    def key_buffer(self, name: str, layout: Layout, width: int) -> Tensor:
+        """Buffer for the slots of a layout's keys [slots, width]; all rounds fit into that of the first."""
+        most = max(each.key_slots.numel() for each in self.layouts)
+        return self.scratch.rows(name, most, width)[: layout.key_slots.numel()]
 
     def scaled(self, q: Tensor) -> Tensor:
         """Queries scaled so that q.k is the score in base 2."""
@@ -120,11 +126,18 @@ def attend_backward(
         dq += gather_rows(dq_slots, layout.slot_of_row)
         for total, by_slot in ((dk, dk_slots), (dv, dv_slots)):
             if layout.key_slot_of_row is None:
-                is_taken = layout.key_slots >= 0
-                total.index_add_(0, layout.key_slots[is_taken], by_slot[is_taken])
+                _add_slots(total, layout.key_slots, by_slot)
             else:
                 total += gather_rows(by_slot, layout.key_slot_of_row)
     return dq.mul_(group.options.scale), dk.mul_(LOG_2), dv
+
+
+def _add_slots(total: Tensor, rows: Tensor, by_slot: Tensor) -> None:
+    """Adds the gradients of slots [slots, D] to those of their rows; rows [slots], -1 for empty slots."""
+    size = SPAN_SLOTS["cuda" if rows.is_cuda else "cpu"]
+    for some_rows, grads in zip(rows.split(size), by_slot.split(size), strict=True):
+        is_taken = some_rows >= 0
+        total.index_add_(0, some_rows[is_taken], grads[is_taken])
 
 
 def _backward_round(
@@ -133,11 +146,8 @@ def _backward_round(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One round's gradients by slot: dq / scale, dk / log 2 and dv; q is scaled, lse in base 2."""
     tile_len, width = layout.tiling.tile_len, q.shape[1]
-    n_slots = layout.key_slots.numel()
-    dq, dk, dv = (
-        group.scratch.rows(name, n, width).view(-1, tile_len, width)
-        for name, n in (("dq", layout.query_slots.numel()), ("dk", n_slots), ("dv", n_slots))
-    )
+    dq = group.scratch.rows("dq", layout.query_slots.numel(), width).view(layout.n_tiles, tile_len, width)
+    dk, dv = (group.key_buffer(name, layout, width).view(-1, tile_len, width) for name in ("dk", "dv"))
     # without tiles after the query's, the first run covers all keys, and the other runs add to them
     looks_ahead = layout.tiling.n_after > 0
     add_to_keys = add_products if looks_ahead else products.sum_products

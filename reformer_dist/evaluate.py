@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from reformer_dist.config import TaskKind
-from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection, heldout_text_batches
+from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection
 from reformer_dist.diagnostics.context import cut_rows
 from reformer_dist.diagnostics.coverage import measure_layers
 from reformer_dist.diagnostics.knockout import remove_attention
@@ -215,7 +215,7 @@ def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     """A line per LSH layer. Raises UserError."""
     loaded, corpus = _open_text(arguments, "--coverage", job)
     rows = RowSelection(arguments.rows, max_damaged_fraction=loaded.config.data.max_damaged_fraction)
-    batches = heldout_text_batches(corpus, rows, seq_len=loaded.config.data.seq_len)
+    batches = loaded.task.heldout(corpus, rows)
     layers = measure_layers(loaded.language_model, batches)
     mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
     _write_json(arguments, job, {**mean, "layers": layers})

@@ -19,6 +19,7 @@ from reformer_dist.generation import (
     TextSampler,
     TextStream,
     beam_search,
+    last_document,
     make_decoder,
 )
 from reformer_dist.generation.text_stream import CONTEXT
@@ -254,9 +255,14 @@ def _check_sources(request: Request) -> Request:
 
 
 def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> torch.Tensor:
-    """Token ids [S] of the prompt after an end-of-text token, which precedes each document in training."""
+    """Token ids [S] of the prompt after an end-of-text token, which precedes each document in training.
+
+    If documents did not see one another there, the prompt is what follows its last end-of-text token.
+    """
     tokenizer = loaded.tokenizer
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist()], device=device)
+    if loaded.config.data.mask_documents:
+        ids = last_document(ids, tokenizer.eos_id)
     longest = loaded.config.model.max_positions
     if longest is not None and ids.numel() >= longest:
         raise ConfigError(

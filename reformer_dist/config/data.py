@@ -26,6 +26,12 @@ class DataConfig(ConfigGroup, prefix="data."):
     """Shuffle shards and samples anew for every epoch; false: read them in the order they were written in."""
     mask_document_starts: bool = False
     """No loss for the first token of a document, which the previous document in the row does not predict."""
+    mask_documents: bool = False
+    """Text: tokens attend to those of their own document only, not to other documents in the row."""
+    reset_position_ids: bool = False
+    """With mask_documents: the positions of each document in a row count from 0."""
+    pack_samples: bool = False
+    """completion: a row holds as many samples as fit into seq_len, which do not see one another; false: one."""
     workers: int = bounded(1, least=0, most=1024)
     """Prefetch threads per rank; 0 reads between steps."""
     max_damaged_fraction: float = bounded(0.01, least=0, below=1)
@@ -46,6 +52,9 @@ class DataConfig(ConfigGroup, prefix="data."):
         super().__post_init__()
         paths = self.paths()
         require(self.cache_dir != "", "data.cache_dir", "''", "must name a directory")
+        requirement = "needs data.mask_documents=true: positions restart where a document does"
+        resets = self.reset_position_ids and not self.mask_documents
+        require(not resets, "data.reset_position_ids", True, requirement)
         if self.weights is not None:
             requirement = f"must be {len(paths)} numbers above 0, one for each dataset of data.path"
             is_valid = len(self.weights) == len(paths) and all(0 < w < float("inf") for w in self.weights)

@@ -7,13 +7,23 @@ from dataclasses import dataclass, field
 from reformer_dist.config.checks import ConfigGroup, nearest_divisors, require
 from reformer_dist.config.data import DataConfig
 from reformer_dist.config.launcher import LauncherConfig
-from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig
+from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.sweep import SweepConfig
 from reformer_dist.config.task import TaskConfig, TaskKind
 from reformer_dist.config.trainer import TrainerConfig
 from reformer_dist.errors import ConfigError
+
+UNPACKED = {
+    TaskKind.language_model: "whose rows are packed already",
+    TaskKind.masked_language_model: "whose rows are packed already",
+    TaskKind.sequence_classification: "which predicts one label per row",
+    TaskKind.question_answering: "which predicts one span per row",
+    TaskKind.sequence_to_sequence: "whose targets attend to the source of their row",
+}
+"""Why the rows of a task can't hold several samples."""
+CHUNKS = "chunks of the sorted order cross the borders of documents"
 
 
 @dataclass(kw_only=True)
@@ -52,6 +62,7 @@ class RunConfig(ConfigGroup, prefix=""):
         require(self.output_dir != "", "output_dir", "''", "must name a directory")
         require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
         self._check_task()
+        self._check_documents()
         self._check_parallel()
 
     def _check_task(self) -> None:
@@ -63,6 +74,23 @@ class RunConfig(ConfigGroup, prefix=""):
         if self.trainer.sample_every > 0 and task.kind is not TaskKind.language_model:
             requirement = f"must be 0: task.kind={task.kind.name} does not continue text"
             raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {requirement}")
+
+    def _check_documents(self) -> None:
+        """Tasks and layers that can keep the documents of a row apart."""
+        data, model, kind = self.data, self.model, self.task.kind
+        if data.mask_documents and not self.task.packs_text:
+            reason = f"task.kind={kind.name} reads samples; see data.pack_samples"
+            raise ConfigError(f"data.mask_documents=true: needs rows of text, and {reason}")
+        if data.pack_samples and kind is not TaskKind.completion:
+            requirement = f"needs task.kind=completion, not {kind.name}, {UNPACKED[kind]}"
+            raise ConfigError(f"data.pack_samples=true: {requirement}")
+        key = "data.mask_documents" if data.mask_documents else "data.pack_samples"
+        if data.mask_documents or data.pack_samples:
+            kinds = model.layer_kinds()
+            if model.neighbours is NeighbourRule.chunk and AttentionKind.lsh in kinds:
+                raise ConfigError(f"{key}=true: needs model.neighbours=window; {CHUNKS}")
+            if model.compat.local_chunk_len > 0 and AttentionKind.local in kinds:
+                raise ConfigError(f"{key}=true: needs model.compat.local_chunk_len=0; {CHUNKS}")
 
     def _check_parallel(self) -> None:
         parallel, n_heads = self.parallel, self.model.n_heads

@@ -34,7 +34,8 @@ class TextMetric(Enum):
 
 @dataclass(kw_only=True)
 class TaskConfig(ConfigGroup, prefix="task."):
-    """The task. Every kind but language_model and masked_language_model reads one sample per row, unpacked."""
+    """The task. Every kind but language_model and masked_language_model reads samples, one per row unless they
+    are packed (data.pack_samples)."""
 
     kind: TaskKind = TaskKind.language_model
     mask_prob: float = bounded(0.15, above=0, below=1)

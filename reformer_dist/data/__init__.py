@@ -13,12 +13,14 @@ from reformer_dist.data.format.sample_reader import Sample, SampleReader, Sample
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from reformer_dist.data.format.verify import verify_dataset
 from reformer_dist.data.loading.collate import (
+    FILL_VALUES,
     Batch,
     Example,
     MakeExample,
     collate,
     next_token_example,
     next_token_examples,
+    pack_examples,
 )
 from reformer_dist.data.loading.heldout import (
     RowSelection,
@@ -36,7 +38,7 @@ from reformer_dist.data.loading.loader_state import (
     read_state,
     saved_interleaving,
 )
-from reformer_dist.data.loading.packing import Span, pack_spans
+from reformer_dist.data.loading.packing import Span, document_ids, pack_spans, positions_in_documents
 from reformer_dist.data.loading.replay import Replay
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
 from reformer_dist.data.prepare.documents import (
@@ -60,6 +62,7 @@ from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "AS_TEXT_SUFFIXES",
+    "FILL_VALUES",
     "IGNORE_INDEX",
     "RECORD_SUFFIXES",
     "SECTION_BYTES",
@@ -98,6 +101,7 @@ __all__ = [
     "count_rows",
     "count_text_bytes",
     "describe_changes",
+    "document_ids",
     "has_finished_batches",
     "heldout_sample_batches",
     "heldout_text_batches",
@@ -108,7 +112,9 @@ __all__ = [
     "merge_states",
     "next_token_example",
     "next_token_examples",
+    "pack_examples",
     "pack_spans",
+    "positions_in_documents",
     "read_counter",
     "read_groups",
     "read_labeled",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from reformer_dist.data import IGNORE_INDEX, Batch
+from reformer_dist.data import IGNORE_INDEX, Batch, positions_in_documents
 
 
 def cut_rows(batches: Iterable[Batch], context: int, micro_batch: int) -> Iterator[Batch]:
@@ -18,15 +17,14 @@ def cut_rows(batches: Iterable[Batch], context: int, micro_batch: int) -> Iterat
     """
     for batch in batches:
         windows = _windows(batch, context)
-        tokens, labels = (torch.cat([window[i] for window in windows]) for i in (0, 1))
-        for start in range(0, len(tokens), micro_batch):
-            rows = slice(start, start + micro_batch)
-            yield {"tokens": tokens[rows], "labels": labels[rows]}
+        cut = {name: torch.cat([window[name] for window in windows]) for name in batch}
+        for start in range(0, len(cut["tokens"]), micro_batch):
+            yield {name: x[start : start + micro_batch] for name, x in cut.items()}
 
 
-def _windows(batch: Batch, context: int) -> list[tuple[Tensor, Tensor]]:
-    tokens, labels = batch["tokens"], batch["labels"]
-    n_tokens, stride = tokens.shape[1], max(1, context // 2)
+def _windows(batch: Batch, context: int) -> list[Batch]:
+    labels = batch["labels"]
+    n_tokens, stride = labels.shape[1], max(1, context // 2)
     windows = []
     for start in range(0, max(1, n_tokens - context + stride), stride):
         stop = min(start + context, n_tokens)
@@ -34,5 +32,9 @@ def _windows(batch: Batch, context: int) -> list[tuple[Tensor, Tensor]]:
         fresh = labels[:, begin:stop].clone()
         if start > 0:
             fresh[:, : start + context - stride - begin] = IGNORE_INDEX
-        windows.append((tokens[:, begin:stop], fresh))
+        window = {**{name: x[:, begin:stop] for name, x in batch.items()}, "labels": fresh}
+        if "position_ids" in batch:  # a window is a row of its own
+            positions = positions_in_documents(window["document_ids"].numpy())
+            window["position_ids"] = torch.from_numpy(positions)
+        windows.append(window)
     return windows

@@ -43,7 +43,10 @@ def measure_layers(model: ReformerLM, batches: Iterable[Batch]) -> list[dict[str
     for batch in batches:
         sequence = CoverageSequence()
         tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
-        model(tokens, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence)
+        given: dict[str, Tensor] = {
+            name: batch[name].to(device) for name in ("document_ids", "position_ids") if name in batch
+        }
+        model(tokens, labels, key_padding_mask=labels != IGNORE_INDEX, sequence=sequence, **given)
         totals = totals or [Coverage() for _ in sequence.layers]
         for total, layer in zip(totals, sequence.layers, strict=True):
             total.add(layer)

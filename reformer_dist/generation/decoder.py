@@ -40,6 +40,15 @@ def check_finite(logits: Tensor) -> Tensor:
     return logits
 
 
+def last_document(tokens: Tensor, eos_id: int) -> Tensor:
+    """tokens [S] from the last end-of-text token on, or all of them without one.
+
+    What a model whose documents do not see one another (data.mask_documents) sees of a prompt.
+    """
+    ends = (tokens == eos_id).nonzero()
+    return tokens[int(ends[-1]) :] if len(ends) else tokens
+
+
 def make_decoder(model: ForwardFunction, config: ModelConfig) -> Decoder:
     """A CachedDecoder if the model supports KV caches, else an UncachedDecoder. Raises ConfigError."""
     if not config.causal:

@@ -50,10 +50,22 @@ class ReformerModel(CountsSteps):
         return self._hidden(tokens, self._build_context(tokens, options))
 
     def reversible_drift(
-        self, tokens: Tensor, *, key_padding_mask: Tensor | None = None, sequence: SequenceAccess = WHOLE_SEQUENCE
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        sequence: SequenceAccess = WHOLE_SEQUENCE,
     ) -> Tensor:
         """Largest difference between the stack's input and its reconstruction, on local tokens [B, S]."""
-        context = self._evaluation_context(tokens, {"key_padding_mask": key_padding_mask, "sequence": sequence})
+        options: ForwardOptions = {
+            "key_padding_mask": key_padding_mask,
+            "document_ids": document_ids,
+            "position_ids": position_ids,
+            "sequence": sequence,
+        }
+        context = self._evaluation_context(tokens, options)
         return self.stack.reversible_drift(self._embed(tokens, context), context)
 
     def _hidden(self, tokens: Tensor, context: ForwardContext) -> Tensor:

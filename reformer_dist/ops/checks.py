@@ -83,7 +83,7 @@ class TensorChecks:
 def check_document_ids(checks: TensorChecks, document_ids: Tensor) -> None:
     """document_ids are integers [B, S] of 31 bits that do not decrease along a row."""
     checks.integers("document_ids", document_ids, "B S")
-    check_range("document_ids", document_ids, 2**31, limit="2**31")
+    check_range("document_ids", document_ids.long(), 2**31, limit="2**31")
     check_all("document_ids", document_ids.diff(dim=1) >= 0, "must not decrease along a row")
 
 

@@ -171,6 +171,8 @@ def _log_run(run: RunContext, layout: StepLayout, data: TaskData, engine: TrainE
     n_parameters = sum(math.prod(shape) for shape in parameter_shapes(engine.module).values())
     rows = config.data.batch_size
     size = f"{rows * config.data.seq_len:,} tokens" if config.task.packs_text else f"{rows:,} samples"
+    if config.data.pack_samples:
+        size = f"samples of up to {rows * config.data.seq_len:,} tokens"
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''} on {run.runtime.device.type}"
     logger.info(
         f"{n_parameters:,} parameters | ZeRO stage {config.deepspeed.stage}, "

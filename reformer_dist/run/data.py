@@ -69,12 +69,15 @@ def open_sampler(config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader
         shuffle=data.shuffle,
         by_sample=not config.task.packs_text,
         interleaved_shards=None if saved is None else saved_interleaving(saved),
+        pack_samples=data.pack_samples,
     )
 
 
 def describe_rows(settings: Mapping[str, Any]) -> str:
     """Rows of a step, from the settings of a sampler."""
     length = "one sample each" if settings.get("by_sample") else f"{settings['seq_len']} tokens"
+    if packed_len := settings.get("packed_len"):
+        length = f"samples in {packed_len} tokens"
     return f"{settings['batch_size']} of {length}"
 
 

@@ -17,8 +17,11 @@ from reformer_dist.data import (
     Example,
     RowSelection,
     Sample,
+    Span,
     collate,
     label_mask,
+    make_sample,
+    pack_examples,
     read_groups,
     read_spans,
 )
@@ -41,6 +44,12 @@ class Completion(SampleTask):
 
     def build_model(self) -> nn.Module:
         return ReformerLM(self.config.model, self.vocab_size, self.config.trainer.seed)
+
+    def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        if not self.config.data.pack_samples:
+            return super().make_example(spans, draw_key)
+        samples: list[Sample | None] = [make_sample(span.ref, span.tokens) for span in spans]
+        return pack_examples([self._encode_or_pad(sample, draw_key) for sample in samples or [None]])
 
     def encode(self, sample: Sample, draw_key: DrawKey) -> Example:
         """Rows that are too long lose the beginning of the prompt, and then the end of the completion."""

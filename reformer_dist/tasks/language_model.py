@@ -15,9 +15,11 @@ from reformer_dist.data import (
     Example,
     RowSelection,
     Span,
+    document_ids,
     heldout_text_batches,
     next_token_example,
     pack_spans,
+    positions_in_documents,
 )
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerLM
@@ -42,9 +44,18 @@ class LanguageModel(Task):
                 raise DataError(f"data.path={dataset.folder.address}: its samples hold {fields}; {expected}")
 
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
+        return self._example(spans, draw_key, mask_starts=self.config.data.mask_document_starts)
+
+    def _example(self, spans: list[Span], draw_key: DrawKey, *, mask_starts: bool = False) -> Example:
         data = self.config.data
-        row = pack_spans(spans, data.seq_len, self.tokenizer.eos_id, data.mask_document_starts)
-        return self.encode_row(*row, draw_key)
+        separate = data.mask_documents
+        row = pack_spans(spans, data.seq_len, self.tokenizer.eos_id, mask_starts, separate=separate)
+        example = self.encode_row(*row, draw_key)
+        if separate:
+            example["document_ids"] = document_ids(spans, data.seq_len)
+        if data.reset_position_ids:
+            example["position_ids"] = positions_in_documents(example["document_ids"])
+        return example
 
     def encode_row(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], draw_key: DrawKey) -> Example:
         """Example of a row of text: tokens [seq_len + 1] and next-token labels [seq_len]."""
@@ -52,6 +63,4 @@ class LanguageModel(Task):
 
     def heldout(self, corpus: Corpus, rows: RowSelection) -> Iterator[Batch]:
         seq_len = self.config.data.seq_len
-        return heldout_text_batches(
-            corpus, rows, seq_len=seq_len, report=warn_damaged, make_example=self.encode_row
-        )
+        return heldout_text_batches(corpus, rows, seq_len=seq_len, report=warn_damaged, make_example=self._example)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reformer_dist.data import DamagedSample, StepBatch, TrainLoader
+from reformer_dist.data import FILL_VALUES, DamagedSample, StepBatch, TrainLoader
 from reformer_dist.distributed.runtime import Preempted, Runtime, SharedError
 from reformer_dist.errors import DataError, UserError
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
@@ -21,8 +21,6 @@ from reformer_dist.training.preemption import StopSignal
 
 T = TypeVar("T")
 SOURCE_INPUTS = ("source", "source_mask")
-PADDING = {"labels": IGNORE_INDEX}
-"""Fill value of a slice after the end of the row, by input name; 0 for others."""
 POLL_SECONDS = 0.2  # interval at which the stop signal is checked while waiting for data
 
 
@@ -51,7 +49,7 @@ class MicroBatch:
                 if name == "rows" or (name == "labels" and labels_per_row):
                     continue
                 sliced = sequences["source_sequence" if name in SOURCE_INPUTS else "sequence"]
-                tensors[name] = sliced.take(tensor, PADDING.get(name, 0))
+                tensors[name] = sliced.take(tensor, FILL_VALUES.get(name, 0))
         mask = sequences["sequence"].key_padding_mask(len(tokens), tokens.device)
         if mask is not None:
             tensors.setdefault("key_padding_mask", mask)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from reformer_dist.data import Batch
+from reformer_dist.data import Batch, positions_in_documents
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.process.live_line import live
@@ -69,7 +69,7 @@ def evaluate(
         inputs = batch.to(runtime.device)
         if by_position:
             losses = forward(**inputs, **batch.sequences, per_token_loss=True).cpu()
-            places = batch.sequences["sequence"].positions(losses.shape[1], losses.device)
+            places = _positions(rows, batch.sequences["sequence"], losses)
             positions.add(losses, batch.tensors["labels"], batch.label_mask, places)
             nats += losses.sum(dtype=torch.float64).item()
         else:
@@ -92,3 +92,10 @@ def evaluate(
         text_bytes=int(total_bytes),
         positions=positions.result(position_sums),
     )
+
+
+def _positions(rows: Batch, sequence: SlicedSequence, losses: Tensor) -> Tensor:
+    """Positions of this rank's losses [B, S] in their rows, or in their documents if these are apart."""
+    if "document_ids" not in rows:
+        return sequence.positions(losses.shape[1], losses.device)
+    return sequence.take(torch.from_numpy(positions_in_documents(rows["document_ids"].numpy())), 0)

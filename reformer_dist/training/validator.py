@@ -10,7 +10,7 @@ import torch
 
 from reformer_dist.data import Batch, RowSelection
 from reformer_dist.engine import TrainEngine
-from reformer_dist.generation import SamplingOptions, generate, make_decoder
+from reformer_dist.generation import SamplingOptions, generate, last_document, make_decoder
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.process.log import logger
@@ -20,7 +20,7 @@ from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import RunContext, StepLayout, TaskData
 
 PROMPT_TOKENS = 64
-STACK_INPUTS = {"source", "source_mask", "tokens", "key_padding_mask"}
+STACK_INPUTS = {"source", "source_mask", "tokens", "key_padding_mask", "document_ids", "position_ids"}
 """Inputs of a model's layer stacks, by the names of its forward."""
 
 
@@ -57,6 +57,8 @@ class Validator:
         """Logs a continuation of the first held-out tokens, which every rank generates in full."""
         self._engine.train(False)
         prompt = self._first_row()["tokens"][0, 1 : PROMPT_TOKENS + 1].to(self._runtime.device)
+        if self._config.data.mask_documents:
+            prompt = last_document(prompt, self._data.corpus.tokenizer.eos_id)
         max_len = self._config.model.max_positions or self._config.data.seq_len
         n_tokens = max(0, min(self._config.trainer.sample_tokens, max_len - prompt.numel()))
         options = SamplingOptions(seed=self._config.trainer.seed)

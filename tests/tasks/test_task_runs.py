@@ -38,7 +38,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(job: Runtime, kind: str, data: Path, output: Path, *changed: str) -> list[dict[str, float]]:
     """Metrics of each step, except times and speed."""
-    config = tiny_config(data, output, f"task.kind={kind}", *OVERRIDES[kind], *changed)
+    config = tiny_config(data, output, f"task.kind={kind}", *OVERRIDES.get(kind, ()), *changed)
     with ExitStack() as resources:
         build_trainer(config, job, resources).fit()
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

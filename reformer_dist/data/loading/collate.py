@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reformer_dist.data.loading.packing import Span, pack_spans
+from reformer_dist.data.loading.packing import Span, pack_spans, positions_in_documents
 from reformer_dist.data.loading.sampler import DrawKey
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
@@ -20,8 +20,14 @@ Batch = dict[str, torch.Tensor]
 MakeExample = Callable[[list[Span], DrawKey], Example]
 """Makes an example from the spans of a row. Without spans, at the end of a stream, all labels are IGNORE_INDEX."""
 
-FILL_VALUES = {"labels": IGNORE_INDEX, "key_padding_mask": False, "source_mask": False}
-"""Padding values for rows shorter than the longest of their batch; 0 for other names."""
+FILL_VALUES = {
+    "labels": IGNORE_INDEX,
+    "key_padding_mask": False,
+    "source_mask": False,
+    "document_ids": 2**31 - 1,  # a document of its own, after all others
+}
+"""Padding values for rows shorter than the longest of their batch, and of slices after the end of a row; 0 for
+other names."""
 LENGTH_MULTIPLE = 8
 
 
@@ -37,6 +43,14 @@ def next_token_examples(seq_len: int, eos_id: int, mask_document_starts: bool = 
         return next_token_example(*pack_spans(spans, seq_len, eos_id, mask_document_starts))
 
     return make_example
+
+
+def pack_examples(examples: Sequence[Example]) -> Example:
+    """One row of several, [tokens] each, with the document ids and the positions of their tokens."""
+    lengths = [len(example["tokens"]) for example in examples]
+    documents = np.repeat(np.arange(len(examples), dtype=np.int32), lengths)
+    packed = {name: np.concatenate([example[name] for example in examples]) for name in examples[0]}
+    return {**packed, "document_ids": documents, "position_ids": positions_in_documents(documents)}
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -9,9 +9,12 @@ samples, and their number stays, each continues where it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 Interval = tuple[int, int]
 """[first, end) units of a pass."""
@@ -109,6 +112,45 @@ def end_of_passes(passes: int, origin: tuple[int, int], cut: Cut, n_units: int, 
         cut = recut(cut, [min(first + n_read, end) for first, end in spans], n_units)
         step, first_pass = era.end_step, cut.first_pass
     raise AssertionError("eras must not be empty")
+
+
+def end_of_packed_passes(
+    passes: int,
+    origin: tuple[int, int],
+    cut: Cut,
+    n_streams: int,
+    row_len: int,
+    n_units: int,
+    sample_lengths: Callable[[int], NDArray[np.int64]],
+) -> int:
+    """As `end_of_passes`, for rows of as many samples as fit into row_len tokens.
+
+    sample_lengths: of a pass, the tokens of its samples in order, [n_units].
+    """
+    step, first_pass = origin
+    lengths = {number: np.minimum(sample_lengths(number), row_len) for number in range(first_pass, passes)}
+    counts = [0]
+    for stream in range(n_streams):
+        part = StreamPart(cut, n_units, stream, n_streams)
+        position, end = part.position_after(first_pass), part.position_after(passes)
+        samples = [np.zeros(0, dtype=np.int64)]
+        while position < end:
+            pass_index, unit, n_contiguous = part.locate(position)
+            samples.append(lengths[pass_index][unit : unit + n_contiguous])
+            position += n_contiguous
+        counts.append(count_packed_rows(np.concatenate(samples), row_len))
+    return step + max(counts)
+
+
+def count_packed_rows(lengths: NDArray[np.int64], row_len: int) -> int:
+    """Rows of row_len tokens that samples of these lengths take; one that does not fit begins the next row."""
+    ends = np.cumsum(lengths)
+    first = n_rows = 0
+    while first < len(ends):
+        begin = ends[first] - lengths[first]
+        first = int(np.searchsorted(ends, begin + row_len, side="right"))
+        n_rows += 1
+    return n_rows
 
 
 def _part(intervals: Sequence[Interval], stream: int, n_streams: int) -> list[Interval]:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from reformer_dist.data.format.corpus import Corpus
 from reformer_dist.data.format.quarantine import CheckedReader, DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, make_sample
-from reformer_dist.data.loading.collate import Batch, Example, collate, next_token_example
+from reformer_dist.data.loading.collate import Batch, Example, MakeExample, collate, next_token_examples
 from reformer_dist.data.loading.cut import Cut, StreamPart
-from reformer_dist.data.loading.packing import Span, StreamIndex, pack_spans
+from reformer_dist.data.loading.packing import Span, StreamIndex
 from reformer_dist.data.loading.sampler import DrawKey, Pool
 from reformer_dist.errors import DataError
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
@@ -71,25 +71,22 @@ def heldout_text_batches(
     *,
     seq_len: int,
     report: Report = lambda sample: None,
-    make_example: Callable[[NDArray[np.int64], NDArray[np.int64], DrawKey], Example] = (
-        lambda tokens, labels, draw_key: next_token_example(tokens, labels)
-    ),
+    make_example: MakeExample | None = None,
 ) -> Iterator[Batch]:
     """Batches of held-out text. Every rank gets the same number, the last ones filled with rows of padding.
 
-    make_example: called with tokens [seq_len + 1], labels [seq_len] and the draw key of each row. Damaged samples
-    are skipped and reported. Raises DataError if nothing is held out and, while iterating, if a shard is missing
-    or too many samples are damaged.
+    make_example: by default, rows for a causal language model. Damaged samples are skipped and reported. Raises
+    DataError if nothing is held out and, while iterating, if a shard is missing or too many samples are damaged.
     """
     if corpus.total("text_bytes", "heldout") == 0:
         raise DataError(f"{corpus.where}: no documents are held out; write it again with --heldout above 0")
     n_rows = count_rows(corpus, "heldout", seq_len)
     found = _read_rows(corpus, rows, report, seq_len)
-    eos_id = corpus.tokenizer.eos_id
+    make = make_example or next_token_examples(seq_len, corpus.tokenizer.eos_id)
 
     def next_example() -> Example:
         number, spans = next(found, (n_rows, []))
-        return make_example(*pack_spans(spans, seq_len, eos_id), DrawKey.heldout(number))
+        return make(spans, DrawKey.heldout(number))
 
     return _batches(next_example, rows, n_rows)
 

@@ -23,7 +23,7 @@ READ_VERSIONS = (2, 3, 4)
 KEYS = {"seed": "trainer.seed", "shuffle": "data.shuffle"}
 """Keys of the configuration that can't change, by names of Sampler.settings."""
 ROW_KEYS = ("seq_len", "by_sample")  # only one of which is set
-RECUT_KEYS = ("batch_size", "seq_len")  # whose change divides what is left of the data anew
+RECUT_KEYS = ("batch_size", "seq_len", "packed_len")  # whose change divides what is left of the data anew
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,10 @@ def read_state(
     """
     settings, now = _read_settings(state), sampler.settings()
     for key, value in now.items():
-        is_count = type(settings.get(key)) is int and settings[key] > 0
-        if settings.get(key) != value and key != "weights" and not (key in RECUT_KEYS and is_count):
-            raise DataError(_explain_setting(key, settings.get(key), value))
+        saved = settings.get(key)
+        is_count = (type(saved) is int and saved > 0) or (key == "packed_len" and saved is None)
+        if saved != value and key != "weights" and not (key in RECUT_KEYS and is_count):
+            raise DataError(_explain_setting(key, saved, value))
     version, n_streams, corpus = state["version"], settings["batch_size"], sampler.corpus
     if state.get("data") == (corpus.fingerprint if version > 3 else corpus.fingerprint_with_weights):
         cuts = _read_cuts(state, [pool.n_units for pool in sampler.pools])
@@ -142,7 +143,7 @@ def read_state(
         lines = "".join(f"\n  {line}" for line in changes)
         hint = "restore the old data, or accept a new order with data.accept_changed=true"
         raise DataError(f"the data differ from those that the run began with; {hint}{lines}")
-    has_other_rows = any(settings[key] != now[key] for key in RECUT_KEYS if key in now)
+    has_other_rows = any(settings.get(key) != now[key] for key in RECUT_KEYS if key in now)
     return loaded.recut(sampler) if has_other_rows else loaded
 
 

@@ -2,12 +2,14 @@
 
 There is one stream per row of an optimizer step, for any number of ranks. A stream reads its range of each pass
 over a pool, sample after sample, without gaps between rows. Its state is one integer per pool: the units (tokens,
-or samples) before its next row. If a row holds one sample, it is the next undamaged one.
+or samples) before its next row. If a row holds one sample, it is the next undamaged one. If samples are packed, it
+holds the next ones, as long as they fit.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +68,7 @@ class TokenStream:
         self.positions = list(positions or [0] * len(sampler.pools))
         self.digest = digest
         """Running hash of the ids of all spans so far."""
-        self._units_per_row = sampler.units_per_row
+        self._units_per_row, self._packed_len = sampler.units_per_row, sampler.packed_len
         cuts = cuts or [Cut()] * len(sampler.pools)
         parts = [
             StreamPart(cut, pool.n_units, stream, sampler.n_streams)
@@ -75,22 +77,26 @@ class TokenStream:
         self._indexes = [StreamIndex(*each, stream, passes) for each in zip(sampler.pools, parts, strict=True)]
 
     def next_spans(self, pool: int, load_tokens: LoadTokens) -> list[Span]:
-        """Spans of the next row: seq_len tokens in total or one sample, fewer at the end of the stream.
+        """Spans of the next row: seq_len tokens in total, one sample, or the next samples, as long as they fit.
 
-        Raises DataError if an index can't be read, or if only damaged samples are left.
+        There are fewer at the end of the stream. Raises DataError if an index can't be read, or if only damaged
+        samples are left.
         """
-        spans, n_remaining, position = [], self._units_per_row, self.positions[pool]
+        spans, n_remaining, position = [], self._packed_len or self._units_per_row, self.positions[pool]
         index = self._indexes[pool]
         last_good_position = position
         while n_remaining > 0 and not index.is_at_end(position):
             span, length = index.span_at(position, n_remaining, load_tokens)
-            position += length
             if span is None:
+                position += length
                 index.raise_if_all_damaged(position - last_good_position)
-            else:
-                last_good_position = position
-                spans.append(span)
-                n_remaining -= length
+                continue
+            n_remaining -= length if self._packed_len is None else min(span.stop, self._packed_len)
+            if n_remaining < 0:
+                break  # the sample begins the next row
+            position += length
+            last_good_position = position
+            spans.append(span)
         self.positions[pool] = position
         ids = "\n".join(span.id for span in spans)
         self.digest = hashlib.blake2b(self.digest + ids.encode(), digest_size=HASH_BYTES).digest()
@@ -150,13 +156,19 @@ class StreamIndex:
 
 
 def pack_spans(
-    spans: list[Span], seq_len: int, eos_id: int, mask_document_starts: bool = False
+    spans: list[Span],
+    seq_len: int,
+    eos_id: int,
+    mask_document_starts: bool = False,
+    *,
+    separate: bool = False,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(tokens [seq_len + 1], labels [seq_len]) of a row of text, padded if the stream has ended.
 
     tokens[1:] are the tokens of the spans. tokens[0] is the token before them in the first sample, or end-of-text
     at the beginning of a sample. Labels are tokens[1:], and IGNORE_INDEX for padding and, with
     `mask_document_starts`, for the first token of each sample, which the preceding document does not predict.
+    separate: the token before the first one of *each* span is that of its sample, as in `document_ids`.
     """
     tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
@@ -168,6 +180,30 @@ def pack_spans(
         if mask_document_starts and span.start == 0:
             labels[filled] = IGNORE_INDEX
         filled = end
-    if spans and spans[0].start > 0:
-        tokens[:1] = spans[0].tokens[spans[0].start - 1 : spans[0].start]
+    starts = span_starts(spans)
+    for span, start in list(zip(spans, starts, strict=True))[: None if separate else 1]:
+        tokens[start] = span.tokens[span.start - 1] if span.start > 0 else eos_id
     return tokens, labels
+
+
+def span_starts(spans: list[Span]) -> list[int]:
+    """Tokens of the row before each span."""
+    return [0, *itertools.accumulate(span.stop - span.start for span in spans)][: len(spans)]
+
+
+def document_ids(spans: list[Span], seq_len: int) -> NDArray[np.int32]:
+    """The span whose token each token of a row of text is to predict, [seq_len]; padding is one more document.
+
+    The end-of-text token after a document is the input that predicts the first token of the next one, and belongs
+    to that.
+    """
+    lengths = [span.stop - span.start for span in spans]
+    lengths.append(seq_len - sum(lengths))
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+
+def positions_in_documents(document_ids: NDArray[Any]) -> NDArray[np.int64]:
+    """Position of each token in its document, or the part of it in the row, from document ids [..., seq_len]."""
+    index = np.broadcast_to(np.arange(document_ids.shape[-1]), document_ids.shape)
+    is_start = np.diff(document_ids, axis=-1, prepend=-1) != 0
+    return index - np.maximum.accumulate(np.where(is_start, index, 0), axis=-1)

@@ -38,8 +38,11 @@ class Replay:
         return [stream.next_spans(int(pool), self._token_positions) for stream, pool in streams]
 
     def skip(self, n_steps: int) -> None:
-        """Advances by `n_steps`. With an empty quarantine, reads no index and does not update the hash."""
-        if self._quarantine:
+        """Advances by `n_steps`. With an empty quarantine, reads no index and does not update the hash.
+
+        Rows of several samples are replayed one by one, since their number of samples is not known otherwise.
+        """
+        if self._quarantine or self._sampler.packed_len is not None:
             for _ in range(n_steps):
                 self.next_step()
             return

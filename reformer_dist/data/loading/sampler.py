@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from reformer_dist.data.format.corpus import Corpus, CorpusShard
 from reformer_dist.data.format.index import IndexEntry, ShardIndex
-from reformer_dist.data.loading.cut import Cut, Era, end_of_passes
+from reformer_dist.data.loading.cut import Cut, Era, end_of_packed_passes, end_of_passes
 from reformer_dist.errors import DataError
 
 MAX_CACHED_PASSES = 4
@@ -159,6 +159,19 @@ class Pool:
         starts = np.cumsum(sizes) - sizes
         return ShuffledGroup(shards, indexes, int(order.starts[i]), int(sizes.sum()), samples[shuffled], starts)
 
+    def sample_lengths(self, pass_index: int) -> NDArray[np.int64]:
+        """Tokens of each sample in the order of a pass, [samples]. Raises DataError if an index can't be read."""
+        parts: list[NDArray[np.int64]] = []
+        unit = 0
+        while unit < self.n_units:
+            group = self.group_at(pass_index, unit)
+            lengths = [index.n_tokens for index in group.indexes]
+            firsts = np.cumsum([0, *map(len, lengths)])
+            shard, sample = group.samples.T
+            parts.append(np.concatenate(lengths)[firsts[shard] + sample])
+            unit = group.end
+        return np.concatenate(parts)
+
     def _pass(self, pass_index: int) -> _Pass:
         order = self._passes.get(pass_index)
         if order is None:
@@ -190,14 +203,18 @@ class Sampler:
         shuffle: bool = True,
         by_sample: bool = False,
         interleaved_shards: int | None = None,
+        pack_samples: bool = False,
     ) -> None:
         """batch_size: rows of a step over all ranks, one stream each. by_sample: rows of one sample each.
 
+        pack_samples: with by_sample, rows of as many samples as fit into seq_len tokens, longer ones cut to that.
         interleaved_shards: whose samples are shuffled together, per stream; by default, as many as make
         INTERLEAVED_SHARDS for all streams.
         """
         self.corpus, self.seed, self.by_sample = corpus, seed, by_sample
         self.n_streams, self.seq_len, self.shuffle = batch_size, seq_len, shuffle
+        self.packed_len = seq_len if pack_samples else None
+        """Tokens of a row of several samples; None if rows are not packed from samples."""
         if interleaved_shards is None:
             interleaved_shards = -(-INTERLEAVED_SHARDS // batch_size) if shuffle else 1
         self.interleaved_shards = interleaved_shards
@@ -236,6 +253,7 @@ class Sampler:
 
     @property
     def units_per_row(self) -> int:
+        """Tokens or samples; of rows of several samples, the least."""
         return 1 if self.by_sample else self.seq_len
 
     def last_step(
@@ -245,12 +263,23 @@ class Sampler:
 
         eras: of other rows than this sampler's, from the first step of the cut on.
         """
+        if self.packed_len is not None:
+            if eras:
+                raise DataError(
+                    "data.epochs: with data.pack_samples=true, rows must not change; use trainer.max_steps"
+                )
+            pool = self.pools[0]
+            return end_of_packed_passes(
+                passes, origin, cut or Cut(), self.n_streams, self.packed_len, pool.n_units, pool.sample_lengths
+            )
         eras = eras or [Era(None, self.n_streams, self.units_per_row)]
         return end_of_passes(passes, origin, cut or Cut(), self.pools[0].n_units, eras)
 
     def settings(self) -> dict[str, Any]:
         """Everything else that determines the order, as JSON values."""
         # with one sample per row, the order does not depend on the length of a row
-        row = {"by_sample": True} if self.by_sample else {"seq_len": self.seq_len}
+        row: dict[str, Any] = {"seq_len": self.seq_len}
+        if self.by_sample:
+            row = {"by_sample": True, "packed_len": self.packed_len}
         order = {"shuffle": self.shuffle, "interleaved_shards": self.interleaved_shards}
         return {"seed": self.seed, "batch_size": self.n_streams, **row, **order, "weights": self.corpus.weights}

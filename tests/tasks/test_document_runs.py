@@ -1,0 +1,71 @@
+"""Runs with masked documents and packed samples: they resume exactly, and ranks report the metrics of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.launch import run_ranks
+from support.tiny import tiny_overrides
+from task_data import write_pairs
+from test_task_runs import train
+
+from reformer_dist.distributed.runtime import Runtime
+
+APART = ("data.mask_documents=true", "data.reset_position_ids=true", "model.next_value_heads=1")
+PACKED = ("task.kind=completion", "data.pack_samples=true", "data.seq_len=128")
+WORLDS = [
+    (2, ["parallel.sequence=2", "parallel.heads=1"]),
+    (2, ["parallel.sequence=2", "parallel.heads=2", "model.layers=[local,lsh,exact]"]),
+    (2, ["deepspeed.stage=3"]),
+    (4, ["parallel.sequence=4", "parallel.heads=2", "parallel.combine=per_round", "deepspeed.stage=1"]),
+]
+
+
+def told(run: Path) -> list[float]:
+    """Losses and gradient norms of all steps, and the final loss."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in ("train/loss", "train/grad_norm")] + [rows[-1]["eval/loss"]]
+
+
+@pytest.mark.parametrize(("stage", "recompute"), [(0, "reversible"), (3, "none")])
+def test_a_run_with_masked_documents_resumes_exactly(
+    stage: int, recompute: str, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    # rows that are longer than a document
+    longer = ("data.seq_len=1024", "model.axial_shape=[32,32]", "data.batch_size=2", "trainer.eval_every=3")
+    given = (*APART, *longer, f"deepspeed.stage={stage}", f"model.recompute={recompute}", "trainer.sample_every=6")
+    whole = train(job, "language_model", tiny_data, tmp_path / "whole", *given)
+    assert 0 < whole[-1]["reversible/drift"] < 1e-4
+    assert any(name.startswith("eval_by_position/") for name in whole[-1])
+    cut = tmp_path / "whole/checkpoints/step-00000003"
+    resumed = train(job, "language_model", tiny_data, tmp_path / "resumed", f"resume={cut}", *given)
+    assert resumed[-1] == whole[-1]
+
+
+def test_a_run_with_packed_samples_resumes_exactly(tmp_path: Path, job: Runtime) -> None:
+    data = write_pairs(tmp_path / "data")
+    given = ("data.pack_samples=true", "deepspeed.stage=2", "data.epochs=3", "trainer.max_steps=100")
+    whole = train(job, "completion", data, tmp_path / "whole", *given)
+    assert 6 < whole[-1]["step"] < 50 * 3 / 4  # fewer rows than samples
+    cut = tmp_path / "whole/checkpoints/step-00000003"
+    resumed = train(job, "completion", data, tmp_path / "resumed", f"resume={cut}", *given)
+    assert resumed[-1] == whole[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.jobs
+@pytest.mark.parametrize(("n_ranks", "world"), WORLDS)
+@pytest.mark.parametrize("kind", ["text", "samples"])
+def test_ranks_report_the_metrics_of_one(
+    kind: str, n_ranks: int, world: list[str], tmp_path: Path, tiny_data: Path
+) -> None:
+    data = tiny_data if kind == "text" else write_pairs(tmp_path / "data")
+    # the second row length is divided by no number of ranks
+    rows = ["data.seq_len=1021", "model.axial_shape=[32,32]", *APART] if kind == "text" else [*PACKED]
+    common = [*rows, "model.dropout=0", "trainer.eval_every=4", "trainer.max_steps=4", "model.n_heads=4"]
+    layers = [word for word in world if word.startswith("model.")]
+    for ranks, name, more in ((1, "one", layers), (n_ranks, "several", world)):
+        run_ranks("reformer_dist.train", ranks, tiny_overrides(data, tmp_path / name, *common, *more))
+    assert told(tmp_path / "several") == pytest.approx(told(tmp_path / "one"), rel=2e-4)

@@ -51,6 +51,15 @@ def test_loss_and_gradients_are_those_of_each_alone(
     assert not torch.allclose(loss, packed(TOKENS, LABELS, position_ids=POSITIONS, step=3), rtol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_of_their_own(causal: bool) -> None:
+    model = strong_model(**LAYERS, shared_qk=False, causal=causal).eval()
+    loss = model(TOKENS, LABELS, document_ids=DOCUMENTS, position_ids=POSITIONS)
+    parts = zip(TOKENS.split(LENGTHS, dim=1), LABELS.split(LENGTHS, dim=1), strict=True)
+    alone = torch.stack([model(tokens, labels) for tokens, labels in parts]).sum()
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+
+
 def test_rotary_positions_need_not_restart() -> None:
     model = strong_model(**LAYERS, position=Position.rotary).eval()
     loss = model(TOKENS, LABELS, document_ids=DOCUMENTS)
@@ -69,9 +78,12 @@ def test_other_documents_change_no_bit() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("restarts", [False, True])
-@pytest.mark.parametrize("position", [Position.axial, Position.rotary])
-def test_decoding_continues_the_last_document(padding: int, restarts: bool, position: Position) -> None:
-    model = small_model(**LAYERS, local_round=True, position=position).eval()
+@pytest.mark.parametrize(("position", "shared_qk"), [("axial", True), ("rotary", True), ("axial", False)])
+def test_decoding_continues_the_last_document(
+    padding: int, restarts: bool, position: str, shared_qk: bool
+) -> None:
+    options = {"local_round": True, "position": Position(position), "shared_qk": shared_qk}
+    model = small_model(**LAYERS, **options).eval()
     mask = torch.arange(sum(LENGTHS)) >= torch.tensor([[padding], [0]])
     given = {"position_ids": POSITIONS} if restarts else {}
     whole = model(TOKENS, document_ids=DOCUMENTS, key_padding_mask=mask, **given)

@@ -160,7 +160,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
 
     position: Position = Position.axial
     rotary_layers: list[AttentionKind] = field(default_factory=lambda: list(AttentionKind))
-    """rotary: layers of these kinds rotate queries and keys; others attend by content alone, at any distance."""
+    """rotary: layers of these kinds rotate queries and keys; others attend by content alone, at any distance.
+    Other kinds of positions ignore it."""
     axial_shape: list[int] = field(default_factory=lambda: [32, 64])
     """axial: shape of the grid of positions; its size bounds the sequence length."""
     axial_dims: list[int] | None = None
@@ -209,10 +210,6 @@ class ModelConfig(ConfigGroup, prefix="model."):
         if self.position is Position.rotary:
             requirement = "must be even with model.position=rotary"
             require(self.resolved_head_dim % 2 == 0, "model.head_dim", self.resolved_head_dim, requirement)
-        kinds = [kind.name for kind in self.rotary_layers]
-        rotates_all = set(self.rotary_layers) == set(AttentionKind)
-        is_valid = rotates_all or self.position is Position.rotary
-        require(is_valid, "model.rotary_layers", kinds, "needs model.position=rotary")
 
     def _check_lsh(self) -> None:
         is_valid = self.n_buckets == 1 or self.n_buckets % 2 == 0

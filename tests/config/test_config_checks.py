@@ -229,7 +229,6 @@ def test_numbers_of_the_model() -> None:
         complains("model.qk_scale", value, "above 0")
     complains("model.layers", [], "lsh")
     complains("model.head_dim", 5, "rotary", position=Position.rotary)
-    complains("model.rotary_layers", ["local"], "model.position=rotary")
 
 
 def test_windows_whose_places_have_32_bits() -> None:

@@ -19,9 +19,9 @@ from reformer_dist.generation import (
     TextSampler,
     TextStream,
     beam_search,
-    last_document,
     make_decoder,
 )
+from reformer_dist.generation.decoder import last_document
 from reformer_dist.generation.text_stream import CONTEXT
 from reformer_dist.process.command import run_command
 from reformer_dist.run.pretrained import LoadedModel, load_model

@@ -1,7 +1,7 @@
 """Text generation: decoders with and without KV caches, sampling, beam search, and streaming detokenization."""
 
 from reformer_dist.generation.beam import BeamOptions, Hypothesis, beam_search
-from reformer_dist.generation.decoder import CachedDecoder, Decoder, UncachedDecoder, last_document, make_decoder
+from reformer_dist.generation.decoder import CachedDecoder, Decoder, UncachedDecoder, make_decoder
 from reformer_dist.generation.sampling import SamplingOptions, TextSampler, generate
 from reformer_dist.generation.text_stream import TextStream
 
@@ -16,6 +16,5 @@ __all__ = [
     "UncachedDecoder",
     "beam_search",
     "generate",
-    "last_document",
     "make_decoder",
 ]

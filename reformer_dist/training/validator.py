@@ -10,7 +10,8 @@ import torch
 
 from reformer_dist.data import Batch, RowSelection
 from reformer_dist.engine import TrainEngine
-from reformer_dist.generation import SamplingOptions, generate, last_document, make_decoder
+from reformer_dist.generation import SamplingOptions, generate, make_decoder
+from reformer_dist.generation.decoder import last_document
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.process.log import logger

@@ -27,7 +27,7 @@ from reformer_dist.diagnostics.coverage import measure_layers
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError
-from reformer_dist.generation import last_document
+from reformer_dist.generation.decoder import last_document
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.evaluation import evaluate

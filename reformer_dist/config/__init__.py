@@ -1,7 +1,7 @@
 """The typed configuration of a run: plain values, checked on construction. Imports no other part but errors."""
 
 from reformer_dist.config.compat import CompatConfig, StreamMerge
-from reformer_dist.config.data import DataConfig
+from reformer_dist.config.data import DataConfig, Strand
 from reformer_dist.config.launcher import LauncherConfig, LauncherKind
 from reformer_dist.config.model import (
     Activation,
@@ -47,6 +47,7 @@ __all__ = [
     "Recompute",
     "RunConfig",
     "Schedule",
+    "Strand",
     "StreamMerge",
     "SweepConfig",
     "SweepDirection",

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from reformer_dist.config.checks import ConfigGroup, bounded, require
+
+
+class Strand(Enum):
+    forward = "forward"
+    """Sequences as they were written."""
+    random = "random"
+    """Each training row from one of the strands; held-out rows as they were written."""
+    reverse = "reverse"
+    """All rows from the other strand."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +42,8 @@ class DataConfig(ConfigGroup, prefix="data."):
     """With mask_documents: the positions of each document in a row count from 0."""
     pack_samples: bool = False
     """completion: a row holds as many samples as fit into seq_len, which do not see one another; false: one."""
+    strand: Strand = Strand.forward
+    """DNA of reformer-shards --fasta: the strand that rows are read from, forward, random or reverse."""
     workers: int = bounded(1, least=0, most=1024)
     """Prefetch threads per rank; 0 reads between steps."""
     max_damaged_fraction: float = bounded(0.01, least=0, below=1)

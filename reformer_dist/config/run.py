@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reformer_dist.config.checks import ConfigGroup, nearest_divisors, require
-from reformer_dist.config.data import DataConfig
+from reformer_dist.config.data import DataConfig, Strand
 from reformer_dist.config.launcher import LauncherConfig
 from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
@@ -71,6 +71,9 @@ class RunConfig(ConfigGroup, prefix=""):
         if task.is_causal:
             requirement = f"must be true: task.kind={task.kind.name} would show a bidirectional model its labels"
         require(causal == task.is_causal, "model.causal", causal, requirement)
+        if self.data.strand is not Strand.forward and not task.packs_text:
+            requirement = f"must be forward: task.kind={task.kind.name} reads one sample per row, from one strand"
+            raise ConfigError(f"data.strand={self.data.strand.name}: {requirement}")
         if self.trainer.sample_every > 0 and task.kind is not TaskKind.language_model:
             requirement = f"must be 0: task.kind={task.kind.name} does not continue text"
             raise ConfigError(f"trainer.sample_every={self.trainer.sample_every}: {requirement}")

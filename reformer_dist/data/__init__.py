@@ -6,6 +6,7 @@
 from reformer_dist.data.format.corpus import Corpus, describe_changes
 from reformer_dist.data.format.dataset import Dataset
 from reformer_dist.data.format.dataset_layout import SPLITS, TEXT_FIELDS, Shard
+from reformer_dist.data.format.dna import DNA
 from reformer_dist.data.format.id_tokenizer import IdTokenizer
 from reformer_dist.data.format.label_spans import label_mask, read_groups, read_spans
 from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
@@ -41,6 +42,7 @@ from reformer_dist.data.loading.loader_state import (
 from reformer_dist.data.loading.packing import Span, document_ids, pack_spans, positions_in_documents
 from reformer_dist.data.loading.replay import Replay
 from reformer_dist.data.loading.sampler import DrawKey, Sampler
+from reformer_dist.data.loading.strands import draws_reverse, reverse_complement_row, reverse_documents
 from reformer_dist.data.prepare.documents import (
     AS_TEXT_SUFFIXES,
     SECTION_BYTES,
@@ -48,6 +50,7 @@ from reformer_dist.data.prepare.documents import (
     TextOptions,
     read_text,
 )
+from reformer_dist.data.prepare.fasta import CASES, FastaOptions, read_fasta
 from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
 from reformer_dist.data.prepare.raw_files import read_counter
 from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
@@ -62,6 +65,8 @@ from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "AS_TEXT_SUFFIXES",
+    "CASES",
+    "DNA",
     "FILL_VALUES",
     "IGNORE_INDEX",
     "RECORD_SUFFIXES",
@@ -76,6 +81,7 @@ __all__ = [
     "Dataset",
     "DrawKey",
     "Example",
+    "FastaOptions",
     "IdTokenizer",
     "LoaderState",
     "MakeExample",
@@ -102,6 +108,7 @@ __all__ = [
     "count_text_bytes",
     "describe_changes",
     "document_ids",
+    "draws_reverse",
     "has_finished_batches",
     "heldout_sample_batches",
     "heldout_text_batches",
@@ -116,6 +123,7 @@ __all__ = [
     "pack_spans",
     "positions_in_documents",
     "read_counter",
+    "read_fasta",
     "read_groups",
     "read_labeled",
     "read_parallel",
@@ -125,6 +133,8 @@ __all__ = [
     "read_squad",
     "read_state",
     "read_text",
+    "reverse_complement_row",
+    "reverse_documents",
     "sample_texts",
     "saved_interleaving",
     "verify_dataset",

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from reformer_dist.data import (
+    DNA,
     SPLITS,
     BpeTokenizer,
     ByteTokenizer,
@@ -57,6 +58,7 @@ def make_shards() -> None:
             fields=form.fields,
             label_spans=bool(arguments.label_spans),
             labels=None if arguments.label else (),
+            alphabet=DNA if arguments.fasta and isinstance(tokenizer, ByteTokenizer) else None,
             workers=workers,
             resume=True,
             on_read=shown.add,

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from reformer_dist.data import AS_TEXT_SUFFIXES, SECTION_BYTES
+from reformer_dist.data import AS_TEXT_SUFFIXES, CASES, SECTION_BYTES
 
 EPILOG = """\
 inputs:
@@ -17,6 +17,7 @@ inputs:
   .tar file    each .txt member and each record of members as above is a document (WebDataset shards)
   text file    one document, whose end is held out; above 8 MiB, one for every 4 to 8 MiB (or --section-mb)
   .gz, .zst, .xz, .bz2   decompressed and read as above; .tgz is .tar.gz
+  FASTA        with --fasta: each sequence without its long runs of N, or each region of a BED file
   other formats that hold text, such as .pdf and .zip, are refused (or skipped, with --skip-unreadable)
 
 samples with several texts, for tasks other than language modeling:
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     _add_output_options(parser.add_argument_group("output"))
     _add_text_options(parser.add_argument_group("documents"))
     _add_field_options(parser.add_argument_group("samples with several texts or labels"))
+    _add_fasta_options(parser.add_argument_group("DNA"))
     _add_tokenizer_options(parser.add_argument_group("tokenizer"))
     arguments = parser.parse_args()
     problem = check_arguments(arguments)
@@ -118,6 +120,41 @@ def _add_field_options(group: argparse._ArgumentGroup) -> None:
     add("--squad", action="store_true", help="inputs are in SQuAD 1.1 format")
 
 
+def _add_fasta_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--fasta", action="store_true", help="inputs are FASTA files, one per species, or folders of them")
+    add(
+        "--bed",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="read only the regions of these BED files, one per INPUT; those on strand - are reversed",
+    )
+    add(
+        "--case",
+        choices=CASES,
+        default="upper",
+        help="upper: soft-masked (lower-case) bases are read as the others; keep: they stay lower case; "
+        "mask: they become N (default: upper)",
+    )
+    add(
+        "--max-n",
+        type=int,
+        default=10,
+        metavar="N",
+        help="a longer run of N ends a document and is left out (default: 10)",
+    )
+    add(
+        "--heldout-chromosomes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="hold out the sequences of these names, such as chr8, 'mouse/chr1' or 'chr*_random'; "
+        "replaces --heldout, which holds out whole sequences too",
+    )
+
+
 def _add_tokenizer_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
@@ -159,12 +196,22 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
-        "--source, --fields, --label-spans and --squad are mutually exclusive": is_parallel
+        "--source, --fields, --label-spans, --squad and --fasta are mutually exclusive": is_parallel
+        + arguments.fasta
         + bool(arguments.fields)
         + bool(arguments.label_spans)
         + arguments.squad
         <= 1,
         "--label needs --fields": not arguments.label or bool(arguments.fields),
+        "--bed, --heldout-chromosomes, --case and --max-n need --fasta": arguments.fasta
+        or not (
+            arguments.bed or arguments.heldout_chromosomes or arguments.case != "upper" or arguments.max_n != 10
+        ),
+        "--bed: give one file per INPUT": len(arguments.bed) in (0, len(arguments.inputs)),
+        f"--max-n {arguments.max_n}: must be at least 0": 0 <= arguments.max_n < 2**31,
+        "--heldout-from and --heldout-chromosomes exclude each other": not (
+            arguments.heldout_from and arguments.heldout_chromosomes
+        ),
         "--heldout-from needs two files, source and target, with --source": not is_parallel
         or len(arguments.heldout_from) in (0, 2),
         "--tokenizer-of excludes --tokenizer and --tokenizer-file": not arguments.tokenizer_of

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reformer_dist.data import (
     TEXT_FIELDS,
+    FastaOptions,
     RawSample,
     SkippedFiles,
     TextOptions,
+    read_fasta,
     read_labeled,
     read_parallel,
     read_records,
@@ -54,12 +57,36 @@ class InputFormat:
             fields = tuple(arguments.fields)
             read = partial(read_records, fields=fields, label=arguments.label)
             pairs = [(arguments.inputs,), (heldout_files,)]
+        elif arguments.fasta:
+            return cls.of_fasta(arguments)
         else:
             read = partial(read_text, options=text_options(arguments), skipped=left_out)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         return cls(
             fields, partial(read, *pairs[0]), partial(read, *pairs[1]) if heldout_files else None, left_out, paths
         )
+
+    @classmethod
+    def of_fasta(cls, arguments: argparse.Namespace) -> InputFormat:
+        patterns: list[str] = arguments.heldout_chromosomes
+
+        def is_heldout(name: str) -> bool:
+            """By SPECIES/CHROMOSOME or CHROMOSOME."""
+            return any(fnmatchcase(name, p) or fnmatchcase(name.rpartition("/")[2], p) for p in patterns)
+
+        options = FastaOptions(
+            arguments.case, arguments.max_n, int(arguments.section_mb * 2**20), lambda name: not is_heldout(name)
+        )
+        records = partial(read_fasta, arguments.inputs, arguments.bed, options)
+        heldout = None
+        if arguments.heldout_from:
+            heldout = partial(read_fasta, arguments.heldout_from, (), options)
+        elif patterns:
+            heldout = partial(
+                read_fasta, arguments.inputs, arguments.bed, replace(options, is_selected=is_heldout)
+            )
+        paths = (*arguments.inputs, *arguments.bed, *arguments.heldout_from)
+        return cls(TEXT_FIELDS, records, heldout, SkippedFiles(), paths)
 
 
 def text_options(arguments: argparse.Namespace) -> TextOptions:

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from reformer_dist.config import Strand
 from reformer_dist.data import (
+    DNA,
     Batch,
     Corpus,
     DrawKey,
@@ -16,10 +18,13 @@ from reformer_dist.data import (
     RowSelection,
     Span,
     document_ids,
+    draws_reverse,
     heldout_text_batches,
     next_token_example,
     pack_spans,
     positions_in_documents,
+    reverse_complement_row,
+    reverse_documents,
 )
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerLM
@@ -42,19 +47,28 @@ class LanguageModel(Task):
                 kind, fields = self.config.task.kind.name, ", ".join(dataset.fields)
                 expected = f"task.kind={kind} reads running text; give a dataset of text, or another task.kind"
                 raise DataError(f"data.path={dataset.folder.address}: its samples hold {fields}; {expected}")
+            if self.config.data.strand is not Strand.forward and dataset.alphabet != DNA:
+                expected = f"{dataset.folder.address} must be DNA in bytes, written by reformer-shards --fasta"
+                raise DataError(f"data.strand={self.config.data.strand.name}: data.path: {expected}")
 
     def make_example(self, spans: list[Span], draw_key: DrawKey) -> Example:
-        return self._example(spans, draw_key, mask_starts=self.config.data.mask_document_starts)
+        return self._example(spans, draw_key, is_training=True)
 
-    def _example(self, spans: list[Span], draw_key: DrawKey, *, mask_starts: bool = False) -> Example:
-        data = self.config.data
-        separate = data.mask_documents
-        row = pack_spans(spans, data.seq_len, self.tokenizer.eos_id, mask_starts, separate=separate)
+    def _example(self, spans: list[Span], draw_key: DrawKey, *, is_training: bool = False) -> Example:
+        data, eos_id = self.config.data, self.tokenizer.eos_id
+        mask_starts, separate = is_training and data.mask_document_starts, data.mask_documents
+        row = pack_spans(spans, data.seq_len, eos_id, mask_starts, separate=separate)
+        ids = document_ids(spans, data.seq_len)
+        is_random = is_training and data.strand is Strand.random
+        if data.strand is Strand.reverse or (is_random and draws_reverse(self.config.trainer.seed, draw_key)):
+            n_labels = sum(span.stop - span.start for span in spans)
+            ids = reverse_documents(ids, row[0], n_labels, eos_id)
+            row = reverse_complement_row(row, n_labels, mask_starts, eos_id)
         example = self.encode_row(*row, draw_key)
         if separate:
-            example["document_ids"] = document_ids(spans, data.seq_len)
+            example["document_ids"] = ids
         if data.reset_position_ids:
-            example["position_ids"] = positions_in_documents(example["document_ids"])
+            example["position_ids"] = positions_in_documents(ids)
         return example
 
     def encode_row(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], draw_key: DrawKey) -> Example:

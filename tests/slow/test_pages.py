@@ -47,6 +47,9 @@ NOT_RUN = {
     "reformer-shards dialogs.jsonl --label-spans spans --output data/dialogs": "needs a file of the "
     + "reader's own",
     "reformer-train task.kind=completion data.path=data/dialogs data.seq_len=1024": "needs that dataset",
+    "reformer-train experiment=genome": SMALL + "tests/tools/test_genome.py",
+    "reformer-evaluate outputs/genome": "needs that run",
+    "reformer-evaluate outputs/genome data.strand=reverse": "needs that run",
     "reformer-convert reformer-enwik8 outputs/enwik8": "needs google/reformer-enwik8, fetched by the reader",
     'reformer-generate outputs/enwik8 --prompt "In 1965, Brooks left IBM"': "needs that model",
     "python tools/check_plan.py": "takes minutes; run by tests/tools/test_check_plan.py",

@@ -43,6 +43,7 @@ class Dataset:
         fields: Sequence[str] = TEXT_FIELDS,
         labels: Sequence[str] = (),
         has_label_spans: bool = False,
+        alphabet: str | None = None,
     ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
@@ -53,6 +54,8 @@ class Dataset:
         """Names of the fields of a sample; possible labels, if samples have one."""
         self.has_label_spans = has_label_spans
         """Whether the metadata of samples says which of their tokens are labels."""
+        self.alphabet = alphabet
+        """DNA if all texts are DNA, one byte per base."""
         self._indexes = IndexCache()
 
     @classmethod
@@ -75,7 +78,8 @@ class Dataset:
         splits = {split: _read_shards(record["splits"][split], split, where) for split in SPLITS}
         fields, labels = _read_names(record, "fields", where) or TEXT_FIELDS, _read_names(record, "labels", where)
         spec = json.dumps(record["tokenizer"], sort_keys=True)
-        return cls(folder, tokenizer, splits, spec, fields, labels, record.get("label_spans") is True)
+        has_spans, alphabet = record.get("label_spans") is True, record.get("alphabet")
+        return cls(folder, tokenizer, splits, spec, fields, labels, has_spans, alphabet)
 
     @property
     def fingerprint(self) -> str:

@@ -83,6 +83,7 @@ def write_samples(
     fields: Sequence[str] = TEXT_FIELDS,
     labels: Sequence[str] | None = (),
     label_spans: bool = False,
+    alphabet: str | None = None,
     workers: int = 0,
     resume: bool = False,
     on_read: OnRead = lambda n_bytes: None,
@@ -92,6 +93,7 @@ def write_samples(
     shard_bytes: maximum size of a tar file, exceeded only by single longer documents. heldout: samples to hold
     out; by default a `heldout_fraction` of the samples, selected by content. labels: those that the metadata may
     hold; None for those of the training samples. label_spans: whether samples say which tokens are labels.
+    alphabet: `DNA` if all texts are.
     workers: processes that tokenize, 0 for none besides this one. resume: continue the work of a process that was
     interrupted, and keep it if this one is. on_read: called with the bytes of text of each batch.
 
@@ -122,6 +124,7 @@ def write_samples(
             **({"fields": list(fields)} if tuple(fields) != TEXT_FIELDS else {}),
             **({"labels": list(labels)} if labels else {}),
             **({"label_spans": True} if label_spans else {}),
+            **({"alphabet": alphabet} if alphabet else {}),
             "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
         }
         _publish(staging, folder, record)

@@ -138,7 +138,9 @@ class _Backward:
         dk = None if k is None else torch.zeros_like(k)
         inputs = (q, k, v, as_one_head(d_out), as_one_head(lse), as_one_head(delta))
         self._sorter.sort(received.shard).attend_backward(BackwardTensors(*inputs, dq, dk, dv))
-        key_grads = self._dispatcher.key_format.pack(k=(dq if dk is None else dk)[0, 0], v=dv[0, 0])
+        key_grads = self._dispatcher.key_format.pack(
+            k=received.of_keys(dq if dk is None else dk), v=received.of_keys(dv)
+        )
         messages = [SplitRows(key_grads, route.received.splits, route.sent.splits)]
         if self._has_keys:
             query_grads = self._dispatcher.query_format.pack(q=dq[0, 0, rows])

@@ -11,7 +11,7 @@ from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition
-from reformer_dist.parallel.exchange_plan import ExchangePlan, Route
+from reformer_dist.parallel.exchange_plan import ExchangePlan, ReceivedRows, Route
 from reformer_dist.parallel.row_format import RowFormat
 
 
@@ -26,6 +26,12 @@ class ReceivedTokens:
     k: Tensor | None
     """None for shared query-key attention."""
     v: Tensor
+    key_rows: Tensor | None = None
+    """Indices of those that are keys here, if some are queries only; None: all."""
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The rows [n_keys, D] of the keys in x [1, 1, L, D]."""
+        return x[0, 0] if self.key_rows is None else x[0, 0, self.key_rows]
 
 
 class TokenDispatcher:
@@ -73,6 +79,9 @@ class TokenDispatcher:
 
     def unpack(self, route: Route, key_rows: Tensor, queries: Tensor | None) -> ReceivedTokens:
         """The received tokens, from rows in key_format; queries [n_queries, D] unless keys are shared."""
+        if route.queries is not None:
+            assert queries is not None
+            return self._unpack_own_keys(route, route.queries, key_rows, queries)
         n_local, (n_heads, n_rounds, n_buckets) = self.plan.n_local, route.bucket_sizes.shape
         source, head, token = route.received.mask(n_local).nonzero(as_tuple=True)
         query_rows = route.received_queries.mask(n_local)[source, head, token].nonzero().squeeze(1)
@@ -93,6 +102,47 @@ class TokenDispatcher:
         q = torch.zeros_like(k)
         q[query_rows] = queries
         return ReceivedTokens(shard, query_rows, as_one_head(q), as_one_head(k), as_one_head(v))
+
+    def _unpack_own_keys(
+        self, route: Route, of_queries: ReceivedRows, key_rows: Tensor, queries: Tensor
+    ) -> ReceivedTokens:
+        """As `unpack`, where some tokens are queries only, and have another bucket as query than as key."""
+        n_local, (n_heads, n_rounds, n_buckets) = self.plan.n_local, route.bucket_sizes.shape
+        is_key, is_query = route.received.mask(n_local), route.received_queries.mask(n_local)
+        source, head, token = rows = (is_key | is_query).nonzero(as_tuple=True)
+        as_keys, as_queries = (mask[rows].nonzero().squeeze(1) for mask in (is_key, is_query))
+
+        def expand(x: Tensor, index: Tensor, fill: int = 0) -> Tensor:
+            expanded = x.new_full((len(token), *x.shape[1:]), fill)
+            expanded[index] = x
+            return expanded
+
+        def sort_keys(ids: Tensor, index: Tensor) -> Tensor:
+            return torch.stack(route.sort_keys(head, expand(ids, index, n_buckets))).unsqueeze(0)
+
+        def codes(of_rows: Tensor | None, index: Tensor) -> Tensor | None:
+            return None if of_rows is None or n_rounds == 1 else expand(of_rows.t(), index).t().contiguous()
+
+        documents = None
+        if route.document_ids is not None and of_queries.document_ids is not None:
+            documents = expand(route.document_ids, as_keys)
+            documents[as_queries] = of_queries.document_ids
+        shard = Shard(
+            sort_keys=sort_keys(route.bucket_ids, as_keys),
+            query_sort_keys=sort_keys(of_queries.bucket_ids, as_queries),
+            n_sort_keys=n_heads * n_buckets,
+            head_index=self._head_index[route.heads][head],
+            seq_len=self.plan.seq_len,
+            positions=source * n_local + token,
+            position_codes=codes(route.position_codes, as_keys),
+            query_codes=codes(of_queries.position_codes, as_queries),
+            bucket_sizes=route.bucket_sizes,
+            partition=Partition(self.comm.index, self.comm.size),
+            document_ids=None if documents is None else documents.unsqueeze(0),
+        )
+        k, v = (expand(self.key_format.field(key_rows, name), as_keys) for name in ("k", "v"))
+        q, k, v = (as_one_head(x) for x in (expand(queries, as_queries), k, v))
+        return ReceivedTokens(shard, as_queries, q, k, v, as_keys)
 
 
 def as_one_head(rows: Tensor) -> Tensor:

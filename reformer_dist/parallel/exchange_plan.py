@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.errors import TrainingError
-from reformer_dist.ops.lsh.neighbour_rules import ChunkRule
+from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import (
     Partition,
@@ -25,10 +25,17 @@ from reformer_dist.ops.lsh.partition import (
     choose_tiling,
     chunk_partition,
     chunk_recipients,
+    query_owners,
     window_partition,
     window_recipients,
 )
-from reformer_dist.ops.lsh.sorting import count_buckets, indices_in_bucket, position_codes, row_sort_keys
+from reformer_dist.ops.lsh.sorting import (
+    count_buckets,
+    indices_in_bucket,
+    last_key_ranks,
+    position_codes,
+    row_sort_keys,
+)
 from reformer_dist.parallel.row_format import RowFormat, pack_bits, unpack_bits
 
 PHASE = "plan"
@@ -72,7 +79,7 @@ class Route:
     received: Selection
     """Tokens of each rank that this rank needs."""
     received_queries: Selection
-    """Those of them that it attends from in any round."""
+    """Those of them that it attends from in any round; with keys of their own, it may need no keys of them."""
     bucket_ids: Tensor
     """[L, R] of the L received tokens; n_buckets in rounds in which they are not needed here."""
     position_codes: Tensor | None
@@ -83,13 +90,28 @@ class Route:
     """int32 [BH, R, K] members of each bucket on all ranks."""
     document_ids: Tensor | None
     """int32 [L] documents of the received tokens, if tokens attend to those of their own only."""
+    queries: ReceivedRows | None
+    """If keys have buckets of their own: what the fields above are for the keys, of the queries."""
     checksum: int
     """Checksum of what this rank sends minus that of what it receives: over all ranks they sum to 0."""
 
-    def sort_keys(self, head: Tensor) -> list[Tensor]:
+    def sort_keys(self, head: Tensor, bucket_ids: Tensor | None = None) -> list[Tensor]:
         """`sorting.row_sort_keys` of the L received tokens in each round; head [L]: their heads, from 0."""
         n_heads, n_rounds, n_buckets = self.bucket_sizes.shape
-        return [row_sort_keys(head, self.bucket_ids[:, r], n_heads, n_buckets) for r in range(n_rounds)]
+        ids = self.bucket_ids if bucket_ids is None else bucket_ids
+        return [row_sort_keys(head, ids[:, r], n_heads, n_buckets) for r in range(n_rounds)]
+
+
+@dataclass(frozen=True)
+class ReceivedRows:
+    """What is known of N received tokens, as keys or as queries."""
+
+    bucket_ids: Tensor
+    """[N, R]; n_buckets in rounds in which they are not needed here."""
+    position_codes: Tensor | None
+    """[R, N] with count_pairs_once."""
+    document_ids: Tensor | None
+    """int32 [N]"""
 
 
 @dataclass(frozen=True)
@@ -106,12 +128,19 @@ class ExchangePlan:
 
 
 def make_plan(
-    buckets: Tensor, options: AttentionOptions, seq_len: int, comm: CommGroup, *, per_round: bool = False
+    buckets: Tensor,
+    options: AttentionOptions,
+    seq_len: int,
+    comm: CommGroup,
+    *,
+    query_buckets: Tensor | None = None,
+    per_round: bool = False,
 ) -> ExchangePlan:
     """The plan for bucket ids [BH, R, S] of the local tokens of all heads, where n_buckets marks padding.
 
-    per_round: rounds will be combined one by one. Raises TrainingError on all ranks if the tokens received are not
-    those that the bucket counts predict.
+    query_buckets: of the tokens as queries, with options.own_keys, where buckets are those of the keys. per_round:
+    rounds will be combined one by one. Raises TrainingError on all ranks if the tokens received are not those that
+    the bucket counts predict.
     """
     n_heads, _, n_local = buckets.shape
     documents = options.document_ids
@@ -123,7 +152,9 @@ def make_plan(
         preceding, sizes = _scan(count_buckets(buckets, options.n_buckets), comm)
         for first in range(0, n_heads, group_size):
             heads = slice(first, min(first + group_size, n_heads))
-            local = _LocalTokens(buckets[heads], preceding[heads], sizes[heads], options, seq_len, comm.size)
+            queries = buckets if query_buckets is None else query_buckets
+            sizes_of = preceding[heads], sizes[heads]
+            local = _LocalTokens(buckets[heads], queries[heads], *sizes_of, options, seq_len, comm.size)
             of_heads = None if documents is None else documents[heads]
             routes.append(_make_route(heads, local, of_heads, options, comm, keeps_owners=per_round))
             mismatches += _count_mismatches(routes[-1], options, seq_len, n_local, comm)
@@ -161,21 +192,24 @@ class _LocalTokens:
     def __init__(
         self,
         buckets: Tensor,
+        query_buckets: Tensor,
         preceding: Tensor,
         bucket_sizes: Tensor,
         options: AttentionOptions,
         seq_len: int,
         n_ranks: int,
     ) -> None:
-        """buckets [BH, R, S]; preceding, bucket_sizes [BH, R, K]: members on earlier and on all ranks."""
-        self.buckets, self.bucket_sizes, self._n_ranks = buckets, bucket_sizes, n_ranks
+        """buckets [BH, R, S] of the tokens as keys, and as queries; preceding, bucket_sizes [BH, R, K]: keys on
+        earlier and on all ranks."""
+        self.buckets, self.query_buckets, self.bucket_sizes = buckets, query_buckets, bucket_sizes
+        self._n_ranks = n_ranks
         n_heads, n_rounds, n_local = buckets.shape
         self.is_needed = torch.zeros(n_ranks, n_heads, n_local, dtype=torch.bool, device=buckets.device)
-        """[P, BH, S]: whether a rank needs the token, as a query or a key."""
+        """[P, BH, S]: whether a rank needs the token as a key; or as a query, whose bucket is then the same."""
         self.is_query = torch.zeros_like(self.is_needed)
         """[P, BH, S]: whether the token is a query of a rank in any round."""
         self._recipients: list[list[Recipients]] = []
-        codes, owners = [], []
+        codes, query_codes, owners = [], [], []
         rule = options.rule
         tile_len = choose_tiling(rule, seq_len, options.n_buckets).tile_len
         for r in range(n_rounds):
@@ -185,6 +219,11 @@ class _LocalTokens:
                 owner, recipients = chunk_recipients(bucket, index, bucket_sizes[:, r], rule, seq_len, n_ranks)
             else:
                 owner, recipients = window_recipients(bucket, index, bucket_sizes[:, r], rule, tile_len, n_ranks)
+            if options.own_keys and isinstance(rule, WindowRule):
+                of_queries, sizes = query_buckets[:, r], bucket_sizes[:, r]
+                last_key = last_key_ranks(of_queries, bucket, preceding[:, r], includes_own=rule.sees_self)
+                owner = query_owners(of_queries, last_key, sizes, rule, tile_len, n_ranks)
+                query_codes.append(position_codes(of_queries, last_key, sizes, rule))
             self._mark(self.is_query, owner, owner >= 0)
             for ranks in recipients:
                 for recipient, is_needed in ranks.iter_ranks(n_ranks):
@@ -195,6 +234,8 @@ class _LocalTokens:
                 codes.append(position_codes(bucket, index, bucket_sizes[:, r], rule))
         self.codes = torch.stack(codes, dim=1) if codes else None
         """[BH, R, S]"""
+        self.query_codes = torch.stack(query_codes, dim=1) if query_codes and codes else None
+        """[BH, R, S] of the tokens as queries, if keys have buckets of their own."""
         self.owners = torch.stack(owners)
         """[R, BH * S]"""
 
@@ -216,6 +257,12 @@ class _LocalTokens:
             columns.append(self.buckets[head, r, token].masked_fill(~is_needed, n_buckets))
         return torch.stack(columns, dim=1)
 
+    def sent_query_ids(self, recipient: Tensor, head: Tensor, token: Tensor, n_buckets: int) -> Tensor:
+        """[rows, R] bucket of each sent query, n_buckets in rounds in which the recipient does not attend it."""
+        n_heads, _, n_local = self.buckets.shape
+        owners = self.owners.view(-1, n_heads, n_local)[:, head, token].t()
+        return self.query_buckets[head, :, token].masked_fill(owners != recipient.unsqueeze(1), n_buckets)
+
 
 def _make_route(
     heads: slice,
@@ -227,36 +274,63 @@ def _make_route(
     keeps_owners: bool,
 ) -> Route:
     """Tells each rank which tokens of these heads it will receive, their bucket ids and documents [BH, S]."""
+    n_buckets = options.n_buckets
     bits = torch.stack([pack_bits(local.is_needed), pack_bits(local.is_query)], dim=1)
-    recipient, head, token = local.is_needed.nonzero(as_tuple=True)
-    ids = local.sent_ids(recipient, head, token, options.n_buckets)
-    fields = {"ids": ids}
-    if local.codes is not None:
-        fields["codes"] = local.codes[head, :, token]
-    if documents is not None:
-        fields["documents"] = documents[head, token].unsqueeze(1)
-    row_format = RowFormat(**{name: (x.dtype, x.shape[1]) for name, x in fields.items()})
     received_bits = comm.all_to_all(bits, PHASE)
     sent, sent_queries, received, received_queries = (
         Selection.of(both[:, i].contiguous()) for both in (bits, received_bits) for i in (0, 1)
     )
-    rows = comm.all_to_all_v(SplitRows(row_format.pack(**fields), sent.splits, received.splits), PHASE).wait()
-    codes = None if local.codes is None else row_format.field(rows, "codes").t().contiguous()
-    received_ids = row_format.field(rows, "ids").contiguous()
-    received_documents = None if documents is None else row_format.field(rows, "documents").flatten()
+    recipient, head, token = local.is_needed.nonzero(as_tuple=True)
+    ids = local.sent_ids(recipient, head, token, n_buckets)
+    keys = _send_rows(ids, local.codes, documents, head, token, sent, received, comm)
     checksum = _checksum(sent, sent_queries, ids, comm, is_sent=True)
-    checksum -= _checksum(received, received_queries, received_ids, comm, is_sent=False)
-    owners = local.owners if keeps_owners else None
-    selections = (sent, sent_queries, received, received_queries)
+    checksum -= _checksum(received, received_queries, keys.bucket_ids, comm, is_sent=False)
+    queries = None
+    if options.own_keys:
+        recipient, head, token = local.is_query.nonzero(as_tuple=True)
+        ids = local.sent_query_ids(recipient, head, token, n_buckets)
+        codes, of_queries = local.query_codes, (sent_queries, received_queries)
+        queries = _send_rows(ids, codes, documents, head, token, *of_queries, comm)
+        checksum += _checksum(sent_queries, sent_queries, ids, comm, is_sent=True)
+        checksum -= _checksum(received_queries, received_queries, queries.bucket_ids, comm, is_sent=False)
     return Route(
         heads,
-        *selections,
-        received_ids,
-        codes,
-        owners,
+        sent,
+        sent_queries,
+        received,
+        received_queries,
+        keys.bucket_ids,
+        keys.position_codes,
+        local.owners if keeps_owners else None,
         local.bucket_sizes,
-        received_documents,
+        keys.document_ids,
+        queries,
         _wrap_int64(checksum),
+    )
+
+
+def _send_rows(
+    ids: Tensor,
+    codes: Tensor | None,
+    documents: Tensor | None,
+    head: Tensor,
+    token: Tensor,
+    sent: Selection,
+    received: Selection,
+    comm: CommGroup,
+) -> ReceivedRows:
+    """Sends the bucket ids [rows, R], position codes and documents of rows (head, token), ordered by recipient."""
+    fields = {"ids": ids}
+    if codes is not None:
+        fields["codes"] = codes[head, :, token]
+    if documents is not None:
+        fields["documents"] = documents[head, token].unsqueeze(1)
+    row_format = RowFormat(**{name: (x.dtype, x.shape[1]) for name, x in fields.items()})
+    arrived = comm.all_to_all_v(SplitRows(row_format.pack(**fields), sent.splits, received.splits), PHASE).wait()
+    return ReceivedRows(
+        row_format.field(arrived, "ids").contiguous(),
+        None if codes is None else row_format.field(arrived, "codes").t().contiguous(),
+        None if documents is None else row_format.field(arrived, "documents").flatten(),
     )
 
 

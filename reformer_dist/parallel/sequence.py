@@ -99,12 +99,11 @@ class SlicedSequence:
             options = replace(options, document_ids=documents)
             query_ids = None if query_ids is None else query_ids[..., : self.seq_len]
             return LocalExchange(bucket_ids[..., : self.seq_len], options, mask, query_ids)
-        if query_ids is not None:
-            way_out = "must divide heads only: parallel.heads=parallel.sequence, parallel.buckets=1"
-            raise ValueError(f"model.shared_qk=false: keys of their own are not exchanged by buckets; {way_out}")
         buckets = mark_padding(bucket_ids, options.n_buckets, mask)
+        queries = None if query_ids is None else mark_padding(query_ids, options.n_buckets, mask)
         with part("exchange"):
-            plan = make_plan(buckets, options, self.seq_len, mesh.bucket_group, per_round=self._per_round)
+            comm, per_round = mesh.bucket_group, self._per_round
+            plan = make_plan(buckets, options, self.seq_len, comm, query_buckets=queries, per_round=per_round)
         return BucketExchange(plan, options, mesh.bucket_group, per_round=self._per_round)
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:

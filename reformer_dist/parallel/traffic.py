@@ -132,7 +132,10 @@ class ExchangeMemory:
 
     @property
     def copies(self) -> float:
-        """Expected number of ranks that hold a token, its own included, if buckets are evenly distributed."""
+        """Expected number of ranks that hold a token (as a key, if keys are their own), its own included.
+
+        If buckets are evenly distributed.
+        """
         rule = self.attention.rule
         if self.attention.n_buckets > 1:
             return 1 + mean_other_ranks(self.n_ranks, self.attention.n_rounds)
@@ -142,12 +145,19 @@ class ExchangeMemory:
             reach = (rule.window - 1) * (1 if rule.causal else 2)
         return 1 + min(self.n_ranks - 1.0, reach / self.n_local)
 
+    @property
+    def rows(self) -> float:
+        """As copies, of the ranks that hold a token as a query or as a key."""
+        if not self.attention.own_keys:
+            return self.copies
+        return 1 + mean_other_ranks(self.n_ranks, 2 * self.attention.n_rounds)
+
     def plan_bytes(self) -> float:
         """The plan (`exchange_plan.Route`): ids and codes of received tokens, selections, and bucket sizes."""
         shape = self.attention
         sizes = shape.n_heads * shape.n_rounds * shape.n_buckets * 4
         id_bytes = bucket_dtype(self.layer.n_buckets).itemsize + (4 if shape.has_codes else 0)
-        ids = self.copies * shape.n_rounds * id_bytes
+        ids = self.copies * shape.n_rounds * id_bytes * (2 if shape.own_keys else 1)
         return shape.n_heads * self.n_local * (ids + 4 * self.n_ranks / 8) + sizes
 
     def workspace_bytes(self, backend: str) -> float:
@@ -165,5 +175,8 @@ class ExchangeMemory:
         received = keys + queries
         indices = INDEX_BYTES * (4 + shape.n_rounds) + 8
         query_rows = (1 + n_separate) * vector  # dO, and separate q; 0 for rows that are keys only
-        partition = replace(shape, n_heads=group_heads, n_partition_rows=rows)
-        return rows * (in_flight + received + indices + query_rows) + workspace_bytes(backend, partition)
+        if shape.own_keys:
+            query_rows += keys  # 0 for rows that are queries only
+        held = group_heads * self.n_local * self.rows
+        partition = replace(shape, n_heads=group_heads, n_partition_rows=held)
+        return rows * (in_flight + received) + held * (indices + query_rows) + workspace_bytes(backend, partition)

@@ -54,6 +54,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     backend: str = "torch"
     documents: bool = False
+    own_keys: bool = False
+    scale: float = 0.5
 
     def tensors(self, size: int) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor]:
         """q, (k), v of the whole sequence, bucket ids, mask, gradient of the output."""
@@ -88,14 +90,22 @@ class Case:
         return AttentionOptions(
             self.rule,
             self.n_buckets,
-            scale=0.5,
+            scale=self.scale,
             count_pairs_once=self.count_pairs_once,
             dropout=self.dropout,
             next_value_heads=self.next_value_heads,
             dropout_seed=77,
             rows=torch.tensor([5, 2])[: self.batch],
             backend=self.backend,
+            own_keys=self.own_keys,
         )
+
+    def query_ids(self, ids: Tensor) -> Tensor | None:
+        """Buckets of the queries like ids [B, H, R, S] of the keys, most of which differ."""
+        if not self.own_keys:
+            return None
+        draw = torch.Generator().manual_seed(7)
+        return torch.randint(0, self.n_buckets, ids.shape, generator=draw).to(ids.dtype)
 
 
 def cases() -> list[Case]:
@@ -133,10 +143,30 @@ def cases() -> list[Case]:
         Case("documents, next values", CAUSAL, next_value_heads=3, seq_len=99, documents=True),
         Case("documents, local", sees_self[True], documents=True, **one_round),
     ]
+    own_keys = {"shared": False, "own_keys": True, "scale": 0.25}
+    strict = WindowRule(8, causal=True)
+    found += [
+        Case("own buckets", sees_self[True], seq_len=97, padding="some", count_pairs_once=True, **own_keys),
+        Case("own buckets, two-sided", sees_self[False], seq_len=101, dropout=0.2, padding="all", **own_keys),
+        Case("own buckets, next values", strict, next_value_heads=2, documents=True, **own_keys),
+        Case("own buckets, fewer tokens than ranks", sees_self[True], seq_len=3, **own_keys),
+    ]
     by_c = {"backend": "auto", "head_dim": 16}
     found += [
         Case("C: causal window", CAUSAL, **by_c),
         Case("C: long buckets", WindowRule(40, causal=True), seq_len=700, n_buckets=1, batch=1, **by_c),
+        Case(
+            "C: own buckets, long",
+            WindowRule(40, causal=True, sees_self=True),
+            seq_len=700,
+            n_buckets=2,
+            batch=1,
+            documents=True,
+            count_pairs_once=True,
+            dropout=0.2,
+            **own_keys,
+            **by_c,
+        ),
         Case("C: two-sided, own keys", TWO_SIDED, seq_len=97, padding="some", shared=False, dropout=0.2, **by_c),
         Case("C: pairs once, dropout", CAUSAL, count_pairs_once=True, n_buckets=2, dropout=0.2, **by_c),
         Case("C: values of the next token", CAUSAL, next_value_heads=2, seq_len=101, dropout=0.2, **by_c),
@@ -167,6 +197,7 @@ def attend(
     ids: Tensor,
     mask: Tensor | None,
     d_out: Tensor,
+    query_ids: Tensor | None = None,
 ) -> list[Tensor]:
     """Output and gradients, run a second time by the kept plan as a recompute would."""
     leaves = [x.clone().requires_grad_() for x in vectors]
@@ -177,7 +208,7 @@ def attend(
         options = replace(options, document_ids=documents)
         starts = sequence.document_starts(documents)
         leaves[-1] = zero_starts(leaves[-1], case.next_value_heads, starts).detach().requires_grad_()
-    exchange = sequence.make_exchange(ids, options, mask)
+    exchange = sequence.make_exchange(ids, options, mask, query_ids)
     k = None if case.shared else leaves[1]
     for _ in range(2):
         out = sequence.bucket_attention(leaves[0], k, leaves[-1], exchange)
@@ -191,10 +222,15 @@ def own_slice(sliced: SlicedSequence, x: Tensor) -> Tensor:
     return part.view(*flat.shape[:-1], -1).movedim(-1, 2).contiguous()
 
 
+def own_id_slice(sliced: SlicedSequence, ids: Tensor) -> Tensor:
+    """This rank's slice of bucket ids [B, H, R, S]."""
+    return own_slice(sliced, ids.transpose(2, 3)).transpose(2, 3)
+
+
 def own_tensors(
     sliced: SlicedSequence, vectors: list[Tensor], ids: Tensor, mask: Tensor | None, d_out: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor]:
-    own_ids = own_slice(sliced, ids.transpose(2, 3)).transpose(2, 3)
+    own_ids = own_id_slice(sliced, ids)
     own_mask = sliced.key_padding_mask(ids.shape[0], ids.device)
     if mask is not None:
         own_mask = sliced.take(mask, False)
@@ -209,9 +245,11 @@ def n_real(sliced: SlicedSequence) -> int:
 
 def check(case: Case, mesh: SequenceMesh, per_round: bool) -> None:
     tensors = case.tensors(mesh.buckets)
-    whole = attend(case, WholeSequence(), *tensors)
+    query_ids = case.query_ids(tensors[1])
+    whole = attend(case, WholeSequence(), *tensors, query_ids)
     sliced = SlicedSequence(mesh, case.seq_len, per_round=per_round)
-    found = attend(case, sliced, *own_tensors(sliced, *tensors))
+    own_query_ids = None if query_ids is None else own_id_slice(sliced, query_ids)
+    found = attend(case, sliced, *own_tensors(sliced, *tensors), own_query_ids)
     by_tiles = case.backend == "torch" and isinstance(case.rule, WindowRule)
     is_exact = per_round and by_tiles and case.dtype == torch.float32
     tolerance = 1e-6 if case.dtype == torch.float32 else 0.02

@@ -35,11 +35,13 @@ class Case:
     """No number of ranks here divides it."""
     precision: str = "fp32"
     layers: tuple[str, ...] = ("local", "lsh")
+    shared_qk: bool = True
 
     @property
     def name(self) -> str:
         kind = "-".join(self.layers)
-        return f"zero{self.stage}-{self.heads}x{self.buckets}-{self.seq_len}-{self.precision}-{kind}"
+        own = "" if self.shared_qk else "-own-keys"
+        return f"zero{self.stage}-{self.heads}x{self.buckets}-{self.seq_len}-{self.precision}-{kind}{own}"
 
     def config(self) -> RunConfig:
         model = ModelConfig(
@@ -51,6 +53,7 @@ class Case:
             n_buckets=8,
             window=16,
             next_value_heads=2 if "lsh" in self.layers else 0,
+            shared_qk=self.shared_qk,
             local_window=24,
             axial_shape=[16, 16],
             ff_chunk=7,
@@ -91,6 +94,7 @@ JOBS = {
         [
             *(Case(stage, 1, 2) for stage in range(4)),
             Case(3, 2, 1, layers=("exact", "lsh")),
+            Case(2, 1, 2, layers=("lsh",), shared_qk=False),
             Case(0, 1, 2, precision="bf16"),
             Case(3, 1, 2, precision="bf16"),
         ],

@@ -171,6 +171,22 @@ def window_recipients(
     return torch.where(is_real, owner, torch.full_like(owner, -1)), [Recipients(first, last, n_tiles)]
 
 
+def query_owners(
+    bucket: Tensor, last_key: Tensor, total: Tensor, rule: WindowRule, tile_len: int, size: int
+) -> Tensor:
+    """The rank that attends each query with keys of their own, [BH, S]; -1 for padding and queries without keys.
+
+    bucket [BH, S] of the queries, last_key [BH, S] (`sorting.last_key_ranks`), total [BH, K]: sizes of the buckets
+    of keys over all ranks. A query belongs to the tile of its last key.
+    """
+    first_tile, tiles = _bucket_tiles(total.long(), tile_len)
+    real_bucket = bucket.long().clamp_max(total.shape[1] - 1)
+    has_keys = last_key >= 0 if rule.causal else total.gather(1, real_bucket) > 0
+    tile = first_tile.gather(1, real_bucket) + last_key.clamp_min(0) // tile_len
+    owner = _owner(tile, tiles.sum(dim=1, keepdim=True), size)
+    return torch.where((bucket < total.shape[1]) & has_keys, owner, torch.full_like(owner, -1))
+
+
 def chunk_recipients(
     bucket: Tensor, index: Tensor, total: Tensor, rule: ChunkRule, seq_len: int, size: int
 ) -> tuple[Tensor, list[Recipients]]:

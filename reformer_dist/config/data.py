@@ -48,6 +48,8 @@ class DataConfig(ConfigGroup, prefix="data."):
     """Prefetch threads per rank; 0 reads between steps."""
     max_damaged_fraction: float = bounded(0.01, least=0, below=1)
     """Damaged samples are skipped; the run stops if they exceed this fraction of all samples."""
+    skip_steps: Any = None
+    """[from, to], or a list of such pairs: the rows of these steps are read, but not trained on."""
     accept_changed: bool = False
     """Resume although the data changed since the run began; the current epoch starts over."""
     cache_dir: str | None = None
@@ -63,6 +65,7 @@ class DataConfig(ConfigGroup, prefix="data."):
     def __post_init__(self) -> None:
         super().__post_init__()
         paths = self.paths()
+        self.skipped_ranges()
         require(self.cache_dir != "", "data.cache_dir", "''", "must name a directory")
         requirement = "needs data.mask_documents=true: positions restart where a document does"
         resets = self.reset_position_ids and not self.mask_documents
@@ -73,6 +76,19 @@ class DataConfig(ConfigGroup, prefix="data."):
             require(is_valid, "data.weights", self.weights, requirement)
             requirement = "must be 0 with data.weights: datasets end at different times; use trainer.max_steps"
             require(self.epochs == 0, "data.epochs", self.epochs, requirement)
+
+    def skipped_ranges(self) -> list[range]:
+        """The steps of skip_steps, counted from 1. Raises ConfigError."""
+        if self.skip_steps is None:
+            return []
+        pairs = self.skip_steps if isinstance(self.skip_steps, list | tuple) else [self.skip_steps]
+        if pairs and not any(isinstance(pair, list | tuple) for pair in pairs):
+            pairs = [pairs]
+        requirement = "must be [from, to] with 1 <= from <= to, or a list of such pairs"
+        for pair in pairs:
+            is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(step) is int for step in pair)
+            require(is_pair and 1 <= pair[0] <= pair[1], "data.skip_steps", self.skip_steps, requirement)
+        return [range(first, last + 1) for first, last in pairs]
 
     def paths(self) -> list[str]:
         """Directories and URLs of all datasets."""

@@ -41,6 +41,14 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """The run stops once the loss has been above that of a uniform guess, ln(vocabulary), for this many steps
     after the warmup; 0: it only warns."""
 
+    spike_sigma: float = bounded(6.0, least=0)
+    """A step is a spike if its loss or gradient norm is above the running mean by more than this many running
+    deviations; it is counted, and written to spikes.jsonl with the ids of its samples. 0: no step is."""
+    spike_window: int = bounded(100, least=2)
+    """Steps over which the mean and the deviation run; as many at the beginning are not judged."""
+    skip_spikes: bool = False
+    """Spikes change neither weights nor optimizer state, as steps with a non-finite gradient."""
+
     profile: list[int] | None = None
     """[from, to]: traces of these steps, and a table of their time by part, are written to output_dir/profile."""
 
@@ -49,6 +57,8 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        is_valid = self.spike_sigma > 0 or not self.skip_spikes
+        require(is_valid, "trainer.skip_spikes", True, "needs trainer.spike_sigma above 0")
         if self.profile is not None:
             requirement = f"must be [from, to] with 1 <= from <= to <= trainer.max_steps={self.max_steps}"
             is_valid = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.max_steps

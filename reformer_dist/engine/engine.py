@@ -17,14 +17,17 @@ from reformer_dist.checkpoint import CheckpointReader, Fragment
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.engine.fragments import engine_fragments, load_engine_fragments, set_master_weights
 from reformer_dist.engine.optim import build_optimizer
+from reformer_dist.engine.rejection import Accepts, asked_before_update
 from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed, keep_float32_gradients
 
 
 @dataclass(frozen=True)
 class StepResult:
     grad_norm: float
-    """Norm of the whole gradient before clipping; nan or inf if the step was skipped."""
+    """Norm of the whole gradient before clipping; nan or inf if the step was skipped for it."""
     was_skipped: bool
+    was_rejected: bool = False
+    """Whether it was skipped because its finite gradient was not accepted."""
 
 
 class TrainEngine:
@@ -90,29 +93,39 @@ class TrainEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # updates nothing, counts the micro-batch
 
-    def step(self, lr: float) -> StepResult:
-        """Updates the weights after the step's last micro-batch, unless the gradient is not finite."""
+    def step(self, lr: float, accepts: Accepts | None = None) -> StepResult:
+        """Updates the weights after the step's last micro-batch, unless the gradient is not finite.
+
+        accepts: if it returns False for the norm of a finite gradient, as it must on every rank, the step is
+        skipped too.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            return self._stage0_step()
-        self._engine.step()
+            return self._stage0_step(accepts)
+        scaler = self.scaler_state()
+        with asked_before_update(self._engine.optimizer, self.stage, accepts) as rejected:
+            self._engine.step()
+        if rejected:
+            self.load_scaler_state(scaler)  # DeepSpeed takes the step for an overflow, and lowers the scale
+            return StepResult(rejected[0], was_skipped=True, was_rejected=True)
         if self._engine.optimizer.overflow:
             return StepResult(math.nan, was_skipped=True)
         return StepResult(float(self._engine.get_global_grad_norm()), was_skipped=False)
 
-    def _stage0_step(self) -> StepResult:
+    def _stage0_step(self, accepts: Accepts | None) -> StepResult:
         """Checks, clips and applies gradients, which are complete and equal on every rank."""
         trained = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         is_finite = math.isfinite(norm)
-        if not is_finite:
+        is_rejected = is_finite and accepts is not None and not accepts(float(norm))
+        if not is_finite or is_rejected:
             for parameter in trained:
                 parameter.grad = None  # AdamW skips parameters without a gradient
         elif self._grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(trained, self._grad_clip, norm)
         self._engine.step()
-        return StepResult(float(norm), was_skipped=not is_finite)
+        return StepResult(float(norm), was_skipped=not is_finite or is_rejected, was_rejected=is_rejected)
 
     def fragments(self) -> list[Fragment]:
         """The fragments of parameters and optimizer states that this rank owns, as live float32 views."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from reformer_dist.process.log import logger
 
 FOLDER = "checkpoints"
 # equal on all ranks; not skipped_in_a_row: each start of a run may skip as many
-SHARED_FIELDS = ("step", "skipped", "seconds", "is_observed", "is_worse_than_guessing")
+SHARED_FIELDS = ("step", "skipped", "spikes", "running", "seconds", "is_observed", "is_worse_than_guessing")
 
 
 @dataclass
@@ -37,6 +38,9 @@ class TrainState:
     """Optimizer steps done, including skipped ones."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes: int = 0
+    running: dict[str, list[float]] = field(default_factory=dict)
+    """Mean, variance and number of the values with which the next step is compared, by name."""
     seconds: float = 0.0
     """Training time, without evaluation, samples and checkpoints."""
     is_observed: bool = True
@@ -125,7 +129,7 @@ class CheckpointManager:
         assert self._pending is None
         record = replace(
             self._record,
-            progress={name: getattr(state, name) for name in SHARED_FIELDS},
+            progress={name: copy(getattr(state, name)) for name in SHARED_FIELDS},
             loss_scaler=self._engine.scaler_state(),
         )
         self._newest_step = state.step

@@ -16,6 +16,7 @@ from torch import Tensor
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import Precision, RunConfig
 from reformer_dist.distributed.runtime import Runtime, SharedError
+from reformer_dist.engine import StepResult
 from reformer_dist.errors import TrainingError, UserError
 from reformer_dist.process.invocation import repeat_with
 from reformer_dist.process.log import logger
@@ -44,31 +45,52 @@ class DivergenceMonitor:
         self._guessing_loss = guessing_loss
         self._last_better_step = state.step
         self._has_warned = False
+        self._n_unchanged = 0  # steps since the weights have changed
         self.is_broken = False
         """Whether the last step was skipped, or the evaluation after it is not finite: nothing must be saved."""
 
-    def end_step(self, loss_sum: Tensor, n_labels: float, *, was_skipped: bool) -> None:
+    def end_step(self, loss_sum: Tensor, n_labels: float, result: StepResult) -> None:
         """Judges the weights from which the step started.
 
         loss_sum: in nats, of this rank. n_labels: of all ranks. Raises Diverged after trainer.max_skipped_steps
         skipped steps in a row.
         """
-        state, limit = self._state, self._config.trainer.max_skipped_steps
-        if not was_skipped:
-            state.skipped_in_a_row, self.is_broken = 0, False
-            if self._checkpoints.awaits_proof(state.step - 1):
-                loss = self._runtime.sum([float(loss_sum)])[0] / n_labels
-                self._checkpoints.prove(state.step - 1, is_good=loss <= self._guessing_loss)
+        state = self._state
+        if result.was_skipped:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+        if not result.was_skipped or result.was_rejected:
+            self.is_broken = False
+            self._prove(loss_sum, n_labels)
+            if result.was_rejected:
+                self.pass_over()
+                self._stop_if_too_many("were spikes, or had a non-finite loss or gradient")
+            else:
+                state.skipped_in_a_row = 0
             return
-        state.skipped += 1
-        state.skipped_in_a_row += 1
         # in fp16, a gradient that overflows lowers the loss scale: a normal event if the loss is finite
         [n_broken] = self._runtime.sum([float(not loss_sum.isfinite())])
         self.is_broken = n_broken > 0 or self._config.trainer.precision is not Precision.fp16
         logger.warning(f"step {state.step}: loss or gradient is not finite; the step is skipped")
-        if state.skipped_in_a_row >= limit:
-            key = f"trainer.max_skipped_steps={limit}"
-            self.stop(f"{key}: this many steps in a row had a non-finite loss or gradient")
+        self._stop_if_too_many("had a non-finite loss or gradient")
+
+    def pass_over(self) -> None:
+        """The step leaves the weights as they were, and judges nothing."""
+        self._n_unchanged += 1
+
+    def _prove(self, loss_sum: Tensor, n_labels: float) -> None:
+        """The weights from which the step started gave finite numbers: so are those of their checkpoint."""
+        last = self._state.step - 1
+        for step in range(last - self._n_unchanged, last + 1):
+            if self._checkpoints.awaits_proof(step):
+                loss = self._runtime.sum([float(loss_sum)])[0] / n_labels
+                self._checkpoints.prove(step, is_good=loss <= self._guessing_loss)
+        self._n_unchanged = 0
+
+    def _stop_if_too_many(self, what: str) -> None:
+        limit = self._config.trainer.max_skipped_steps
+        if self._state.skipped_in_a_row >= limit:
+            self.stop(f"trainer.max_skipped_steps={limit}: this many steps in a row {what}")
 
     def end_evaluation(self, loss: float) -> None:
         """loss: held-out, of the weights after the last step."""

@@ -64,7 +64,7 @@ class MetricsFile:
         """Raises OSError if the file can't be written."""
         self._path = path
         self._row: Row = {}
-        self._last = _truncate(path, resume_step)
+        self._last = truncate_rows(path, resume_step)
         self._file = AppendFile(path)
 
     def add(self, values: dict[str, float], step: int, seconds: float) -> None:
@@ -72,7 +72,7 @@ class MetricsFile:
             self.write()
         if self._last.get("step") == step:  # the interrupted evaluation of a resumed step: joins its line
             self._file.close()
-            _truncate(self._path, step - 1)
+            truncate_rows(self._path, step - 1)
             self._file = AppendFile(self._path)
             self._row = self._last
         self._last = {}
@@ -94,7 +94,7 @@ class MetricsFile:
         self._file.close()
 
 
-def _truncate(path: Path, last_step: int) -> Row:
+def truncate_rows(path: Path, last_step: int) -> Row:
     """Removes rows after `last_step` and torn lines; returns the row of `last_step`, {} if there is none."""
     if not path.is_file():
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from reformer_dist.training.metrics import (
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, TaskData
 from reformer_dist.training.profiler import StepProfiler
+from reformer_dist.training.spikes import SpikeMonitor
 from reformer_dist.training.validator import Validator
 from reformer_dist.training.watchdog import Watchdog
 
@@ -58,6 +60,8 @@ class Trainer:
         self._monitor = DivergenceMonitor(
             run.config, run.runtime, parts.checkpoints, parts.state, data.task.guessing_loss
         )
+        self._spikes = SpikeMonitor(run.config, run.runtime, parts.state)
+        self._skipped_ranges = run.config.data.skipped_ranges()
         self._is_save_due = False
         self._failed_saves = 0  # since this process started
         self._saved_step = parts.state.step  # no need to save again at this step
@@ -169,6 +173,12 @@ class Trainer:
     def _train_step(self, inputs: StepInputs) -> tuple[float, float]:
         """Returns (gradient norm, learning rate)."""
         step_index, device = self.state.step, self._runtime.device
+        lr = learning_rate(self.config.optim, step_index, self.config.trainer.max_steps)
+        if any(step_index + 1 in steps for steps in self._skipped_ranges):
+            self.state.step = step_index + 1
+            self._monitor.pass_over()
+            logger.info(f"step {step_index + 1}: its rows are not trained on (data.skip_steps)")
+            return math.nan, lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in inputs.micro_batches:
             with part("forward"):
@@ -181,12 +191,15 @@ class Trainer:
             with part("backward"):
                 self._engine.backward(loss, inputs.n_labels)
             loss_sum += loss.detach()
-        lr = learning_rate(self.config.optim, step_index, self.config.trainer.max_steps)
+        self._spikes.begin_step(loss_sum, inputs.n_labels)
+        accepts = self._spikes.accepts if self.config.trainer.skip_spikes else None
         with part("optimizer"):
-            result = self._engine.step(lr)
+            result = self._engine.step(lr, accepts)
         self.state.step = step_index + 1
         self._metrics_window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
-        self._monitor.end_step(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
+        samples, was_skipped = inputs.batch.samples, result.was_skipped
+        self._spikes.end_step(was_skipped=was_skipped, grad_norm=result.grad_norm, samples=samples)
+        self._monitor.end_step(loss_sum, inputs.n_labels, result)
         return result.grad_norm, lr
 
     def _log_metrics(self, grad_norm: float, lr: float) -> None:
@@ -203,7 +216,11 @@ class Trainer:
             memory_gib=memory,
             grad_norm=grad_norm,
             lr=lr,
-            counts={"skipped": self.state.skipped, "failed saves": self._failed_saves},
+            counts={
+                "spikes": self.state.spikes,
+                "skipped": self.state.skipped,
+                "failed saves": self._failed_saves,
+            },
         )
         if live.is_shown:
             live.figures(figures)
@@ -215,6 +232,7 @@ class Trainer:
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/skipped_steps": self.state.skipped,
+            "train/spikes": self.state.spikes,
             "data/damaged": self._batch_reader.n_damaged,
             "checkpoint/failed_saves": self._failed_saves,
             "perf/tokens_per_s": metrics.tokens_per_s,

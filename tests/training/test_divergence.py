@@ -55,9 +55,9 @@ def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def poisoned(self: TrainEngine, loss: Any, n_labels: float) -> None:
             backward(self, loss * math.nan if count[0] + 1 in steps else loss, n_labels)
 
-        def counted(self: TrainEngine, lr: float) -> StepResult:
+        def counted(self: TrainEngine, lr: float, accepts: Any = None) -> StepResult:
             count[0] += 1
-            return step(self, lr)
+            return step(self, lr, accepts)
 
         monkeypatch.setattr(TrainEngine, "backward", poisoned)
         monkeypatch.setattr(TrainEngine, "step", counted)
@@ -146,9 +146,9 @@ def test_a_stop_while_steps_are_skipped_saves_nothing(
     skip(4)
     step = TrainEngine.step
 
-    def counted(self: TrainEngine, lr: float) -> StepResult:
+    def counted(self: TrainEngine, lr: float, accepts: Any = None) -> StepResult:
         run_steps[0] += 1
-        return step(self, lr)
+        return step(self, lr, accepts)
 
     monkeypatch.setattr(TrainEngine, "step", counted)
     with pytest.raises(Preempted, match=r"step 4 is not saved.* step 3$"):
@@ -167,9 +167,10 @@ def test_a_loss_scale_that_adapts_does_not_delay_saves(
     config = tiny_config(tiny_data, tmp_path)
     config.trainer.precision = Precision.fp16
     monitor = DivergenceMonitor(config, job, Checkpoints(), TrainState(step=3), 5.0)  # type: ignore[arg-type]
-    monitor.end_step(torch.tensor(1.0), 1.0, was_skipped=True)
+    skipped = StepResult(math.nan, was_skipped=True)
+    monitor.end_step(torch.tensor(1.0), 1.0, skipped)
     assert not monitor.is_broken
-    monitor.end_step(torch.tensor(math.nan), 1.0, was_skipped=True)
+    monitor.end_step(torch.tensor(math.nan), 1.0, skipped)
     assert monitor.is_broken
 
 

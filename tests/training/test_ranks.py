@@ -21,6 +21,7 @@ from support.weights import assert_same
 from reformer_dist.checkpoint import checkpoint_problem
 from reformer_dist.data import Dataset
 from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.training.spikes import SPIKES_FILE
 
 pytestmark = pytest.mark.jobs
 
@@ -28,8 +29,13 @@ STAGES = (0, 2, 3)
 EVALUATED = ("trainer.eval_every=6", "data.eval_rows=0")
 SHARED, PROFILED = "parallel.sequence=2", "trainer.profile=[2,3]"
 DAMAGED = ("data.max_damaged_fraction=0.5", "data.workers=0")
+SPIKES = ("trainer.spike_window=2", "trainer.spike_sigma=0.1", "trainer.skip_spikes=true")
 EPOCH = ("data.epochs=1", "data.seq_len=128", "data.batch_size=40", "trainer.micro_batch_size=10")
 EPOCH += ("trainer.max_steps=1000",)
+
+
+def read_spikes(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / SPIKES_FILE).read_text().splitlines()]
 
 
 def broken(data: Path, copy: Path) -> Path:
@@ -47,7 +53,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtim
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path) -> tuple[Path, dict[str, Any]]:
+def ranks(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path, job: Runtime
+) -> tuple[Path, dict[str, Any]]:
     """(directory of the runs, error of each rank by run)."""
     root = tmp_path_factory.mktemp("ranks")
     plan: dict[str, list[str]] = {}
@@ -81,6 +89,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path
         add(f"zero{stage}-resumed", zero, f"resume={checkpoint(root / f'zero{stage}', 3)}")
     add("offload3", "deepspeed.stage=3", "deepspeed.offload_optimizer=true")
     plan["again"] = [*plan["plain"], "resume=never"]
+    # by low limits, which the run of one process passes at the same steps
+    at = [spike["step"] for spike in read_spikes(train(job, tiny_data, root / "spikes", *SPIKES))]
+    assert at
+    spared = f"data.skip_steps={[[step, step] for step in at]}"
+    for stage in (2, 3):
+        add(f"spikes{stage}", *SPIKES, f"deepspeed.stage={stage}")
+        add(f"spared{stage}", spared, f"deepspeed.stage={stage}")
     (root / "plan.json").write_text(json.dumps(plan))
     run_ranks(Path(__file__).with_name("two_ranks.py"), 2, [root / "plan.json", root / "found.json"], forked=True)
     return root, json.loads((root / "found.json").read_text())
@@ -96,6 +111,16 @@ def test_resume_is_bitwise(ranks: tuple[Path, dict[str, Any]], stage: int) -> No
     whole, resumed = ranks[0] / f"zero{stage}", ranks[0] / f"zero{stage}-resumed"
     assert scalars(resumed, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
     assert_same(checkpoint(resumed, 6), checkpoint(whole, 6))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_skipped_spike_leaves_no_trace_on_any_rank(ranks: tuple[Path, dict[str, Any]], stage: int) -> None:
+    run, spared, alone = (ranks[0] / name for name in (f"spikes{stage}", f"spared{stage}", "spikes"))
+    assert_same(checkpoint(run, 6), checkpoint(spared, 6))
+    found, expected = read_spikes(run), read_spikes(alone)
+    assert [(spike["step"], spike["rows"]) for spike in found] == [
+        (spike["step"], spike["rows"]) for spike in expected
+    ]
 
 
 @pytest.mark.parametrize("name", ["buckets", "zero0", "zero2", "zero3"])

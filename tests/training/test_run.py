@@ -31,7 +31,9 @@ def test_the_loss_falls(whole: Path) -> None:
 def test_what_tensorboard_gets(whole: Path) -> None:
     events = read_events(whole)
     lsh = {"lsh/largest_bucket_over_mean", "lsh/full_windows", "lsh/agreement_of_rounds"}
-    train_tags = {f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps")}
+    train_tags = {
+        f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps", "spikes")
+    }
     eval_tags = {"eval/loss", "eval/bits_per_byte", "eval_by_position/0-63", "reversible/drift", *lsh}
     perf_tags = {"checkpoint/failed_saves", "perf/tokens_per_s", "perf/data_wait", "perf/peak_memory_gib"}
     assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags | {"data/damaged"}

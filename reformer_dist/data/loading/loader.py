@@ -39,6 +39,8 @@ class StepBatch:
     checksum: int
     """32-bit hash of the ids of everything read so far, equal on ranks that share sequences."""
     make_state: Callable[[], dict[str, Any]]
+    samples: dict[int, list[str]]
+    """Ids of the spans of each row, by stream."""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -57,6 +59,8 @@ class _StreamRow:
     positions: list[int]
     digest: bytes
     skipped_samples: list[SampleId]
+    samples: list[str]
+    """Ids of its spans."""
 
 
 class TrainLoader:
@@ -187,6 +191,7 @@ class TrainLoader:
             damaged=[sample for sample in damaged if sample is not None],
             checksum=int.from_bytes(digests, "little"),
             make_state=make_state,
+            samples={stream: row.samples for stream, row in zip(self._stream_ids, rows, strict=True)},
         )
 
 
@@ -214,9 +219,10 @@ class _StreamReader:
             self._samples.skipped_samples = []
             pool = int(pools[number])
             draw_key = DrawKey(number, pool, stream.positions[pool])
-            example = self._make_example(stream.next_spans(pool, self._samples.open), draw_key)
+            spans = stream.next_spans(pool, self._samples.open)
+            example, ids = self._make_example(spans, draw_key), [span.id for span in spans]
             skipped_samples = self._samples.skipped_samples
-            rows[number] = _StreamRow(example, list(stream.positions), stream.digest, skipped_samples)
+            rows[number] = _StreamRow(example, list(stream.positions), stream.digest, skipped_samples, ids)
         return rows
 
     def close(self) -> None:

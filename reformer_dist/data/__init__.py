@@ -48,10 +48,12 @@ from reformer_dist.data.prepare.documents import (
     SECTION_BYTES,
     SkippedFiles,
     TextOptions,
+    read_bytes,
     read_text,
 )
 from reformer_dist.data.prepare.fasta import CASES, FastaOptions, read_fasta
 from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
+from reformer_dist.data.prepare.ids import read_ids
 from reformer_dist.data.prepare.raw_files import read_counter
 from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
 from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout, sample_texts
@@ -122,9 +124,11 @@ __all__ = [
     "pack_examples",
     "pack_spans",
     "positions_in_documents",
+    "read_bytes",
     "read_counter",
     "read_fasta",
     "read_groups",
+    "read_ids",
     "read_labeled",
     "read_parallel",
     "read_records",

@@ -14,6 +14,7 @@ from reformer_dist.data import (
     SPLITS,
     BpeTokenizer,
     ByteTokenizer,
+    IdTokenizer,
     SkippedFiles,
     Tokenizer,
     WriteSummary,
@@ -91,6 +92,8 @@ def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat, total_byt
 
         weights = open_weights(arguments.tokenizer_of)
         return load_tokenizer(weights.record.tokenizer, weights.folder)
+    if arguments.ids:
+        return IdTokenizer(arguments.ids)
     if arguments.tokenizer == "bytes":
         return ByteTokenizer()
     if arguments.tokenizer_file:

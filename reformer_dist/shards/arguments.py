@@ -17,6 +17,8 @@ inputs:
   .tar file    each .txt member and each record of members as above is a document (WebDataset shards)
   text file    one document, whose end is held out; above 8 MiB, one for every 4 to 8 MiB (or --section-mb)
   .gz, .zst, .xz, .bz2   decompressed and read as above; .tgz is .tar.gz
+  any file     with --bytes: the bytes that it holds, neither decompressed nor decoded
+  .npy, .npz, .parquet, .arrow, .jsonl   with --ids N: sequences of token ids, such as codes of audio or music
   FASTA        with --fasta: each sequence without its long runs of N, or each region of a BED file
   other formats that hold text, such as .pdf and .zip, are refused (or skipped, with --skip-unreadable)
 
@@ -79,7 +81,18 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_text_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: text)")
+    add(
+        "--text-field",
+        metavar="NAME",
+        help="field or column of the text (default: text), or of the ids of --ids (default: input_ids)",
+    )
+    add("--bytes", action="store_true", help="inputs are files of any kind, read as the bytes that they are")
+    add(
+        "--ids",
+        type=int,
+        metavar="N",
+        help="inputs are token ids 0 to N - 1: .npy, .npz, or lists in records and columns",
+    )
     add("--jsonl-field", dest="renamed", help=argparse.SUPPRESS)
     add(
         "--suffix",
@@ -196,7 +209,9 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
-        "--source, --fields, --label-spans, --squad and --fasta are mutually exclusive": is_parallel
+        "--source, --fields, --label-spans, --squad, --fasta, --bytes, --ids are mutually exclusive": is_parallel
+        + arguments.bytes
+        + (arguments.ids is not None)
         + arguments.fasta
         + bool(arguments.fields)
         + bool(arguments.label_spans)
@@ -207,6 +222,10 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         or not (
             arguments.bed or arguments.heldout_chromosomes or arguments.case != "upper" or arguments.max_n != 10
         ),
+        f"--ids {arguments.ids}: must be from 1 to 4294967294": arguments.ids is None
+        or 1 <= arguments.ids < 2**32 - 1,
+        "--bytes and --ids exclude --tokenizer and --tokenizer-of": not (arguments.bytes or arguments.ids)
+        or (arguments.tokenizer == "bytes" and not arguments.tokenizer_of),
         "--bed: give one file per INPUT": len(arguments.bed) in (0, len(arguments.inputs)),
         f"--max-n {arguments.max_n}: must be at least 0": 0 <= arguments.max_n < 2**31,
         "--heldout-from and --heldout-chromosomes exclude each other": not (

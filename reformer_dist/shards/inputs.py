@@ -16,7 +16,9 @@ from reformer_dist.data import (
     RawSample,
     SkippedFiles,
     TextOptions,
+    read_bytes,
     read_fasta,
+    read_ids,
     read_labeled,
     read_parallel,
     read_records,
@@ -51,7 +53,7 @@ class InputFormat:
         elif arguments.squad:
             read, pairs, fields = read_squad, [(arguments.inputs,), (heldout_files,)], ("question", "context")
         elif arguments.label_spans:
-            read = partial(read_labeled, field=arguments.text_field, spans=arguments.label_spans)
+            read = partial(read_labeled, field=arguments.text_field or "text", spans=arguments.label_spans)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         elif arguments.fields:
             fields = tuple(arguments.fields)
@@ -59,6 +61,13 @@ class InputFormat:
             pairs = [(arguments.inputs,), (heldout_files,)]
         elif arguments.fasta:
             return cls.of_fasta(arguments)
+        elif arguments.ids:
+            read = partial(read_ids, n_ids=arguments.ids, section_bytes=int(arguments.section_mb * 2**20))
+            read = partial(read, field=arguments.text_field or "input_ids")
+            pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
+        elif arguments.bytes:
+            read = partial(read_bytes, options=text_options(arguments), skipped=left_out)
+            pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         else:
             read = partial(read_text, options=text_options(arguments), skipped=left_out)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
@@ -92,7 +101,7 @@ class InputFormat:
 def text_options(arguments: argparse.Namespace) -> TextOptions:
     return TextOptions(
         suffixes=tuple(arguments.suffix),
-        text_field=arguments.text_field,
+        text_field=arguments.text_field or "text",
         as_text=tuple(arguments.as_text),
         skip_packed=arguments.skip_unreadable,
         section_bytes=int(arguments.section_mb * 2**20),

@@ -47,6 +47,7 @@ from reformer_dist.data.prepare.raw_files import (
     decompressed,
     naming_errors,
     open_raw,
+    open_undecoded,
     peek,
     refuse_packed,
     uncompressed_name,
@@ -124,6 +125,29 @@ def read_text(
         if options.suffixes and n_files == 0:
             raise DataError(f"no text: no file below {where} ends in {' or '.join(options.suffixes)}")
         raise DataError(f"no text in {where}" + (f"; skipped: {skipped}" if skipped else ""))
+
+
+def read_bytes(
+    paths: Iterable[str | Path], options: TextOptions | None = None, skipped: SkippedFiles | None = None
+) -> Iterator[RawSample]:
+    """The bytes of each file, whatever it is: binary, compressed or text. Which files: as `read_text`.
+
+    Files are cut into sections of equal size, as large text files are. The end of each section of a file that is
+    itself an input is held out. Raises DataError if a path is missing or nothing was found.
+    """
+    options, skipped = options or TextOptions(), SkippedFiles() if skipped is None else skipped
+    n_documents = 0
+    for path in map(Path, paths):
+        for file, label in _find_files(path, options, skipped):
+            with open_undecoded(file) as content:
+                n_sections = max(1, file.stat().st_size // options.section_bytes)
+                length = -(-file.stat().st_size // n_sections)
+                for number in range(n_sections):
+                    name = label if n_sections == 1 else f"{label}#{number}"
+                    yield RawSample(name, (content.read(length),), is_divisible=file == path)
+                    n_documents += 1
+    if n_documents == 0:
+        raise DataError(f"no file in {', '.join(map(str, paths))}" + (f"; skipped: {skipped}" if skipped else ""))
 
 
 def _skip_packed(error: PackedFileError, name: str, options: TextOptions, skipped: SkippedFiles) -> None:

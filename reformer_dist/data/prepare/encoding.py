@@ -13,7 +13,7 @@ import numpy as np
 from reformer_dist.data.format.dataset_layout import MAX_SAMPLE_BYTES
 from reformer_dist.data.format.label_spans import GROUPS, SPANS, token_spans
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.samples import Assigned, RawSample
+from reformer_dist.data.prepare.samples import ID_DTYPE, Assigned, RawSample
 from reformer_dist.errors import DataError
 
 KEY_BYTES = 16
@@ -34,7 +34,7 @@ class EncodedSample:
     lengths: tuple[int, ...] = ()
     """Tokens of each field."""
     n_bytes: int = 0
-    """Bytes of text."""
+    """Bytes of text, or of ids that were given."""
     is_normalized: bool = False
     """Whether the tokenizer changed the text."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +53,12 @@ def encode_sample(assigned: Assigned, tokenizer: Tokenizer) -> EncodedSample:
     key = order_key(sample)
     if not all(sample.fields):
         return EncodedSample(key, split, sample.name, b"")
-    texts = tuple(tokenizer.normalize(text) for text in sample.fields)
-    parts = [tokenizer.encode(text) for text in texts]
+    if sample.is_ids:
+        texts = sample.fields
+        parts = [np.frombuffer(ids, ID_DTYPE) for ids in texts]
+    else:
+        texts = tuple(tokenizer.normalize(text) for text in sample.fields)
+        parts = [tokenizer.encode(text) for text in texts]
     metadata = dict(sample.metadata)
     if sample.label_spans:
         metadata[SPANS] = token_spans(sample.label_spans, parts[0], tokenizer, sample.name)
@@ -90,7 +94,7 @@ def samples_digest(samples: Iterable[Assigned], tokenizer_spec: str) -> str:
     """Hash of all that determines how these samples are encoded, to recognize them after an interruption."""
     digest = hashlib.blake2b(tokenizer_spec.encode(), digest_size=16)
     for split, sample in samples:
-        values = (split, sample.name, sample.metadata, sample.label_spans, sample.label_groups)
+        values = (split, sample.name, sample.metadata, sample.label_spans, sample.label_groups, sample.is_ids)
         digest.update(repr((*values, [len(text) for text in sample.fields])).encode("utf-8", "surrogateescape"))
         for text in sample.fields:
             digest.update(text)

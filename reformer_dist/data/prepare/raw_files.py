@@ -159,13 +159,20 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
 
 
 @contextmanager
+def open_undecoded(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file of any content as it is. Raises DataError if it can't be read."""
+    with naming_errors(path), io.BufferedReader(_CountedFile(path)) as raw:
+        yield cast(IO[bytes], raw)
+
+
+@contextmanager
 def open_raw(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file, decompressing .gz, .zst, .xz and .bz2.
 
     Raises PackedFileError for a format that is not read, and DataError if a file or tar archive can't be.
     """
-    with naming_errors(path), io.BufferedReader(_CountedFile(path)) as raw:
-        file = decompressed(cast(IO[bytes], raw), path.name)
+    with open_undecoded(path) as raw:
+        file = decompressed(raw, path.name)
         refuse_packed(peek(file), path.name, str(path))
         yield file
 

@@ -13,8 +13,12 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
 
+import numpy as np
+
 from reformer_dist.data.format.dataset_layout import SPLITS
 
+ID_DTYPE = np.dtype("<u4")
+"""Of ids in the fields of a RawSample."""
 SAMPLE_OVERHEAD = 512  # bytes of the objects that hold a sample, about
 MAX_TAIL_SHIFT = 64 << 10
 
@@ -37,6 +41,8 @@ class RawSample:
     """Samples with the same key are in the same split; None for the fields themselves."""
     is_divisible: bool = False
     """Whether its end is held out and the rest is not, as of a text file that is given by itself."""
+    is_ids: bool = False
+    """Whether its fields are token ids in ID_DTYPE instead of text."""
 
 
 Assigned = tuple[str, RawSample]
@@ -115,11 +121,20 @@ def divide(sample: RawSample, heldout_fraction: float) -> tuple[RawSample, RawSa
     if others or sample.metadata or sample.label_spans or len(text) < 2:
         return None
     target = min(max(1, int(len(text) * (1 - heldout_fraction))), len(text) - 1)
+    if sample.is_ids:
+        return _divide_at(sample, target // ID_DTYPE.itemsize * ID_DTYPE.itemsize)
     earliest = max(0, target - min((len(text) - target) // 2, MAX_TAIL_SHIFT))
     found = (text.rfind(mark, earliest, target) + len(mark) for mark in (b"\n\n", b"\r\n\r\n", b"\n", b" "))
     cut = next((end for end in found if earliest < end <= target), target)
     while text[cut] & 0xC0 == 0x80 and cut > max(1, target - 4):  # within a character of UTF-8
         cut -= 1
+    return _divide_at(sample, cut)
+
+
+def _divide_at(sample: RawSample, cut: int) -> tuple[RawSample, RawSample] | None:
+    [text] = sample.fields
+    if not 0 < cut < len(text):
+        return None
     end = replace(sample, name=f"{sample.name} (end)", fields=(text[cut:],))
     return replace(sample, fields=(text[:cut],)), end
 

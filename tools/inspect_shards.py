@@ -13,6 +13,8 @@ from pathlib import Path
 import yaml
 
 from reformer_dist.checkpoint import CheckpointReader
+from reformer_dist.config import RunConfig
+from reformer_dist.config.stages import stage_at
 from reformer_dist.data import (
     SPLITS,
     Dataset,
@@ -21,13 +23,18 @@ from reformer_dist.data import (
     SampleReader,
     SampleRef,
     consumed_hash,
-    merge_states,
     verify_dataset,
 )
 from reformer_dist.errors import ConfigError, DataError, UserError
 from reformer_dist.process.stdio import exit_quietly
 from reformer_dist.run.compose import compose_run, run_config_from
-from reformer_dist.run.data import QUARANTINE_FILE, TrainingData, open_corpus, open_sampler
+from reformer_dist.run.data import (
+    QUARANTINE_FILE,
+    TrainingData,
+    open_corpus,
+    open_sampler,
+    saved_loader_state,
+)
 from reformer_dist.run.directory import CONFIG_FILE
 
 SHOWN_CHARACTERS = 300
@@ -119,19 +126,10 @@ def show_step(arguments: argparse.Namespace) -> None:
         config = compose_run(arguments.overrides)
         config = replace(config, data=replace(config.data, path=arguments.folder))
     checkpoints = find_checkpoints(run) if is_run else {}
-    corpus = open_corpus(config.data, [])
-    before = max((step for step in checkpoints if step < arguments.order and not arguments.hash), default=None)
-    if before is not None:
-        feed = TrainingData.open(config, corpus, checkpoints[before])
-    else:
-        of_run = next(iter(checkpoints.values()), None)
-        feed = TrainingData(corpus, open_sampler(config, corpus, of_run), LoaderState())
-    print("order of " + ", ".join(f"{key}={value}" for key, value in feed.sampler.settings().items()))
-    replay = Replay(feed.sampler, feed.state, find_quarantine(run), config.data.epochs or None)
-    n_skipped = arguments.order - 1 - replay.step
-    for _ in range(n_skipped if arguments.hash else 0):
-        replay.next_step()
-    replay.skip(0 if arguments.hash else n_skipped)
+    replay = replay_until(
+        arguments.order - 1, config, checkpoints, find_quarantine(run), every_step=arguments.hash
+    )
+    print("order of " + ", ".join(f"{key}={value}" for key, value in replay.sampler.settings().items()))
     for number, spans in enumerate(replay.next_step()):
         print(f"step {arguments.order}, row {number}:" + ("" if spans else " empty, the last epoch has ended"))
         for span in spans:
@@ -142,12 +140,45 @@ def show_step(arguments: argparse.Namespace) -> None:
         show_hash(replay.hash, checkpoints.get(arguments.order))
 
 
+def replay_until(
+    step: int,
+    config: RunConfig,
+    checkpoints: dict[int, CheckpointReader],
+    quarantine: set[tuple[int, str, str]],
+    *,
+    every_step: bool,
+) -> Replay:
+    """The replay of a run after `step` steps: of each of them, or from the nearest checkpoint before."""
+    whole = open_corpus(config.data, [])
+    before = max((saved for saved in checkpoints if saved <= step and not every_step), default=0)
+    stage, of_run = stage_at(config, before), next(iter(checkpoints.values()), None)
+    corpus = whole.reweighted(stage.config.data.weights)
+    if before:
+        opened = TrainingData.open(stage.config, corpus, checkpoints[before])
+    else:
+        saved = None if of_run is None else saved_loader_state(of_run)
+        opened = TrainingData(corpus, open_sampler(stage.config, corpus, saved), LoaderState())
+    while True:
+        replay = Replay(opened.sampler, opened.state, quarantine, config.data.epochs or None)
+        last = step if stage.end_step is None else min(step, stage.end_step)
+        for _ in range(last - replay.step if every_step else 0):
+            replay.next_step()
+        replay.skip(last - replay.step)
+        if stage.end_step is None or step < stage.end_step:
+            return replay
+        stage = stage_at(config, last)
+        corpus = whole.reweighted(stage.config.data.weights)
+        opened = TrainingData.from_state(stage.config, corpus, replay.state.to_json(replay.sampler))
+
+
 def show_hash(computed: str, checkpoint: CheckpointReader | None) -> None:
     print(f"hash of all samples so far: {computed}")
     if checkpoint is not None:
-        saved = consumed_hash(merge_states([rank["data"] for rank in checkpoint.rank_states]))
+        saved = consumed_hash(saved_loader_state(checkpoint))
         if saved != computed:
-            raise DataError(f"{checkpoint.folder}: the run read other samples; its hash is {saved}")
+            step = saved_loader_state(checkpoint)["origin"][0]
+            cause = f"; its data, or its rows, changed after step {step}" if step else ""
+            raise DataError(f"{checkpoint.folder}: the run read other samples; its hash is {saved}{cause}")
         print(f"{checkpoint.folder}: the hash matches")
 
 

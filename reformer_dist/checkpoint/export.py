@@ -24,6 +24,7 @@ from reformer_dist.checkpoint.files import json_bytes
 from reformer_dist.checkpoint.fragment import ELEMENT_SIZE
 from reformer_dist.checkpoint.reader import CheckpointReader, check_shapes, resolve_checkpoint
 from reformer_dist.checkpoint.record import RunRecord
+from reformer_dist.config.stage_values import saved_in_force
 from reformer_dist.errors import CheckpointError
 from reformer_dist.fs.atomic import make_staging, publish, write_synced
 from reformer_dist.fs.tensors import save_file
@@ -75,7 +76,9 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
         write_synced(partial / INDEX_FILE, json_bytes(index))
     for name in source.extra_files:
         shutil.copyfile(source.folder / name, partial / name)  # not its mode
-    write_synced(partial / CONFIG_FILE, json_bytes({**source.record.to_export_json(), "step": source.step}))
+    config = saved_in_force(source.record.config, source.step)
+    record = {**source.record.to_export_json(), "config": config, "step": source.step}
+    write_synced(partial / CONFIG_FILE, json_bytes(record))
     publish(partial, folder)
 
 
@@ -148,6 +151,7 @@ def open_weights(path: Path) -> CheckpointReader | Export:
 
 def saved_model_config(path: str) -> dict[str, Any]:
     """model.* of the weights at a path, without the attention backend. Raises CheckpointError."""
-    saved: dict[str, Any] = dict(open_weights(Path(path)).record.config["model"])
+    source = open_weights(Path(path))
+    saved: dict[str, Any] = dict(saved_in_force(source.record.config, source.step)["model"])
     saved.pop("attention_backend", None)
     return saved

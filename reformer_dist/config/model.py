@@ -166,6 +166,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """axial: shape of the grid of positions; its size bounds the sequence length."""
     axial_dims: list[int] | None = None
     """axial: embedding width of each axis, summing to embedding_dim; null splits it evenly."""
+    rotary_base: float = bounded(10000.0, above=1)
+    """rotary: base of the wavelengths; a larger one tells positions apart that are further away."""
     max_seq_len: int = bounded(2048, least=1)
     """learned: rows of the position table. Other kinds ignore it."""
 

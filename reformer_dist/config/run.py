@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from reformer_dist.config.checks import ConfigGroup, nearest_divisors, require
 from reformer_dist.config.data import DataConfig, Strand
@@ -10,6 +12,7 @@ from reformer_dist.config.launcher import LauncherConfig
 from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig, NeighbourRule
 from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
+from reformer_dist.config.stage_values import STEPS, TOKENS, naming_stage, stage_spans
 from reformer_dist.config.sweep import SweepConfig
 from reformer_dist.config.task import TaskConfig, TaskKind
 from reformer_dist.config.trainer import TrainerConfig
@@ -39,6 +42,9 @@ class RunConfig(ConfigGroup, prefix=""):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Values of some keys up to a step, such as [{until: 1000, data.seq_len: 512}, {until_tokens: 2000000,
+    model.n_buckets: 16}]; after the last end, those of the run. See docs/growing_runs.md."""
     output_dir: str = "outputs/default"
     """The run directory: config, checkpoints and TensorBoard logs. One run, one directory."""
     resume: str = "auto"
@@ -64,6 +70,33 @@ class RunConfig(ConfigGroup, prefix=""):
         self._check_task()
         self._check_documents()
         self._check_parallel()
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        for index, (values, _) in enumerate(self.stage_spans() if self.stages else ()):
+            weights = self.with_stage_values(values, index).data.weights
+            if (weights is None) != (self.data.weights is None):
+                reason = "with weights, each dataset has an order of its own"
+                requirement = f"must be null in all stages, or in none of them and of the run: {reason}"
+                raise ConfigError(f"stages[{index}].data.weights={weights}: {requirement}")
+        for index, stage in enumerate(self.stages):
+            if TOKENS in stage and not self.task.packs_text:
+                requirement = f"counts tokens of packed text; task.kind={self.task.kind.name} needs {STEPS}"
+                raise ConfigError(f"stages[{index}].{TOKENS}={stage[TOKENS]}: {requirement}")
+
+    def stage_spans(self) -> Iterator[tuple[dict[str, Any], int | None]]:
+        """(values, steps done at the end) of each stage; see stages.py."""
+        return stage_spans(self.stages, self.data.seq_len, self.data.batch_size)
+
+    def with_stage_values(self, values: Mapping[str, Any], index: int) -> RunConfig:
+        """The configuration in a stage, without stages. Raises ConfigError, which names the stage."""
+        groups: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            group, name = key.split(".")
+            groups.setdefault(group, {})[name] = value
+        with naming_stage(index):
+            changed = {group: replace(getattr(self, group), **keys) for group, keys in groups.items()}
+            return replace(self, stages=[], **changed)
 
     def _check_task(self) -> None:
         task, causal = self.task, self.model.causal

@@ -23,6 +23,7 @@ from reformer_dist.data.loading.collate import (
     next_token_examples,
     pack_examples,
 )
+from reformer_dist.data.loading.cut import Era
 from reformer_dist.data.loading.heldout import (
     RowSelection,
     count_rows,
@@ -82,6 +83,7 @@ __all__ = [
     "DamagedSample",
     "Dataset",
     "DrawKey",
+    "Era",
     "Example",
     "FastaOptions",
     "IdTokenizer",

@@ -62,6 +62,15 @@ class TrainEngine:
             keep_float32_gradients(self._engine, self.stage)
             set_master_weights(self._engine, self.stage, weights)
 
+    def set_micro_batching(self, micro_batch: int, n_micro: int) -> None:
+        """Changes the rows of a micro-batch, and the micro-batches of a step, between two steps."""
+        self.n_micro = n_micro
+        self._engine.set_train_micro_batch_size(micro_batch)
+        self._engine.set_train_batch_size(micro_batch * n_micro * self.world_size)
+        self._engine.micro_steps = 0  # of which every n_micro-th ends a step
+        if self.stage > 0:
+            self._engine.optimizer.gradient_accumulation_steps = n_micro
+
     @property
     def module(self) -> nn.Module:
         return self._engine.module

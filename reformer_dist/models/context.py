@@ -132,7 +132,7 @@ def build_context(
         dropout_seed = int(torch.randint(2**62, (1,), device="cpu").item())
     rotary = None
     if config.position is Position.rotary:
-        rotary = rotary_tables(positions, config.resolved_head_dim)
+        rotary = rotary_tables(positions, config.resolved_head_dim, config.rotary_base)
     starts = None
     if documents is not None and config.next_value_heads:
         starts = sequence.document_starts(documents)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_dist.ops.checks import TensorChecks, check_integer, one_per_row_or_shared
+from reformer_dist.ops.checks import TensorChecks, check_integer, check_number, one_per_row_or_shared
 
 BASE = 10000.0
 
 
-def rotary_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., S, head_dim / 2], float32, of positions [S] or [B, S]. Raises ValueError."""
+def rotary_tables(positions: Tensor, head_dim: int, base: float = BASE) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., S, head_dim / 2], float32, of positions [S] or [B, S]. Raises ValueError.
+
+    base: above 1; pair i turns by base**(-2i / head_dim) per position.
+    """
     check_integer("head_dim", head_dim, least=2)
+    check_number("base", base, above=1)
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: must be even, since rotary positions rotate pairs")
     TensorChecks().integers("positions", positions, one_per_row_or_shared(positions, "B S"))
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float().unsqueeze(-1) * BASE**-exponent
+    angles = positions.float().unsqueeze(-1) * base**-exponent
     return angles.cos(), angles.sin()
 
 

@@ -210,10 +210,13 @@ def _concat_slices(slices: Tensor) -> Tensor:
     return slices.transpose(0, 1).flatten(1)
 
 
-def make_sequence(config: RunConfig, runtime: Runtime, micro_batch: int) -> SlicedSequence:
+def make_sequence(
+    config: RunConfig, runtime: Runtime, micro_batch: int, mesh: SequenceMesh | None = None
+) -> SlicedSequence:
     """Slices sequences over the ranks of the configured mesh, or of the one of least traffic.
 
-    All ranks must call it, since it creates process groups. Raises ConfigError if the ranks do not divide.
+    All ranks must call it, since it creates process groups, unless `mesh`, that of an earlier call, has the shape
+    that is needed. Raises ConfigError if the ranks do not divide.
     """
     config.dp_size(runtime.world_size)
     parallel, model = config.parallel, config.model
@@ -230,5 +233,6 @@ def make_sequence(config: RunConfig, runtime: Runtime, micro_batch: int) -> Slic
     heads, buckets = choose_mesh(parallel.meshes(), shape, ranks_per_node())
     if parallel.sequence > 1:
         logger.info(describe_mesh(heads, buckets, shape))
-    mesh = make_mesh(runtime, heads, buckets, overlaps=parallel.overlap)
+    if mesh is None or (mesh.heads, mesh.buckets) != (heads, buckets):
+        mesh = make_mesh(runtime, heads, buckets, overlaps=parallel.overlap)
     return SlicedSequence(mesh, config.data.seq_len, per_round=not parallel.merges_rounds)

@@ -1,31 +1,29 @@
-"""Builds the trainer of a run from its RunConfig, in four stages: layout, data, run directory, engine."""
+"""Builds the trainer of a run from its RunConfig: data, run directory, rows of the first stage, engine."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
 from reformer_dist.checkpoint import RunRecord
 from reformer_dist.config import RunConfig
+from reformer_dist.config.stages import check_ranks, resolve_stages, stage_at
 from reformer_dist.data import Corpus
-from reformer_dist.distributed.runtime import Preempted, Runtime, Unavailable, ranks_per_node
+from reformer_dist.distributed.runtime import Preempted, Runtime, Unavailable
 from reformer_dist.engine import TrainEngine
 from reformer_dist.engine.fragments import parameter_shapes
 from reformer_dist.models.attention import check_attention_backend
 from reformer_dist.models.block import Block
-from reformer_dist.parallel.sequence import make_sequence
-from reformer_dist.planning import JobSpec
-from reformer_dist.planning.flops import model_flops
-from reformer_dist.planning.peaks import peak_flops
 from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import to_dict
-from reformer_dist.run.data import QuarantineFile, TrainingData, open_task_data
+from reformer_dist.run.data import open_task_data
 from reformer_dist.run.directory import (
     RunDirectory,
     check_rate,
@@ -37,14 +35,12 @@ from reformer_dist.run.directory import (
 )
 from reformer_dist.run.memory import require_memory
 from reformer_dist.run.pretrained import load_initial_weights
-from reformer_dist.training.batches import BatchReader
+from reformer_dist.run.stages import OpenStage, StageOpener
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, has_checkpoints
-from reformer_dist.training.metrics import StepCost
 from reformer_dist.training.metrics_log import MetricsLogger
-from reformer_dist.training.parts import EngineParts, RunContext, StepLayout, TaskData
+from reformer_dist.training.parts import EngineParts, RunContext, TaskData
 from reformer_dist.training.preemption import StopSignal
-from reformer_dist.training.trainer import Trainer
-from reformer_dist.training.validator import Validator
+from reformer_dist.training.trainer import StageParts, Trainer
 
 
 def build_trainer(
@@ -56,50 +52,33 @@ def build_trainer(
     rank.
     """
     require_same_config(config, runtime)
+    check_ranks(config, runtime.world_size)
     with live.phase("compiling"):  # the C library, on a CPU without it
-        layout = make_layout(config, runtime)
+        runtime.together(lambda: check_attention_backend(config.model, runtime.device))
     with live.phase("opening the data"):
         data = open_data(config, runtime)
     runtime.together(lambda: require_memory(config, runtime, data.task))
+    stages = StageOpener(config, runtime, data.corpus, resources)
     directory = open_run_directory(config, runtime, resources)
-    training_data = runtime.together(lambda: TrainingData.open(config, data.corpus, directory.resume_from))
-    run = RunContext(training_data.with_last_step(config), runtime, stop or StopSignal())
-    loader = training_data.loader(run.config, layout.sequence.mesh, layout.micro_batch, data.task.make_example)
-    resources.callback(loader.close)
-    if training_data.state.step < run.config.trainer.max_steps:
-        loader.prefetch()  # while the engine is built and the weights are read
+    opened = stages.open_first(directory.resume_from)
+    config = replace(config, trainer=opened.stage.config.trainer)
+    run = RunContext(config, runtime, stop or StopSignal())
     with live.phase("building the model" if directory.resume_from is None else "reading the checkpoint"):
-        parts = build_engine(run, data, directory, resources)
+        parts = build_engine(run, opened, directory, resources)
 
     step = parts.state.step
-    if step < run.config.trainer.max_steps:  # otherwise it would record overrides that were never used
-        write_config(run.config, runtime)
+    if step < config.trainer.max_steps:  # otherwise it would record overrides that were never used
+        write_config(config, runtime)
     path, is_main = directory.path, runtime.is_main
     metrics = runtime.together(lambda: MetricsLogger(path, is_active=is_main, resume_step=step))
     resources.callback(metrics.close)
-    batches = BatchReader(
-        runtime,
-        layout.sequence,
-        loader,
-        QuarantineFile(path).add,
-        run.stop,
-        labels_per_row=data.task.labels_per_row,
-    )
-    validator = Validator(run, data, layout, parts.engine, metrics)
-    _log_run(run, layout, data, parts.engine)
-    return Trainer(run, data, parts, batches, validator, metrics, step_cost(run, data))
+    first = stages.attach(opened, run, parts.engine, metrics)
+    _log_run(run, opened, parts.engine)
 
+    def open_next(step: int, states: list[dict[str, Any]]) -> StageParts:
+        return stages.attach(stages.open_next(step, states), run, parts.engine, metrics)
 
-def step_cost(run: RunContext, data: TaskData) -> StepCost | None:
-    """None if the peak of the devices is unknown, or if rows have lengths of their own."""
-    config, runtime = run.config, run.runtime
-    if runtime.device.type != "cuda" or not config.task.packs_text:
-        return None
-    peak = peak_flops(torch.cuda.get_device_name(runtime.device), config.trainer.precision)
-    if peak is None:
-        return None
-    job = JobSpec(config, runtime.world_size, ranks_per_node(), data.task.vocab_size, runtime.device.type)
-    return StepCost(model_flops(job), peak * runtime.world_size)
+    return Trainer(run, parts, first, open_next, metrics)
 
 
 def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
@@ -108,7 +87,7 @@ def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
     Raises UserError on every rank, and Preempted if a run that has checkpoints can't reach them.
     """
     try:
-        data = runtime.together(lambda: open_task_data(config))
+        data = runtime.together(lambda: open_task_data(stage_at(config, 0).config))
     except Unavailable as away:
         if runtime.on_main(lambda: has_checkpoints(config)):
             raise Preempted(f"{away}: nothing was trained; the same command resumes") from None
@@ -117,16 +96,9 @@ def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
     return data
 
 
-def make_layout(config: RunConfig, runtime: Runtime) -> StepLayout:
-    """Makes the sequence mesh, and divides the step's rows. Raises ConfigError on every rank."""
-    micro_batch, n_micro = config.micro_batching(runtime.world_size)
-    runtime.together(lambda: check_attention_backend(config.model, runtime.device))
-    return StepLayout(make_sequence(config, runtime, micro_batch), micro_batch, n_micro)
-
-
-def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resources: ExitStack) -> EngineParts:
+def build_engine(run: RunContext, opened: OpenStage, directory: RunDirectory, resources: ExitStack) -> EngineParts:
     """Builds the engine with its initial or resumed state. Raises UserError on every rank."""
-    config, runtime, resume_from = run.config, run.runtime, directory.resume_from
+    config, runtime, resume_from, data = run.config, run.runtime, directory.resume_from, opened.data
     model = data.task.build_model().to(runtime.device)
     record, tokenizer_files = _describe_run(config, data.corpus, model)
     if config.init_from is not None and resume_from is None:
@@ -134,7 +106,7 @@ def build_engine(run: RunContext, data: TaskData, directory: RunDirectory, resou
         source = runtime.together(lambda: load_initial_weights(path, model, record))
         for change in config_changes({"model": source.config["model"]}, {"model": record.config["model"]}):
             logger.info(f"  changed since: {change}")
-    engine = TrainEngine(model, [Block], config, runtime.world_size)
+    engine = TrainEngine(model, [Block], opened.stage.config, runtime.world_size)
     resources.callback(engine.close)
     checkpoints = CheckpointManager(config, runtime, engine, record=record, extra_files=tokenizer_files)
     if resume_from is None:
@@ -166,17 +138,21 @@ def _describe_run(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[
     return record, files
 
 
-def _log_run(run: RunContext, layout: StepLayout, data: TaskData, engine: TrainEngine) -> None:
-    config, world_size, n_micro = run.config, run.runtime.world_size, layout.n_micro
+def _log_run(run: RunContext, opened: OpenStage, engine: TrainEngine) -> None:
+    config, world_size, n_micro = opened.stage.config, run.runtime.world_size, opened.layout.n_micro
     n_parameters = sum(math.prod(shape) for shape in parameter_shapes(engine.module).values())
-    rows = config.data.batch_size
+    rows, corpus = config.data.batch_size, opened.data.corpus
     size = f"{rows * config.data.seq_len:,} tokens" if config.task.packs_text else f"{rows:,} samples"
     if config.data.pack_samples:
         size = f"samples of up to {rows * config.data.seq_len:,} tokens"
+    if config.data.pack_samples:
+        size = f"samples of up to {rows * config.data.seq_len:,} tokens"
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''} on {run.runtime.device.type}"
+    n_stages = len(resolve_stages(run.config))
+    stage = f" | stage {opened.stage.index + 1} of {n_stages}" if n_stages > 1 else ""
     logger.info(
         f"{n_parameters:,} parameters | ZeRO stage {config.deepspeed.stage}, "
         f"{config.trainer.precision.name}, {ranks} | {size} per step in {n_micro} micro-batch"
-        f"{'es' if n_micro > 1 else ''} | {data.corpus.total('tokens', 'train'):,} training tokens in "
-        f"{len(data.corpus.shards('train'))} shards"
+        f"{'es' if n_micro > 1 else ''} | {corpus.total('tokens', 'train'):,} training tokens in "
+        f"{len(corpus.shards('train'))} shards{stage}"
     )

@@ -10,9 +10,11 @@ from typing import Any
 
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import DataConfig, RunConfig
+from reformer_dist.config.stages import Stage
 from reformer_dist.data import (
     Corpus,
     DamagedSample,
+    Era,
     LoaderState,
     MakeExample,
     Quarantine,
@@ -57,10 +59,9 @@ def open_task_data(config: RunConfig) -> TaskData:
     return TaskData(corpus, task)
 
 
-def open_sampler(config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> Sampler:
-    """The data order of a run, which stays that of its checkpoints, if there are any."""
+def open_sampler(config: RunConfig, corpus: Corpus, saved: Mapping[str, Any] | None) -> Sampler:
+    """The data order of a run, which stays that of its saved loader state, if there is one."""
     data = config.data
-    saved = None if checkpoint is None else merge_states([rank["data"] for rank in checkpoint.rank_states])
     return Sampler(
         corpus,
         seed=config.trainer.seed,
@@ -71,6 +72,11 @@ def open_sampler(config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader
         interleaved_shards=None if saved is None else saved_interleaving(saved),
         pack_samples=data.pack_samples,
     )
+
+
+def saved_loader_state(checkpoint: CheckpointReader) -> dict[str, Any]:
+    """Of all ranks together."""
+    return merge_states([rank["data"] for rank in checkpoint.rank_states])
 
 
 def describe_rows(settings: Mapping[str, Any]) -> str:
@@ -92,31 +98,55 @@ class TrainingData:
     @classmethod
     def open(cls, config: RunConfig, corpus: Corpus, checkpoint: CheckpointReader | None) -> TrainingData:
         """Raises DataError if the checkpoint's position does not fit these data."""
-        sampler = open_sampler(config, corpus, checkpoint)
         if checkpoint is None:
-            return cls(corpus, sampler, LoaderState())
-        saved_data = checkpoint.record.data
+            return cls(corpus, open_sampler(config, corpus, None), LoaderState())
+        saved_data, saved = checkpoint.record.data, saved_loader_state(checkpoint)
         changes = [] if saved_data is None else describe_changes(saved_data, corpus.record())
-        saved = merge_states([rank["data"] for rank in checkpoint.rank_states])
+        opened = cls.from_state(config, corpus, saved, changes)
+        logger.info(
+            f"resuming data after step {opened.state.step}; hash of all samples so far: {consumed_hash(saved)}"
+        )
+        return opened
+
+    @classmethod
+    def from_state(
+        cls, config: RunConfig, corpus: Corpus, saved: Mapping[str, Any], changes: Sequence[str] = ()
+    ) -> TrainingData:
+        """saved: of all ranks together, perhaps with other rows. Raises DataError as `read_state` does."""
+        sampler = open_sampler(config, corpus, saved)
         state = read_state(saved, sampler, changes=changes, accept_changed=config.data.accept_changed)
-        logger.info(f"resuming data after step {state.step}; hash of all samples so far: {consumed_hash(saved)}")
         before, now = (describe_rows(settings) for settings in (saved["settings"], sampler.settings()))
         if before != now:
             logger.info(f"rows of a step: {before} -> {now}; what is left of the data is divided among them")
         return cls(corpus, sampler, state)
 
-    def with_last_step(self, config: RunConfig) -> RunConfig:
-        """The configuration with trainer.max_steps lowered to the step at which data.epochs ends the run."""
+    def with_last_step(self, config: RunConfig, stages: Sequence[Stage] = ()) -> RunConfig:
+        """The configuration with trainer.max_steps lowered to the step at which data.epochs ends the run.
+
+        stages: the current one and those after it.
+        """
         if config.data.epochs == 0:
             return config
         cut = None if self.state.cuts is None else self.state.cuts[0]
-        last = self.sampler.last_step(config.data.epochs, self.state.origin, cut)
+        last = self.sampler.last_step(config.data.epochs, self.state.origin, cut, self._eras(stages))
         if config.trainer.max_steps < last:
             reason = f"data.epochs={config.data.epochs} would take {last} steps"
             logger.warning(f"trainer.max_steps={config.trainer.max_steps}: ends the run first; {reason}")
             return config
         logger.info(f"data.epochs={config.data.epochs} ends the run at step {last}")
         return replace(config, trainer=replace(config.trainer, max_steps=max(1, last)))
+
+    def _eras(self, stages: Sequence[Stage]) -> list[Era]:
+        """Stages, without borders at which the rows stay the same."""
+        eras: list[Era] = []
+        for stage in stages:
+            data = stage.config.data
+            is_fixed = self.sampler.by_sample and self.sampler.packed_len is None
+            era = Era(stage.end_step, data.batch_size, 1 if is_fixed else data.seq_len)
+            if eras and replace(eras[-1], end_step=era.end_step) == era:
+                eras.pop()
+            eras.append(era)
+        return eras
 
     def loader(
         self, config: RunConfig, mesh: SequenceMesh, micro_batch: int, make_example: MakeExample

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from reformer_dist.config import RunConfig
+from reformer_dist.config.stages import resolve_stages
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError
@@ -35,20 +36,22 @@ def machine_memory(device: str, ranks_per_node: int) -> float | None:
 
 
 def require_memory(config: RunConfig, job: Runtime, task: Task) -> None:
-    """Raises ConfigError, with the plan's numbers, if this machine can't hold a step; warns if it might not."""
+    """Raises ConfigError, with the plan's numbers, if this machine can't hold a step; warns if it might not.
+
+    In a run of several stages, the largest step counts.
+    """
     device, per_node = job.device.type, runtime.ranks_per_node()
     limit = machine_memory(device, per_node)
     if limit is None:
         return
     if config.deepspeed.offload_optimizer and device == "cuda":  # the plan counts both memories as one
         limit += machine_memory("cpu", per_node) or 0.0
-    spec = JobSpec(config, job.world_size, per_node, task.vocab_size, device)
     n_elements, most = config.deepspeed.reduce_bucket_size, int(limit / GRADIENT_BYTES)
     # allocated whole, although a CPU only holds the part that is filled
     if config.deepspeed.stage > 0 and n_elements > most:
         requirement = f"must be at most {most}, the float32 gradients that this machine can hold per rank"
         raise ConfigError(f"deepspeed.reduce_bucket_size={n_elements}: {requirement}")
-    peak = plan_memory(spec, task.build_model)
+    spec, peak = plan_largest_step(config, job, task)
     if peak.total <= limit:
         return
     amount = f"a step needs {format_bytes(peak.total)} per rank ({_parts(peak)})"
@@ -56,6 +59,15 @@ def require_memory(config: RunConfig, job: Runtime, task: Task) -> None:
     if peak.total > MARGIN * limit:
         raise ConfigError(message)
     logger.warning(f"{message}. The run may be killed when memory runs out")
+
+
+def plan_largest_step(config: RunConfig, job: Runtime, task: Task) -> tuple[JobSpec, MemorySnapshot]:
+    """The stage of a run that needs the most memory, and what its step needs. Raises ConfigError."""
+    configs = [stage.config for stage in resolve_stages(config)]
+    sizes = (job.world_size, runtime.ranks_per_node(), task.vocab_size, job.device.type)
+    specs = [JobSpec(each, *sizes) for each in configs]
+    plans = [(spec, plan_memory(spec, task.build_model)) for spec in specs]
+    return max(plans, key=lambda plan: plan[1].total)
 
 
 def _sizes(spec: JobSpec, peak: MemorySnapshot) -> str:

@@ -24,7 +24,7 @@ from reformer_dist.planning import JobSpec, plan_memory
 from reformer_dist.planning.memory import MemorySnapshot
 from reformer_dist.planning.plan import format_bytes
 from reformer_dist.run.data import open_task_data
-from reformer_dist.run.memory import free_memory, machine_memory
+from reformer_dist.run.memory import free_memory, machine_memory, plan_largest_step
 
 FOLDER = "out_of_memory"
 SHOWN_TENSORS = 20
@@ -107,21 +107,23 @@ class _Plan:
     job: JobSpec
     build_model: Callable[[], nn.Module]
     peak: MemorySnapshot
+    staged: frozenset[str] = frozenset()
+    """Keys that stages set, so that an override may not reach the step."""
 
     @classmethod
     def of(cls, config: RunConfig, job: Runtime) -> _Plan | None:
         """None if it can't be made, such as without the dataset."""
         try:
             task = open_task_data(config).task
-            spec = JobSpec(config, job.world_size, ranks_per_node(), task.vocab_size, job.device.type)
-            return cls(spec, task.build_model, plan_memory(spec, task.build_model))
+            spec, peak = plan_largest_step(config, job, task)
+            return cls(spec, task.build_model, peak, frozenset(key for stage in config.stages for key in stage))
         except (UserError, OSError):
             return None
 
     def changes(self) -> list[str]:
         """Overrides that lower the peak, the best first; last, those that change what is trained."""
         totals: dict[str, float] = {}
-        for key, value in self._candidates():
+        for key, value in ((key, value) for key, value in self._candidates() if key not in self.staged):
             with suppress(ConfigError):  # such as more ranks for a sequence than there are
                 job = replace(self.job, config=_with(self.job.config, key, value))
                 total = plan_memory(job, self.build_model).total

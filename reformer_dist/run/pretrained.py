@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reformer_dist.checkpoint import RunRecord
 from reformer_dist.checkpoint.export import open_weights
 from reformer_dist.config import RunConfig, TaskKind
+from reformer_dist.config.stage_values import saved_in_force
 from reformer_dist.data import Tokenizer, load_tokenizer
 from reformer_dist.errors import CheckpointError, ConfigError, DataError
 from reformer_dist.models import ReformerLM
@@ -28,7 +29,7 @@ class LoadedModel:
     """In evaluation mode, float32, on the requested device."""
     task: Task
     config: RunConfig
-    """Of the training run, with overrides applied."""
+    """Of the training run, in its last stage so far, with overrides applied."""
     tokenizer: Tokenizer
     checkpoint: Path
     step: int
@@ -60,7 +61,8 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     """
     reader = open_weights(path)
     # sequence parallelism and attention backend are those of this machine, not of training
-    saved = {key: value for key, value in reader.record.config.items() if key != "parallel"}
+    in_force = saved_in_force(reader.record.config, reader.step)
+    saved = {key: value for key, value in in_force.items() if key != "parallel"}
     saved["model"] = {key: value for key, value in saved["model"].items() if key != "attention_backend"}
     config = run_config_from(saved, overrides)
     check_attention_backend(config.model, device)

@@ -104,6 +104,11 @@ class BatchReader:
         self._labels_per_row = labels_per_row
 
     @property
+    def initial_state(self) -> dict[str, Any]:
+        """The loader's state before the first step that this object reads."""
+        return self._loader.initial_state
+
+    @property
     def n_damaged(self) -> int:
         """Number of damaged samples so far, on all ranks."""
         return self._loader.n_damaged

@@ -41,6 +41,8 @@ class WindowMetrics:
     seconds_per_step: float
     data_wait: float = 0.0
     """Fraction of the time in which the ranks waited for the rows of a step."""
+    flops_per_s: float = 0.0
+    """Of all ranks; 0 where the cost of a step is unknown."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,6 @@ class StepCost:
     peak: float
     """FLOPs per second of all ranks' devices."""
 
-    def utilization(self, seconds_per_step: float) -> float:
-        return self.flops / (seconds_per_step * self.peak)
-
 
 class MetricsWindow:
     """Metrics of the steps since the last reset. Sums stay on the device, so adding does not synchronize."""
@@ -65,13 +64,14 @@ class MetricsWindow:
 
     def reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._counted_tokens, self._tokens, self._steps = 0.0, 0.0, 0
+        self._counted_tokens, self._tokens, self._steps, self._flops = 0.0, 0.0, 0, 0.0
         self._start = time.perf_counter()
         self._paused, self._waited = 0.0, 0.0
 
-    def add(self, loss_sum: torch.Tensor, tokens: float, *, was_skipped: bool) -> None:
-        """Adds a step: this rank's summed loss, and the valid tokens of all ranks."""
+    def add(self, loss_sum: torch.Tensor, tokens: float, *, was_skipped: bool, flops: float = 0.0) -> None:
+        """Adds a step: this rank's summed loss, and the valid tokens and FLOPs of all ranks."""
         self._steps += 1
+        self._flops += flops
         self._tokens += tokens
         if not was_skipped:
             self._loss += loss_sum
@@ -104,6 +104,7 @@ class MetricsWindow:
             "steps": self._steps,
             "seconds": self.seconds,
             "waited": self._waited,
+            "flops": self._flops,
         }
 
     def load_state(self, state: dict[str, float]) -> None:
@@ -112,6 +113,7 @@ class MetricsWindow:
         self._loss += state["loss"]
         self._counted_tokens, self._tokens, self._steps = state["counted"], state["tokens"], int(state["steps"])
         self._paused, self._waited = -state["seconds"], state.get("waited", 0.0)
+        self._flops = state.get("flops", 0.0)
 
     @property
     def local_loss(self) -> float:
@@ -122,7 +124,7 @@ class MetricsWindow:
         seconds = max(1e-9, self.seconds)
         loss = loss_sum / self._counted_tokens if self._counted_tokens else math.nan
         per_step, waited = seconds / max(1, self._steps), min(1.0, self._waited / seconds)
-        return WindowMetrics(loss, self._tokens / seconds, per_step, waited)
+        return WindowMetrics(loss, self._tokens / seconds, per_step, waited, self._flops / seconds)
 
 
 def progress_figures(

@@ -62,6 +62,11 @@ class SpikeMonitor:
     def is_active(self) -> bool:
         return self._trainer.spike_sigma > 0
 
+    def begin_stage(self) -> None:
+        """Forgets the values so far, which were of steps with other rows."""
+        self._running = {name: RunningMean() for name in NAMES}
+        self._state.running.clear()
+
     def begin_step(self, loss_sum: Tensor, n_labels: float) -> None:
         """loss_sum: of this rank, in nats. n_labels: of all ranks."""
         self._step, self._values = (loss_sum, n_labels), {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from reformer_dist.config.stages import Stage
 from reformer_dist.distributed.runtime import Preempted, SharedError, Unavailable
 from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import NonFiniteError, TrainingError, UserError
@@ -33,38 +36,56 @@ from reformer_dist.training.validator import Validator
 from reformer_dist.training.watchdog import Watchdog
 
 
+@dataclass(frozen=True)
+class StageParts:
+    """What the steps of one stage of a run read, and how they are evaluated."""
+
+    stage: Stage
+    """trainer.max_steps of its config is the step at which the run ends."""
+    data: TaskData
+    batches: BatchReader
+    validator: Validator
+    cost: StepCost | None
+    """For the MFU; None if the peak of the devices or the length of rows is unknown."""
+
+
+OpenNext = Callable[[int, list[dict[str, Any]]], StageParts]
+"""(steps done, loader states of all ranks) -> the stage that begins; prepares the engine for it."""
+
+
 class Trainer:
     """A run on one rank. Every rank makes the same calls in the same order."""
 
     def __init__(
         self,
         run: RunContext,
-        data: TaskData,
         parts: EngineParts,
-        batches: BatchReader,
-        validator: Validator,
+        stage: StageParts,
+        open_next: OpenNext,
         metrics: MetricsLogger,
-        cost: StepCost | None = None,
     ) -> None:
-        """cost: for the MFU; None if the peak of the devices or the length of rows is unknown."""
-        self.config = run.config
+        """stage: for which the engine is prepared."""
         self.state = parts.state
         self._runtime, self._engine, self._checkpoints = run.runtime, parts.engine, parts.checkpoints
-        self._batch_reader, self._validator, self._metrics = batches, validator, metrics
-        self._bytes_per_token = data.bytes_per_token
-        self._cost = cost
+        self._open_next, self._metrics = open_next, metrics
+        self._use(stage)
         self._metrics_window = MetricsWindow(run.runtime.device)
         self._watchdog = Watchdog(run.runtime, run.config.trainer.step_timeout)
         self._profiler = StepProfiler(run.config.trainer.profile, Path(run.config.output_dir), run.runtime)
-        self._data_state: dict[str, Any] = {}
+        self._data_state = stage.batches.initial_state
         self._monitor = DivergenceMonitor(
-            run.config, run.runtime, parts.checkpoints, parts.state, data.task.guessing_loss
+            run.config, run.runtime, parts.checkpoints, parts.state, stage.data.task.guessing_loss
         )
         self._spikes = SpikeMonitor(run.config, run.runtime, parts.state)
         self._skipped_ranges = run.config.data.skipped_ranges()
         self._is_save_due = False
         self._failed_saves = 0  # since this process started
         self._saved_step = parts.state.step  # no need to save again at this step
+
+    def _use(self, parts: StageParts) -> None:
+        self._stage, self.config = parts.stage, parts.stage.config
+        self._batch_reader, self._validator, self._cost = parts.batches, parts.validator, parts.cost
+        self._bytes_per_token = parts.data.bytes_per_token
 
     def fit(self) -> None:
         """Trains up to trainer.max_steps, then evaluates and saves.
@@ -95,6 +116,7 @@ class Trainer:
         live.progress(self.state.step, self.config.trainer.max_steps)
         shown = "compiling" if self._runtime.device.type == "cuda" else ""  # kernels, in the first step
         while self.state.step < self.config.trainer.max_steps:
+            self._enter_stage_if_due()
             start = time.perf_counter()
             step = self.state.step + 1
             with self._profiler.step(step):
@@ -118,6 +140,17 @@ class Trainer:
             with self._watchdog.phase(f"saving after step {step}"):
                 self._save_if_due()
             self._metrics_window.pause(time.perf_counter() - end)
+
+    def _enter_stage_if_due(self) -> None:
+        step, end = self.state.step, self._stage.end_step
+        if end is not None and step >= end:
+            start = time.perf_counter()
+            with self._watchdog.phase(f"opening the data after step {step}"), live.phase("opening the data"):
+                self._use(self._open_next(step, self._runtime.gather(self._data_state)))
+                self._data_state = self._batch_reader.initial_state
+            self._metrics_window.pause(time.perf_counter() - start)
+        if step == self._stage.first_step:  # also if the run resumes here
+            self._spikes.begin_stage()
 
     def _evaluate_and_sample(self) -> None:
         """Evaluates, and generates text, if due."""
@@ -196,7 +229,8 @@ class Trainer:
         with part("optimizer"):
             result = self._engine.step(lr, accepts)
         self.state.step = step_index + 1
-        self._metrics_window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped)
+        flops = self._cost.flops if self._cost else 0.0
+        self._metrics_window.add(loss_sum, inputs.n_labels, was_skipped=result.was_skipped, flops=flops)
         samples, was_skipped = inputs.batch.samples, result.was_skipped
         self._spikes.end_step(was_skipped=was_skipped, grad_norm=result.grad_norm, samples=samples)
         self._monitor.end_step(loss_sum, inputs.n_labels, result)
@@ -206,7 +240,7 @@ class Trainer:
         step, max_steps = self.state.step, self.config.trainer.max_steps
         metrics = self._metrics_window.result(self._runtime.sum([self._metrics_window.local_loss])[0])
         bpb = None if self._bytes_per_token is None else bits_per_byte(metrics.loss, self._bytes_per_token)
-        mfu = None if self._cost is None else self._cost.utilization(metrics.seconds_per_step)
+        mfu = None if self._cost is None else metrics.flops_per_s / self._cost.peak
         memory = peak_memory_gib(self._runtime.device)
         figures = progress_figures(
             metrics,

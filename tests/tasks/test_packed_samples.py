@@ -15,6 +15,7 @@ from reformer_dist.data import (
     Corpus,
     Dataset,
     DrawKey,
+    Era,
     LoaderState,
     Quarantine,
     RawSample,
@@ -211,4 +212,4 @@ def test_samples_with_label_spans_are_packed_by_their_length(tmp_path: Path) -> 
 
 def test_epochs_of_rows_that_change_are_refused(data: Path) -> None:
     with pytest.raises(DataError, match=r"data\.epochs: .*data\.pack_samples=true"):
-        open_sampler(data).last_step(1, eras=[object()])  # type: ignore[list-item]
+        open_sampler(data).last_step(1, eras=[Era(1, 2, 8), Era(None, 2, 16)])

@@ -24,6 +24,13 @@ from reformer_dist.run.pretrained import load_model
 from reformer_dist.training.preemption import StopSignal
 
 LOSS = "train/loss"
+# of 2 x 256, 2 x 256 and 2 x 256 tokens; the second ends by tokens
+STAGED = (
+    "stages=[{until: 2, data.seq_len: 32, data.batch_size: 8, trainer.micro_batch_size: 2, model.n_buckets: 2},"
+    "{until_tokens: 1024, model.n_hashes: 2, model.window: 8, model.local_window: 8},"
+    "{data.seq_len: 128, data.batch_size: 2, model.rotary_base: 500}]",
+    "model.position=rotary",
+)
 
 
 def train(job: Runtime, data: Path, output: Path, *changed: str, stop: StopSignal | None = None) -> Path:

@@ -11,7 +11,6 @@ import torch
 
 from reformer_dist.training.metrics import (
     MetricsWindow,
-    StepCost,
     WindowMetrics,
     bits_per_byte,
     duration,
@@ -110,5 +109,12 @@ def test_the_wait_for_data_survives_a_resume(clock: list[float]) -> None:
     assert resumed.result(1.0).data_wait == 0.0
 
 
-def test_model_flops_utilization() -> None:
-    assert StepCost(flops=3e12, peak=2e13).utilization(seconds_per_step=0.5) == pytest.approx(0.3)
+def test_flops_of_steps_of_different_cost(clock: list[float]) -> None:
+    """As at the border of two stages; the sum is kept over a resume."""
+    window, resumed = MetricsWindow(CPU), MetricsWindow(CPU)
+    window.add(torch.tensor(1.0), 1.0, was_skipped=False, flops=3e12)
+    clock[0] += 1.0
+    resumed.load_state(window.state)
+    resumed.add(torch.tensor(1.0), 1.0, was_skipped=False, flops=9e12)
+    clock[0] += 2.0
+    assert resumed.result(2.0).flops_per_s == pytest.approx(4e12)

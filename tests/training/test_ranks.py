@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import LOSS, checkpoint, damage_samples, data_state, heldout_loss, train
+from run_helpers import LOSS, STAGED, checkpoint, damage_samples, data_state, heldout_loss, train
 from support.events import read_events, scalars
 from support.launch import run_ranks
 from support.tiny import tiny_overrides
@@ -53,8 +53,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtim
 
 
 @pytest.fixture(scope="module")
+def alone_staged(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, job: Runtime) -> Path:
+    staged = (*STAGED, *EVALUATED, "trainer.save_every=1")
+    return train(job, tiny_data, tmp_path_factory.mktemp("runs") / "staged", *staged)
+
+
+@pytest.fixture(scope="module")
 def ranks(
-    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path, job: Runtime
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, alone: Path, alone_staged: Path, job: Runtime
 ) -> tuple[Path, dict[str, Any]]:
     """(directory of the runs, error of each rank by run)."""
     root = tmp_path_factory.mktemp("ranks")
@@ -78,6 +84,10 @@ def ranks(
     add("damaged", *DAMAGED, data=damaged)
     add("damaged-heads", *DAMAGED, SHARED, data=damaged)
     add("epoch", *EPOCH)
+    add("staged", *STAGED, *EVALUATED, "deepspeed.stage=2")
+    add("staged-resumed", *STAGED, *EVALUATED, "deepspeed.stage=2", f"resume={checkpoint(root / 'staged', 3)}")
+    shared_stages = (*STAGED, *EVALUATED, SHARED, "parallel.buckets=2", f"resume={checkpoint(alone_staged, 2)}")
+    add("staged-buckets", *shared_stages)
     for stage in (0, 2):
         poison = ("optim.lr=1e20", "trainer.max_steps=20", "trainer.save_every=1", "trainer.keep_checkpoints=1")
         start = f"resume={checkpoint(alone, 6)}"
@@ -159,6 +169,18 @@ def test_worlds_agree(ranks: tuple[Path, dict[str, Any]], alone: Path, name: str
     """Also with dropout, whose masks depend on tokens, not on ranks."""
     expected = {step: loss for step, loss in scalars(alone, LOSS).items() if "elastic" not in name or step > 3}
     assert scalars(ranks[0] / name, LOSS) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["staged", "staged-resumed", "staged-buckets"])
+def test_stages_are_alike_in_any_world(ranks: tuple[Path, dict[str, Any]], alone_staged: Path, name: str) -> None:
+    """Resumed in the middle of a stage, bitwise at the same world, and at a border with shared sequences."""
+    run, first = ranks[0] / name, {"staged": 0, "staged-resumed": 3, "staged-buckets": 2}[name]
+    expected = {step: loss for step, loss in scalars(alone_staged, LOSS).items() if step > first}
+    assert scalars(run, LOSS) == pytest.approx(expected, rel=1e-5)
+    assert scalars(run, "eval/loss") == pytest.approx(scalars(alone_staged, "eval/loss"), rel=1e-5)
+    assert data_state(checkpoint(run, 6)) == data_state(checkpoint(alone_staged, 6))
+    if name == "staged-resumed":
+        assert_same(checkpoint(run, 6), checkpoint(ranks[0] / "staged", 6))
 
 
 def test_shared_sequences_resume_bitwise(ranks: tuple[Path, dict[str, Any]]) -> None:

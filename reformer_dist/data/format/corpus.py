@@ -66,6 +66,10 @@ class Corpus:
         cache = FileCache(cache_folder or CACHE_FOLDER, int(cache_gb * 2**30))
         return cls([Dataset.open(address, cache) for address in addresses], weights)
 
+    def reweighted(self, weights: Sequence[float] | None) -> Corpus:
+        """The same datasets, mixed by other weights."""
+        return Corpus(self.datasets, weights)
+
     def wait_for_sources(self, seconds: float) -> None:
         """From now on, requests to a remote source that does not respond are retried for this long."""
         for dataset in self.datasets:

@@ -98,6 +98,8 @@ class TrainLoader:
         self._origin, self._cuts = state.origin, state.cuts
         self._micro_batch_size = micro_batch_size
         make_example = make_example or next_token_examples(sampler.seq_len, sampler.corpus.tokenizer.eos_id)
+        self.initial_state = state.to_json(sampler)
+        """The state before the first batch, as JSON values: of all streams, if the run has begun."""
         self._stream_ids = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
         self._step = state.step
         self._damaged: set[SampleId] = set(state.quarantine)

@@ -26,13 +26,13 @@ class Replay:
         """quarantine: samples that the run skipped, besides those of `state`. passes: see `TrainLoader`."""
         self.step = state.step
         """Steps replayed or skipped so far."""
-        self._sampler, self._origin, self._cuts = sampler, state.origin, state.cuts
+        self.sampler, self._origin, self._cuts = sampler, state.origin, state.cuts
         self._quarantine = quarantine | state.quarantine
         self._streams = [state.open_stream(sampler, stream, passes) for stream in range(sampler.n_streams)]
 
     def next_step(self) -> list[list[Span]]:
         """The spans of each row of the next step. Raises DataError if an index can't be read."""
-        pools = self._sampler.pools_of_step(self.step)
+        pools = self.sampler.pools_of_step(self.step)
         self.step += 1
         streams = zip(self._streams, pools, strict=True)
         return [stream.next_spans(int(pool), self._token_positions) for stream, pool in streams]
@@ -42,16 +42,16 @@ class Replay:
 
         Rows of several samples are replayed one by one, since their number of samples is not known otherwise.
         """
-        if self._quarantine or self._sampler.packed_len is not None:
+        if self._quarantine or self.sampler.packed_len is not None:
             for _ in range(n_steps):
                 self.next_step()
             return
-        rows = np.zeros((self._sampler.n_streams, len(self._sampler.pools)), dtype=np.int64)
-        if len(self._sampler.pools) == 1:
+        rows = np.zeros((self.sampler.n_streams, len(self.sampler.pools)), dtype=np.int64)
+        if len(self.sampler.pools) == 1:
             rows += n_steps
         else:
             for step in range(self.step, self.step + n_steps):
-                rows[np.arange(self._sampler.n_streams), self._sampler.pools_of_step(step)] += 1
+                rows[np.arange(self.sampler.n_streams), self.sampler.pools_of_step(step)] += 1
         for stream, counts in zip(self._streams, rows, strict=True):
             stream.skip_rows(counts.tolist())
         self.step += n_steps

@@ -264,7 +264,7 @@ class Sampler:
         eras: of other rows than this sampler's, from the first step of the cut on.
         """
         if self.packed_len is not None:
-            if eras:
+            if len(eras) > 1:
                 raise DataError(
                     "data.epochs: with data.pack_samples=true, rows must not change; use trainer.max_steps"
                 )

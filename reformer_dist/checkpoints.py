@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from reformer_dist.checkpoint import CheckpointReader, checkpoint_problem, prune, resolve_checkpoint, write_export
-from reformer_dist.checkpoint.files import step_folders
-from reformer_dist.checkpoint.fragment import KINDS
+from reformer_dist.checkpoint.files import step_folders, step_of
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.process.command import run_command
 from reformer_dist.run.directory import config_changes
+from reformer_dist.run.pretrained import add_weight_choice, weight_choice
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MAX_SHOWN = 20  # differing tensors
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     pruning.add_argument("--keep-every", type=int, default=0, help="also keep those of every N-th step")
     exporting = add("export", "export the weights alone, as plain safetensors", export, "checkpoint", "output")
     exporting.add_argument("--max-shard-size", metavar="SIZE", help="such as 2GB (default: one file)")
+    add_weight_choice(exporting)
     return parser
 
 
@@ -54,8 +55,18 @@ def _absolute_path(path: str) -> Path:
 
 
 def list_all(arguments: argparse.Namespace) -> None:
-    for folder in _folders(arguments.run):
-        print(f"{folder} | {_describe(folder)}")
+    folders = _folders(arguments.run)
+    best = _best_step(folders)
+    for folder in folders:
+        print(f"{folder} | {_describe(folder)}{' | best' if step_of(folder) == best else ''}")
+
+
+def _best_step(folders: list[Path]) -> int | None:
+    """The best step of a run, as of its newest readable checkpoint."""
+    for folder in reversed(folders):
+        with suppress(CheckpointError):
+            return CheckpointReader(folder).best_step
+    return None
 
 
 def _describe(folder: Path) -> str:
@@ -80,21 +91,23 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def diff(arguments: argparse.Namespace) -> None:
     first, second = (CheckpointReader(resolve_checkpoint(path)) for path in (arguments.first, arguments.second))
-    print(f"step: {first.step} -> {second.step}; Adam's step: {first.adam_step} -> {second.adam_step}")
+    print(f"step: {first.step} -> {second.step}; optimizer's step: {first.adam_step} -> {second.adam_step}")
     for line in config_changes(first.record.config, second.record.config):
         print(line)
     first.check_shapes(second.record.shapes)
-    differing = []
-    for name, shape in first.record.shapes.items():
-        for kind in KINDS:
-            size = math.prod(shape)
-            left, right = (reader.read(name, kind, 0, size) for reader in (first, second))
-            if not torch.equal(left, right):
-                differing.append(f"{name} {kind}: differs by up to {(left - right).abs().max().item():.3g}")
+    differing, n_tensors = [], 0
+    for name in first.record.shapes:
+        left, right = first.read_all(name), second.read_all(name)
+        n_tensors += len(left.keys() | right.keys())
+        differing += [f"{name} {kind}: only in {first.folder}" for kind in left if kind not in right]
+        differing += [f"{name} {kind}: only in {second.folder}" for kind in right if kind not in left]
+        for kind, values in left.items():
+            if kind in right and not torch.equal(values, right[kind]):
+                size = (values - right[kind]).abs().max().item()
+                differing.append(f"{name} {kind}: differs by up to {size:.3g}")
     print(*differing[:MAX_SHOWN], sep="\n")
     if len(differing) > MAX_SHOWN:
         print(f"and {len(differing) - MAX_SHOWN} more")
-    n_tensors = len(first.record.shapes) * len(KINDS)
     print(f"{len(differing)} of {n_tensors} tensors differ" if differing else "weights and moments are identical")
 
 
@@ -108,17 +121,19 @@ def prune_run(arguments: argparse.Namespace) -> None:
         intact = [folder for folder in step_folders(root) if checkpoint_problem(folder) is None]
         if not intact:
             raise CheckpointError(f"{root}: no checkpoint is intact; nothing is removed")
-        for folder in prune(root, intact[-1], arguments.keep, arguments.keep_every, intact):
+        best = _best_step(intact)
+        for folder in prune(root, intact[-1], arguments.keep, arguments.keep_every, intact, best):
             print(f"removed {folder}")
     finally:
         lock.close()
 
 
 def export(arguments: argparse.Namespace) -> None:
-    folder = resolve_checkpoint(arguments.checkpoint)
+    choice = weight_choice(arguments)
+    reader = CheckpointReader(resolve_checkpoint(arguments.checkpoint, best=choice.best), averaged=choice.averaged)
     limit = _parse_bytes(arguments.max_shard_size) if arguments.max_shard_size else None
-    write_export(CheckpointReader(folder), arguments.output, limit)
-    print(f"exported {folder} to {arguments.output}")
+    write_export(reader, arguments.output, limit)
+    print(f"exported {reader.folder} to {arguments.output}")
 
 
 def _folders(run: Path) -> list[Path]:

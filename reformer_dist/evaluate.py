@@ -29,7 +29,7 @@ from reformer_dist.process.command import run_command
 from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
 from reformer_dist.run.data import open_corpus
-from reformer_dist.run.pretrained import LoadedModel, load_model
+from reformer_dist.run.pretrained import LoadedModel, add_weight_choice, load_model, weight_choice
 from reformer_dist.tasks.text_metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluation import EvalResult, evaluate
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=...")
+    add_weight_choice(parser)
     add(
         "--rows",
         type=int,
@@ -161,7 +162,8 @@ def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> tuple[LoadedModel, Corpus]:
     if arguments.batch < 1 or arguments.rows < 0:
         raise ConfigError(f"--batch {arguments.batch} --rows {arguments.rows}: must be at least 1 and 0")
-    loaded = job.together(lambda: load_model(arguments.run, [*arguments.overrides, *overrides], job.device))
+    words, choice = [*arguments.overrides, *overrides], weight_choice(arguments)
+    loaded = job.together(lambda: load_model(arguments.run, words, job.device, choice))
     if arguments.without is not None:
         if not isinstance(loaded.model, ReformerModel):
             raise ConfigError(f"--without {arguments.without}: needs a model of one stack of layers")

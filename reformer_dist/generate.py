@@ -24,7 +24,7 @@ from reformer_dist.generation import (
 from reformer_dist.generation.decoder import last_document
 from reformer_dist.generation.text_stream import CONTEXT
 from reformer_dist.process.command import run_command
-from reformer_dist.run.pretrained import LoadedModel, load_model
+from reformer_dist.run.pretrained import LoadedModel, add_weight_choice, load_model, weight_choice
 
 MAX_BATCH = 16
 SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.0}
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8")
+    add_weight_choice(parser)
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
     prompt_file = "file whose text is a prompt, which is not printed; - is standard input; may be repeated"
     add("--prompt-file", action="append", default=[], metavar="FILE", help=prompt_file)
@@ -86,7 +87,7 @@ def run_generation(arguments: argparse.Namespace) -> None:
     """Validates the options, loads the model and prints texts. Raises UserError."""
     request = _parse_request(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(arguments.run, arguments.overrides, device)
+    loaded = load_model(arguments.run, arguments.overrides, device, weight_choice(arguments))
     if loaded.config.task.kind is TaskKind.sequence_to_sequence:
         request = _check_sources(request)
     prompts = [_encode(loaded, prompt, device) for prompt in request.prompts]

@@ -1,7 +1,7 @@
 """Sharded checkpoints independent of ZeRO stage and world size: safetensors and JSON, no pickles."""
 
 from reformer_dist.checkpoint.async_save import AsyncSave, prune
-from reformer_dist.checkpoint.export import Export, WeightSource, write_export
+from reformer_dist.checkpoint.export import Export, WeightChoice, WeightSource, write_export
 from reformer_dist.checkpoint.fragment import Fragment
 from reformer_dist.checkpoint.reader import (
     CheckpointReader,
@@ -17,6 +17,7 @@ __all__ = [
     "Export",
     "Fragment",
     "RunRecord",
+    "WeightChoice",
     "WeightSource",
     "checkpoint_problem",
     "find_checkpoint",

@@ -62,20 +62,20 @@ class AsyncSave:
         self.step = step
         self._runtime, self._extra_files = runtime, extra_files
         self._final, self._partial = step_folder(root, step), partial_folder(root, step)
-        n_elements = sum(fragment.length for fragment in fragments) * len(KINDS)
+        n_elements = sum(t.numel() for fragment in fragments for t in fragment.tensors().values())
         broken = [fragment.name for fragment in fragments if not fragment.is_finite()]
         needed, n_broken = runtime.sum([float(n_elements * ELEMENT_SIZE), float(len(broken))])
         if n_broken:
             names = sorted({name for names in runtime.gather(broken) for name in names})
             where = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-            raise NonFiniteError(f"step {step}: weights or Adam moments are not finite in {where}")
+            raise NonFiniteError(f"step {step}: weights or optimizer states are not finite in {where}")
         runtime.on_main(lambda: _prepare_folder(root, self._partial, int(needed)))
         self._record = json_bytes(record.to_json())
         self._error: CheckpointError | None = None
         self._entries: dict[str, Any] = {}  # of this rank's files in the manifest
         tensors = _copy(fragments, {} if buffers is None else buffers)
         index = {
-            "fragments": [{"name": each.name, "offset": each.offset, "length": each.length} for each in fragments],
+            "fragments": [_index_entry(fragment) for fragment in fragments],
             "adam_step": max((fragment.adam_step for fragment in fragments), default=0),
             "state": rank_state,
         }
@@ -139,8 +139,8 @@ def _copy(fragments: Sequence[Fragment], buffers: dict[str, Tensor]) -> dict[str
     """Copies of all fragments by name in the file, in `buffers` where shapes match."""
     copies: dict[str, Tensor] = {}
     for fragment in fragments:
-        for kind in KINDS:
-            key, values = f"{fragment.name}|{kind}", fragment.values(kind).detach()
+        for kind, values in fragment.tensors().items():
+            key = f"{fragment.name}|{kind}"
             buffer = buffers.get(key)
             if buffer is None or buffer.shape != values.shape:
                 buffer = torch.empty(values.shape)
@@ -149,19 +149,35 @@ def _copy(fragments: Sequence[Fragment], buffers: dict[str, Tensor]) -> dict[str
     return copies
 
 
+def _index_entry(fragment: Fragment) -> dict[str, Any]:
+    """Name and range of a fragment; and its kinds of tensors and sizes of factors, where AdamW has others."""
+    entry: dict[str, Any] = {"name": fragment.name, "offset": fragment.offset, "length": fragment.length}
+    if fragment.kinds != KINDS:
+        entry["kinds"] = list(fragment.kinds)
+    if fragment.factors:
+        entry["factors"] = {kind: factor.numel() for kind, factor in fragment.factors.items()}
+    return entry
+
+
 def prune(
-    root: Path, newest: Path, keep: int, keep_every: int, candidates: list[Path] | None = None
+    root: Path,
+    newest: Path,
+    keep: int,
+    keep_every: int,
+    candidates: list[Path] | None = None,
+    best_step: int | None = None,
 ) -> list[Path]:
     """Removes all but the last `keep` checkpoints up to `newest` (0: removes none); returns the removed ones.
 
-    Multiples of `keep_every` steps are kept (0: no such rule). Checkpoints other than `candidates` (default: all
-    under `root`) are neither counted nor removed.
+    Multiples of `keep_every` steps (0: no such rule) and `best_step` are kept. Checkpoints other than `candidates`
+    (default: all under `root`) are neither counted nor removed.
     """
     if keep == 0:
         return []
     # later ones are damaged or of an abandoned branch of the run: they must not displace `newest`
     counted = [folder for folder in candidates or step_folders(root) if step_of(folder) <= step_of(newest)]
     old = [folder for folder in counted[:-keep] if not keep_every or step_of(folder) % keep_every]
+    old = [folder for folder in old if step_of(folder) != best_step]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)
     return old

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,16 @@ from reformer_dist.fs.atomic import make_staging, publish, write_synced
 from reformer_dist.fs.tensors import save_file
 
 CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """Which weights of a run."""
+
+    averaged: bool = False
+    """Their average (optim.average)."""
+    best: bool = False
+    """Of the checkpoint with the best value of trainer.keep_best."""
 
 
 class WeightSource(Protocol):
@@ -143,10 +154,17 @@ class Export:
             raise CheckpointError(f"{self._files[name]}: can't be read: {error}") from error
 
 
-def open_weights(path: Path) -> CheckpointReader | Export:
+def open_weights(path: Path, choice: WeightChoice | None = None) -> CheckpointReader | Export:
     """Opens a run directory (its newest intact checkpoint), a checkpoint, or an export. Raises CheckpointError."""
-    is_export = (path / CONFIG_FILE).is_file()
-    return Export(path) if is_export else CheckpointReader(resolve_checkpoint(path))
+    choice = choice or WeightChoice()
+    if not (path / CONFIG_FILE).is_file():
+        return CheckpointReader(resolve_checkpoint(path, best=choice.best), averaged=choice.averaged)
+    if choice.averaged or choice.best:
+        flag = "--average" if choice.averaged else "--best"
+        raise CheckpointError(
+            f"{flag}: {path} is an export, which holds one set of weights; name a run or checkpoint"
+        )
+    return Export(path)
 
 
 def saved_model_config(path: str) -> dict[str, Any]:

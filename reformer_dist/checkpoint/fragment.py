@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("fp32", *MOMENTS)
-"""Tensors stored per fragment: the master weights and Adam's moments."""
+"""Tensors stored per fragment under AdamW: the master weights and Adam's moments."""
 ELEMENT_SIZE = 4  # bytes of a float32
 
 
@@ -30,7 +30,11 @@ class Fragment:
     start: int
     """Offset of the range in `master`."""
     state: dict[str, Tensor]
-    """The optimizer's state of `master`; empty before the first step."""
+    """The optimizer's state of `master`, and averages of it; moments are absent before the first step."""
+    kinds: tuple[str, ...] = KINDS
+    """Tensors stored with an element for each one of the range."""
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """State of the whole parameter, of any shape; empty unless the range begins at its first element."""
 
     def values(self, kind: str) -> Tensor:
         """The range's values [length] as a live view; zeros for moments that do not exist yet."""
@@ -39,8 +43,13 @@ class Fragment:
             return torch.zeros(self.length)
         return source.view(-1)[self.start : self.start + self.length]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, flat, by kind, as live views."""
+        factors = {kind: values.detach().view(-1) for kind, values in self.factors.items()}
+        return {kind: self.values(kind).detach() for kind in self.kinds} | factors
+
     def is_finite(self) -> bool:
-        return all(is_finite(self.values(kind)) for kind in KINDS)
+        return all(map(is_finite, self.tensors().values()))
 
     @property
     def adam_step(self) -> int:

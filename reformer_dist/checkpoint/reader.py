@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from reformer_dist.checkpoint.average import AverageRecord
 from reformer_dist.checkpoint.files import (
     FORMAT,
     MANIFEST,
@@ -22,9 +23,10 @@ from reformer_dist.checkpoint.files import (
     RUN_FILE,
     manifest_entry,
     rank_file,
+    step_folder,
     step_folders,
 )
-from reformer_dist.checkpoint.fragment import is_finite
+from reformer_dist.checkpoint.fragment import KINDS, is_finite
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.errors import CheckpointError
 
@@ -98,11 +100,18 @@ def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint at `path`, or the newest intact one if it is a run or checkpoints directory.
 
-    Raises CheckpointError if there is none, or none that is intact.
+    best: the best one of the run, as of that checkpoint. Raises CheckpointError if there is none, or none that is
+    intact.
     """
+    if best:
+        current = resolve_checkpoint(path)
+        found = CheckpointReader(current).best_step
+        if found is None:
+            raise CheckpointError(f"--best: {path} has none; train with trainer.keep_best=eval/loss")
+        return resolve_checkpoint(step_folder(current.parent, found))
     if (path / MANIFEST).is_file():
         problem = checkpoint_problem(path)
         if problem is not None:
@@ -125,6 +134,8 @@ class _StoredFragment:
     offset: int
     length: int
     file: Path
+    kinds: tuple[str, ...]
+    factors: dict[str, int] = field(compare=False)
 
 
 @contextmanager
@@ -139,13 +150,28 @@ def _json_errors(folder: Path) -> Iterator[None]:
 class CheckpointReader:
     """Reads a checkpoint directory that has been verified."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
+        """averaged: reads the average of the weights as the weights. Raises CheckpointError if there is none."""
         self.folder = folder
         with _json_errors(folder):
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
             self.record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text()))
             self.step: int = self.manifest["step"]
             self.world_size: int = self.manifest["world_size"]
+            saved = self.record.average
+            self.average = None if saved is None else AverageRecord(saved["window"], int(saved["updates"]))
+        self._reads_average = averaged
+        if averaged and self.average is None:
+            raise CheckpointError(
+                f"--average: {folder} holds no average of the weights; train with optim.average=exponential"
+            )
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best value of trainer.keep_best up to this one, if the run has one."""
+        with _json_errors(self.folder):
+            best = (self.record.progress or {}).get("best")
+            return None if best is None else int(best["step"])
 
     @cached_property
     def _rank_indexes(self) -> list[dict[str, Any]]:
@@ -172,15 +198,28 @@ class CheckpointReader:
             for rank, rank_index in enumerate(self._rank_indexes):
                 file = self.folder / rank_file(rank, "safetensors")
                 for entry in rank_index["fragments"]:
-                    fragment = _StoredFragment(int(entry["offset"]), int(entry["length"]), file)
+                    kinds = tuple(map(str, entry.get("kinds", KINDS)))
+                    factors = {str(kind): int(size) for kind, size in entry.get("factors", {}).items()}
+                    fragment = _StoredFragment(int(entry["offset"]), int(entry["length"]), file, kinds, factors)
                     fragments.setdefault(entry["name"], []).append(fragment)
         return {name: sorted(unordered) for name, unordered in fragments.items()}
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """The tensors that are stored of each element of a parameter; fp32 alone if it was frozen."""
+        fragments = self._fragments.get(name, [])
+        return fragments[0].kinds if fragments else ()
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
         """`length` float32 elements of the flattened parameter `name`, from `offset` on.
 
-        kind: one of fragment.KINDS. Raises CheckpointError unless each element is stored exactly once.
+        kind: one of `kinds`. Raises CheckpointError unless each element is stored exactly once.
         """
+        average = self.average if self._reads_average and kind == "fp32" else None
+        if average is not None and set(average.kinds) <= set(self.kinds(name)):
+            return average.combine(lambda stored: self._read(name, stored, offset, length))
+        return self._read(name, kind, offset, length)
+
+    def _read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
         parts: list[Tensor] = []
         n_read, end = 0, offset + length
         for fragment in self._fragments.get(name, []):
@@ -194,6 +233,26 @@ class CheckpointReader:
         if n_read != length:
             raise CheckpointError(f"{self.folder}: holds {n_read} of {length} elements of {name} from {offset}")
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def factors(self, name: str) -> dict[str, int]:
+        """Sizes of the state that a parameter has as a whole, by kind."""
+        first = next((each for each in self._fragments.get(name, []) if each.offset == 0), None)
+        return first.factors if first is not None else {}
+
+    def read_factor(self, name: str, kind: str) -> Tensor:
+        """All float32 elements, flat, of a state of the whole parameter `name`. Raises CheckpointError."""
+        length = self.factors(name).get(kind)
+        if length is None:
+            raise CheckpointError(f"{self.folder}: holds no {kind} of {name}")
+        first = self._fragments[name][0]
+        whole = _StoredFragment(0, length, first.file, first.kinds, first.factors)
+        return self._read_fragment(whole, f"{name}|{kind}", 0, length)
+
+    def read_all(self, name: str) -> dict[str, Tensor]:
+        """All that is stored of a parameter, flat, by kind. Raises CheckpointError."""
+        numel = torch.Size(self.record.shapes[name]).numel()
+        tensors = {kind: self._read(name, kind, 0, numel) for kind in self.kinds(name)}
+        return tensors | {kind: self.read_factor(name, kind) for kind in self.factors(name)}
 
     def _read_fragment(self, fragment: _StoredFragment, key: str, first: int, last: int) -> Tensor:
         file, length = fragment.file, fragment.length

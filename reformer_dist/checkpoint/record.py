@@ -30,6 +30,8 @@ class RunRecord:
     """Fields of TrainState that are equal on all ranks."""
     loss_scaler: dict[str, float] | None = None
     """State of the fp16 loss scaler; empty in other precisions."""
+    average: dict[str, Any] | None = None
+    """Fields of the AverageRecord, if the run averages its weights."""
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> RunRecord:

@@ -16,17 +16,27 @@ from reformer_dist.config.model import (
     Position,
     Recompute,
 )
-from reformer_dist.config.optim import DecayShape, DeepSpeedConfig, OptimConfig, Schedule
+from reformer_dist.config.optim import (
+    Average,
+    DecayShape,
+    DeepSpeedConfig,
+    OptimConfig,
+    OptimizerKind,
+    ParameterGroup,
+    Schedule,
+)
 from reformer_dist.config.parallel import Combine, ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.sweep import SweepConfig, SweepDirection, SweepKind
 from reformer_dist.config.task import TaskConfig, TaskKind, TextMetric
-from reformer_dist.config.trainer import Precision, TrainerConfig
+from reformer_dist.config.trainer import BestMode, Precision, TrainerConfig
 
 __all__ = [
     "Activation",
     "AttentionBackend",
     "AttentionKind",
+    "Average",
+    "BestMode",
     "Combine",
     "CompatConfig",
     "CrossAttentionKind",
@@ -40,7 +50,9 @@ __all__ = [
     "NeighbourRule",
     "Norm",
     "OptimConfig",
+    "OptimizerKind",
     "ParallelConfig",
+    "ParameterGroup",
     "Pooling",
     "Position",
     "Precision",

@@ -128,7 +128,7 @@ def _convert(value: Any, annotation: Any, key: str) -> Any:
     shown = repr(value) if isinstance(value, str) else value
     if get_origin(annotation) is list:
         require(isinstance(value, list | tuple), key, shown, "must be a list, such as [a, b]")
-        return [_convert(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(value)]
+        return [_convert_item(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(value)]
     if get_origin(annotation) is dict:
         require(isinstance(value, Mapping), key, value, "must be a mapping, such as {key: value}")
         return {_convert(k, arguments[0], key): _convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
@@ -144,6 +144,13 @@ def _convert(value: Any, annotation: Any, key: str) -> Any:
     elif isinstance(annotation, type) and is_dataclass(annotation):
         require(isinstance(value, annotation), key, value, f"must be a {annotation.__name__}")
     return value
+
+
+def _convert_item(item: Any, annotation: Any, key: str) -> Any:
+    """An item of a list. A group may be a mapping there, as in a saved configuration."""
+    if isinstance(item, Mapping) and isinstance(annotation, type) and is_dataclass(annotation):
+        return annotation(**{str(name): value for name, value in item.items()})
+    return _convert(item, annotation, key)
 
 
 def one_of(names: Sequence[str]) -> str:

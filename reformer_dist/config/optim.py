@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from reformer_dist.config.checks import LARGEST_INT64, ConfigGroup, bounded, require
+from reformer_dist.errors import ConfigError
 
 
 class Schedule(Enum):
@@ -26,15 +27,58 @@ OPEN_ENDED = (Schedule.inverse_sqrt, Schedule.constant, Schedule.wsd)
 """Schedules that do not depend on trainer.max_steps."""
 
 
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    muon = "muon"
+    adafactor = "adafactor"
+
+
+class Average(Enum):
+    none = "none"
+    exponential = "exponential"
+    window = "window"
+
+
+@dataclass(kw_only=True)
+class ParameterGroup(ConfigGroup, prefix="optim.groups[]."):
+    """Settings of the parameters whose names match a pattern. The first group that matches a parameter applies."""
+
+    match: str = ""
+    """Shell-style pattern of parameter names, such as embedding.* or stack.blocks.[01].*"""
+    lr: float | None = bounded(None, least=0)
+    """Peak learning rate of these parameters; null means optim.lr. The schedule is that of all."""
+    weight_decay: float | None = bounded(None, least=0)
+    """Weight decay of these parameters, vectors and embeddings included; null means the rule for all."""
+    frozen: bool = False
+    """Not trained: without gradients and optimizer states."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = "optim.groups[].match"
+        require(self.match != "", key, "''", "must be a pattern of parameter names, such as embedding.*")
+        has_values = self.lr is not None or self.weight_decay is not None
+        require(has_values or self.frozen, key, self.match, "sets nothing; give lr, weight_decay or frozen=true")
+        if self.frozen and has_values:
+            raise ConfigError(f"{key}={self.match}: frozen=true excludes lr and weight_decay, which need training")
+
+
 @dataclass(kw_only=True)
 class OptimConfig(ConfigGroup, prefix="optim."):
-    """AdamW. Weight decay applies to matrices, not to vectors and embeddings."""
+    """The optimizer. Weight decay applies to matrices, not to vectors and embeddings."""
 
+    kind: OptimizerKind = OptimizerKind.adamw
+    """adamw; muon for the matrices of the layers, and AdamW for the rest; or adafactor."""
     lr: float = bounded(1e-3, least=0)
-    """Peak learning rate, reached after the warmup."""
+    """Peak learning rate, reached after the warmup. In Adafactor, relative to the size of a parameter."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Of AdamW."""
     eps: float = bounded(1e-8, least=0)
+    """Of AdamW."""
+    momentum: float = bounded(0.95, least=0, below=1)
+    """Of Muon."""
     weight_decay: float = bounded(0.01, least=0)
+    groups: list[ParameterGroup] = field(default_factory=list)
+    """Learning rate and weight decay by pattern of names, and parameters that are not trained."""
     grad_clip: float = bounded(1.0, least=0)
     """Maximum norm of the gradient; 0 disables clipping."""
     schedule: Schedule = Schedule.cosine
@@ -52,12 +96,20 @@ class OptimConfig(ConfigGroup, prefix="optim."):
     """cosine, linear: steps at which the schedule has ended and begins again, with a warmup from its last rate."""
     accept_jump: bool = False
     """Resume although the schedule goes on at another rate than the checkpoint's, since its end has changed."""
+    average: Average = Average.none
+    """Average of the weights, evaluated beside them: exponential, or of the last window of steps."""
+    average_decay: float = bounded(0.999, least=0, below=1)
+    """exponential: the share of the old average that a step keeps, once it is long enough."""
+    average_window: int = bounded(1000, least=1)
+    """window: the average is that of at least this many steps, and at most twice as many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.betas) == 2, "optim.betas", self.betas, "must hold two numbers")
         is_valid = all(0 <= beta < 1 for beta in self.betas)
         require(is_valid, "optim.betas", self.betas, "must both be at least 0 and below 1")
+        has_rates = any(group.lr is not None for group in self.groups)
+        require(self.lr > 0 or not has_rates, "optim.lr", self.lr, "must be above 0 if optim.groups set lr")
         self._check_schedule()
 
     def _check_schedule(self) -> None:

@@ -10,7 +10,7 @@ from reformer_dist.config.checks import ConfigGroup, nearest_divisors, require
 from reformer_dist.config.data import DataConfig, Strand
 from reformer_dist.config.launcher import LauncherConfig
 from reformer_dist.config.model import AttentionBackend, AttentionKind, ModelConfig, NeighbourRule
-from reformer_dist.config.optim import DeepSpeedConfig, OptimConfig
+from reformer_dist.config.optim import Average, DeepSpeedConfig, OptimConfig
 from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.stage_values import STEPS, TOKENS, naming_stage, stage_spans
 from reformer_dist.config.sweep import SweepConfig
@@ -52,6 +52,8 @@ class RunConfig(ConfigGroup, prefix=""):
     init_from: str | None = None
     """Fine-tuning: a run, checkpoint, export or converted model with the initial weights, unless the run resumes.
     model.* then default to those of the weights."""
+    init_moments: bool = False
+    """With init_from: also start with the optimizer's moments of that checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +69,12 @@ class RunConfig(ConfigGroup, prefix=""):
             raise ConfigError(f"model.share_layers=true: {requirement}")
         require(self.output_dir != "", "output_dir", "''", "must name a directory")
         require(self.resume != "", "resume", "''", "must be auto, never or the path of a checkpoint")
+        require(self.init_from is not None or not self.init_moments, "init_moments", True, "needs init_from")
         self._check_task()
         self._check_documents()
         self._check_parallel()
         self._check_stages()
+        self._check_best()
 
     def _check_stages(self) -> None:
         for index, (values, _) in enumerate(self.stage_spans() if self.stages else ()):
@@ -97,6 +101,13 @@ class RunConfig(ConfigGroup, prefix=""):
         with naming_stage(index):
             changed = {group: replace(getattr(self, group), **keys) for group, keys in groups.items()}
             return replace(self, stages=[], **changed)
+
+    def _check_best(self) -> None:
+        metric, average = self.trainer.keep_best, self.optim.average
+        if metric is not None and metric.startswith("eval_average/") and average is Average.none:
+            raise ConfigError(
+                f"trainer.keep_best={metric}: needs an average; set optim.average=exponential or window"
+            )
 
     def _check_task(self) -> None:
         task, causal = self.task, self.model.causal

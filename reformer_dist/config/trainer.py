@@ -14,6 +14,16 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class BestMode(Enum):
+    auto = "auto"
+    min = "min"
+    max = "max"
+
+
+BEST_BY_NAME = {"loss": BestMode.min, "bits_per_byte": BestMode.min, "accuracy": BestMode.max}
+"""Whether lower or higher values of a metric of the evaluation are better."""
+
+
 @dataclass(kw_only=True)
 class TrainerConfig(ConfigGroup, prefix="trainer."):
     """The training loop. Intervals are in optimizer steps; 0 means never."""
@@ -32,6 +42,13 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """Newest checkpoints to keep on disk; 0 keeps all."""
     keep_every: int = bounded(0, least=0)
     """Checkpoints whose step is a multiple of it are never deleted; 0: no such checkpoints."""
+    keep_best: str | None = None
+    """Metric of the evaluation, such as eval/loss, eval/accuracy or eval_average/loss: the checkpoint with its
+    best value is saved and never deleted."""
+    best_mode: BestMode = BestMode.auto
+    """Whether the lowest or the highest value of keep_best is the best; auto goes by the name of the metric."""
+    patience: int = bounded(0, least=0)
+    """The run ends after this many evaluations in a row without a better value of keep_best; 0: it does not."""
     sample_every: int = bounded(0, least=0)
     sample_tokens: int = bounded(200, least=1, most=2**20)
     """Tokens of each text sample."""
@@ -63,3 +80,23 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
             requirement = f"must be [from, to] with 1 <= from <= to <= trainer.max_steps={self.max_steps}"
             is_valid = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.max_steps
             require(is_valid, "trainer.profile", self.profile, requirement)
+        self._check_best()
+
+    def _check_best(self) -> None:
+        metric = self.keep_best
+        if metric is None:
+            requirement = "needs trainer.keep_best=eval/loss, or another metric"
+            require(self.patience == 0, "trainer.patience", self.patience, requirement)
+            return
+        group, _, name = metric.partition("/")
+        is_known = group in ("eval", "eval_average") and name in BEST_BY_NAME
+        names = ", ".join(f"eval/{each}" for each in BEST_BY_NAME)
+        require(is_known, "trainer.keep_best", metric, f"must be one of {names}, or the same of eval_average/")
+        require(self.eval_every > 0, "trainer.keep_best", metric, "needs trainer.eval_every above 0")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether keep_best improves as it rises."""
+        name = (self.keep_best or "").partition("/")[2]
+        mode = BEST_BY_NAME.get(name) if self.best_mode is BestMode.auto else self.best_mode
+        return mode is BestMode.max

@@ -7,6 +7,8 @@ split into micro-batches. A step whose gradient is not finite changes neither we
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from reformer_dist.checkpoint import CheckpointReader, Fragment
-from reformer_dist.config import Precision, RunConfig
-from reformer_dist.engine.fragments import engine_fragments, load_engine_fragments, set_master_weights
-from reformer_dist.engine.optim import build_optimizer
+from reformer_dist.checkpoint.average import AverageRecord
+from reformer_dist.config import Average, Precision, RunConfig
+from reformer_dist.engine.average import WeightAverage
+from reformer_dist.engine.fragments import ModelShards
+from reformer_dist.engine.groups import freeze, parameter_groups
+from reformer_dist.engine.optim import build_optimizer, set_learning_rate
 from reformer_dist.engine.rejection import Accepts, asked_before_update
 from reformer_dist.engine.setup import deepspeed_dict, import_deepspeed, keep_float32_gradients
 
@@ -34,7 +39,10 @@ class TrainEngine:
     """Forward, backward and step of one model. Every rank makes the same calls in the same order."""
 
     def __init__(self, model: nn.Module, leaf_classes: list[type], config: RunConfig, world_size: int) -> None:
+        """Freezes the parameters of `model` that optim.groups freeze. Raises ConfigError."""
         deepspeed = import_deepspeed()
+        freeze(model, config.optim)
+        groups = parameter_groups(model, config.optim)
         micro_batch, self.n_micro = config.micro_batching(world_size)
         self.stage = config.deepspeed.stage
         # DeepSpeed sees every rank as data-parallel, also ranks that share a sequence: its own sequence
@@ -54,13 +62,19 @@ class TrainEngine:
             deepspeed.utils.set_z3_leaf_modules(model, leaf_classes)
         rounds_weights = self.stage > 0 and config.trainer.precision is not Precision.fp32
         # DeepSpeed makes its float32 master weights of the rounded ones
-        weights = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds_weights}
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config.optim), config=settings
-        )
+        weights = {
+            name: p.detach().cpu() for name, p in model.named_parameters() if rounds_weights or not p.requires_grad
+        }
+        frozen = {name: weights[name] for name, p in model.named_parameters() if not p.requires_grad}
+        dtype = torch.float32 if config.trainer.precision is Precision.fp32 else torch.bfloat16
+        optimizer = build_optimizer(groups, config.optim, dtype)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._shards = ModelShards(self._engine, self.stage, groups, frozen)
         if rounds_weights:
             keep_float32_gradients(self._engine, self.stage)
-            set_master_weights(self._engine, self.stage, weights)
+            self._shards.set_masters(weights)
+        if config.optim.average is not Average.none:
+            self._shards.average = WeightAverage(config.optim, self._shards.masters)
 
     def set_micro_batching(self, micro_batch: int, n_micro: int) -> None:
         """Changes the rows of a micro-batch, and the micro-batches of a step, between two steps."""
@@ -108,10 +122,13 @@ class TrainEngine:
         accepts: if it returns False for the norm of a finite gradient, as it must on every rank, the step is
         skipped too.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        if self.stage == 0:
-            return self._stage0_step(accepts)
+        set_learning_rate(self._engine.optimizer, lr)
+        result = self._stage0_step(accepts) if self.stage == 0 else self._zero_step(accepts)
+        if self._shards.average is not None and not result.was_skipped:
+            self._shards.average.update()
+        return result
+
+    def _zero_step(self, accepts: Accepts | None) -> StepResult:
         scaler = self.scaler_state()
         with asked_before_update(self._engine.optimizer, self.stage, accepts) as rejected:
             self._engine.step()
@@ -138,11 +155,41 @@ class TrainEngine:
 
     def fragments(self) -> list[Fragment]:
         """The fragments of parameters and optimizer states that this rank owns, as live float32 views."""
-        return engine_fragments(self._engine, self.stage)
+        return self._shards.owned()
 
     def load_fragments(self, reader: CheckpointReader) -> None:
-        """Fills weights and optimizer states from a checkpoint."""
-        load_engine_fragments(self._engine, self.stage, reader)
+        """Fills weights, optimizer states and averages from a checkpoint. Raises CheckpointError."""
+        self._shards.load(reader)
+
+    def load_moments(self, reader: CheckpointReader) -> None:
+        """Fills optimizer states alone from a checkpoint. Raises CheckpointError if any is missing."""
+        self._shards.load_moments(reader)
+
+    @property
+    def average(self) -> AverageRecord | None:
+        """The average of the weights, if the run has one."""
+        return None if self._shards.average is None else self._shards.average.record
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model has the average of its weights in this context; every rank enters it."""
+        average, masters = self._shards.average, self._shards.masters
+        assert average is not None
+        weights = [master.detach().clone() for master in masters]
+        try:
+            for master in masters:
+                master.data.copy_(average.average(master))
+            self._shards.refresh_weights()
+            yield
+        except BaseException:
+            self._restore(weights)  # but no collective, since other ranks may not have raised
+            raise
+        self._restore(weights)
+        self._shards.refresh_weights()
+
+    def _restore(self, weights: list[Tensor]) -> None:
+        for master, weight in zip(self._shards.masters, weights, strict=True):
+            master.data.copy_(weight)
 
     def scaler_state(self) -> dict[str, float]:
         """State of fp16's dynamic loss scaler; empty in other precisions."""

@@ -10,6 +10,7 @@ from reformer_dist.config import Recompute, TaskKind
 from reformer_dist.planning.sizes import JobSpec, Sizes
 from reformer_dist.planning.stack import ATTENTION, FEED_FORWARD, LAYER, STORED, STREAMS, WORKSPACE, StackMemory
 from reformer_dist.planning.states import (
+    AVERAGE,
     BUFFERS,
     CHECKPOINT_COPY,
     GRADIENTS,
@@ -26,6 +27,7 @@ CATEGORIES = (
     GRADIENTS,
     OPTIMIZER,
     BUFFERS,
+    AVERAGE,
     CHECKPOINT_COPY,
     STREAMS,
     STORED,

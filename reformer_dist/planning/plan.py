@@ -12,7 +12,7 @@ from torch import nn
 from reformer_dist.planning.flops import step_flops
 from reformer_dist.planning.memory import MemorySnapshot, StepMemory
 from reformer_dist.planning.sizes import JobSpec
-from reformer_dist.planning.states import count_parameters
+from reformer_dist.planning.states import ParameterCount, count_parameters
 from reformer_dist.planning.traffic import Traffic, exchange_traffic, zero_traffic
 
 MIB, GIB = 2**20, 2**30
@@ -46,7 +46,7 @@ class RunPlan:
     """Resources of one step: memory of one rank, traffic sent by one rank, FLOPs of all ranks."""
 
     job: JobSpec
-    n_parameters: int
+    count: ParameterCount
     peak: MemorySnapshot
     libraries: float
     """Bytes of the interpreter and its libraries, which share host memory with the tensors; 0 on a GPU."""
@@ -73,10 +73,10 @@ class RunPlan:
 def make_plan(job: JobSpec, build_model: Callable[[], nn.Module], memory_limit: float | None = None) -> RunPlan:
     """Computes the plan. build_model: the task's. Raises ConfigError if ranks or batch do not divide."""
     job.config.micro_batching(job.world_size)
-    count = count_parameters(build_model)
+    count = count_parameters(build_model, job.config.optim)
     return RunPlan(
         job=job,
-        n_parameters=count.total,
+        count=count,
         peak=StepMemory(job, count).peak(),
         libraries=measure_libraries(job) if job.device == "cpu" else 0.0,
         traffic=zero_traffic(job, count) | exchange_traffic(job) if job.world_size > 1 else {},
@@ -87,7 +87,7 @@ def make_plan(job: JobSpec, build_model: Callable[[], nn.Module], memory_limit: 
 
 def plan_memory(job: JobSpec, build_model: Callable[[], nn.Module]) -> MemorySnapshot:
     """The peak of the tensors of one rank. build_model: the task's. Raises ConfigError if ranks do not divide."""
-    return StepMemory(job, count_parameters(build_model)).peak()
+    return StepMemory(job, count_parameters(build_model, job.config.optim)).peak()
 
 
 def measure_libraries(job: JobSpec) -> float:
@@ -105,8 +105,9 @@ def measure_libraries(job: JobSpec) -> float:
 
 
 def describe(plan: RunPlan) -> str:
-    """The plan as text: ranks, tokens and parameters; memory by category and whether it fits; traffic."""
-    return "\n".join([*_job_lines(plan), "", *_memory_lines(plan), "", *_traffic_lines(plan)])
+    """The plan as text: the job; the optimizer's groups; memory by category and whether it fits; traffic."""
+    parts = (_job_lines(plan), _optimizer_lines(plan), _memory_lines(plan), _traffic_lines(plan))
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def format_bytes(n_bytes: float) -> str:
@@ -128,10 +129,20 @@ def _job_lines(plan: RunPlan) -> list[str]:
         + (f", {shared}" if config.parallel.sequence > 1 else ""),
         f"step          {tokens:,} tokens{source_tokens}: {data.batch_size} rows of {data.seq_len:,}, "
         f"{n_micro} micro-batch{'es' if n_micro > 1 else ''} of {micro} per rank",
-        f"parameters    {plan.n_parameters:,}; ZeRO stage {config.deepspeed.stage}, "
+        f"parameters    {plan.count.total:,}; ZeRO stage {config.deepspeed.stage}, "
         f"{config.trainer.precision.name}",
         f"compute       {plan.flops / 1e12:,.3f} TFLOP/step ({plan.flops / tokens / 1e6:,.1f} MFLOP/token)",
     ]
+
+
+def _optimizer_lines(plan: RunPlan) -> list[str]:
+    """A line per parameter group."""
+    lines = ["optimizer groups"]
+    for group in plan.count.groups:
+        size = f"{len(group.shapes):,} tensors, {sum(group.sizes):,} parameters"
+        lines.append(f"  {group.update.value:<22}{size}, lr {group.lr:g}, weight decay {group.weight_decay:g}")
+    frozen = [f"  {'frozen':<22}{plan.count.frozen:,} parameters"] if plan.count.frozen else []
+    return [*lines, *frozen]
 
 
 def _memory_lines(plan: RunPlan) -> list[str]:

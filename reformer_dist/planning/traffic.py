@@ -8,19 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from reformer_dist.config import AttentionKind, CrossAttentionKind, Recompute
+from reformer_dist.engine.groups import Update
 from reformer_dist.parallel.traffic import bucket_bytes, head_bytes, mean_other_ranks
 from reformer_dist.planning.sizes import JobSpec, n_projections
 from reformer_dist.planning.states import GRADIENT_BYTES, STAGE3_LIVE_PARAMETERS, ParameterCount
 
 Traffic = dict[str, float]
 GRADIENTS, WEIGHTS, HEADS, BUCKETS = "gradients", "weights", "exchange of heads", "exchange of buckets"
+MATRICES = "matrices of Muon"
 
 
 def zero_traffic(job: JobSpec, count: ParameterCount) -> Traffic:
     """Traffic of ZeRO for gradients and weights."""
     world, stage = job.world_size, job.config.deepspeed.stage
-    share = count.total * (world - 1) / world
-    grads, weights = GRADIENT_BYTES * share, job.weight_bytes * share
+    others = (world - 1) / world
+    grads, weights = GRADIENT_BYTES * count.trained * others, job.weight_bytes * count.trained * others
     if stage == 0:
         return {GRADIENTS: 2 * grads}
     if stage < 3:
@@ -28,7 +30,14 @@ def zero_traffic(job: JobSpec, count: ParameterCount) -> Traffic:
         return {GRADIENTS: 2 * grads * (job.n_micro if stage == 2 else 1), WEIGHTS: weights}
     # in forward, and again in backward unless the gathered weights are still in memory
     n_gathers = 1 if count.total <= STAGE3_LIVE_PARAMETERS else 2
-    return {GRADIENTS: grads * job.n_micro, WEIGHTS: n_gathers * weights * job.n_micro}
+    gathered = n_gathers * job.weight_bytes * count.total * others * job.n_micro
+    return {GRADIENTS: grads * job.n_micro, WEIGHTS: gathered} | _muon_traffic(count, world)
+
+
+def _muon_traffic(count: ParameterCount, world: int) -> Traffic:
+    """At stage 3, float32 parts of each matrix go to a rank and back. (At 1 and 2, few matrices are split.)"""
+    elements = sum(sum(group.sizes) for group in count.groups if group.update is Update.muon)
+    return {MATRICES: 2 * 4.0 * elements * (world - 1) / world**2} if elements else {}
 
 
 def exchange_traffic(job: JobSpec) -> Traffic:

@@ -34,7 +34,7 @@ from reformer_dist.run.directory import (
     write_config,
 )
 from reformer_dist.run.memory import require_memory
-from reformer_dist.run.pretrained import load_initial_weights
+from reformer_dist.run.pretrained import load_initial_moments, load_initial_weights, require_same_optimizer
 from reformer_dist.run.stages import OpenStage, StageOpener
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, has_checkpoints
 from reformer_dist.training.metrics_log import MetricsLogger
@@ -110,6 +110,9 @@ def build_engine(run: RunContext, opened: OpenStage, directory: RunDirectory, re
     resources.callback(engine.close)
     checkpoints = CheckpointManager(config, runtime, engine, record=record, extra_files=tokenizer_files)
     if resume_from is None:
+        if config.init_from is not None and config.init_moments:
+            path = config.init_from
+            runtime.together(lambda: load_initial_moments(path, engine, record))
         return EngineParts(engine, checkpoints, TrainState())
     logger.info(f"resuming from {resume_from.folder} at step {resume_from.step}")
     old_size, new_size = resume_from.world_size, runtime.world_size
@@ -117,6 +120,7 @@ def build_engine(run: RunContext, opened: OpenStage, directory: RunDirectory, re
     for change in changes + config_changes(resume_from.record.config, record.config):
         logger.info(f"  changed since: {change}")
     runtime.together(lambda: require_same_model(resume_from, record))
+    runtime.together(lambda: require_same_optimizer(resume_from, record))
     if jump := runtime.together(lambda: check_rate(resume_from, config)):
         logger.warning(jump)
     return EngineParts(engine, checkpoints, checkpoints.restore(resume_from))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reformer_dist.checkpoint import RunRecord
+from reformer_dist.checkpoint import CheckpointReader, RunRecord, WeightChoice
 from reformer_dist.checkpoint.export import open_weights
 from reformer_dist.config import RunConfig, TaskKind
 from reformer_dist.config.stage_values import saved_in_force
 from reformer_dist.data import Tokenizer, load_tokenizer
+from reformer_dist.engine import TrainEngine
 from reformer_dist.errors import CheckpointError, ConfigError, DataError
 from reformer_dist.models import ReformerLM
 from reformer_dist.models.attention import check_attention_backend
@@ -53,13 +55,16 @@ class LoadedModel:
         return self.language_model, prompts
 
 
-def load_model(path: Path, overrides: list[str], device: torch.device) -> LoadedModel:
+def load_model(
+    path: Path, overrides: list[str], device: torch.device, choice: WeightChoice | None = None
+) -> LoadedModel:
     """Loads a run directory (its newest intact checkpoint), a checkpoint or an export.
 
-    overrides: key=value, such as model.n_hashes=8, for settings that do not change the weights. Raises
-    ConfigError, and CheckpointError if there is no intact checkpoint or the overrides change its parameters.
+    choice: of the weights of a run. overrides: key=value, such as model.n_hashes=8, for settings that do not
+    change the weights. Raises ConfigError, and CheckpointError if there is no intact checkpoint or the overrides
+    change its parameters.
     """
-    reader = open_weights(path)
+    reader = open_weights(path, choice)
     # sequence parallelism and attention backend are those of this machine, not of training
     in_force = saved_in_force(reader.record.config, reader.step)
     saved = {key: value for key, value in in_force.items() if key != "parallel"}
@@ -74,6 +79,16 @@ def load_model(path: Path, overrides: list[str], device: torch.device) -> Loaded
     model = task.build_model()
     reader.load_weights(model)
     return LoadedModel(model.to(device).eval(), task, config, tokenizer, reader.folder, reader.step)
+
+
+def add_weight_choice(parser: ArgumentParser) -> None:
+    """Adds the options of `weight_choice` to a command."""
+    parser.add_argument("--average", action="store_true", help="use the average of the weights (optim.average)")
+    parser.add_argument("--best", action="store_true", help="use the best checkpoint (trainer.keep_best)")
+
+
+def weight_choice(arguments: Namespace) -> WeightChoice:
+    return WeightChoice(averaged=arguments.average, best=arguments.best)
 
 
 HEAD_PREFIX, TOKEN_EMBEDDING = "head.", "embedding.tokens"
@@ -106,6 +121,30 @@ def load_initial_weights(path: str, model: nn.Module, record: RunRecord) -> RunR
         reader.load_weights(model, ignored)
     logger.info(f"initialized from {reader.folder}")
     return saved
+
+
+def load_initial_moments(path: str, engine: TrainEngine, record: RunRecord) -> None:
+    """Fills the optimizer's moments from a checkpoint or run.
+
+    record: of the run with the engine. Raises CheckpointError unless there are moments of every trained parameter.
+    """
+    reader = open_weights(Path(path))
+    key = f"init_moments=true: init_from={path}"
+    if not isinstance(reader, CheckpointReader):
+        raise CheckpointError(f"{key} is an export, which holds no moments; name a run or checkpoint")
+    require_same_optimizer(reader, record)
+    if _prediction(reader.record) != _prediction(record):
+        raise CheckpointError(f"{key} has another head, and so no moments of this one's parameters")
+    reader.check_shapes(record.shapes)
+    engine.load_moments(reader)
+
+
+def require_same_optimizer(checkpoint: CheckpointReader, record: RunRecord) -> None:
+    """Raises CheckpointError if a checkpoint holds the state of another optimizer than a run has."""
+    saved, kind = (each.config["optim"].get("kind", "adamw") for each in (checkpoint.record, record))
+    if saved != kind:
+        fix = "go on with that, or begin another run from its weights, with init_from"
+        raise CheckpointError(f"optim.kind={kind}: {checkpoint.folder} holds the state of {saved}; {fix}")
 
 
 def _check_tie(path: str, saved: RunRecord, record: RunRecord) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -27,7 +27,18 @@ from reformer_dist.process.log import logger
 
 FOLDER = "checkpoints"
 # equal on all ranks; not skipped_in_a_row: each start of a run may skip as many
-SHARED_FIELDS = ("step", "skipped", "spikes", "running", "seconds", "is_observed", "is_worse_than_guessing")
+SHARED_FIELDS = (
+    *("step", "skipped", "spikes", "running", "seconds", "is_observed", "is_worse_than_guessing"),
+    *("best", "evaluations_since_best", "judged_step"),
+)
+
+
+class BestValue(TypedDict):
+    """The best value of a metric, and the step after which it was measured."""
+
+    metric: str
+    value: float
+    step: int
 
 
 @dataclass
@@ -47,6 +58,11 @@ class TrainState:
     """False if the evaluation or text sample of the step was interrupted and must be repeated."""
     is_worse_than_guessing: bool = False
     """Whether the loss last logged after the warm-up was above that of a uniform guess."""
+    best: BestValue | None = None
+    """Of trainer.keep_best."""
+    evaluations_since_best: int = 0
+    judged_step: int = -1
+    """Step of the last evaluation that was compared with the best."""
     window: dict[str, float] = field(default_factory=dict)
     """This rank's metrics since they were last logged, if the run stopped in between."""
 
@@ -119,6 +135,9 @@ class CheckpointManager:
         self._origin: CheckpointReader | None = None  # from which this process resumed
         self._unpruned: Path | None = None  # the newest checkpoint, until older ones have made room for it
         self._newest_step = self._proven_step = self._good_step = -1
+        # never removed; the next one once the save that knows of it is on disk
+        self._best_step: int | None = None
+        self._next_best_step: int | None = None
 
     def start_save(self, state: TrainState, data_state: dict[str, Any]) -> None:
         """Copies the state after the step just done, and starts a thread that writes it.
@@ -131,8 +150,10 @@ class CheckpointManager:
             self._record,
             progress={name: copy(getattr(state, name)) for name in SHARED_FIELDS},
             loss_scaler=self._engine.scaler_state(),
+            average=None if self._engine.average is None else asdict(self._engine.average),
         )
         self._newest_step = state.step
+        self._next_best_step = state.best["step"] if state.best is not None else None
         self._pending = AsyncSave(
             self._runtime,
             self._root,
@@ -156,6 +177,7 @@ class CheckpointManager:
         folder = pending.finish()
         logger.info(f"saved {folder}")
         self.last_saved = self._unpruned = folder
+        self._best_step = self._next_best_step
         self._prune()
         return pending.step
 
@@ -184,7 +206,7 @@ class CheckpointManager:
             for is_good in (True, False):
                 alike = [folder for folder in folders if (step_of(folder) <= self._good_step) == is_good]
                 if alike:
-                    prune(self._root, newest, self._keep, self._keep_every, alike)
+                    prune(self._root, newest, self._keep, self._keep_every, alike, self._best_step)
 
     def newest_good(self) -> tuple[Path | None, bool]:
         """The newest intact checkpoint whose weights have proven good; whether no other is newer in output_dir."""
@@ -208,6 +230,8 @@ class CheckpointManager:
             if self._runtime.is_main and not _was_good(reader.folder):
                 good = [step_of(each) for each in step_folders(self._root) if _was_good(each)]
                 self._good_step = max((step for step in good if step < reader.step), default=-1)
+        best = (reader.record.progress or {}).get("best")
+        self._best_step = best["step"] if best is not None else None
         saved = {name: value for name, value in (reader.record.progress or {}).items() if name in SHARED_FIELDS}
         return TrainState(**{"step": reader.step} | saved, window=self._window(reader))
 

@@ -20,6 +20,7 @@ from reformer_dist.process.live_line import SEPARATOR, live
 from reformer_dist.process.log import logger
 from reformer_dist.seeds import derive_seed
 from reformer_dist.training.batches import BatchReader, StepInputs
+from reformer_dist.training.best import BestTracker
 from reformer_dist.training.divergence import DivergenceMonitor
 from reformer_dist.training.metrics import (
     MetricsWindow,
@@ -78,6 +79,7 @@ class Trainer:
         )
         self._spikes = SpikeMonitor(run.config, run.runtime, parts.state)
         self._skipped_ranges = run.config.data.skipped_ranges()
+        self._best = BestTracker(run.config.trainer, parts.state, stage.validator.metrics)
         self._is_save_due = False
         self._failed_saves = 0  # since this process started
         self._saved_step = parts.state.step  # no need to save again at this step
@@ -88,13 +90,16 @@ class Trainer:
         self._bytes_per_token = parts.data.bytes_per_token
 
     def fit(self) -> None:
-        """Trains up to trainer.max_steps, then evaluates and saves.
+        """Trains up to trainer.max_steps or the end of trainer.patience, then evaluates and saves.
 
         Raises the same exception on every rank: UserError, or Preempted after saving if any got a stop signal or
         can't reach its data.
         """
-        if self.state.step >= self.config.trainer.max_steps and self.state.is_observed:
-            logger.info(f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train")
+        if self._is_last_step and self.state.is_observed:
+            end = f": {self._best.describe()}" if self._best.should_stop else ""
+            logger.info(
+                f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train{end}"
+            )
             return
         self._metrics_window.reset()
         if self.state.window:
@@ -115,7 +120,7 @@ class Trainer:
             self._evaluate_and_sample()
         live.progress(self.state.step, self.config.trainer.max_steps)
         shown = "compiling" if self._runtime.device.type == "cuda" else ""  # kernels, in the first step
-        while self.state.step < self.config.trainer.max_steps:
+        while not self._is_last_step:
             self._enter_stage_if_due()
             start = time.perf_counter()
             step = self.state.step + 1
@@ -157,16 +162,20 @@ class Trainer:
         self.state.is_observed = False
         if self._is_due(self.config.trainer.eval_every):
             with self._watchdog.phase(f"evaluating after step {self.state.step}"), live.phase("evaluating"):
-                loss = self._validator.evaluate(self.state.step, self.state.seconds)
-            self._monitor.end_evaluation(loss)
+                values = self._validator.evaluate(self.state.step, self.state.seconds)
+            self._monitor.end_evaluation(values["eval/loss"])
+            if not self._monitor.is_broken:
+                self._is_save_due |= self._best.end_evaluation(values)
+            if self._best.should_stop:
+                logger.info(f"step {self.state.step} is the last: {self._best.describe()}")
         if self._is_due(self.config.trainer.sample_every):
             with live.phase("generating text"):
                 self._validator.generate_text(self.state.step)
         self.state.is_observed = True
 
     def _save_if_due(self) -> None:
-        """Saves every trainer.save_every steps and at the end, or after the next step that is not skipped."""
-        step, is_last = self.state.step, self.state.step == self.config.trainer.max_steps
+        """Saves every trainer.save_every steps, the best weights, and at the end; after a skipped step, later."""
+        step, is_last = self.state.step, self._is_last_step
         is_due = self._is_due(self.config.trainer.save_every)
         if is_due and self._monitor.is_broken:
             if is_last:
@@ -200,8 +209,11 @@ class Trainer:
 
     def _is_due(self, interval: int) -> bool:
         """True every `interval` steps and at the end of the run; never if it is 0."""
-        step = self.state.step
-        return interval > 0 and (step % interval == 0 or step == self.config.trainer.max_steps)
+        return interval > 0 and (self.state.step % interval == 0 or self._is_last_step)
+
+    @property
+    def _is_last_step(self) -> bool:
+        return self.state.step >= self.config.trainer.max_steps or self._best.should_stop
 
     def _train_step(self, inputs: StepInputs) -> tuple[float, float]:
         """Returns (gradient norm, learning rate)."""
@@ -282,6 +294,7 @@ class Trainer:
         """Saves the step just done, in the background; if it must succeed, waits for it."""
         self._wait_for_save(block=True)
         self.state.window = self._metrics_window.state if self._metrics_window.has_steps else {}
+        self._best.begin_save()
         try:
             with live.phase("saving"):
                 # first, so that no checkpoint is ahead of the metrics on disk
@@ -307,11 +320,15 @@ class Trainer:
     def _wait_for_save(self, *, block: bool) -> None:
         """Finalizes a finished background save; with `block`, waits for it first."""
         try:
-            self._saved_step = self._checkpoints.wait(block=block) or self._saved_step
+            step = self._checkpoints.wait(block=block)
+            if step is not None:
+                self._saved_step = step
+                self._best.end_save(has_failed=False)
         except UserError as error:
             self._count_failed_save(error)
 
     def _count_failed_save(self, error: UserError) -> None:
         # training continues: a later save may succeed, and the last intact checkpoint remains
         self._failed_saves += 1
+        self._best.end_save(has_failed=True)
         logger.warning(f"a checkpoint could not be written: {error}")

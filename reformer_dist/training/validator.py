@@ -16,7 +16,7 @@ from reformer_dist.models.base import ReformerModel
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.process.log import logger
 from reformer_dist.training.batches import MicroBatch, interruptible
-from reformer_dist.training.evaluation import evaluate
+from reformer_dist.training.evaluation import EvalResult, evaluate
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import RunContext, StepLayout, TaskData
 
@@ -34,25 +34,46 @@ class Validator:
         self._config, self._runtime, self._stop = run.config, run.runtime, run.stop
         self._data, self._layout, self._engine, self._metrics = data, layout, engine, metrics
 
-    def evaluate(self, step: int, seconds: float) -> float:
-        """Logs the held-out loss over data.eval_rows rows, and model statistics on the first; returns the loss.
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that `evaluate` returns."""
+        task = self._data.task
+        names = [
+            "loss",
+            *([] if task.token_bytes is None else ["bits_per_byte"]),
+            *(["accuracy"] if task.reports_accuracy else []),
+        ]
+        groups = ["eval", *(["eval_average"] if self._engine.average is not None else [])]
+        return [f"{group}/{name}" for group in groups for name in names]
 
+    def evaluate(self, step: int, seconds: float) -> dict[str, float]:
+        """Logs and returns held-out metrics over data.eval_rows rows, also of the average of the weights, if any.
+
+        Logs model statistics on the first row.
         seconds: time spent training so far. Raises Preempted on every rank if any receives a stop signal.
         """
         self._engine.train(False)
+        result = self._evaluate_rows(step, by_position=self._data.task.config.task.packs_text)
+        values = {f"eval/{name}": value for name, value in result.values().items()}
+        if self._engine.average is not None:
+            with self._engine.averaged_weights():
+                averaged = self._evaluate_rows(step, of="average of the weights: ")
+            values |= {f"eval_average/{name}": value for name, value in averaged.values().items()}
+        positions = {f"eval_by_position/{name}": value for name, value in result.position_values().items()}
+        self._metrics.scalars({**values, **positions, **self._model_stats()}, step, seconds)
+        self._engine.train(True)
+        return values
+
+    def _evaluate_rows(self, step: int, *, of: str = "", by_position: bool = False) -> EvalResult:
+        """Evaluates and logs. of: whose result it is, if not that of the model's weights."""
         sequence = self._layout.sequence
         dp_rank, dp_size = sequence.mesh.dp_rank, sequence.mesh.dp_size
         rows = self._select_rows(self._config.data.eval_rows, self._layout.micro_batch, dp_rank, dp_size)
         batches = self._stop.until_stopped(interruptible(self._batches(rows), self._stop), self._runtime)
-        task = self._data.task
-        by_position = task.config.task.packs_text
-        result = evaluate(self._engine.forward, batches, task, self._runtime, sequence, by_position=by_position)
-        logger.info(f"step {step} | {result} | {rows.describe(self._data.task.count_rows(self._data.corpus))}")
-        values = {f"eval/{name}": value for name, value in result.values().items()}
-        values |= {f"eval_by_position/{name}": value for name, value in result.position_values().items()}
-        self._metrics.scalars({**values, **self._model_stats()}, step, seconds)
-        self._engine.train(True)
-        return result.loss
+        task, forward = self._data.task, self._engine.forward
+        result = evaluate(forward, batches, task, self._runtime, sequence, by_position=by_position)
+        logger.info(f"step {step} | {of}{result} | {rows.describe(task.count_rows(self._data.corpus))}")
+        return result
 
     def generate_text(self, step: int) -> None:
         """Logs a continuation of the first held-out tokens, which every rank generates in full."""

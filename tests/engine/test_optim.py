@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 from torch import nn
 
-from reformer_dist.config import AttentionKind, DecayShape, ModelConfig, OptimConfig, Position, Schedule
-from reformer_dist.engine.optim import build_optimizer, parameter_groups
+from reformer_dist.config import (
+    AttentionKind,
+    DecayShape,
+    ModelConfig,
+    OptimConfig,
+    OptimizerKind,
+    ParameterGroup,
+    Position,
+    Schedule,
+)
+from reformer_dist.engine.groups import Group, Update, freeze, parameter_groups
+from reformer_dist.engine.optim import build_optimizer, set_learning_rate
 from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerLM
@@ -124,12 +134,13 @@ def test_matrices_of_linear_layers_decay_and_nothing_else(position: Position, ti
     linear = {id(module.weight) for module in whole.modules() if isinstance(module, nn.Linear)}
     if not tied:
         linear.add(id(whole.head.weight))
-    decay = {id(p): group["weight_decay"] for group in parameter_groups(whole, 0.3) for p in group["params"]}
+    groups = parameter_groups(whole, OptimConfig(weight_decay=0.3, betas=[0.8, 0.9], eps=1e-6))
+    listed = [p for group in groups for p in group.parameters.values()]
+    decay = {id(p): group.weight_decay for group in groups for p in group.parameters.values()}
     assert decay == {id(p): 0.3 if id(p) in linear else 0.0 for p in whole.parameters()}
     assert len(linear) > 4
-    listed = [p for group in parameter_groups(whole, 0.3) for p in group["params"]]
     assert len(listed) == len(decay)
-    optimizer = build_optimizer(whole, OptimConfig(betas=[0.8, 0.9], eps=1e-6))
+    optimizer = build_optimizer(groups, OptimConfig(betas=[0.8, 0.9], eps=1e-6))
     assert {group["lr"] for group in optimizer.param_groups} == {0.0}
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
@@ -137,9 +148,84 @@ def test_matrices_of_linear_layers_decay_and_nothing_else(position: Position, ti
 def test_frozen_parameters_are_left_out() -> None:
     whole = model(tie_embeddings=True)
     whole.embedding.requires_grad_(False)
-    listed = {id(p) for group in parameter_groups(whole, 0.3) for p in group["params"]}
+    listed = {id(p) for group in parameter_groups(whole, OptimConfig()) for p in group.parameters.values()}
     assert listed == {id(p) for p in whole.parameters() if p.requires_grad}
 
 
 def test_no_empty_group() -> None:
-    assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False), OptimConfig())) == 1
+
+
+def groups_of(*groups: ParameterGroup, **optim: Any) -> dict[str, Group]:
+    """The group of each parameter that is trained."""
+    config = OptimConfig(groups=list(groups), **optim)
+    whole = model()
+    freeze(whole, config)
+    return {name: group for group in parameter_groups(whole, config) for name in group.parameters}
+
+
+def test_the_first_group_that_matches_applies() -> None:
+    found = groups_of(
+        ParameterGroup(match="embedding.*", lr=0.05, weight_decay=0.3),
+        ParameterGroup(match="stack.blocks.0.*", frozen=True),
+        ParameterGroup(match="*.attention.*", weight_decay=0.0),
+        ParameterGroup(match="*", lr=0.2),
+        lr=0.1,
+        weight_decay=0.5,
+    )
+    assert (found["embedding.tokens.weight"].lr_scale, found["embedding.tokens.weight"].weight_decay) == (0.5, 0.3)
+    assert not any(name.startswith("stack.blocks.0.") for name in found)
+    assert found["stack.blocks.1.attention.to_v.weight"].weight_decay == 0.0
+    assert found["stack.blocks.1.attention.to_v.weight"].lr_scale == 1.0
+    assert [found[f"head.{name}"].weight_decay for name in ("weight", "bias")] == [0.5, 0.0]
+    assert found["head.bias"].lr_scale == 2.0
+
+
+def test_learning_rates_of_groups_follow_the_schedule() -> None:
+    config = OptimConfig(lr=0.1, groups=[ParameterGroup(match="head.*", lr=0.05)])
+    whole = model()
+    optimizer = build_optimizer(parameter_groups(whole, config), config)
+    set_learning_rate(optimizer, 0.02)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(whole.head.weight)] == pytest.approx(0.01)
+    assert rates[id(whole.embedding.tokens.weight)] == 0.02
+
+
+def test_muon_updates_the_matrices_of_layers_alone() -> None:
+    found = groups_of(kind=OptimizerKind.muon)
+    muon = {name for name, group in found.items() if group.update is Update.muon}
+    assert muon == {
+        name for name in found if name.startswith("stack.blocks.") and ".to_" in name and "bias" not in name
+    }
+    assert {found[name].update for name in found.keys() - muon} == {Update.adamw}
+    factored = {
+        name for name, group in groups_of(kind=OptimizerKind.adafactor).items() if not group.update.moments
+    }
+    assert factored == {name for name, p in model().named_parameters() if p.dim() == 2}
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"match": "embeding.*", "lr": 0.1}], r"optim\.groups\[0\]\.match=embeding\.\*: .*embedding\.\*"),
+        (
+            [{"match": "*", "lr": 0.1}, {"match": "head.*", "lr": 0.1}],
+            r"optim\.groups\[1\]\.match=head.*before it",
+        ),
+        ([{"match": "*", "frozen": True}], r"optim\.groups: .*every parameter"),
+        ([{"match": "head.*"}], r"match=head\.\*: sets nothing"),
+        ([{"match": "head.*", "frozen": True, "lr": 0.1}], r"match=head\.\*: frozen=true excludes lr"),
+        ([{"lr": 0.1}], r"match='': "),
+        ([{"match": "head.*", "rate": 0.1}], "rate"),
+        ([{"match": "head.*", "lr": -1.0}], r"lr=-1"),
+        ([3], r"optim\.groups\[0\]=3: must be a ParameterGroup"),
+    ],
+)
+def test_groups_that_are_refused(groups: list[Any], message: str) -> None:
+    with pytest.raises((ConfigError, TypeError), match=message):
+        parameter_groups(model(), OptimConfig(groups=groups))
+
+
+def test_rates_of_groups_need_one_to_be_relative_to() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr=0.*optim\.groups"):
+        OptimConfig(lr=0.0, groups=[ParameterGroup(match="*", lr=0.1)])

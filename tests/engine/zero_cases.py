@@ -1,6 +1,6 @@
 """Trains every case under DeepSpeed, as one rank of a job; writes results.json and checkpoints.
 
-python zero_cases.py OUT [OTHER]     OTHER: where another number of processes wrote; read instead of OUT
+python zero_cases.py [--slow] OUT [OTHER]     OTHER: where another number of processes wrote; read instead of OUT
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from zero_setup import (
     LEARNING_RATES,
     PROVED,
     READ,
+    RESUMED,
+    SLOW,
+    SLOW_READ,
     STEPS,
     TRAINED,
     VALID,
@@ -60,7 +63,13 @@ class Run:
             self.done,
             self.engine.fragments(),
             rank_state={},
-            record=RunRecord(config={}, tokenizer={}, vocab_size=VOCAB, shapes=self.shapes),
+            record=RunRecord(
+                config={},
+                tokenizer={},
+                vocab_size=VOCAB,
+                shapes=self.shapes,
+                average=None if self.engine.average is None else asdict(self.engine.average),
+            ),
             extra_files={},
         ).finish()
 
@@ -85,6 +94,10 @@ class Run:
         """Records the evaluation loss, and the error of decoding token by token."""
         self.engine.train(False)
         row = rows(99)
+        if self.engine.average is not None:
+            with self.engine.averaged_weights():
+                loss = self.engine.forward(row[:, :-1], row[:, 1:]).item()
+            self.outcome.heldout_of_average[str(self.done)] = loss
         self.outcome.heldout[str(self.done)] = self.engine.forward(row[:, :-1], row[:, 1:]).item()
         text, state = row[:2, :20], DecodingState(self.engine.module.config)
         parts = [text[:, :12], *text[:, 12:].split(1, dim=1)]
@@ -125,14 +138,21 @@ class Cases:
     def prove(self, case: Case) -> None:
         """Trains without interruption, resumed in the middle, with a bad step, and without that step."""
         name = case.name
-        self.train(name, case, saves=(2, STEPS))
-        self.train(f"{name}-resumed", case, load=step_folder(self.out / name, 2))
+        self.resume(case)
         self.train(f"{name}-bad", case, until=3, bad=[1], saves=(1, 2, 3))
         self.train(f"{name}-after-bad", case, load=step_folder(self.out / f"{name}-bad", 2), until=3, saves=[3])
 
-    def read(self, name: str, stage: int, source: Path) -> None:
+    def train_alone(self, case: Case) -> None:
+        self.train(case.name, case)
+
+    def resume(self, case: Case) -> None:
+        """Trains without interruption, and resumed in the middle."""
+        self.train(case.name, case, saves=(2, STEPS))
+        self.train(f"{case.name}-resumed", case, load=step_folder(self.out / case.name, 2))
+
+    def read(self, name: str, case: Case, source: Path) -> None:
         """Reads a checkpoint of another stage or world size, saves it again at once, then trains."""
-        self.train(name, Case(stage), load=source, saves=(2, STEPS))
+        self.train(name, case, load=source, saves=(2, STEPS))
 
     def write_results(self) -> None:
         if self.job.is_main:
@@ -140,24 +160,25 @@ class Cases:
             (self.out / "results.json").write_text(json.dumps(record))
 
 
-def main(out: Path, other: Path | None) -> None:
+def main(out: Path, other: Path | None, *, is_slow: bool) -> None:
     torch.set_num_threads(1)
     job = runtime.start()
-    cases = Cases(job, out)
+    cases, world = Cases(job, out), job.world_size
+    proved, trained = ([], []) if is_slow else (PROVED[world], TRAINED[world])
+    resumed, read = (SLOW, SLOW_READ if world == 1 else []) if is_slow else (RESUMED[world], READ[world])
     # stage 3 last: from its first engine on, DeepSpeed replaces torch's linear in the whole process
     for is_stage3 in (False, True):
-        for case in PROVED[job.world_size]:
+        for act, chosen in ((cases.prove, proved), (cases.train_alone, trained), (cases.resume, resumed)):
+            for case in chosen:
+                if (case.stage == 3) == is_stage3:
+                    act(case)
+        for source, case in read:
             if (case.stage == 3) == is_stage3:
-                cases.prove(case)
-        for case in TRAINED[job.world_size]:
-            if (case.stage == 3) == is_stage3:
-                cases.train(case.name, case)
-        for source, stage in READ[job.world_size]:
-            if (stage == 3) == is_stage3:
-                cases.read(read_name(source, stage), stage, step_folder((other or out) / Case(source).name, 2))
+                cases.read(read_name(source, case), case, step_folder((other or out) / source.name, 2))
     cases.write_results()
     runtime.stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    paths = [Path(word) for word in sys.argv[1:] if word != "--slow"]
+    main(paths[0], paths[1] if len(paths) > 1 else None, is_slow="--slow" in sys.argv)

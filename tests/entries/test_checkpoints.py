@@ -50,7 +50,7 @@ def test_diff(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "identical" in capsys.readouterr().out.splitlines()[-1]
     run("diff", step(trained, 3), step(trained, 6))
     said = capsys.readouterr().out
-    assert said.startswith("step: 3 -> 6; Adam's step: 3 -> 6\n")
+    assert said.startswith("step: 3 -> 6; optimizer's step: 3 -> 6\n")
     assert " exp_avg: differs by up to " in said
 
 

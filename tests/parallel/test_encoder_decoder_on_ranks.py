@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from seq2seq_setup import CASES, IGNORE_INDEX, LEARNING_RATES, MICRO, STEPS, VOCAB, Case, rows
 from support.launch import run_ranks
-from support.plain_adamw import train_plainly
+from support.plain_training import train_plainly
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader

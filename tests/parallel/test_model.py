@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_setup import IGNORE_INDEX, JOBS, LEARNING_RATES, MICRO, SLOW, STEPS, Case, rows
 from support.launch import run_ranks
-from support.plain_adamw import train_plainly
+from support.plain_training import train_plainly
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader

@@ -18,7 +18,7 @@ from reformer_dist.data import ByteTokenizer
 from reformer_dist.models import ReformerLM
 from reformer_dist.planning.memory import STORED, StepMemory
 from reformer_dist.planning.sizes import JobSpec
-from reformer_dist.planning.states import OPTIMIZER, ModelStateMemory, ParameterCount, count_parameters
+from reformer_dist.planning.states import AVERAGE, OPTIMIZER, ModelStateMemory, ParameterCount, count_parameters
 from reformer_dist.run.build import build_trainer
 from reformer_dist.tasks import Task, make_task
 
@@ -75,7 +75,7 @@ def test_parameters_are_those_of_the_real_model(changed, tiny_data, tmp_path):
 def check_count(build_model: Callable[[], nn.Module]) -> ParameterCount:
     count = count_parameters(build_model)
     assert count.total == sum(p.numel() for p in build_model().parameters())
-    assert count.total == sum(map(sum, count.groups))
+    assert count.total == count.trained == sum(sum(group.sizes) for group in count.groups)
     blocks = sum(block.total for block in [*count.blocks, *count.encoder_blocks])
     assert count.total == count.embedding + count.above + count.above_encoder + blocks
     return count
@@ -124,18 +124,37 @@ def test_activations_of_a_layer(recompute, changed, activation, tiny_data, tmp_p
     assert many - few == pytest.approx(planned_many - planned_few, rel=0.01, abs=2e4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_optimizer_bytes_are_those_of_the_real_engine(stage, tiny_data, tmp_path, job):
-    config = tiny_config(tiny_data, tmp_path / "run", *QUIET, f"deepspeed.stage={stage}")
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (0, ()),
+        (1, ()),
+        (2, ("optim.average=window",)),
+        (0, ("optim.kind=adafactor", "optim.average=exponential")),
+        (2, ("optim.kind=muon", "optim.groups=[{match: stack.blocks.0.*, frozen: true}]")),
+    ],
+    ids=str,
+)
+def test_optimizer_bytes_are_those_of_the_real_engine(stage, words, tiny_data, tmp_path, job):
+    config = tiny_config(tiny_data, tmp_path / "run", *QUIET, f"deepspeed.stage={stage}", *words)
     with ExitStack() as resources:
         trainer = build_trainer(config, job, resources)
         trainer.fit()
-        fragments = trainer._engine.fragments()
+        fragments = [each for each in trainer._engine.fragments() if each.state]
         masters = {id(fragment.master): fragment for fragment in fragments}.values()
-        moments = sum(f.state[name].nbytes for f in masters for name in ("exp_avg", "exp_avg_sq"))
+        states = {kind: 0 for fragment in masters for kind in fragment.state if kind != "step"}
+        for fragment in masters:
+            for kind in states:
+                states[kind] += fragment.state[kind].nbytes if kind in fragment.state else 0
+        factors = sum(values.nbytes for fragment in fragments for values in fragment.factors.values())
+        averages = sum(states[kind] for kind in states if "average" in kind)
+        moments = sum(states.values()) - averages + factors
         held = moments + (sum(f.master.nbytes for f in masters) if stage else 0)
-    states = ModelStateMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count_of(config.model))
-    assert states.held()[OPTIMIZER] == held
+    count = count_parameters(partial(ReformerLM, config.model, VOCAB), config.optim)
+    planned = ModelStateMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count).held()
+    assert planned[OPTIMIZER] == held
+    assert planned.get(AVERAGE, 0.0) == averages
+    assert count.frozen == sum(p.numel() for p in trainer._engine.module.parameters() if not p.requires_grad)
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from reformer_dist.checkpoint import CheckpointReader
-from reformer_dist.checkpoint.fragment import KINDS
 
 
-def read_all(folder: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, Tensor]:
-    """Flat tensors by "<parameter>|<kind>", and Adam's step."""
+def read_all(folder: Path, kinds: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    """Flat tensors by "<parameter>|<kind>", and the optimizer's step. kinds: all by default."""
     reader = CheckpointReader(folder)
     tensors = {
-        f"{name}|{kind}": reader.read(name, kind, 0, math.prod(shape))
-        for name, shape in reader.record.shapes.items()
-        for kind in kinds
+        f"{name}|{kind}": values
+        for name in reader.record.shapes
+        for kind, values in reader.read_all(name).items()
+        if kinds is None or kind in kinds
     }
     return tensors | {"adam_step": torch.tensor(reader.adam_step)}
 

@@ -198,7 +198,8 @@ def test_numbers_that_are_not_finite_are_damage(
 def test_an_evaluation_that_is_not_finite_is_not_saved(
     tiny_data: Path, tmp_path: Path, job: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Validator, "evaluate", lambda self, step, seconds: math.nan if step == 6 else 1.0)
+    found = {3: {"eval/loss": 1.0}, 6: {"eval/loss": math.nan}}
+    monkeypatch.setattr(Validator, "evaluate", lambda self, step, seconds: found[step])
     with pytest.raises(TrainingError, match="step 6"):
         train(job, tiny_data, tmp_path / "run", "trainer.eval_every=3")
     assert saved_steps(tmp_path / "run") == [3]

@@ -11,6 +11,7 @@ from reformer_dist.data.format.id_tokenizer import IdTokenizer
 from reformer_dist.data.format.label_spans import label_mask, read_groups, read_spans
 from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
+from reformer_dist.data.format.tar_members import TextMember
 from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from reformer_dist.data.format.verify import verify_dataset
 from reformer_dist.data.loading.collate import (
@@ -55,15 +56,12 @@ from reformer_dist.data.prepare.documents import (
 from reformer_dist.data.prepare.fasta import CASES, FastaOptions, read_fasta
 from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
 from reformer_dist.data.prepare.ids import read_ids
+from reformer_dist.data.prepare.in_place import index_tar_files
 from reformer_dist.data.prepare.raw_files import read_counter
 from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
 from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout, sample_texts
-from reformer_dist.data.prepare.shard_writer import (
-    WriteSummary,
-    has_finished_batches,
-    write_dataset,
-    write_samples,
-)
+from reformer_dist.data.prepare.shard_writer import WriteSummary, write_dataset, write_samples
+from reformer_dist.data.prepare.staging import has_finished_work
 from reformer_dist.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = [
@@ -101,6 +99,7 @@ __all__ = [
     "SkippedFiles",
     "Span",
     "StepBatch",
+    "TextMember",
     "TextOptions",
     "Tokenizer",
     "TrainLoader",
@@ -113,9 +112,10 @@ __all__ = [
     "describe_changes",
     "document_ids",
     "draws_reverse",
-    "has_finished_batches",
+    "has_finished_work",
     "heldout_sample_batches",
     "heldout_text_batches",
+    "index_tar_files",
     "is_heldout",
     "label_mask",
     "load_tokenizer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from reformer_dist.data import (
     ByteTokenizer,
     IdTokenizer,
     SkippedFiles,
+    TextMember,
     Tokenizer,
     WriteSummary,
     assign_splits,
-    has_finished_batches,
+    has_finished_work,
+    index_tar_files,
     load_tokenizer,
     sample_texts,
     write_samples,
@@ -48,24 +50,56 @@ def make_shards() -> None:
     require_offsets(arguments, tokenizer)
     form.left_out.clear()  # the tokenizer's pass over the inputs has counted them already
     with removed_on_failure(arguments.output), progress("tokenizing", total) as shown:
-        summary = write_samples(
-            form.records(),
-            arguments.output,
-            tokenizer,
-            shard_bytes=int(arguments.shard_mb * 2**20),
-            heldout_fraction=arguments.heldout,
-            overwrite=arguments.overwrite,
-            heldout=form.heldout() if form.heldout else None,
-            fields=form.fields,
-            label_spans=bool(arguments.label_spans),
-            labels=None if arguments.label else (),
-            alphabet=DNA if arguments.fasta and isinstance(tokenizer, ByteTokenizer) else None,
-            workers=workers,
-            resume=True,
-            on_read=shown.add,
-        )
+        write = index_in_place if arguments.in_place else write_shards
+        summary = write(arguments, form, tokenizer, workers, shown.add)
     show(summary, form.left_out, tokenizer, arguments.output)
     print(f"  {shown.rate:.1f} MB of text per second")
+
+
+def write_shards(
+    arguments: argparse.Namespace,
+    form: InputFormat,
+    tokenizer: Tokenizer,
+    workers: int,
+    on_read: Callable[[int], None],
+) -> WriteSummary:
+    return write_samples(
+        form.records(),
+        arguments.output,
+        tokenizer,
+        shard_bytes=int(arguments.shard_mb * 2**20),
+        heldout_fraction=arguments.heldout,
+        overwrite=arguments.overwrite,
+        heldout=form.heldout() if form.heldout else None,
+        fields=form.fields,
+        label_spans=bool(arguments.label_spans),
+        labels=None if arguments.label else (),
+        alphabet=DNA if arguments.fasta and isinstance(tokenizer, ByteTokenizer) else None,
+        workers=workers,
+        resume=True,
+        on_read=on_read,
+    )
+
+
+def index_in_place(
+    arguments: argparse.Namespace,
+    form: InputFormat,
+    tokenizer: Tokenizer,
+    workers: int,
+    on_read: Callable[[int], None],
+) -> WriteSummary:
+    return index_tar_files(
+        arguments.inputs,
+        arguments.output,
+        tokenizer,
+        TextMember.of(arguments.member, arguments.text_field or "text"),
+        heldout=arguments.heldout_from,
+        heldout_fraction=arguments.heldout,
+        skip_others=arguments.skip_unreadable,
+        overwrite=arguments.overwrite,
+        workers=workers,
+        on_read=on_read,
+    )
 
 
 @contextmanager
@@ -75,7 +109,7 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if has_finished_batches(folder):
+        if has_finished_work(folder):
             print(f"{folder}/.writing keeps what is done; the same command goes on from there", file=sys.stderr)
             raise
         if created:

@@ -20,6 +20,7 @@ inputs:
   any file     with --bytes: the bytes that it holds, neither decompressed nor decoded
   .npy, .npz, .parquet, .arrow, .jsonl   with --ids N: sequences of token ids, such as codes of audio or music
   FASTA        with --fasta: each sequence without its long runs of N, or each region of a BED file
+  .tar files, with --in-place   indexed where they are, without a copy
   other formats that hold text, such as .pdf and .zip, are refused (or skipped, with --skip-unreadable)
 
 samples with several texts, for tasks other than language modeling:
@@ -85,6 +86,18 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
         "--text-field",
         metavar="NAME",
         help="field or column of the text (default: text), or of the ids of --ids (default: input_ids)",
+    )
+    add(
+        "--in-place",
+        action="store_true",
+        help="inputs are .tar files of WebDataset: write indexes only, in DIR, and links to the files if they are "
+        "elsewhere",
+    )
+    add(
+        "--member",
+        default="txt",
+        metavar="SUFFIX",
+        help="with --in-place: the member of each sample that holds its text; of .json members, --text-field",
     )
     add("--bytes", action="store_true", help="inputs are files of any kind, read as the bytes that they are")
     add(
@@ -209,7 +222,8 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
-        "--source, --fields, --label-spans, --squad, --fasta, --bytes, --ids are mutually exclusive": is_parallel
+        "--source, --fields, --label-spans, --squad, --fasta, --bytes, --ids, --in-place: give one": is_parallel
+        + arguments.in_place
         + arguments.bytes
         + (arguments.ids is not None)
         + arguments.fasta
@@ -226,6 +240,10 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         or 1 <= arguments.ids < 2**32 - 1,
         "--bytes and --ids exclude --tokenizer and --tokenizer-of": not (arguments.bytes or arguments.ids)
         or (arguments.tokenizer == "bytes" and not arguments.tokenizer_of),
+        "--member needs --in-place": arguments.in_place or arguments.member == "txt",
+        "--in-place needs a vocabulary that exists: --tokenizer bytes, --tokenizer-file or --tokenizer-of": not (
+            arguments.in_place and arguments.tokenizer == "bpe" and not arguments.tokenizer_file
+        ),
         "--bed: give one file per INPUT": len(arguments.bed) in (0, len(arguments.inputs)),
         f"--max-n {arguments.max_n}: must be at least 0": 0 <= arguments.max_n < 2**31,
         "--heldout-from and --heldout-chromosomes exclude each other": not (

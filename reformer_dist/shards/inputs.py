@@ -25,6 +25,7 @@ from reformer_dist.data import (
     read_squad,
     read_text,
 )
+from reformer_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class InputFormat:
             read = partial(read_ids, n_ids=arguments.ids, section_bytes=int(arguments.section_mb * 2**20))
             read = partial(read, field=arguments.text_field or "input_ids")
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
+        elif arguments.in_place:
+            for path in (*arguments.inputs, *heldout_files):
+                if not path.is_file():
+                    raise DataError(f"{path}: no such file; --in-place indexes .tar files")
+            read, pairs, fields = read_bytes, [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         elif arguments.bytes:
             read = partial(read_bytes, options=text_options(arguments), skipped=left_out)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS

@@ -18,7 +18,7 @@ from support.datasets import varied_documents
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, IdTokenizer, RawSample, write_samples
 from reformer_dist.data.prepare import batches as batches_module
-from reformer_dist.data.prepare import parallel, shard_writer
+from reformer_dist.data.prepare import parallel, staging
 from reformer_dist.data.prepare.batches import in_hash_order
 from reformer_dist.data.prepare.parallel import encode_batches
 from reformer_dist.errors import DataError
@@ -103,7 +103,7 @@ def test_finished_batches_are_used_again(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(KeyboardInterrupt):
             write(interrupted(documents()), tmp_path / "again")
     assert 2 < len(written) < n_all  # the second attempt wrote none
-    assert shard_writer.has_finished_batches(tmp_path / "again")
+    assert staging.has_finished_work(tmp_path / "again")
     assert write(documents(), tmp_path / "again") == expected
     assert len(written) == n_all
 

@@ -47,6 +47,8 @@ NOT_RUN = {
     "reformer-shards dialogs.jsonl --label-spans spans --output data/dialogs": "needs a file of the "
     + "reader's own",
     "reformer-train task.kind=completion data.path=data/dialogs data.seq_len=1024": "needs that dataset",
+    "reformer-shards shards/*.tar --in-place --member json --text-field body --output data/corpus": "needs files "
+    + "of the reader's own; run by tests/data/test_in_place.py",
     "reformer-train experiment=genome": SMALL + "tests/tools/test_genome.py",
     "reformer-evaluate outputs/genome": "needs that run",
     "reformer-evaluate outputs/genome data.strand=reverse": "needs that run",

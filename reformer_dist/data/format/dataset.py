@@ -24,6 +24,7 @@ from reformer_dist.data.format.dataset_layout import (
 )
 from reformer_dist.data.format.index import IndexCache, ShardIndex
 from reformer_dist.data.format.storage import Folder, LocalFolder, open_folder
+from reformer_dist.data.format.tar_members import TextMember
 from reformer_dist.data.format.tokenizer import Tokenizer, load_tokenizer
 from reformer_dist.errors import DataError
 
@@ -44,6 +45,7 @@ class Dataset:
         labels: Sequence[str] = (),
         has_label_spans: bool = False,
         alphabet: str | None = None,
+        text_member: TextMember | None = None,
     ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
@@ -56,6 +58,8 @@ class Dataset:
         """Whether the metadata of samples says which of their tokens are labels."""
         self.alphabet = alphabet
         """DNA if all texts are DNA, one byte per base."""
+        self.text_member = text_member
+        """The member of each sample with its text, if the shards are tar files of another program."""
         self._indexes = IndexCache()
 
     @classmethod
@@ -79,12 +83,13 @@ class Dataset:
         fields, labels = _read_names(record, "fields", where) or TEXT_FIELDS, _read_names(record, "labels", where)
         spec = json.dumps(record["tokenizer"], sort_keys=True)
         has_spans, alphabet = record.get("label_spans") is True, record.get("alphabet")
-        return cls(folder, tokenizer, splits, spec, fields, labels, has_spans, alphabet)
+        member = TextMember.from_record(record.get("text_member"), where)
+        return cls(folder, tokenizer, splits, spec, fields, labels, has_spans, alphabet, member)
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the tokenizer and the records of all shards, independent of the dataset's address."""
-        splits = {split: [shard.__dict__ for shard in shards] for split, shards in self.splits.items()}
+        splits = {split: [shard.to_json() for shard in shards] for split, shards in self.splits.items()}
         names = [] if (self.fields, self.labels) == (list(TEXT_FIELDS), []) else [self.fields, self.labels]
         content = json.dumps([self.tokenizer_spec, splits, *names], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -95,7 +100,8 @@ class Dataset:
 
     def index(self, shard: Shard) -> ShardIndex:
         """Index of a shard. Raises DataError if it is missing or not the one that was written."""
-        return self._indexes.read(self.folder, shard, self.tokenizer.dtype, len(self.fields))
+        dtype = self.tokenizer.dtype if self.text_member is None else None
+        return self._indexes.read(self.folder, shard, dtype, len(self.fields))
 
     def total(self, count: str, split: str) -> int:
         """Sum of a field of Shard (size, samples, tokens, text_bytes) over the shards of a split."""
@@ -167,6 +173,7 @@ def _read_shard(entry: Mapping[str, Any], where: str) -> Shard:
         sha256=require_sha256(entry, "sha256", where),
         index_sha256=require_sha256(entry, "index_sha256", where),
         **{key: require_count(entry, key, where) for key in ("size", "samples", "tokens", "text_bytes")},
+        index=require_plain_name(entry["index"], where) if "index" in entry else None,
     )
     if shard.samples == 0 or shard.tokens < shard.samples:
         counts = f"{shard.samples} samples and {shard.tokens} tokens"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,16 @@ class Shard:
     tokens: int
     """Including the end-of-text token of each field of each sample."""
     text_bytes: int
+    index: str | None = None
+    """Name of the index file, if it isn't that of the tar file with .json."""
 
     @property
     def index_name(self) -> str:
         """Name of the index file next to the shard."""
-        return str(Path(self.name).with_suffix(".json"))
+        return self.index or str(Path(self.name).with_suffix(".json"))
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def require_plain_name(name: object, where: str) -> str:

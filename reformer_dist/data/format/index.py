@@ -60,10 +60,10 @@ class ShardIndex:
     """[samples]"""
 
 
-def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> ShardIndex:
+def read_index(folder: Folder, shard: Shard, dtype: str | None, n_fields: int = 1) -> ShardIndex:
     """The index of a shard, checked against dataset.json and for consistency. Raises DataError if it is wrong.
 
-    dtype: of the stored token ids. n_fields: of each sample.
+    dtype: of the stored token ids; None if texts are stored. n_fields: of each sample.
     """
     where = folder.where(shard.index_name)
     with os.fdopen(folder.open(FileRef(shard.index_name, None, shard.index_sha256)), "rb") as file:
@@ -75,7 +75,7 @@ def read_index(folder: Folder, shard: Shard, dtype: str, n_fields: int = 1) -> S
     header = (record.get("format"), record.get("shard"))
     if header != (FORMAT_VERSION, shard.name) or not isinstance(samples, list):
         raise DataError(f"{where}: must be an index of {shard.name} in format {FORMAT_VERSION}")
-    itemsize = np.dtype(dtype).itemsize
+    itemsize = None if dtype is None else np.dtype(dtype).itemsize
     entries = [_read_entry(sample, where, itemsize, n_fields) for sample in samples]
     _check_offsets(entries, shard, where)
     totals = (len(entries), sum(entry.n_tokens for entry in entries), sum(entry.n_bytes for entry in entries))
@@ -93,7 +93,7 @@ class IndexCache:
         self._lock = Lock()
         self._cached: OrderedDict[str, ShardIndex] = OrderedDict()
 
-    def read(self, folder: Folder, shard: Shard, dtype: str, n_fields: int) -> ShardIndex:
+    def read(self, folder: Folder, shard: Shard, dtype: str | None, n_fields: int) -> ShardIndex:
         with self._lock:
             name = folder.where(shard.index_name)
             if name not in self._cached:
@@ -104,7 +104,7 @@ class IndexCache:
             return self._cached[name]
 
 
-def _read_entry(sample: object, where: str, itemsize: int, n_fields: int) -> IndexEntry:
+def _read_entry(sample: object, where: str, itemsize: int | None, n_fields: int) -> IndexEntry:
     record: dict[str, Any] = sample if isinstance(sample, dict) else {}
     if not isinstance(record.get("document"), str):
         raise DataError(f"{where}: document of a sample is {record.get('document')!r}; it must be a string")
@@ -119,6 +119,10 @@ def _read_entry(sample: object, where: str, itemsize: int, n_fields: int) -> Ind
     )
     if entry.size > MAX_SAMPLE_BYTES:
         raise DataError(f"{where}: sample {key} holds {entry.size} bytes; none may hold above {MAX_SAMPLE_BYTES}")
+    if itemsize is None:
+        if entry.n_tokens < 1:
+            raise DataError(f"{where}: sample {key} has no token; it must have an end-of-text token")
+        return entry
     n_stored = entry.size // itemsize
     is_consistent = sum(entry.lengths) == n_stored if entry.lengths else n_fields == 1
     if entry.size % itemsize or entry.n_tokens != n_stored + n_fields or not is_consistent:

@@ -107,14 +107,24 @@ def _check_header(header: bytes, ref: SampleRef) -> None:
         raise DataError(f"{where} is named {name!r}; files that may be pickles are refused")
     if member.size > ref.shard.size:
         raise DataError(f"{where} claims {member.size} bytes; the whole shard holds {ref.shard.size}")
+    if ref.dataset.text_member is not None:  # named by another program
+        if member.size != ref.entry.size:
+            raise DamagedSampleError(f"is altered: {name!r} of {member.size} bytes is in its place")
+        return
     expected = f"{ref.entry.key}.{MEMBER_SUFFIX[ref.dataset.tokenizer.dtype]}"
     if (name, member.size) != (expected, ref.entry.size):
         raise DamagedSampleError(f"is altered: {name!r} of {member.size} bytes is in its place")
 
 
 def _decode_tokens(payload: bytes, ref: SampleRef) -> NDArray[np.unsignedinteger]:
-    tokenizer = ref.dataset.tokenizer
-    ids = np.frombuffer(payload, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"))
+    tokenizer, member = ref.dataset.tokenizer, ref.dataset.text_member
+    if member is None:
+        ids = np.frombuffer(payload, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"))
+    else:
+        ids = tokenizer.encode(tokenizer.normalize(member.text(payload, ref.where)))
+        if len(ids) != ref.entry.n_tokens - 1:
+            problem = f"has {len(ids)} tokens, and {ref.entry.n_tokens - 1} when it was indexed"
+            raise DataError(f"{ref.where} {problem}; index the tar files again, with these versions of packages")
     if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
         expected = f"ids must be below {tokenizer.vocab_size}"
         raise DataError(f"{ref.where} holds token {int(ids.max())}; {expected}: write the dataset again")

@@ -12,12 +12,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from reformer_dist.data.format.tokenizer import Tokenizer, load_tokenizer
 from reformer_dist.data.prepare.batches import EncodedBatch, write_batch
@@ -31,6 +31,7 @@ BATCHES_IN_FLIGHT = 2  # per process: bounds the memory of the reader
 OnRead = Callable[[int], None]
 """Called with the bytes of text of each batch that was read and is tokenized or taken over."""
 
+T = TypeVar("T")
 _encoder: tuple[Tokenizer, str]  # of a worker process: the tokenizer and its specification
 
 
@@ -62,12 +63,27 @@ def encode_batches(
                 done.append(write_batch(path, batch, tokenizer, _as_json(spec)))
             else:
                 path.with_suffix(".json").unlink(missing_ok=True)  # of other samples
-                waiting.append(submit(path, batch))
+                waiting.append(submit(write_batch, path, batch))
                 done.append(waiting[-1])
                 if len(waiting) >= BATCHES_IN_FLIGHT * workers:
                     waiting.popleft().result()
             on_read(n_bytes)
         return [each if isinstance(each, EncodedBatch) else each.result() for each in done]
+
+
+def map_in_parallel(
+    function: Callable[..., T], jobs: Iterable[Any], tokenizer: Tokenizer, folder: Path, workers: int
+) -> Iterator[T]:
+    """Results of function(job, folder, tokenizer, specification of the tokenizer), in the order of the jobs."""
+    folder.mkdir(exist_ok=True)
+    spec = tokenizer.save(folder)
+    with ExitStack() as stack:
+        if workers == 0:
+            yield from (function(job, folder, tokenizer, _as_json(spec)) for job in jobs)
+            return
+        submit = _start_workers(stack, spec, folder, workers)
+        for future in [submit(function, job, folder) for job in jobs]:
+            yield future.result()
 
 
 def _cut(samples: Iterable[Assigned]) -> Iterator[tuple[list[Assigned], int]]:
@@ -87,14 +103,17 @@ def _cut(samples: Iterable[Assigned]) -> Iterator[tuple[list[Assigned], int]]:
 
 def _start_workers(
     stack: ExitStack, spec: Mapping[str, Any], folder: Path, workers: int
-) -> Callable[[Path, Sequence[Assigned]], Future[EncodedBatch]]:
-    """A function that submits a batch. Workers end with the context, and if this process dies."""
+) -> Callable[..., Future[Any]]:
+    """A function that submits a call, to which a worker adds the tokenizer and its specification as arguments.
+
+    Workers end with the context, and if this process dies.
+    """
     context = multiprocessing.get_context("forkserver")  # a fork would inherit the threads of tokenizers and Arrow
     context.set_forkserver_preload([__name__])
     executor = ProcessPoolExecutor(workers, context, _begin, (spec, folder))
     stack.callback(executor.shutdown, wait=True, cancel_futures=True)
     stack.enter_context(_explaining_killed_workers())
-    return lambda path, batch: executor.submit(_work, path, batch)
+    return lambda function, *arguments: executor.submit(_call, function, *arguments)
 
 
 @contextmanager
@@ -121,8 +140,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(path: Path, batch: Sequence[Assigned]) -> EncodedBatch:
-    return write_batch(path, batch, *_encoder)
+def _call(function: Callable[..., T], *arguments: Any) -> T:
+    return function(*arguments, *_encoder)
 
 
 def _as_json(spec: Mapping[str, Any]) -> str:

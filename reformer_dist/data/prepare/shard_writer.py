@@ -8,13 +8,11 @@ complete and a failure leaves an older one unchanged.
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from reformer_dist.data.format.dataset_layout import (
     TEXT_FIELDS,
     TOKENIZER_FILE,
     Shard,
-    json_sha256,
     write_json,
 )
 from reformer_dist.data.format.tokenizer import Tokenizer
@@ -34,12 +31,17 @@ from reformer_dist.data.prepare.batches import in_hash_order
 from reformer_dist.data.prepare.encoding import EncodedSample
 from reformer_dist.data.prepare.parallel import OnRead, encode_batches
 from reformer_dist.data.prepare.samples import RawSample, assign_splits
+from reformer_dist.data.prepare.staging import (
+    BATCH_FOLDER,
+    dataset_record,
+    publish,
+    refuse_tar_files_of_others,
+    require_no_dataset,
+    staging_folder,
+)
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
-from reformer_dist.fs.lock import LOCK_FILE, acquire_lock
 
-STAGING_FOLDER = ".writing"
-BATCH_FOLDER = "batches"
 _SHARD_FILE = re.compile(r"(train|heldout)-\d{6,}\.(tar|json)")
 
 
@@ -105,9 +107,9 @@ def write_samples(
         raise DataError(f"shard_bytes={shard_bytes}: must be at least 1")
     if not 0 <= heldout_fraction < 1:
         raise DataError(f"heldout_fraction={heldout_fraction}: must be at least 0 and below 1")
-    if not overwrite and any(_dataset_files(folder)):
-        raise DataError(f"{folder}: already holds a dataset; give another folder, or --overwrite to replace it")
-    with _staging(folder, resume) as staging:
+    require_no_dataset(folder, overwrite, (DATASET_FILE, TOKENIZER_FILE, *_shard_files(folder)))
+    refuse_tar_files_of_others(folder)
+    with staging_folder(folder, resume) as staging:
         assigned = assign_splits(samples, heldout, heldout_fraction)
         batches = encode_batches(assigned, tokenizer, staging / BATCH_FOLDER, workers=workers, on_read=on_read)
         if labels is None:
@@ -115,69 +117,19 @@ def write_samples(
         summary = _write_splits(in_hash_order(batches), staging, tokenizer.dtype, shard_bytes, labels)
         shutil.rmtree(staging / BATCH_FOLDER)
         _check_splits(summary, heldout_fraction)
-        record = {
-            "format": FORMAT_VERSION,
-            "tokenizer": tokenizer.save(staging),
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "dtype": tokenizer.dtype,
+        names = {
             **({"fields": list(fields)} if tuple(fields) != TEXT_FIELDS else {}),
             **({"labels": list(labels)} if labels else {}),
             **({"label_spans": True} if label_spans else {}),
             **({"alphabet": alphabet} if alphabet else {}),
-            "splits": {split: [asdict(shard) for shard in shards] for split, shards in summary.splits.items()},
         }
-        _publish(staging, folder, record)
+        publish(staging, folder, dataset_record(summary.splits, tokenizer, staging, names), _shard_files(folder))
     return summary
 
 
-def _publish(staging: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Moves a dataset into place."""
-    # dataset.json is removed first, so that a mixture of the old and the new dataset never opens
-    (folder / DATASET_FILE).unlink(missing_ok=True)
-    for path in list(_dataset_files(folder)):
-        path.unlink()
-    for path in sorted(staging.iterdir()):
-        if path.name != LOCK_FILE:
-            path.replace(folder / path.name)
-    write_json(folder / DATASET_FILE, {**record, "sha256": json_sha256(record)})
-
-
-def _dataset_files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name in (DATASET_FILE, TOKENIZER_FILE) or _SHARD_FILE.fullmatch(path.name):
-            yield path
-
-
-def has_finished_batches(folder: Path) -> bool:
-    """Whether an interrupted `write_samples` left work in its output folder that can be continued."""
-    return any((folder / STAGING_FOLDER / BATCH_FOLDER).glob("*.json"))
-
-
-@contextmanager
-def _staging(folder: Path, resume: bool) -> Iterator[Path]:
-    staging = folder / STAGING_FOLDER
-    lock = None
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = acquire_lock(staging / LOCK_FILE)
-        if lock is None:
-            raise DataError(f"{folder}: another process writes a dataset there; wait, or give another folder")
-        for path in staging.iterdir():  # of a killed process
-            if path.is_dir() and not resume:
-                shutil.rmtree(path)
-            elif path.is_file() and path.name != LOCK_FILE:
-                path.unlink()
-        yield staging
-    except OSError as error:
-        raise DataError(
-            f"{folder}: can't be written ({error}); it must be a writable folder with free space, or not exist"
-        ) from error
-    finally:
-        if lock is not None:
-            if not (resume and has_finished_batches(folder)):
-                shutil.rmtree(staging, ignore_errors=True)
-            os.close(lock)
+def _shard_files(folder: Path) -> list[str]:
+    """Names of the shards and indexes that this writer may have written."""
+    return [path.name for path in folder.iterdir() if _SHARD_FILE.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def _write_splits(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reformer_dist.config import LauncherKind, RunConfig
+from reformer_dist.config.stages import check_ranks
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.live_line import live
 from reformer_dist.process.signals import exit_on_signal, terminate_with_launcher
@@ -15,7 +17,7 @@ from reformer_dist.process.signals import exit_on_signal, terminate_with_launche
 if TYPE_CHECKING:
     from reformer_dist.sweep.request import SweepRequest
 
-DRY_RUN = "--dry-run"
+DRY_RUN, PLOT = "--dry-run", "--plot"
 ADVICE = "run the same command again to resume from the last checkpoint"
 
 
@@ -29,7 +31,7 @@ def train(config: RunConfig) -> None:
             _launch(config, sys.argv[1:])
             return
     # before the imports of torch and DeepSpeed, for which --help and an invalid override need not wait
-    config.micro_batching(environment.env_world_size())
+    check_ranks(config, environment.env_world_size())
     with live.shown():
         _train_as_rank(config)
 
@@ -59,7 +61,7 @@ def _launch(config: RunConfig, arguments: list[str]) -> None:
     """Starts the ranks on this machine, or prints the job file of the configured launcher."""
     if config.launcher.kind is LauncherKind.local:
         if config.launcher.nproc_per_node is not None:
-            config.micro_batching(config.launcher.nproc_per_node)
+            check_ranks(config, config.launcher.nproc_per_node)
         from reformer_dist.launch.local import run_ranks
 
         sys.exit(run_ranks("reformer_dist.train", arguments, config.launcher, ADVICE))
@@ -89,15 +91,21 @@ def _run() -> None:
     from reformer_dist.sweep.request import run_or_sweep
 
     flags = [argument for argument in sys.argv[1:] if argument.split("=")[0] == DRY_RUN]
+    plots = [argument for argument in sys.argv[1:] if argument.split("=")[0] == PLOT]
+    if plots and not flags:
+        raise ConfigError(f"{plots[-1]}: needs {DRY_RUN}, whose schedule it draws")
     if not flags:
         run_or_sweep(train, sweep)
         return
-    sys.argv = [argument for argument in sys.argv if argument not in flags]  # unknown to Hydra
+    sys.argv = [argument for argument in sys.argv if argument not in (*flags, *plots)]  # unknown to Hydra
+    path = plots[-1].partition("=")[2] if plots else None
+    if path == "":
+        raise ConfigError(f"{plots[-1]}: must name a file, such as {PLOT}=schedule.png")
 
     def plan(config: RunConfig) -> None:
         from reformer_dist.run.dry_run import dry_run
 
-        dry_run(config, flags[-1])
+        dry_run(config, flags[-1], Path(path) if path else None)
 
     def refuse(request: SweepRequest) -> None:
         raise ConfigError(

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "distributed", "engine", "errors", "fs", "generation", "models", "ops"),
         *("parallel", "process", "seeds", "tasks"),
     },
-    "planning": {"config", "engine", "models", "ops", "parallel"},
+    "planning": {"config", "engine", "errors", "models", "ops", "parallel"},
     "launch": {"config", "errors", "process"},
     "run": {
         *(
@@ -77,7 +77,7 @@ THIRD_PARTY_HOMES = {
     "rouge_score": {"tasks"},
     "hydra": {"run", "sweep"},
     "optuna": {"sweep"},
-    "matplotlib": {"diagnostics", "sweep"},
+    "matplotlib": {"diagnostics", "planning", "sweep"},
     "tensorboard": {"training"},
     "tqdm": {"process"},
     "triton": {"ops"},

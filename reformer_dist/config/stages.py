@@ -7,7 +7,9 @@ resumes in the right one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.stage_values import naming_stage
@@ -24,13 +26,15 @@ class Stage:
     """Steps done when it ends; None if it lasts to the end of the run."""
     config: RunConfig
     """Without stages."""
+    values: Mapping[str, Any]
+    """What the stage sets, by key."""
 
 
 def resolve_stages(config: RunConfig) -> list[Stage]:
     """The stages of a run, at least one."""
     stages, first = [], 0
     for index, (values, end) in enumerate(config.stage_spans()):
-        stages.append(Stage(index, first, end, config.with_stage_values(values, index)))
+        stages.append(Stage(index, first, end, config.with_stage_values(values, index), values))
         first = end or 0
     return stages
 

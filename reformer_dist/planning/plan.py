@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from reformer_dist.config.stages import Stage
 from reformer_dist.planning.flops import step_flops
 from reformer_dist.planning.memory import MemorySnapshot, StepMemory
 from reformer_dist.planning.sizes import JobSpec
@@ -70,15 +71,25 @@ class RunPlan:
         return max(self.peak.parts, key=lambda part: self.peak.parts[part])
 
 
-def make_plan(job: JobSpec, build_model: Callable[[], nn.Module], memory_limit: float | None = None) -> RunPlan:
-    """Computes the plan. build_model: the task's. Raises ConfigError if ranks or batch do not divide."""
+def make_plan(
+    job: JobSpec,
+    build_model: Callable[[], nn.Module],
+    memory_limit: float | None = None,
+    libraries: float | None = None,
+) -> RunPlan:
+    """Computes the plan. build_model: the task's. libraries: measured if None.
+
+    Raises ConfigError if ranks or batch do not divide.
+    """
+    if libraries is None:
+        libraries = measure_libraries(job) if job.device == "cpu" else 0.0
     job.config.micro_batching(job.world_size)
     count = count_parameters(build_model, job.config.optim)
     return RunPlan(
         job=job,
         count=count,
         peak=StepMemory(job, count).peak(),
-        libraries=measure_libraries(job) if job.device == "cpu" else 0.0,
+        libraries=libraries,
         traffic=zero_traffic(job, count) | exchange_traffic(job) if job.world_size > 1 else {},
         flops=step_flops(job),
         memory_limit=memory_limit,
@@ -108,6 +119,23 @@ def describe(plan: RunPlan) -> str:
     """The plan as text: the job; the optimizer's groups; memory by category and whether it fits; traffic."""
     parts = (_job_lines(plan), _optimizer_lines(plan), _memory_lines(plan), _traffic_lines(plan))
     return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def describe_stages(plans: Sequence[tuple[Stage, RunPlan]], last_step: int) -> list[str]:
+    """A line for each stage of a run that ends at `last_step`, with the values that it sets, and the totals."""
+    lines = ["stages        steps            tokens/step      peak memory     TFLOP/step  sets"]
+    flops = tokens = 0.0
+    for stage, plan in plans:
+        end = min(last_step, stage.end_step or last_step)
+        n_steps, data = max(0, end - stage.first_step), stage.config.data
+        flops += n_steps * plan.flops
+        tokens += n_steps * data.batch_size * data.seq_len
+        steps = f"{stage.first_step + 1:,}-{end:,}" if n_steps else "none"
+        rows = f"{data.batch_size} x {data.seq_len:,}"
+        values = " ".join(f"{key}={value}" for key, value in stage.values.items())
+        parts = f"{steps:<17}{rows:<17}{format_bytes(plan.total):<16}{plan.flops / 1e12:<12,.3f}"
+        lines.append(f"  {stage.index + 1:<12}{parts}{values}".rstrip())
+    return [*lines, f"  total       {last_step:,} steps, {tokens:,.0f} tokens, {flops / 1e12:,.3f} TFLOP"]
 
 
 def format_bytes(n_bytes: float) -> str:

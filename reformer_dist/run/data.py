@@ -10,7 +10,7 @@ from typing import Any
 
 from reformer_dist.checkpoint import CheckpointReader
 from reformer_dist.config import DataConfig, RunConfig
-from reformer_dist.config.stages import Stage
+from reformer_dist.config.stages import Stage, resolve_stages
 from reformer_dist.data import (
     Corpus,
     DamagedSample,
@@ -72,6 +72,14 @@ def open_sampler(config: RunConfig, corpus: Corpus, saved: Mapping[str, Any] | N
         interleaved_shards=None if saved is None else saved_interleaving(saved),
         pack_samples=data.pack_samples,
     )
+
+
+def check_stages(config: RunConfig, corpus: Corpus) -> None:
+    """Raises ConfigError or DataError if the data do not fit one of the stages of a run."""
+    for stage in resolve_stages(config):
+        data = corpus.reweighted(stage.config.data.weights)
+        make_task(stage.config, data.tokenizer, data.labels).check(data)
+        open_sampler(stage.config, data, None)
 
 
 def saved_loader_state(checkpoint: CheckpointReader) -> dict[str, Any]:

@@ -4,36 +4,70 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from reformer_dist.config import LauncherKind, RunConfig
+from reformer_dist.config.stages import Stage, check_ranks, resolve_stages
 from reformer_dist.distributed import runtime
 from reformer_dist.engine.setup import deepspeed_dict
 from reformer_dist.errors import ConfigError
 from reformer_dist.planning import JobSpec, describe, make_plan
+from reformer_dist.planning.plan import RunPlan, describe_stages
+from reformer_dist.planning.schedule import draw_schedule, plot_schedule
 from reformer_dist.run.compose import to_yaml
-from reformer_dist.run.data import open_task_data
+from reformer_dist.run.data import TrainingData, check_stages, open_task_data
 from reformer_dist.run.memory import free_memory
+from reformer_dist.tasks import Task
 
 FLAG = "--dry-run"
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
-def dry_run(config: RunConfig, flag: str) -> None:
-    """Prints the plan on rank 0. Raises the UserError that the run would raise for its configuration or data."""
+def dry_run(config: RunConfig, flag: str, plot: Path | None = None) -> None:
+    """Prints the plan on rank 0. Raises the UserError that the run would raise for its configuration or data.
+
+    plot: a PNG of the schedule is written there.
+    """
     memory = read_memory(flag)
     device = "cuda" if memory is not None or torch.cuda.is_available() else "cpu"
     ranks_per_node, world_size = count_ranks(config)
-    micro, n_micro = config.micro_batching(world_size)
+    check_ranks(config, world_size)
+    stages = resolve_stages(config)
+    first = stages[0].config
     if device == "cpu":
-        deepspeed_dict(config.deepspeed, config.optim, config.trainer.precision, micro, n_micro)
-    task = open_task_data(config).task
-    plan = make_plan(JobSpec(config, world_size, ranks_per_node, task.vocab_size, device), task.build_model)
-    plan = replace(plan, memory_limit=memory or free_memory(device, ranks_per_node))
-    if runtime.env_rank() == 0:
-        sys.stdout.write(to_yaml(config) + "\n" + describe(plan) + "\n")
+        deepspeed_dict(first.deepspeed, first.optim, first.trainer.precision, *first.micro_batching(world_size))
+    data = open_task_data(first)
+    check_stages(config, data.corpus)
+    last_step = TrainingData.open(first, data.corpus, None).with_last_step(first, stages).trainer.max_steps
+    plans = _make_plans(stages, data.task, (world_size, ranks_per_node), device)
+    limit = memory or free_memory(device, ranks_per_node)
+    largest = replace(max(plans, key=lambda plan: plan.total), memory_limit=limit)
+    if runtime.env_rank() != 0:
+        return
+    parts = [to_yaml(config)]
+    if len(stages) > 1:
+        index = max(range(len(stages)), key=lambda stage: plans[stage].total)
+        parts += [f"stage {index + 1} of {len(stages)}, whose steps need the most memory"]
+    parts += [describe(largest), ""]
+    if len(stages) > 1:
+        parts += [*describe_stages(list(zip(stages, plans, strict=True)), last_step), ""]
+    parts += draw_schedule(config.optim, last_step, stages)
+    sys.stdout.write("\n".join(parts) + "\n")
+    if plot is not None:
+        plot_schedule(config.optim, last_step, stages, plot)
+
+
+def _make_plans(stages: Sequence[Stage], task: Task, ranks: tuple[int, int], device: str) -> list[RunPlan]:
+    """ranks: of the job, and per node."""
+    plans: list[RunPlan] = []
+    for stage in stages:
+        job = JobSpec(stage.config, *ranks, task.vocab_size, device)
+        plans.append(make_plan(job, task.build_model, libraries=plans[0].libraries if plans else None))
+    return plans
 
 
 def read_memory(flag: str) -> float | None:

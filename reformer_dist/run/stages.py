@@ -24,7 +24,7 @@ from reformer_dist.planning import JobSpec
 from reformer_dist.planning.flops import model_flops
 from reformer_dist.planning.peaks import peak_flops
 from reformer_dist.process.log import logger
-from reformer_dist.run.data import QuarantineFile, TrainingData, open_sampler
+from reformer_dist.run.data import QuarantineFile, TrainingData, check_stages
 from reformer_dist.tasks import make_task
 from reformer_dist.training.batches import BatchReader
 from reformer_dist.training.metrics import StepCost
@@ -55,7 +55,7 @@ class StageOpener:
         self._sequence: SlicedSequence | None = None
         self._loader: TrainLoader | None = None
         resources.callback(self._close_loader)
-        runtime.together(self._check_data)
+        runtime.together(lambda: check_stages(config, corpus))
 
     def open_first(self, checkpoint: CheckpointReader | None) -> OpenStage:
         """The stage in which the run begins or resumes.
@@ -96,12 +96,6 @@ class StageOpener:
         )
         validator = Validator(replace(run, config=stage.config), data, layout, engine, metrics)
         return StageParts(stage, data, batches, validator, step_cost(stage.config, self._runtime, data))
-
-    def _check_data(self) -> None:
-        for stage in self._stages:
-            corpus = self._corpus.reweighted(stage.config.data.weights)
-            make_task(stage.config, corpus.tokenizer, corpus.labels).check(corpus)
-            open_sampler(stage.config, corpus, None)
 
     def _open(self, stage: Stage, training_data: TrainingData) -> OpenStage:
         config = training_data.with_last_step(stage.config, self._stages[stage.index :])

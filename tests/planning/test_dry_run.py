@@ -8,6 +8,7 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_config, tiny_overrides
 
+from reformer_dist.config.stages import resolve_stages
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel.traffic import head_bytes
@@ -15,7 +16,9 @@ from reformer_dist.planning.plan import measure_libraries
 from reformer_dist.planning.sizes import JobSpec
 from reformer_dist.planning.states import count_parameters
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
+from reformer_dist.run.data import open_task_data
 from reformer_dist.run.dry_run import dry_run, read_memory
+from reformer_dist.run.memory import plan_largest_step
 
 
 @pytest.mark.jobs
@@ -34,9 +37,57 @@ def test_a_run_that_is_too_large_is_reported(tiny_data, tmp_path, capsys):
     assert "NOT FIT in 1.0 MiB" in capsys.readouterr().out
 
 
+STAGED = (
+    "stages=[{until: 2, data.seq_len: 32}, {until_tokens: 1536, data.batch_size: 8}]",
+    "trainer.max_steps=10",
+)
+
+
+def test_each_stage_is_planned(tiny_data, tmp_path, capsys):
+    """2 steps of 4 x 32 tokens, 3 of 8 x 64 (1,280 tokens, rounded up), and 5 of 4 x 64."""
+    dry_run(tiny_config(tiny_data, tmp_path, *STAGED, "trainer.micro_batch_size=null"), "--dry-run=80GiB")
+    output = capsys.readouterr().out
+    assert "stage 2 of 3, whose steps need the most memory" in output and "8 rows of 64" in output
+    lines = [line.split() for line in output[output.index("stages        ") :].splitlines()[1:5]]
+    assert [line[:5] for line in lines[:3]] == [
+        ["1", "1-2", "4", "x", "32"],
+        ["2", "3-5", "8", "x", "64"],
+        ["3", "6-10", "4", "x", "64"],
+    ]
+    assert lines[1][-1] == "data.batch_size=8"
+    totals = output[output.index("  total       10 steps") :].splitlines()[0]
+    assert "10 steps, 3,072 tokens" in totals
+
+
+def test_the_memory_of_a_run_is_that_of_its_largest_stage(tiny_data, tmp_path, job):
+    config = tiny_config(tiny_data, tmp_path, *STAGED, "trainer.micro_batch_size=null")
+    spec, peak = plan_largest_step(config, job, open_task_data(config).task)
+    assert spec.config == resolve_stages(config)[1].config
+    plain = tiny_config(tiny_data, tmp_path, "data.batch_size=8", "trainer.micro_batch_size=null")
+    assert peak == plan_largest_step(plain, job, open_task_data(plain).task)[1]
+
+
+def test_the_schedule_is_drawn(tiny_data, tmp_path, capsys):
+    wsd = ("optim.schedule=wsd", "optim.warmup_steps=20", "optim.decay_from=60", "optim.min_lr_ratio=0")
+    config = tiny_config(tiny_data, tmp_path, *wsd, "stages=[{until: 50}, {}]", "trainer.max_steps=80")
+    dry_run(config, "--dry-run=80GiB", tmp_path / "plot.png")
+    chart = capsys.readouterr().out.partition("learning rate wsd, 80 steps\n")[2]
+    *rows, marks = [line.partition("|")[2] for line in chart.splitlines()]
+    assert marks == "1" + " " * 44 + "2"  # 72 columns for 80 steps
+    heights = [sum("▁▂▃▄▅▆▇█".find(row[column : column + 1] or " ") + 1 for row in rows) for column in range(72)]
+    assert heights[18:54] == [48] * 36  # steps 20 to 60
+    assert heights[:18] == sorted(heights[:18]) and heights[54:] == sorted(heights[54:], reverse=True)
+    assert heights[0] < 6 and heights[-1] < 6
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"^--plot=.*nowhere"):
+        dry_run(config, "--dry-run=80GiB", tmp_path / "nowhere" / "plot.png")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["stages=[{until: 2}, {data.batch_size: 50000}]"], r"50000 rows"),
+        (["stages=[{until: 2, trainer.micro_batch_size: 3}]"], r"^stages\[0\]: trainer\.micro_batch_size=3: "),
         (
             ["launcher.kind=local", "launcher.nproc_per_node=3"],
             r"data\.batch_size=4: .*\b3 data-parallel ranks",

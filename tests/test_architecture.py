@@ -80,6 +80,8 @@ THIRD_PARTY_HOMES = {
     "matplotlib": {"diagnostics", "planning", "sweep"},
     "tensorboard": {"training"},
     "tqdm": {"process"},
+    "wandb": {"training"},
+    "mlflow": {"training"},
     "triton": {"ops"},
 }
 MOST_FILES_AT_ROOT = 10

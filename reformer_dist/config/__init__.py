@@ -29,6 +29,7 @@ from reformer_dist.config.parallel import Combine, ParallelConfig
 from reformer_dist.config.run import RunConfig
 from reformer_dist.config.sweep import SweepConfig, SweepDirection, SweepKind
 from reformer_dist.config.task import TaskConfig, TaskKind, TextMetric
+from reformer_dist.config.tracker import TrackerConfig, TrackerKind
 from reformer_dist.config.trainer import BestMode, Precision, TrainerConfig
 
 __all__ = [
@@ -67,5 +68,7 @@ __all__ = [
     "TaskConfig",
     "TaskKind",
     "TextMetric",
+    "TrackerConfig",
+    "TrackerKind",
     "TrainerConfig",
 ]

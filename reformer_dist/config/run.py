@@ -15,6 +15,7 @@ from reformer_dist.config.parallel import ParallelConfig
 from reformer_dist.config.stage_values import STEPS, TOKENS, naming_stage, stage_spans
 from reformer_dist.config.sweep import SweepConfig
 from reformer_dist.config.task import TaskConfig, TaskKind
+from reformer_dist.config.tracker import TrackerConfig
 from reformer_dist.config.trainer import TrainerConfig
 from reformer_dist.errors import ConfigError
 
@@ -40,6 +41,7 @@ class RunConfig(ConfigGroup, prefix=""):
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     stages: list[dict[str, Any]] = field(default_factory=list)

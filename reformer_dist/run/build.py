@@ -40,6 +40,7 @@ from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainSt
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, TaskData
 from reformer_dist.training.preemption import StopSignal
+from reformer_dist.training.tracker import RunDescription, require_tracker
 from reformer_dist.training.trainer import StageParts, Trainer
 
 
@@ -53,6 +54,7 @@ def build_trainer(
     """
     require_same_config(config, runtime)
     check_ranks(config, runtime.world_size)
+    runtime.on_main(lambda: require_tracker(config.tracker))
     with live.phase("compiling"):  # the C library, on a CPU without it
         runtime.together(lambda: check_attention_backend(config.model, runtime.device))
     with live.phase("opening the data"):
@@ -70,7 +72,10 @@ def build_trainer(
     if step < config.trainer.max_steps:  # otherwise it would record overrides that were never used
         write_config(config, runtime)
     path, is_main = directory.path, runtime.is_main
-    metrics = runtime.together(lambda: MetricsLogger(path, is_active=is_main, resume_step=step))
+    described = RunDescription(path, config.tracker.name or path.absolute().name, to_dict(run.config))
+    metrics = runtime.together(
+        lambda: MetricsLogger(path, is_active=is_main, resume_step=step, tracker=config.tracker, run=described)
+    )
     resources.callback(metrics.close)
     first = stages.attach(opened, run, parts.engine, metrics)
     _log_run(run, opened, parts.engine)

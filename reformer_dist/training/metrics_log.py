@@ -1,4 +1,4 @@
-"""MetricsLogger: scalars to metrics.jsonl and TensorBoard, each step once, also after a resume."""
+"""MetricsLogger: scalars to metrics.jsonl and a tracker, each step once, also after a resume."""
 
 from __future__ import annotations
 
@@ -6,52 +6,89 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from reformer_dist.config import TrackerConfig, TrackerKind
 from reformer_dist.fs.append import AppendFile
 from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.training.tensorboard import TensorBoardWriter
+from reformer_dist.training.tracker import Row, RowTracker, RunDescription, Tracker, require_tracker
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
-Row = dict[str, float | None]  # scalars of a step by tag, besides "step" and "time_s"
-
 
 class MetricsLogger:
-    """Logs scalars and texts in ascending steps; does nothing on ranks other than 0.
+    """Logs scalars, texts and histograms in ascending steps; does nothing on ranks other than 0.
 
-    Removes what an interrupted run logged after the step from which this one resumes.
+    Removes what an interrupted run logged after the step from which this one resumes, or sends it only once.
     """
 
-    def __init__(self, folder: Path, *, is_active: bool, resume_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_active: bool,
+        resume_step: int,
+        tracker: TrackerConfig | None = None,
+        run: RunDescription | None = None,
+    ) -> None:
+        """run: for a tracker other than TensorBoard. Raises OSError, and UserError if the tracker refuses."""
         self._is_active = is_active
-        if is_active:
-            self._tensorboard = TensorBoardWriter(folder / TENSORBOARD_FOLDER, resume_step)
-            self._metrics = MetricsFile(folder / METRICS_FILE, resume_step)
+        if not is_active:
+            return
+        self._metrics = MetricsFile(folder / METRICS_FILE, resume_step)
+        self._tracker: Tracker
+        if tracker is None or tracker.kind is TrackerKind.tensorboard:
+            self._tracker = TensorBoardWriter(folder / TENSORBOARD_FOLDER, resume_step)
+            return
+        assert run is not None
+        rows = _open_row_tracker(tracker, run)
+        rows.send_missing(read_rows(folder / METRICS_FILE))
+        self._tracker = rows
 
     def scalars(self, values: dict[str, float], step: int, seconds: float) -> None:
         """seconds: time spent training, over all resumes."""
         if self._is_active:
-            self._tensorboard.scalars(values, step)
+            self._tracker.scalars(values, step, seconds)
             self._metrics.add(values, step, seconds)
 
     def text(self, name: str, text: str, step: int) -> None:
         if self._is_active:
-            self._tensorboard.text(name, text, step)
+            self._tracker.text(name, text, step)
+
+    def histogram(self, name: str, values: NDArray[np.float64], step: int) -> None:
+        if self._is_active:
+            self._tracker.histogram(name, values, step)
 
     def end_step(self) -> None:
         """Writes the line of the step, whose scalars are complete."""
         if self._is_active:
             self._metrics.write()
+            self._tracker.end_step()
 
     def flush(self) -> None:
         """Syncs everything to disk. Raises OSError if that fails."""
         if self._is_active:
-            self._tensorboard.flush()
+            self._tracker.flush()
             self._metrics.flush()
 
     def close(self) -> None:
         if self._is_active:
-            self._tensorboard.close()
+            self._tracker.close()
             self._metrics.close()
+
+
+def _open_row_tracker(tracker: TrackerConfig, run: RunDescription) -> RowTracker:
+    """Imports the tracker's package. Raises UserError."""
+    require_tracker(tracker)
+    if tracker.kind is TrackerKind.wandb:
+        from reformer_dist.training.wandb_tracker import WandbTracker
+
+        return WandbTracker(tracker, run)
+    from reformer_dist.training.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(tracker, run)
 
 
 class MetricsFile:

@@ -6,8 +6,12 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reformer_dist.fs.append import AppendFile
 
@@ -31,7 +35,7 @@ class TensorBoardWriter:
         # makes readers drop what an interrupted run wrote after its checkpoint
         self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def scalars(self, values: Mapping[str, float], step: int, seconds: float = 0.0) -> None:
         from torch.utils.tensorboard.summary import scalar
 
         for name, value in values.items():
@@ -42,6 +46,14 @@ class TensorBoardWriter:
 
         indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
         self._add(step=step, summary=text_summary(name, indented))
+
+    def histogram(self, name: str, values: NDArray[np.float64], step: int) -> None:
+        from torch.utils.tensorboard.summary import histogram
+
+        self._add(step=step, summary=histogram(name, values, bins="auto"))
+
+    def end_step(self) -> None:
+        """Nothing: each value is written at once."""
 
     def flush(self) -> None:
         """Syncs everything to disk. Raises OSError if that fails."""

@@ -100,6 +100,7 @@ class Trainer:
             logger.info(
                 f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train{end}"
             )
+            self._metrics.end_step()
             return
         self._metrics_window.reset()
         if self.state.window:
@@ -118,6 +119,7 @@ class Trainer:
     def _train(self) -> None:
         if not self.state.is_observed:
             self._evaluate_and_sample()
+        self._metrics.end_step()
         live.progress(self.state.step, self.config.trainer.max_steps)
         shown = "compiling" if self._runtime.device.type == "cuda" else ""  # kernels, in the first step
         while not self._is_last_step:

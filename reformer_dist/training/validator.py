@@ -60,7 +60,7 @@ class Validator:
                 averaged = self._evaluate_rows(step, of="average of the weights: ")
             values |= {f"eval_average/{name}": value for name, value in averaged.values().items()}
         positions = {f"eval_by_position/{name}": value for name, value in result.position_values().items()}
-        self._metrics.scalars({**values, **positions, **self._model_stats()}, step, seconds)
+        self._metrics.scalars({**values, **positions, **self._model_stats(step)}, step, seconds)
         self._engine.train(True)
         return values
 
@@ -102,7 +102,7 @@ class Validator:
         return self._runtime.together(lambda: next(self._batches(self._select_rows(1, 1, 0, 1))))
 
     @torch.no_grad()
-    def _model_stats(self) -> dict[str, float]:
+    def _model_stats(self, step: int) -> dict[str, float]:
         model = self._engine.module
         batch = MicroBatch.from_rows(
             self._first_row(), self._layout.sequence, labels_per_row=self._data.task.labels_per_row
@@ -117,6 +117,10 @@ class Validator:
                 stack_inputs |= batch.sequences
                 drift = model.reversible_drift(**stack_inputs).item()
                 values["reversible/drift"] = max(self._runtime.gather(drift))
+        for index, layer in enumerate(bucket_stats):
+            self._metrics.histogram(
+                f"lsh/bucket_size_over_mean/{index}", layer.sizes_over_mean.double().numpy(force=True), step
+            )
         if bucket_stats:
             values["lsh/largest_bucket_over_mean"] = fmean(layer.largest_over_mean for layer in bucket_stats)
             values["lsh/full_windows"] = fmean(layer.full_windows for layer in bucket_stats)

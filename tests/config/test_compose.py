@@ -37,7 +37,7 @@ def test_there_are_choices() -> None:
 def test_every_file_composes(composed: Callable[..., RunConfig], choice: str) -> None:
     group = choice.partition("=")[0]
     # a group that conf/train.yaml does not name is added
-    added = "" if group in ("deepspeed", "experiment", "launcher", "sweep") else "+"
+    added = "" if group in ("deepspeed", "experiment", "launcher", "sweep", "tracker") else "+"
     config = composed(f"{added}{choice}")
     assert config.micro_batching(1)
 

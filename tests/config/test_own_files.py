@@ -109,7 +109,7 @@ def test_groups_may_be_left_out(enter: Enter) -> None:
     config = compose_run(["experiment=null"])
     assert config == compose_run(["~experiment"])
     assert (config.model, config.data, config.output_dir) == (default.model, default.data, default.output_dir)
-    for group in ("deepspeed", "launcher", "sweep", "experiment"):
+    for group in ("deepspeed", "launcher", "sweep", "tracker", "experiment"):
         assert compose_run([f"{group}=null"]) == compose_run([f"~{group}"])
     assert compose_run(["deepspeed=zero2", "deepspeed=null"]).deepspeed.stage == 0
     assert compose_run(["deepspeed=null", "deepspeed=zero2"]).deepspeed.stage == 2

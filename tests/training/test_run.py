@@ -41,6 +41,7 @@ def test_what_tensorboard_gets(whole: Path) -> None:
     assert 0 < scalars(whole, "reversible/drift")[6] < 1e-3
     assert scalars(whole, "train/lr")[2] == pytest.approx(0.01)
     assert events.Tags()["tensors"] == ["sample/text_summary"]
+    assert events.Tags()["histograms"] == ["lsh/bucket_size_over_mean/0"]
     [sample] = events.Tensors("sample/text_summary")
     assert sample.step == 6
     assert "⟦…⟧" in sample.tensor_proto.string_val[0].decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ class BucketStats:
     """Fraction of (token, round) pairs whose bucket holds at least `window` members up to and including it."""
     agreement: float
     """Of pairs of neighbours in the order of a bucket, the fraction that share a bucket in another round."""
+    sizes_over_mean: Tensor = field(repr=False, compare=False)
+    """[BH * R * K] tokens of each bucket over those of the mean bucket."""
 
 
 def measure_bucket_stats(bucket_ids: Tensor, counts: Tensor, window: int) -> BucketStats:
@@ -45,4 +47,5 @@ def measure_bucket_stats(bucket_ids: Tensor, counts: Tensor, window: int) -> Buc
         n_adjacent += int(is_adjacent.sum().item()) * (n_hashes - 1)
         n_agreeing += (same_bucket & is_adjacent.unsqueeze(1)).sum().item() - is_adjacent.sum().item()
     agreement = n_agreeing / n_adjacent if n_adjacent else 1.0
-    return BucketStats(largest, full, agreement)
+    sizes = counts.flatten().float() * (counts.shape[2] / n_tokens)
+    return BucketStats(largest, full, agreement, sizes)

@@ -90,6 +90,11 @@ class DataConfig(ConfigGroup, prefix="data."):
             require(is_pair and 1 <= pair[0] <= pair[1], "data.skip_steps", self.skip_steps, requirement)
         return [range(first, last + 1) for first, last in pairs]
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether rows hold several documents or samples that do not see one another."""
+        return self.mask_documents or self.pack_samples
+
     def paths(self) -> list[str]:
         """Directories and URLs of all datasets."""
         paths = self.path if isinstance(self.path, list) else [self.path]

@@ -134,7 +134,7 @@ class RunConfig(ConfigGroup, prefix=""):
             requirement = f"needs task.kind=completion, not {kind.name}, {UNPACKED[kind]}"
             raise ConfigError(f"data.pack_samples=true: {requirement}")
         key = "data.mask_documents" if data.mask_documents else "data.pack_samples"
-        if data.mask_documents or data.pack_samples:
+        if data.keeps_documents_apart:
             kinds = model.layer_kinds()
             if model.neighbours is NeighbourRule.chunk and AttentionKind.lsh in kinds:
                 raise ConfigError(f"{key}=true: needs model.neighbours=window; {CHUNKS}")

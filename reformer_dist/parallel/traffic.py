@@ -157,8 +157,8 @@ class ExchangeMemory:
         shape = self.attention
         sizes = shape.n_heads * shape.n_rounds * shape.n_buckets * 4
         id_bytes = bucket_dtype(self.layer.n_buckets).itemsize + (4 if shape.has_codes else 0)
-        ids = self.copies * shape.n_rounds * id_bytes * (2 if shape.own_keys else 1)
-        return shape.n_heads * self.n_local * (ids + 4 * self.n_ranks / 8) + sizes
+        ids = shape.n_rounds * id_bytes * (2 if shape.own_keys else 1) + (4 if shape.documents else 0)
+        return shape.n_heads * self.n_local * (self.copies * ids + 4 * self.n_ranks / 8) + sizes
 
     def workspace_bytes(self, backend: str) -> float:
         """Peak in the backward (`bucket_exchange`): a middle group is attended, its neighbours are in flight."""

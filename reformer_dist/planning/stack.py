@@ -148,6 +148,7 @@ class StackMemory:
             dropout=model.attention_dropout > 0,
             device=self.job.device,
             own_keys=layer.own_buckets,
+            documents=self.job.config.data.keeps_documents_apart,
         )
         return ExchangeMemory(shape, attention, buckets)
 

@@ -169,6 +169,9 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, words, tiny_data, t
         ("model.layers=[lsh]", "model.shared_qk=false", "trainer.precision=bf16"),
         ("model.layers=[lsh]", "model.shared_qk=false", "model.attention_backend=torch"),
         ("model.attention_backend=torch", "trainer.precision=bf16", "model.position=rotary"),
+        ("data.mask_documents=true", "data.reset_position_ids=true"),
+        ("data.mask_documents=true", "model.attention_backend=torch", "model.position=rotary"),
+        ("data.mask_documents=true", "model.layers=[exact]"),
         ("deepspeed.stage=2", "model.n_layers=6", "data.batch_size=1", "trainer.save_every=1"),
         *(
             (f"deepspeed.stage={stage}", "trainer.precision=bf16", "trainer.micro_batch_size=1", *LARGE)

@@ -131,6 +131,8 @@ class WorkspaceShape:
     """cpu or cuda."""
     own_keys: bool = False
     """Keys have buckets of their own."""
+    documents: bool = False
+    """Rows hold several documents, which do not see one another."""
     n_partition_rows: float | None = None
     """Expected rows of a partition of the sorted order; None for whole sequences."""
 

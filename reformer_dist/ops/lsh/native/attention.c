@@ -28,6 +28,7 @@ typedef struct {
     const int32_t *query_order;  /* likewise, of the rows as queries */
     const int32_t *last_keys;    /* likewise: slot of the last key up to the query, before the bucket's first if none */
     const int32_t *query_codes;  /* [n_rounds, n_rows] */
+    const int32_t *documents;    /* [n_rows] or null: rows of different documents do not attend to each other */
     const int32_t *head_indices; /* [n_batch_heads] for dropout; [n_rows] with positions; or null */
     const int32_t *positions;    /* [n_rows] if the rows are not full sequences; null: 0, 1, ... */
     const float *q, *k, *v, *d_out; /* [n_rows, head_dim] */
@@ -45,6 +46,8 @@ typedef struct {
     int round, dim, n_queries, first, first_key, end_key;
     int32_t row[GROUP]; /* after the last query, that one again: the results of those lanes are discarded */
     ints at[VECTORS];   /* slot of each query among the keys: its own, or that of the last key up to it */
+    int is_mixed;       /* whether there may be rows of several documents */
+    ints document[VECTORS];
 } Group;
 
 static Group group_at(const Call *call, int round, const int32_t *span, int slot) {
@@ -65,6 +68,10 @@ static Group group_at(const Call *call, int round, const int32_t *span, int slot
     if (!call->causal) seen_to += window - 1;
     g.first_key = seen_from > begin ? seen_from : begin;
     g.end_key = seen_to < end ? seen_to : end;
+    /* longer spans are of one document: see order.c */
+    g.is_mixed = call->documents && end - begin <= GROUP;
+    if (g.is_mixed)
+        for (int i = 0; i < GROUP; i++) g.document[i / LANES][i % LANES] = call->documents[g.row[i]];
     return g;
 }
 
@@ -96,6 +103,7 @@ INLINE ints visible_lanes(const Group *g, int key_slot, int first_lane) {
     int window = (int)call->window, nearest = call->causal ? (call->sees_self ? 0 : 1) : 1 - window;
     ints visible = (distance >= nearest) & (distance < window);
     if (!call->causal && !call->sees_self) visible &= distance != 0;
+    if (g->is_mixed) visible &= g->document[first_lane / LANES] == call->documents[g->order[key_slot]];
     return visible;
 }
 
@@ -230,8 +238,7 @@ static void attend(const Group *g) {
     }
 }
 
-INLINE float sum_lanes(vec x) {
-    float sum = 0;
+INLINE float add_lanes(float sum, vec x) {
     for (int i = 0; i < LANES; i++) sum += x[i];
     return sum;
 }
@@ -248,7 +255,7 @@ static void differentiate(const Group *g, int first, int n, float *p, float *d_p
         sums[i] = call->sums[g->row[i]];
     }
     for (int j = 0; j < n; j++) {
-        vec along = splat(0);
+        float along = 0; /* query by query: the others of the group, whose terms are 0, do not matter */
         for (int h = 0; h < GROUP; h += LANES) {
             float *at = p + j * GROUP + h, *d_at = d_p + j * GROUP + h;
             vec score = load(at) * factors.keys[j], d_x = load(d_at);
@@ -256,11 +263,11 @@ static void differentiate(const Group *g, int first, int n, float *p, float *d_p
             if (factors.counts_once) x *= load(factors.once + j * GROUP + h);
             if (factors.has_dropout) d_x *= load(factors.keep + j * GROUP + h);
             vec d_score = x * (d_x - load(sums + h));
-            along += d_score * score;
+            along = add_lanes(along, d_score * score);
             store(d_at, d_score * factors.keys[j]);
             store(at, factors.has_dropout ? x * load(factors.keep + j * GROUP + h) : x);
         }
-        if (call->along) call->along[g->order[first + j]] += sum_lanes(along);
+        if (call->along) call->along[g->order[first + j]] += along;
     }
 }
 
@@ -324,7 +331,7 @@ static void attend_span(const Call *call, int round, int number, int is_backward
 static float dot_product(const float *x, const float *y, int64_t dim) {
     vec sum = splat(0);
     for (int64_t d = 0; d < dim; d += LANES) sum += load(x + d) * load(y + d);
-    return sum_lanes(sum);
+    return add_lanes(0, sum);
 }
 
 /* 1 / |q| of a row: `ops.lsh.shared_keys.shared_keys` */

@@ -90,7 +90,8 @@ class NativeBackend:
 def _order_bytes(shape: WorkspaceShape, n_heads: int, rows: float) -> float:
     """Sorted order of the rows by bucket, and its spans."""
     n_orders = 1 if not shape.own_keys else 4 if shape.has_codes else 3  # with last keys, and codes of queries
-    return shape.n_rounds * (4 * n_orders * rows + 16 * n_heads * shape.n_buckets)
+    n_runs = rows if shape.documents else n_heads * shape.n_buckets  # at most
+    return shape.n_rounds * (4 * n_orders * rows + 16 * n_runs) + (4 * rows if shape.documents else 0)
 
 
 class NativeSortedShard:
@@ -103,9 +104,9 @@ class NativeSortedShard:
         queries, is_whole = shard.query_sort_keys, shard.is_whole
         # of a partition with keys of their own, the queries of other ranks are absent
         bounds = None if is_whole or queries is not None else shard.query_bounds(options.rule)
-        documents = None if shard.document_ids is None else shard.document_ids.contiguous()
+        self._documents = None if shard.document_ids is None else shard.document_ids.contiguous()
         order = order_rows(
-            shard.sort_keys, options, shard.n_sort_keys, bounds, queries, documents, is_whole=is_whole
+            shard.sort_keys, options, shard.n_sort_keys, bounds, queries, self._documents, is_whole=is_whole
         )
         if not is_whole:
             order = replace(order, codes=shard.position_codes, query_codes=shard.query_codes)
@@ -157,6 +158,7 @@ class NativeSortedShard:
             int(options.dropout * 2**31), options.dropout_seed,
             options.scale * LOG2_E, 1 / (1 - options.dropout),
             *order.addresses(n_rounds, n_rows),
+            address("document_ids", self._documents, n_heads, self._row_len, dtype=torch.int32),
             address("head_index", self._head_index, n_heads if positions is None else n_rows, dtype=torch.int32),
             address("positions", positions, n_rows, dtype=torch.int32),
             *rows_of(q=q, k=q if k is None else k, v=v, d_out=d_out, out=out),

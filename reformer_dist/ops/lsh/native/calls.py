@@ -54,7 +54,7 @@ class AttentionCall(ctypes.Structure):
         (ctypes.c_double, "scale dropout_factor"),
         (
             ctypes.c_void_p,
-            "order spans span_counts codes query_order last_keys query_codes head_indices positions "
+            "order spans span_counts codes query_order last_keys query_codes documents head_indices positions "
             "q k v d_out out lse sums key_scales along dq dk dv",
         ),
     )
@@ -141,7 +141,10 @@ def order_rows(
     n_batch_heads, n_rounds, seq_len = buckets.shape
     window = window_of(options, seq_len)
     span_len = max(SPAN_LEN, -(-2 * window // SPAN_LEN) * SPAN_LEN)  # every other span has separate keys
-    n_runs = n_buckets if document_ids is None else seq_len  # at most
+    n_runs = n_buckets
+    if document_ids is not None:  # at most
+        n_documents = int((document_ids.diff(dim=1) != 0).sum(dim=1).max()) + 1 if document_ids.numel() else 0
+        n_runs = min(seq_len, n_buckets * n_documents)
     n_spans = n_batch_heads * (n_runs + seq_len // span_len)
 
     def ints(*shape: int) -> Tensor:

@@ -3,10 +3,13 @@
    Keys may have buckets of their own: queries and keys are then sorted apart, and each query is linked to the last key
    of its bucket up to its position.
 
-   The rows of a document are adjacent within each bucket: each such run of rows is a bucket to attention.c. */
+   The rows of a document are adjacent within each bucket. Such a run of rows has spans of its own, whose sums are thus
+   those of the document alone; short runs share one, of so few rows that all sums of a row are still in one group. */
 
 #include <stdint.h>
 #include <string.h>
+
+#define GROUP 16 /* queries that attention.c processes together: that of vectors.h */
 
 /* Mirrored by `calls.OrderCall`, field by field. */
 typedef struct {
@@ -128,18 +131,25 @@ static int32_t skip_document(const OrderCall *call, const int32_t *order, int32_
     return slot;
 }
 
-/* As split_queries, for the queries of each document and its keys. */
+/* As split_queries, for the queries of each document and its keys, or of several whose rows are one group. */
 static int32_t split_documents(const OrderCall *call, int64_t round, Bucket keys, Bucket queries, int is_second, int32_t n) {
     int64_t round_at = round * call->n_batch_heads * call->seq_len;
     const int32_t *order = call->order + round_at, *query_order = call->query_ids ? call->query_order + round_at : order;
-    for (int32_t begin = keys.begin, end; begin < keys.end; begin = end) {
-        int32_t document = call->documents[order[begin]];
-        end = skip_document(call, order, begin, keys.end, document);
-        queries.begin = skip_document(call, query_order, queries.begin, queries.end, document - 1);
-        int32_t query_end = skip_document(call, query_order, queries.begin, queries.end, document);
-        n = split_queries(call, round, (Bucket){begin, end}, (Bucket){queries.begin, query_end}, is_second, n);
+    Bucket run = {keys.begin, keys.begin}, of_run = {queries.begin, queries.begin};
+    while (run.end < keys.end) {
+        int32_t document = call->documents[order[run.end]];
+        int32_t end = skip_document(call, order, run.end, keys.end, document);
+        int32_t query = skip_document(call, query_order, of_run.end, queries.end, document - 1);
+        int32_t query_end = skip_document(call, query_order, query, queries.end, document);
+        if (end - run.begin > GROUP || query_end - of_run.begin > GROUP) {
+            n = split_queries(call, round, run, of_run, is_second, n);
+            run.begin = run.end;
+            of_run.begin = query;
+        }
+        run.end = end;
+        of_run.end = query_end;
     }
-    return n;
+    return split_queries(call, round, run, of_run, is_second, n);
 }
 
 /* Appends every other span of each bucket, from the first or the second; returns the number of spans so far. */

@@ -70,6 +70,8 @@ class TorchBackend:
         n_blocks = 3 if shape.dropout else 2  # probabilities, after dropout, and their gradients
         # scaled queries; dq, dk, dv by slot
         buffers = vector * (rows + slots + 2 * key_slots) + n_blocks * span * columns * 4
+        if shape.documents:  # of the rows and of a column's pairs
+            buffers += 4 * rows + (4 + 1 + 4) * span * tile_len
         grads = vector * 3 * rows
         # q, dO, k and v; with several spans also the next one's q and dO
         sorted_copies = vector * ((4 if n_spans > 1 else 2) * span + 2 * key_span)

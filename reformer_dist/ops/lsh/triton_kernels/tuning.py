@@ -61,5 +61,7 @@ def workspace_bytes(shape: WorkspaceShape) -> float:
         rows = sorted_rows = shape.n_partition_rows
         other = rows * n_grads * vector
     block = tuning_of(shape.head_dim, torch.float32 if shape.element_size == 4 else torch.bfloat16).block
+    if shape.documents:
+        other += 4 * sorted_rows
     order = n_rounds * (4 * sorted_rows + 16 * (sorted_rows / block + shape.n_heads * shape.n_buckets))
     return order + other + (rows * n_rounds * n_grads * vector if n_rounds > 1 else 0)

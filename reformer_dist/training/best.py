@@ -24,6 +24,11 @@ class BestTracker:
         if state.best is not None and state.best["metric"] != self._metric:
             state.best, state.evaluations_since_best = None, 0
 
+    def begin_stage(self) -> None:
+        """Forgets the values so far: held-out rows of another length, or other windows, are another measure."""
+        self._state.best, self._state.evaluations_since_best = None, 0
+        self._before, self._is_unsaved = None, False
+
     def end_evaluation(self, values: Mapping[str, float]) -> bool:
         """Judges the weights after the last step by their metrics; returns whether they are the best so far.
 

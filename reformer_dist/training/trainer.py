@@ -158,6 +158,7 @@ class Trainer:
             self._metrics_window.pause(time.perf_counter() - start)
         if step == self._stage.first_step:  # also if the run resumes here
             self._spikes.begin_stage()
+            self._best.begin_stage()
 
     def _evaluate_and_sample(self) -> None:
         """Evaluates, and generates text, if due."""

@@ -48,7 +48,7 @@ def test_an_evaluation_that_was_due_at_a_border_is_that_of_the_stage_before(
     """The run is stopped after step 2, while it evaluates, and saved."""
     evaluate = Validator.evaluate
 
-    def stopped(self: Validator, step: int, seconds: float) -> float:
+    def stopped(self: Validator, step: int, seconds: float) -> dict[str, float]:
         if step == 2:
             raise Preempted("stopped by a signal")
         return evaluate(self, step, seconds)
@@ -128,6 +128,17 @@ def test_a_stage_that_can_not_run_is_refused_at_the_start(
     with pytest.raises(UserError, match=message):
         train(job, tiny_data, tmp_path / "run", *changed)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_is_that_of_the_last_stage(
+    staged: Path, tiny_data: Path, tmp_path: Path, job: Runtime
+) -> None:
+    """Losses of rows of 128 tokens are not compared with those of rows of 32."""
+    best = ("trainer.keep_best=eval/loss", "trainer.best_mode=max", "trainer.patience=4")
+    run = train(job, tiny_data, tmp_path / "run", *OFTEN, *best)
+    found = CheckpointReader(checkpoint(run, 7)).best_step
+    losses_of_last = {step: row["eval/loss"] for step, row in losses(staged).items() if step > 4}
+    assert found == max(losses_of_last, key=lambda step: losses_of_last[step])
 
 
 def test_stages_may_change_on_the_way(

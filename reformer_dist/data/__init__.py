@@ -9,10 +9,11 @@ from reformer_dist.data.format.dataset_layout import SPLITS, TEXT_FIELDS, Shard
 from reformer_dist.data.format.dna import DNA
 from reformer_dist.data.format.id_tokenizer import IdTokenizer
 from reformer_dist.data.format.label_spans import label_mask, read_groups, read_spans
+from reformer_dist.data.format.load_tokenizer import load_tokenizer, open_vocabulary
 from reformer_dist.data.format.quarantine import DamagedSample, Quarantine
 from reformer_dist.data.format.sample_reader import Sample, SampleReader, SampleRef, make_sample
 from reformer_dist.data.format.tar_members import TextMember
-from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from reformer_dist.data.format.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from reformer_dist.data.format.verify import verify_dataset
 from reformer_dist.data.loading.collate import (
     FILL_VALUES,
@@ -123,6 +124,7 @@ __all__ = [
     "merge_states",
     "next_token_example",
     "next_token_examples",
+    "open_vocabulary",
     "pack_examples",
     "pack_spans",
     "positions_in_documents",

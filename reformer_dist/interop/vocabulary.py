@@ -60,6 +60,7 @@ def hugging_face_files(tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
             "eos_token": specification.get("eot_token", END_OF_TEXT),
         },
     }
+    settings["lossy"] = settings["bpe"]
     if specification["kind"] in settings:
         content = json.dumps(settings[specification["kind"]], indent=1)
         (directory / "tokenizer_config.json").write_text(content + "\n")

@@ -23,6 +23,7 @@ from reformer_dist.data import (
     has_finished_work,
     index_tar_files,
     load_tokenizer,
+    open_vocabulary,
     sample_texts,
     write_samples,
 )
@@ -132,14 +133,20 @@ def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat, total_byt
         return ByteTokenizer()
     if arguments.tokenizer_file:
         special = arguments.special_tokens
-        return BpeTokenizer.load(arguments.tokenizer_file, arguments.eot_token, use_special_tokens=special)
+        return open_vocabulary(
+            arguments.tokenizer_file,
+            arguments.eot_token,
+            use_special_tokens=special,
+            special_tokens=arguments.add_special_token,
+            split=arguments.split_regex,
+        )
     with progress("reading for the vocabulary", total_bytes) as shown:
         # the tokenizer is not trained on held-out text
         training = assign_splits(form.records(), () if form.heldout else None, arguments.heldout)
         texts = (text for split, record in training if split == "train" for text in record.fields)
         sampled = sample_texts(shown.counted(texts), VOCABULARY_BYTES)
     with live.shown(), live.phase("training the tokenizer"):
-        return BpeTokenizer.train(sampled, arguments.vocab_size or 8192)
+        return BpeTokenizer.train(sampled, arguments.vocab_size or 8192, arguments.add_special_token)
 
 
 def require_offsets(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:

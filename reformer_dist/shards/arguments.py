@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     _add_fasta_options(parser.add_argument_group("DNA"))
     _add_tokenizer_options(parser.add_argument_group("tokenizer"))
     arguments = parser.parse_args()
+    arguments.tokenizer = arguments.tokenizer or ("bpe" if arguments.tokenizer_file else "bytes")
     problem = check_arguments(arguments)
     if problem:
         parser.error(problem)
@@ -186,15 +187,14 @@ def _add_tokenizer_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--tokenizer",
         choices=("bytes", "bpe"),
-        default="bytes",
-        help="bytes: 257 tokens; bpe: byte pair encoding (default: bytes)",
+        help="bytes: 257 tokens; bpe: byte pair encoding, learned from the inputs (default: bytes)",
     )
     add("--vocab-size", type=int, metavar="N", help="bpe: vocabulary size to train (default: 8192)")
     add(
         "--tokenizer-file",
         type=Path,
         metavar="F",
-        help="bpe: use this tokenizer.json instead of training one",
+        help="a tokenizer.json of Hugging Face, ranks of tiktoken, or a model of SentencePiece",
     )
     add(
         "--eot-token",
@@ -207,6 +207,19 @@ def _add_tokenizer_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="with --tokenizer-file: encode the text of its special tokens, except the one that ends documents, "
         "as these tokens (default: as plain text)",
+    )
+    add(
+        "--add-special-token",
+        action="append",
+        default=[],
+        metavar="T",
+        help="bpe, --tokenizer-file: a special token of this name, if the vocabulary lacks it; may be repeated",
+    )
+    add(
+        "--split-regex",
+        metavar="R",
+        help="ranks of tiktoken: the encoding (gpt2, cl100k_base, o200k_base) or regular expression that cuts "
+        "text into words (default: that of the file's name)",
     )
     add("--tokenizer-of", type=Path, metavar="M", help="use the tokenizer of a run, checkpoint or export")
 
@@ -257,6 +270,9 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         or not (arguments.tokenizer_file or arguments.vocab_size),
         "--eot-token and --special-tokens need --tokenizer-file": bool(arguments.tokenizer_file)
         or not (arguments.eot_token or arguments.special_tokens),
+        "--add-special-token needs --tokenizer bpe or --tokenizer-file": arguments.tokenizer == "bpe"
+        or not arguments.add_special_token,
+        "--split-regex needs --tokenizer-file": arguments.split_regex is None or bool(arguments.tokenizer_file),
         "--vocab-size is for training a tokenizer; --tokenizer-file is already trained": not (
             arguments.tokenizer_file and arguments.vocab_size
         ),

@@ -23,9 +23,10 @@ from reformer_dist.data.format.dataset_layout import (
     require_sha256,
 )
 from reformer_dist.data.format.index import IndexCache, ShardIndex
+from reformer_dist.data.format.load_tokenizer import load_tokenizer
 from reformer_dist.data.format.storage import Folder, LocalFolder, open_folder
 from reformer_dist.data.format.tar_members import TextMember
-from reformer_dist.data.format.tokenizer import Tokenizer, load_tokenizer
+from reformer_dist.data.format.tokenizer import Tokenizer
 from reformer_dist.errors import DataError
 
 CACHE_FOLDER = "~/.cache/reformer_dist"

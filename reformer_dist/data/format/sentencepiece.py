@@ -18,12 +18,15 @@ SPACE = "\u2581"  # a space within a piece
 
 
 class SentencePieceTokenizer:
-    """A `spiece.model`, read by the package sentencepiece; end-of-text is the `</s>` of its vocabulary."""
+    """A `spiece.model`, read by the package sentencepiece; end-of-text is `</s>` or another control symbol."""
 
     is_lossless = False
 
-    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
-        """vocab_size: of the model, if larger than the number of pieces. Raises DataError."""
+    def __init__(self, path: Path, vocab_size: int | None = None, eot_token: str | None = None) -> None:
+        """vocab_size: of the model, if larger than the number of pieces. eot_token: a control symbol.
+
+        Raises DataError.
+        """
         if not path.is_file():
             raise DataError(f"{path}: is missing; it must be a model of SentencePiece")
         package = _package()
@@ -35,9 +38,18 @@ class SentencePieceTokenizer:
         self.vocab_size = n_pieces if vocab_size is None else vocab_size
         if self.vocab_size < n_pieces:
             raise DataError(f"{path}: has {n_pieces} pieces, more than the {self.vocab_size} tokens of the model")
-        self.eos_id: int = self._processor.eos_id()
+        self._eot_token = eot_token
+        self.eos_id: int = self._processor.eos_id() if eot_token is None else self._control_id(eot_token)
         if self.eos_id < 0:
             raise DataError(f"{path}: has no piece that ends a text; it must have one to end documents with")
+
+    def _control_id(self, name: str) -> int:
+        index = int(self._processor.piece_to_id(name))
+        if not self._processor.is_control(index):
+            known = [each for each in range(len(self._processor)) if self._processor.is_control(each)]
+            names = ", ".join(map(self._processor.id_to_piece, known)) or "none"
+            raise DataError(f"{self._path}: --eot-token {name}: must be one of its control symbols: {names}")
+        return index
 
     @property
     def dtype(self) -> str:
@@ -78,6 +90,7 @@ class SentencePieceTokenizer:
             "file": SPIECE_FILE,
             "sha256": file_sha256(path),
             "vocab_size": self.vocab_size,
+            **({"eot_token": self._eot_token} if self._eot_token else {}),
         }
 
 

@@ -8,7 +8,7 @@ per byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,8 @@ from numpy.typing import NDArray
 from reformer_dist.data.format.dataset_layout import (
     TOKENIZER_FILE,
     id_dtype,
-    require_count,
-    require_plain_name,
 )
-from reformer_dist.data.format.id_tokenizer import IdTokenizer
-from reformer_dist.data.format.sentencepiece import SPACE, SentencePieceTokenizer
+from reformer_dist.data.format.sentencepiece import SPACE
 from reformer_dist.errors import DataError
 from reformer_dist.fs.atomic import file_sha256
 
@@ -106,6 +103,10 @@ class ByteTokenizer:
         return {"kind": "bytes", "first_id": self._first_id, "eos_id": self.eos_id}
 
 
+class LossyTokenizerError(DataError):
+    """A tokenizer.json that changes text."""
+
+
 class BpeTokenizer:
     """BPE whose vocabulary contains all 256 bytes: byte-level, or with byte fallback as in Llama 2.
 
@@ -119,7 +120,8 @@ class BpeTokenizer:
     ) -> None:
         """inner: a `tokenizers.Tokenizer`. origin: its name in error messages. eot_token: ends documents.
 
-        Raises DataError if it lacks bytes or the end-of-text token, changes text, or encodes at random.
+        Raises DataError if it lacks the end-of-text token or encodes at random, and LossyTokenizerError if it
+        lacks bytes or changes text.
         """
         eos_id = inner.token_to_id(eot_token)
         if eos_id is None:
@@ -127,19 +129,13 @@ class BpeTokenizer:
             hint = "name it by reformer-shards --eot-token, or eos_token in a tokenizer_config.json next to it"
             problem = f"has no token {eot_token} to end documents with; its special tokens are"
             raise DataError(f"{origin}: {problem} {', '.join(special[:8]) or 'none'}: {hint}")
-        vocabulary = inner.get_vocab(with_added_tokens=False)
-        has_fallback = bool(getattr(inner.model, "byte_fallback", False))
-        all_bytes = [f"<0x{byte:02X}>" for byte in range(256)] if has_fallback else _byte_alphabet()
-        if not set(all_bytes) <= vocabulary.keys():
-            problem = "is not a byte-level BPE, nor one with byte_fallback"
-            raise DataError(f"{origin}: {problem}; its vocabulary must hold all 256 bytes")
         if getattr(inner.model, "dropout", None):
             problem = "encodes the same text in different ways; must be null"
             raise DataError(f"{origin}: model.dropout={inner.model.dropout:g}: {problem}")
         inner.no_truncation()
         inner.no_padding()
         self._inner, self._eot_token, self._uses_special = inner, eot_token, use_special_tokens
-        self.is_lossless = not has_fallback
+        self.is_lossless = not bool(getattr(inner.model, "byte_fallback", False))
         self.eos_id: int = eos_id
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.encode_special_tokens = True
@@ -148,7 +144,12 @@ class BpeTokenizer:
         self._check(origin)
 
     def _check(self, origin: str) -> None:
-        """Raises DataError if text is changed, or its end-of-text becomes the token."""
+        """Raises DataError if text may become end-of-text, and LossyTokenizerError if text is changed."""
+        vocabulary = self._inner.get_vocab(with_added_tokens=False)
+        all_bytes = byte_alphabet() if self.is_lossless else [f"<0x{byte:02X}>" for byte in range(256)]
+        if not set(all_bytes) <= vocabulary.keys():
+            problem = "is not a byte-level BPE, nor one with byte_fallback"
+            raise LossyTokenizerError(f"{origin}: {problem}; its vocabulary must hold all 256 bytes")
         added, token_bytes = self._inner.get_added_tokens_decoder().values(), self.token_bytes
         tokens = "".join(f"  {token.content}  x" for token in added if self._uses_special or not token.special)
         for probe in (*PROBES, f"x{tokens}"):
@@ -159,24 +160,28 @@ class BpeTokenizer:
             text = self.decode(ids)
             if text == f" {probe}{self._eot_token}":
                 hint = "set add_prefix_space to false in it"
-                raise DataError(f"{origin}: changes text: adds a space to the beginning of each document; {hint}")
+                problem = "changes text: adds a space to the beginning of each document"
+                raise LossyTokenizerError(f"{origin}: {problem}; {hint}")
             n_bytes = token_bytes[ids].sum()
             if text != probe + self._eot_token or (self.is_lossless and n_bytes != len(text.encode())):
                 problem = f"changes text: {probe[:40]!r} becomes {text[:40]!r}"
-                raise DataError(f"{origin}: {problem}; it must be a BPE of bytes without a normalizer")
+                raise LossyTokenizerError(f"{origin}: {problem}; it must be a BPE of bytes without a normalizer")
 
     @classmethod
-    def train(cls, texts: Iterable[bytes], vocab_size: int) -> BpeTokenizer:
-        """Trains on texts. With too little text the vocabulary is smaller than `vocab_size`."""
+    def train(cls, texts: Iterable[bytes], vocab_size: int, special_tokens: Sequence[str] = ()) -> BpeTokenizer:
+        """Trains on texts. With too little text the vocabulary is smaller than `vocab_size`.
+
+        special_tokens: in the vocabulary besides end-of-text.
+        """
         if vocab_size < 257:
             raise DataError(f"vocab_size={vocab_size}: must be at least 257, 256 bytes and {END_OF_TEXT}")
-        package = _package()
+        package = tokenizers_package()
         inner = package.Tokenizer(package.models.BPE())
         inner.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         inner.decoder = package.decoders.ByteLevel()
         trainer = package.trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=[END_OF_TEXT, *special_tokens],
             initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -191,13 +196,9 @@ class BpeTokenizer:
         """
         if not path.is_file():
             raise DataError(f"{path}: is missing; it must be a tokenizer.json of the tokenizers package")
-        package = _package()
-        try:
-            inner = package.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise DataError(f"{path}: is not a tokenizer.json of the tokenizers package ({error})") from error
+        inner = read_inner(path)
         if eot_token is None:
-            eot_token = _configured_eot(path.with_name("tokenizer_config.json")) or END_OF_TEXT
+            eot_token = configured_eot(path.with_name("tokenizer_config.json")) or END_OF_TEXT
         return cls(inner, origin=str(path), eot_token=eot_token, use_special_tokens=use_special_tokens)
 
     @property
@@ -257,37 +258,20 @@ class BpeTokenizer:
         }
 
 
-def load_tokenizer(spec: Mapping[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer of a specification from `save`. Raises DataError if its file is missing or differs."""
-    kind = spec.get("kind")
-    if kind == "bytes" and "first_id" not in spec:
-        return ByteTokenizer()
-    if kind == "bytes":
-        return ByteTokenizer(*(require_count(spec, key, str(folder)) for key in ("first_id", "eos_id")))
-    if kind == "ids":
-        return IdTokenizer(require_count(spec, "n_ids", str(folder)))
-    if kind not in ("bpe", "sentencepiece"):
-        raise DataError(
-            f"{folder}: tokenizer kind {kind!r} is unknown; it must be bytes, ids, bpe or sentencepiece"
-        )
-    path = folder / require_plain_name(spec.get("file"), str(folder))
-    tokenizer: Tokenizer
-    if kind == "bpe":
-        eot_token = str(spec.get("eot_token", END_OF_TEXT))
-        tokenizer = BpeTokenizer.load(path, eot_token, use_special_tokens=bool(spec.get("use_special_tokens")))
-    else:
-        tokenizer = SentencePieceTokenizer(path, require_count(spec, "vocab_size", str(folder)))
-    if file_sha256(path) != spec.get("sha256"):
-        raise DataError(f"{path}: is not the tokenizer that the shards were written with (sha256 differs)")
-    return tokenizer
-
-
-def _byte_alphabet() -> list[str]:
-    alphabet: list[str] = _package().pre_tokenizers.ByteLevel.alphabet()
+def byte_alphabet() -> list[str]:
+    """The characters with which the package writes bytes, in no order."""
+    alphabet: list[str] = tokenizers_package().pre_tokenizers.ByteLevel.alphabet()
     return alphabet
 
 
-def _configured_eot(path: Path) -> str | None:
+def bytes_to_text(content: bytes) -> str:
+    """Bytes in the alphabet of byte-level BPE: printable characters of Latin-1 for themselves, others moved up."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = {byte: 0x100 + number for number, byte in enumerate(byte for byte in range(256) if byte not in kept)}
+    return "".join(chr(moved.get(byte, byte)) for byte in content)
+
+
+def configured_eot(path: Path) -> str | None:
     """eos_token of a tokenizer_config.json of transformers; None if it has none. Raises DataError."""
     if not path.is_file():
         return None
@@ -301,7 +285,17 @@ def _configured_eot(path: Path) -> str | None:
     return token
 
 
-def _package() -> Any:
+def read_inner(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises DataError if it is none."""
+    try:
+        return tokenizers_package().Tokenizer.from_file(str(path))
+    except DataError:
+        raise
+    except Exception as error:  # the package raises plain Exception
+        raise DataError(f"{path}: is not a tokenizer.json of the tokenizers package ({error})") from error
+
+
+def tokenizers_package() -> Any:
     try:
         import tokenizers
     except ImportError as error:

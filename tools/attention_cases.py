@@ -25,7 +25,8 @@ PEERS = {
     "transformers_own": "transformers",
 }
 """Other Reformers, and the packages that they need."""
-OURS = {"ours": "auto", "ours_torch": "torch"}
+OWN_KEYS = "own_keys"
+OURS = {"ours": "auto", "ours_torch": "torch", OWN_KEYS: "auto"}
 """Our implementations, and their backends."""
 CPU_ONLY = ("ours_torch",)
 CUDA_ONLY = ("flash", "cudnn", "flex")
@@ -115,15 +116,25 @@ def is_close(row: BenchCase, actual: Tensor, expected: Tensor) -> bool:
 
 
 def our_options(row: BenchCase) -> AttentionOptions:
-    rule = WindowRule(row.window, causal=True)
-    return AttentionOptions(rule, row.buckets, scale=row.head_dim**-0.5, backend=OURS[row.impl])
+    own_keys, scale = row.impl == OWN_KEYS, row.head_dim**-0.5
+    rule = WindowRule(row.window, causal=True, sees_self=own_keys)
+    return AttentionOptions(rule, row.buckets, scale, backend=OURS[row.impl], own_keys=own_keys)
+
+
+def own_keys(row: BenchCase, q: Tensor) -> Tensor | None:
+    """Keys of their own, which are the queries of another head; None for shared ones."""
+    return q.roll(1, dims=1) if row.impl == OWN_KEYS else None
 
 
 def ours(row: BenchCase) -> Attend:
     options = our_options(row)
 
     def attend(q: Tensor, v: Tensor) -> Tensor:
-        return bucket_attention(q, None, v, hash_buckets(row, q), options)
+        k = own_keys(row, q)
+        query_ids = hash_buckets(row, q)
+        if k is None:
+            return bucket_attention(q, None, v, query_ids, options)
+        return bucket_attention(q, k, v, hash_buckets(row, k), options, query_ids=query_ids)
 
     return attend
 
@@ -145,8 +156,13 @@ def mean_visible_keys(row: BenchCase, ids: Tensor) -> float:
 
 
 def attend_reference(row: BenchCase, q: Tensor, v: Tensor) -> Tensor:
-    keys, rule = F.normalize(q, dim=-1), WindowRule(row.window, causal=True)
-    return reference_attention(q, keys, v, hash_buckets(row, q), rule, scale=row.head_dim**-0.5)
+    options, ids, k = our_options(row), hash_buckets(row, q), own_keys(row, q)
+    of_keys = {} if k is None else {"query_ids": ids, "attends_alone": False}
+    if k is None:
+        k = F.normalize(q, dim=-1)
+    else:
+        ids = hash_buckets(row, k)
+    return reference_attention(q, k, v, ids, options.rule, scale=options.scale, **of_keys)
 
 
 def reformer_pytorch(row: BenchCase) -> Attend:

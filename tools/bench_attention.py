@@ -7,6 +7,7 @@ run (out of memory, for example) is neither correct nor incorrect: it reports th
 
 ours             hash, sort and attention over q, v (k = q / |q|), checked against the reference with gradients
 ours_torch       the same in plain PyTorch, the fallback without a C compiler (CPU)
+own_keys         as ours, with keys of their own (model.shared_qk=false), which are the queries of another head
 reformer_pytorch 1.4.4's LSHAttention on the same q, v, with chunks of --window and seq_len / window buckets
 transformers     4.57.6's LSHSelfAttention on the same q, v in place of its projections, with chunks of --window
                  and the same number of buckets as ours
@@ -56,6 +57,7 @@ from attention_cases import (
     IMPLEMENTATION,
     IMPLEMENTATIONS,
     OURS,
+    OWN_KEYS,
     PEERS,
     TOLERANCE,
     BenchCase,
@@ -240,7 +242,11 @@ def measure(row: BenchCase) -> dict[str, float | None]:
         *split(row, q),
         round(max(0, peak - before) / MIB, 1),
     ]
-    keys = round(mean_visible_keys(row, hash_buckets(row, q)), 2) if row.impl in OURS else None
+    keys = (
+        round(mean_visible_keys(row, hash_buckets(row, q)), 2)
+        if row.impl in OURS and row.impl != OWN_KEYS
+        else None
+    )
     return {**dict(zip(MEASURES, values, strict=True)), "keys": keys}
 
 
@@ -275,7 +281,10 @@ def split(row: BenchCase, q: Tensor) -> tuple[float | None, float | None]:
     head_ids = hashed[0][0].flatten(0, 1)
     options = our_options(row)
     backend = backend_for(options, q)(options, q)
-    shards = [Shard(ids, row.buckets, torch.arange(1), row.seq_len) for ids in head_ids.split(1)]
+    shards = [
+        Shard(ids, row.buckets, torch.arange(1), row.seq_len, query_sort_keys=ids if options.own_keys else None)
+        for ids in head_ids.split(1)
+    ]
     sorts = [timed(row, lambda: [backend.sort(shard) for shard in shards]) for _ in range(row.repeat)]
     return hash_seconds, round(min(seconds for _, seconds in sorts), 5)
 

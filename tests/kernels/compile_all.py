@@ -15,7 +15,7 @@ from support.shards import partition_shards
 
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, Rule, WindowRule, draw_rotations
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, LocalExchange, attend
-from reformer_dist.ops.lsh.triton_kernels import backward, forward, hashing, rowwise, tile_table
+from reformer_dist.ops.lsh.triton_kernels import backward, forward, hashing, own_keys, rowwise, tile_table
 from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -24,6 +24,9 @@ KERNELS = (
     tile_table._build_table,
     forward.attend_round,
     backward.attend_round_backward,
+    own_keys.attend_own_keys,
+    own_keys.own_keys_backward_queries,
+    own_keys.own_keys_backward_keys,
     rowwise._row_products,
     rowwise._merge_rounds,
     rowwise._sum_rounds,
@@ -39,7 +42,8 @@ def step(
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     rotations = draw_rotations(n_heads, head_dim, n_rounds, n_buckets, scheme, seed=0)
     ids = TritonBackend.hash(q, rotations, n_buckets, scheme, None if n_buckets > 1 else ())
-    exchange = LocalExchange(ids, AttentionOptions(rule, n_buckets, scale=1.0, **options), None)
+    attention = AttentionOptions(rule, n_buckets, scale=1.0, **options)
+    exchange = LocalExchange(ids, attention, None, ids if attention.own_keys else None)
     attend(q, None if shared else k, v, exchange, TritonBackend).sum().backward()
 
 
@@ -64,6 +68,9 @@ def compile_everything() -> None:
     step(window, FLOAT, scheme="floor")
     step(WindowRule(128, causal=True, sees_self=True), HALF, n_rounds=1, n_buckets=1, shared=False)
     step(ChunkRule(64, True, 1, 0, True), FLOAT, head_dim=80, dropout=0.1, shared=False)
+    seeing_itself = WindowRule(64, causal=True, sees_self=True)
+    step(seeing_itself, HALF, shared=False, own_keys=True)
+    step(seeing_itself, FLOAT, shared=False, own_keys=True, count_pairs_once=True, dropout=0.1)
     attend_partition(window)
     for kernel in KERNELS:
         for compiled in fake_gpu.compiled_variants(kernel):
@@ -78,7 +85,9 @@ def count_variants() -> None:
 
 
 def print_grids() -> None:
-    step(WindowRule(8, causal=True), HALF, head_dim=16, n_rounds=2, n_buckets=2, seq_len=16, n_heads=70_000)
+    sizes = {"head_dim": 16, "n_rounds": 2, "n_buckets": 2, "seq_len": 16, "n_heads": 70_000}
+    step(WindowRule(8, causal=True), HALF, **sizes)
+    step(WindowRule(8, causal=True, sees_self=True), HALF, shared=False, own_keys=True, **sizes)
     for launch in fake_gpu.LAUNCHES:
         print(json.dumps(launch._asdict()))
 

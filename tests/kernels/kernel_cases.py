@@ -27,6 +27,7 @@ class KernelCase:
     crowded: bool = False
     """In the first round all tokens are in the last bucket, and the others are empty."""
     documents: bool = False
+    own_keys: bool = False
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
 
@@ -63,6 +64,14 @@ class KernelCase:
             drawn[0][0, 0, 3] = 0.0  # a zero query has no direction
         return [x.to(device) for x in drawn], ids.to(device, torch.uint8), mask
 
+    def query_ids(self, ids: Tensor) -> Tensor | None:
+        """Buckets of the queries like ids of the keys, of which half differ."""
+        if not self.own_keys:
+            return None
+        draw = torch.Generator().manual_seed(2)
+        others = torch.randint(0, self.n_buckets, ids.shape, generator=draw).to(ids)
+        return torch.where((torch.rand(ids.shape, generator=draw) < 0.5).to(ids.device), ids, others)
+
 
 CASES = {
     "window": KernelCase(WindowRule(7, True)),
@@ -91,6 +100,20 @@ CASES = {
     "documents": KernelCase(WindowRule(9, True), documents=True, shared=True, padding=True),
     "documents, both sides, once": KernelCase(
         WindowRule(20, False), n_buckets=1, documents=True, once=True, dropout=0.2, seq_len=71
+    ),
+    "own buckets": KernelCase(WindowRule(7, True, True), own_keys=True, padding=True, crowded=True),
+    "own buckets of both sides": KernelCase(
+        WindowRule(7, False, True), own_keys=True, dropout=0.2, documents=True, n_hashes=1
+    ),
+    "own buckets, once": KernelCase(WindowRule(9, True), own_keys=True, once=True, n_buckets=2),
+    "own buckets, long tiles": KernelCase(
+        WindowRule(70, True, True),
+        n_buckets=2,
+        n_hashes=1,
+        seq_len=150,
+        own_keys=True,
+        dtype=torch.bfloat16,
+        tolerance=0.06,
     ),
     "fp16": KernelCase(WindowRule(9, True), dtype=torch.float16, tolerance=0.01),
     "chunks": KernelCase(ChunkRule(16, True), padding=True),
@@ -122,12 +145,14 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
         rows=case.rows(device),
         backend="triton",
         document_ids=case.document_ids(device),
+        own_keys=case.own_keys,
     )
+    query_ids = case.query_ids(ids)
     d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
 
     q, k, v = (x.detach().requires_grad_() for x in inputs)
     leaves = (q, v) if case.shared else (q, k, v)
-    out = bucket_attention(q, None if case.shared else k, v, ids, options, mask)
+    out = bucket_attention(q, None if case.shared else k, v, ids, options, mask, query_ids)
     grads = torch.autograd.grad(out, leaves, d_out)
     assert out.dtype == case.dtype and all(x.dtype == case.dtype for x in grads)
 
@@ -135,7 +160,8 @@ def errors(case: KernelCase, device: str) -> dict[str, float]:
     keys = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12) if case.shared else k
     if case.shared:  # round the keys as the kernels do
         keys = keys + (shared_keys(inputs[0]).double() - keys).detach()
-    settings["document_ids"] = options.document_ids
+    settings |= {"document_ids": options.document_ids, "query_ids": query_ids}
+    settings["attends_alone"] = options.attends_alone
     settings["head_indices"] = options.head_indices(case.batch, 2, inputs[0].device)
     expected = reference_attention(q, keys, v, ids, case.rule, scale=0.3, key_padding_mask=mask, **settings)
     expected_grads = torch.autograd.grad(expected, (q, v) if case.shared else (q, k, v), d_out.double())

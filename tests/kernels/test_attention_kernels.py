@@ -29,28 +29,40 @@ def test_groups_of_heads(monkeypatch):
     assert all(error <= 1e-5 for error in measured.values()), measured
 
 
-def test_causality_is_bitwise():
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_causality_is_bitwise(own_keys):
     generator = torch.Generator().manual_seed(0)
     q, v = (torch.randn(1, 2, 90, 16, generator=generator).to(DEVICE) for _ in range(2))
     ids = torch.randint(0, 3, (1, 2, 2, 90), generator=generator).to(DEVICE)
-    options = AttentionOptions(WindowRule(20, True), 4, 0.5, backend="triton")
-    before = bucket_attention(q, None, v, ids, options)
+    options = AttentionOptions(
+        WindowRule(20, True, sees_self=own_keys), 4, 0.5, backend="triton", own_keys=own_keys
+    )
+
+    def attend(q, v, ids):
+        k, query_ids = (v, ids.roll(1, dims=1)) if own_keys else (None, None)
+        return bucket_attention(q, k, v, ids, options, query_ids=query_ids)
+
+    before = attend(q, v, ids)
     edited = [x.clone() for x in (q, v, ids)]
     for x in edited[:2]:
         x[:, :, 50:] = torch.randn(1, 2, 40, 16, generator=generator).to(DEVICE)
     edited[2][..., 50:] = torch.randint(0, 4, (1, 2, 2, 40), generator=generator).to(DEVICE)
-    after = bucket_attention(edited[0], None, edited[1], edited[2], options)
+    after = attend(*edited)
     assert torch.equal(before[:, :, :50], after[:, :, :50])
     assert not torch.equal(before[:, :, 50:], after[:, :, 50:])
 
 
-def test_backward_is_deterministic():
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_backward_is_deterministic(own_keys):
     def run():
         generator = torch.Generator().manual_seed(0)
         q, v = (torch.randn(1, 1, 60, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
         ids = torch.randint(0, 2, (1, 1, 2, 60), generator=generator).to(DEVICE)
-        options = AttentionOptions(WindowRule(9, True), 2, 0.5, backend="triton")
-        out = bucket_attention(q, None, v, ids, options)
+        options = AttentionOptions(
+            WindowRule(9, True, sees_self=own_keys), 2, 0.5, backend="triton", own_keys=own_keys
+        )
+        k, query_ids = (v, 1 - ids) if own_keys else (None, None)
+        out = bucket_attention(q, k, v, ids, options, query_ids=query_ids)
         return [out, *torch.autograd.grad(out.square().sum(), (q, v))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

@@ -20,9 +20,16 @@ from reformer_dist.ops.lsh.attention import LocalExchange, attend
 from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
 
 KERNELS = {"_hash", "_build_table", "attend_round", "attend_round_backward"}
+KERNELS |= {"attend_own_keys", "own_keys_backward_queries", "own_keys_backward_keys"}
 KERNELS |= {"_row_products", "_merge_rounds", "_sum_rounds"}
 # Registers of the launches that Tuning caps, and spills of the commonest one: bf16, head_dim 64, without options.
-SPILLED_BYTES = {"attend_round": 0, "attend_round_backward": 128}
+SPILLED_BYTES = {
+    "attend_round": 0,
+    "attend_round_backward": 128,
+    "attend_own_keys": 0,
+    "own_keys_backward_queries": 0,
+    "own_keys_backward_keys": 128,
+}
 
 
 def compile_all(cache: Path, what: str) -> list[dict[str, Any]]:

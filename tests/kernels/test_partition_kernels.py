@@ -27,9 +27,11 @@ def test_partitions_match_the_reference(case: KernelCase) -> None:
     options = AttentionOptions(
         case.rule, case.n_buckets, 0.5, count_pairs_once=case.once, dropout=case.dropout, dropout_seed=7,
         rows=case.rows(DEVICE), backend="triton", document_ids=case.document_ids(DEVICE),
+        own_keys=case.own_keys,
     )  # fmt: skip
+    query_ids = case.query_ids(ids)
     d_out = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
-    actual = attend_by_partition(q, None if case.shared else k, v, ids, options, mask, d_out, 3)
+    actual = attend_by_partition(q, None if case.shared else k, v, ids, options, mask, d_out, 3, query_ids)
     leaves = [x.detach().float().clone().requires_grad_() for x in ((q, v) if case.shared else (q, k, v))]
     expected = reference_attention(
         leaves[0],
@@ -44,6 +46,8 @@ def test_partitions_match_the_reference(case: KernelCase) -> None:
         dropout_seed=7,
         head_indices=options.head_indices(case.batch, 2, v.device),
         document_ids=options.document_ids,
+        query_ids=query_ids,
+        attends_alone=options.attends_alone,
     )
     expected = [expected.detach(), *torch.autograd.grad(expected, leaves, d_out.float())]
     if case.shared:  # the key of a zero query has no derivative

@@ -12,7 +12,7 @@ from reformer_dist.ops.lsh import AttentionOptions, WindowRule, sorting
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard
 from reformer_dist.ops.lsh.backends import backend_for
 from reformer_dist.ops.lsh.online_softmax import LOG_2
-from reformer_dist.ops.lsh.partition import Partition, choose_tiling, window_partition
+from reformer_dist.ops.lsh.partition import Partition, choose_tiling, query_owners, window_partition
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,18 @@ class PartitionShard:
 
 
 def partition_shards(
-    ids: Tensor, options: AttentionOptions, mask: Tensor | None, size: int, *, slice_len: int = 7
+    ids: Tensor,
+    options: AttentionOptions,
+    mask: Tensor | None,
+    size: int,
+    query_ids: Tensor | None = None,
+    *,
+    slice_len: int = 7,
 ) -> Iterator[PartitionShard]:
-    """The shards of `size` partitions of ids [B, H, R, S]; their rows are ordered by slice of the sequence."""
+    """The shards of `size` partitions of ids [B, H, R, S]; their rows are ordered by slice of the sequence.
+
+    query_ids: like ids, of the queries, if those of the keys are their own.
+    """
     assert isinstance(options.rule, WindowRule)
     batch, n_heads, n_rounds, seq_len = ids.shape
     n_buckets = options.n_buckets
@@ -41,6 +50,12 @@ def partition_shards(
     codes = sorting.full_position_codes(buckets, n_buckets, options.rule) if has_codes else None
     real_bucket = buckets.long().clamp_max(n_buckets - 1)
     is_real, documents = buckets < n_buckets, options.document_ids
+    query_buckets = owners = query_codes = None
+    if query_ids is not None:
+        query_buckets = sorting.mark_padding(query_ids, n_buckets, mask).long()
+        owners = _owners(query_buckets, buckets, sizes, options.rule, tile_len, size)
+        if has_codes:
+            query_codes = sorting.full_query_codes(query_buckets, buckets, n_buckets, options.rule)
     for index in range(size):
         is_held, is_query = torch.zeros_like(is_real), torch.zeros_like(is_real)
         for r in range(n_rounds):
@@ -50,18 +65,24 @@ def partition_shards(
             )
             is_held[:, r] = is_real[:, r] & (rank[:, r] >= start) & (rank[:, r] < stop)
             is_query[:, r] = is_real[:, r] & (rank[:, r] >= query_start) & (rank[:, r] < query_stop)
-        head, token = is_held.any(dim=1).nonzero(as_tuple=True)
+        if owners is not None:
+            is_query = owners == index
+        head, token = (is_held | is_query).any(dim=1).nonzero(as_tuple=True)
         by_slice = (token // slice_len).argsort(stable=True)
         head, token = head[by_slice], token[by_slice]
-        held_buckets = torch.where(is_held, buckets.long(), n_buckets)[head, :, token]
-        keys = [
-            sorting.row_sort_keys(head, held_buckets[:, r], batch * n_heads, n_buckets) for r in range(n_rounds)
-        ]
+
+        def sort_keys(buckets: Tensor, is_here: Tensor, head: Tensor = head, token: Tensor = token) -> Tensor:
+            here = torch.where(is_here, buckets.long(), n_buckets)[head, :, token]
+            by_round = (sorting.row_sort_keys(head, ids, batch * n_heads, n_buckets) for ids in here.unbind(1))
+            return torch.stack(list(by_round)).unsqueeze(0)
+
         shard = Shard(
-            torch.stack(keys).unsqueeze(0),
+            sort_keys(buckets, is_held),
             batch * n_heads * n_buckets,
             head_indices[head],
             seq_len,
+            query_sort_keys=None if query_buckets is None else sort_keys(query_buckets, is_query),
+            query_codes=None if query_codes is None else query_codes[:, head, token].contiguous(),
             positions=token,
             position_codes=None if codes is None else codes[:, head, token].contiguous(),
             bucket_sizes=sizes,
@@ -69,6 +90,18 @@ def partition_shards(
             document_ids=None if documents is None else documents[head // n_heads, token].int().unsqueeze(0),
         )
         yield PartitionShard(shard, head * seq_len + token, is_query[head, :, token].any(dim=1))
+
+
+def _owners(
+    query_buckets: Tensor, buckets: Tensor, sizes: Tensor, rule: WindowRule, tile_len: int, size: int
+) -> Tensor:
+    """The partition that attends each query, [BH, R, S]."""
+    owners = []
+    for r in range(buckets.shape[1]):
+        query, key, total = query_buckets[:, r], buckets[:, r], sizes[:, r]
+        last_key = sorting.last_key_ranks(query, key, torch.zeros_like(total), includes_own=rule.sees_self)
+        owners.append(query_owners(query, last_key, total, rule, tile_len, size))
+    return torch.stack(owners, dim=1)
 
 
 def attend_by_partition(
@@ -80,9 +113,10 @@ def attend_by_partition(
     mask: Tensor | None,
     d_out: Tensor,
     size: int,
+    query_ids: Tensor | None = None,
 ) -> list[Tensor]:
     """Output and gradients of q, (k), v [B, H, S, D], in float32."""
-    parts = list(partition_shards(ids, options, mask, size))
+    parts = list(partition_shards(ids, options, mask, size, query_ids))
     flat_q, flat_v, flat_d_out = (x.reshape(-1, x.shape[3]) for x in (q, v, d_out))
     flat_k = None if k is None else k.reshape(-1, k.shape[3])
     backend = backend_for(options, v, partitioned=True)(options, v)
@@ -119,11 +153,13 @@ def attend_by_partition(
         index = part.row_index[has_keys]
         out[index] += o[has_keys].float() * (lse[has_keys] - total_lse[index]).exp2().unsqueeze(1)
     met_no_key = torch.isinf(total_lse)
-    out[met_no_key] = flat_v[met_no_key].float()
+    if options.attends_alone:
+        out[met_no_key] = flat_v[met_no_key].float()
 
     delta = (out * flat_d_out.float()).sum(dim=1)
     grads = [torch.zeros_like(out) for _ in range(2 if k is None else 3)]
-    grads[-1][met_no_key] = flat_d_out[met_no_key].float()
+    if options.attends_alone:
+        grads[-1][met_no_key] = flat_d_out[met_no_key].float()
     total_lse = total_lse.masked_fill(met_no_key, torch.inf)
     for sorted_shard, part in zip(sorted_shards, parts, strict=True):
         inputs = inputs_of(part)

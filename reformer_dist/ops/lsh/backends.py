@@ -53,8 +53,6 @@ def unsupported_reason(
         return f"runs on the CPU, not on {device.type}; use auto, triton or torch here"
     if name == "native" and chunks:
         return "supports the window rule only; use torch for chunks"
-    if name == "triton" and own_keys:
-        return "has no kernels for keys with buckets of their own; use torch for them"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "needs the package triton (pip install triton); torch needs no other package"
     if not _fits(name, head_dim):

@@ -19,8 +19,19 @@ from reformer_dist.ops.lsh.triton_kernels import tuning
 from reformer_dist.ops.lsh.triton_kernels.backward import attend_round_backward
 from reformer_dist.ops.lsh.triton_kernels.forward import attend_round
 from reformer_dist.ops.lsh.triton_kernels.hashing import hash_vectors
+from reformer_dist.ops.lsh.triton_kernels.own_keys import (
+    attend_own_keys,
+    own_keys_backward_keys,
+    own_keys_backward_queries,
+)
 from reformer_dist.ops.lsh.triton_kernels.rowwise import merge_rounds, row_products, sum_rounds
-from reformer_dist.ops.lsh.triton_kernels.tiles import KernelConstants, tile_heads, tile_partition
+from reformer_dist.ops.lsh.triton_kernels.tiles import (
+    KernelConstants,
+    Side,
+    tile_heads,
+    tile_own_keys,
+    tile_partition,
+)
 
 # Heads of a group x rounds are dimensions of a grid after the first, whose sizes CUDA limits.
 MAX_HEADS = 2**16 - 1
@@ -55,9 +66,10 @@ class TritonBackend:
             raise ValueError(f"n_hashes={n_rounds}: must be at most {MAX_HEADS} with backend=triton; use torch")
         return min(MAX_HEADS // n_rounds, max(1, tuning.GROUP_TOKENS // (n_rounds * seq_len)))
 
-    def sort(self, shard: Shard) -> TritonSortedShard:
+    def sort(self, shard: Shard) -> TritonSortedShard | OwnKeysSortedShard:
+        kind = TritonSortedShard if shard.query_sort_keys is None else OwnKeysSortedShard
         with torch.cuda.device_of(self._like):
-            return TritonSortedShard(shard, self._options, self._like)
+            return kind(shard, self._options, self._like)
 
     def row_dot(self, a: Tensor, b: Tensor) -> Tensor:
         with torch.cuda.device_of(a):
@@ -107,37 +119,123 @@ class TritonSortedShard:
                     sum_rounds(buffer, output, self._first_head, self._tiles.present, dv_lse)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
-        """Buffer of the rounds for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
-        n_heads, n_rounds = self._tiles.order.shape[:2]
-        if n_rounds == 1:
-            return output
-        return torch.empty(n_heads, n_rounds, *output.shape[2:], dtype=output.dtype, device=output.device)
+        return _round_buffer(output, *self._tiles.order.shape[:2])
 
     def _grid(self) -> tuple[int, int, int]:
-        n_heads, n_rounds, n_entries, _ = self._tiles.table.shape
-        return n_entries, n_rounds, n_heads
+        return _grid(self._tiles.table)
 
     def _arguments(self, q: Tensor) -> tuple[Any, ...]:
         """The arguments of both kernels from order_ptr on."""
-        tiles, (_, n_heads, seq_len, _) = self._tiles, q.shape
+        tiles = self._tiles
         optional = (tiles.codes, tiles.token_ids, tiles.document_ids)
         codes, token_ids, documents = (tiles.order if x is None else x for x in optional)
-        sizes = (self._first_head, n_heads, seq_len, tiles.table.shape[2])
-        dropout, seed = self._options.dropout, self._options.dropout_seed
-        fields = (0, 0, 1.0)  # of pair_mask.Dropout
-        if dropout > 0:
-            fields = (signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout))
-        return tiles.order, tiles.table, codes, token_ids, documents, *sizes, self._options.scale, *fields
+        sizes = _sizes(self._first_head, q, tiles.table, self._options)
+        return tiles.order, tiles.table, codes, token_ids, documents, *sizes
 
     def _flags(self, q: Tensor, launch: tuning.Launch, *, shared: bool) -> dict[str, Any]:
-        block, n_rounds, largest = self._tiles.block, self._tiles.order.shape[1], self._tuning.block
-        other_block = min(self._tuning.other_block, max(16, block // 2))
-        sharded = self._tiles.is_partition
-        constants = KernelConstants.of(
-            self._options, block, other_block, q.shape[3], n_rounds, shared=shared, sharded=sharded
+        tiles = self._tiles
+        sizes = (tiles.block, tiles.order.shape[1])
+        return _flags(self._options, self._tuning, launch, q, *sizes, shared=shared, sharded=tiles.is_partition)
+
+
+class OwnKeysSortedShard:
+    """`ops.lsh.attention.SortedShard`: rows as queries and as keys, which have buckets of their own."""
+
+    def __init__(self, shard: Shard, options: AttentionOptions, like: Tensor) -> None:
+        self._options, self._first_head = options, shard.first_head
+        self._tuning = tuning.tuning_of(like.shape[3], like.dtype)
+        self._tiles = tile_own_keys(shard, options, largest=self._tuning.block)
+
+    def attend(self, tensors: ForwardTensors) -> None:
+        q, k, v, out, lse = tensors
+        assert k is not None
+        if not v.numel():
+            return
+        with torch.cuda.device_of(v):
+            o, round_lse = self._round_buffer(out), self._round_buffer(lse)
+            queries = self._tiles.queries
+            attend_own_keys[_grid(queries.table)](
+                q, k, v, o, round_lse, *_strides(q, k, v, out),
+                *self._arguments(q, queries), **self._flags(q, self._tuning.forward),
+            )  # fmt: skip
+            if o is not out:
+                merge_rounds(o, round_lse, out, lse, self._first_head, None)
+
+    def attend_backward(self, tensors: BackwardTensors) -> None:
+        q, k, v, d_out, lse, delta, dq, dk, dv = tensors
+        assert k is not None and dk is not None
+        if not v.numel():
+            return
+        kernels = (
+            (own_keys_backward_queries, self._tiles.queries, (dq,)),
+            (own_keys_backward_keys, self._tiles.keys, (dk, dv)),
         )
-        n_warps = max(1, launch.n_warps * block // largest)
-        return {"C": constants, "num_warps": n_warps, "num_stages": 1, "maxnreg": launch.max_registers}
+        with torch.cuda.device_of(v):
+            for kernel, side, outputs in kernels:
+                buffers = [self._round_buffer(output) for output in outputs]
+                kernel[_grid(side.table)](
+                    q, k, v, d_out, lse, delta, *buffers, *_strides(q, k, v, d_out, *outputs),
+                    *self._arguments(q, side), **self._flags(q, self._tuning.backward),
+                )  # fmt: skip
+                for buffer, output in zip(buffers, outputs, strict=True):
+                    if buffer is not output:
+                        sum_rounds(buffer, output, self._first_head, None)
+
+    def _round_buffer(self, output: Tensor) -> Tensor:
+        return _round_buffer(output, *self._tiles.keys.table.shape[:2])
+
+    def _arguments(self, q: Tensor, side: Side) -> tuple[Any, ...]:
+        """The arguments of all kernels from queries_ptr on; side: whose tiles the programs have."""
+        tiles = self._tiles
+        optional = (tiles.queries.codes, tiles.keys.codes, tiles.token_ids, tiles.document_ids)
+        pointers = (tiles.keys.planes if x is None else x for x in optional)
+        sizes = _sizes(self._first_head, q, side.table, self._options)
+        return tiles.queries.planes, tiles.keys.planes, side.table, *pointers, *sizes
+
+    def _flags(self, q: Tensor, launch: tuning.Launch) -> dict[str, Any]:
+        tiles = self._tiles
+        sizes = (tiles.block, tiles.keys.table.shape[1])
+        return _flags(self._options, self._tuning, launch, q, *sizes, shared=False, sharded=tiles.is_partition)
+
+
+def _round_buffer(output: Tensor, n_heads: int, n_rounds: int) -> Tensor:
+    """Buffer of the rounds for an output [B, H, S, ...]: [BH, R, S, ...], or with one round the output."""
+    if n_rounds == 1:
+        return output
+    return torch.empty(n_heads, n_rounds, *output.shape[2:], dtype=output.dtype, device=output.device)
+
+
+def _grid(table: Tensor) -> tuple[int, int, int]:
+    n_heads, n_rounds, n_entries, _ = table.shape
+    return n_entries, n_rounds, n_heads
+
+
+def _sizes(first_head: int, q: Tensor, table: Tensor, options: AttentionOptions) -> tuple[Any, ...]:
+    """The arguments of all kernels from first_head on."""
+    dropout, seed = options.dropout, options.dropout_seed
+    fields = (0, 0, 1.0)  # of pair_mask.Dropout
+    if dropout > 0:
+        fields = (signed32(seed ^ (seed >> 32)), int(dropout * 2**31), 1 / (1 - dropout))
+    return first_head, q.shape[1], q.shape[2], table.shape[2], options.scale, *fields
+
+
+def _flags(
+    options: AttentionOptions,
+    of_width: tuning.Tuning,
+    launch: tuning.Launch,
+    q: Tensor,
+    block: int,
+    n_rounds: int,
+    *,
+    shared: bool,
+    sharded: bool,
+) -> dict[str, Any]:
+    other_block = min(of_width.other_block, max(16, block // 2))
+    constants = KernelConstants.of(
+        options, block, other_block, q.shape[3], n_rounds, shared=shared, sharded=sharded
+    )
+    n_warps = max(1, launch.n_warps * block // of_width.block)
+    return {"C": constants, "num_warps": n_warps, "num_stages": 1, "maxnreg": launch.max_registers}
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -90,7 +90,7 @@ def attend_round_backward(
         return
     order = sorted_round(order_ptr, seq_len, C)
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
-    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
+    pairs = pair_context(bounds, codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
     head = first_head + tl.program_id(2)
     inputs = HeadInputs(
         q=head_rows(q_ptr, q_strides, head, n_heads),
@@ -183,7 +183,7 @@ def pair_gradients(keys, queries, pairs, KEYS_FIRST: tl.constexpr, C: tl.constex
         scores, dp = product(q, tl.trans(k), C), product(d_out, tl.trans(v), C)
     scores *= factors
     if C.counts_once:
-        scores -= tl.log2(count_rounds(pairs.codes_ptr, query, key, pairs.seq_len, C))
+        scores -= tl.log2(count_rounds(query, key, pairs, C))
     p = tl.where(attends(query, key, pairs, C), tl.exp2(scores - lse), 0.0)
     dropped = p
     if C.drops:  # drawn in the round of the query, which differs from the tile's where rounds wrap

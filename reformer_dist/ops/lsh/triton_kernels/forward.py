@@ -59,15 +59,13 @@ def attend_round(
     One round is written to out [B, H, S, D] and lse [B, H, S]. Of several, each is written to out [BH, R, S, D]
     and lse [BH, R, S], the latter in base 2 and -inf for a query without keys, for `rowwise.merge_rounds`.
     """
-    BLOCK: tl.constexpr = C.block
-    BLOCK_D: tl.constexpr = C.block_d
     bounds = load_bounds(table_ptr, n_tiles, C)
     if bounds.begin == bounds.end:
         return
     round_, head = tl.program_id(1), tl.program_id(2)
     order = sorted_round(order_ptr, seq_len, C)
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
-    pairs = pair_context(bounds, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
+    pairs = pair_context(bounds, codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
     q_rows = head_rows(q_ptr, q_strides, first_head + head, n_heads)
     k_rows = head_rows(k_ptr, k_strides, first_head + head, n_heads)
     v_rows = head_rows(v_ptr, v_strides, first_head + head, n_heads)
@@ -75,12 +73,7 @@ def attend_round(
     tile = load_tile(q_rows, k_rows, v_rows, order, bounds, C)
     queries = Indices(query_slots(tile.slot, tile.is_query), tile.row)
     keys = Indices(key_slots(tile.slot, tile.is_key), tile.row)
-    softmax = RunningSoftmax(
-        o=tl.zeros([BLOCK, BLOCK_D], tl.float32),
-        row_max=tl.full([BLOCK], -1e30, tl.float32),  # finite, so that differences of two are 0, not nan
-        row_sum=tl.zeros([BLOCK], tl.float32),
-    )
-    softmax = add_keys(softmax, tile.q, queries, tile.k, tile.v, keys, round_, pairs, C)
+    softmax = add_keys(empty_softmax(C), tile.q, queries, tile.k, tile.v, keys, round_, pairs, C)
     before, n_blocks = count_key_blocks(tile.first, bounds, C)
     for i in range(n_blocks):
         others = load_other_rows(i, before, tile.first, order, bounds.begin, bounds.key_end, C)
@@ -88,7 +81,23 @@ def attend_round(
         v = gather(v_rows, others.row, others.is_row, C)
         other_keys = Indices(key_slots(others.slot, others.is_row), others.row)
         softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, C)
+    store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_heads, seq_len, C)
 
+
+@triton.jit
+def empty_softmax(C: tl.constexpr):
+    """The RunningSoftmax of C.block queries before any key."""
+    BLOCK: tl.constexpr = C.block
+    BLOCK_D: tl.constexpr = C.block_d
+    o, row_sum = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK], tl.float32)
+    row_max = tl.full([BLOCK], -1e30, tl.float32)  # finite, so that differences of two are 0, not nan
+    return RunningSoftmax(o, row_max, row_sum)
+
+
+@triton.jit
+def store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_heads, seq_len, C: tl.constexpr):
+    """Stores the output and logsumexp of a tile's rows in this round."""
+    round_, head = tl.program_id(1), tl.program_id(2)
     has_no_key = softmax.row_sum == 0.0
     row_sum = tl.where(has_no_key, 1.0, softmax.row_sum)
     o = softmax.o / row_sum[:, None]
@@ -107,7 +116,7 @@ def add_keys(softmax, q, queries, k, v, keys, round_, pairs, C: tl.constexpr):
     queries, keys = as_column(queries), as_line(keys)
     scores = product(q, tl.trans(k), C) * score_factors(k, pairs.scale, C)[None, :]
     if C.counts_once:
-        scores -= tl.log2(count_rounds(pairs.codes_ptr, queries, keys, pairs.seq_len, C))
+        scores -= tl.log2(count_rounds(queries, keys, pairs, C))
     scores = tl.where(attends(queries, keys, pairs, C), scores, float("-inf"))
     row_max = tl.maximum(softmax.row_max, tl.max(scores, 1))
     p = tl.exp2(scores - row_max[:, None])

@@ -125,13 +125,13 @@ def store(value, x_ptr, strides, tile, first_head, n_heads, seq_len, C: tl.const
 def load_bounds(table_ptr, n_tiles, C: tl.constexpr):
     """TileBounds of this program: begin == end if its entry of the table is empty."""
     round_, head = tl.program_id(1), tl.program_id(2)
-    COLUMNS: tl.constexpr = 6 if C.sharded else 4
+    COLUMNS: tl.constexpr = 6 if C.bounded else 4
     table_ptr += ((head * C.n_rounds + round_).to(tl.int64) * n_tiles + tl.program_id(0)) * COLUMNS
     first, begin, key_end, end = (
         tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
     )  # fmt: skip
     query_begin, query_end = begin, end
-    if C.sharded:
+    if C.bounded:
         query_begin, query_end = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
     return TileBounds(first, begin, key_end, end, query_begin, query_end)
 

@@ -31,8 +31,10 @@ class PairContext(NamedTuple):
 
     begin: Any
     """First slot of the bucket."""
+    query_codes_ptr: Any
+    """Position codes of the head's rows as queries, int32 [R, S], see `tiles.Tiles.codes`."""
     codes_ptr: Any
-    """Position codes of the head, int32 [R, S], see `tiles.Tiles.codes`."""
+    """Likewise, as keys."""
     token_ids: Any
     """See `load_token_ids`."""
     documents_ptr: Any
@@ -43,13 +45,17 @@ class PairContext(NamedTuple):
 
 
 @triton.jit
-def pair_context(bounds, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C: tl.constexpr):
+def pair_context(
+    bounds, query_codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C: tl.constexpr,
+):  # fmt: skip
     """PairContext of this program; codes [BH, R, S], documents [BH, S]."""
     head = tl.program_id(2)
-    codes_ptr += head.to(tl.int64) * C.n_rounds * seq_len
+    codes_at = head.to(tl.int64) * C.n_rounds * seq_len
+    query_codes_ptr += codes_at
+    codes_ptr += codes_at
     token_ids = load_token_ids(token_ids_ptr, head, C)
     documents_ptr += head.to(tl.int64) * seq_len
-    return PairContext(bounds.begin, codes_ptr, token_ids, documents_ptr, seq_len, scale, dropout)
+    return PairContext(bounds.begin, query_codes_ptr, codes_ptr, token_ids, documents_ptr, seq_len, scale, dropout)
 
 
 @triton.jit
@@ -98,12 +104,12 @@ def attends(query, key, pairs, C: tl.constexpr):
 
 
 @triton.jit
-def count_rounds(codes_ptr, query, key, seq_len, C: tl.constexpr):
+def count_rounds(query, key, pairs, C: tl.constexpr):
     """Number of rounds in which each query attends to each key, at least 1, float32: both Indices."""
     number = (query.row - key.row).to(tl.float32) * 0.0
     for r in range(C.n_rounds):
-        query_code = tl.load(codes_ptr + r * seq_len + query.row)
-        key_code = tl.load(codes_ptr + r * seq_len + key.row)
+        query_code = tl.load(pairs.query_codes_ptr + r * pairs.seq_len + query.row)
+        key_code = tl.load(pairs.codes_ptr + r * pairs.seq_len + key.row)
         number += near(query_code - key_code, C).to(tl.float32)
     return tl.maximum(number, 1.0)
 

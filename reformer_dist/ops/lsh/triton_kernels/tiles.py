@@ -48,6 +48,8 @@ class KernelConstants:
     """Rows of different documents do not attend to each other."""
     shared: bool
     """Keys are q / |q|."""
+    bounded: bool
+    """Tables have bounds of the queries: 6 columns."""
     sharded: bool
     """Rows are a partition of the sorted order (`attention.Shard`), as one head."""
 
@@ -78,11 +80,12 @@ class KernelConstants:
             wraps=isinstance(rule, ChunkRule) and rule.wrap,
             round_to=rule.round_to if isinstance(rule, ChunkRule) else 1,
             causal=rule.causal,
-            sees_self=rule.sees_self,
+            sees_self=rule.sees_self or options.own_keys,  # own keys: see the last keys of Side.planes
             counts_once=options.count_pairs_once and n_rounds > 1,
             drops=options.dropout > 0,
             documents=options.document_ids is not None,
             shared=shared,
+            bounded=sharded and not options.own_keys,
             sharded=sharded,
         )
 
@@ -174,13 +177,94 @@ def _sort_rounds(
     return order, table, sorted_ids
 
 
+@dataclass(frozen=True)
+class Side:
+    """All rounds of BH heads of S rows, as queries or as keys, where keys have buckets of their own."""
+
+    planes: Tensor
+    """int32 [3 or 4, BH, R, S]: of each slot its row, the first slot on the other side in its reach, and one past
+    the last; of queries also the slot of the last key up to it."""
+    table: Tensor
+    """See `Tiles.table`."""
+    codes: Tensor | None
+    """See `Tiles.codes`."""
+
+
+@dataclass(frozen=True)
+class OwnKeyTiles:
+    """As `Tiles`, where keys have buckets of their own."""
+
+    block: int
+    queries: Side
+    keys: Side
+    token_ids: Tensor | None
+    document_ids: Tensor | None
+    is_partition: bool
+
+
+def tile_own_keys(shard: Shard, options: AttentionOptions, *, largest: int) -> OwnKeyTiles:
+    """Tiles of whole sequences or of a partition. Those of absent rows reach nothing."""
+    rule, n_ids = options.rule, shard.n_sort_keys
+    assert isinstance(rule, WindowRule) and shard.query_sort_keys is not None
+    block, padded = (
+        block_of(rule, shard.seq_len, options.n_buckets, largest),
+        shard.has_padding or not shard.is_whole,
+    )
+    (key_order, key_table, key_ids), (query_order, query_table, query_ids) = (
+        _sort_rounds(x, n_ids, rule, block, has_padding=padded) for x in (shard.sort_keys, shard.query_sort_keys)
+    )
+    key_ids, query_ids, size = key_ids.int(), query_ids.int(), key_order.shape[2]
+    behind = min(rule.window, size) - 1
+    ahead = 0 if rule.causal else behind
+
+    def places(ids: Tensor, order: Tensor) -> Tensor:  # ascending; rows of a head are ordered by position
+        return ids.long() * size + order
+
+    last_key = _find(places(key_ids, key_order), places(query_ids, query_order), right=rule.sees_self) - 1
+    slot = torch.arange(size, dtype=torch.int32, device=last_key.device).expand_as(last_key)
+    begin = torch.maximum(last_key - behind, _find(key_ids, query_ids))
+    end = torch.minimum(last_key + 1 + ahead, _find(key_ids, query_ids, right=True))
+    # last_key ascends over the whole order
+    first_query = torch.maximum(_find(last_key, slot - ahead), _find(query_ids, key_ids))
+    query_end = torch.minimum(_find(last_key, slot + behind, right=True), _find(query_ids, key_ids, right=True))
+    begin, end = (x * (query_ids < n_ids) for x in (begin, end))
+    first_query, query_end = (x * (key_ids < n_ids) for x in (first_query, query_end))
+    codes, query_codes = shard.position_codes, shard.query_codes
+    if shard.is_whole:
+        codes = _position_codes(key_order, key_ids, options)
+        query_codes = None if codes is None else _code_rows(query_order, last_key, query_ids, rule)
+    token_ids = None
+    if options.dropout > 0:
+        token_ids = shard.head_index.int()
+        if shard.positions is not None:
+            token_ids = torch.stack([shard.positions.int(), token_ids])
+    return OwnKeyTiles(
+        block,
+        Side(torch.stack([query_order, begin, end, last_key]), query_table, query_codes),
+        Side(torch.stack([key_order, first_query, query_end]), key_table, codes),
+        token_ids,
+        _contiguous(shard.document_ids),
+        not shard.is_whole,
+    )
+
+
+def _find(ascending: Tensor, values: Tensor, *, right: bool = False) -> Tensor:
+    """int32: number of elements below each value, or up to it if right, along the last dimension."""
+    return torch.searchsorted(ascending, values.contiguous(), out_int32=True, right=right)
+
+
+def _code_rows(order: Tensor, slots: Tensor, sorted_ids: Tensor, rule: WindowRule) -> Tensor:
+    """Position codes [BH, R, S] of rows at slots of the sorted order of their buckets, a window apart."""
+    codes = slots + sorted_ids * rule.window
+    return torch.empty_like(order).scatter_(2, order.long(), codes)
+
+
 def _position_codes(order: Tensor, sorted_ids: Tensor, options: AttentionOptions) -> Tensor | None:
     if not options.count_pairs_once or order.shape[1] == 1:
         return None
     rule = options.rule
     slot = torch.arange(order.shape[2], dtype=torch.int32, device=order.device)
-    if isinstance(rule, ChunkRule):
-        codes = (slot // rule.chunk_len).expand_as(order)
-    else:
-        codes = slot + sorted_ids.to(torch.int32) * rule.window  # buckets are a window apart
+    if isinstance(rule, WindowRule):
+        return _code_rows(order, slot, sorted_ids.to(torch.int32), rule)
+    codes = (slot // rule.chunk_len).expand_as(order)
     return torch.empty_like(order).scatter_(2, order.long(), codes)

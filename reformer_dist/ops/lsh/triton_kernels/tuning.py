@@ -63,5 +63,8 @@ def workspace_bytes(shape: WorkspaceShape) -> float:
     block = tuning_of(shape.head_dim, torch.float32 if shape.element_size == 4 else torch.bfloat16).block
     if shape.documents:
         other += 4 * sorted_rows
-    order = n_rounds * (4 * sorted_rows + 16 * (sorted_rows / block + shape.n_heads * shape.n_buckets))
+    n_sides, slot = (1, 4) if not shape.own_keys else (2, 14)  # with their reach, and the queries' last keys
+    order = (
+        n_rounds * n_sides * (slot * sorted_rows + 16 * (sorted_rows / block + shape.n_heads * shape.n_buckets))
+    )
     return order + other + (rows * n_rounds * n_grads * vector if n_rounds > 1 else 0)

@@ -14,6 +14,7 @@ from reformer_dist.config.keywords import MODEL_CONFIG_COUNTERPARTS
 LARGEST_WIDTH, LARGEST_FF_DIM, LARGEST_FF_MULT = 2**20, 2**24, 2**10
 LARGEST_HEADS, LARGEST_LAYERS = 2**14, 1000
 LARGEST_HASHES, LARGEST_BUCKETS = 2**10, 2**20
+LARGEST_CONV = 8
 LARGEST_WINDOW = 2**28  # sorted positions, and distances between them, are 32-bit
 
 
@@ -133,6 +134,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     next_value_heads: int = bounded(0, least=0)
     """Heads of each LSH layer in which the key of a token carries the value of the next token: they find what
     followed a token like their own."""
+    qk_conv: int = bounded(0, least=0, most=LARGEST_CONV)
+    """LSH layers: width of a causal depthwise convolution of the queries and keys over the tokens; 0: none. What a
+    token is found by then includes the tokens before it."""
     local_round: bool = False
     """An additional round over the nearest positions, in the same softmax."""
     count_pairs_once: bool = False
@@ -223,6 +227,10 @@ class ModelConfig(ConfigGroup, prefix="model."):
             require(is_valid, "model.compat.bucket_factors", factors, requirement)
         n_shifted, requirement = self.next_value_heads, f"must be at most model.n_heads={self.n_heads}"
         require(n_shifted <= self.n_heads, "model.next_value_heads", n_shifted, requirement)
+        requirement = f"must be 0, or from 2 to {LARGEST_CONV}: a width of 1 is a scale of the projection"
+        require(self.qk_conv != 1, "model.qk_conv", 1, requirement)
+        requirement = "needs model.causal=true: a causal convolution reads earlier tokens only; must be 0"
+        require(self.causal or self.qk_conv == 0, "model.qk_conv", self.qk_conv, requirement)
         if not self.shared_qk:
             self._check_own_keys()
         if self.compat.hash_seed is not None:
@@ -326,10 +334,14 @@ class ModelConfig(ConfigGroup, prefix="model."):
         return None
 
     def encoder(self) -> ModelConfig:
-        """The encoder's stack in an encoder-decoder: bidirectional, with its own layers, of width dim."""
+        """The encoder's stack in an encoder-decoder: bidirectional, with its own layers, of width dim.
+
+        Its LSH layers have no convolution, since qk_conv is causal.
+        """
         return replace(
             self,
             causal=False,
+            qk_conv=0,
             compat=replace(self.compat, merge_streams=StreamMerge.mean),
             n_layers=self.n_encoder_layers or self.n_layers,
             layers=list(self.encoder_layers or self.layers),

@@ -62,7 +62,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     """
     entries = match_parameters(model, config)
     undecayed = _parameters_of(
-        model, lambda name, module: isinstance(module, nn.Embedding) or _is(name, "positions")
+        model,
+        lambda name, module: (
+            isinstance(module, nn.Embedding) or any(_is(name, part) for part in ("positions", "q_conv", "k_conv"))
+        ),
     )
     outer = undecayed | _parameters_of(model, lambda name, _: _is(name, "head") or _is(name, "embedding"))
     groups: dict[tuple[Any, ...], Group] = {}

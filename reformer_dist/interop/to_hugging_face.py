@@ -65,6 +65,7 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
         or config.shared_qk
         or "their LSH layers share queries and keys; must be true",
         "model.next_value_heads": config.next_value_heads == 0 or "they have no such heads; must be 0",
+        "model.qk_conv": config.qk_conv == 0 or "they have no convolutions; must be 0",
         "model.local_round": not config.local_round or "they have none; must be false",
         "model.n_buckets": not has_lsh or config.n_buckets > 1 or "must be at least 2",
     }

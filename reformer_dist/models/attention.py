@@ -24,6 +24,7 @@ from reformer_dist.models.context import (
 )
 from reformer_dist.models.inputs import check_vectors
 from reformer_dist.models.layer_rule import LayerRule
+from reformer_dist.models.short_conv import ShortConv, convolve
 from reformer_dist.models.training_steps import CountsSteps, draws_rotations
 from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.ops.exact_attention import ExactOptions
@@ -87,11 +88,15 @@ class SelfAttention(CountsSteps):
             check_integer("layer", layer)
             n_tokens, is_training = x.shape[1], self.training
             context = build_context(self.config, 0, n_tokens, x.device, options, is_training=is_training)
-        q = self._heads(self.to_q(x))
-        k = self._heads(self.to_k(x)) if self.has_own_keys else q
+        q, *keys = map(self._heads, self._project(x, context, layer))
+        k = keys[0] if keys else q
         v = self._heads(self.to_v(x)).expand(-1, self.n_heads, -1, -1)
         out = self._attend(q, k, v, context, layer, cache)
         return self.to_out(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+    def _project(self, x: Tensor, context: ForwardContext, layer: int) -> list[Tensor]:
+        """Queries, and keys if they have a projection of their own: [B, S, H * D] each."""
+        return [self.to_q(x), self.to_k(x)] if self.has_own_keys else [self.to_q(x)]
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * D] -> [B, H, S, D]."""
@@ -152,6 +157,22 @@ class LSHSelfAttention(SelfAttention):
     """Attention within buckets, with a shared query-key k = q / |q| (paper, section 2) or keys of their own."""
 
     kinds = (AttentionKind.lsh,)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.qk_conv:
+            inner = self.n_heads * self.head_dim
+            self.q_conv = ShortConv(inner, config.qk_conv)
+            if self.has_own_keys:
+                self.k_conv = ShortConv(inner, config.qk_conv)
+
+    def _project(self, x: Tensor, context: ForwardContext, layer: int) -> list[Tensor]:
+        projections = super()._project(x, context, layer)
+        if not self.config.qk_conv:
+            return projections
+        convs = [self.q_conv, self.k_conv] if self.has_own_keys else [self.q_conv]
+        access = context.sequence.of_layer(layer)
+        return convolve(convs, projections, access, context.key_padding_mask, context.conv_document_ids)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer: int, cache: RecomputeCache | None

@@ -14,6 +14,7 @@ from reformer_dist.config.keywords import FORWARD_COUNTERPARTS, refuse_unknown_k
 from reformer_dist.models.decoding import DecodingState
 from reformer_dist.models.recompute import LayerWeights
 from reformer_dist.models.sequence import SequenceAccess, WholeSequence
+from reformer_dist.models.short_conv import with_preceding
 from reformer_dist.models.training_steps import CountsSteps
 from reformer_dist.ops.checks import check_range
 from reformer_dist.ops.dropout import TokenCoords
@@ -81,6 +82,8 @@ class ForwardContext:
     """[B, S]: see `ForwardOptions`."""
     document_starts: Tensor | None = None
     """[B, S], True for the first token of a document; only for values of the next token."""
+    conv_document_ids: Tensor | None = None
+    """[B, S], or [B, width - 1 + S] with the tokens before: `with_preceding`; only for model.qk_conv."""
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
     bucket_stats: list[BucketStats] | None = None
@@ -133,9 +136,11 @@ def build_context(
     rotary = None
     if config.position is Position.rotary:
         rotary = rotary_tables(positions, config.resolved_head_dim, config.rotary_base)
-    starts = None
+    starts = conv_documents = None
     if documents is not None and config.next_value_heads:
         starts = sequence.document_starts(documents)
+    if documents is not None and config.qk_conv:
+        conv_documents = with_preceding(documents, sequence, config.qk_conv - 1)
     phase = "evaluation" if step is None else "training"
     rotation_seed = derive_seed("rotations", seed, phase, step or 0)
     return ForwardContext(
@@ -147,6 +152,7 @@ def build_context(
         mask,
         documents,
         starts,
+        conv_documents,
         rotary,
         options.get("bucket_stats"),
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reformer_dist.config import AttentionKind, ModelConfig, NeighbourRule
@@ -122,7 +123,7 @@ class DecodingState(WholeSequence):
 
     def of_layer(self, layer: int) -> LayerAccess:
         if layer not in self._layers:
-            self._layers[layer] = _LayerState(self._first)
+            self._layers[layer] = _LayerState(self._first, self._length)
         return self._layers[layer]
 
     def select_rows(self, rows: Tensor) -> None:
@@ -141,10 +142,23 @@ class DecodingState(WholeSequence):
 class _LayerState(WholeSequence):
     """Attends to a prompt as `WholeSequence` does, and caches its keys and values."""
 
-    def __init__(self, first: Tensor | None) -> None:
-        self._first = first
+    def __init__(self, first: Tensor | None, n_prompt: int) -> None:
+        self._first, self._n_prompt = first, n_prompt
+        self._preceding: Tensor | None = None
+        """[B, n_tokens, C]: see `preceding`."""
         self._cache: AttentionCache | None = None
         self._source: CrossKeys | None = None
+
+    def preceding(self, last: Tensor, n_tokens: int) -> Tensor | None:
+        before = self._preceding
+        if before is not None:
+            self._preceding = torch.cat([before, last], dim=1)[:, -n_tokens:]
+            return before
+        if self._first is not None:
+            index = torch.arange(self._n_prompt - last.shape[1], self._n_prompt, device=last.device)
+            last = last.masked_fill((index < self._first.unsqueeze(1)).unsqueeze(-1), 0)
+        self._preceding = F.pad(last, (0, 0, n_tokens - last.shape[1], 0))
+        return None
 
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         assert isinstance(exchange, LocalExchange)
@@ -190,6 +204,8 @@ class _LayerState(WholeSequence):
         self._cache.select_rows(rows)
         self._first = None if self._first is None else self._first[rows]
         self._source = None if self._source is None else self._source.select_rows(rows)
+        self._preceding = None if self._preceding is None else self._preceding[rows]
 
     def n_bytes(self) -> int:
-        return sum(cache.n_bytes() for cache in (self._cache, self._source) if cache is not None)
+        n_preceding = 0 if self._preceding is None else self._preceding.nbytes
+        return n_preceding + sum(cache.n_bytes() for cache in (self._cache, self._source) if cache is not None)

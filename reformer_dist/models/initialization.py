@@ -8,6 +8,7 @@ from torch import nn
 from reformer_dist.config import ModelConfig
 from reformer_dist.models.embedding import AxialPositions, LearnedPositions, TokenEmbedding
 from reformer_dist.models.head import LanguageModelHead
+from reformer_dist.models.short_conv import ShortConv
 from reformer_dist.models.stack import ReformerStack
 from reformer_dist.ops.checks import check_integer, check_type
 from reformer_dist.seeds import derive_seed
@@ -20,7 +21,8 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Initializes all modules of a model in place, from a generator seeded with `seed`.
 
     Linear layers: normal with standard deviation fan_in**-0.5; output projections of sublayers are divided by the
-    square root of the number of residual writes. Embeddings and positions: 1, since positions at 0.02 stall.
+    square root of the number of residual writes. Embeddings and positions: 1, since positions at 0.02 stall. Short
+    convolutions: the identity.
     """
     check_type("model", model, nn.Module)
     check_type("config", config, ModelConfig)
@@ -33,6 +35,8 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
             nn.init.normal_(module.weight, 0.0, module.in_features**-0.5 / divisor, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, ShortConv):
+            module.reset_parameters()
         elif isinstance(module, AxialPositions):
             for table in module.tables:
                 nn.init.normal_(table, 0.0, 1.0, generator)

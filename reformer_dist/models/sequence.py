@@ -26,6 +26,13 @@ class LayerAccess(Protocol):
     Tensors are those of the local tokens: q, k, v [B, H, S, D], key_padding_mask [B, S].
     """
 
+    def preceding(self, last: Tensor, n_tokens: int) -> Tensor | None:
+        """[B, n_tokens, C]: vectors of the tokens before the local ones, 0 before the first; None: there are none.
+
+        last [B, min(n_tokens, S), C]: those of the last local tokens. Differentiable.
+        """
+        ...
+
     def bucket_attention(self, q: Tensor, k: Tensor | None, v: Tensor, exchange: Exchange) -> Tensor:
         """`ops.lsh.bucket_attention` over the whole sequence, by an exchange of `SequenceAccess.make_exchange`."""
         ...
@@ -70,6 +77,10 @@ class SequenceAccess(Protocol):
         """
         ...
 
+    def preceding(self, last: Tensor, n_tokens: int) -> Tensor | None:
+        """As `LayerAccess.preceding`, of what does not belong to a layer."""
+        ...
+
     def document_starts(self, document_ids: Tensor) -> Tensor:
         """Whether each local token is the first of its document, bool [B, S], from their document_ids [B, S]."""
         ...
@@ -110,6 +121,9 @@ class WholeSequence:
         if key_padding_mask is None:
             return indices
         return (indices - first_real(key_padding_mask).unsqueeze(1)).clamp_min(0)
+
+    def preceding(self, last: Tensor, n_tokens: int) -> Tensor | None:
+        return None
 
     def document_starts(self, document_ids: Tensor) -> Tensor:
         return document_starts(document_ids)

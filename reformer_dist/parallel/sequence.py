@@ -70,8 +70,14 @@ class SlicedSequence:
         return torch.arange(self._start, self._start + n_tokens, device=device).clamp_max(self.seq_len - 1)
 
     def document_starts(self, document_ids: Tensor) -> Tensor:
-        index, lasts = self.mesh.slice_index, gather_slices(document_ids[:, -1].contiguous(), self.mesh)
-        return document_starts(document_ids, lasts[index - 1] if index else None)
+        last = self.preceding(document_ids[:, -1:].unsqueeze(-1), 1)
+        return document_starts(document_ids, last[:, 0, 0] if self.mesh.slice_index else None)
+
+    def preceding(self, last: Tensor, n_tokens: int) -> Tensor:
+        """A part of the last tokens of all slices, so that every rank takes part in the backward of the gather."""
+        tokens = gather_slices(last.contiguous(), self.mesh).transpose(0, 1).flatten(1, 2)
+        start = self.mesh.slice_index * last.shape[1]
+        return torch.nn.functional.pad(tokens, (0, 0, n_tokens, 0))[:, start : start + n_tokens]
 
     def of_layer(self, layer: int) -> SlicedSequence:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reformer_dist.config import Activation, AttentionKind, Norm, Recompute
-from reformer_dist.planning.sizes import JobSpec, Sizes, n_projections
+from reformer_dist.planning.sizes import JobSpec, Sizes, n_convolutions, n_projections
 
 # bytes per element of the int32 temporaries while a dropout mask is drawn
 MASK_DRAW_BYTES = 12
@@ -22,7 +22,8 @@ class SublayerMemory:
         """Tensors of an attention sublayer saved from forward to backward."""
         s, n_read = self.sizes, n_projections(self.job.config.model, kind)
         inputs = s.hidden * (n_read if self.job.uses_autocast else 1) + self.norm_saved()
-        heads = s.heads * (n_read + 1)  # q, k, v and the output
+        n_convolved = n_convolutions(self.job.config.model, kind)
+        heads = s.heads * (n_read + 1 + n_convolved)  # q, k, v and the output; q and k before their convolutions
         if kind is not AttentionKind.exact and self.job.config.model.n_heads > 1:
             heads += s.heads  # the output again, with heads concatenated
         ids = s.layer_ids if kind is AttentionKind.lsh else 0

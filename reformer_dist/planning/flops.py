@@ -12,7 +12,7 @@ from reformer_dist.config import (
     TaskKind,
 )
 from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_factors
-from reformer_dist.planning.sizes import JobSpec, n_projections
+from reformer_dist.planning.sizes import JobSpec, n_convolutions, n_projections
 
 
 def step_flops(job: JobSpec) -> float:
@@ -71,7 +71,8 @@ def layer_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:
     n_matrices = 3 if model.activation is Activation.glu else 2
     values = model.resolved_head_dim if model.one_value_head else heads
     products = 2 * model.dim * (heads * n_projections(model, kind) + values + inner * n_matrices)
-    return products + attention_flops(model, kind, seq_len)
+    convolutions = 2 * model.qk_conv * heads * n_convolutions(model, kind)
+    return products + convolutions + attention_flops(model, kind, seq_len)
 
 
 def attention_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:

@@ -114,6 +114,11 @@ class Sizes:
         )
 
 
+def n_convolutions(model: ModelConfig, kind: AttentionKind) -> int:
+    """Convolutions of a layer's queries and keys."""
+    return n_projections(model, kind) - 1 if kind is AttentionKind.lsh and model.qk_conv else 0
+
+
 def n_projections(model: ModelConfig, kind: AttentionKind) -> int:
     """Projections of a layer's input: q and v, and k if keys are not shared with the queries."""
     return 2 if kind is AttentionKind.lsh and model.shared_qk else 3

@@ -259,6 +259,10 @@ def test_what_models_of_other_systems_need() -> None:
     for factors in ([8, 6], [64, 1], [-8, -8], []):
         complains("model.compat.bucket_factors", factors, "64", n_buckets=64)
     complains("model.compat.hash_seed", 3, "rotation", hash_scheme=HashScheme.floor)
+    complains("model.qk_conv", 1, "from 2 to 8")
+    complains("model.qk_conv", 9, "8")
+    complains("model.qk_conv", 3, "model.causal=true", causal=False)
+    assert ModelConfig(qk_conv=3).encoder().qk_conv == 0
     complains("model.shared_qk", False, "model.neighbours=window", neighbours=NeighbourRule.chunk)
     complains("model.shared_qk", False, "model.compat.hash_seed=3", compat=CompatConfig(hash_seed=3))
     complains("model.shared_qk", False, "bucket_factors=[8, 8]", compat=CompatConfig(bucket_factors=[8, 8]))

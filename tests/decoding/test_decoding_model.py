@@ -50,8 +50,11 @@ def make_model(seed: int = 0, **changed: Any) -> ReformerLM:
 
 @torch.no_grad()
 def strong(model: Model) -> Model:
-    """Scales weights so that attention matters, which it hardly does at initialization."""
+    """Scales weights so that attention matters, which it hardly does at initialization; draws convolutions."""
+    draw = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
+        if name.endswith("_conv.weight"):
+            torch.nn.init.normal_(weight, 0.0, 1.0, draw)
         if name.endswith(("to_out.weight", "head.weight")):
             weight.mul_(3)
     return model
@@ -70,6 +73,7 @@ def draw_tokens(batch: int, seq_len: int, seed: int) -> torch.Tensor:
     ),
     n_hashes=st.integers(1, 3),
     next_value_heads=st.sampled_from([0, 1, 2]),
+    qk_conv=st.sampled_from([0, 2, 5]),
     lengths=st.lists(st.integers(26, 40), min_size=1, max_size=3),
     n_prompt=st.integers(16, 25),
     seed=st.integers(0, 1000),
@@ -82,11 +86,12 @@ def test_decoding_is_the_forward(
     flags: dict[str, Any],
     n_hashes: int,
     next_value_heads: int,
+    qk_conv: int,
     lengths: list[int],
     n_prompt: int,
     seed: int,
 ) -> None:
-    flags = {**flags, "next_value_heads": next_value_heads if LSH in layers else 0}
+    flags = {**flags, "next_value_heads": next_value_heads if LSH in layers else 0, "qk_conv": qk_conv}
     model = make_model(seed, layers=layers, position=position, hash_scheme=hash_scheme, n_hashes=n_hashes, **flags)
     seq_len = max(lengths)
     tokens, mask = draw_tokens(len(lengths), seq_len, seed), left_padding(lengths, seq_len)
@@ -143,7 +148,8 @@ def clear_text(model: Callable[..., Tensor], mask: Tensor) -> tuple[Tensor, Tens
 )
 def test_a_thousand_tokens_of_an_encoder_decoder(kind: CrossAttentionKind) -> None:
     """Three targets of different lengths; sources padded on the right, on the left, and not at all."""
-    sizes = {"layers": [LSH, LOCAL, EXACT], "encoder_layers": [LSH, LOCAL, EXACT], "cross_attention": kind}
+    kinds = [LSH, LOCAL, EXACT]
+    sizes = {"layers": kinds, "encoder_layers": kinds, "cross_attention": kind, "qk_conv": 3}
     spans = {"n_hashes": 4, "n_buckets": 16, "window": 32, "local_window": 48, "axial_shape": [25, 40]}
     model = strong(ReformerEncoderDecoder(ModelConfig(**{**SIZES, **sizes, **spans}), VOCAB).eval())
     source_mask = left_padding([150, 110, 150], 150)
@@ -166,7 +172,7 @@ def test_bfloat16_weights() -> None:
 
 
 def test_rows_share_a_prompt_and_diverge() -> None:
-    model = make_model()
+    model = make_model(qk_conv=3)
     tokens = draw_tokens(1, 50, 5).repeat(3, 1)
     tokens[:, 30:] = draw_tokens(3, 20, 6)
     whole, margin = logits_and_margin(model, tokens)

@@ -130,7 +130,9 @@ def model(**changed: object) -> ReformerLM:
 @pytest.mark.parametrize("shared", [False, True])
 def test_matrices_of_linear_layers_decay_and_nothing_else(position: Position, tied: bool, shared: bool) -> None:
     layers = [AttentionKind.lsh, AttentionKind.local]
-    whole = model(position=position, tie_embeddings=tied, share_layers=shared, layers=layers, n_layers=4)
+    whole = model(
+        position=position, tie_embeddings=tied, share_layers=shared, layers=layers, n_layers=4, qk_conv=3
+    )
     linear = {id(module.weight) for module in whole.modules() if isinstance(module, nn.Linear)}
     if not tied:
         linear.add(id(whole.head.weight))
@@ -159,7 +161,7 @@ def test_no_empty_group() -> None:
 def groups_of(*groups: ParameterGroup, **optim: Any) -> dict[str, Group]:
     """The group of each parameter that is trained."""
     config = OptimConfig(groups=list(groups), **optim)
-    whole = model()
+    whole = model(qk_conv=3)
     freeze(whole, config)
     return {name: group for group in parameter_groups(whole, config) for name in group.parameters}
 
@@ -201,7 +203,7 @@ def test_muon_updates_the_matrices_of_layers_alone() -> None:
     factored = {
         name for name, group in groups_of(kind=OptimizerKind.adafactor).items() if not group.update.moments
     }
-    assert factored == {name for name, p in model().named_parameters() if p.dim() == 2}
+    assert factored == {name for name, p in model(qk_conv=3).named_parameters() if p.dim() == 2}
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,6 @@ def test_what_theirs_can_not_express() -> None:
         model_files(model.config, model.state_dict(), 50)
     for key in ("compat.merge_streams", "neighbours", "compat.chunk_wrap", "compat.local_chunk_len"):
         assert f"model.{key}: " in str(caught.value)
-    config = ModelConfig(dim=32, n_layers=2, n_heads=2, shared_qk=False)
-    with pytest.raises(CheckpointError, match=r"model\.shared_qk: .*true"):
+    config = ModelConfig(dim=32, n_layers=2, n_heads=2, shared_qk=False, qk_conv=3)
+    with pytest.raises(CheckpointError, match=r"model\.shared_qk: .*true(.|\n)*model\.qk_conv: .*0"):
         model_files(config, ReformerLM(config, 50).state_dict(), 50)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reformer_dist.config import AttentionKind, ModelConfig, Recompute
 from reformer_dist.models import ReformerLM
+from reformer_dist.models.short_conv import ShortConv
 
 VOCAB = 50
 LSH, LOCAL, EXACT = AttentionKind.lsh, AttentionKind.local, AttentionKind.exact
@@ -34,7 +35,18 @@ def small_config(**changed: Any) -> ModelConfig:
 
 
 def small_model(vocab_size: int = VOCAB, seed: int = 0, **changed: Any) -> ReformerLM:
-    return ReformerLM(small_config(**changed), vocab_size, seed)
+    model = ReformerLM(small_config(**changed), vocab_size, seed)
+    draw_convolutions(model)
+    return model
+
+
+@torch.no_grad()
+def draw_convolutions(model: torch.nn.Module) -> None:
+    """Short convolutions that are not the identity."""
+    draw = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, ShortConv):
+            torch.nn.init.normal_(module.weight, 0.0, 1.0, draw)
 
 
 def with_recompute(model: ReformerLM, recompute: Recompute) -> ReformerLM:

@@ -38,6 +38,7 @@ def test_loss_and_gradients_are_those_of_each_alone(
     recompute: Recompute, causal: bool, position: Position
 ) -> None:
     options = {**LAYERS, "recompute": recompute, "causal": causal, "position": position, "local_round": True}
+    options["qk_conv"] = 3 if causal else 0
     packed, alone = strong_model(**options), strong_model(**options)
     loss = packed(TOKENS, LABELS, document_ids=DOCUMENTS, position_ids=POSITIONS, step=3)
     loss.backward()
@@ -53,7 +54,7 @@ def test_loss_and_gradients_are_those_of_each_alone(
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_keys_of_their_own(causal: bool) -> None:
-    model = strong_model(**LAYERS, shared_qk=False, causal=causal).eval()
+    model = strong_model(**LAYERS, shared_qk=False, causal=causal, qk_conv=4 if causal else 0).eval()
     loss = model(TOKENS, LABELS, document_ids=DOCUMENTS, position_ids=POSITIONS)
     parts = zip(TOKENS.split(LENGTHS, dim=1), LABELS.split(LENGTHS, dim=1), strict=True)
     alone = torch.stack([model(tokens, labels) for tokens, labels in parts]).sum()
@@ -68,7 +69,7 @@ def test_rotary_positions_need_not_restart() -> None:
 
 @torch.no_grad()
 def test_other_documents_change_no_bit() -> None:
-    model = small_model(**LAYERS).eval()
+    model = small_model(**LAYERS, qk_conv=3).eval()
     other = torch.where(DOCUMENTS == 2, TOKENS, random_tokens(2, sum(LENGTHS), seed=1))
     before, after = (model(tokens, document_ids=DOCUMENTS) for tokens in (TOKENS, other))
     assert torch.equal(before[DOCUMENTS == 2], after[DOCUMENTS == 2])
@@ -76,18 +77,18 @@ def test_other_documents_change_no_bit() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize(("padding", "n_more"), [(0, 12), (5, LENGTHS[-1] - 1)])
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize(("position", "shared_qk"), [("axial", True), ("rotary", True), ("axial", False)])
 def test_decoding_continues_the_last_document(
-    padding: int, restarts: bool, position: str, shared_qk: bool
+    padding: int, n_more: int, restarts: bool, position: str, shared_qk: bool
 ) -> None:
-    options = {"local_round": True, "position": Position(position), "shared_qk": shared_qk}
+    options = {"local_round": True, "position": Position(position), "shared_qk": shared_qk, "qk_conv": 4}
     model = small_model(**LAYERS, **options).eval()
     mask = torch.arange(sum(LENGTHS)) >= torch.tensor([[padding], [0]])
     given = {"position_ids": POSITIONS} if restarts else {}
     whole = model(TOKENS, document_ids=DOCUMENTS, key_padding_mask=mask, **given)
-    n_prompt = sum(LENGTHS) - 12
+    n_prompt = sum(LENGTHS) - n_more
     state = DecodingState(model.config)
     prompt = {name: x[:, :n_prompt] for name, x in {"document_ids": DOCUMENTS, **given}.items()}
     logits = [model(TOKENS[:, :n_prompt], key_padding_mask=mask[:, :n_prompt], sequence=state, **prompt)]

@@ -1,4 +1,4 @@
-"""Norms, factorized embeddings, layer drop, shared value heads, and attention inspection."""
+"""Norms, factorized embeddings, layer drop, shared value heads, short convolutions, and attention inspection."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from model_helpers import EXACT, LOCAL, LSH, VOCAB, grads_of, random_tokens, shifted, small_model
 
-from reformer_dist import ReformerForSequenceClassification, inspect_attention
+from reformer_dist import ReformerForSequenceClassification, init_weights, inspect_attention
 from reformer_dist.config import NeighbourRule, Norm, Position, Recompute
 from reformer_dist.models.norms import ReZero, ScaleNorm, StreamNorm
+from reformer_dist.models.short_conv import ShortConv
 from reformer_dist.seeds import derive_seed
 
 DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
@@ -87,6 +88,19 @@ def test_a_narrow_embedding_is_projected_with_biases() -> None:
     hidden = model.encode(random_tokens())
     expected = F.linear(model.head.to_table(hidden), model.head.weight, model.head.bias)
     torch.testing.assert_close(model(random_tokens()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_qk", [True, False])
+def test_short_convolutions_start_as_the_identity(shared_qk: bool) -> None:
+    plain = small_model(shared_qk=shared_qk).eval()
+    model = small_model(shared_qk=shared_qk, qk_conv=3).eval()  # with random convolutions
+    assert not torch.allclose(model(random_tokens()), plain(random_tokens()))
+    init_weights(model, model.config, seed=0)
+    assert torch.equal(model(random_tokens()), plain(random_tokens()))
+    convs = [module for module in model.modules() if isinstance(module, ShortConv)]
+    assert [conv.weight.tolist() for conv in convs] == [[[1.0] * 24, [0.0] * 24, [0.0] * 24]] * len(convs)
+    assert len(convs) == (2 if shared_qk else 4)  # of two LSH layers
 
 
 @torch.no_grad()

@@ -48,6 +48,8 @@ def largest_leak(model: ReformerLM) -> float:
         {"layers": [LSH], "next_value_heads": 2, "local_round": True},
         {"layers": [LOCAL, LSH], "shared_qk": False, "local_round": True, "count_pairs_once": True},
         {"layers": [LSH], "shared_qk": False, "next_value_heads": 1, "position": Position.rotary},
+        {"layers": [LOCAL, LSH], "qk_conv": 3, "next_value_heads": 1},
+        {"layers": [LSH], "qk_conv": 8, "shared_qk": False, "local_round": True},
     ],
     ids=str,
 )
@@ -79,7 +81,8 @@ def test_padding_does_not_matter(
     causal: bool, layers: list[Any], neighbours: NeighbourRule, next_value_heads: int
 ) -> None:
     heads = next_value_heads if LSH in layers else 0
-    model = small_model(layers=layers, causal=causal, neighbours=neighbours, next_value_heads=heads).eval()
+    options = {"next_value_heads": heads, "qk_conv": 3 if causal and heads else 0}
+    model = small_model(layers=layers, causal=causal, neighbours=neighbours, **options).eval()
     tokens = random_tokens(2, 60)
     mask = torch.ones(2, 60, dtype=torch.bool)
     mask[0, 41:] = False

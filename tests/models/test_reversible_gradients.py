@@ -87,6 +87,8 @@ CHANGES: list[dict[str, Any]] = [
     {"head_dim": 5, "qk_scale": 0.4},
     {"next_value_heads": 1, **DROPOUTS},
     {"shared_qk": False, "local_round": True, **DROPOUTS},
+    {"qk_conv": 3, "next_value_heads": 1, "position": Position.rotary, **DROPOUTS},
+    {"qk_conv": 4, "shared_qk": False, **DROPOUTS},
 ]
 
 
@@ -181,7 +183,7 @@ def test_partly_frozen_blocks(trained: str) -> None:
 @pytest.mark.parametrize("layers", [[LOCAL, LSH], [EXACT]], ids=str)
 def test_bf16_autocast(layers: list[Any], is_inside: bool) -> None:
     """Backward inside the autocast context or, as recommended, outside: the recompute restores autocast."""
-    plain = small_model(recompute=Recompute.none, layers=layers, **DROPOUTS)
+    plain = small_model(recompute=Recompute.none, layers=layers, qk_conv=3, **DROPOUTS)
     losses = []
     for recompute, tolerance in ((Recompute.none, 0.0), (Recompute.checkpoint, 0.0), (Recompute.reversible, 0.03)):
         model = with_recompute(plain, recompute)

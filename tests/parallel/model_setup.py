@@ -53,6 +53,7 @@ class Case:
             n_buckets=8,
             window=16,
             next_value_heads=2 if "lsh" in self.layers else 0,
+            qk_conv=3,
             shared_qk=self.shared_qk,
             local_window=24,
             axial_shape=[16, 16],

@@ -98,6 +98,7 @@ def test_parameters_of_other_models(kind, tiny_data, tmp_path):
         {"norm": "scale", "one_value_head": True},
         {"norm": "rezero"},
         {"shared_qk": False, "layers": ["lsh"]},
+        {"qk_conv": 3, "layers": ["lsh"]},
     ],
     ids=str,
 )
@@ -168,6 +169,7 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, words, tiny_data, t
         ("model.attention_backend=torch", "model.recompute=none"),
         ("model.layers=[lsh]", "model.shared_qk=false", "trainer.precision=bf16"),
         ("model.layers=[lsh]", "model.shared_qk=false", "model.attention_backend=torch"),
+        ("model.layers=[lsh]", "model.qk_conv=4", "model.shared_qk=false", "trainer.precision=bf16"),
         ("model.attention_backend=torch", "trainer.precision=bf16", "model.position=rotary"),
         ("data.mask_documents=true", "data.reset_position_ids=true"),
         ("data.mask_documents=true", "model.attention_backend=torch", "model.position=rotary"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,18 +109,24 @@ class RowTracker(ABC):
         if self._unsent:
             n_unsent = f"{len(self._unsent)} steps were not sent"
             logger.warning(f"tracker={self.kind.name}: {n_unsent}; a resumed run sends them from metrics.jsonl")
-        self._finish()
+        self._reach(self._finish, "the run could not be ended")
 
     def _send_all(self) -> None:
-        try:
+        def send() -> None:
             while self._unsent:
                 self._send(self._unsent[0])
                 self._unsent.pop(0)
+
+        self._reach(send, "metrics could not be sent, each step tries again")
+
+    def _reach(self, action: Callable[[], None], failure: str) -> None:
+        """Runs `action`; a tracker that can't be reached costs one warning, and never the run."""
+        try:
+            action()
         except Exception as error:  # of any library below the tracker's
             if not self._is_failing:
-                first_line = (str(error) or type(error).__name__).splitlines()[0]
-                reason = f"metrics could not be sent ({first_line})"
-                logger.warning(f"tracker={self.kind.name}: {reason}; each step tries again")
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                logger.warning(f"tracker={self.kind.name}: {failure} ({reason})")
             self._is_failing = True
         else:
             self._is_failing = False

@@ -39,6 +39,8 @@ class Store(RowTracker):
             self.stored.append(step)
 
     def _finish(self) -> None:
+        if self.is_away:
+            raise ConnectionError("no route to host")
         self.is_finished = True
 
 
@@ -115,6 +117,9 @@ def test_a_tracker_that_is_away_stops_nothing(
     assert [each.step for each in stored] == [1, 2, 3, 4]
     metrics.close()
     assert store.is_finished
+    store.is_away = True
+    store.close()
+    assert "could not be ended" in caplog.messages[-1]
 
 
 def test_what_is_no_number_is_not_sent(tmp_path: Path, stored: list[TrackedStep]) -> None:

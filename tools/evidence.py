@@ -5,6 +5,8 @@
   joint_recall  joint recall in the format of HAX, 8 x 8
   duplication   Table 2 of the Reformer paper: trained with 4 and with 1 hash rounds, evaluated with 8, 4, 2 and 1
   text          source code of installed packages in rows of 4,096 bytes: bits per byte by position
+  stages        a run in stages of 512, 2,048 and 8,192 tokens beside one of 8,192 throughout, of equal tokens
+                per step: bits per byte of each checkpoint in rows of 8,192, over tokens and time (also a plot)
 
 Each row trains and evaluates by the ordinary commands, which are printed. Its result is saved as soon as it is
 measured; run again, the tool continues where it stopped. Without names, all rows run, the shortest first.
@@ -54,6 +56,8 @@ class Row:
     """Overrides of training."""
     evaluate: dict[str, list[str]] = field(default_factory=dict)
     """Options of reformer-evaluate, by the name of the result."""
+    curve: list[str] = field(default_factory=list)
+    """Options of reformer-evaluate for each checkpoint of the run, which keeps all of them."""
 
 
 def rows() -> Iterator[Row]:
@@ -90,6 +94,24 @@ def rows() -> Iterator[Row]:
             **knocked_out,
         }
         yield Row("text", name, 40, "quickstart", "python", [*text, *local_round, *layers], evaluate)
+    yield from stage_rows()
+
+
+def stage_rows() -> Iterator[Row]:
+    """Runs of 1500 steps of 8,192 tokens."""
+    first, second = (
+        f"{{until:{step},data.seq_len:{length},data.batch_size:{8192 // length},model.n_buckets:{length // 32}}}"
+        for step, length in ((500, 512), (1000, 2048))
+    )
+    last = ["data.seq_len=8192", "data.batch_size=1", "model.n_buckets=256", "model.window=32"]
+    overrides = [
+        *(*last, "trainer.max_steps=1500", "trainer.save_every=100", "trainer.keep_checkpoints=0"),
+        *("trainer.eval_every=0", "trainer.sample_every=0"),
+    ]
+    measure = [*last, "--rows", "48", "--batch", "1"]
+    for name, stages in (("512, 2048, 8192", [f"stages=[{first},{second}]"]), ("8192", [])):
+        positions = {"positions": [*measure, "--by-position"]}
+        yield Row("stages", name, 15, "quickstart", "stdlib", [*overrides, *stages], positions, measure)
 
 
 def main() -> None:
@@ -103,12 +125,14 @@ def main() -> None:
     for row in sorted(selected, key=lambda row: row.minutes):
         for seed in range(arguments.seeds if row.minutes <= 15 else 1):
             run_row(row, seed, arguments.output, arguments.overrides)
+    if any(row.curve for row in selected):
+        plot_curves(arguments.output / "results", arguments.output / "stages.png")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("claims", nargs="*", help="mqar, joint_recall, duplication, text (default: all)")
+    add("claims", nargs="*", help="mqar, joint_recall, duplication, text, stages (default: all)")
     add("--rows", nargs="+", help="only these rows, such as lsh exact")
     add("--seeds", type=int, default=3, help="seeds of rows of 15 minutes or less (default: 3); others have one")
     add("--output", type=Path, default=Path("outputs/evidence"), help="datasets, runs and results")
@@ -125,7 +149,7 @@ def _parse() -> argparse.Namespace:
 
 def run_row(row: Row, seed: int, output: Path, overrides: list[str]) -> None:
     """Trains and evaluates a row with one seed, unless its result is there."""
-    result = output / "results" / f"{row.claim}-{row.name.replace(' ', '_')}-{seed}.json"
+    result = output / "results" / f"{row.claim}-{row.name.replace(', ', '_').replace(' ', '_')}-{seed}.json"
     if result.is_file():
         print(f"{result} is there")
         return
@@ -149,8 +173,59 @@ def run_row(row: Row, seed: int, output: Path, overrides: list[str]) -> None:
         options = [option.format(data=data) for option in options]
         execute([command("reformer-evaluate"), str(run), *options, "--output", str(target)])
         values[name] = json.loads(target.read_text())
+    if row.curve:
+        values["curve"] = measure_curve(run, row.curve)
     result.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(result, json.dumps(values, indent=1) + "\n")
+
+
+def measure_curve(run: Path, options: list[str]) -> list[dict[str, float]]:
+    """Held-out bits per byte of each checkpoint, with the tokens and the seconds of training up to it."""
+    curve, seconds, tokens = [], metrics_of(run, "time_s"), 8192
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        target, step = run / f"evaluation-{folder.name}.json", int(folder.name.removeprefix("step-"))
+        if not target.is_file():
+            execute([command("reformer-evaluate"), str(folder), *options, "--output", str(target)])
+        bits = json.loads(target.read_text())["bits_per_byte"]
+        curve.append({"step": step, "tokens": step * tokens, "time_s": seconds[step], "bits_per_byte": bits})
+    return curve
+
+
+def metrics_of(run: Path, name: str) -> dict[int, float]:
+    """A metric by step, of the last logged step up to each."""
+    found, last = {}, 0.0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line[name] for line in lines if name in line}
+    for step in range(max(logged) + 1):
+        last = logged.get(step, last)
+        found[step] = last
+    return found
+
+
+def plot_curves(results: Path, path: Path) -> None:
+    """Bits per byte over tokens and over seconds, a line per row and seed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    names: list[str] = []
+    for file in sorted(results.glob("stages-*.json")):
+        result = json.loads(file.read_text())
+        is_first = result["row"] not in names
+        names += [result["row"]] if is_first else []
+        for each, key in zip(axes, ("tokens", "time_s"), strict=True):
+            points = [point[key] for point in result["curve"]]
+            bits = [point["bits_per_byte"] for point in result["curve"]]
+            label = f"rows of {result['row']}" if is_first else None
+            each.plot(points, bits, color=f"C{names.index(result['row'])}", label=label)
+    axes[0].set(xlabel="tokens", ylabel="held-out bits per byte, rows of 8,192")
+    axes[1].set(xlabel="seconds of training")
+    axes[1].legend()
+    figure.savefig(path, dpi=150)
+    print(f"plot         {path}")
 
 
 def make_dataset(name: str, folder: Path) -> None:
@@ -161,6 +236,9 @@ def make_dataset(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if name == "python":
         write_python(target)
+    elif name == "stdlib":
+        options = ["--suffix", ".py", "--shard-mb", "1", "--heldout", "0.1", "--output", target]
+        _tool("make_shards.py", sysconfig.get_paths()["stdlib"], *options)  # the data of the quickstart
     elif name == "duplication_1024":
         lines = folder / f"{name}.jsonl"
         _tool("make_task_data.py", "duplication", "--samples", "60000", "--length", "511", "--output", lines)

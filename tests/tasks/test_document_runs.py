@@ -49,6 +49,16 @@ def test_a_run_with_packed_samples_resumes_exactly(tmp_path: Path, job: Runtime)
     assert resumed[-1] == whole[-1]
 
 
+def test_stages_of_packed_samples_resume_exactly(tmp_path: Path, job: Runtime) -> None:
+    data = write_pairs(tmp_path / "data")
+    given = ("data.pack_samples=true", "stages=[{until: 2, data.seq_len: 64}, {data.seq_len: 128}]")
+    whole = train(job, "completion", data, tmp_path / "whole", *given, "trainer.save_every=1")
+    for step in (1, 2, 4):  # before, at and after the border
+        cut = tmp_path / f"whole/checkpoints/step-{step:08d}"
+        resumed = train(job, "completion", data, tmp_path / f"resumed{step}", f"resume={cut}", *given)
+        assert resumed[-1] == whole[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.jobs
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from reformer_dist.data import (
     SampleReader,
     SampleRef,
     TrainLoader,
-    collate,
     consumed_hash,
     make_sample,
     merge_states,
@@ -178,25 +177,27 @@ def test_damaged_samples_are_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", ["[local,lsh]", "[lsh,exact]"])
 def test_loss_and_gradients_are_those_of_padded_rows(data: Path, layers: str) -> None:
-    model_options = (f"model.layers={layers}", "model.head_dim=16", "model.next_value_heads=1")
-    task = make("completion", data, *PACKED, "model.dropout=0", *model_options)
+    options = (f"model.layers={layers}", "model.head_dim=16", "model.next_value_heads=1", "model.dropout=0")
+    task = make("completion", data, *PACKED, "data.seq_len=256", *options)
+    packed = [batch for step in read(data, 3, seq_len=256)[0] for batch in step]
+    padded, unpacked = [], [row for step in read(data, 40, packs=False, seq_len=256)[0] for row in step]
+    for stream in range(BATCH):
+        n_samples = sum(len(samples_of([[batch]])) for batch in packed if int(batch["rows"]) == stream)
+        padded += [row for row in unpacked if int(row["rows"]) == stream][:n_samples]
     found = []
-    for padded in (False, True):
+    for batches in (packed, padded):
         torch.manual_seed(0)
         model, loss, n_labels = task.build_model(), torch.zeros(()), 0
-        for batch in read(data, 2)[0][1]:
-            if padded:
-                lengths = torch.unique_consecutive(batch["document_ids"][0], return_counts=True)[1].tolist()
-                parts = zip(*(batch[name][0].split(lengths) for name in ("tokens", "labels")), strict=True)
-                examples = [{"tokens": tokens.numpy(), "labels": labels.numpy()} for tokens, labels in parts]
-                batch = collate(examples)
-            batch.pop("rows", None)
-            loss = loss + model(**batch, step=1)
+        with torch.no_grad():  # attention hardly matters at initialization
+            for name, weight in model.named_parameters():
+                weight.mul_(5 if name.endswith("to_out.weight") else 1)
+        for batch in batches:
+            loss = loss + model(**{name: x for name, x in batch.items() if name != "rows"}, step=1)
             n_labels += int((batch["labels"] >= 0).sum())
         loss.backward()
         found.append((loss.item(), n_labels, [parameter.grad for parameter in model.parameters()]))
     (loss, n_labels, grads), (padded_loss, n_padded, padded_grads) = found
-    assert n_labels == n_padded and loss == pytest.approx(padded_loss, rel=1e-6)
+    assert len(padded) > len(packed) and n_labels == n_padded and loss == pytest.approx(padded_loss, rel=1e-6)
     for grad, padded_grad in zip(grads, padded_grads, strict=True):
         torch.testing.assert_close(grad / n_labels, padded_grad / n_labels, atol=1e-6, rtol=1e-6)
 

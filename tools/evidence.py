@@ -37,6 +37,10 @@ LAYERS = {
     "local": ["model.layers=[local,local]", NO_NEXT],
 }
 """Overrides of the second layer of each pair, by the name of the row."""
+ABLATIONS = {
+    "lsh_no_conv": ["model.qk_conv=0"],
+    "lsh_rotary": ["model.qk_conv=0", "model.rotary_layers=[local,lsh,exact]"],
+}
 HELDOUT_PACKAGES = {"aiohttp", "alembic", "idlelib", "joblib", "networkx", "werkzeug"}
 PART_BYTES = 512 * 1024
 
@@ -69,23 +73,24 @@ def rows() -> Iterator[Row]:
         for n in (1024, 4096, 16384)
     }
     for name, layers in LAYERS.items():
-        yield Row("mqar", name, 10, "mqar", "mqar", layers, {"sizes": ["--batch", "32"], **far})
+        yield Row("mqar", name, 5, "mqar", "mqar", layers, {"sizes": ["--batch", "32"], **far})
     for name, layers in LAYERS.items():
-        yield Row("joint_recall", name, 12, "joint_recall", "joint_recall", layers, {"sizes": ["--batch", "32"]})
+        yield Row("joint_recall", name, 4, "joint_recall", "joint_recall", layers, {"sizes": ["--batch", "32"]})
     for rounds in (4, 1):
         overrides = [
             *("data.seq_len=1024", "data.batch_size=8", "model.n_buckets=32", f"model.n_hashes={rounds}"),
-            *("model.dim=256", "model.ff_mult=1", "model.position=rotary", "model.window=64"),
-            *("model.next_value_heads=4", "optim.lr=3e-3", "trainer.max_steps=1500"),
+            *("model.dim=256", "model.ff_mult=1", "model.position=rotary", "model.rotary_layers=[local,exact]"),
+            *("model.window=64", "model.next_value_heads=4", "model.qk_conv=3"),
+            *("optim.lr=3e-3", "trainer.max_steps=500"),
         ]
         table = {str(n): [f"model.n_hashes={n}", "--rows", "302"] for n in (8, 4, 2, 1)}
-        yield Row("duplication", f"{rounds} rounds", 6, "duplication", "duplication_1024", overrides, table)
+        yield Row("duplication", f"{rounds} rounds", 3, "duplication", "duplication_1024", overrides, table)
     text = [
         *("data.seq_len=4096", "data.batch_size=2", "trainer.max_steps=2500", "model.n_buckets=64"),
         *("optim.lr=3e-3", "optim.warmup_steps=100", "trainer.eval_every=250", "trainer.sample_every=0"),
     ]
     measure = ["--rows", "512", "--batch", "4"]
-    for name, layers in LAYERS.items():
+    for name, layers in (LAYERS | ABLATIONS).items():
         local_round = ["model.local_round=true"] * name.startswith("lsh")
         knocked_out = {"without": [*measure, "--without", name]} if name in ("lsh", "exact") else {}
         evaluate = {

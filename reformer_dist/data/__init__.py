@@ -55,11 +55,13 @@ from reformer_dist.data.prepare.documents import (
     read_text,
 )
 from reformer_dist.data.prepare.fasta import CASES, FastaOptions, read_fasta
+from reformer_dist.data.prepare.fill_in_middle import FIM_TOKENS, FillInMiddle
 from reformer_dist.data.prepare.formats import RECORD_SUFFIXES
 from reformer_dist.data.prepare.ids import read_ids
 from reformer_dist.data.prepare.in_place import index_tar_files
 from reformer_dist.data.prepare.raw_files import read_counter
 from reformer_dist.data.prepare.records import read_labeled, read_parallel, read_records, read_squad
+from reformer_dist.data.prepare.repository import FILE_ORDERS, read_repositories
 from reformer_dist.data.prepare.samples import RawSample, assign_splits, is_heldout, sample_texts
 from reformer_dist.data.prepare.shard_writer import WriteSummary, write_dataset, write_samples
 from reformer_dist.data.prepare.staging import has_finished_work
@@ -69,7 +71,9 @@ __all__ = [
     "AS_TEXT_SUFFIXES",
     "CASES",
     "DNA",
+    "FILE_ORDERS",
     "FILL_VALUES",
+    "FIM_TOKENS",
     "IGNORE_INDEX",
     "RECORD_SUFFIXES",
     "SECTION_BYTES",
@@ -85,6 +89,7 @@ __all__ = [
     "Era",
     "Example",
     "FastaOptions",
+    "FillInMiddle",
     "IdTokenizer",
     "LoaderState",
     "MakeExample",
@@ -136,6 +141,7 @@ __all__ = [
     "read_labeled",
     "read_parallel",
     "read_records",
+    "read_repositories",
     "read_spans",
     "read_split",
     "read_squad",

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from reformer_dist.data import (
@@ -14,6 +15,7 @@ from reformer_dist.data import (
     SPLITS,
     BpeTokenizer,
     ByteTokenizer,
+    FillInMiddle,
     IdTokenizer,
     SkippedFiles,
     TextMember,
@@ -64,8 +66,13 @@ def write_shards(
     workers: int,
     on_read: Callable[[int], None],
 ) -> WriteSummary:
+    records = form.records()
+    if arguments.fim:
+        reordered = FillInMiddle(arguments.fim, tuple(arguments.fim_tokens))
+        reordered.token_ids(tokenizer)  # raises an error at once
+        records = (replace(record, fill_in_middle=reordered) for record in records)
     return write_samples(
-        form.records(),
+        records,
         arguments.output,
         tokenizer,
         shard_bytes=int(arguments.shard_mb * 2**20),
@@ -146,7 +153,8 @@ def choose_tokenizer(arguments: argparse.Namespace, form: InputFormat, total_byt
         texts = (text for split, record in training if split == "train" for text in record.fields)
         sampled = sample_texts(shown.counted(texts), VOCABULARY_BYTES)
     with live.shown(), live.phase("training the tokenizer"):
-        return BpeTokenizer.train(sampled, arguments.vocab_size or 8192, arguments.add_special_token)
+        special = [*arguments.add_special_token, *(arguments.fim_tokens if arguments.fim else ())]
+        return BpeTokenizer.train(sampled, arguments.vocab_size or 8192, special)
 
 
 def require_offsets(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:

@@ -6,8 +6,10 @@ import argparse
 import math
 from pathlib import Path
 
-from reformer_dist.data import AS_TEXT_SUFFIXES, CASES, SECTION_BYTES
+from reformer_dist.data import AS_TEXT_SUFFIXES, CASES, FILE_ORDERS, FIM_TOKENS, SECTION_BYTES
 
+FORMS = ("fields", "label_spans", "squad", "fasta", "bytes", "ids", "in_place", "repository")
+"""Arguments that say what the inputs are, besides --source; without one, documents of text."""
 EPILOG = """\
 inputs:
   folder       each file is one or more documents, as below; hidden and binary files are skipped
@@ -17,6 +19,7 @@ inputs:
   .tar file    each .txt member and each record of members as above is a document (WebDataset shards)
   text file    one document, whose end is held out; above 8 MiB, one for every 4 to 8 MiB (or --section-mb)
   .gz, .zst, .xz, .bz2   decompressed and read as above; .tgz is .tar.gz
+  folder       with --repository: one document, its files one after another below their paths
   any file     with --bytes: the bytes that it holds, neither decompressed nor decoded
   .npy, .npz, .parquet, .arrow, .jsonl   with --ids N: sequences of token ids, such as codes of audio or music
   FASTA        with --fasta: each sequence without its long runs of N, or each region of a BED file
@@ -49,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     _add_output_options(parser.add_argument_group("output"))
     _add_text_options(parser.add_argument_group("documents"))
     _add_field_options(parser.add_argument_group("samples with several texts or labels"))
+    _add_code_options(parser.add_argument_group("source code"))
     _add_fasta_options(parser.add_argument_group("DNA"))
     _add_tokenizer_options(parser.add_argument_group("tokenizer"))
     arguments = parser.parse_args()
@@ -147,6 +151,36 @@ def _add_field_options(group: argparse._ArgumentGroup) -> None:
     add("--squad", action="store_true", help="inputs are in SQuAD 1.1 format")
 
 
+def _add_code_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--repository",
+        action="store_true",
+        help="each INPUT is a folder and one document, with paths as headers",
+    )
+    add(
+        "--file-order",
+        choices=FILE_ORDERS,
+        default="path",
+        help="with --repository: files by path, or after those that they import (default: path)",
+    )
+    add(
+        "--fim",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="bpe: reorder this fraction of the training texts, or files of a repository, as prefix, suffix and "
+        "middle, to learn to fill in the middle (default: 0)",
+    )
+    add(
+        "--fim-tokens",
+        nargs=3,
+        default=FIM_TOKENS,
+        metavar=("PREFIX", "SUFFIX", "MIDDLE"),
+        help=f"special tokens before the three (default: {' '.join(FIM_TOKENS)})",
+    )
+
+
 def _add_fasta_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--fasta", action="store_true", help="inputs are FASTA files, one per species, or folders of them")
@@ -226,8 +260,15 @@ def _add_tokenizer_options(group: argparse._ArgumentGroup) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> str | None:
     """The first invalid combination of arguments, if any."""
+    checks = {**_check_inputs(arguments), **_check_formats(arguments), **_check_tokenizer(arguments)}
+    return next((problem for problem, is_valid in checks.items() if not is_valid), None)
+
+
+def _check_inputs(arguments: argparse.Namespace) -> dict[str, bool]:
     is_parallel = arguments.source is not None or arguments.target is not None
-    checks = {
+    n_forms = sum(map(bool, (is_parallel, *(getattr(arguments, name) for name in FORMS))))
+    forms = ", ".join(f"--{name.replace('_', '-')}" for name in ("source", *FORMS))
+    return {
         f"--jsonl-field {arguments.renamed}: is now --text-field": arguments.renamed is None,
         f"--section-mb {arguments.section_mb}: must be from 0.001 to 512": 0.001 <= arguments.section_mb <= 512,
         f"--heldout {arguments.heldout}: must be at least 0 and below 1": 0 <= arguments.heldout < 1,
@@ -235,46 +276,49 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         f"--shard-mb {arguments.shard_mb}: must be above 0 and finite": 1 <= arguments.shard_mb * 2**20 < math.inf,
         "--source and --target go together": (arguments.source is None) == (arguments.target is None),
         "give either inputs or --source and --target": is_parallel != bool(arguments.inputs),
-        "--source, --fields, --label-spans, --squad, --fasta, --bytes, --ids, --in-place: give one": is_parallel
-        + arguments.in_place
-        + arguments.bytes
-        + (arguments.ids is not None)
-        + arguments.fasta
-        + bool(arguments.fields)
-        + bool(arguments.label_spans)
-        + arguments.squad
-        <= 1,
+        f"{forms}: give one of them": n_forms <= 1,
         "--label needs --fields": not arguments.label or bool(arguments.fields),
-        "--bed, --heldout-chromosomes, --case and --max-n need --fasta": arguments.fasta
-        or not (
-            arguments.bed or arguments.heldout_chromosomes or arguments.case != "upper" or arguments.max_n != 10
-        ),
-        f"--ids {arguments.ids}: must be from 1 to 4294967294": arguments.ids is None
-        or 1 <= arguments.ids < 2**32 - 1,
-        "--bytes and --ids exclude --tokenizer and --tokenizer-of": not (arguments.bytes or arguments.ids)
-        or (arguments.tokenizer == "bytes" and not arguments.tokenizer_of),
-        "--member needs --in-place": arguments.in_place or arguments.member == "txt",
-        "--in-place needs a vocabulary that exists: --tokenizer bytes, --tokenizer-file or --tokenizer-of": not (
-            arguments.in_place and arguments.tokenizer == "bpe" and not arguments.tokenizer_file
-        ),
-        "--bed: give one file per INPUT": len(arguments.bed) in (0, len(arguments.inputs)),
-        f"--max-n {arguments.max_n}: must be at least 0": 0 <= arguments.max_n < 2**31,
+        "--heldout-from needs two files, source and target, with --source": not is_parallel
+        or len(arguments.heldout_from) in (0, 2),
         "--heldout-from and --heldout-chromosomes exclude each other": not (
             arguments.heldout_from and arguments.heldout_chromosomes
         ),
-        "--heldout-from needs two files, source and target, with --source": not is_parallel
-        or len(arguments.heldout_from) in (0, 2),
-        "--tokenizer-of excludes --tokenizer and --tokenizer-file": not arguments.tokenizer_of
-        or (arguments.tokenizer == "bytes" and not arguments.tokenizer_file),
-        "--tokenizer-file and --vocab-size need --tokenizer bpe": arguments.tokenizer == "bpe"
-        or not (arguments.tokenizer_file or arguments.vocab_size),
-        "--eot-token and --special-tokens need --tokenizer-file": bool(arguments.tokenizer_file)
+    }
+
+
+def _check_formats(arguments: argparse.Namespace) -> dict[str, bool]:
+    of_fasta = (arguments.bed, arguments.heldout_chromosomes, arguments.case != "upper", arguments.max_n != 10)
+    ids = arguments.ids
+    return {
+        "--bed, --heldout-chromosomes, --case and --max-n need --fasta": arguments.fasta or not any(of_fasta),
+        "--bed: give one file per INPUT": len(arguments.bed) in (0, len(arguments.inputs)),
+        f"--max-n {arguments.max_n}: must be at least 0": 0 <= arguments.max_n < 2**31,
+        f"--ids {ids}: must be from 1 to 4294967294": ids is None or 1 <= ids < 2**32 - 1,
+        "--file-order needs --repository": arguments.repository or arguments.file_order == "path",
+        "--member needs --in-place": arguments.in_place or arguments.member == "txt",
+    }
+
+
+def _check_tokenizer(arguments: argparse.Namespace) -> dict[str, bool]:
+    is_bpe, file, other = arguments.tokenizer == "bpe", arguments.tokenizer_file, arguments.tokenizer_of
+    has_texts = not any(getattr(arguments, name) for name in FORMS if name not in ("fasta", "repository"))
+    return {
+        "--bytes and --ids exclude --tokenizer and --tokenizer-of": not (arguments.bytes or arguments.ids)
+        or not (is_bpe or other),
+        "--in-place needs a vocabulary that exists: --tokenizer bytes, --tokenizer-file or --tokenizer-of": not (
+            arguments.in_place and is_bpe and not file
+        ),
+        f"--fim {arguments.fim}: must be from 0 to 1": 0 <= arguments.fim <= 1,
+        f"--fim {arguments.fim}: needs documents, or a repository, and --tokenizer bpe": not arguments.fim
+        or (has_texts and arguments.source is None and bool(is_bpe or other)),
+        "--tokenizer-of excludes --tokenizer and --tokenizer-file": not other or not (is_bpe or file),
+        "--vocab-size needs --tokenizer bpe": is_bpe or not arguments.vocab_size,
+        "--tokenizer-file excludes --tokenizer bytes": is_bpe or not file,
+        "--eot-token and --special-tokens need --tokenizer-file": bool(file)
         or not (arguments.eot_token or arguments.special_tokens),
-        "--add-special-token needs --tokenizer bpe or --tokenizer-file": arguments.tokenizer == "bpe"
-        or not arguments.add_special_token,
-        "--split-regex needs --tokenizer-file": arguments.split_regex is None or bool(arguments.tokenizer_file),
+        "--add-special-token needs --tokenizer bpe or --tokenizer-file": is_bpe or not arguments.add_special_token,
+        "--split-regex needs --tokenizer-file": arguments.split_regex is None or bool(file),
         "--vocab-size is for training a tokenizer; --tokenizer-file is already trained": not (
-            arguments.tokenizer_file and arguments.vocab_size
+            file and arguments.vocab_size
         ),
     }
-    return next((problem for problem, is_valid in checks.items() if not is_valid), None)

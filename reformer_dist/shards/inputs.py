@@ -22,6 +22,7 @@ from reformer_dist.data import (
     read_labeled,
     read_parallel,
     read_records,
+    read_repositories,
     read_squad,
     read_text,
 )
@@ -65,6 +66,10 @@ class InputFormat:
         elif arguments.ids:
             read = partial(read_ids, n_ids=arguments.ids, section_bytes=int(arguments.section_mb * 2**20))
             read = partial(read, field=arguments.text_field or "input_ids")
+            pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
+        elif arguments.repository:
+            read = partial(read_repositories, options=text_options(arguments), skipped=left_out)
+            read = partial(read, order=arguments.file_order)
             pairs, fields = [(arguments.inputs,), (heldout_files,)], TEXT_FIELDS
         elif arguments.in_place:
             for path in (*arguments.inputs, *heldout_files):

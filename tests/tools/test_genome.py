@@ -62,7 +62,7 @@ def test_a_genome_is_trained_on_both_strands(genome: Path, tmp_path: Path) -> No
 def test_fasta_options_are_checked(genome: Path, tmp_path: Path) -> None:
     for words, message in (
         (["--case", "mask"], "need --fasta"),
-        (["--fasta", "--fields", "a"], "give one"),
+        (["--fasta", "--fields", "a"], "give one of them"),
         (["--fasta", "--bed", genome, genome], "one file per INPUT"),
         (["--fasta", "--max-n", "-1"], "--max-n -1"),
         (["--fasta", "--heldout-from", genome, "--heldout-chromosomes", "chr1"], "exclude each other"),

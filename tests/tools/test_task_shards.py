@@ -145,7 +145,7 @@ def test_a_given_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     [
         (["--source", "a"], "--source and --target"),
         (["in", "--source", "a", "--target", "b"], "inputs or --source and --target"),
-        (["in", "--squad", "--fields", "a"], "--source, --fields, --label-spans and --squad"),
+        (["in", "--squad", "--fields", "a"], "--source, --fields, --label-spans, --squad"),
         (["in", "--label", "a"], "--label needs --fields"),
         ([], "inputs or --source"),
         (["--source", "a", "--target", "b", "--heldout-from", "c"], "--heldout-from needs two files"),

@@ -201,6 +201,11 @@ class BpeTokenizer:
             eot_token = configured_eot(path.with_name("tokenizer_config.json")) or END_OF_TEXT
         return cls(inner, origin=str(path), eot_token=eot_token, use_special_tokens=use_special_tokens)
 
+    def special_id(self, name: str) -> int | None:
+        """Id of a special token, if there is one of this name."""
+        added = self._inner.get_added_tokens_decoder().items()
+        return next((index for index, token in added if token.special and token.content == name), None)
+
     @property
     def dtype(self) -> str:
         return id_dtype(self.vocab_size)

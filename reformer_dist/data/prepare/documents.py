@@ -112,7 +112,7 @@ def read_text(
     skipped = SkippedFiles() if skipped is None else skipped
     n_files = n_documents = 0
     for path in inputs:
-        for file, label in _find_files(path, options, skipped):
+        for file, label in find_files(path, options, skipped):
             n_files += 1
             try:
                 for document in _read_file(file, label, options, file != path, skipped):
@@ -138,7 +138,7 @@ def read_bytes(
     options, skipped = options or TextOptions(), SkippedFiles() if skipped is None else skipped
     n_documents = 0
     for path in map(Path, paths):
-        for file, label in _find_files(path, options, skipped):
+        for file, label in find_files(path, options, skipped):
             with open_undecoded(file) as content:
                 n_sections = max(1, file.stat().st_size // options.section_bytes)
                 length = -(-file.stat().st_size // n_sections)
@@ -156,7 +156,7 @@ def _skip_packed(error: PackedFileError, name: str, options: TextOptions, skippe
     skipped.add("files in formats that can't be read", name)
 
 
-def _find_files(path: Path, options: TextOptions, skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
+def find_files(path: Path, options: TextOptions, skipped: SkippedFiles) -> Iterator[tuple[Path, str]]:
     """(file, name in the dataset) of each file of an input."""
     if path.is_dir():
         if options.output is not None and path.resolve() == options.output.resolve():

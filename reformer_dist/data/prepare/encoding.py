@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import marshal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import IO, Any
 
@@ -56,6 +56,9 @@ def encode_sample(assigned: Assigned, tokenizer: Tokenizer) -> EncodedSample:
     if sample.is_ids:
         texts = sample.fields
         parts = [np.frombuffer(ids, ID_DTYPE) for ids in texts]
+    elif sample.fill_in_middle is not None and split == "train":
+        pieces = [tokenizer.normalize(part) for part in _parts(sample)]
+        texts, parts = (b"".join(pieces),), [sample.fill_in_middle.encode(pieces, tokenizer)]
     else:
         texts = tuple(tokenizer.normalize(text) for text in sample.fields)
         parts = [tokenizer.encode(text) for text in texts]
@@ -80,6 +83,14 @@ def encode_sample(assigned: Assigned, tokenizer: Tokenizer) -> EncodedSample:
     )
 
 
+def _parts(sample: RawSample) -> Iterator[bytes]:
+    [text] = sample.fields
+    start = 0
+    for size in sample.part_sizes or (len(text),):
+        yield text[start : start + size]
+        start += size
+
+
 def order_key(sample: RawSample) -> bytes:
     """Hash of a sample's name and fields, by which it is placed among the others."""
     digest = hashlib.blake2b(
@@ -94,7 +105,8 @@ def samples_digest(samples: Iterable[Assigned], tokenizer_spec: str) -> str:
     """Hash of all that determines how these samples are encoded, to recognize them after an interruption."""
     digest = hashlib.blake2b(tokenizer_spec.encode(), digest_size=16)
     for split, sample in samples:
-        values = (split, sample.name, sample.metadata, sample.label_spans, sample.label_groups, sample.is_ids)
+        labels = (sample.metadata, sample.label_spans, sample.label_groups)
+        values = (split, sample.name, *labels, sample.is_ids, sample.part_sizes, sample.fill_in_middle)
         digest.update(repr((*values, [len(text) for text in sample.fields])).encode("utf-8", "surrogateescape"))
         for text in sample.fields:
             digest.update(text)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from reformer_dist.data.format.dataset_layout import SPLITS
+from reformer_dist.data.prepare.fill_in_middle import FillInMiddle
 
 ID_DTYPE = np.dtype("<u4")
 """Of ids in the fields of a RawSample."""
@@ -43,6 +44,10 @@ class RawSample:
     """Whether its end is held out and the rest is not, as of a text file that is given by itself."""
     is_ids: bool = False
     """Whether its fields are token ids in ID_DTYPE instead of text."""
+    part_sizes: tuple[int, ...] = ()
+    """Bytes of the parts of its text that stay whole, such as files; one part if empty."""
+    fill_in_middle: FillInMiddle | None = None
+    """How its parts are reordered if it is a training sample."""
 
 
 Assigned = tuple[str, RawSample]
@@ -118,7 +123,7 @@ def divide(sample: RawSample, heldout_fraction: float) -> tuple[RawSample, RawSa
     None if it is not a plain text, or shorter than two bytes.
     """
     [text, *others] = sample.fields
-    if others or sample.metadata or sample.label_spans or len(text) < 2:
+    if others or sample.metadata or sample.label_spans or sample.part_sizes or len(text) < 2:
         return None
     target = min(max(1, int(len(text) * (1 - heldout_fraction))), len(text) - 1)
     if sample.is_ids:

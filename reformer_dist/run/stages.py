@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from reformer_dist.checkpoint import CheckpointReader
-from reformer_dist.config import RunConfig
+from reformer_dist.config import AttentionKind, RunConfig
 from reformer_dist.config.stages import Stage, resolve_stages, stage_at
 from reformer_dist.data import Corpus, TrainLoader, merge_states
 from reformer_dist.distributed.runtime import Runtime, ranks_per_node
@@ -125,8 +125,10 @@ class StageOpener:
 
 
 def step_cost(config: RunConfig, runtime: Runtime, data: TaskData) -> StepCost | None:
-    """None if the peak of the devices is unknown, or if rows have lengths of their own."""
-    if runtime.device.type != "cuda" or not config.task.packs_text:
+    """None if the peak of the devices is unknown, or the work depends on the lengths of samples or documents."""
+    has_exact = AttentionKind.exact in config.model.layer_kinds()
+    is_fixed = config.task.packs_text and not (config.data.mask_documents and has_exact)
+    if runtime.device.type != "cuda" or not is_fixed:
         return None
     peak = peak_flops(torch.cuda.get_device_name(runtime.device), config.trainer.precision)
     if peak is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,15 @@ class AverageRecord:
     window: int | None
     """None for an exponential average."""
     updates: int = 0
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> AverageRecord:
+        """Raises TypeError, KeyError or ValueError for a document that is not one."""
+        window = document["window"]
+        record = cls(None if window is None else int(window), int(document["updates"]))
+        if record.updates < 0 or (record.window is not None and record.window < 1):
+            raise ValueError(f"an average over {record.window} steps after {record.updates}")
+        return record
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -159,7 +159,7 @@ class CheckpointReader:
             self.step: int = self.manifest["step"]
             self.world_size: int = self.manifest["world_size"]
             saved = self.record.average
-            self.average = None if saved is None else AverageRecord(saved["window"], int(saved["updates"]))
+            self.average = None if saved is None else AverageRecord.from_json(saved)
         self._reads_average = averaged
         if averaged and self.average is None:
             raise CheckpointError(

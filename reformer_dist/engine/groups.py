@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -90,7 +91,7 @@ def _is(module_name: str, part: str) -> bool:
     return part in module_name.split(".")
 
 
-def _parameters_of(model: nn.Module, selects: Any) -> set[int]:
+def _parameters_of(model: nn.Module, selects: Callable[[str, nn.Module], bool]) -> set[int]:
     """Ids of the parameters of the selected modules."""
     return {id(p) for name, module in model.named_modules() if selects(name, module) for p in module.parameters()}
 

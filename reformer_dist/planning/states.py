@@ -169,7 +169,10 @@ class ModelStateMemory:
 
     def held(self) -> MemoryBreakdown:
         """Persistent memory, allocated at the first step or the first save."""
-        return self._weights_and_optimizer() | self._average() | self._checkpoint_copy()
+        held = self._weights_and_optimizer() | self._average() | self._checkpoint_copy()
+        if self.job.device == "cpu":  # each rank keeps a part of the frozen weights in float32, on the host
+            held[WEIGHTS] += 4.0 * self.count.frozen / self.job.world_size
+        return held
 
     @property
     def _moments(self) -> float:
@@ -187,12 +190,13 @@ class ModelStateMemory:
         return {AVERAGE: 4.0 * self._averages * sum(self.owned)} if self._averages else {}
 
     def _checkpoint_copy(self) -> MemoryBreakdown:
-        """Host copies of what this rank saves, for asynchronous checkpoints, and of frozen weights."""
-        if self.job.device != "cpu" or self.job.config.trainer.save_every == 0:
+        """Host copy of what this rank saves, for asynchronous checkpoints."""
+        trainer = self.job.config.trainer
+        if self.job.device != "cpu" or (trainer.save_every == 0 and trainer.keep_best is None):
             return {}
         n_shards = self.job.world_size if self.stage == 0 else 1
         trained = (1 + self._averages) * sum(self.owned) + self._moments
-        return {CHECKPOINT_COPY: 4.0 * trained / n_shards + 8.0 * self.count.frozen / self.job.world_size}
+        return {CHECKPOINT_COPY: 4.0 * trained / n_shards + 4.0 * self.count.frozen / self.job.world_size}
 
     def _weights_and_optimizer(self) -> MemoryBreakdown:
         n_owned, e = sum(self.owned), self.width

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,24 @@ def whole(name: str, kind: str) -> Tensor:
     return torch.arange(math.prod(SHAPES[name]), dtype=torch.float32) / 64 + 1000 * number
 
 
+def other_states() -> list[list[Fragment]]:
+    """Fragments of two ranks under Adafactor, with an average and a frozen parameter."""
+
+    def of(name: str, offset: int, length: int, *moments: str, **factors: Tensor) -> Fragment:
+        state = {kind: whole(name, "exp_avg") for kind in moments} | {"step": torch.tensor(7.0)}
+        kinds = ("fp32", *moments)
+        return Fragment(name, offset, length, whole(name, "fp32"), offset, state, kinds, factors)
+
+    factors = {"row_var": torch.arange(4.0), "col_var": torch.arange(6.0)}
+    return [
+        [of("matrix", 0, 11, "average", **factors), of("bias", 0, 5, "variance", "average")],
+        [of("matrix", 11, 13, "average"), of("scalar", 0, 1)],
+    ]
+
+
+AVERAGED = replace(RECORD, average={"window": None, "updates": 3})
+
+
 def split_evenly(world_size: int) -> list[list[Fragment]]:
     """Each parameter split over all ranks, some of which get nothing of the small ones."""
     ranks: list[list[Fragment]] = [[] for _ in range(world_size)]
@@ -51,6 +70,7 @@ def write(
     keep: int = 0,
     keep_every: int = 0,
     extra_files: dict[str, bytes] | None = None,
+    record: RunRecord = RECORD,
 ) -> list[Path | Exception]:
     """The directory or error of each rank; by default there are two ranks."""
     ranks = split_evenly(2) if fragments is None else fragments
@@ -62,7 +82,7 @@ def write(
             step,
             ranks[runtime.rank],
             rank_state={"rank": runtime.rank},
-            record=RECORD,
+            record=record,
             extra_files=extra_files or {},
         )
         folder = saving.finish()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import SHAPES, whole, written
+from checkpoint_helpers import AVERAGED, SHAPES, other_states, whole, written
 
 from reformer_dist.checkpoint import CheckpointReader, checkpoint_problem, find_checkpoint
 from reformer_dist.checkpoint.files import manifest_entry
@@ -135,3 +135,29 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path: Path, damage: Callable[..
             assert found == older
             assert complaints == [f"{pristine}: {wrong}"]
         shutil.rmtree(pristine)
+
+
+def test_damaged_descriptions_of_states_are_refused_or_read_correctly(tmp_path: Path) -> None:
+    pristine = written(tmp_path, fragments=other_states(), record=AVERAGED)
+    right = CheckpointReader(pristine).read_all("matrix")
+    rank, record = (json.loads((pristine / name).read_text()) for name in ("rank-00000.json", "run.json"))
+    places = [(rank["fragments"][0], "kinds"), (rank["fragments"][0], "factors"), (record, "average")]
+    places += [
+        (rank["fragments"][0]["factors"], "row_var"),
+        (record["average"], "updates"),
+        (record["average"], "window"),
+    ]
+    for node, key in places:
+        before = node[key]
+        for node[key] in (*ODD_VALUES, [before], {"fp32": -1}):
+            (pristine / "rank-00000.json").write_text(json.dumps(rank))
+            (pristine / "run.json").write_text(json.dumps(record))
+            try:
+                for averaged in (False, True):
+                    reader = CheckpointReader(pristine, averaged=averaged)
+                    for kind, values in reader.read_all("matrix").items():
+                        assert torch.equal(values, right[kind])
+                    reader.read("matrix", "fp32", 0, 24)
+            except CheckpointError as error:
+                assert str(pristine) in str(error)
+        node[key] = before

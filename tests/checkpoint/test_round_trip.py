@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import RECORD, SHAPES, fragment, split_evenly, whole, written
+from checkpoint_helpers import AVERAGED, RECORD, SHAPES, fragment, other_states, split_evenly, whole, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +37,25 @@ def test_round_trip(tmp_path: Path, world_size: int) -> None:
     for name, shape in SHAPES.items():
         for kind in KINDS:
             assert torch.equal(reader.read(name, kind, 0, math.prod(shape)), whole(name, kind))
+
+
+def test_states_of_other_optimizers(tmp_path: Path) -> None:
+    folder = written(tmp_path, fragments=other_states(), record=AVERAGED)
+    assert checkpoint_problem(folder) is None
+    reader = CheckpointReader(folder)
+    found = {name: reader.read_all(name) for name in SHAPES}
+    assert {name: set(values) for name, values in found.items()} == {
+        "matrix": {"fp32", "average", "row_var", "col_var"},
+        "bias": {"fp32", "variance", "average"},
+        "scalar": {"fp32"},
+    }
+    assert torch.equal(found["matrix"]["average"], whole("matrix", "exp_avg"))
+    assert torch.equal(found["matrix"]["col_var"], torch.arange(6.0))
+    averaged = CheckpointReader(folder, averaged=True)
+    assert torch.equal(averaged.read("matrix", "fp32", 5, 10), whole("matrix", "exp_avg")[5:15])
+    assert torch.equal(averaged.read("scalar", "fp32", 0, 1), whole("scalar", "fp32"))  # frozen
+    with pytest.raises(CheckpointError, match=r"--average: .*no average"):
+        CheckpointReader(written(tmp_path, 2), averaged=True)
 
 
 def test_nothing_else_is_left_behind(tmp_path: Path) -> None:

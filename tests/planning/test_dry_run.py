@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -83,6 +84,18 @@ def test_the_schedule_is_drawn(tiny_data, tmp_path, capsys):
         dry_run(config, "--dry-run=80GiB", tmp_path / "nowhere" / "plot.png")
 
 
+def test_groups_of_the_optimizer_are_shown(tiny_data, tmp_path, capsys):
+    groups = "optim.groups=[{match: embedding.*, frozen: true}, {match: head.*, lr: 0.5, weight_decay: 0}]"
+    dry_run(tiny_config(tiny_data, tmp_path, "optim.kind=muon", groups), "--dry-run")
+    shown = capsys.readouterr().out
+    for line in (
+        r"  muon +1[0-9] tensors, [0-9,]+ parameters, lr 0\.01, weight decay 0\.01",
+        r"  adamw +1 tensors, 8,224 parameters, lr 0\.5, weight decay 0",
+        r"  frozen +[0-9,]+ parameters",
+    ):
+        assert re.search(line, shown), line
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -95,6 +108,7 @@ def test_the_schedule_is_drawn(tiny_data, tmp_path, capsys):
         (["launcher.nproc_per_node=2"], r"launcher\.nproc_per_node=2: .*launcher=local"),
         (["trainer.precision=fp16"], r"trainer\.precision=fp16: .*GPU"),
         (["data.path=nowhere"], "nowhere"),
+        (["optim.groups=[{match: x.*, lr: 0.1}]"], r"optim\.groups\[0\]\.match=x\.\*: .*matches no"),
     ],
 )
 def test_invalid_runs_raise_the_errors_of_a_run(words, message, tiny_data, tmp_path):

@@ -179,13 +179,16 @@ def test_optimizer_bytes_are_those_of_the_real_engine(stage, words, tiny_data, t
             (f"deepspeed.stage={stage}", "trainer.precision=bf16", "trainer.micro_batch_size=1", *LARGE)
             for stage in (1, 2)
         ),
+        ("optim.kind=muon", "deepspeed.stage=1", "trainer.precision=bf16", "optim.average=exponential", *LARGE),
+        ("optim.kind=adafactor", "deepspeed.stage=2", "trainer.precision=bf16", *LARGE),
+        ("optim.groups=[{match: 'stack.blocks.[012].*', frozen: true}]", "deepspeed.stage=1", *LARGE),
     ],
     ids=str,
 )
 def test_peak_of_a_step_is_predicted(words, tiny_data, tmp_path, job):
     config = tiny_config(tiny_data, tmp_path / "run", *QUIET, *WIDE, "model.dropout=0", *words)
-    count = count_of(config.model)
-    config.deepspeed.reduce_bucket_size = count.total + 4096  # the bucket is counted in full here
+    count = count_parameters(partial(ReformerLM, config.model, VOCAB), config.optim)
+    config.deepspeed.reduce_bucket_size = count.trained + 4096  # the bucket is counted in full here
     with ExitStack() as resources, LiveMemory() as live:
         build_trainer(config, job, resources).fit()
     planned = StepMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count).peak()

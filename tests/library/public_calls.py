@@ -214,7 +214,7 @@ OPS = {
     ),
     "rotary_tables": Call(
         rotary_tables, {"positions": torch.arange(S), "head_dim": D}, {"positions": "S"},
-        wrong={"head_dim": [*INTEGER, 15]}, accepted="positions one dimension more",
+        wrong={"head_dim": [*INTEGER, 15], "base": POSITIVE}, accepted="positions one dimension more",
     ),
     "rotate": Call(
         rotate,

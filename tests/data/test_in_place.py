@@ -190,3 +190,15 @@ def test_finished_indexes_are_used_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert record["text_member"] == {"suffix": "txt", "field": None}
     with tarfile.open(tmp_path / "d/0.tar") as tar:
         assert len(tar.getnames()) == 40
+
+
+@pytest.mark.jobs
+def test_processes_write_the_same_indexes(tmp_path: Path) -> None:
+    paths = [write_texts(tmp_path / f"{n}.tar", [b"text %d %d" % (n, m) for m in range(40)]) for n in range(3)]
+    for folder, workers in (("one", 0), ("two", 2)):
+        index_tar_files(paths, tmp_path / folder, BPE, TEXT, heldout_fraction=0.2, workers=workers)
+    found = [
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if not path.is_symlink()}
+        for folder in ("one", "two")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 8

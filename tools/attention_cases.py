@@ -156,13 +156,12 @@ def mean_visible_keys(row: BenchCase, ids: Tensor) -> float:
 
 
 def attend_reference(row: BenchCase, q: Tensor, v: Tensor) -> Tensor:
-    options, ids, k = our_options(row), hash_buckets(row, q), own_keys(row, q)
-    of_keys = {} if k is None else {"query_ids": ids, "attends_alone": False}
+    query_ids, k, scale = hash_buckets(row, q), own_keys(row, q), row.head_dim**-0.5
+    rule = WindowRule(row.window, causal=True, sees_self=k is not None)
     if k is None:
-        k = F.normalize(q, dim=-1)
-    else:
-        ids = hash_buckets(row, k)
-    return reference_attention(q, k, v, ids, options.rule, scale=options.scale, **of_keys)
+        return reference_attention(q, F.normalize(q, dim=-1), v, query_ids, rule, scale=scale)
+    separate = {"query_ids": query_ids, "attends_alone": False}
+    return reference_attention(q, k, v, hash_buckets(row, k), rule, scale=scale, **separate)
 
 
 def reformer_pytorch(row: BenchCase) -> Attend:

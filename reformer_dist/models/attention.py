@@ -243,9 +243,9 @@ def check_attention_backend(config: ModelConfig, device: torch.device) -> None:
     if kinds == {AttentionKind.exact}:
         return
     name = config.attention_backend.name
-    rules = [LayerRule.of(config, kind) for kind in kinds - {AttentionKind.exact}]
-    chunks, own_keys = any(isinstance(r.rule, ChunkRule) for r in rules), any(r.own_buckets for r in rules)
-    reason = unsupported_reason(name, device, config.resolved_head_dim, chunks=chunks, own_keys=own_keys)
+    rules = [LayerRule.of(config, kind).rule for kind in kinds - {AttentionKind.exact}]
+    chunks = any(isinstance(rule, ChunkRule) for rule in rules)
+    reason = unsupported_reason(name, device, config.resolved_head_dim, chunks=chunks)
     if reason is not None:
         raise ConfigError(f"model.attention_backend={name}: {reason}")
 

@@ -121,7 +121,6 @@ class StackMemory:
             self.job.device,
             shape_of_call.head_dim,
             chunks=isinstance(shape_of_call.rule, ChunkRule),
-            own_keys=shape_of_call.own_keys,
         )
         shifted_values = 0.0
         if kind is AttentionKind.lsh and model.next_value_heads:

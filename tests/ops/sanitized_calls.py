@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def attend(
     options = AttentionOptions(WindowRule(window, causal), n_buckets, scale=1.0, backend="native", **more)
     mask = torch.rand(batch, seq_len) < 0.7 if extras else None
     bucket_attention(q, k if own_keys else None, v, ids, options, mask).sum().backward()
+    if own_keys:  # in buckets of their own
+        options = replace(options, rule=WindowRule(window, causal, sees_self=True), own_keys=True)
+        bucket_attention(q, k, v, ids, options, mask, ids.flip(-1)).sum().backward()
 
 
 def attend_shards() -> None:
@@ -57,6 +61,8 @@ def attend_shards() -> None:
         WindowRule(20, True), 4, scale=1.0, dropout=0.1, backend="native", document_ids=documents
     )
     attend_by_partition(q, None, v, ids, options, None, torch.ones_like(v), 3)
+    options = replace(options, own_keys=True)
+    attend_by_partition(q, q, v, ids, options, None, torch.ones_like(v), 3, ids.flip(-1))
 
 
 def refuse() -> int:

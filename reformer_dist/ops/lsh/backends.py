@@ -36,15 +36,9 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
 def unsupported_reason(
-    name: str,
-    device: torch.device,
-    head_dim: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    chunks: bool = False,
-    own_keys: bool = False,
+    name: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32, *, chunks: bool = False
 ) -> str | None:
-    """The reason why a backend can't run; None if it can. chunks, own_keys: see `AttentionOptions`."""
+    """The reason why a backend can't run; None if it can. chunks: under the chunk rule."""
     if name not in ("auto", *NAMES):
         return f"must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     if name not in MAX_HEAD_DIM:
@@ -77,19 +71,11 @@ def _missing_gpu(device: torch.device) -> str | None:
     return None
 
 
-def choose(
-    name: str,
-    device: torch.device,
-    head_dim: int,
-    dtype: torch.dtype,
-    *,
-    chunks: bool = False,
-    own_keys: bool = False,
-) -> str:
+def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *, chunks: bool = False) -> str:
     """The name of the backend to run. Raises ValueError if `name` can't."""
     fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
     tried = fast if name == "auto" else name
-    reason = unsupported_reason(tried, device, head_dim, dtype, chunks=chunks, own_keys=own_keys)
+    reason = unsupported_reason(tried, device, head_dim, dtype, chunks=chunks)
     if name == "auto":
         return fast if reason is None else "torch"
     if reason is not None:
@@ -97,15 +83,13 @@ def choose(
     return name
 
 
-def choose_for_planning(
-    name: str, device_type: str, head_dim: int, *, chunks: bool, own_keys: bool = False
-) -> str:
+def choose_for_planning(name: str, device_type: str, head_dim: int, *, chunks: bool) -> str:
     """The backend that `choose` would select on cpu or cuda, for which the GPU and Triton need not be present."""
     fast = {"cuda": "triton", "cpu": "native"}[device_type]
     if name not in ("auto", fast):
         return "torch"
     if fast == "triton":
-        return fast if _fits(fast, head_dim) and not own_keys else "torch"
+        return fast if _fits(fast, head_dim) else "torch"
     return choose("auto", torch.device("cpu"), head_dim, torch.float32, chunks=chunks)
 
 
@@ -124,8 +108,7 @@ def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = Fal
     partitioned: of the sorted order, where `torch` replaces `reference`, and any backend under the chunk rule.
     """
     chunks = isinstance(options.rule, ChunkRule)
-    own_keys = options.own_keys
-    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks, own_keys=own_keys)
+    name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
     return _load("torch" if partitioned and (chunks or name == "reference") else name)
 
 

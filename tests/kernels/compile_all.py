@@ -65,6 +65,7 @@ def compile_everything() -> None:
     step(window, HALF)
     step(window, HALF, count_pairs_once=True, dropout=0.1)
     step(window, HALF, head_dim=128, n_rounds=1)
+    step(window, HALF, document_ids=torch.arange(4096).unsqueeze(0) // 500)
     step(window, FLOAT, scheme="floor")
     step(WindowRule(128, causal=True, sees_self=True), HALF, n_rounds=1, n_buckets=1, shared=False)
     step(ChunkRule(64, True, 1, 0, True), FLOAT, head_dim=80, dropout=0.1, shared=False)

@@ -43,7 +43,7 @@ def attend(case: Case, options: AttentionOptions, *, shared: bool) -> list[Tenso
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(window_rules()), st.booleans(), st.integers(0, 2))
 def test_backends_match_the_reference(backend: str, case: Case, shared: bool, next_value_heads: int) -> None:
     if backend == "native":
@@ -57,7 +57,7 @@ def test_backends_match_the_reference(backend: str, case: Case, shared: bool, ne
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(own_key_cases("torch"), st.just(16))
 def test_keys_of_their_own_match_the_reference(backend: str, case: Case, head_dim: int) -> None:
     case = replace(case, head_dim=head_dim)

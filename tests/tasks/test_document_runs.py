@@ -24,7 +24,9 @@ def told(run: Path) -> list[float]:
     return [row[name] for row in rows for name in ("train/loss", "train/grad_norm")] + [rows[-1]["eval/loss"]]
 
 
-@pytest.mark.parametrize(("stage", "recompute"), [(0, "reversible"), (3, "none")])
+@pytest.mark.parametrize(
+    ("stage", "recompute"), [pytest.param(0, "none", marks=pytest.mark.slow), (3, "reversible")]
+)
 def test_a_run_with_masked_documents_resumes_exactly(
     stage: int, recompute: str, tiny_data: Path, tmp_path: Path, job: Runtime
 ) -> None:
@@ -53,7 +55,7 @@ def test_stages_of_packed_samples_resume_exactly(tmp_path: Path, job: Runtime) -
     data = write_pairs(tmp_path / "data")
     given = ("data.pack_samples=true", "stages=[{until: 2, data.seq_len: 64}, {data.seq_len: 128}]")
     whole = train(job, "completion", data, tmp_path / "whole", *given, "trainer.save_every=1")
-    for step in (1, 2, 4):  # before, at and after the border
+    for step in (1, 2):  # before and at the border
         cut = tmp_path / f"whole/checkpoints/step-{step:08d}"
         resumed = train(job, "completion", data, tmp_path / f"resumed{step}", f"resume={cut}", *given)
         assert resumed[-1] == whole[-1]

@@ -213,9 +213,9 @@ def test_every_number_has_bounds(group: str) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_number_is_looked_at(group: str) -> None:
-    numbers = [name for name, kind in get_type_hints(GROUPS[group]).items() if kind in (int, float, int | None)]
-    assert numbers
-    for name in numbers:
+    for name, kind in get_type_hints(GROUPS[group]).items():
+        if kind not in (int, float, int | None):
+            continue
         complains(f"{group}.{name}", "'many'", "number", **{name: "many"})
 
 

@@ -21,9 +21,10 @@ def run_command(command: Callable[[], None]) -> None:
     """Runs a command, or exits with one message.
 
     An error that is the same on all ranks (an invalid override, an error that the ranks agreed on) is reported by
-    rank 0 only.
+    rank 0 only. Leaves the job that the command joined, but not one that the caller is in.
     """
     log.configure()
+    is_callers_job = _is_in_job()
     if "LOCAL_RANK" in os.environ:  # DeepSpeed's launcher also passes it as an argument
         sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     with stdio.exit_quietly():
@@ -33,7 +34,7 @@ def run_command(command: Callable[[], None]) -> None:
             stdio.write(sys.stdout, f"{stopped}\n" if environment.env_rank() == 0 else "")
             _exit(PREEMPTED)
         except (ConfigError, environment.SharedError) as error:
-            _leave_job()
+            _leave_job(is_callers_job)
             _fail(error, is_reporter=environment.env_rank() == 0)
         except UserError as error:  # of this rank alone, or peers are lost: no collective may follow
             _fail(error, is_reporter=True)
@@ -46,14 +47,19 @@ def run_command(command: Callable[[], None]) -> None:
                 raise
             sys.excepthook(*sys.exc_info())
             _exit(FAILED)
-        _leave_job()
+        _leave_job(is_callers_job)
         if environment.env_world_size() > 1:
             _exit(0)
 
 
-def _leave_job() -> None:
-    """Leaves the job, if this process joined one: a command that did not must not import PyTorch to leave."""
-    if "reformer_dist.distributed.runtime" in sys.modules:
+def _is_in_job() -> bool:
+    """Whether this process has joined a job, without importing PyTorch to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def _leave_job(is_callers_job: bool) -> None:
+    if _is_in_job() and not is_callers_job:
         from reformer_dist.distributed import runtime
 
         runtime.stop()

@@ -1,10 +1,12 @@
 """The live line: what a command is doing and how far it is, on the last line of a terminal, below the log.
 
-Shown by `tqdm` where standard output is a terminal. Elsewhere nothing is shown, and progress is logged as lines.
+Shown by `tqdm` where standard output is a terminal whose width is known. Elsewhere nothing is shown, and progress
+is logged as lines.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +40,7 @@ class LiveLine:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Shows the line during the block, on rank 0 and if standard output is a terminal."""
-        if env_rank() == 0 and sys.stdout.isatty():
+        if env_rank() == 0 and _has_width(sys.stdout):
             from tqdm import tqdm
 
             # no monitoring thread: it would write between two lines of the log
@@ -110,6 +112,11 @@ class LiveLine:
             bar.refresh()
         else:
             bar.update(done - bar.n)
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Whether it is a terminal on which a line can be fitted: some, as of containers, have no columns."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
 
 
 class _Terminal:

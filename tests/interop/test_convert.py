@@ -249,8 +249,9 @@ def test_a_converted_model_is_fine_tuned_and_generates(
 
 
 def test_init_from_needs_a_valid_export(tmp_path: Path) -> None:
+    unfinished = f"output_dir={tmp_path / 'run'}"  # a run with checkpoints of its own needs no export
     with pytest.raises(UserError) as caught:
-        compose_run([f"init_from={tmp_path}"])
+        compose_run([f"init_from={tmp_path}", unfinished])
     assert str(tmp_path) in str(caught.value)
     build(SMALL | {"vocab_size": 258}).save_pretrained(tmp_path / "there")
     convert(tmp_path / "there", tmp_path / "here")
@@ -259,7 +260,7 @@ def test_init_from_needs_a_valid_export(tmp_path: Path) -> None:
     described["config"]["model"]["unheard_of"] = 1
     path.write_text(json.dumps(described))
     with pytest.raises(UserError) as caught:
-        compose_run([f"init_from={tmp_path / 'here'}"])
+        compose_run([f"init_from={tmp_path / 'here'}", unfinished])
     assert "unheard_of" in str(caught.value)
 
 

@@ -44,6 +44,10 @@ NOT_RUN = {
     "python tools/application.py translation --train train.en train.de --heldout test.en test.de": FULL,
     "python tools/application.py question_answering --train train.json --heldout dev.json": FULL,
     "python tools/application.py mqar": SMALL + "tests/tools/test_applications.py and test_evidence.py",
+    "python tools/application.py joint_recall": SMALL + "tests/tools/test_evidence.py",
+    "python tools/evidence.py duplication": "takes minutes; tests/tools/test_evidence.py runs another row",
+    "python tools/bench_attention.py --impl ours own_keys": "takes minutes; "
+    + "tests/tools/test_bench_tools.py runs another row",
     "reformer-shards dialogs.jsonl --label-spans spans --output data/dialogs": "needs a file of the "
     + "reader's own",
     "reformer-train task.kind=completion data.path=data/dialogs data.seq_len=1024": "needs that dataset",

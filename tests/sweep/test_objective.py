@@ -22,6 +22,7 @@ Ask = Callable[..., SweepRequest]
 ACCURACY = [
     "task.kind=sequence_classification",
     "model.causal=false",
+    "model.qk_conv=0",
     "trainer.sample_every=0",
     "sweep.objective=eval/accuracy",
 ]
@@ -55,7 +56,7 @@ def test_directions(tag: str, higher: bool) -> None:
         (["sweep.objective=task/f1"], "sweep.task_rows"),
         (["sweep.objective=eval/accuracy"], "task.kind=language_model"),
         (["sweep.objective=task/bleu", "sweep.task_rows=1"], "task.kind=language_model"),
-        (["sweep.objective=eval/bits_per_byte", *ACCURACY[:3]], "task.kind=sequence_classification"),
+        (["sweep.objective=eval/bits_per_byte", *ACCURACY[:4]], "task.kind=sequence_classification"),
     ],
 )
 def test_objectives_that_no_trial_reports(words: list[str], part: str, requested: Ask) -> None:
@@ -83,7 +84,7 @@ def classifier(requested: Ask) -> SweepRequest:
 def test_results_are_read_again(classifier: SweepRequest, requested: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trials recorded losses only; the best follows the objective of the command."""
     monkeypatch.setattr(SweepFile, "lock", lambda file: 0)  # it lasts as long as the process
-    for words, best in ((ACCURACY, "optim.lr-2"), (ACCURACY[:3], "optim.lr-1")):
+    for words, best in ((ACCURACY, "optim.lr-2"), (ACCURACY[:4], "optim.lr-1")):
         assert run_sweep(requested(*GRID, *words)) == 0
         rows = json.loads((classifier.folder / "results.json").read_text())
         assert rows[0]["trial"] == best
@@ -94,13 +95,13 @@ def test_optuna_follows_the_direction(requested: Ask, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
 
     def search(*words: str) -> OptunaSearch:
-        request = requested("sweep=optuna", "optim.lr=interval(0.1,1)", *ACCURACY[:3], *words)
+        request = requested("sweep=optuna", "optim.lr=interval(0.1,1)", *ACCURACY[:4], *words)
         request.folder.mkdir(exist_ok=True)
         make = lambda name, changed: Trial(name, changed)  # noqa: E731
         return OptunaSearch(request, SweepFile(request.folder, (0, 1)), make)
 
-    assert search(ACCURACY[3])._study.direction.name == "MAXIMIZE"
-    for words in ([], ["sweep.objective=train/loss"], [ACCURACY[3], "sweep.direction=minimize"]):
+    assert search(ACCURACY[4])._study.direction.name == "MAXIMIZE"
+    for words in ([], ["sweep.objective=train/loss"], [ACCURACY[4], "sweep.direction=minimize"]):
         with pytest.raises(ConfigError, match=r"output_dir=.*study with (objective|direction)"):
             search(*words)
 

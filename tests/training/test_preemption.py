@@ -205,7 +205,7 @@ def test_a_run_whose_terminal_closes_saves(tiny_data: Path, tmp_path: Path) -> N
     try:
         os.close(far)
         said = b""
-        while b" 4/1000000 | loss" not in said:
+        while b" 4/1000000 | loss" not in said:  # as lines: this terminal has no width
             said += os.read(terminal, 4096)
         os.close(terminal)
         assert process.wait(60) == PREEMPTED

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from support import forks
 from support.rank_pool import RankPool
 from support.tiny import write_tiny_dataset
 
 from reformer_dist.distributed import runtime
 from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.process.log import logger
 
 # the same examples in every run: a failure is a change of the code, never luck
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -39,6 +41,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Before a command that is tested in this process starts it for workers of its own."""
+    forks.start_server()
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Undoes the logging of commands that a test runs in this process: it goes to the test's standard output."""
+    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -26,12 +27,16 @@ TESTS = Path(__file__).resolve().parents[1]
 END = 20.0  # seconds that ranks have to end after one of them failed, as torchrun gives them
 
 
+def start_server() -> None:
+    """Starts the server, of which a process has one: the first to ask for it decides what it has imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the server loads OpenMP
+    fork_context().set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
 def fork_context() -> ForkServerContext:
     """The context of the server, which never runs a thread: a fork would inherit the locks that it holds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the server loads OpenMP
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def fork_ranks(

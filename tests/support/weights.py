@@ -31,4 +31,4 @@ def differing(first: Path, second: Path) -> list[str]:
 
 def assert_same(first: Path, second: Path) -> None:
     """Two checkpoints hold the same weights and optimizer state, bit for bit."""
-    assert not differing(first, second)
+    assert not (names := differing(first, second)), names

@@ -43,7 +43,7 @@ from reformer_dist.ops.lsh.triton_kernels.products import LN_2, product, score_f
 
 
 class HeadInputs(NamedTuple):
-    """HeadInputs of one head: HeadRows, and pointers to lse and delta = rowsum(dO * o), float32 [S]."""
+    """Inputs of one head: HeadRows, and pointers to lse and delta = rowsum(dO * o), float32 [S]."""
 
     q: Any
     k: Any
@@ -92,14 +92,10 @@ def attend_round_backward(
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
     pairs = pair_context(bounds, codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
     head = first_head + tl.program_id(2)
-    inputs = HeadInputs(
-        q=head_rows(q_ptr, q_strides, head, n_heads),
-        k=head_rows(k_ptr, k_strides, head, n_heads),
-        v=head_rows(v_ptr, v_strides, head, n_heads),
-        d_out=head_rows(d_out_ptr, d_out_strides, head, n_heads),
-        lse_ptr=lse_ptr + head.to(tl.int64) * seq_len,
-        delta_ptr=delta_ptr + head.to(tl.int64) * seq_len,
-    )
+    inputs = head_inputs(
+        q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, q_strides, k_strides, v_strides, d_out_strides,
+        head, n_heads, seq_len,
+    )  # fmt: skip
 
     tile = load_tile(inputs.q, inputs.k, inputs.v, order, bounds, C)
     at = Indices(query_slots(tile.slot, tile.is_query), tile.row)
@@ -125,6 +121,22 @@ def attend_round_backward(
     dq += product(tl.trans(ds), tile.k, C)
     dq = add_other_keys(dq, queries, tile.first, inputs, order, bounds, pairs, C)
     store(dq * LN_2, dq_ptr, dq_strides, tile, first_head, n_heads, seq_len, C)
+
+
+@triton.jit
+def head_inputs(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, q_strides, k_strides, v_strides, d_out_strides,
+    head, n_heads, seq_len,
+):  # fmt: skip
+    """HeadInputs of a (batch row, head) index."""
+    return HeadInputs(
+        q=head_rows(q_ptr, q_strides, head, n_heads),
+        k=head_rows(k_ptr, k_strides, head, n_heads),
+        v=head_rows(v_ptr, v_strides, head, n_heads),
+        d_out=head_rows(d_out_ptr, d_out_strides, head, n_heads),
+        lse_ptr=lse_ptr + head.to(tl.int64) * seq_len,
+        delta_ptr=delta_ptr + head.to(tl.int64) * seq_len,
+    )
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from reformer_dist.ops.lsh.triton_kernels.backward import HeadInputs, Keys, load_queries, pair_gradients
+from reformer_dist.ops.lsh.triton_kernels.backward import Keys, head_inputs, load_queries, pair_gradients
 from reformer_dist.ops.lsh.triton_kernels.forward import add_keys, empty_softmax, store_softmax
 from reformer_dist.ops.lsh.triton_kernels.load import (
     gather,
@@ -195,19 +195,3 @@ def own_keys_backward_keys(
         dk += product(ds, q, C)
     store(dk * LN_2, dk_ptr, dk_strides, tile, first_head, n_heads, seq_len, C)
     store(dv, dv_ptr, dv_strides, tile, first_head, n_heads, seq_len, C)
-
-
-@triton.jit
-def head_inputs(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, q_strides, k_strides, v_strides, d_out_strides,
-    head, n_heads, seq_len,
-):  # fmt: skip
-    """HeadInputs of a (batch row, head) index."""
-    return HeadInputs(
-        q=head_rows(q_ptr, q_strides, head, n_heads),
-        k=head_rows(k_ptr, k_strides, head, n_heads),
-        v=head_rows(v_ptr, v_strides, head, n_heads),
-        d_out=head_rows(d_out_ptr, d_out_strides, head, n_heads),
-        lse_ptr=lse_ptr + head.to(tl.int64) * seq_len,
-        delta_ptr=delta_ptr + head.to(tl.int64) * seq_len,
-    )

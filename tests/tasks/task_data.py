@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from support.tiny import tiny_config
+from torch import Tensor
 
-from reformer_dist.data import ByteTokenizer, RawSample, write_samples
+from reformer_dist.data import (
+    ByteTokenizer,
+    LoaderState,
+    Quarantine,
+    RawSample,
+    Sampler,
+    TrainLoader,
+    read_state,
+    write_samples,
+)
 from reformer_dist.tasks import Task, make_task
 
 WORDS = ["red", "green", "blue", "grey", "white", "black"]
@@ -59,6 +69,28 @@ def write_for(kind: str, folder: Path) -> Path:
 
 def make(kind: str, data: Path, *changed: str, labels: tuple[str, ...] = ()) -> Task:
     return make_task(tiny_config(data, Path("unused"), f"task.kind={kind}", *changed), ByteTokenizer(), labels)
+
+
+def read_steps(
+    task: Task,
+    sampler: Sampler,
+    n_steps: int,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    state: dict[str, Any] | None = None,
+    passes: int | None = None,
+    micro_batch: int = 1,
+) -> tuple[list[list[dict[str, Tensor]]], dict[str, Any]]:
+    """Micro-batches of each step that a rank reads from a state on, and the state after them."""
+    resumed = LoaderState() if state is None else read_state(state, sampler)
+    place = {"dp_rank": rank, "dp_size": size, "state": resumed, "passes": passes}
+    quarantine = Quarantine(100, 0.5, resumed.quarantine)
+    with TrainLoader(
+        sampler, quarantine, micro_batch_size=micro_batch, workers=2, make_example=task.make_example, **place
+    ) as loader:
+        steps = [next(loader) for _ in range(n_steps)]
+        return [step.batches for step in steps], steps[-1].state
 
 
 def write_lines(path: Path, *records: dict[str, Any]) -> Path:

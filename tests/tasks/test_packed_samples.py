@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from task_data import make, write_pairs
+from task_data import make, read_steps, write_pairs
 
 from reformer_dist.data import (
     ByteTokenizer,
@@ -17,13 +18,11 @@ from reformer_dist.data import (
     DrawKey,
     Era,
     LoaderState,
-    Quarantine,
     RawSample,
     Replay,
     Sampler,
     SampleReader,
     SampleRef,
-    TrainLoader,
     consumed_hash,
     make_sample,
     merge_states,
@@ -49,27 +48,11 @@ def open_sampler(data: Path, seq_len: int = SEQ_LEN, *, packs: bool = True) -> S
 
 
 def read(
-    data: Path,
-    n_steps: int,
-    *,
-    rank: int = 0,
-    size: int = 1,
-    state: dict | None = None,
-    passes: int | None = None,
-    packs: bool = True,
-    seq_len: int = SEQ_LEN,
+    data: Path, n_steps: int, *, packs: bool = True, seq_len: int = SEQ_LEN, **place: Any
 ) -> tuple[list[list[dict[str, torch.Tensor]]], dict]:
-    """Micro-batches of each step, and the state after them."""
-    sampler = open_sampler(data, seq_len, packs=packs)
-    resumed = LoaderState() if state is None else read_state(state, sampler)
+    """As `task_data.read_steps`."""
     task = make("completion", data, *PACKED, f"data.seq_len={seq_len}", f"data.pack_samples={str(packs).lower()}")
-    given = {"dp_rank": rank, "dp_size": size, "state": resumed, "passes": passes}
-    loader = TrainLoader(
-        sampler, Quarantine(100, 0.5), micro_batch_size=1, make_example=task.make_example, **given
-    )
-    with loader:
-        steps = [next(loader) for _ in range(n_steps)]
-        return [step.batches for step in steps], steps[-1].state
+    return read_steps(task, open_sampler(data, seq_len, packs=packs), n_steps, **place)
 
 
 def samples_of(steps: list[list[dict[str, torch.Tensor]]]) -> list[tuple[int, ...]]:

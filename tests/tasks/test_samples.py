@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from task_data import make, sentence, write_pairs
+from task_data import make, read_steps, sentence, write_pairs
 
 from reformer_dist.data import (
     ByteTokenizer,
     Corpus,
     Dataset,
     LoaderState,
-    Quarantine,
     RawSample,
     Replay,
     RowSelection,
     Sampler,
     SampleReader,
     SampleRef,
-    TrainLoader,
     consumed_hash,
     make_sample,
     merge_states,
@@ -53,26 +52,11 @@ def make_sampler(data: Path) -> Sampler:
 
 
 def read(
-    data: Path,
-    n_steps: int,
-    *,
-    rank: int = 0,
-    size: int = 1,
-    state: dict | None = None,
-    passes: int | None = None,
-    micro_batch: int | None = None,
+    data: Path, n_steps: int, *, size: int = 1, micro_batch: int | None = None, **place: Any
 ) -> tuple[list[list[dict[str, torch.Tensor]]], dict]:
-    """Micro-batches of each step, and the state after them."""
-    sampler = make_sampler(data)
-    resumed = LoaderState() if state is None else read_state(state, sampler)
-    quarantine = Quarantine(100, 0.5, resumed.quarantine)
-    task = make("completion", data)
-    own = {"dp_rank": rank, "dp_size": size, "state": resumed, "passes": passes, "make_example": task.make_example}
-    with TrainLoader(
-        sampler, quarantine, micro_batch_size=micro_batch or BATCH // size, workers=2, **own
-    ) as loader:
-        steps = [next(loader) for _ in range(n_steps)]
-        return [step.batches for step in steps], steps[-1].state
+    """As `task_data.read_steps`, all rows of a rank at once by default."""
+    place |= {"size": size, "micro_batch": micro_batch or BATCH // size}
+    return read_steps(make("completion", data), make_sampler(data), n_steps, **place)
 
 
 def rows(steps: list[list[dict[str, torch.Tensor]]]) -> list[list[int]]:

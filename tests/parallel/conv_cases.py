@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
+from slice_checks import check_training
 
 from reformer_dist.config import AttentionKind, ModelConfig
 from reformer_dist.distributed.mesh import make_mesh
@@ -26,19 +26,5 @@ def run_convolutions(job: Runtime, heads: int, seq_len: int, shared_qk: bool) ->
     documents = (torch.rand(2, seq_len, generator=draw) < 0.2).long().cumsum(dim=1)
     labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE_INDEX)], dim=1)
     whole = {"tokens": tokens, "labels": labels, "document_ids": documents}
-    expected = model(**whole, step=0)
-    expected.backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-
     sequence = SlicedSequence(make_mesh(job, heads, job.world_size // heads), seq_len)
-    batch = MicroBatch.from_rows(whole, sequence)
-    loss = model(**batch.tensors, **batch.sequences, step=0)
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
-    largest = max(grad.norm() for grad in grads)
-    for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
-        dist.all_reduce(parameter.grad)
-        assert (parameter.grad - grad).norm() <= 1e-5 * (grad.norm() + 0.1 * largest), name
+    check_training(model, model(**whole, step=0), MicroBatch.from_rows(whole, sequence), step=0)

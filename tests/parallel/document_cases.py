@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from exchange_cases import own_slice
+from slice_checks import check_training
 from torch import Tensor
 
 from reformer_dist.config import AttentionKind, ModelConfig
@@ -80,19 +80,7 @@ def run_model(job: Runtime, mesh: tuple[int, int], per_round: bool) -> None:
     model = ReformerLM(config, VOCAB, seed=2)
     parts = zip(tokens.split(LENGTHS, dim=1), labels.split(LENGTHS, dim=1), strict=True)
     expected = torch.stack([model(*part, step=3) for part in parts]).sum()
-    expected.backward()
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-
     rows = {"tokens": tokens, "labels": labels, "document_ids": DOCUMENTS.int()}
     rows["position_ids"] = torch.from_numpy(positions_in_documents(DOCUMENTS.numpy()))
     batch = MicroBatch.from_rows(rows, SlicedSequence(make_mesh(job, *mesh), tokens.shape[1], per_round=per_round))
-    loss = model(**batch.tensors, **batch.sequences, step=3)
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
-    largest = max(grad.norm() for grad in grads.values())
-    for name, parameter in model.named_parameters():
-        dist.all_reduce(parameter.grad)
-        assert (parameter.grad - grads[name]).norm() <= 1e-5 * (grads[name].norm() + 0.1 * largest), name
+    check_training(model, expected, batch, step=3)

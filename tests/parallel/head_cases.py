@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
+from slice_checks import check_training
 from torch import Tensor
 
 from reformer_dist.config import AttentionKind, DataConfig, ModelConfig, Pooling, RunConfig, TaskConfig, TaskKind
@@ -26,6 +26,7 @@ from reformer_dist.training.evaluation import evaluate
 
 SEQ_LEN, VOCAB, N_CLASSES = 45, 20, 5  # four ranks do not divide it
 KINDS = [AttentionKind.local, AttentionKind.lsh]
+DRAWS = {"step": 0, "dropout_seed": 1}
 
 
 def check(
@@ -33,28 +34,9 @@ def check(
 ) -> None:
     batch = MicroBatch.from_rows(rows, sequence, labels_per_row=task.labels_per_row)
     assert job.sum([float(batch.n_labels)]) == [float((rows["labels"] != IGNORE_INDEX).sum())]
-    check_training(model, rows, batch)
+    check_training(model, model(**rows, **DRAWS), batch, **DRAWS)
     check_evaluation(job, model.eval(), rows, task, sequence)
     model.train()
-
-
-def check_training(model: ReformerModel, rows: dict[str, Tensor], batch: MicroBatch) -> None:
-    options = {"step": 0, "dropout_seed": 1}
-    expected = model(**rows, **options)
-    expected.backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-
-    loss = model(**batch.tensors, **options, **batch.sequences)
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
-    largest = max(grad.norm() for grad in grads)
-    for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
-        dist.all_reduce(parameter.grad)
-        assert (parameter.grad - grad).norm() <= 1e-5 * (grad.norm() + 0.1 * largest), name
-    model.zero_grad()
 
 
 def check_evaluation(
@@ -89,7 +71,9 @@ def check_tasks(job: Runtime, config: ModelConfig, sequence: SlicedSequence) -> 
     check(job, asked, rows | {"labels": answers}, QuestionAnswering(run, ByteTokenizer()), sequence)
     # in the question and in the padding: no rank holds an answer there
     rows["labels"] = torch.tensor([[0, seq_len - 1], [2 * seq_len // 3, 2 * seq_len // 3 - 1], [0, seq_len - 1]])
-    check_training(asked.train(), rows, MicroBatch.from_rows(rows, sequence, labels_per_row=True))
+    check_training(
+        asked, asked.train()(**rows, **DRAWS), MicroBatch.from_rows(rows, sequence, labels_per_row=True), **DRAWS
+    )
 
 
 def run_tasks(job: Runtime, heads: int, seq_len: int) -> None:

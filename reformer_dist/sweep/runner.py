@@ -10,6 +10,7 @@ import sys
 
 from reformer_dist.config import LauncherKind, RunConfig, SweepKind, TaskKind
 from reformer_dist.config.checks import require
+from reformer_dist.config.optim import OPEN_ENDED
 from reformer_dist.distributed import environment
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.cores import usable_cores
@@ -198,8 +199,15 @@ def _log_best(request: SweepRequest) -> None:
     best = next(iter(best_first(finished, objective, maximize=request.settings.maximizes)), None)
     if best is None or objective not in best.result:
         return
-    steps = compose_run(best.overrides, request.files).trainer.max_steps * 2
     changed = " ".join(f"{key}={value}" for key, value in best.changed.items())
     logger.info(f"\nbest: {best.name}, {objective} {best.result[objective]:.4f}, {changed}")
-    arguments = [*trial_arguments(request, best), f"trainer.max_steps={steps}"]
+    config = compose_run(best.overrides, request.files)
+    if config.optim.decay_from is not None:
+        return  # its rate has decayed: what to train further is a checkpoint from before that
+    steps, optim = config.trainer.max_steps, config.optim
+    longer = [f"trainer.max_steps={steps * 2}"]
+    if optim.schedule not in OPEN_ENDED:
+        restarts = ",".join(map(str, [*optim.restarts, steps]))
+        longer.append(f"optim.restarts=[{restarts}]")
+    arguments = [*trial_arguments(request, best), *longer]
     logger.info(f"to continue its training:\nreformer-train {shlex.join(arguments)}")

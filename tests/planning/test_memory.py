@@ -189,10 +189,10 @@ def test_peak_of_a_step_is_predicted(words, tiny_data, tmp_path, job):
     config = tiny_config(tiny_data, tmp_path / "run", *QUIET, *WIDE, "model.dropout=0", *words)
     count = count_parameters(partial(ReformerLM, config.model, VOCAB), config.optim)
     config.deepspeed.reduce_bucket_size = count.trained + 4096  # the bucket is counted in full here
-    with ExitStack() as resources, LiveMemory() as live:
+    with ExitStack() as resources, LiveMemory(tells_where=True) as live:
         build_trainer(config, job, resources).fit()
     planned = StepMemory(JobSpec(config, 1, 1, VOCAB, "cpu"), count).peak()
-    assert planned.total == pytest.approx(live.peak, rel=0.1)
+    assert planned.total == pytest.approx(live.peak, rel=0.1), live.owners()
 
 
 @pytest.mark.parametrize(

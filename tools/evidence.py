@@ -68,7 +68,7 @@ def rows() -> Iterator[Row]:
     far = {
         str(n): [
             *(f"data.path={{data}}/mqar_{n}", f"data.seq_len={n}"),
-            *(f"model.n_buckets={n // 32}", "model.window=128", "--batch", "1"),
+            *(f"model.n_buckets={n // 8}", "model.n_hashes=8", "model.window=128", "--batch", "1"),
         ]
         for n in (1024, 4096, 16384)
     }

@@ -39,7 +39,7 @@ def test_every_file_composes(composed: Callable[..., RunConfig], choice: str) ->
     # a group that conf/train.yaml does not name is added
     added = "" if group in ("deepspeed", "experiment", "launcher", "sweep", "tracker") else "+"
     config = composed(f"{added}{choice}")
-    assert config.micro_batching(1)
+    assert config.micro_batching(config.parallel.sequence)
 
 
 def test_stages(composed: Callable[..., RunConfig]) -> None:

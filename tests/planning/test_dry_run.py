@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_config, tiny_overrides
 
+from reformer_dist import train
+from reformer_dist.config import TaskKind
 from reformer_dist.config.stages import resolve_stages
+from reformer_dist.config.task import CAUSAL_TASKS
 from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.models import ReformerLM
 from reformer_dist.parallel.traffic import head_bytes
@@ -18,7 +22,7 @@ from reformer_dist.planning.sizes import JobSpec
 from reformer_dist.planning.states import count_parameters
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
 from reformer_dist.run.data import open_task_data
-from reformer_dist.run.dry_run import dry_run, read_memory
+from reformer_dist.run.dry_run import dry_run, plan_run, read_memory
 from reformer_dist.run.memory import plan_largest_step
 
 
@@ -82,6 +86,38 @@ def test_the_schedule_is_drawn(tiny_data, tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"^--plot=.*nowhere"):
         dry_run(config, "--dry-run=80GiB", tmp_path / "nowhere" / "plot.png")
+
+
+def test_a_vocabulary_size_takes_the_place_of_the_data(tiny_data, tmp_path, capsys):
+    staged = (*STAGED, "trainer.micro_batch_size=null")
+    dry_run(tiny_config(tiny_data, tmp_path, *staged), "--dry-run=80GiB")
+    planned = capsys.readouterr().out
+    dry_run(tiny_config(Path("nowhere"), tmp_path, *staged), "--dry-run=80GiB", vocab_size=257)
+    assert capsys.readouterr().out == planned.replace(f"path: {tiny_data}", "path: nowhere")
+    with pytest.raises(ConfigError, match=r"^data\.epochs=2: .*--vocab-size"):
+        plan_run(tiny_config(Path("nowhere"), tmp_path, "data.epochs=2"), vocab_size=257)
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+def test_every_task_is_planned_without_data(kind, tmp_path):
+    words = [f"task.kind={kind.name}", f"model.causal={kind in CAUSAL_TASKS}", "task.max_source_len=64"]
+    ((_, plan),), last_step = plan_run(tiny_config(Path("nowhere"), tmp_path, *words), 2.0**30, 1000)
+    assert plan.count.total > 1000 * 32 and last_step == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vocab-size=257"], r"^--vocab-size=257: needs --dry-run"),
+        (["--dry-run", "--vocab-size=1"], r"^--vocab-size=1: .*--vocab-size=257"),
+        (["--vocab-size", "--dry-run"], r"^--vocab-size: .*--vocab-size=257"),
+        (["--vocab-size=bytes", "--dry-run"], r"^--vocab-size=bytes: "),
+    ],
+)
+def test_a_vocabulary_size_is_a_number_beside_the_flag(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["reformer-train", *words])
+    with pytest.raises(ConfigError, match=message):
+        train._run()
 
 
 def test_groups_of_the_optimizer_are_shown(tiny_data, tmp_path, capsys):

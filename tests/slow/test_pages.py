@@ -56,6 +56,8 @@ NOT_RUN = {
     "reformer-train experiment=genome": SMALL + "tests/tools/test_genome.py",
     "reformer-evaluate outputs/genome": "needs that run",
     "reformer-evaluate outputs/genome data.strand=reverse": "needs that run",
+    "reformer-train experiment=genome_1m resume=outputs/genome_131k/checkpoints/step-00006000": "needs that run; "
+    + "run small by tests/tools/test_recipes.py",
     "reformer-convert reformer-enwik8 outputs/enwik8": "needs google/reformer-enwik8, fetched by the reader",
     'reformer-generate outputs/enwik8 --prompt "In 1965, Brooks left IBM"': "needs that model",
     "python tools/check_plan.py": "takes minutes; run by tests/tools/test_check_plan.py",

@@ -85,7 +85,7 @@ def row(recipe: Recipe, plans: list[tuple[int, RunPlan]]) -> str:
         f"{max(plan.total for _, plan in plans) / GIB:.1f} of {recipe.card_bytes / GIB:.0f}",
         f"{sum(last.traffic.values()) / GIB:.1f}",
         f"{last.flops / n_tokens / 1e9:.2f}",
-        f"{rate:,.0f}",
+        f"{float(f'{rate:.2g}'):,.0f}",
         f"{sum(steps * _tokens(plan) / _rate(plan) for steps, plan in plans) / 3600:,.0f}",
     )
     return f"| {' | '.join(cells)} |"

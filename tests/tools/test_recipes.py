@@ -66,7 +66,7 @@ def test_its_header_names_the_command_that_starts_it(name: str) -> None:
     subprocess.run(["bash", "-n"], input="\n".join(commands), text=True, check=True)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if recipe_config(name).launcher.nproc_per_node])
+@pytest.mark.parametrize("name", ["books", "code_repositories"])
 def test_launch_files_are_rendered_from_it(name: str) -> None:
     nodes = f"launcher.nnodes={recipe_config(name).launcher.n_nodes}"
     pod = [nodes, "launcher.image=i", "launcher.claim=c"]
@@ -238,19 +238,13 @@ def train(name: str, folder: Path, *words: str) -> str:
 )
 def test_a_tiny_twin_trains_resumes_and_evaluates(name: str, tmp_path: Path) -> None:
     prepare(name, tmp_path)
-    assert "step 2/2" in train(name, tmp_path, "trainer.max_steps=2", "trainer.log_every=1")
-    resumed = train(name, tmp_path, "trainer.max_steps=4", "trainer.log_every=1")
+    first, taken_up = name, []
+    if name == "genome_1m":
+        first, taken_up = "genome_131k", ["resume=outputs/genome_131k/checkpoints/step-00000002"]
+    assert "step 2/2" in train(first, tmp_path, "trainer.max_steps=2", "trainer.log_every=1")
+    resumed = train(name, tmp_path, "trainer.max_steps=4", "trainer.log_every=1", *taken_up)
     assert "step 4/4" in resumed and "step 2/4" not in resumed
     output_dir = recipe_config(name).output_dir
     words = [tmp_path, "reformer_dist.evaluate", output_dir, "--rows", "2", "--output", tmp_path / "result.json"]
     run_ranks(IN_FOLDER, 1, words, forked=True)
     assert 0 < json.loads((tmp_path / "result.json").read_text())["loss"] < 10
-
-
-@pytest.mark.slow
-def test_a_tiny_genome_run_goes_on_with_longer_rows_on_more_ranks(tmp_path: Path) -> None:
-    prepare("genome_131k", tmp_path)
-    train("genome_131k", tmp_path, "trainer.max_steps=2")
-    checkpoint = "outputs/genome_131k/checkpoints/step-00000002"
-    said = train("genome_1m", tmp_path, f"resume={checkpoint}", "trainer.max_steps=4", "trainer.log_every=1")
-    assert "step 3/4" in said and "step 4/4" in said and "step 2/4" not in said

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Recompute,
         StreamMerge,
     )
+    from reformer_dist.inference import load
     from reformer_dist.models import (
         AttentionView,
         Block,
@@ -72,10 +73,16 @@ __all__ = [
     "__version__",
     "init_weights",
     "inspect_attention",
+    "load",
     "lsh_attention",
 ]
 _limit_spinning()  # read when PyTorch is loaded
-_EXPORTING_MODULES = ("reformer_dist.config", "reformer_dist.models", "reformer_dist.ops.lsh")
+_EXPORTING_MODULES = (
+    "reformer_dist.config",
+    "reformer_dist.models",
+    "reformer_dist.ops.lsh",
+    "reformer_dist.inference",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("process", "tasks", "training"),
     },
+    "inference": {"checkpoint", "config", "data", "errors", "generation", "models", "ops", "run", "tasks"},
     "diagnostics": {"config", "data", "errors", "models", "ops"},
     "doctor": {"config", "distributed", "errors", "ops", "process", "run"},
     "sweep": {"config", "distributed", "errors", "fs", "process", "run", "seeds", "training"},
@@ -58,13 +59,13 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "data", "diagnostics", "distributed", "errors", "fs", "models", "parallel", "process", "run"),
         *("tasks", "training"),
     },
-    "generate": {"config", "data", "errors", "generation", "process", "run"},
+    "generate": {"config", "errors", "inference", "process", "run"},
     "convert": {"checkpoint", "config", "errors", "fs", "interop", "process", "run"},
     "checkpoints": {"checkpoint", "errors", "fs", "process", "run"},
     "shards": {"checkpoint", "data", "errors", "process"},
     "commands": {"checkpoints", "convert", "doctor", "evaluate", "generate", "process", "shards", "train"},
     # the package itself offers the library
-    "__init__": {"config", "models", "ops"},
+    "__init__": {"config", "inference", "models", "ops"},
 }
 THIRD_PARTY_HOMES = {
     "deepspeed": {"engine"},

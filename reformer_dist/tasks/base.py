@@ -26,6 +26,7 @@ from reformer_dist.data import (
     Sample,
     Span,
     Tokenizer,
+    collate,
     count_rows,
     heldout_sample_batches,
     make_sample,
@@ -161,6 +162,12 @@ def spans_refused(dataset: Dataset, kind: str) -> str:
 
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def model_inputs(examples: Sequence[Example], device: torch.device) -> Batch:
+    """The inputs of a model for rows without labels."""
+    inputs = [{name: array for name, array in each.items() if name != "labels"} for each in examples]
+    return {name: tensor.to(device) for name, tensor in collate(inputs).items()}
 
 
 def concat_ids(*parts: NDArray[Any] | list[int]) -> NDArray[np.int64]:

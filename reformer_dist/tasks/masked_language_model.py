@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from reformer_dist.data import IGNORE_INDEX, DrawKey, Example
+from reformer_dist.generation.decoder import check_finite
+from reformer_dist.tasks.base import device_of, model_inputs
 from reformer_dist.tasks.language_model import LanguageModel
 
 
@@ -15,8 +22,25 @@ class MaskedLanguageModel(LanguageModel):
     extra_tokens = 1
     reports_accuracy, reports_bits_per_byte = True, False
 
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token."""
+        return self.tokenizer.vocab_size
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, rows: Sequence[NDArray[Any]]) -> list[Tensor]:
+        """Probabilities of the tokens at the masks of each row of token ids, [n_masks, vocab_size] float32."""
+        examples = [{"tokens": row, "key_padding_mask": np.ones(len(row), dtype=bool)} for row in rows]
+        logits = model(**model_inputs(examples, device_of(model)))
+        masks = [torch.from_numpy(row == self.mask_id).nonzero().squeeze(1) for row in rows]
+        # the mask token is no text
+        return [
+            check_finite(logits[number, at.to(logits.device)]).softmax(-1)[:, : self.mask_id].cpu()
+            for number, at in enumerate(masks)
+        ]
+
     def encode_row(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], draw_key: DrawKey) -> Example:
-        task, mask_id = self.config.task, self.tokenizer.vocab_size
+        task, mask_id = self.config.task, self.mask_id
         tokens, is_text = tokens[1:].copy(), labels != IGNORE_INDEX
         # a function of the row's position in the data order: the same for any number of ranks, and after a resume
         bits = draw_key.bits(self.config.trainer.seed, "masks")

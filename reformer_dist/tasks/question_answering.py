@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reformer_dist.config.checks import require
-from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, collate
+from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample
 from reformer_dist.errors import DataError
 from reformer_dist.models import ReformerForQuestionAnswering
 from reformer_dist.models.sequence import SequenceAccess
-from reformer_dist.tasks.base import AllGather, SampleTask, TaskMetrics, concat_ids, device_of
+from reformer_dist.tasks.base import AllGather, SampleTask, TaskMetrics, concat_ids, device_of, model_inputs
 from reformer_dist.tasks.text_metrics import answer_f1, exact_match, max_over_answers
 
 ANY_WINDOW_PERIOD = 4  # one row in 4 draws from all windows, the others from those that hold the answer
@@ -40,6 +40,16 @@ class ContextWindow:
     def answer_mask(self) -> NDArray[np.bool_]:
         """Tokens that an answer may hold, and the last one, which means "no answer"."""
         return np.arange(len(self.tokens)) >= self.context_offset
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Tokens [first, stop) of a context, empty if no window has room for any."""
+
+    first: int
+    stop: int
+    score: float
+    """Sum of the logits of the first and last token, minus that of "no answer" in the same window."""
 
 
 class QuestionAnswering(SampleTask):
@@ -85,7 +95,8 @@ class QuestionAnswering(SampleTask):
     def measure(self, model: nn.Module, corpus: Corpus, rows: RowSelection, gather: AllGather) -> TaskMetrics:
         scores: list[tuple[float, float]] = []
         for sample in self.samples(corpus, rows):
-            answer = self._answer(model, sample, rows.micro_batch_size)
+            span = self.best_span(model, sample, rows.micro_batch_size)
+            answer = self.text_of(sample, span)
             truths = [text for _, text in sample.metadata["answers"]]
             scores.append(
                 (max_over_answers(exact_match, answer, truths), max_over_answers(answer_f1, answer, truths))
@@ -123,27 +134,29 @@ class QuestionAnswering(SampleTask):
         first, last = np.searchsorted(token_ends, [start, last_byte], side="right")
         return int(first), int(last)
 
-    def _answer(self, model: nn.Module, sample: Sample, micro_batch_size: int) -> str:
-        """Text of the best span over all windows, scored relative to the "no answer" score of its window."""
-        best, best_score = (0, -1), -np.inf
+    def text_of(self, sample: Sample, span: TokenSpan) -> str:
+        return self.tokenizer.decode(sample.fields[1][span.first : span.stop]).strip()
+
+    @torch.no_grad()
+    def best_span(self, model: nn.Module, sample: Sample, micro_batch_size: int) -> TokenSpan:
+        """The best span over all windows of a context, scored relative to the "no answer" score of its window."""
+        best = TokenSpan(0, 0, -np.inf)
         windows, device = iter(self._windows(sample)), device_of(model)
         while group := list(islice(windows, micro_batch_size)):
-            batch = collate([_inputs(window) for window in group])
-            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            logits = model(**model_inputs([_inputs(window) for window in group], device))
             for window, starts, ends in zip(group, *(part.float().cpu() for part in logits), strict=True):
-                span, score = self._best_span(window, starts, ends)
-                if score > best_score:
-                    best, best_score = span, score
-        return self.tokenizer.decode(sample.fields[1][best[0] : best[1] + 1]).strip()
+                span = self._best_of_window(window, starts, ends)
+                best = span if span.score > best.score else best
+        return best
 
-    def _best_span(self, window: ContextWindow, starts: Tensor, ends: Tensor) -> tuple[tuple[int, int], float]:
-        """((first, last) context token, score) from start and end logits [S] of a window."""
+    def _best_of_window(self, window: ContextWindow, starts: Tensor, ends: Tensor) -> TokenSpan:
+        """From start and end logits [S] of a window."""
         last = len(window.tokens) - 1
         no_answer = starts[last] + ends[last]
         starts, ends = starts[window.context_offset : last], ends[window.context_offset : last]
         n = len(starts)
         if n == 0:
-            return (0, -1), -float("inf")
+            return TokenSpan(0, 0, -np.inf)
         # the best end of each start, one length at a time: a table of all pairs would be quadratic in the window
         scores, lengths = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
         for length in range(min(n, self.config.task.max_answer_tokens)):
@@ -153,7 +166,7 @@ class QuestionAnswering(SampleTask):
             lengths[: n - length][is_better] = length
         best = int(scores.argmax())
         first = window.start + best
-        return (first, first + int(lengths[best])), float(scores[best] - no_answer)
+        return TokenSpan(first, first + int(lengths[best]) + 1, float(scores[best] - no_answer))
 
 
 def _inputs(window: ContextWindow) -> Example:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from reformer_dist.data import Corpus, DrawKey, Example, Sample
 from reformer_dist.errors import DataError
+from reformer_dist.generation.decoder import check_finite
 from reformer_dist.models import ReformerForSequenceClassification
-from reformer_dist.tasks.base import SampleTask, concat_ids
+from reformer_dist.tasks.base import SampleTask, concat_ids, device_of, model_inputs
 
 
 class SequenceClassification(SampleTask):
@@ -43,6 +47,14 @@ class SequenceClassification(SampleTask):
         label = self.labels.index(sample.metadata["label"])
         mask = np.ones(len(tokens), dtype=bool)
         return {"tokens": tokens, "key_padding_mask": mask, "labels": np.array(label)}
+
+    @torch.no_grad()
+    def probabilities(self, model: nn.Module, texts: Sequence[NDArray[Any]]) -> Tensor:
+        """Probabilities of the labels, [n_texts, n_labels] float32, for the token ids of texts."""
+        samples = (Sample("", (text,), self.padding_metadata()) for text in texts)
+        rows = [self.encode(sample, DrawKey.heldout(0)) for sample in samples]
+        logits: Tensor = model(**model_inputs(rows, device_of(model)))
+        return check_finite(logits).softmax(dim=-1).cpu()
 
     def padding_metadata(self) -> dict[str, Any]:
         return {"label": self.labels[0]}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reformer_dist.config import TextMetric
 from reformer_dist.data import Corpus, DrawKey, Example, RowSelection, Sample, collate
-from reformer_dist.generation import BeamOptions, beam_search, make_decoder
+from reformer_dist.generation import BeamOptions, Hypothesis, beam_search, make_decoder
 from reformer_dist.models import ReformerEncoderDecoder
 from reformer_dist.tasks.base import AllGather, SampleTask, TaskMetrics, concat_ids, device_of
 from reformer_dist.tasks.text_metrics import bleu, rouge
@@ -58,26 +58,38 @@ class SequenceToSequence(SampleTask):
 
     def generate(self, model: nn.Module, samples: Sequence[Sample]) -> list[str]:
         """Texts generated for the sources of samples: greedily, or by beam search if task.beams is above 1."""
+        return [self.text_of(target) for target in self.targets(model, samples)]
+
+    def text_of(self, target: Hypothesis) -> str:
+        return self.tokenizer.decode(target.tokens).strip()
+
+    @torch.no_grad()
+    def targets(self, model: nn.Module, samples: Sequence[Sample]) -> list[Hypothesis]:
+        """Targets generated for the sources of samples; their scores are mean log-probabilities of tokens."""
         assert isinstance(model, ReformerEncoderDecoder)
         n_tokens = self.config.data.seq_len
         if self.config.task.beams == 1:
-            generated = self._greedy(model, samples, n_tokens)
-        else:
-            generated = [self._beam_search(model, sample, n_tokens) for sample in samples]
-        return [self.tokenizer.decode(tokens).strip() for tokens in generated]
+            return self._greedy(model, samples, n_tokens)
+        return [self._beam_search(model, sample, n_tokens) for sample in samples]
 
-    def _greedy(self, model: ReformerEncoderDecoder, samples: Sequence[Sample], n_tokens: int) -> list[list[int]]:
-        """The most probable token at each step after end-of-text, [n_samples, <= n_tokens]."""
+    def _greedy(self, model: ReformerEncoderDecoder, samples: Sequence[Sample], n_tokens: int) -> list[Hypothesis]:
+        """The most probable token at each step after end-of-text, at most n_tokens."""
         eos, device = self.tokenizer.eos_id, device_of(model)
         decoder = make_decoder(self._conditioned(model, samples), self.config.model)
         logits = decoder.prefill(torch.full((len(samples), 1), eos, device=device))
         tokens: list[Tensor] = []
+        total = torch.zeros(len(samples), device=device)
         ended = torch.zeros(len(samples), dtype=torch.bool, device=device)
         while True:
-            tokens.append(logits.argmax(-1).masked_fill(ended, eos))
+            best, newest = logits.float().log_softmax(-1).max(-1)
+            total += best.masked_fill(ended, 0.0)
+            tokens.append(newest.masked_fill(ended, eos))
             ended |= tokens[-1] == eos
             if bool(ended.all()) or len(tokens) == n_tokens:
-                return torch.stack(tokens, dim=1).tolist()
+                return [
+                    _until(eos, row, score)
+                    for row, score in zip(torch.stack(tokens, dim=1).tolist(), total.tolist(), strict=True)
+                ]
             logits = decoder.step(tokens[-1])
 
     def condition(self, model: nn.Module, prompts: Sequence[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -87,12 +99,12 @@ class SequenceToSequence(SampleTask):
         samples = [Sample("", (prompt[1:].cpu().numpy(), empty)) for prompt in prompts]
         return self._conditioned(model, samples), [prompt[:1] for prompt in prompts]
 
-    def _beam_search(self, model: ReformerEncoderDecoder, sample: Sample, n_tokens: int) -> list[int]:
+    def _beam_search(self, model: ReformerEncoderDecoder, sample: Sample, n_tokens: int) -> Hypothesis:
         eos, device = self.tokenizer.eos_id, device_of(model)
         decoder = make_decoder(self._conditioned(model, [sample]), self.config.model)
         options = BeamOptions(self.config.task.beams)
         prompt = torch.tensor([eos], device=device)
-        return beam_search(decoder, prompt, n_tokens, options, lambda tokens: tokens[-1] == eos)[0].tokens
+        return beam_search(decoder, prompt, n_tokens, options, lambda tokens: tokens[-1] == eos)[0]
 
     def _conditioned(self, model: ReformerEncoderDecoder, samples: Sequence[Sample]) -> Callable[..., Tensor]:
         """Language model of the targets, conditioned on the sources of samples."""
@@ -106,6 +118,12 @@ class SequenceToSequence(SampleTask):
             return TaskMetrics(values, [f"{name}: {score:.2f}" for name, score in scores.items()])
         score, signature = bleu(hypotheses, references)
         return TaskMetrics({"bleu": score}, [f"sacreBLEU: {score:.2f}", f"  signature: {signature}"])
+
+
+def _until(end: int, tokens: list[int], total: float) -> Hypothesis:
+    """The tokens up to the first end token, scored by their mean log-probability."""
+    n_tokens = tokens.index(end) + 1 if end in tokens else len(tokens)
+    return Hypothesis(tokens[:n_tokens], total / n_tokens)
 
 
 def _short(text: str) -> str:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from reformer_dist import generate
 from reformer_dist.data import ByteTokenizer
 from reformer_dist.errors import ConfigError
 from reformer_dist.generate import build_parser, run_generation
 from reformer_dist.generation import TextStream, beam_search
+from reformer_dist.inference import continuation
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_search_ends_texts_at_stop_strings_across_tokens(write, monkeypatch):
         ends.append(arguments[-1])
         return beam_search(*arguments)
 
-    monkeypatch.setattr(generate, "beam_search", look)
+    monkeypatch.setattr(continuation, "beam_search", look)
     write("--prompt", "time", "--max-new-tokens", "4", "--beams", "2", "--stop", "é!", "--stop", "at")
     [is_end] = ends
     assert [is_end(list(text.encode())) for text in ("né!", "cat", "né", "n!", "a t")] == [True] * 2 + [False] * 3
@@ -92,7 +92,7 @@ def test_a_text_is_read_behind_its_own_prompt(write, monkeypatch, beams):
         given.add(tuple(before))
         return TextStream(decode, stops, before)
 
-    monkeypatch.setattr(generate, "TextStream", look)
+    monkeypatch.setattr(continuation, "TextStream", look)
     write("--prompt", "time water", "--prompt", "no", "--samples", "2", "--max-new-tokens", "2", *beams)
     assert given == {tuple(b"me water"), (ByteTokenizer().eos_id, *b"no")}
 

@@ -11,9 +11,9 @@ from support.pieces import train_pieces
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer
 from reformer_dist.data.format.sentencepiece import SentencePieceTokenizer
-from reformer_dist.generate import _make_stop_check
 from reformer_dist.generation import TextStream
 from reformer_dist.generation.text_stream import CONTEXT
+from reformer_dist.inference.continuation import make_stop_check
 
 BYTES = ByteTokenizer()
 
@@ -89,12 +89,12 @@ def test_beam_search_keeps_the_space_of_its_first_token(pieces: SentencePieceTok
     ids = pieces.encode(b"a model of any layer").tolist()
     first = next(n for n in range(1, len(ids)) if pieces.decode(ids[:n]) == "a")
     ends = [
-        n for n in range(1, len(ids) - first) if _make_stop_check(pieces, ids[:first], [" model"])(ids[first:][:n])
+        n for n in range(1, len(ids) - first) if make_stop_check(pieces, ids[:first], [" model"])(ids[first:][:n])
     ]
     n_tokens = len(pieces.encode(b"model"))
     assert ends[0] == n_tokens
     # stop strings in the prompt are ignored
-    assert not _make_stop_check(pieces, ids[:-1], [" model", "an"])(ids[-1:])
+    assert not make_stop_check(pieces, ids[:-1], [" model", "an"])(ids[-1:])
 
 
 def test_the_cost_of_a_token_does_not_grow() -> None:

@@ -23,7 +23,7 @@ from reformer_dist.data import (
     write_samples,
 )
 from reformer_dist.errors import ConfigError, DataError
-from reformer_dist.tasks.question_answering import ContextWindow, QuestionAnswering
+from reformer_dist.tasks.question_answering import ContextWindow, QuestionAnswering, TokenSpan
 
 CONTEXT = "Über den Rhein führen viele Brücken, und die älteste von ihnen steht seit 1850 in Waldshut. " * 3
 ANSWER = "1850"
@@ -148,7 +148,7 @@ def test_the_best_span_is_that_of_all_pairs(most: int, n_context: int) -> None:
                 score = float(starts[3 + first] + ends[3 + last] - starts[-1] - ends[-1])
                 if score > best[0]:
                     best = (score, (100 + first, 100 + last))
-        assert task._best_span(window, starts, ends) == (best[1], best[0])
+        assert task._best_of_window(window, starts, ends) == TokenSpan(best[1][0], best[1][1] + 1, best[0])
 
 
 def test_memory_is_linear_in_the_window() -> None:
@@ -157,7 +157,8 @@ def test_memory_is_linear_in_the_window() -> None:
     starts = torch.zeros(2**20)
     starts[70_000] = 1
     # a table of all pairs would take 4 TiB
-    assert task._best_span(window, starts, starts.roll(5))[0] == (69_990, 69_995)
+    found = task._best_of_window(window, starts, starts.roll(5))
+    assert (found.first, found.stop) == (69_990, 69_996)
 
 
 def test_the_best_span_of_all_windows_is_measured(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def diverge(data: Path, run: Path, arguments: argparse.Namespace) -> list[str]:
     last, program = step_folder(run / "checkpoints", arguments.steps), "python -m reformer_dist.train"
     before = {path.name: path.read_bytes() for path in last.iterdir()}
     changed = (f"trainer.max_steps={arguments.steps + 200}", "optim.lr=1e20", "trainer.max_skipped_steps=100")
+    changed += ("optim.accept_jump=true",)  # also at the old rate, with which it is continued: the run had ended
     with start(data, run, arguments, *changed, "trainer.save_every=1") as process:
         while process.poll() is None and last_step(run) < arguments.steps + 10:
             time.sleep(0.01)

@@ -25,4 +25,4 @@ def test_quickstart_on_a_given_text(tmp_path):
         assert said in done.stdout and "held-out bits per byte" in done.stdout
     [continues] = [line for line in done.stdout.splitlines() if line.startswith("continue ")]
     done = subprocess.run(shlex.split(continues)[1:], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "step   8/8" in done.stderr + done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "step 8/8" in done.stderr + done.stdout, done.stdout + done.stderr

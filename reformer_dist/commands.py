@@ -27,6 +27,10 @@ def generate() -> None:
     _run_main("reformer_dist.generate")
 
 
+def predict() -> None:
+    _run_main("reformer_dist.predict")
+
+
 def convert() -> None:
     _run_main("reformer_dist.convert")
 

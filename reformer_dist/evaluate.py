@@ -145,6 +145,7 @@ def _position_lines(result: EvalResult) -> list[str]:
 
 def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     lines: list[str] = []
+    results: dict[str, dict[str, float]] = {}
     numbers = arguments.rounds.split(",")
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         requirement = "must be positive numbers separated by commas, such as 1,2,4,8"
@@ -156,6 +157,8 @@ def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
             lines = [f"checkpoint: {loaded.checkpoint}", _describe_rows(arguments, loaded, corpus)]
             lines.append("".join(f"{name:>16}" for name in ("rounds", *values)))
         lines.append(f"{rounds:>16}" + "".join(f"{value:>16.4f}" for value in values.values()))
+        results[str(rounds)] = values
+    _write_json(arguments, job, {"rounds": results})
     return lines
 
 

@@ -60,10 +60,21 @@ ALLOWED: dict[str, set[str]] = {
         *("tasks", "training"),
     },
     "generate": {"config", "errors", "inference", "process", "run"},
+    "predict": {"config", "errors", "inference", "process", "run"},
     "convert": {"checkpoint", "config", "errors", "fs", "interop", "process", "run"},
     "checkpoints": {"checkpoint", "errors", "fs", "process", "run"},
     "shards": {"checkpoint", "data", "errors", "process"},
-    "commands": {"checkpoints", "convert", "doctor", "evaluate", "generate", "process", "shards", "train"},
+    "commands": {
+        "checkpoints",
+        "convert",
+        "doctor",
+        "evaluate",
+        "generate",
+        "predict",
+        "process",
+        "shards",
+        "train",
+    },
     # the package itself offers the library
     "__init__": {"config", "inference", "models", "ops"},
 }

@@ -206,6 +206,8 @@ class Predictor:
             raise ConfigError(f"context: has {len(contexts)} texts for {len(questions)} questions; give one each")
 
         def find(asked: str, text: str) -> Answer:
+            if not text.strip():
+                raise ConfigError(f"context={text!r}: is empty; it must contain a text")
             sample = Sample("", (self._encode(asked), self._encode(text)))
             span = task.best_span(self.model, sample, batch_size)
             found, start = task.text_of(sample, span), None

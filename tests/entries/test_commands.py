@@ -140,7 +140,7 @@ def test_wheel_carries_conf(tmp_path):
     assert installed == run(BIN / "reformer-train", "--cfg", "job", "experiment=quickstart")
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "doctor", "checkpoints"])
+@pytest.mark.parametrize("name", ["evaluate", "generate", "predict", "convert", "doctor", "checkpoints"])
 def test_an_interrupt_while_modules_are_loaded_leaves_no_trace(name):
     command = [sys.executable, "-X", "importtime", "-c", f"from reformer_dist.commands import {name}; {name}()"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -77,6 +77,8 @@ def test_diagnostics(trained: Path, job: Runtime, tmp_path: Path, capsys: pytest
     assert plain["by_position"] == [] and whole["loss"] == pytest.approx(plain["loss"], rel=1e-6)
     assert [part["first"] for part in whole["by_position"]] == [0]
     assert whole["by_position"][0]["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-6)
+    rounds = result("--rounds", "1,2")["rounds"]
+    assert list(rounds) == ["1", "2"] and 0 < rounds["1"]["loss"] != rounds["2"]["loss"]
     contexts = result("--context", "8,64")["context"]
     assert contexts["64"]["loss"] == pytest.approx(plain["loss"], rel=1e-6) != contexts["8"]["loss"]
     assert result("--without", "lsh")["loss"] != plain["loss"]

@@ -118,7 +118,8 @@ class Export:
             self._files = self._read_weight_map()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"is not an export of a model ({type(error).__name__}: {error})"
-            raise CheckpointError(f"{folder}: {problem}") from error
+            fix = "a model of another implementation is converted by reformer-convert"
+            raise CheckpointError(f"{folder}: {problem}; {fix}") from error
 
     def _read_weight_map(self) -> dict[str, Path]:
         index = self.folder / INDEX_FILE

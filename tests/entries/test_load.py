@@ -30,6 +30,10 @@ def test_a_run_a_checkpoint_and_an_export_are_the_same_model(trained: Path, tmp_
     assert reformer_dist.load(trained, "model.n_hashes=8").config.model.n_hashes == 8
     with pytest.raises(CheckpointError, match="nowhere"):
         reformer_dist.load(tmp_path / "nowhere")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.json").write_text('{"model_type": "reformer"}')
+    with pytest.raises(CheckpointError, match=r"theirs: is not an export .*reformer-convert"):
+        reformer_dist.load(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

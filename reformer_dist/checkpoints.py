@@ -15,6 +15,7 @@ from reformer_dist.checkpoint.files import step_folders, step_of
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.process.command import run_command
+from reformer_dist.process.version import add_version
 from reformer_dist.run.directory import config_changes
 from reformer_dist.run.pretrained import add_weight_choice, weight_choice
 
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Lists, verifies, compares, prunes and exports checkpoints.",
         epilog="example: reformer-checkpoints export outputs/quickstart exported --max-shard-size 2GB",
     )
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, description: str, action: object, *paths: str) -> argparse.ArgumentParser:

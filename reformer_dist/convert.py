@@ -23,6 +23,7 @@ from reformer_dist.interop import hugging_face, reformer_pytorch, to_hugging_fac
 from reformer_dist.interop.foreign import CONFIG_FILE, WEIGHTS_FILE, ForeignModel, ForeignOptions, HeadKind
 from reformer_dist.interop.vocabulary import BYTES, find_tokenizer, hugging_face_files
 from reformer_dist.process.command import run_command
+from reformer_dist.process.version import add_version
 from reformer_dist.run.compose import to_dict
 from reformer_dist.run.pretrained import load_model
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("source", type=Path, help="directory of a model")
     parser.add_argument("target", type=Path, help="directory to write, which must not exist")
     parser.add_argument(

@@ -28,6 +28,7 @@ from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.process.command import run_command
 from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
+from reformer_dist.process.version import add_version
 from reformer_dist.run.data import open_corpus
 from reformer_dist.run.pretrained import LoadedModel, add_weight_choice, load_model, weight_choice
 from reformer_dist.tasks.text_metrics import gzip_bits_per_byte, order0_bits_per_byte
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Evaluates a trained model on held-out data: the loss, and the metrics of its task.",
         epilog="example: reformer-evaluate outputs/quickstart --rows 200 model.n_hashes=8",
     )
+    add_version(parser)
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or data.path=...")

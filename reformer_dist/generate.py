@@ -12,6 +12,7 @@ from reformer_dist.config import TaskKind
 from reformer_dist.errors import ConfigError
 from reformer_dist.inference.continuation import Prompt, TextOptions, generate_texts, text_options
 from reformer_dist.process.command import run_command
+from reformer_dist.process.version import add_version
 from reformer_dist.run.pretrained import add_weight_choice, load_model, weight_choice
 
 OPTIONS = (
@@ -26,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Continues prompts, printing the text as it is sampled.",
         epilog="example: reformer-generate outputs/quickstart --prompt 'def main('",
     )
+    add_version(parser)
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint) or a checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8")

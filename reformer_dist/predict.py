@@ -18,6 +18,7 @@ from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.inference import load
 from reformer_dist.inference.predictor import BATCH_SIZE, Predictor
 from reformer_dist.process.command import run_command
+from reformer_dist.process.version import add_version
 from reformer_dist.run.pretrained import add_weight_choice
 
 FIELDS = {
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     add = parser.add_argument
     add("run", type=Path, help="a run directory (its newest checkpoint), a checkpoint or an export")
     add("overrides", nargs="*", metavar="key=value", help="such as model.n_hashes=8 or task.beams=4")

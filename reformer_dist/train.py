@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reformer_dist.config import LauncherKind, RunConfig
@@ -13,11 +12,11 @@ from reformer_dist.config.stages import check_ranks
 from reformer_dist.errors import ConfigError
 from reformer_dist.process.live_line import live
 from reformer_dist.process.signals import exit_on_signal, terminate_with_launcher
+from reformer_dist.process.version import version_line
 
 if TYPE_CHECKING:
     from reformer_dist.sweep.request import SweepRequest
 
-DRY_RUN, PLOT, VOCAB_SIZE = "--dry-run", "--plot", "--vocab-size"
 ADVICE = "run the same command again to resume from the last checkpoint"
 
 
@@ -87,32 +86,29 @@ def sweep(request: SweepRequest) -> None:
     sys.exit(run_sweep(request))
 
 
-def _given(option: str) -> list[str]:
-    """Arguments that set an option of this command, which Hydra does not know."""
-    return [argument for argument in sys.argv[1:] if argument.split("=")[0] == option]
-
-
 def _run() -> None:
+    from reformer_dist.run.options import DRY_RUN, take_options
     from reformer_dist.sweep.request import run_or_sweep
 
-    flags, plots, sizes = (_given(option) for option in (DRY_RUN, PLOT, VOCAB_SIZE))
-    if plots and not flags:
-        raise ConfigError(f"{plots[-1]}: needs {DRY_RUN}, whose schedule it draws")
-    if sizes and not flags:
-        raise ConfigError(f"{sizes[-1]}: needs {DRY_RUN}; a run has the vocabulary of its dataset")
-    if not flags:
+    options = take_options(sys.argv[1:])
+    sys.argv[1:] = options.rest
+    if options.version:
+        sys.stdout.write(version_line("reformer-train"))
+        return
+    if options.explain is not None:
+        from reformer_dist.run.explain import explain
+
+        sys.stdout.write(explain(options.explain, options.rest))
+        return
+    flag = options.dry_run
+    if flag is None:
         run_or_sweep(train, sweep)
         return
-    sys.argv = [argument for argument in sys.argv if argument not in (*flags, *plots, *sizes)]  # unknown to Hydra
-    path = plots[-1].partition("=")[2] if plots else None
-    if path == "":
-        raise ConfigError(f"{plots[-1]}: must name a file, such as {PLOT}=schedule.png")
 
     def plan(config: RunConfig) -> None:
-        from reformer_dist.run.dry_run import dry_run, read_vocab_size
+        from reformer_dist.run.dry_run import dry_run
 
-        vocab_size = read_vocab_size(sizes[-1]) if sizes else None
-        dry_run(config, flags[-1], Path(path) if path else None, vocab_size)
+        dry_run(config, flag, options.plot, options.vocab_size)
 
     def refuse(request: SweepRequest) -> None:
         raise ConfigError(

@@ -36,7 +36,7 @@ class ConfigGroup:
 
     _prefix: ClassVar[str]
     """Prefix of the keys: "model." for model.dim."""
-    _counterparts: ClassVar[Mapping[str, str]] = {}
+    counterparts: ClassVar[Mapping[str, str]] = {}
     """Keys by their names in other systems."""
 
     def __init_subclass__(cls, prefix: str) -> None:
@@ -46,7 +46,7 @@ class ConfigGroup:
         for name, value in values.items():
             refuse_renamed(f"{cls._prefix}{name}", value)
         known = [option.name for option in fields(cls)]  # type: ignore[arg-type]
-        refuse_unknown_keywords(cls.__name__, values, known, cls._counterparts)
+        refuse_unknown_keywords(cls.__name__, values, known, cls.counterparts)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -79,17 +79,22 @@ class Bounds:
             and (self.below is None or value < self.below)
             and value < math.inf
         )
-        # a bound that only prevents overflow is not worth mentioning below it
-        has_most = self.most is not None and (self.most < LARGEST_INT32 or value > self.most)
-        parts = [
+        parts = [*self.words(value), *(["finite"] if value == math.inf else [])]
+        hint = f"; {self.hint}" if self.hint and self._mentions_most(value) else ""
+        require(is_inside, key, value, f"must be {' and '.join(parts)}{hint}")
+
+    def words(self, value: float = 0) -> list[str]:
+        """The bounds that matter to a user with this value, such as "at least 1"."""
+        return [
             *([f"at least {self.least}"] if self.least is not None else []),
             *([f"above {self.above}"] if self.above is not None else []),
-            *([f"at most {self.most}"] if has_most else []),
+            *([f"at most {self.most}"] if self._mentions_most(value) else []),
             *([f"below {self.below}"] if self.below is not None else []),
-            *(["finite"] if value == math.inf else []),
         ]
-        hint = f"; {self.hint}" if self.hint and has_most else ""
-        require(is_inside, key, value, f"must be {' and '.join(parts)}{hint}")
+
+    def _mentions_most(self, value: float) -> bool:
+        """A bound that only prevents overflow is not worth mentioning below it."""
+        return self.most is not None and (self.most < LARGEST_INT32 or value > self.most)
 
 
 def bounded(

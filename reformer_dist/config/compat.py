@@ -28,7 +28,9 @@ class CompatConfig(ConfigGroup, prefix="model.compat."):
     local_chunk_len: int = bounded(0, least=0, most=LARGEST_CHUNK, hint="layers=[exact] attends to more tokens")
     """Local attention in chunks of this many positions instead of a window; 0 means local_window."""
     local_chunks_before: int = bounded(1, least=0, most=LARGEST_CHUNK)
+    """Chunks before its own that a token of a local layer attends to."""
     local_chunks_after: int = bounded(0, least=0, most=LARGEST_CHUNK)
+    """Chunks after its own that a token of a local layer attends to; 0 in a causal model."""
     norm_per_layer: bool = False
     """share_layers: each layer has norms of its own, as in reformer_pytorch; only the sublayers are shared."""
     attention_bias: bool = False

@@ -54,6 +54,7 @@ class LauncherConfig(ConfigGroup, prefix="launcher."):
     """How ranks are started. Ignored by a process that is already a rank."""
 
     kind: LauncherKind = LauncherKind.none
+    """What starts the ranks, as chosen by launcher=local, slurm and so on."""
     nproc_per_node: int | None = bounded(None, least=1, most=1024)
     """Ranks per machine; null: one for each GPU of this machine, or one."""
     nnodes: int | None = bounded(None, least=1, most=2**20)

@@ -83,12 +83,14 @@ class Recompute(Enum):
 class ModelConfig(ConfigGroup, prefix="model."):
     """A Reformer stack. The vocabulary size comes from the tokenizer."""
 
-    _counterparts = MODEL_CONFIG_COUNTERPARTS
+    counterparts = MODEL_CONFIG_COUNTERPARTS
 
     dim: int = bounded(256, least=1, most=LARGEST_WIDTH)
     """Width of each of the two residual streams."""
     n_layers: int = bounded(4, least=1, most=LARGEST_LAYERS)
+    """Layers of the stack; in an encoder-decoder, of the decoder."""
     n_heads: int = bounded(4, least=1, most=LARGEST_HEADS)
+    """Attention heads of each layer."""
     head_dim: int | None = bounded(None, least=1, most=LARGEST_WIDTH)
     """Width of one head; null means dim / n_heads."""
     layers: list[AttentionKind] = field(default_factory=lambda: [AttentionKind.local, AttentionKind.lsh])
@@ -127,7 +129,9 @@ class ModelConfig(ConfigGroup, prefix="model."):
     chunk_len: int = bounded(64, least=1, most=LARGEST_CHUNK, hint="layers=[exact] attends to more tokens")
     """chunk rule: tokens per chunk of the sorted order."""
     n_chunks_before: int = bounded(1, least=0, most=LARGEST_CHUNK)
+    """chunk rule: chunks before its own that a token attends to."""
     n_chunks_after: int = bounded(0, least=0, most=LARGEST_CHUNK)
+    """chunk rule: chunks after its own that a token attends to; 0 in a causal model."""
     shared_qk: bool = True
     """LSH layers: the key of a token is its query, normalized. false: keys have a projection of their own, and a
     token attends to the last `window` keys of its query's bucket."""
@@ -155,6 +159,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
     ff_dim: int | None = bounded(None, least=1, most=LARGEST_FF_DIM)
     """Inner width of the feed-forward; null means ff_mult * dim."""
     activation: Activation = Activation.gelu
+    """Of the feed-forward: gelu, gelu_tanh (its tanh approximation), relu, or glu (gated, with GELU)."""
     ff_chunk: int = bounded(0, least=0)
     """Tokens per chunk of the feed-forward; 0 means all at once."""
     loss_chunk: int = bounded(1024, least=1)
@@ -163,6 +168,7 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """The output head shares the token embedding table."""
 
     position: Position = Position.axial
+    """Position of a token: axial, learned or sinusoidal embeddings are added; rotary rotates queries and keys."""
     rotary_layers: list[AttentionKind] = field(default_factory=lambda: list(AttentionKind))
     """rotary: layers of these kinds rotate queries and keys; others attend by content alone, at any distance.
     Other kinds of positions ignore it."""
@@ -181,9 +187,11 @@ class ModelConfig(ConfigGroup, prefix="model."):
     dropout: float = bounded(0.0, least=0, below=1)
     """After the embedding and after each sublayer."""
     attention_dropout: float = bounded(0.0, least=0, below=1)
+    """On the attention weights, after the softmax."""
     ff_dropout: float = bounded(0.0, least=0, below=1)
     """Inside the feed-forward, after the activation."""
     norm_eps: float = bounded(1e-5, least=0)
+    """Added to the variance in layer norms."""
     recompute: Recompute = Recompute.reversible
     """Source of the activations in backward: reversible (inverted), checkpoint (recomputed), none (stored)."""
 

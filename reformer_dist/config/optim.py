@@ -77,6 +77,7 @@ class OptimConfig(ConfigGroup, prefix="optim."):
     momentum: float = bounded(0.95, least=0, below=1)
     """Of Muon."""
     weight_decay: float = bounded(0.01, least=0)
+    """Of matrices; decoupled from the gradient, and scaled by the learning rate."""
     groups: list[ParameterGroup] = field(default_factory=list)
     """Learning rate and weight decay by pattern of names, and parameters that are not trained."""
     grad_clip: float = bounded(1.0, least=0)
@@ -85,6 +86,7 @@ class OptimConfig(ConfigGroup, prefix="optim."):
     """After the warmup: cosine or linear decay up to trainer.max_steps, inverse_sqrt, constant, or wsd (warmup,
     stable, decay), which stays at lr up to decay_from."""
     warmup_steps: int = bounded(100, least=0)
+    """Steps over which the learning rate rises linearly to lr."""
     min_lr_ratio: float = bounded(0.1, least=0, most=1)
     """cosine, linear and the decay from decay_from end at this fraction of lr."""
     decay_from: int | None = bounded(None, least=0)

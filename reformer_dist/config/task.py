@@ -38,6 +38,7 @@ class TaskConfig(ConfigGroup, prefix="task."):
     are packed (data.pack_samples)."""
 
     kind: TaskKind = TaskKind.language_model
+    """What is predicted from what, and the metric."""
     mask_prob: float = bounded(0.15, above=0, below=1)
     """masked_language_model: probability that a token is to be predicted."""
     max_source_len: int = bounded(1024, least=1)

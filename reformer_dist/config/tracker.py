@@ -22,6 +22,7 @@ class TrackerConfig(ConfigGroup, prefix="tracker."):
     """Where metrics are sent, as chosen by tracker=tensorboard, wandb or mlflow."""
 
     kind: TrackerKind = TrackerKind.tensorboard
+    """tensorboard, wandb or mlflow."""
     project: str = "reformer_dist"
     """Project of wandb, or experiment of mlflow."""
     name: str | None = None

@@ -29,6 +29,7 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     """The training loop. Intervals are in optimizer steps; 0 means never."""
 
     max_steps: int = bounded(1000, least=1)
+    """Optimizer steps of the run."""
     seed: int = bounded(0, least=0, most=LARGEST_INT64)
     """Seed of the initial weights, data order, hash rotations and dropout."""
     precision: Precision = Precision.fp32
@@ -36,8 +37,11 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     micro_batch_size: int | None = bounded(None, least=1)
     """Rows of one forward pass of a rank; null means all of the rank's rows of data.batch_size."""
     log_every: int = bounded(10, least=0)
+    """Steps between lines and points of the training metrics."""
     eval_every: int = bounded(100, least=0)
+    """Steps between evaluations on held-out rows."""
     save_every: int = bounded(100, least=0)
+    """Steps between checkpoints."""
     keep_checkpoints: int = bounded(2, least=0)
     """Newest checkpoints to keep on disk; 0 keeps all."""
     keep_every: int = bounded(0, least=0)
@@ -50,6 +54,7 @@ class TrainerConfig(ConfigGroup, prefix="trainer."):
     patience: int = bounded(0, least=0)
     """The run ends after this many evaluations in a row without a better value of keep_best; 0: it does not."""
     sample_every: int = bounded(0, least=0)
+    """Steps between text samples, which continue held-out text."""
     sample_tokens: int = bounded(200, least=1, most=2**20)
     """Tokens of each text sample."""
     max_skipped_steps: int = bounded(10, least=1)

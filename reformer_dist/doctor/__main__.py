@@ -19,6 +19,7 @@ from reformer_dist.doctor.check_collectives import ADVICE, check_collectives, ch
 from reformer_dist.doctor.findings import CheckState, Finding, failed, ok, run_check
 from reformer_dist.errors import UserError
 from reformer_dist.process.command import run_command
+from reformer_dist.process.version import add_version
 from reformer_dist.run.data import open_corpus
 
 
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Checks whether this machine is fit to train a Reformer. Exits with 1 if a check fails.",
         epilog="under torchrun, it checks the job: torchrun --nproc_per_node=2 -m reformer_dist.doctor",
     )
+    add_version(parser)
     parser.add_argument("--data", type=Path, help="a dataset to check")
     parser.add_argument("--output", type=Path, default=Path(), help="where runs will be written (default: here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")

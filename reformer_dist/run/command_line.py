@@ -30,6 +30,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from reformer_dist.config import RunConfig
 from reformer_dist.config.renamed import refuse_renamed_overrides
 from reformer_dist.errors import ConfigError
+from reformer_dist.run.whole_numbers import with_whole_numbers
 
 CONFIG_NAME = "train"
 OWN_FILES = "--config-dir FOLDER experiment=NAME reads FOLDER/experiment/NAME.yaml"
@@ -168,9 +169,13 @@ def parse_overrides(words: Sequence[str], loader: ConfigLoaderImpl | None = None
     return parsed
 
 
-def without_null_groups(words: Sequence[str], loader: ConfigLoaderImpl) -> list[str]:
-    """Overrides with Hydra's `~group`, which leaves the group's file out, for `group=null`. Raises ConfigError."""
+def as_hydra_reads(words: Sequence[str], loader: ConfigLoaderImpl) -> list[str]:
+    """Overrides as Hydra reads them: `~group`, which leaves the group's file out, for `group=null`; 1000 for 1e3.
+
+    Raises ConfigError.
+    """
     parsed = parse_overrides(words, loader)
+    words = with_whole_numbers(words)
     chosen: dict[str, str] = {}
     others = []
     for word, override in zip(words, parsed, strict=True):

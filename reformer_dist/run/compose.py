@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -23,8 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import RunConfig
-from reformer_dist.config.checks import one_of
+from reformer_dist.config.checks import ConfigGroup, one_of
 from reformer_dist.config.keywords import nearest
+from reformer_dist.config.reference import nearest_keys
 from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.run.command_line import (
@@ -32,24 +33,28 @@ from reformer_dist.run.command_line import (
     FILE_ERRORS,
     OWN_FILES,
     ConfigFiles,
+    as_hydra_reads,
     compose_safely,
     conf_folder,
     describe_file_error,
     hydra_context,
     parse_command_line,
-    without_null_groups,
 )
+from reformer_dist.run.whole_numbers import whole_number, with_whole_numbers
 
 # a key of this name would be a callable for Hydra or for logging
 CALLABLE_KEYS = ("_target_", "()")
 
+WHOLE = "must be a whole number"
 # error messages of the libraries, with the value in the first group, and the requirement that replaces them
 VALUE_ERRORS = (
-    (re.compile(r"Value '(.*)' of type '.*' could not be converted to Integer"), "must be a whole number"),
+    (re.compile(r"Value '(.*)' of type '.*' could not be converted to Integer"), WHOLE),
     (re.compile(r"Value '(.*)' of type '.*' could not be converted to Float"), "must be a number"),
     (re.compile(r"Value '(.*)' is not a valid bool"), "must be true or false"),
     (re.compile(r"Invalid value '(.*)', expected one of \[(.*)\]"), "must be one of {1}"),
 )
+UNKNOWN_KEY = re.compile(r"Key '.*' not in '.*'")
+NO_SUCH_KEY = "there is no such key"
 SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires --multirun")
 NOT_A_LIST = re.compile(r"is not a ListConfig, list or tuple")
 UNKNOWN_CHOICE = re.compile(r"Could not find '(.*)/(.*)'\s+Available options in '.*':\n((?:\t.*\n?)*)")
@@ -65,7 +70,7 @@ def hydra_entry(task: Callable[[RunConfig], None]) -> None:
         if not line.completes:  # of an unfinished line, for which Hydra only reads the files
             compose_config(line.overrides, line.files, loader)
             flags = [word for word in sys.argv if word not in line.overrides]
-            sys.argv = [*flags, *without_null_groups(line.overrides, loader)]
+            sys.argv = [*flags, *as_hydra_reads(line.overrides, loader)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own format and exits
     show = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=CONFIG_NAME)
     try:
@@ -84,11 +89,11 @@ def compose_run(overrides: list[str], files: ConfigFiles | None = None) -> RunCo
 def compose_config(overrides: list[str], files: ConfigFiles, loader: ConfigLoaderImpl) -> DictConfig:
     """Composes overrides of one value each in a hydra_context of `files`. Raises ConfigError."""
     try:
-        return compose_safely(without_null_groups(overrides, loader), files)
+        return compose_safely(as_hydra_reads(overrides, loader), files)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, overrides)) from error
     except FILE_ERRORS as error:
         where = " ".join([*files.arguments(), *overrides])
         raise ConfigError(f"{where}: {describe_file_error(error)}") from error
@@ -110,7 +115,7 @@ def _with_initial_model(composed: DictConfig, overrides: list[str]) -> DictConfi
         if own is None:
             raise
         saved = {"model": own}
-    kept = [word.lstrip("+") for word in overrides if word.lstrip("+").startswith("model.")]
+    kept = [word.lstrip("+") for word in with_whole_numbers(overrides) if word.lstrip("+").startswith("model.")]
     try:
         merged = OmegaConf.merge(composed, saved, OmegaConf.from_dotlist(kept))
     except OmegaConfBaseException as error:
@@ -140,7 +145,7 @@ def refuse_unknown(values: Any, known: Any, prefix: str) -> None:
     for key, value in values.items():
         refuse_renamed(f"{prefix}{key}", value)
         if key not in names:
-            raise ConfigError(f"{prefix}{key}={value}: there is no such key{_suggest(key, type(known))}")
+            raise ConfigError(f"{prefix}{key}={value}: {NO_SUCH_KEY}{_suggest(f'{prefix}{key}', type(known))}")
         refuse_unknown(value, getattr(known, key), f"{prefix}{key}.")
 
 
@@ -161,9 +166,10 @@ def run_config_from(saved: dict[str, Any], overrides: list[str]) -> RunConfig:
     refuse_renamed_overrides(overrides)
     try:
         schema = OmegaConf.structured(RunConfig)
-        merged = OmegaConf.merge(schema, translate_saved(saved), OmegaConf.from_dotlist(overrides))
+        changes = OmegaConf.from_dotlist(with_whole_numbers(overrides))
+        merged = OmegaConf.merge(schema, translate_saved(saved), changes)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, overrides)) from error
     except (YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise ConfigError(f"{' '.join(overrides)[:400]}: a value is not valid YAML: {error}") from error
     return to_run_config(merged)
@@ -184,8 +190,11 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def explain(error: BaseException) -> str:
-    """The innermost useful message, with the nearest known key if the key is unknown."""
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """The innermost useful message, with the nearest known keys if the key is unknown.
+
+    overrides: those of the command line, whose value of an unknown key is shown.
+    """
     cause: BaseException | None = error
     innermost: OmegaConfBaseException | None = None
     while cause is not None:
@@ -203,7 +212,12 @@ def explain(error: BaseException) -> str:
         return f"{key}: must be a list, such as {key}={_example(key)}"
     for pattern, requirement in VALUE_ERRORS:
         if match := pattern.match(first_line):
-            return f"{key}={match[1]}: {requirement.format(*match.groups())}"
+            whole = whole_number(match[1]) if requirement == WHOLE else match[1]
+            hint = f"; write {whole}" if whole != match[1] else ""
+            return f"{key}={match[1]}: {requirement.format(*match.groups())}{hint}"
+    if UNKNOWN_KEY.match(first_line):
+        shown = next((word for word in overrides if word.partition("=")[0].lstrip("+~") == key), key)
+        return f"{shown}: {NO_SUCH_KEY}{_suggest(key, innermost.object_type)}"
     message = first_line if not key or key in first_line else f"{key}: {first_line}"
     return message + _suggest(key, innermost.object_type)
 
@@ -236,10 +250,12 @@ def _example(key: str) -> str:
 
 
 def _suggest(key: str, group: Any) -> str:
-    """The key of a dataclass closest to an unknown one, or all of them."""
+    """The keys that an unknown one may stand for, or all of its dataclass."""
     known = [field.name for field in fields(group)] if isinstance(group, type) and is_dataclass(group) else []
     name = key.rsplit(".", 1)[-1]
     if not known or name in known:
         return ""
-    closest = nearest(name, known)
-    return f"; did you mean {closest}?" if closest else f"; known keys: {', '.join(known)}"
+    if issubclass(group, ConfigGroup) and name in group.counterparts:
+        return f"; use {group.counterparts[name]}"
+    closest = nearest_keys(key)
+    return f"; did you mean {one_of(closest)}?" if closest else f"; known keys: {', '.join(known)}"

@@ -22,9 +22,9 @@ from reformer_dist.planning.schedule import draw_schedule, plot_schedule
 from reformer_dist.run.compose import to_yaml
 from reformer_dist.run.data import TrainingData, check_stages, open_task_data
 from reformer_dist.run.memory import free_memory
+from reformer_dist.run.options import DRY_RUN, VOCAB_SIZE
 from reformer_dist.tasks import Task, make_task
 
-FLAG, VOCAB_SIZE = "--dry-run", "--vocab-size"
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
@@ -98,21 +98,12 @@ def _make_plans(stages: Sequence[Stage], task: Task, ranks: tuple[int, int], dev
 def read_memory(flag: str) -> float | None:
     """Parses the GPU memory of the flag, in bytes; None without one. Raises ConfigError."""
     _, _, size = flag.partition("=")
-    if flag == FLAG:
+    if flag == DRY_RUN:
         return None
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", size)
     if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"{flag}: must be the memory of a GPU with its unit, such as {FLAG}=80GiB")
+        raise ConfigError(f"{flag}: must be the memory of a GPU with its unit, such as {DRY_RUN}=80GiB")
     return float(match[1]) * UNITS[match[2].upper()]
-
-
-def read_vocab_size(flag: str) -> int:
-    """Parses --vocab-size=N. Raises ConfigError."""
-    size = flag.partition("=")[2]
-    if not re.fullmatch(r"[0-9]{1,9}", size) or int(size) < 2:
-        example = f"{VOCAB_SIZE}=257 for bytes and the end of documents"
-        raise ConfigError(f"{flag}: must be a number of tokens from 2 on, such as {example}")
-    return int(size)
 
 
 def count_ranks(config: RunConfig) -> tuple[int, int]:

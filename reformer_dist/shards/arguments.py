@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from reformer_dist.data import AS_TEXT_SUFFIXES, CASES, FILE_ORDERS, FIM_TOKENS, SECTION_BYTES
+from reformer_dist.process.version import add_version
 
 FORMS = ("fields", "label_spans", "squad", "fasta", "bytes", "ids", "in_place", "repository")
 """Arguments that say what the inputs are, besides --source; without one, documents of text."""
@@ -48,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="files and folders")
     _add_output_options(parser.add_argument_group("output"))
     _add_text_options(parser.add_argument_group("documents"))

@@ -61,7 +61,12 @@ def test_overrides_win(composed: Callable[..., RunConfig]) -> None:
 
 
 BAD = [
-    ("model.dimm=3", ["model.dimm", "mean dim"]),
+    ("model.dimm=3", ["model.dimm=3: ", "no such key", "mean model.dim"]),
+    ("lr=1e-3", ["lr=1e-3: ", "mean optim.lr"]),
+    ("trainer.lr=1", ["trainer.lr=1: ", "mean optim.lr"]),
+    ("kind=slurm", ["kind=slurm: ", "task.kind, ", "or sweep.kind"]),
+    ("model.num_hashes=4", ["model.num_hashes=4: ", "use n_hashes"]),
+    ("trainer.max_steps=1.5e0", ["trainer.max_steps=1.5: ", "whole number"]),
     ("+model.foo=1", ["model.foo=1", "no such key"]),
     ("++model.foo=1", ["model.foo=1", "no such key"]),
     ("+foo=1", ["foo=1", "no such key", "model, data"]),
@@ -117,15 +122,15 @@ def test_users_see_one_line(tmp_path: Path) -> None:
 
 
 SAVED_BAD = [
-    ("model.dimm=3", "mean dim"),
+    ("model.dimm=3", "mean model.dim"),
     ("model._target_=os.system", "_target_"),
     ("model.layer_kinds=1", "layer_kinds"),
     ("model.dim=abc", "model.dim=abc: "),
     ("model.layers=lsh", "model.layers=[local,lsh]"),
     ("model.dim=[1", "YAML"),
     ("model=3", "ModelConfig"),
-    ("=3", "RunConfig"),
-    ("", "RunConfig"),
+    ("=3", "no such key"),
+    ("", "no such key"),
 ]
 
 

@@ -13,6 +13,8 @@ import pytest
 from support.launch import run_ranks
 from support.tiny import tiny_overrides
 
+import reformer_dist
+from reformer_dist import commands
 from reformer_dist.process.exit_status import INTERRUPTED
 
 pytestmark = pytest.mark.jobs
@@ -97,7 +99,10 @@ def test_help(command):
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--help"], "Configuration groups"),
+        (["--help"], "--dry-run"),
+        (["--version"], f"reformer-train {reformer_dist.__version__}"),
+        (["--explain", "model.n_hashes"], "Hash rounds of LSH attention"),
+        (["lr=1e-3"], "optim.lr"),
         (["--cfg", "job", "model.dim=64"], "dim: 64"),
         (["optim.lrr=1"], "optim.lrr"),
         (["optim.lr=high"], "optim.lr=high"),
@@ -117,6 +122,23 @@ def test_answers_that_need_no_run_do_not_wait_for_torch(arguments, answer):
     }
     assert "hydra" in imported
     assert not imported & {"torch", "deepspeed", "numpy"}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "checkpoints", "doctor", "shards"])
+def test_version(name, monkeypatch, capsys):
+    """Of the commands that argparse reads; in this process, which has imported what they import."""
+    monkeypatch.setattr(sys, "argv", [f"reformer-{name}", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(commands, name)()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"reformer-{name} {reformer_dist.__version__}\n"
+
+
+def test_help_names_the_options():
+    output = run(BIN / "reformer-train", "--help")
+    for option in ("--dry-run", "--plot", "--explain", "--cfg", "--multirun", "--config-dir", "--version"):
+        assert option in output
+    assert "experiment=base" in output
 
 
 def test_cfg_job_prints_the_resolved_configuration():

@@ -124,7 +124,7 @@ def test_answers_that_need_no_run_do_not_wait_for_torch(arguments, answer):
     assert not imported & {"torch", "deepspeed", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "checkpoints", "doctor", "shards"])
+@pytest.mark.parametrize("name", ["evaluate", "generate", "predict", "convert", "checkpoints", "doctor", "shards"])
 def test_version(name, monkeypatch, capsys):
     """Of the commands that argparse reads; in this process, which has imported what they import."""
     monkeypatch.setattr(sys, "argv", [f"reformer-{name}", "--version"])
@@ -136,7 +136,16 @@ def test_version(name, monkeypatch, capsys):
 
 def test_help_names_the_options():
     output = run(BIN / "reformer-train", "--help")
-    for option in ("--dry-run", "--plot", "--explain", "--cfg", "--multirun", "--config-dir", "--version"):
+    for option in (
+        "--dry-run",
+        "--plot",
+        "--vocab-size",
+        "--explain",
+        "--cfg",
+        "--multirun",
+        "--config-dir",
+        "--version",
+    ):
         assert option in output
     assert "experiment=base" in output
 

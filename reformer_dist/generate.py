@@ -84,10 +84,13 @@ class _Writer:
         self._buffered = [""] * self._n_rows
         self._finished: set[int] = set()
         self._row = 0
+        self._has_begun = False
         self.hit_max_positions = False
-        self._begin()
 
     def write(self, row: int, text: str) -> None:
+        if not self._has_begun:  # by now the prompts are known to fit: an error would follow the text of one
+            self._has_begun = True
+            self._begin()
         if row != self._row:
             self._buffered[row] += text
         elif text:
@@ -96,6 +99,7 @@ class _Writer:
 
     def end(self, row: int, *, is_cut: bool) -> None:
         self.hit_max_positions |= is_cut
+        self.write(row, "")
         self._finished.add(row)
         while self._row in self._finished:
             sys.stdout.write("\n")

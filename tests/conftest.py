@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from support import forks
 from support.rank_pool import RankPool
@@ -56,6 +57,14 @@ def log_as_before() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def linear_as_before() -> Iterator[None]:
+    """Undoes what ZeRO stage 3 does to the process: DeepSpeed replaces the linear function of PyTorch."""
+    linear = F.linear
+    yield
+    F.linear = linear
 
 
 @pytest.fixture(scope="session")

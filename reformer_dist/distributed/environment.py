@@ -15,7 +15,7 @@ class SharedError(UserError):
 
 
 class Preempted(SharedError):
-    """All ranks stop at the same point because of a stop signal; progress is saved."""
+    """All ranks stop at the same point, by a stop signal or unreachable data; progress is saved."""
 
 
 class Unavailable(SharedError):

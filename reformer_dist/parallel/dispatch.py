@@ -11,7 +11,7 @@ from reformer_dist.distributed.comm import CommGroup, SplitRows
 from reformer_dist.ops.lsh.attention import Shard
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.partition import Partition
-from reformer_dist.parallel.exchange_plan import ExchangePlan, ReceivedRows, Route
+from reformer_dist.parallel.exchange_plan import ExchangePlan, ReceivedMetadata, Route
 from reformer_dist.parallel.row_format import RowFormat
 
 
@@ -104,7 +104,7 @@ class TokenDispatcher:
         return ReceivedTokens(shard, query_rows, as_one_head(q), as_one_head(k), as_one_head(v))
 
     def _unpack_own_keys(
-        self, route: Route, of_queries: ReceivedRows, key_rows: Tensor, queries: Tensor
+        self, route: Route, of_queries: ReceivedMetadata, key_rows: Tensor, queries: Tensor
     ) -> ReceivedTokens:
         """As `unpack`, where some tokens are queries only, and have another bucket as query than as key."""
         n_local, (n_heads, n_rounds, n_buckets) = self.plan.n_local, route.bucket_sizes.shape

@@ -1,9 +1,12 @@
-"""The plan of a bucket exchange: which tokens are sent to which rank. Made in a forward, kept for its recompute.
+"""The plan of a bucket exchange: which tokens are sent to which rank.
+
+It is built in the forward pass, and reused when the forward is recomputed.
 
 Each rank counts its tokens by bucket. An exclusive scan over the ranks counts the members of each bucket that
 precede a rank's own, so each rank knows the slots of its tokens in the sorted order of the whole sequence without
-holding it. The slots determine the rank that attends from a token and the ranks that need it as a key
-(`ops.lsh.partition`). A token is sent once to each of them, whatever the number of rounds attended there.
+holding it. The slots determine the rank that computes attention for a token's query and the ranks that need the
+token as a key (`ops.lsh.partition`). A token is sent once to each of them, whatever the number of rounds in which
+it is used there.
 
 Sizes: BH (batch row, head) pairs of a route, S local tokens of each, R rounds, K buckets, P ranks.
 """
@@ -68,30 +71,31 @@ class Selection:
 
 @dataclass(frozen=True)
 class Route:
-    """The tokens of a group of heads that this rank sends and receives."""
+    """What this rank sends and receives for one group of heads; groups are pipelined one after another."""
 
     heads: slice
     """Of the B * H heads."""
     sent: Selection
-    """Local tokens that each rank needs."""
+    """Local tokens that each rank needs as keys; without own_keys this includes its queries."""
     sent_queries: Selection
-    """Those of them that it attends from in any round."""
+    """Local tokens whose queries each rank computes, in at least one round. A subset of `sent` unless own_keys."""
     received: Selection
-    """Tokens of each rank that this rank needs."""
+    """Tokens of each rank that this rank needs as keys; without own_keys this includes its queries."""
     received_queries: Selection
-    """Those of them that it attends from in any round; with keys of their own, it may need no keys of them."""
+    """Tokens of each rank whose queries this rank computes. A subset of `received` unless own_keys."""
     bucket_ids: Tensor
     """[L, R] of the L received tokens; n_buckets in rounds in which they are not needed here."""
     position_codes: Tensor | None
     """[R, L] with count_pairs_once: see `sorting.position_codes`."""
     owners: Tensor | None
-    """int32 [R, BH * S] rank that attends from each local token, -1 for padding; only if combined per round."""
+    """int32 [R, BH * S] rank that computes attention for each local query, -1 for padding; only if combined per
+    round."""
     bucket_sizes: Tensor
     """int32 [BH, R, K] members of each bucket on all ranks."""
     document_ids: Tensor | None
-    """int32 [L] documents of the received tokens, if tokens attend to those of their own only."""
-    queries: ReceivedRows | None
-    """If keys have buckets of their own: what the fields above are for the keys, of the queries."""
+    """int32 [L] document ids of the received tokens; None unless attention is restricted to the same document."""
+    queries: ReceivedMetadata | None
+    """Only with own_keys: the same of the received queries. The fields above then describe the keys."""
     checksum: int
     """Checksum of what this rank sends minus that of what it receives: over all ranks they sum to 0."""
 
@@ -103,8 +107,8 @@ class Route:
 
 
 @dataclass(frozen=True)
-class ReceivedRows:
-    """What is known of N received tokens, as keys or as queries."""
+class ReceivedMetadata:
+    """Metadata (no vectors) of N received tokens, as keys or as queries."""
 
     bucket_ids: Tensor
     """[N, R]; n_buckets in rounds in which they are not needed here."""
@@ -138,9 +142,9 @@ def make_plan(
 ) -> ExchangePlan:
     """The plan for bucket ids [BH, R, S] of the local tokens of all heads, where n_buckets marks padding.
 
-    query_buckets: of the tokens as queries, with options.own_keys, where buckets are those of the keys. per_round:
-    rounds will be combined one by one. Raises TrainingError on all ranks if the tokens received are not those that
-    the bucket counts predict.
+    query_buckets: bucket ids of the queries, only with options.own_keys; buckets are then those of the keys.
+    per_round: rounds will be combined one by one. Raises TrainingError on all ranks if the tokens received are not
+    those that the bucket counts predict.
     """
     n_heads, _, n_local = buckets.shape
     documents = options.document_ids
@@ -205,7 +209,7 @@ class _LocalTokens:
         self._n_ranks = n_ranks
         n_heads, n_rounds, n_local = buckets.shape
         self.is_needed = torch.zeros(n_ranks, n_heads, n_local, dtype=torch.bool, device=buckets.device)
-        """[P, BH, S]: whether a rank needs the token as a key; or as a query, whose bucket is then the same."""
+        """[P, BH, S]: whether a rank needs the token as a key. Without own_keys, this includes its queries."""
         self.is_query = torch.zeros_like(self.is_needed)
         """[P, BH, S]: whether the token is a query of a rank in any round."""
         self._recipients: list[list[Recipients]] = []
@@ -258,7 +262,7 @@ class _LocalTokens:
         return torch.stack(columns, dim=1)
 
     def sent_query_ids(self, recipient: Tensor, head: Tensor, token: Tensor, n_buckets: int) -> Tensor:
-        """[rows, R] bucket of each sent query, n_buckets in rounds in which the recipient does not attend it."""
+        """[rows, R] bucket of each sent query, n_buckets in rounds in which the recipient does not compute it."""
         n_heads, _, n_local = self.buckets.shape
         owners = self.owners.view(-1, n_heads, n_local)[:, head, token].t()
         return self.query_buckets[head, :, token].masked_fill(owners != recipient.unsqueeze(1), n_buckets)
@@ -318,7 +322,7 @@ def _send_rows(
     sent: Selection,
     received: Selection,
     comm: CommGroup,
-) -> ReceivedRows:
+) -> ReceivedMetadata:
     """Sends the bucket ids [rows, R], position codes and documents of rows (head, token), ordered by recipient."""
     fields = {"ids": ids}
     if codes is not None:
@@ -327,7 +331,7 @@ def _send_rows(
         fields["documents"] = documents[head, token].unsqueeze(1)
     row_format = RowFormat(**{name: (x.dtype, x.shape[1]) for name, x in fields.items()})
     arrived = comm.all_to_all_v(SplitRows(row_format.pack(**fields), sent.splits, received.splits), PHASE).wait()
-    return ReceivedRows(
+    return ReceivedMetadata(
         row_format.field(arrived, "ids").contiguous(),
         None if codes is None else row_format.field(arrived, "codes").t().contiguous(),
         None if documents is None else row_format.field(arrived, "documents").flatten(),

@@ -49,8 +49,8 @@ def build_trainer(
 ) -> Trainer:
     """Validates the configuration, builds all parts, and resumes from a checkpoint if there is one.
 
-    resources: receives what must be closed at the end of the run. stop: ends it early. Raises UserError on every
-    rank.
+    resources: cleanup callbacks are registered here. stop: signal that ends the run early. Raises UserError on
+    every rank.
     """
     require_same_config(config, runtime)
     check_ranks(config, runtime.world_size)
@@ -89,13 +89,14 @@ def build_trainer(
 def open_data(config: RunConfig, runtime: Runtime) -> TaskData:
     """Opens the run's datasets.
 
-    Raises UserError on every rank, and Preempted if a run that has checkpoints can't reach them.
+    Raises UserError on every rank, or Preempted if the datasets are unreachable and the run has checkpoints to
+    resume from.
     """
     try:
         data = runtime.together(lambda: open_task_data(stage_at(config, 0).config))
-    except Unavailable as away:
+    except Unavailable as error:
         if runtime.on_main(lambda: has_checkpoints(config)):
-            raise Preempted(f"{away}: nothing was trained; the same command resumes") from None
+            raise Preempted(f"{error}: nothing was trained; the same command resumes") from None
         raise
     data.corpus.wait_for_sources(min(config.data.retry_seconds, config.parallel.timeout / 2))
     return data
@@ -110,7 +111,7 @@ def build_engine(run: RunContext, opened: OpenStage, directory: RunDirectory, re
         path = config.init_from
         source = runtime.together(lambda: load_initial_weights(path, model, record))
         for change in config_changes({"model": source.config["model"]}, {"model": record.config["model"]}):
-            logger.info(f"  changed since: {change}")
+            logger.info(f"  changed since the checkpoint: {change}")
     engine = TrainEngine(model, [Block], opened.stage.config, runtime.world_size)
     resources.callback(engine.close)
     checkpoints = CheckpointManager(config, runtime, engine, record=record, extra_files=tokenizer_files)
@@ -121,9 +122,9 @@ def build_engine(run: RunContext, opened: OpenStage, directory: RunDirectory, re
         return EngineParts(engine, checkpoints, TrainState())
     logger.info(f"resuming from {resume_from.folder} at step {resume_from.step}")
     old_size, new_size = resume_from.world_size, runtime.world_size
-    changes = [f"ranks of the job: {old_size} -> {new_size}"] if old_size != new_size else []
+    changes = [f"world size: {old_size} -> {new_size}"] if old_size != new_size else []
     for change in changes + config_changes(resume_from.record.config, record.config):
-        logger.info(f"  changed since: {change}")
+        logger.info(f"  changed since the checkpoint: {change}")
     runtime.together(lambda: require_same_model(resume_from, record))
     runtime.together(lambda: require_same_optimizer(resume_from, record))
     if jump := runtime.together(lambda: check_rate(resume_from, config)):
@@ -153,9 +154,7 @@ def _log_run(run: RunContext, opened: OpenStage, engine: TrainEngine) -> None:
     rows, corpus = config.data.batch_size, opened.data.corpus
     size = f"{rows * config.data.seq_len:,} tokens" if config.task.packs_text else f"{rows:,} samples"
     if config.data.pack_samples:
-        size = f"samples of up to {rows * config.data.seq_len:,} tokens"
-    if config.data.pack_samples:
-        size = f"samples of up to {rows * config.data.seq_len:,} tokens"
+        size = f"up to {rows * config.data.seq_len:,} tokens of packed samples"
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''} on {run.runtime.device.type}"
     n_stages = len(resolve_stages(run.config))
     stage = f" | stage {opened.stage.index + 1} of {n_stages}" if n_stages > 1 else ""

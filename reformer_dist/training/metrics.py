@@ -77,11 +77,11 @@ class MetricsWindow:
             self._loss += loss_sum
             self._counted_tokens += tokens
 
-    def pause(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Excludes time spent on evaluation, samples or checkpoints from throughput."""
         self._paused += seconds
 
-    def wait(self, seconds: float) -> None:
+    def add_data_wait(self, seconds: float) -> None:
         """Counts time spent waiting for data."""
         self._waited += seconds
 

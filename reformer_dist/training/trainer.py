@@ -90,12 +90,12 @@ class Trainer:
         self._bytes_per_token = parts.data.bytes_per_token
 
     def fit(self) -> None:
-        """Trains up to trainer.max_steps or the end of trainer.patience, then evaluates and saves.
+        """Trains until trainer.max_steps or early stopping (trainer.patience), then evaluates and saves.
 
-        Raises the same exception on every rank: UserError, or Preempted after saving if any got a stop signal or
-        can't reach its data.
+        Raises the same exception on every rank: UserError, or Preempted after saving if any rank received a stop
+        signal or can't reach its data.
         """
-        if self._is_last_step and self.state.is_observed:
+        if self._is_finished and self.state.is_observed:
             end = f": {self._best.describe()}" if self._best.should_stop else ""
             logger.info(
                 f"already at step {self.state.step} of {self.config.trainer.max_steps}: nothing to train{end}"
@@ -108,8 +108,8 @@ class Trainer:
         try:
             with self._watchdog.watching():
                 self._train()
-        except (Preempted, Unavailable) as stopped:
-            raise Preempted(f"{stopped}: {self._save_before_exit()}") from None
+        except (Preempted, Unavailable) as error:
+            raise Preempted(f"{error}: {self._save_before_exit()}") from None
         except (SharedError, TrainingError):  # on every rank
             self._wait_for_save(block=True)
             raise
@@ -122,7 +122,7 @@ class Trainer:
         self._metrics.end_step()
         live.progress(self.state.step, self.config.trainer.max_steps)
         shown = "compiling" if self._runtime.device.type == "cuda" else ""  # kernels, in the first step
-        while not self._is_last_step:
+        while not self._is_finished:
             self._enter_stage_if_due()
             start = time.perf_counter()
             step = self.state.step + 1
@@ -132,7 +132,7 @@ class Trainer:
                     part("data"),
                 ):
                     inputs = self._batch_reader.next_step()
-                self._metrics_window.wait(time.perf_counter() - start)
+                self._metrics_window.add_data_wait(time.perf_counter() - start)
                 with self._watchdog.phase(f"computing step {step}"), live.phase(shown):
                     grad_norm, lr = self._train_step(inputs)
             live.progress(step, self.config.trainer.max_steps)
@@ -146,7 +146,7 @@ class Trainer:
             self._metrics.end_step()
             with self._watchdog.phase(f"saving after step {step}"):
                 self._save_if_due()
-            self._metrics_window.pause(time.perf_counter() - end)
+            self._metrics_window.exclude_time(time.perf_counter() - end)
 
     def _enter_stage_if_due(self) -> None:
         step, end = self.state.step, self._stage.end_step
@@ -155,7 +155,7 @@ class Trainer:
             with self._watchdog.phase(f"opening the data after step {step}"), live.phase("opening the data"):
                 self._use(self._open_next(step, self._runtime.gather(self._data_state)))
                 self._data_state = self._batch_reader.initial_state
-            self._metrics_window.pause(time.perf_counter() - start)
+            self._metrics_window.exclude_time(time.perf_counter() - start)
         if step == self._stage.first_step:  # also if the run resumes here
             self._spikes.begin_stage()
             self._best.begin_stage()
@@ -177,8 +177,11 @@ class Trainer:
         self.state.is_observed = True
 
     def _save_if_due(self) -> None:
-        """Saves every trainer.save_every steps, the best weights, and at the end; after a skipped step, later."""
-        step, is_last = self.state.step, self._is_last_step
+        """Saves every trainer.save_every steps, on a new best evaluation, and at the end of the run.
+
+        A save that is due while the loss or gradient is not finite is postponed.
+        """
+        step, is_last = self.state.step, self._is_finished
         is_due = self._is_due(self.config.trainer.save_every)
         if is_due and self._monitor.is_broken:
             if is_last:
@@ -205,17 +208,18 @@ class Trainer:
             return f"no step since the checkpoint of step {step}" if step else "before the first step"
         if self._monitor.is_broken:
             reason = "its loss or gradient is not finite"
-            return f"step {step} is not saved, since {reason}; the last checkpoint is of step {saved}"
+            left = f"the last checkpoint is from step {saved}" if saved else "there is no checkpoint"
+            return f"step {step} is not saved, since {reason}; {left}"
         self._save(must_succeed=True)
-        command = "resume=auto" if self.config.resume == "never" else "the same command"
-        return f"saved step {step}; {command} resumes from it"
+        change = " with resume=auto" if self.config.resume == "never" else ""
+        return f"saved step {step}; run the same command again{change} to resume from it"
 
     def _is_due(self, interval: int) -> bool:
         """True every `interval` steps and at the end of the run; never if it is 0."""
-        return interval > 0 and (self.state.step % interval == 0 or self._is_last_step)
+        return interval > 0 and (self.state.step % interval == 0 or self._is_finished)
 
     @property
-    def _is_last_step(self) -> bool:
+    def _is_finished(self) -> bool:
         return self.state.step >= self.config.trainer.max_steps or self._best.should_stop
 
     def _train_step(self, inputs: StepInputs) -> tuple[float, float]:
@@ -309,16 +313,17 @@ class Trainer:
             self._monitor.stop(str(error))
         except UserError as error:
             if must_succeed:
-                raise SharedError(f"{error}; {self._describe_loss()}") from error
+                raise SharedError(f"{error}; {self._describe_lost_steps()}") from error
             self._count_failed_save(error)
 
-    def _describe_loss(self) -> str:
+    def _describe_lost_steps(self) -> str:
         """What is lost if the step just done can't be saved."""
         n_lost, saved = self.state.step - self._saved_step, self._checkpoints.last_saved
         steps, are = ("1 step", "is") if n_lost == 1 else (f"{n_lost} steps", "are")
         if saved is None:
             return f"{steps} {are} lost, since there is no checkpoint"
-        return f"the {steps} since {saved} {are} lost; once there is room, the same command resumes from it"
+        advice = "once the cause is fixed, run the same command again to resume from it"
+        return f"the {steps} since {saved} {are} lost; {advice}"
 
     def _wait_for_save(self, *, block: bool) -> None:
         """Finalizes a finished background save; with `block`, waits for it first."""

@@ -59,7 +59,7 @@ def test_window(clock: list[float]) -> None:
     for loss in (3.0, 5.0):
         window.add(torch.tensor(loss), 4.0, was_skipped=False)
     clock[0] += 10.0
-    window.pause(6.0)
+    window.exclude_time(6.0)
     result = window.result(2 * window.local_loss)  # of two ranks with equal losses
     assert result == WindowMetrics(loss=2.0, tokens_per_s=2.0, seconds_per_step=2.0)
     window.reset()
@@ -99,7 +99,7 @@ def test_progress_figures() -> None:
 def test_the_wait_for_data_survives_a_resume(clock: list[float]) -> None:
     window = MetricsWindow(CPU)
     clock[0] += 4.0
-    window.wait(1.0)
+    window.add_data_wait(1.0)
     window.add(torch.tensor(1.0), 1.0, was_skipped=False)
     resumed = MetricsWindow(CPU)
     resumed.load_state(window.state)

@@ -34,7 +34,7 @@ def test_resume_is_bitwise(
     assert scalars(run, LOSS) == {step: loss for step, loss in scalars(whole, LOSS).items() if step > 3}
     assert_same(checkpoint(run, 6), checkpoint(whole, 6))
     assert f"resuming from {checkpoint(run, 3)} at step 3" in said.messages
-    assert "  changed since: trainer.eval_every: 3 -> 0" in said.messages
+    assert "  changed since the checkpoint: trainer.eval_every: 3 -> 0" in said.messages
     train(job, tiny_data, run)
     assert "nothing to train" in said.messages[-1]
 

@@ -155,7 +155,7 @@ def test_stages_may_change_on_the_way(
     """A run without stages is taken up with some, and a staged one without."""
     run = train(job, tiny_data, interrupted(staged, tmp_path / "run", 3), *OFTEN, "stages=[]")
     assert data_state(checkpoint(run, 7))["settings"]["batch_size"] == 4
-    assert any(line.startswith("  changed since: stages: ") for line in said.messages)
+    assert any(line.startswith("  changed since the checkpoint: stages: ") for line in said.messages)
 
 
 def test_ranks_that_do_not_divide_a_stage_are_refused_at_the_start(tiny_data: Path, tmp_path: Path) -> None:

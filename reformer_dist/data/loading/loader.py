@@ -33,11 +33,12 @@ class StepBatch:
     """Rows of one optimizer step of a data-parallel rank."""
 
     batches: list[Batch]
-    """Each of micro_batch_size rows. Labels are IGNORE_INDEX where there is no loss. `rows` are stream numbers."""
+    """Each of micro_batch_size rows. Labels are IGNORE_INDEX where there is no loss. `rows` are the streams, which
+    are the rows of the global step."""
     damaged: list[DamagedSample]
     """Samples found to be damaged in this step."""
     checksum: int
-    """32-bit hash of the ids of everything read so far, equal on ranks that share sequences."""
+    """32-bit hash of the ids of everything read so far, equal on all ranks of a sequence-parallel group."""
     make_state: Callable[[], dict[str, Any]]
     samples: dict[int, list[str]]
     """Ids of the spans of each row, by stream."""
@@ -64,7 +65,7 @@ class _StreamRow:
 
 
 class TrainLoader:
-    """An iterator of StepBatch, endless without `passes`, whose threads read ahead.
+    """An iterator of StepBatch, endless without `passes`; reader threads prefetch.
 
     Rank r owns the r-th of `dp_size` equal ranges of the sampler's streams. An error in a reader thread is raised
     by `next` at its step, and closes the loader.
@@ -85,9 +86,9 @@ class TrainLoader:
     ) -> None:
         """quarantine: must contain that of `state`; this loader adds to it.
 
-        passes: over the sampler's only pool, after which all rows are padding. make_example: by default, rows of
-        text for a causal language model. workers: threads; with 0, `next` reads. Raises ValueError if the batch
-        can't be divided.
+        passes: number of epochs, after which all rows are padding; needs a sampler of one pool. make_example:
+        by default, rows of text for a causal language model. workers: threads; with 0, `next` reads. Raises
+        ValueError if the batch can't be divided.
         """
         n_rows, remainder = divmod(sampler.n_streams, dp_size)
         if remainder or n_rows % micro_batch_size:
@@ -99,7 +100,7 @@ class TrainLoader:
         self._micro_batch_size = micro_batch_size
         make_example = make_example or next_token_examples(sampler.seq_len, sampler.corpus.tokenizer.eos_id)
         self.initial_state = state.to_json(sampler)
-        """The state before the first batch, as JSON values: of all streams, if the run has begun."""
+        """The state before the first batch, as JSON values. On resume, it covers the streams of all ranks."""
         self._stream_ids = range(dp_rank * n_rows, (dp_rank + 1) * n_rows)
         self._step = state.step
         self._damaged: set[SampleId] = set(state.quarantine)

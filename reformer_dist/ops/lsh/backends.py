@@ -84,7 +84,10 @@ def choose(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, *
 
 
 def choose_for_planning(name: str, device_type: str, head_dim: int, *, chunks: bool) -> str:
-    """The backend that `choose` would select on cpu or cuda, for which the GPU and Triton need not be present."""
+    """The backend to assume in a plan for cpu or cuda. Needs neither the GPU nor Triton.
+
+    Unlike `choose`, takes `reference` and the backends of the other device for `torch`.
+    """
     fast = {"cuda": "triton", "cpu": "native"}[device_type]
     if name not in ("auto", fast):
         return "torch"
@@ -105,7 +108,8 @@ def workspace_bytes(name: str, shape: WorkspaceShape) -> float:
 def backend_for(options: AttentionOptions, v: Tensor, *, partitioned: bool = False) -> type[Backend]:
     """The backend for v [B, H, S, D] and these options. Raises ValueError if it can't run.
 
-    partitioned: of the sorted order, where `torch` replaces `reference`, and any backend under the chunk rule.
+    partitioned: attention runs on one partition of the sorted order. `torch` then replaces `reference`, and under
+    the chunk rule it replaces every backend.
     """
     chunks = isinstance(options.rule, ChunkRule)
     name = choose(options.backend, v.device, v.shape[3], v.dtype, chunks=chunks)
@@ -133,7 +137,7 @@ def bucket_attention(
 
     q, k, v [B, H, S, D] -> [B, H, S, D] in v's dtype; k is None for shared query-key attention, whose keys are
     q / |q|. bucket_ids [B, H, R, S] integers below options.n_buckets; key_padding_mask [B, S], True for real
-    tokens. query_ids: buckets of the queries, with options.own_keys, where bucket_ids are those of the keys. A
+    tokens. query_ids: bucket ids of the queries, only with options.own_keys; bucket_ids are then of the keys. A
     query that met no key attends to itself, or gets 0 (`AttentionOptions.attends_alone`). Raises ValueError if
     options.backend can't run, and for tensors of other shapes, dtypes, devices or values.
     """
@@ -150,7 +154,7 @@ def bucket_attention(
 
 
 def attend_locally(q: Tensor, k: Tensor | None, v: Tensor, exchange: LocalExchange) -> Tensor:
-    """`bucket_attention` by an exchange, with values v that `next_values` has shifted. Raises ValueError."""
+    """Like `bucket_attention`, for an existing exchange and a v already shifted by `next_values`."""
     exchange.check(q, k, v)
     options = exchange.options
     if options.own_keys and k is None:
@@ -187,7 +191,7 @@ def hash_vectors(
 ) -> Tensor:
     """Bucket ids [B, H, R, S] of vectors [B, H, S, D] under rotations [H, R, D, columns].
 
-    `hashing` defines them, the backend that attends computes them. rotations: of `draw_rotations` or
+    The hash is defined in `hashing` and computed by the backend. rotations: from `draw_rotations` or
     `seeded_rotations`, with the same n_buckets, scheme and factors. Not differentiable. Raises ValueError.
     """
     factors = check_factors(n_buckets, scheme, factors)

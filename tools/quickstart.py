@@ -24,13 +24,14 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 def main() -> None:
     arguments = _parser().parse_args()
-    text, name = _source(arguments.text)
+    text, name = _source(arguments.text, arguments.heldout)
     data, run = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():
         suffixes = [] if arguments.text else ["--suffix", ".py"]
         print_heading(f"Converting {text} to shards")
         make_shards = [sys.executable, str(TOOLS / "make_shards.py"), str(text), *suffixes]
-        execute([*make_shards, "--shard-mb", "1", "--heldout", "0.1", "--output", str(data)])
+        heldout = ["--heldout-from", *map(str, arguments.heldout)] if arguments.heldout else ["--heldout", "0.1"]
+        execute([*make_shards, "--shard-mb", "1", *heldout, "--output", str(data)])
     paths = [f"data.path={data}", f"output_dir={run}"]
     train = [command("reformer-train"), f"experiment={EXPERIMENT}", *paths, *arguments.overrides]
     print_heading("Training (run the same command again to resume)")
@@ -42,26 +43,40 @@ def main() -> None:
     print_heading("Evaluating without the LSH layers")
     execute([*evaluate, "--without", "lsh", "--output", str(without_lsh)])
     print_heading("Generating a sample")
-    execute([command("reformer-generate"), str(run), "--prompt", arguments.prompt, "--max-new-tokens", "200"])
+    prompt = arguments.prompt if arguments.prompt is not None else "" if arguments.text else "def "
+    execute([command("reformer-generate"), str(run), f"--prompt={prompt}", "--max-new-tokens", "200"])
     _print_summary(data, run, train, *(json.loads(path.read_text()) for path in (whole, without_lsh)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a file or folder (default: Python's standard library)")
-    parser.add_argument("--prompt", default="def ", help="prompt of the generated sample (default: 'def ')")
+    parser.add_argument(
+        "--heldout",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="files to evaluate on (default: a tenth of the text)",
+    )
+    parser.add_argument("--prompt", help="prompt of the generated sample (default: 'def ', and none with --text)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides passed to reformer-train")
     return parser
 
 
-def _source(text: Path | None) -> tuple[Path, str]:
-    """The text, and a name for its dataset and run that is unique to the text."""
-    if text is None:
+def _source(text: Path | None, heldout: list[Path] | None) -> tuple[Path, str]:
+    """The text, and a name for its dataset and run, which is another one once a file of it changes."""
+    if text is None and not heldout:
         return STDLIB, "quickstart"
-    if not text.exists():
-        sys.exit(f"error: TEXT={text}: no such file or folder")
-    digest = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:8]
-    return text, f"quickstart-{text.resolve().stem}-{digest}"
+    for name, path in [("TEXT", text or STDLIB), *(("HELDOUT", path) for path in heldout or [])]:
+        if not path.exists():
+            sys.exit(f"error: {name}={path}: no such file or folder")
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for root in (text or STDLIB, *(heldout or []))
+        for path in sorted([root.resolve(), *root.resolve().rglob("*")])
+    ]
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+    return text or STDLIB, f"quickstart-{(text or STDLIB).resolve().stem}-{digest}"
 
 
 def command(name: str) -> str:
@@ -93,7 +108,9 @@ def _print_summary(
     print(f"dataset      {data}")
     print(f"run          {run} (config.yaml, checkpoints/, tensorboard/)")
     longer = [f"optim.restarts=[{_last_step(run)}]", f"trainer.max_steps={2 * _last_step(run)}"]
-    print(f"continue     {shlex.join([*train, *longer])}")
+    replaced = tuple(word.partition("=")[0] + "=" for word in longer)
+    kept = [word for word in train if not word.startswith(replaced)]
+    print(f"continue     {shlex.join([*kept, *longer])}")
     print(f"TensorBoard  {command('tensorboard')} --logdir {run}")
 
 

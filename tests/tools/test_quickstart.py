@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,25 @@ def test_quickstart_on_a_given_text(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         assert said in done.stdout and "held-out bits per byte" in done.stdout
+    data, run = sorted((tmp_path / "data").iterdir()), sorted((tmp_path / "outputs").iterdir())
+    assert len(data) == len(run) == 1
     [continues] = [line for line in done.stdout.splitlines() if line.startswith("continue ")]
+    assert continues.count("trainer.max_steps=") == 1
     done = subprocess.run(shlex.split(continues)[1:], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "step 8/8" in done.stderr + done.stdout, done.stdout + done.stderr
+
+
+def test_a_changed_text_is_another_dataset(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    quickstart = importlib.import_module("quickstart")
+    text, heldout = tmp_path / "text", tmp_path / "heldout.txt"
+    text.mkdir()
+    for path in (text / "a.txt", heldout):
+        path.write_text("one")
+    names = [quickstart._source(text, None)[1], quickstart._source(text, [heldout])[1]]
+    assert quickstart._source(text, None)[1] == names[0]
+    (text / "a.txt").write_text("three")
+    names.append(quickstart._source(text, None)[1])
+    assert len(set(names)) == 3
+    with pytest.raises(SystemExit, match="HELDOUT=absent"):
+        quickstart._source(text, [Path("absent")])

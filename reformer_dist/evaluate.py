@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,6 +39,7 @@ Mode = Callable[[argparse.Namespace, Runtime], list[str]]
 """Evaluates as one rank; returns the lines to print."""
 MICRO_BATCH = 8
 NEEDLES_PER_CELL = 10
+LARGEST_EXPONENT = 700.0  # of a finite perplexity
 MIN_NEEDLE_BYTES = 100
 
 
@@ -109,7 +111,9 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
     lines = [f"checkpoint: {loaded.checkpoint}"]
     if loaded.config.task.kind is TaskKind.language_model:
         lines.append(f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}")
+        values["perplexity"] = math.exp(min(result.loss, LARGEST_EXPONENT))
         lines.append(f"held-out loss: {result.loss:.4f} nats per token")
+        lines.append(f"held-out perplexity: {values['perplexity']:.3f} per token")
         if result.bits_per_byte is not None:
             text = _heldout_text(arguments, loaded, corpus)  # for the baselines
             order0, gzip = order0_bits_per_byte(text), gzip_bits_per_byte(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_diagnostics(trained: Path, job: Runtime, tmp_path: Path, capsys: pytest
         return json.loads(output.read_text())
 
     plain, whole = result(), result("--by-position")
+    assert plain["perplexity"] == pytest.approx(math.exp(plain["loss"]))
     assert plain["by_position"] == [] and whole["loss"] == pytest.approx(plain["loss"], rel=1e-6)
     assert [part["first"] for part in whole["by_position"]] == [0]
     assert whole["by_position"][0]["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-6)

@@ -100,7 +100,7 @@ def test_no_heldout_documents(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dimm=3", ["model.dimm", "mean dim"]),
+        ("model.dimm=3", ["model.dimm", "mean model.dim"]),
         ("data.seq_len=4000", ["data.seq_len=4000", "128"]),
         ("data.batch_size=3", ["data.batch_size=3", "2"]),
         ("trainer.micro_batch_size=3", ["trainer.micro_batch_size=3"]),

@@ -61,7 +61,7 @@ def test_evaluate_on_two_ranks_is_evaluate_on_one(trained):
         return [line for line in output.splitlines() if line.startswith("held-out")]
 
     alone = figures(run_ranks("reformer_dist.evaluate", 1, [trained], forked=True))
-    assert len(alone) == 3
+    assert len(alone) == 4
     assert figures(run_ranks("reformer_dist.evaluate", 2, [trained])) == alone
 
 

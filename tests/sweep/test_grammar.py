@@ -103,7 +103,7 @@ REFUSED = [
     (["-m", "hydra.sweep.dir=x"], ["hydra.sweep.dir=x", "sweep=..."]),
     (["-m", "optim.lr=1,"], ["optim.lr=1,"]),
     (["-m", "sweep=nothing"], ["nothing", "optuna"]),
-    (["-m", "sweep.paralel=1"], ["sweep.paralel", "mean parallel"]),
+    (["-m", "sweep.paralel=1"], ["sweep.paralel", "mean sweep.parallel"]),
     (["-m", "+sweep.more=1"], ["sweep.more=1", "key"]),
     (["-m", "sweep.shard=4/4"], ["sweep.shard=4/4", "0/4"]),
     (["-m", "sweep.parallel=0"], ["sweep.parallel=0"]),

@@ -65,8 +65,8 @@ def run_generation(arguments: argparse.Namespace) -> None:
         prompts, n_shown = [Prompt("--prompt", b"")], 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(arguments.run, arguments.overrides, device, weight_choice(arguments))
-    if loaded.config.task.kind is TaskKind.sequence_to_sequence:
-        n_shown = 0  # a target does not continue its source
+    if loaded.config.task.kind is TaskKind.sequence_to_sequence or loaded.prompt_end:
+        n_shown = 0  # a target does not continue its source, nor a completion the text of its prompt
     writer = _Writer([prompt.text if number < n_shown else b"" for number, prompt in enumerate(prompts)], options)
     generate_texts(loaded, prompts, options, writer)
     if writer.hit_max_positions:

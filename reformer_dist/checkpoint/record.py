@@ -7,7 +7,7 @@ from typing import Any
 
 from reformer_dist.config.renamed import translate_saved
 
-EXPORTED_FIELDS = ("config", "tokenizer", "vocab_size", "labels", "shapes")
+EXPORTED_FIELDS = ("config", "tokenizer", "vocab_size", "labels", "fields", "shapes")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class RunRecord:
     """Shape of each trained parameter by name."""
     labels: list[str] = field(default_factory=list)
     """Class names; empty unless the task classifies."""
+    fields: list[str] = field(default_factory=list)
+    """Names of the fields of a training sample; empty in records of older versions and of converted models."""
     data: dict[str, Any] | None = None
     """Shards and digests of the training data, from `Corpus.record`."""
     progress: dict[str, Any] | None = None

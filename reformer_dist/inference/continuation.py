@@ -201,16 +201,18 @@ def _check_sources(prompts: Sequence[Prompt]) -> None:
 def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> Tensor:
     """Token ids [S] of the prompt after an end-of-text token, which precedes each document in training.
 
-    If documents did not see one another there, the prompt is what follows its last end-of-text token.
+    Another one follows a prompt whose completion was a field of its own there. If documents did not see one another,
+    the prompt is what follows its last end-of-text token.
     """
-    tokenizer = loaded.tokenizer
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist()], device=device)
+    tokenizer, end = loaded.tokenizer, loaded.prompt_end
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist(), *end], device=device)
     if loaded.config.data.mask_documents:
         ids = last_document(ids, tokenizer.eos_id)
     longest = loaded.config.model.max_positions
     if longest is not None and ids.numel() >= longest:
         raise ConfigError(
-            f"{prompt.name}: has {ids.numel() - 1} tokens, and this model takes at most {longest - 2}; "
+            f"{prompt.name}: has {ids.numel() - 1 - len(end)} tokens, and this model takes at most "
+            f"{longest - 2 - len(end)}; "
             "shorten it, or train with more positions"
         )
     return ids

@@ -142,6 +142,7 @@ def _describe_run(config: RunConfig, corpus: Corpus, model: nn.Module) -> tuple[
         tokenizer=specification,
         vocab_size=corpus.tokenizer.vocab_size,
         labels=corpus.labels,
+        fields=corpus.datasets[0].fields,
         data=corpus.record(),
         shapes=parameter_shapes(model),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,14 @@ class LoadedModel:
     tokenizer: Tokenizer
     checkpoint: Path
     step: int
+    fields: list[str] = field(default_factory=list)
+    """Of a training sample, as in RunRecord."""
+
+    @property
+    def prompt_end(self) -> list[int]:
+        """Token ids between a prompt and its continuation: an end-of-text if these were two fields in training."""
+        is_pair = self.config.task.kind is TaskKind.completion and len(self.fields) == 2
+        return [self.tokenizer.eos_id] if is_pair else []
 
     @property
     def language_model(self) -> ReformerLM:
@@ -78,7 +86,13 @@ def load_model(
     task = make_task(config, tokenizer, reader.record.labels)
     model = task.build_model()
     reader.load_weights(model)
-    return LoadedModel(model.to(device).eval(), task, config, tokenizer, reader.folder, reader.step)
+    fields = reader.record.fields
+    if config.task.kind is TaskKind.completion and not fields:
+        logger.warning(
+            f"{reader.folder}: does not record whether its samples were one text or prompt and completion; prompts "
+            "are taken for beginnings of one text (a checkpoint of the run, resumed, records it)"
+        )
+    return LoadedModel(model.to(device).eval(), task, config, tokenizer, reader.folder, reader.step, fields)
 
 
 def add_weight_choice(parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import pytest
 import torch
 from task_data import WORDS, make, write_for, write_pairs
 
-from reformer_dist.data import ByteTokenizer, Corpus, RowSelection, collate
+from reformer_dist.data import ByteTokenizer, Corpus, DrawKey, RowSelection, collate
 from reformer_dist.errors import ConfigError
 from reformer_dist.inference.predictor import METHODS, Predictor
 from reformer_dist.run.pretrained import LoadedModel
+from reformer_dist.tasks import Completion
 
 BYTES = ByteTokenizer()
 TWO_SIDED = ("model.causal=false", "model.position=rotary")
 
 
-def predictor(kind: str, *changed: str) -> Predictor:
+def predictor(kind: str, *changed: str, fields: tuple[str, ...] = ()) -> Predictor:
     """With random weights, whose predictions differ more than those of a model that was trained for seconds."""
     labels = tuple(WORDS) if kind == "sequence_classification" else ()
     task = make(kind, Path("unused"), *changed, labels=labels)
@@ -27,7 +29,7 @@ def predictor(kind: str, *changed: str) -> Predictor:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)
-    return Predictor(LoadedModel(model, task, task.config, BYTES, Path("some-run"), 0))
+    return Predictor(LoadedModel(model, task, task.config, BYTES, Path("some-run"), 0, list(fields)))
 
 
 def close(one: Any, other: Any) -> None:
@@ -74,6 +76,27 @@ def test_answers_are_those_of_evaluation_and_at_their_offsets(tmp_path: Path) ->
     assert ("é中 " + contexts[0])[answer.start : answer.end] == answer.text
     with pytest.raises(ConfigError, match=r"context: has 3 texts for 2 questions"):
         model.answer(questions[:2], contexts[:3])
+
+
+def test_a_completion_follows_an_end_of_text_if_it_was_a_field_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the rows that the model was trained on."""
+    data = write_pairs(tmp_path / "data")
+    for fields in (("text",), ("source", "target")):
+        model = predictor("completion", "data.seq_len=128", "model.max_seq_len=128", fields=fields)
+        task = model.task
+        assert isinstance(task, Completion)
+        sample = next(iter(task.samples(Corpus.open([data]), RowSelection(1, 1))))
+        example = task.encode(replace(sample, fields=sample.fields[: len(fields)]), DrawKey.heldout(0))
+        tokens = example["tokens"][: len(sample.fields[0]) + len(fields)]
+        with torch.no_grad():
+            expected = []
+            for _ in range(6):
+                logits = model.model(torch.from_numpy(np.append(tokens, expected)).long()[None])
+                expected.append(int(logits[0, -1].argmax()))
+        found = model.generate(BYTES.decode(sample.fields[0]), max_new_tokens=6, temperature=0.0)
+        assert found == BYTES.decode(expected[: (expected + [BYTES.eos_id]).index(BYTES.eos_id)])
 
 
 def test_masks_are_filled_with_the_likeliest_tokens() -> None:

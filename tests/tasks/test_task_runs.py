@@ -62,6 +62,8 @@ def test_a_run_resumes_exactly_and_loads(
 
     loaded = load_model(tmp_path / "whole", [], torch.device("cpu"))
     assert loaded.task.config.task.kind.name == kind
+    assert loaded.fields == Corpus.open([data]).datasets[0].fields
+    assert loaded.prompt_end == ([256] if kind == "completion" else [])
     batch = next(iter(loaded.task.heldout(Corpus.open([data]), RowSelection(4, 4))))
     assert torch.isfinite(loaded.model(**batch))
 

@@ -201,8 +201,8 @@ def _check_sources(prompts: Sequence[Prompt]) -> None:
 def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> Tensor:
     """Token ids [S] of the prompt after an end-of-text token, which precedes each document in training.
 
-    Another one follows a prompt whose completion was a field of its own there. If documents did not see one another,
-    the prompt is what follows its last end-of-text token.
+    Another one follows a prompt whose completion was a field of its own there. If documents did not see one
+    another, the prompt is what follows its last end-of-text token.
     """
     tokenizer, end = loaded.tokenizer, loaded.prompt_end
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist(), *end], device=device)

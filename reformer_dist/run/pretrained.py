@@ -89,8 +89,8 @@ def load_model(
     fields = reader.record.fields
     if config.task.kind is TaskKind.completion and not fields:
         logger.warning(
-            f"{reader.folder}: does not record whether its samples were one text or prompt and completion; prompts "
-            "are taken for beginnings of one text (a checkpoint of the run, resumed, records it)"
+            f"{reader.folder}: does not record whether its samples were one text or prompt and completion; prompts"
+            " are read as beginnings of one text (a checkpoint of the resumed run records it)"
         )
     return LoadedModel(model.to(device).eval(), task, config, tokenizer, reader.folder, reader.step, fields)
 

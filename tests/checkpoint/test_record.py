@@ -14,13 +14,20 @@ from reformer_dist.checkpoint import CheckpointReader, RunRecord
 from reformer_dist.checkpoint.export import open_weights
 from reformer_dist.errors import CheckpointError
 
-EXPORTED = {"config": {}, "tokenizer": {"kind": "bytes"}, "vocab_size": 257, "labels": ["a"], "shapes": SHAPES}
+EXPORTED = {
+    "config": {},
+    "tokenizer": {"kind": "bytes"},
+    "vocab_size": 257,
+    "labels": ["a"],
+    "fields": [],
+    "shapes": SHAPES,
+}
 
 
 def test_a_record_reads_back() -> None:
     record = replace(RECORD, labels=["a"], data={"weights": None}, progress={"step": 3}, loss_scaler={})
     document = record.to_json()
-    names = ("config", "tokenizer", "vocab_size", "shapes", "labels", "data", "progress", "loss_scaler")
+    names = ("config", "tokenizer", "vocab_size", "shapes", "labels", "fields", "data", "progress", "loss_scaler")
     assert document.keys() == set(names)
     assert RunRecord.from_json(json.loads(json.dumps(document))) == record
     assert record.to_export_json().keys() == EXPORTED.keys()

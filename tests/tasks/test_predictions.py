@@ -96,7 +96,7 @@ def test_a_completion_follows_an_end_of_text_if_it_was_a_field_of_its_own(
                 logits = model.model(torch.from_numpy(np.append(tokens, expected)).long()[None])
                 expected.append(int(logits[0, -1].argmax()))
         found = model.generate(BYTES.decode(sample.fields[0]), max_new_tokens=6, temperature=0.0)
-        assert found == BYTES.decode(expected[: (expected + [BYTES.eos_id]).index(BYTES.eos_id)])
+        assert found == BYTES.decode(expected[: [*expected, BYTES.eos_id].index(BYTES.eos_id)])
 
 
 def test_masks_are_filled_with_the_likeliest_tokens() -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Repeats the rows of docs/evidence.md: what LSH attention learns, beside local and exact attention.
 
-  mqar          multi-query associative recall in the sizes of zoology, and read at 1,024 to 16,384 tokens
+  small_recall  multi-query associative recall of 128 tokens and 256 ids, which exact attention learns as well
+  mqar          the same in the sizes of zoology, and read at 1,024 to 16,384 tokens
   joint_recall  joint recall in the format of HAX, 8 x 8
   duplication   Table 2 of the Reformer paper: trained with 4 and with 1 hash rounds, evaluated with 8, 4, 2 and 1
   text          source code of installed packages in rows of 4,096 bytes: bits per byte by position
@@ -42,6 +43,16 @@ ABLATIONS = {
     "lsh_rotary": ["model.qk_conv=0", "model.rotary_layers=[local,lsh,exact]"],
 }
 HELDOUT_PACKAGES = {"aiohttp", "alembic", "idlelib", "joblib", "networkx", "werkzeug"}
+SAME_OPTIONS = {"one_bucket": ["model.n_buckets=1", "model.n_hashes=1", "model.window=4096"]}
+"""Exact attention with all options of the LSH layers: a bucket and a window that hold the whole row."""
+RECALL_LAYERS = {
+    **LAYERS,
+    "exact_shared_qk": [NO_NEXT, "model.n_buckets=1", "model.n_hashes=1", "model.window=128"],
+    "exact_next": ["model.n_buckets=1", "model.n_hashes=1", "model.window=128"],
+    "lsh_own_keys": [NO_NEXT, "model.shared_qk=false"],
+    "lsh_own_keys_next": ["model.shared_qk=false"],
+}
+"""exact_*: LSH layers with a single bucket that holds the whole row."""
 PART_BYTES = 512 * 1024
 
 
@@ -72,6 +83,19 @@ def rows() -> Iterator[Row]:
         ]
         for n in (1024, 4096, 16384)
     }
+    small = [
+        *(
+            "model.window=16",
+            "data.seq_len=128",
+            "data.batch_size=32",
+            "optim.warmup_steps=100",
+            "trainer.max_steps=1500",
+        ),
+    ]
+    for name, layers in RECALL_LAYERS.items():
+        yield Row(
+            "small_recall", name, 2, "mqar", "mqar_small", [*small, *layers], {"distances": ["--batch", "32"]}
+        )
     for name, layers in LAYERS.items():
         yield Row("mqar", name, 5, "mqar", "mqar", layers, {"sizes": ["--batch", "32"], **far})
     for name, layers in LAYERS.items():
@@ -90,7 +114,7 @@ def rows() -> Iterator[Row]:
         *("optim.lr=3e-3", "optim.warmup_steps=100", "trainer.eval_every=250", "trainer.sample_every=0"),
     ]
     measure = ["--rows", "512", "--batch", "4"]
-    for name, layers in (LAYERS | ABLATIONS).items():
+    for name, layers in (LAYERS | ABLATIONS | SAME_OPTIONS).items():
         local_round = ["model.local_round=true"] * name.startswith("lsh")
         knocked_out = {"without": [*measure, "--without", name]} if name in ("lsh", "exact") else {}
         evaluate = {
@@ -137,7 +161,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("claims", nargs="*", help="mqar, joint_recall, duplication, text, stages (default: all)")
+    add("claims", nargs="*", help="small_recall, mqar, joint_recall, duplication, text, stages (default: all)")
     add("--rows", nargs="+", help="only these rows, such as lsh exact")
     add("--seeds", type=int, default=3, help="seeds of rows of 15 minutes or less (default: 3); others have one")
     add("--output", type=Path, default=Path("outputs/evidence"), help="datasets, runs and results")
@@ -171,6 +195,7 @@ def run_row(row: Row, seed: int, output: Path, overrides: list[str]) -> None:
         "overrides": row.train + overrides,
     }
     values["train_s"] = round(time.monotonic() - started)
+    values["evaluations"] = evaluations_of(run)
     for name, options in row.evaluate.items():
         if name.isdecimal() and row.claim == "mqar":
             make_dataset(f"mqar_{name}", data)
@@ -194,6 +219,13 @@ def measure_curve(run: Path, options: list[str]) -> list[dict[str, float]]:
         bits = json.loads(target.read_text())["bits_per_byte"]
         curve.append({"step": step, "tokens": step * tokens, "time_s": seconds[step], "bits_per_byte": bits})
     return curve
+
+
+def evaluations_of(run: Path) -> dict[int, dict[str, float]]:
+    """Held-out metrics by step of training."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: {name: line[name] for name in line if name.startswith("eval/")} for line in lines}
+    return {step: metrics for step, metrics in found.items() if metrics}
 
 
 def metrics_of(run: Path, name: str) -> dict[int, float]:
@@ -250,6 +282,9 @@ def make_dataset(name: str, folder: Path) -> None:
         _tool(
             "make_shards.py", lines, "--fields", "prompt", "completion", "--heldout", "0.005", "--output", target
         )
+    elif name == "mqar_small":
+        sizes = ["--tokens", "128", "--pairs", "16", "--vocab-size", "256", "--samples", "50000"]
+        _tool("make_recall_data.py", "mqar", *sizes, "--heldout", "500", "--output", target)
     elif name.startswith("mqar_"):
         sizes = ["--tokens", name.removeprefix("mqar_"), "--pairs", "64", "--samples", "1", "--heldout", "100"]
         _tool("make_recall_data.py", "mqar", *sizes, "--output", target)

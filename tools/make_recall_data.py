@@ -2,7 +2,7 @@
 """Writes datasets of tasks that measure recall. Only their answers are labels (task.kind=completion).
 
 mqar          multi-query associative recall in the sizes of zoology: 64 to 256 tokens, 4 to 64 pairs, 8,192 ids;
-              with --tokens and --pairs one size, whose accuracy is reported by distance
+              with --tokens, --pairs and --vocab-size one size, whose accuracy is reported by distance
 joint_recall  keys whose values depend on their context, in the format of HAX: --contexts 8 --keys 8
 induction     the token that followed a special one before: --tokens 256
 needle        sentences hidden in text, and questions at its end, in bytes: --tokens 2048
@@ -28,7 +28,7 @@ from reformer_dist.data import (
     write_samples,
 )
 from reformer_dist.data.prepare import needles, recall
-from reformer_dist.errors import UserError
+from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.process.stdio import exit_quietly
 
 MQAR_VOCAB = 8192
@@ -66,6 +66,7 @@ def _parse() -> argparse.Namespace:
     add("--heldout", type=int, help="held-out samples (default: mqar 5000, needle 200, others 1000)")
     add("--tokens", type=int, help="tokens per sample, for mqar, induction (default: 256) and needle (2048)")
     add("--pairs", type=int, help="mqar with --tokens: pairs of key and value (default: a quarter of what fits)")
+    add("--vocab-size", type=int, help="mqar with --tokens: number of ids (default: 8192)")
     add("--contexts", type=int, default=8, help="joint_recall: maximum number of contexts (default: 8)")
     add("--keys", type=int, default=8, help="joint_recall: maximum number of keys per context (default: 8)")
     add("--text", type=Path, default=HAYSTACK, help="needle: a file or folder (default: standard library)")
@@ -80,19 +81,22 @@ def _sizes(arguments: argparse.Namespace, train: int, heldout: int) -> tuple[int
 
 
 def _mqar(arguments: argparse.Namespace, draw: np.random.Generator) -> Splits:
-    tokenizer = IdTokenizer(MQAR_VOCAB)
+    vocab_size = MQAR_VOCAB if arguments.vocab_size is None else arguments.vocab_size
     if arguments.tokens is not None:
-        n_pairs = arguments.pairs or max(1, arguments.tokens // 16)
+        size = {"n_tokens": arguments.tokens, "n_pairs": arguments.pairs or max(1, arguments.tokens // 16)}
         train, heldout = (
-            recall.mqar(draw, n, n_tokens=arguments.tokens, n_pairs=n_pairs, power=1.0, by_distance=True)
+            recall.mqar(draw, n, **size, vocab_size=vocab_size, power=1.0, by_distance=True)
             for n in _sizes(arguments, 40_000, 200)
         )
-        return train, heldout, tokenizer
+        return train, heldout, IdTokenizer(vocab_size)
+    for name, value in (("--pairs", arguments.pairs), ("--vocab-size", arguments.vocab_size)):
+        if value is not None:
+            raise ConfigError(f"{name} {value}: needs --tokens; without it, mqar has the sizes of zoology")
     train, heldout = (
         _mqar_mixture(draw, shapes, n)
         for shapes, n in zip((MQAR_TRAIN, MQAR_HELDOUT), _sizes(arguments, 180_000, 5000), strict=True)
     )
-    return train, heldout, tokenizer
+    return train, heldout, IdTokenizer(vocab_size)
 
 
 def _mqar_mixture(

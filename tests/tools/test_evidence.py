@@ -61,5 +61,5 @@ def test_rows_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["evidence.py", "text", "--list"])
     runpy.run_path(str(TOOL), run_name="__main__")
     names = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    ablations = ("lsh_no_conv", "lsh_rotary")
+    ablations = ("lsh_no_conv", "lsh_rotary", "one_bucket")
     assert names == [["text", name] for name in ("lsh", "lsh_own_values", "exact", "local", *ablations)]

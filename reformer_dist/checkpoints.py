@@ -16,7 +16,7 @@ from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.process.command import run_command
 from reformer_dist.process.version import add_version
-from reformer_dist.run.directory import config_changes
+from reformer_dist.run.config_changes import config_changes
 from reformer_dist.run.pretrained import add_weight_choice, weight_choice
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

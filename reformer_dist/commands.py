@@ -43,5 +43,9 @@ def checkpoints() -> None:
     _run_main("reformer_dist.checkpoints")
 
 
+def runs() -> None:
+    _run_main("reformer_dist.runs.__main__")
+
+
 def shards() -> None:
     _run_main("reformer_dist.shards.__main__")

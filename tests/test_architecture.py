@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "diagnostics": {"config", "data", "errors", "models", "ops"},
     "doctor": {"config", "distributed", "errors", "ops", "process", "run"},
     "sweep": {"config", "distributed", "errors", "fs", "process", "run", "seeds", "training"},
+    "runs": {"config", "errors", "fs", "process", "run", "sweep"},
     # the commands
     "train": {"config", "distributed", "errors", "launch", "process", "run", "sweep", "training"},
     "evaluate": {
@@ -72,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "generate",
         "predict",
         "process",
+        "runs",
         "shards",
         "train",
     },
@@ -89,7 +91,7 @@ THIRD_PARTY_HOMES = {
     "rouge_score": {"tasks"},
     "hydra": {"run", "sweep"},
     "optuna": {"sweep"},
-    "matplotlib": {"diagnostics", "planning", "sweep"},
+    "matplotlib": {"diagnostics", "planning", "runs", "sweep"},
     "tensorboard": {"training"},
     "tqdm": {"process"},
     "wandb": {"training"},

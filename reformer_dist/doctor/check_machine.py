@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from reformer_dist.doctor.findings import Finding, failed, ok, warning
 from reformer_dist.ops.lsh.native.library import unavailable_reason
 from reformer_dist.process.cores import usable_cores
+from reformer_dist.process.version import package_version
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -36,7 +37,7 @@ def check_versions() -> Iterator[Finding]:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        version, fix = _version(requirement.name), f"pip install '{requirement}'"
+        version, fix = package_version(requirement.name), f"pip install '{requirement}'"
         if version is None:
             yield failed(requirement.name, "not installed", fix)
         elif not requirement.specifier.contains(version, prereleases=True):
@@ -44,14 +45,7 @@ def check_versions() -> Iterator[Finding]:
         else:
             yield ok(requirement.name, version)
     for name in OPTIONAL:
-        yield ok(name, _version(name) or "not installed; not needed by training")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        yield ok(name, package_version(name) or "not installed; not needed by training")
 
 
 def check_devices() -> Iterator[Finding]:

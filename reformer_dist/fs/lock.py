@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from reformer_dist.process.log import logger
 LOCK_FILE = ".lock"
 LEASE = 120.0  # seconds for which the lock of a lost machine may persist; 90 by default with NFS
 POLL = 0.5  # seconds
+FLOCK = "hhqqi4x"  # struct flock of Linux
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -109,6 +112,21 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(text)
         self._file.flush()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a job holds the RunLock of a run directory. On systems other than Linux, whether one has left it."""
+    path = folder / LOCK_FILE
+    try:
+        with path.open("rb") as file:
+            if sys.platform != "linux":
+                return bool(file.read(1))
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            # the lock is not taken, which could refuse a job that starts at this moment
+            kind, *_ = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            return bool(kind != fcntl.F_UNLCK)
+    except OSError:
+        return False
 
 
 def _own_record() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ def run_command(command: Callable[[], None]) -> None:
         try:
             command()
         except environment.Preempted as stopped:
+            log.log_to_file(str(stopped))
             stdio.write(sys.stdout, f"{stopped}\n" if environment.env_rank() == 0 else "")
             _exit(PREEMPTED)
         except (ConfigError, environment.SharedError) as error:
@@ -43,6 +45,7 @@ def run_command(command: Callable[[], None]) -> None:
         except Exception as error:
             if isinstance(error, OSError) and _is_of_the_machine(error):
                 _fail(UserError(environment.explain(error)), is_reporter=True)
+            log.log_to_file(traceback.format_exc())
             if environment.env_world_size() == 1:
                 raise
             sys.excepthook(*sys.exc_info())
@@ -84,6 +87,7 @@ def _exit(status: int) -> NoReturn:
 
 
 def _fail(error: UserError, *, is_reporter: bool) -> NoReturn:
+    log.log_to_file(f"error: {error}")
     if is_reporter:
         stdio.write(sys.stdout, "")
         stdio.write(sys.stderr, f"error: {error}\n")

@@ -1,10 +1,19 @@
-"""`--version` of every command."""
+"""Versions of installed packages, and `--version` of every command."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 
 import reformer_dist
+
+
+def package_version(name: str) -> str | None:
+    """None if the package is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def version_line(command: str) -> str:

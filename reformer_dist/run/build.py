@@ -23,11 +23,11 @@ from reformer_dist.models.block import Block
 from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
 from reformer_dist.run.compose import to_dict
+from reformer_dist.run.config_changes import config_changes
 from reformer_dist.run.data import open_task_data
 from reformer_dist.run.directory import (
     RunDirectory,
     check_rate,
-    config_changes,
     open_run_directory,
     require_same_config,
     require_same_model,
@@ -36,6 +36,7 @@ from reformer_dist.run.directory import (
 from reformer_dist.run.memory import require_memory
 from reformer_dist.run.pretrained import load_initial_moments, load_initial_weights, require_same_optimizer
 from reformer_dist.run.stages import OpenStage, StageOpener
+from reformer_dist.run.start_record import record_start
 from reformer_dist.training.checkpoint_manager import CheckpointManager, TrainState, has_checkpoints
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import EngineParts, RunContext, TaskData
@@ -71,6 +72,7 @@ def build_trainer(
     step = parts.state.step
     if step < config.trainer.max_steps:  # otherwise it would record overrides that were never used
         write_config(config, runtime)
+        record_start(directory.path, step, runtime)
     path, is_main = directory.path, runtime.is_main
     described = RunDescription(path, config.tracker.name or path.absolute().name, to_dict(run.config))
     metrics = runtime.together(

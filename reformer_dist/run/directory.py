@@ -6,11 +6,9 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from reformer_dist.checkpoint import CheckpointReader, RunRecord
 from reformer_dist.config import OptimConfig, RunConfig
@@ -20,6 +18,7 @@ from reformer_dist.engine.schedule import learning_rate
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.fs.lock import RunLock
 from reformer_dist.run.compose import to_dict, to_yaml
+from reformer_dist.run.config_changes import config_changes
 from reformer_dist.training.checkpoint_manager import FOLDER as CHECKPOINTS
 from reformer_dist.training.checkpoint_manager import find_resume_checkpoint
 from reformer_dist.training.metrics_log import TENSORBOARD_FOLDER
@@ -136,21 +135,3 @@ def _rate_fixes(checkpoint: CheckpointReader, config: RunConfig, last: float) ->
 def write_config(config: RunConfig, runtime: Runtime) -> None:
     """Writes the resolved configuration. Called once resuming has succeeded: a refused run changes nothing."""
     runtime.on_main(lambda: (Path(config.output_dir) / CONFIG_FILE).write_text(to_yaml(config)))
-
-
-def config_changes(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Lines such as "optim.lr: 0.003 -> 0.001" for each difference between two saved configurations."""
-    before, after = dict(_flatten(first)), dict(_flatten(second))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from reformer_dist.errors import UserError
 from reformer_dist.fs.atomic import write_atomic
 from reformer_dist.process.log import logger
+from reformer_dist.process.text_table import format_table
 from reformer_dist.sweep.trials import Trial, TrialStatus
 
 HPARAMS_FOLDER = "hparams"
@@ -35,7 +36,7 @@ def write_report(folder: Path, trials: list[Trial], objective: str, *, maximize:
     _write_hparams(folder, [trial for trial in ordered if trial.result])
     logger.info("\n" + as_text(rows))
     if averages := over_seeds(ordered, objective):
-        logger.info("\n" + as_text(averages))
+        logger.info("\n" + format_table(averages))
     try:
         from reformer_dist.sweep.plots import write_plots
 
@@ -93,20 +94,7 @@ def table(trials: list[Trial], objective: str) -> list[dict[str, str | float | N
 
 def as_text(rows: list[dict[str, str | float | None]]) -> str:
     """Aligned columns, without the name of the trial, which repeats its overrides."""
-    if not rows:
-        return "no trials"
-    columns = [name for name in rows[0] if name != "trial"]
-    lines = [columns, *([_format_cell(row[name]) for name in columns] for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _format_cell(value: str | float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+    return format_table(rows, [name for name in rows[0] if name != "trial"]) if rows else "no trials"
 
 
 def _write_hparams(folder: Path, trials: list[Trial]) -> None:

@@ -90,7 +90,7 @@ def test_little_shared_memory_is_warned_of(monkeypatch, tmp_path):
 
 def test_packages_of_another_version_fail(monkeypatch):
     monkeypatch.setattr(
-        check_machine, "_version", lambda package: {"deepspeed": "0.1", "numpy": None}.get(package, "99")
+        check_machine, "package_version", lambda package: {"deepspeed": "0.1", "numpy": None}.get(package, "99")
     )
     failed = {finding.name for finding in check_machine.check_versions() if finding.state is CheckState.failed}
     assert {"deepspeed", "numpy"} <= failed

@@ -224,7 +224,6 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
         [
             ["ls", "{run}"],
             ["show", "{run}", "--json"],
-            ["compare", "{run}", "{run}/../run", "--metric=train/loss"],
         ],
     ),
     "convert": ("reformer_dist.convert", [["{run}", "{out}"], ["{export}", "{out}", "--tokenizer=bytes"]]),

@@ -17,7 +17,7 @@ from torch import Tensor
 from reformer_dist.ops.lsh.hashing import FLOOR_SPAN, LARGEST_FACTOR, bucket_dtype, bucket_factors
 from reformer_dist.ops.lsh.hashing import hash_vectors as torch_hash_vectors
 from reformer_dist.ops.lsh.triton_kernels.load import grid_of, head_and_rows
-from reformer_dist.ops.lsh.triton_kernels.products import WIDENS
+from reformer_dist.ops.lsh.triton_kernels.products import INTERPRETED, WIDENS
 from reformer_dist.ops.tensor_cache import cache_tensors
 
 MAX_ROWS, MIN_ROWS = 128, 16  # of a program
@@ -93,13 +93,14 @@ def _rotation_parts(rotations: Tensor, device: torch.device, dtype: torch.dtype)
 
 @functools.cache
 def _shared_memory(device: int) -> int:
-    """Bytes available to a program, according to Triton."""
+    """Bytes available to a program on a device, according to Triton."""
     return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def _max_rows(x: Tensor, block_d: int, n_columns: int) -> int:
     """Rows of a program whose operands fit in shared memory; 0 if MIN_ROWS do not."""
-    available = _shared_memory(x.device.index) if x.is_cuda else INTERPRETER_SHARED_MEMORY
+    current_device = triton.runtime.driver.active.get_current_device
+    available = INTERPRETER_SHARED_MEMORY if INTERPRETED else _shared_memory(current_device())
     # a float32 operand is split into two numbers
     column = block_d * x.element_size() * (2 if x.dtype == torch.float32 else 1)
     rows = MAX_ROWS

@@ -7,8 +7,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter multiplies bfloat16 as if it were integers.
-WIDENS = tl.constexpr(bool(triton.knobs.runtime.interpret))
+WIDENS = tl.constexpr(INTERPRETED)
 
 
 @triton.jit

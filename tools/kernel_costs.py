@@ -1,0 +1,205 @@
+"""What the kernels of LSH attention cost by their machine code, without a GPU.
+
+Every kernel is compiled exactly as a training step launches it (bf16, 4 rounds, 16 heads, window 64, buckets of 64
+tokens on average), and counted. Times on an H200 are predictions: a model calibrated once on the measured times of
+docs/benchmarks/2026-11-27-nvidia-h200.md, with heads of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import fake_gpu
+import torch
+from fake_gpu import MachineCode
+
+from reformer_dist.ops.lsh import AttentionOptions, WindowRule, draw_rotations
+from reformer_dist.ops.lsh.attention import LocalExchange, attend
+from reformer_dist.ops.lsh.triton_kernels import backward, forward, hashing, rowwise, tile_table, tuning
+from reformer_dist.ops.lsh.triton_kernels.attention import TritonBackend
+
+KERNELS = (
+    hashing._hash,
+    tile_table._build_table,
+    forward.attend_round,
+    rowwise._merge_rounds,
+    rowwise._row_products,
+    backward.attend_round_backward,
+    rowwise._sum_rounds,
+)
+MEASURED = ("_hash", "_build_table")  # whose times the model does not predict
+TARGETS, HEAD_DIMS = (80, 90, 100), (64, 128)
+N_TOKENS, N_HEADS, N_ROUNDS, WINDOW, N_BUCKETS = 65536, 16, 4, 64, 1024
+
+# The H200 of the model.
+N_SCHEDULERS = 132 * 4  # each issues an instruction of a warp per cycle
+CLOCK = 1.98e6  # cycles per ms
+REGISTERS, SHARED_BYTES, MOST_WARPS, MOST_PROGRAMS = 65536, 228 * 1024, 64, 32  # of a multiprocessor
+DRAM, L2 = 4.27e9, 5.5e9  # bytes per ms: of a copy, measured; of gathered rows, an estimate
+STREAMED = 0.92  # of the rate of a copy, reached by the row-wise kernels when measured
+HASH_MS, SORT_MS = {64: 0.249, 128: 0.459}, 0.310  # measured; the latter of torch.sort with the tile table
+# Share of the issue slots that each resident warp filled when measured with heads of 64: the kernels wait for
+# memory and tensor cores, and only other warps fill the gaps.
+FILLED_BY_A_WARP = {"attend_round": 0.0302, "attend_round_backward": 0.0285}
+MOST_FILLED = 0.85
+
+
+Codes = dict[str, list[MachineCode]]  # of a kernel, all variants
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Means of a bucket, whose size is Poisson distributed: tiles, and blocks beside them."""
+
+    tiles: float
+    key_blocks: float
+    query_blocks: float
+
+    @staticmethod
+    def of(block: int, other_block: int, mean: float = N_TOKENS / N_BUCKETS, window: int = WINDOW) -> Tiling:
+        tiles = key_blocks = query_blocks = 0.0
+        for size in range(1, int(4 * mean)):
+            weight = math.exp(size * math.log(mean) - mean - math.lgamma(size + 1))
+            for first in range(0, size, block):
+                tiles += weight
+                key_blocks += weight * math.ceil((first - max(first - window + 1, 0)) / other_block)
+                beyond = min(first + block + window - 1, size) - first - block
+                query_blocks += weight * math.ceil(max(beyond, 0) / other_block)
+        return Tiling(tiles, key_blocks, query_blocks)
+
+
+def step(head_dim: int, seq_len: int = 1024) -> fake_gpu.LaunchCounter:
+    """Hashes, attends and runs backward, with queries and values as a projection's views [B, S, H, D]."""
+    shape = (1, seq_len, N_HEADS, head_dim)
+    q, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(2))
+    rotations = draw_rotations(N_HEADS, head_dim, N_ROUNDS, N_BUCKETS, "rotation", seed=0)
+    options = AttentionOptions(WindowRule(WINDOW, causal=True), seq_len // 64, scale=1.0)
+    d_out = torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2)
+    with fake_gpu.LaunchCounter() as counter:
+        TritonBackend.hash(q, rotations, N_BUCKETS, "rotation", None)
+        ids = torch.empty(1, N_HEADS, N_ROUNDS, seq_len, dtype=torch.uint8)
+        out = attend(q, None, v, LocalExchange(ids, options, None), TritonBackend)
+        out.backward(d_out)
+    return counter
+
+
+def compile_step(head_dim: int, target: int) -> tuple[Codes, fake_gpu.LaunchCounter]:
+    """The kernels of a step, in every variant that it launches, and its launches."""
+    fake_gpu.install(target)
+    before = {k: len(_variants(k, target)) for k in KERNELS}
+    counter = step(head_dim)
+    codes = {k.__name__: [fake_gpu.machine_code(x) for x in _variants(k, target)[before[k] :]] for k in KERNELS}
+    return codes, counter
+
+
+def _variants(kernel: Any, target: int) -> list[Any]:
+    return fake_gpu.compiled_variants(kernel, target) if target in kernel.device_caches else []
+
+
+def resident_warps(code: MachineCode) -> int:
+    """Warps that a multiprocessor of the H200 holds at a time."""
+    of_a_warp = math.ceil(code.registers / 8) * 8 * 32
+    programs = min(
+        REGISTERS // (of_a_warp * code.n_warps),
+        SHARED_BYTES // (code.shared_bytes + 1024),
+        MOST_WARPS // code.n_warps,
+        MOST_PROGRAMS,
+    )
+    return programs * code.n_warps
+
+
+def slots(code: MachineCode, programs: float, *iterations: float) -> float:
+    """Instructions that warps issue, for programs that run the loops, by address, so many times in all."""
+    loops = [n for n in map(code.instructions_of, code.loops()) if n > 16]  # shorter ones wait for a barrier
+    assert len(loops) == len(iterations), (loops, iterations)
+    straight = len(code.instructions) - sum(loops)
+    return code.n_warps * (programs * straight + sum(n * i for n, i in zip(loops, iterations, strict=True)))
+
+
+def slots_per_bucket(name: str, code: MachineCode, head_dim: int) -> float:
+    """Issue slots of a bucket and round."""
+    size = tuning.tuning_of(head_dim, torch.bfloat16)
+    tiling = Tiling.of(size.block, size.other_block)
+    if name == "attend_round":
+        return slots(code, tiling.tiles, tiling.key_blocks)
+    return slots(code, tiling.tiles, tiling.query_blocks, tiling.key_blocks)
+
+
+def predict(name: str, code: MachineCode, head_dim: int) -> float:
+    """Milliseconds of a kernel at N_TOKENS on an H200."""
+    rows, vector = N_TOKENS * N_HEADS, 2 * head_dim
+    moved = {
+        "_merge_rounds": (N_ROUNDS + 1) * (vector + 4),
+        "_row_products": 2 * vector + 4,
+        "_sum_rounds": (N_ROUNDS + 1) * vector,
+    }
+    if name in moved:
+        return rows * moved[name] / (DRAM * STREAMED)
+    gathered = {"attend_round": 3 * vector, "attend_round_backward": 5 * vector}[name]
+    filled = min(FILLED_BY_A_WARP[name] * resident_warps(code), MOST_FILLED)
+    issued = N_HEADS * N_ROUNDS * N_BUCKETS * slots_per_bucket(name, code, head_dim)
+    return max(issued / (N_SCHEDULERS * CLOCK * filled), rows * N_ROUNDS * gathered / L2)
+
+
+def kernel_row(name: str, target: int, head_dim: int, code: MachineCode) -> dict[str, Any]:
+    row = {
+        "kernel": name.lstrip("_"),
+        "target": f"sm_{target}",
+        "head_dim": head_dim,
+        "registers": code.registers,
+        "stack_bytes": code.stack_bytes,
+        "instructions": len(code.instructions),
+        "tensor_core_instructions": code.tensor_core_instructions,
+        "narrow_loads": code.narrow_loads,
+        "warps": code.n_warps,
+        "shared_bytes": code.shared_bytes,
+    }
+    if target == 90 and name in FILLED_BY_A_WARP:
+        row["slots_per_bucket"] = round(slots_per_bucket(name, code, head_dim))
+    return row
+
+
+def width_row(
+    codes: dict[str, list[MachineCode]], counter: fake_gpu.LaunchCounter, head_dim: int
+) -> dict[str, Any]:
+    timed = {name: found for name, found in codes.items() if name not in MEASURED}
+    parts = {name: sum(predict(name, x, head_dim) for x in found) for name, found in timed.items()}
+    parts |= {"hash": HASH_MS[head_dim], "sort": SORT_MS}
+    return {
+        "head_dim": head_dim,
+        "launches": len(counter.launches),
+        "torch_operations": len(counter.operations),
+        "predicted_ms": round(sum(parts.values()), 2),
+        **{f"{name.lstrip('_')}_ms": round(ms, 3) for name, ms in parts.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="a JSON object per line")
+    parser.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
+    args = parser.parse_args()
+    widths = []
+    for head_dim in args.head_dims:
+        for target in args.targets:
+            codes, counter = compile_step(head_dim, target)
+            for name, found in codes.items():
+                for code in found:
+                    show(kernel_row(name, target, head_dim, code), as_json=args.json)
+            if target == 90:
+                widths.append(width_row(codes, counter, head_dim))
+    for row in widths:
+        show(row, as_json=args.json)
+
+
+def show(row: dict[str, Any], *, as_json: bool) -> None:
+    print(json.dumps(row) if as_json else "  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

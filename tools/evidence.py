@@ -47,12 +47,13 @@ SAME_OPTIONS = {"one_bucket": ["model.n_buckets=1", "model.n_hashes=1", "model.w
 """Exact attention with all options of the LSH layers: a bucket and a window that hold the whole row."""
 RECALL_LAYERS = {
     **LAYERS,
+    "exact_long": [*LAYERS["exact"], "trainer.max_steps=5000"],
     "exact_shared_qk": [NO_NEXT, "model.n_buckets=1", "model.n_hashes=1", "model.window=128"],
     "exact_next": ["model.n_buckets=1", "model.n_hashes=1", "model.window=128"],
     "lsh_own_keys": [NO_NEXT, "model.shared_qk=false"],
     "lsh_own_keys_next": ["model.shared_qk=false"],
 }
-"""exact_*: LSH layers with a single bucket that holds the whole row."""
+"""exact_shared_qk, exact_next: LSH layers with a single bucket that holds the whole row."""
 PART_BYTES = 512 * 1024
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,11 +22,14 @@ from reformer_dist.diagnostics.coverage import measure_layers
 from reformer_dist.diagnostics.knockout import remove_attention
 from reformer_dist.diagnostics.needles import measure_needles, needle_table, plot_needles
 from reformer_dist.distributed import failures, runtime
-from reformer_dist.distributed.runtime import Runtime
+from reformer_dist.distributed.runtime import Runtime, is_rank
 from reformer_dist.errors import ConfigError, DataError
 from reformer_dist.fs.atomic import write_atomic
+from reformer_dist.launch.choice import take_local_launcher
+from reformer_dist.launch.local import run_ranks
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.parallel.sequence import make_sequence
+from reformer_dist.process import log
 from reformer_dist.process.command import run_command
 from reformer_dist.process.live_line import live
 from reformer_dist.process.log import logger
@@ -35,9 +39,12 @@ from reformer_dist.run.pretrained import LoadedModel, add_weight_choice, load_mo
 from reformer_dist.tasks.text_metrics import gzip_bits_per_byte, order0_bits_per_byte
 from reformer_dist.training.evaluation import EvalResult, evaluate
 
-Mode = Callable[[argparse.Namespace, Runtime], list[str]]
-"""Evaluates as one rank; returns the lines to print."""
+Report = tuple[dict[str, Any], list[str]]
+"""JSON values, and the lines to print."""
+Mode = Callable[[argparse.Namespace, Runtime], Report]
+"""Evaluates as one rank."""
 MICRO_BATCH = 8
+PRECISION = "float32"  # of weights and activations, whatever the model was trained in
 NEEDLES_PER_CELL = 10
 LARGEST_EXPONENT = 700.0  # of a finite perplexity
 MIN_NEEDLE_BYTES = 100
@@ -47,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reformer-evaluate",
         description="Evaluates a trained model on held-out data: the loss, and the metrics of its task.",
-        epilog="example: reformer-evaluate outputs/quickstart --rows 200 model.n_hashes=8",
+        epilog="examples: reformer-evaluate outputs/quickstart --rows 200 model.n_hashes=8, "
+        "and on two ranks with launcher=local launcher.nproc_per_node=2 (parallel.sequence=2)",
     )
     add_version(parser)
     add = parser.add_argument
@@ -72,19 +80,33 @@ def build_parser() -> argparse.ArgumentParser:
     add("--needles", metavar="N,N,...", help=needles)
     coverage = "the fraction of exact attention's softmax mass that each LSH layer covers"
     add("--coverage", action="store_true", help=coverage)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="with --needles: write a heat map")
     return parser
 
 
 def run_evaluation(arguments: argparse.Namespace) -> None:
-    """Evaluates as one rank of the job; rank 0 prints. Raises UserError on every rank."""
+    """Evaluates as a rank of the job, of which rank 0 prints, or starts its ranks. Raises UserError on each."""
+    launcher, arguments.overrides = take_local_launcher("reformer-evaluate", arguments.overrides)
+    if launcher is not None and not is_rank():
+        sys.exit(run_ranks("reformer_dist.evaluate", sys.argv[1:], launcher, "run the same command again"))
+    if arguments.json:
+        log.configure(sys.stderr)
     job = runtime.start()
     with failures.detect_lost_ranks(job):
-        with live.shown(), live.phase("evaluating"):
-            lines = _mode(arguments)(arguments, job)
-        if job.is_main:
-            print("\n".join(lines))
+        print_report(arguments, job)
+
+
+def print_report(arguments: argparse.Namespace, job: Runtime) -> None:
+    """Evaluates; rank 0 prints the result and writes it to --output. Raises UserError on every rank."""
+    with live.shown(), live.phase("evaluating"):
+        values, lines = _mode(arguments)(arguments, job)
+    document = json.dumps({"precision": PRECISION, **values}, indent=1)
+    if arguments.output is not None:
+        job.on_main(lambda: write_atomic(arguments.output, f"{document}\n"))
+    if job.is_main:
+        print(document if arguments.json else "\n".join(lines))
 
 
 def _mode(arguments: argparse.Namespace) -> Mode:
@@ -103,12 +125,12 @@ def _mode(arguments: argparse.Namespace) -> Mode:
     return mode
 
 
-def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _report(arguments: argparse.Namespace, job: Runtime) -> Report:
     loaded, corpus = _open(arguments, [], job)
     result = _evaluate(arguments, loaded, corpus, job)
     rows = _describe_rows(arguments, loaded, corpus)
     values: dict[str, Any] = {**result.values(), "by_position": [asdict(each) for each in result.positions]}
-    lines = [f"checkpoint: {loaded.checkpoint}"]
+    lines = [f"checkpoint: {loaded.checkpoint}", f"precision: {PRECISION}"]
     if loaded.config.task.kind is TaskKind.language_model:
         lines.append(f"held-out text: {result.text_bytes:,} bytes, {result.n_labels:,} tokens, {rows}")
         values["perplexity"] = math.exp(min(result.loss, LARGEST_EXPONENT))
@@ -121,8 +143,7 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
             lines.append(f"held-out bits per byte: {result.bits_per_byte:.4f}")
             lines.append(f"  order-0 entropy of the same text: {order0:.4f}")
             lines.append(f"  gzip -9 of the same text: {gzip:.4f}")
-        _write_json(arguments, job, values)
-        return [*lines, *_position_lines(result)]
+        return values, [*lines, *_position_lines(result)]
     split = "held-out" if arguments.split == "heldout" else "training"
     lines.append(f"task: {loaded.config.task.kind.name}")
     lines.append(f"{split} loss: {result.loss:.4f} nats per label, {result.n_labels:,} labels, {rows}")
@@ -136,8 +157,7 @@ def _report(arguments: argparse.Namespace, job: Runtime) -> list[str]:
 
     selected = _select_rows(arguments, loaded, job.rank, job.world_size)
     measures = loaded.task.measure(loaded.model, corpus, selected, all_gather)
-    _write_json(arguments, job, {**values, "task": measures.values})
-    return lines + measures.lines
+    return {**values, "task": measures.values}, lines + measures.lines
 
 
 def _position_lines(result: EvalResult) -> list[str]:
@@ -149,7 +169,7 @@ def _position_lines(result: EvalResult) -> list[str]:
     return [f"held-out {metric} by position in the row:", *lines]
 
 
-def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> Report:
     lines: list[str] = []
     results: dict[str, dict[str, float]] = {}
     numbers = arguments.rounds.split(",")
@@ -164,8 +184,7 @@ def _rounds_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
             lines.append("".join(f"{name:>16}" for name in ("rounds", *values)))
         lines.append(f"{rounds:>16}" + "".join(f"{value:>16.4f}" for value in values.values()))
         results[str(rounds)] = values
-    _write_json(arguments, job, {"rounds": results})
-    return lines
+    return {"rounds": results}, lines
 
 
 def _open(arguments: argparse.Namespace, overrides: list[str], job: Runtime) -> tuple[LoadedModel, Corpus]:
@@ -222,24 +241,23 @@ def _heldout_text(arguments: argparse.Namespace, loaded: LoadedModel, corpus: Co
     return loaded.tokenizer.decode_bytes(ids.numpy())
 
 
-def _coverage(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _coverage(arguments: argparse.Namespace, job: Runtime) -> Report:
     """A line per LSH layer. Raises UserError."""
     loaded, corpus = _open_text(arguments, "--coverage", job)
     rows = RowSelection(arguments.rows, max_damaged_fraction=loaded.config.data.max_damaged_fraction)
     batches = loaded.task.heldout(corpus, rows)
     layers = measure_layers(loaded.language_model, batches)
     mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
-    _write_json(arguments, job, {**mean, "layers": layers})
     lines = [f"held-out text: {_describe_rows(arguments, loaded, corpus)}"]
     lines += [f"LSH layer {number}: {_fractions(layer)}" for number, layer in enumerate(layers)]
-    return [*lines, f"mean: {_fractions(mean)}"]
+    return {**mean, "layers": layers}, [*lines, f"mean: {_fractions(mean)}"]
 
 
 def _fractions(fractions: dict[str, float]) -> str:
     return f"{fractions['mass']:.4f} of the softmax mass on {fractions['pairs']:.4f} of the pairs"
 
 
-def _context_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _context_table(arguments: argparse.Namespace, job: Runtime) -> Report:
     """The loss of the same tokens for each number of tokens that they may look back over."""
     loaded, corpus = _open_text(arguments, "--context", job)
     seq_len, results = loaded.config.data.seq_len, {}
@@ -250,25 +268,24 @@ def _context_table(arguments: argparse.Namespace, job: Runtime) -> list[str]:
         windows = cut_rows(rows, context, arguments.batch)
         results[context] = evaluate(loaded.model, windows, loaded.task, job, sequence)
     values = {str(context): result.values() for context, result in results.items()}
-    _write_json(arguments, job, {"context": values})
     lines = [f"checkpoint: {loaded.checkpoint}", f"held-out text: {_describe_rows(arguments, loaded, corpus)}"]
     lines.append("".join(f"{name:>16}" for name in ("context", *next(iter(results.values())).values())))
     for context, result in results.items():
         lines.append(f"{context:>16,}" + "".join(f"{value:>16.4f}" for value in result.values().values()))
-    return lines
+    return {"context": values}, lines
 
 
-def _needles(arguments: argparse.Namespace, job: Runtime) -> list[str]:
+def _needles(arguments: argparse.Namespace, job: Runtime) -> Report:
     loaded, corpus = _open_text(arguments, "--needles", job)
     most = loaded.config.model.max_positions or 1 << 24  # a token has at least one byte
     lengths = parse_sizes("--needles", arguments.needles, least=MIN_NEEDLE_BYTES, most=most)
     text = _heldout_text(argparse.Namespace(**{**vars(arguments), "rows": 0}), loaded, corpus)
     n_samples = arguments.rows or NEEDLES_PER_CELL
     cells = measure_needles(loaded.language_model, loaded.tokenizer, text, lengths, n_samples)
-    _write_json(arguments, job, {"needles": [asdict(cell) for cell in cells], "samples": n_samples})
     if arguments.plot is not None:
         job.on_main(lambda: plot_needles(cells, arguments.plot))
-    return [f"checkpoint: {loaded.checkpoint}", f"{n_samples} needles per cell", *needle_table(cells)]
+    values = {"needles": [asdict(cell) for cell in cells], "samples": n_samples}
+    return values, [f"checkpoint: {loaded.checkpoint}", f"{n_samples} needles per cell", *needle_table(cells)]
 
 
 def _open_text(arguments: argparse.Namespace, option: str, job: Runtime) -> tuple[LoadedModel, Corpus]:
@@ -290,12 +307,6 @@ def parse_sizes(option: str, value: str, *, least: int, most: int) -> list[int]:
             raise ConfigError(f"{option} {value}: {word!r} {expected}")
         sizes.append(size)
     return sizes
-
-
-def _write_json(arguments: argparse.Namespace, job: Runtime, result: dict[str, Any]) -> None:
-    """Writes the result to --output, if given, on rank 0."""
-    if arguments.output is not None:
-        job.on_main(lambda: write_atomic(arguments.output, json.dumps(result, indent=1) + "\n"))
 
 
 def main() -> None:

@@ -57,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     # the commands
     "train": {"config", "distributed", "errors", "launch", "process", "run", "sweep", "training"},
     "evaluate": {
-        *("config", "data", "diagnostics", "distributed", "errors", "fs", "models", "parallel", "process", "run"),
-        *("tasks", "training"),
+        *("config", "data", "diagnostics", "distributed", "errors", "fs", "launch", "models", "parallel"),
+        *("process", "run", "tasks", "training"),
     },
     "generate": {"config", "errors", "inference", "process", "run"},
     "predict": {"config", "errors", "inference", "process", "run"},

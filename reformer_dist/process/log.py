@@ -65,10 +65,10 @@ class _LogFile(logging.Handler):
         super().close()
 
 
-def configure() -> None:
-    """Logs plain lines to standard output."""
+def configure(stream: TextIO | None = None) -> None:
+    """Logs plain lines to a stream; None is standard output."""
     logger.handlers.clear()
-    handler = _Handler(sys.stdout)
+    handler = _Handler(stream or sys.stdout)
     handler.setLevel(logging.INFO if env_rank() == 0 else logging.ERROR)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)

@@ -24,6 +24,8 @@ from reformer_dist.process.log import logger
 from reformer_dist.run.compose import run_config_from
 from reformer_dist.tasks import SequenceToSequence, Task, make_task
 
+NOT_OF_A_MODEL = ("launcher", "sweep", "stages")  # groups of keys
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -72,6 +74,9 @@ def load_model(
     change the weights. Raises ConfigError, and CheckpointError if there is no intact checkpoint or the overrides
     change its parameters.
     """
+    for word in overrides:
+        if word.partition("=")[0].lstrip("+").partition(".")[0] in NOT_OF_A_MODEL:
+            raise ConfigError(f"{word}: has no effect on a trained model; leave it out")
     reader = open_weights(path, choice)
     # sequence parallelism and attention backend are those of this machine, not of training
     in_force = saved_in_force(reader.record.config, reader.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -62,7 +63,11 @@ def test_evaluate_on_two_ranks_is_evaluate_on_one(trained):
 
     alone = figures(run_ranks("reformer_dist.evaluate", 1, [trained], forked=True))
     assert len(alone) == 4
-    assert figures(run_ranks("reformer_dist.evaluate", 2, [trained])) == alone
+    local = ("launcher=local", "launcher.nproc_per_node=2")
+    assert figures(run(BIN / "reformer-evaluate", trained, "parallel.sequence=2", *local)) == alone
+    document = json.loads(run(BIN / "reformer-evaluate", trained, "--json"))
+    assert f"held-out loss: {document['loss']:.4f} nats per token" in alone
+    assert document["precision"] == "float32"
 
 
 def test_generate_goes_on_from_the_prompt_and_repeats_itself_for_a_seed(trained):

@@ -23,7 +23,7 @@ from reformer_dist.data import (
 )
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import UserError
-from reformer_dist.evaluate import _heldout_text, _mode, _open, build_parser
+from reformer_dist.evaluate import _heldout_text, _open, build_parser, print_report
 from reformer_dist.run.pretrained import LoadedModel
 from reformer_dist.tasks.text_metrics import order0_bits_per_byte
 
@@ -62,8 +62,7 @@ def test_a_text_that_is_not_utf8_is_held_against_its_own_bytes(
 def evaluate(trained: Path, job: Runtime, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
     """The lines that the command prints."""
     arguments = build_parser().parse_intermixed_args([str(trained), *options])
-    for line in _mode(arguments)(arguments, job):
-        print(line)
+    print_report(arguments, job)
     return capsys.readouterr().out.splitlines()
 
 

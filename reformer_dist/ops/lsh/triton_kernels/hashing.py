@@ -99,8 +99,9 @@ def _shared_memory(device: int) -> int:
 
 def _max_rows(x: Tensor, block_d: int, n_columns: int) -> int:
     """Rows of a program whose operands fit in shared memory; 0 if MIN_ROWS do not."""
-    current_device = triton.runtime.driver.active.get_current_device
-    available = INTERPRETER_SHARED_MEMORY if INTERPRETED else _shared_memory(current_device())
+    available = INTERPRETER_SHARED_MEMORY
+    if not INTERPRETED:
+        available = _shared_memory(triton.runtime.driver.active.get_current_device())
     # a float32 operand is split into two numbers
     column = block_d * x.element_size() * (2 if x.dtype == torch.float32 else 1)
     rows = MAX_ROWS

@@ -119,11 +119,11 @@ PROVED = {
 TRAINED = {
     1: [Case(1), Case(3, offload=True)],
     2: [
-        *(Case(stage, offload=True) for stage in (1, 2, 3)),
-        *(Case(stage, frozen=True) for stage in (0, 2, 3)),
-        *(Case(stage, shared=True) for stage in (0, 2)),
-        *(Case(stage, layer_drop=True) for stage in (0, 2, 3)),
-        *(Case(stage, recompute="checkpoint") for stage in (2, 3)),
+        *(Case(stage, offload=True) for stage in (2, 3)),
+        *(Case(stage, frozen=True) for stage in (2, 3)),
+        Case(2, shared=True),
+        *(Case(stage, layer_drop=True) for stage in (2, 3)),
+        Case(3, recompute="checkpoint"),
         Case(3, recompute="none"),
     ],
 }
@@ -138,6 +138,9 @@ RESUMED = {
 }
 # The same in the slow test.
 SLOW = [
+    Case(1, offload=True),
+    *(Case(0, **{name: True}) for name in ("frozen", "shared", "layer_drop")),
+    Case(2, recompute="checkpoint"),
     *MUON,
     *ADAFACTOR,
     *(Case(stage, groups=True, average="window") for stage in range(4)),

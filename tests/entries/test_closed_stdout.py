@@ -38,7 +38,7 @@ def steps_done(run: Path) -> int:
 
 @pytest.mark.parametrize(
     ("ranks", "are_joined"),
-    [((), False), ((), True), (TWO_RANKS, True)],
+    [pytest.param((), False, marks=pytest.mark.slow), ((), True), (TWO_RANKS, True)],
     ids=["stdout", "both", "two ranks, both"],
 )
 def test_a_run_without_a_reader_trains_on_and_saves(tiny_data, tmp_path, ranks, are_joined):

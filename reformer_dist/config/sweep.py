@@ -41,6 +41,8 @@ METRICS: Mapping[str, bool] = {
     "task/f1": True,
     "coverage/mass": True,
     "coverage/pairs": False,
+    "lsh/coverage": True,
+    "lsh/coverage_by_chance": False,
     "lsh/largest_bucket_over_mean": False,
     "lsh/full_windows": False,
     "lsh/agreement_of_rounds": True,

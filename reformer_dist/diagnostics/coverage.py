@@ -19,7 +19,9 @@ from reformer_dist.ops.lsh.shared_keys import shared_keys
 class CoverageSequence(WholeSequence):
     """Measures the coverage of each LSH layer during a forward, which it does not change."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_queries: int | None = None) -> None:
+        """n_queries: of each row, evenly spaced, that are measured; None: all."""
+        self._n_queries = n_queries
         self.layers: list[Coverage] = []
         """Coverage of each LSH layer, in order."""
 
@@ -28,8 +30,15 @@ class CoverageSequence(WholeSequence):
         options, mask = exchange.options, exchange.key_padding_mask
         if k is None or options.own_keys:  # other separate keys are those of local attention, which does not hash
             keys, ids = shared_keys(q) if k is None else k, exchange.bucket_ids
-            self.layers.append(measure_coverage(q, keys, ids, options, mask, exchange.query_ids))
+            self.layers.append(
+                measure_coverage(q, keys, ids, options, mask, exchange.query_ids, self._sample(q.shape[2]))
+            )
         return super().bucket_attention(q, k, v, exchange)
+
+    def _sample(self, seq_len: int) -> Tensor | None:
+        if self._n_queries is None or self._n_queries >= seq_len:
+            return None
+        return torch.linspace(0, seq_len - 1, self._n_queries, dtype=torch.float64).round().long()
 
 
 @torch.no_grad()

@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 
+from reformer_dist.config import AttentionKind
 from reformer_dist.data import Batch, RowSelection
+from reformer_dist.diagnostics.coverage import CoverageSequence
 from reformer_dist.engine import TrainEngine
 from reformer_dist.generation import SamplingOptions, generate, make_decoder
 from reformer_dist.generation.decoder import last_document
+from reformer_dist.models import ReformerLM
 from reformer_dist.models.base import ReformerModel
 from reformer_dist.ops.lsh.bucket_stats import BucketStats
 from reformer_dist.process.log import logger
+from reformer_dist.training.alarms import Alarms
 from reformer_dist.training.batches import MicroBatch, interruptible
 from reformer_dist.training.evaluation import EvalResult, evaluate
 from reformer_dist.training.metrics_log import MetricsLogger
 from reformer_dist.training.parts import RunContext, StepLayout, TaskData
 
 PROMPT_TOKENS = 64
+COVERAGE_QUERIES = 128  # of the first held-out row
 STACK_INPUTS = {"source", "source_mask", "tokens", "key_padding_mask", "document_ids", "position_ids"}
 """Inputs of a model's layer stacks, by the names of its forward."""
 
@@ -33,6 +38,7 @@ class Validator:
     ) -> None:
         self._config, self._runtime, self._stop = run.config, run.runtime, run.stop
         self._data, self._layout, self._engine, self._metrics = data, layout, engine, metrics
+        self._alarms = Alarms(run.config)
 
     @property
     def metrics(self) -> list[str]:
@@ -107,16 +113,18 @@ class Validator:
         batch = MicroBatch.from_rows(
             self._first_row(), self._layout.sequence, labels_per_row=self._data.task.labels_per_row
         )
-        inputs = batch.to(self._runtime.device)
+        inputs, coverage = batch.to(self._runtime.device), CoverageSequence(COVERAGE_QUERIES)
+        measured = {"sequence": coverage} if self._can_measure_coverage() else {}
         bucket_stats: list[BucketStats] = []
         values = {}
         with self._engine.autocast():
-            model(**inputs, **batch.sequences, bucket_stats=bucket_stats)
+            model(**{**inputs, **batch.sequences, **measured}, bucket_stats=bucket_stats)
             if isinstance(model, ReformerModel):
                 stack_inputs: dict[str, Any] = {name: inputs[name] for name in STACK_INPUTS & inputs.keys()}
                 stack_inputs |= batch.sequences
                 drift = model.reversible_drift(**stack_inputs).item()
                 values["reversible/drift"] = max(self._runtime.gather(drift))
+                self._alarms.check_drift(values["reversible/drift"])
         for index, layer in enumerate(bucket_stats):
             self._metrics.histogram(
                 f"lsh/bucket_size_over_mean/{index}", layer.sizes_over_mean.double().numpy(force=True), step
@@ -126,4 +134,20 @@ class Validator:
             values["lsh/full_windows"] = fmean(layer.full_windows for layer in bucket_stats)
             agreement = self._runtime.sum([fmean(layer.agreement for layer in bucket_stats)])[0]
             values["lsh/agreement_of_rounds"] = agreement / self._runtime.world_size
+        if coverage.layers:
+            fractions = [layer.fractions() for layer in coverage.layers]
+            values["lsh/coverage"] = fmean(layer["mass"] for layer in fractions)
+            values["lsh/coverage_by_chance"] = fmean(layer["pairs"] for layer in fractions)
+            values |= {f"coverage_by_layer/{index}": layer["mass"] for index, layer in enumerate(fractions)}
+            self._alarms.check_coverage([layer.by_head() for layer in coverage.layers])
         return values
+
+    def _can_measure_coverage(self) -> bool:
+        """Whether the model has LSH layers of rows that are whole on each rank."""
+        model = self._engine.module
+        return (
+            isinstance(model, ReformerLM)
+            and AttentionKind.lsh in model.config.layers
+            and self._layout.sequence.mesh.size == 1
+            and not model.config.compat.chunk_wrap
+        )

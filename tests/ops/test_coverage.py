@@ -49,10 +49,17 @@ def test_against_dense_matrices(monkeypatch: pytest.MonkeyPatch, rule: Rule, pad
     candidates = (candidates & mask[:, None, :] & mask[:, :, None]).unsqueeze(1).expand_as(met)
     weights = (1.5 * q.double() @ k.double().transpose(-1, -2)).masked_fill(~candidates, -torch.inf).softmax(-1)
     counted = candidates.any(-1)
-    assert found.queries == counted.sum() > 0
-    assert found.pairs == candidates.sum()
-    assert found.pairs_met == (met & candidates).sum() > 0
-    assert found.mass == pytest.approx((weights * met).sum(-1)[counted].sum().item(), rel=1e-5)
+    expected = (counted, candidates, met & candidates)
+    for sums, right in zip((found.queries, found.pairs, found.pairs_met), expected, strict=True):
+        assert torch.equal(sums, right.double().transpose(0, 1).flatten(1).sum(1)) and sums.min() > 0
+    covered = (weights * met).sum(-1).masked_fill(~counted, 0.0)
+    torch.testing.assert_close(found.mass, covered.sum(dim=(0, 2)), rtol=1e-5, atol=0)
+
+    # a sample of the queries
+    sample = torch.tensor([3, 17, 40])
+    some = measure_coverage(q, k, bucket_ids, options, mask if padded else None, query_ids, sample)
+    torch.testing.assert_close(some.mass, covered[..., sample].sum(dim=(0, 2)), rtol=1e-5, atol=0)
+    assert torch.equal(some.queries, counted[..., sample].double().sum(dim=(0, 2)))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -80,6 +87,7 @@ def test_hashing_finds_more_than_chance() -> None:
 def test_coverages_add_up() -> None:
     total = Coverage()
     for number in (1, 2):
-        total.add(Coverage(mass=0.5 * number, queries=number, pairs_met=number, pairs=4 * number))
+        total.add(Coverage(*(torch.tensor([x, 0.0]) for x in (0.5 * number, number, number, 4 * number))))
+    assert total.by_head() == [{"mass": 0.5, "pairs": 0.25}, {"mass": 0.0, "pairs": 0.0}]
     assert total.fractions() == {"mass": 0.5, "pairs": 0.25}
     assert Coverage().fractions() == {"mass": 0.0, "pairs": 0.0}

@@ -34,11 +34,13 @@ def test_what_tensorboard_gets(whole: Path) -> None:
     train_tags = {
         f"train/{name}" for name in ("loss", "bits_per_byte", "grad_norm", "lr", "skipped_steps", "spikes")
     }
+    lsh |= {"lsh/coverage", "lsh/coverage_by_chance", "coverage_by_layer/0"}
     eval_tags = {"eval/loss", "eval/bits_per_byte", "eval_by_position/0-63", "reversible/drift", *lsh}
     perf_tags = {"checkpoint/failed_saves", "perf/tokens_per_s", "perf/data_wait", "perf/peak_memory_gib"}
     assert set(events.Tags()["scalars"]) == train_tags | eval_tags | perf_tags | {"data/damaged"}
     assert all(math.isfinite(event.value) for tag in eval_tags for event in events.Scalars(tag))
     assert 0 < scalars(whole, "reversible/drift")[6] < 1e-3
+    assert 0 < scalars(whole, "lsh/coverage_by_chance")[6] < scalars(whole, "lsh/coverage")[6] <= 1
     assert scalars(whole, "train/lr")[2] == pytest.approx(0.01)
     assert events.Tags()["tensors"] == ["sample/text_summary"]
     assert events.Tags()["histograms"] == ["lsh/bucket_size_over_mean/0"]

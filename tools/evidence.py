@@ -99,6 +99,8 @@ def rows() -> Iterator[Row]:
         )
     for name, layers in LAYERS.items():
         yield Row("mqar", name, 5, "mqar", "mqar", layers, {"sizes": ["--batch", "32"], **far})
+    long = [*LAYERS["exact"], "trainer.max_steps=6000", "trainer.eval_every=500"]
+    yield Row("mqar", "exact_long", 40, "mqar", "mqar", long, {"sizes": ["--batch", "32"]})
     for name, layers in LAYERS.items():
         yield Row("joint_recall", name, 4, "joint_recall", "joint_recall", layers, {"sizes": ["--batch", "32"]})
     for rounds in (4, 1):

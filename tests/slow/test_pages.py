@@ -21,6 +21,8 @@ FULL = "takes hours, or data of the reader's own; docs/commands.md runs a short 
 # commands as printed (without comments; of a program in Python, its first line), and why they are not run here
 NOT_RUN = {
     "pip install -e .": "changes the environment; these tests run in one made by it",
+    "pip wheel -c constraints.txt --wheel-dir wheels '.[sweep,tasks]'": "downloads gigabytes; tried by hand",
+    "pip install --no-index --find-links wheels 'reformer_dist[sweep,tasks]'": "changes the environment",
     "make quickstart": "makes an environment; what it calls, tools/quickstart.py, has run before each page",
     "make test": "runs these tests; .ci/run does",
     "tensorboard --logdir outputs": "serves until it is stopped",

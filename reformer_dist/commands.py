@@ -49,3 +49,7 @@ def runs() -> None:
 
 def shards() -> None:
     _run_main("reformer_dist.shards.__main__")
+
+
+def serve() -> None:
+    _run_main("reformer_dist.serving.__main__")

@@ -49,7 +49,7 @@ def last_document(tokens: Tensor, eos_id: int) -> Tensor:
     return tokens[int(ends[-1]) :] if len(ends) else tokens
 
 
-def make_decoder(model: ForwardFunction, config: ModelConfig) -> Decoder:
+def make_decoder(model: ForwardFunction, config: ModelConfig) -> CachedDecoder | UncachedDecoder:
     """A CachedDecoder if the model supports KV caches, else an UncachedDecoder. Raises ConfigError."""
     if not config.causal:
         raise ConfigError("model.causal=false: a bidirectional model can't generate text; must be true")
@@ -75,6 +75,10 @@ class CachedDecoder:
         self._state.select_rows(rows)
         self._n_rows = len(rows)
 
+    def n_bytes(self) -> int:
+        """Memory of the caches."""
+        return self._state.n_bytes()
+
     def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self._model(tokens, key_padding_mask=mask, sequence=self._state, logits_to_keep=1)[:, -1]
 
@@ -84,6 +88,8 @@ class UncachedDecoder:
 
     def __init__(self, model: ForwardFunction) -> None:
         self._model = model
+        self._tokens = torch.empty(0, 0, dtype=torch.int64)
+        self._mask: Tensor | None = None
 
     def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         self._tokens, self._mask = tokens, key_padding_mask
@@ -105,6 +111,10 @@ class UncachedDecoder:
             # drop padding that no remaining row needs: it would count towards the model's positions
             n_padding = int(mask.any(dim=0).int().argmax())
             self._tokens, self._mask = self._tokens[:, n_padding:], mask[:, n_padding:]
+
+    def n_bytes(self) -> int:
+        """Memory of the tokens."""
+        return sum(x.nbytes for x in (self._tokens, self._mask) if x is not None)
 
     def _logits(self) -> Tensor:
         return self._model(self._tokens, key_padding_mask=self._mask, logits_to_keep=1)[:, -1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 import torch
@@ -113,10 +114,7 @@ def generate_texts(
 
     Raises ConfigError for a prompt that does not fit the model, and CheckpointError for a model that can't write.
     """
-    if loaded.config.task.kind is TaskKind.sequence_to_sequence:
-        _check_sources(prompts)
-    device = next(loaded.model.parameters()).device
-    encoded = [_encode(loaded, prompt, device) for prompt in prompts]
+    encoded = [encode_prompt(loaded, prompt) for prompt in prompts]
     if options.beams is not None:
         _search(loaded, encoded, options, options.beams, writer)
         return
@@ -128,33 +126,87 @@ def generate_texts(
 def _sample(
     loaded: LoadedModel, prompts: list[Tensor], first: int, options: TextOptions, writer: TextWriter
 ) -> None:
-    tokenizer, n_samples = loaded.tokenizer, options.samples
-    model, prompts = loaded.begin(prompts)
-    sampler = TextSampler(
-        make_decoder(model, loaded.config.model),
-        prompts,
-        options.sampling,
-        n_samples=n_samples,
-        first_prompt=first,
-        unpenalized=tokenizer.eos_id,
-    )
-    before = [prompt[-CONTEXT:].tolist() for prompt in prompts]
-    texts = {row: TextStream(tokenizer.decode, options.stop, before[row // n_samples]) for row in sampler.rows}
-    n_tokens = options.max_new_tokens
-    limits = {row: _max_tokens(loaded, prompts[row // n_samples], n_tokens) for row in sampler.rows}
-    n_written = 0
-    while sampler.rows:
-        ended = set()
-        n_written += 1
-        for row, token in sampler.step().items():
-            text, output_row = texts[row], first * n_samples + row
-            is_eos = token == tokenizer.eos_id
-            writer.write(output_row, "" if is_eos else text.add(token))
-            if is_eos or text.is_stopped or n_written == limits[row]:
-                writer.write(output_row, text.flush())
-                writer.end(output_row, is_cut=not (is_eos or text.is_stopped) and n_written < n_tokens)
-                ended.add(row)
-        sampler.finish(ended)
+    texts = SampledTexts(loaded, prompts, options, first_prompt=first)
+    while not texts.is_done:
+        for step in texts.step():
+            row = first * options.samples + step.row
+            writer.write(row, step.text)
+            if step.end is not None:
+                writer.end(row, is_cut=step.end is TextEnd.max_positions)
+
+
+class TextEnd(Enum):
+    """What ended a text."""
+
+    end_of_text = auto()
+    stop_string = auto()
+    max_new_tokens = auto()
+    max_positions = auto()
+    """The last position of the model."""
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """What one sampled token adds to a text."""
+
+    row: int
+    text: str
+    """That became printable; the rest of the text at its end."""
+    end: TextEnd | None
+
+
+class SampledTexts:
+    """Texts in progress, sampled together: row i * options.samples + j is text j of prompt i.
+
+    The rows of one object share each product of matrices. Objects share nothing: stepped in any order, each gives
+    the same texts.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, prompts: list[Tensor], options: TextOptions, *, first_prompt: int = 0
+    ) -> None:
+        """prompts: of `encode_prompt`. first_prompt: index of prompts[0] among all, for the seeds of its texts."""
+        tokenizer, n_samples = loaded.tokenizer, options.samples
+        model, prompts = loaded.begin(prompts)
+        self._decoder = make_decoder(model, loaded.config.model)
+        self._sampler = TextSampler(
+            self._decoder,
+            prompts,
+            options.sampling,
+            n_samples=n_samples,
+            first_prompt=first_prompt,
+            unpenalized=tokenizer.eos_id,
+        )
+        before = [prompt[-CONTEXT:].tolist() for prompt in prompts]
+        rows = self._sampler.rows
+        self._texts = {row: TextStream(tokenizer.decode, options.stop, before[row // n_samples]) for row in rows}
+        self._n_tokens, self._eos_id, self._n_written = options.max_new_tokens, tokenizer.eos_id, 0
+        self._limits = {row: _max_tokens(loaded, prompts[row // n_samples], self._n_tokens) for row in rows}
+
+    @property
+    def is_done(self) -> bool:
+        return not self._sampler.rows
+
+    def n_bytes(self) -> int:
+        """Memory of the decoding state."""
+        return self._decoder.n_bytes()
+
+    def step(self) -> list[TextStep]:
+        """Samples a token of each unfinished text; the first call reads the prompts. Raises UserError."""
+        self._n_written += 1
+        steps = [self._add(row, token) for row, token in self._sampler.step().items()]
+        self._sampler.finish({step.row for step in steps if step.end is not None})
+        return steps
+
+    def _add(self, row: int, token: int) -> TextStep:
+        stream = self._texts[row]
+        is_eos = token == self._eos_id
+        text, end = "" if is_eos else stream.add(token), None
+        if is_eos or stream.is_stopped:
+            end = TextEnd.end_of_text if is_eos else TextEnd.stop_string
+        elif self._n_written == self._limits[row]:
+            end = TextEnd.max_new_tokens if self._n_written == self._n_tokens else TextEnd.max_positions
+        return TextStep(row, text if end is None else text + stream.flush(), end)
 
 
 def _search(
@@ -191,19 +243,16 @@ def make_stop_check(tokenizer: Tokenizer, before: list[int], stops: Sequence[str
     return is_end
 
 
-def _check_sources(prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
-        if not prompt.text.strip():
-            requirement = "it must contain the source of a sequence_to_sequence model"
-            raise ConfigError(f"{prompt.name}: is empty; {requirement}")
-
-
-def _encode(loaded: LoadedModel, prompt: Prompt, device: torch.device) -> Tensor:
+def encode_prompt(loaded: LoadedModel, prompt: Prompt) -> Tensor:
     """Token ids [S] of the prompt after an end-of-text token, which precedes each document in training.
 
     Another one follows a prompt whose completion was a field of its own there. If documents did not see one
-    another, the prompt is what follows its last end-of-text token.
+    another, the prompt is what follows its last end-of-text token. Raises ConfigError if it doesn't fit the model.
     """
+    if loaded.config.task.kind is TaskKind.sequence_to_sequence and not prompt.text.strip():
+        requirement = "it must contain the source of a sequence_to_sequence model"
+        raise ConfigError(f"{prompt.name}: is empty; {requirement}")
+    device = next(loaded.model.parameters()).device
     tokenizer, end = loaded.tokenizer, loaded.prompt_end
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(prompt.text).tolist(), *end], device=device)
     if loaded.config.data.mask_documents:

@@ -129,7 +129,9 @@ def test_answers_that_need_no_run_do_not_wait_for_torch(arguments, answer):
     assert not imported & {"torch", "deepspeed", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "predict", "convert", "checkpoints", "doctor", "shards"])
+@pytest.mark.parametrize(
+    "name", ["evaluate", "generate", "predict", "convert", "checkpoints", "doctor", "shards", "serve"]
+)
 def test_version(name, monkeypatch, capsys):
     """Of the commands that argparse reads; in this process, which has imported what they import."""
     monkeypatch.setattr(sys, "argv", [f"reformer-{name}", "--version"])
@@ -176,7 +178,7 @@ def test_wheel_carries_conf(tmp_path):
     assert installed == run(BIN / "reformer-train", "--cfg", "job", "experiment=quickstart")
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "predict", "convert", "doctor", "checkpoints"])
+@pytest.mark.parametrize("name", ["evaluate", "generate", "predict", "convert", "doctor", "checkpoints", "serve"])
 def test_an_interrupt_while_modules_are_loaded_leaves_no_trace(name):
     command = [sys.executable, "-X", "importtime", "-c", f"from reformer_dist.commands import {name}; {name}()"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

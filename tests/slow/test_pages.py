@@ -26,6 +26,8 @@ NOT_RUN = {
     "make quickstart": "makes an environment; what it calls, tools/quickstart.py, has run before each page",
     "make test": "runs these tests; .ci/run does",
     "tensorboard --logdir outputs": "serves until it is stopped",
+    "reformer-serve outputs/quickstart --port 8000": "serves until it is stopped; tests/serving starts others",
+    'curl http://127.0.0.1:8000/v1/completions -H "content-type: application/json" \\': "needs that server",
     "python tools/bench_attention.py": SMALL + "tests/tools/test_bench_tools.py",
     "python tools/bench_step.py --impl ours reformer_pytorch": SMALL + "tests/tools/test_bench_tools.py",
     "python tools/bench_decode.py": SMALL + "tests/tools/test_bench_tools.py",

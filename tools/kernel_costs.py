@@ -29,6 +29,7 @@ KERNELS = (
     rowwise._merge_rounds,
     rowwise._row_products,
     backward.attend_round_backward,
+    rowwise._pack_rows,
     rowwise._sum_rounds,
 )
 MEASURED = ("_hash", "_build_table")  # whose times the model does not predict
@@ -135,7 +136,8 @@ def predict(name: str, code: MachineCode, head_dim: int) -> float:
     moved = {
         "_merge_rounds": (N_ROUNDS + 1) * (vector + 4),
         "_row_products": 2 * vector + 4,
-        "_sum_rounds": (N_ROUNDS + 1) * vector,
+        "_pack_rows": vector + 24,
+        "_sum_rounds": 2 * (N_ROUNDS + 1) * vector,
     }
     if name in moved:
         return rows * moved[name] / (DRAM * STREAMED)

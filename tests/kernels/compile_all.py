@@ -29,6 +29,7 @@ KERNELS = (
     own_keys.own_keys_backward_keys,
     rowwise._row_products,
     rowwise._merge_rounds,
+    rowwise._pack_rows,
     rowwise._sum_rounds,
 )
 

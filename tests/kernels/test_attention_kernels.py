@@ -29,14 +29,16 @@ def test_groups_of_heads(monkeypatch):
     assert all(error <= 1e-5 for error in measured.values()), measured
 
 
-@pytest.mark.parametrize("own_keys", [False, True])
-def test_causality_is_bitwise(own_keys):
+@pytest.mark.parametrize("case", ["shared", "own keys", "bf16 in full tiles"])
+def test_causality_is_bitwise(case):
+    own_keys, is_full = case == "own keys", case == "bf16 in full tiles"
     generator = torch.Generator().manual_seed(0)
-    q, v = (torch.randn(1, 2, 90, 16, generator=generator).to(DEVICE) for _ in range(2))
-    ids = torch.randint(0, 3, (1, 2, 2, 90), generator=generator).to(DEVICE)
-    options = AttentionOptions(
-        WindowRule(20, True, sees_self=own_keys), 4, 0.5, backend="triton", own_keys=own_keys
-    )
+    seq_len, edited_from, n_buckets = (230, 137, 2) if is_full else (90, 50, 4)
+    window, dtype = (64, torch.bfloat16) if is_full else (20, torch.float32)
+    q, v = (torch.randn(1, 2, seq_len, 16, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    ids = torch.randint(0, n_buckets, (1, 2, 2, seq_len), generator=generator).to(DEVICE)
+    rule = WindowRule(window, True, sees_self=own_keys)
+    options = AttentionOptions(rule, n_buckets, 0.5, backend="triton", own_keys=own_keys)
 
     def attend(q, v, ids):
         k, query_ids = (v, ids.roll(1, dims=1)) if own_keys else (None, None)
@@ -45,11 +47,12 @@ def test_causality_is_bitwise(own_keys):
     before = attend(q, v, ids)
     edited = [x.clone() for x in (q, v, ids)]
     for x in edited[:2]:
-        x[:, :, 50:] = torch.randn(1, 2, 40, 16, generator=generator).to(DEVICE)
-    edited[2][..., 50:] = torch.randint(0, 4, (1, 2, 2, 40), generator=generator).to(DEVICE)
+        x[:, :, edited_from:] = torch.randn(x[:, :, edited_from:].shape, generator=generator).to(x)
+    draw = torch.randint(0, n_buckets, ids[..., edited_from:].shape, generator=generator)
+    edited[2][..., edited_from:] = draw.to(DEVICE)
     after = attend(*edited)
-    assert torch.equal(before[:, :, :50], after[:, :, :50])
-    assert not torch.equal(before[:, :, 50:], after[:, :, 50:])
+    assert torch.equal(before[:, :, :edited_from], after[:, :, :edited_from])
+    assert not torch.equal(before[:, :, edited_from:], after[:, :, edited_from:])
 
 
 @pytest.mark.parametrize("own_keys", [False, True])

@@ -22,7 +22,7 @@ TOOLS = TESTS.parent / "tools"
 LARGEST_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 KERNELS = {"_hash", "_build_table", "attend_round", "attend_round_backward"}
 KERNELS |= {"attend_own_keys", "own_keys_backward_queries", "own_keys_backward_keys"}
-KERNELS |= {"_row_products", "_merge_rounds", "_sum_rounds"}
+KERNELS |= {"_row_products", "_pack_rows", "_merge_rounds", "_sum_rounds"}
 
 
 class Budget(NamedTuple):
@@ -35,10 +35,20 @@ class Budget(NamedTuple):
     tensor_core_instructions: int
 
 
-# Of bf16 as training launches it, for the versions of Triton that are supported.
+# Of bf16 as training launches it, under every supported version of Triton; instructions with 2 % to spare.
 BUDGETS = {
-    ("attend_round", "sm_90", 64): Budget(96, 0, 1750, 11, 14),
-    ("attend_round_backward", "sm_90", 64): Budget(168, 136, 2710, 90, 42),
+    ("attend_round", "sm_80", 64): Budget(96, 56, 1620, 11, 96),
+    ("attend_round", "sm_80", 128): Budget(96, 64, 1370, 13, 32),
+    ("attend_round", "sm_90", 64): Budget(96, 0, 1365, 11, 14),
+    ("attend_round", "sm_90", 128): Budget(96, 64, 1330, 13, 32),
+    ("attend_round", "sm_100", 64): Budget(96, 0, 1595, 11, 14),
+    ("attend_round", "sm_100", 128): Budget(96, 96, 1280, 13, 32),
+    ("attend_round_backward", "sm_80", 64): Budget(168, 512, 2465, 17, 272),
+    ("attend_round_backward", "sm_80", 128): Budget(168, 32, 1615, 22, 96),
+    ("attend_round_backward", "sm_90", 64): Budget(168, 56, 1770, 17, 42),
+    ("attend_round_backward", "sm_90", 128): Budget(168, 32, 1555, 22, 96),
+    ("attend_round_backward", "sm_100", 64): Budget(160, 0, 2360, 17, 42),
+    ("attend_round_backward", "sm_100", 128): Budget(168, 72, 1570, 22, 96),
 }
 
 
@@ -75,7 +85,7 @@ def test_budgets(tmp_path: Path) -> None:
     assert all(row["stack_bytes"] == 0 for row in rows if "kernel" in row and "backward" not in row["kernel"])
     width = rows[-1]
     assert width["head_dim"] == 64 and width["launches"] == 8, width
-    assert 1 < width["predicted_ms"] < 4.8  # measured: 4.53
+    assert 1 < width["predicted_ms"] < 3.6
 
 
 @pytest.mark.slow

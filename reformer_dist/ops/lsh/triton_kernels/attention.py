@@ -24,7 +24,12 @@ from reformer_dist.ops.lsh.triton_kernels.own_keys import (
     own_keys_backward_keys,
     own_keys_backward_queries,
 )
-from reformer_dist.ops.lsh.triton_kernels.rowwise import merge_rounds, row_products, sum_rounds
+from reformer_dist.ops.lsh.triton_kernels.rowwise import (
+    merge_rounds,
+    pack_rows,
+    row_products,
+    sum_rounds,
+)
 from reformer_dist.ops.lsh.triton_kernels.tiles import (
     KernelConstants,
     Side,
@@ -100,7 +105,7 @@ class TritonSortedShard:
                 merge_rounds(o, round_lse, out, lse, self._first_head, self._tiles.present)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
-        q, k, v, d_out, lse, delta, dq, dk, dv = tensors
+        q, k, v, d_out, lse, _, dq, dk, dv = tensors
         if not v.numel():
             return
         with torch.cuda.device_of(v):
@@ -109,14 +114,13 @@ class TritonSortedShard:
             read = (q, q if k is None else k, v, d_out)
             # without dk, the kernel does not write to its pointer
             written, written_strides = ((x[0], x[-1], x[1]) for x in (buffers, outputs))
+            packed = _pack(tensors, self._options, self._tiles.order.shape[0], self._first_head)
             attend_round_backward[self._grid()](
-                *read, lse, delta, *written, *_strides(*read, *written_strides),
+                *read, packed, *written, *_strides(*read, *written_strides),
                 *self._arguments(q), **self._flags(q, self._tuning.backward, shared=k is None),
             )  # fmt: skip
-            for buffer, output in zip(buffers, outputs, strict=True):
-                if buffer is not output:
-                    dv_lse = lse if output is dv else None
-                    sum_rounds(buffer, output, self._first_head, self._tiles.present, dv_lse)
+            if buffers[0] is not dq:
+                sum_rounds(buffers, outputs, lse, self._first_head, self._tiles.present, keeps_dv=True)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
         return _round_buffer(output, *self._tiles.order.shape[:2])
@@ -162,24 +166,25 @@ class OwnKeysSortedShard:
                 merge_rounds(o, round_lse, out, lse, self._first_head, None)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
-        q, k, v, d_out, lse, delta, dq, dk, dv = tensors
+        q, k, v, d_out, lse, _, dq, dk, dv = tensors
         assert k is not None and dk is not None
         if not v.numel():
             return
-        kernels = (
-            (own_keys_backward_queries, self._tiles.queries, (dq,)),
-            (own_keys_backward_keys, self._tiles.keys, (dk, dv)),
-        )
+        queries, keys = self._tiles.queries, self._tiles.keys
         with torch.cuda.device_of(v):
-            for kernel, side, outputs in kernels:
-                buffers = [self._round_buffer(output) for output in outputs]
-                kernel[_grid(side.table)](
-                    q, k, v, d_out, lse, delta, *buffers, *_strides(q, k, v, d_out, *outputs),
-                    *self._arguments(q, side), **self._flags(q, self._tuning.backward),
-                )  # fmt: skip
-                for buffer, output in zip(buffers, outputs, strict=True):
-                    if buffer is not output:
-                        sum_rounds(buffer, output, self._first_head, None)
+            outputs = (dq, dv, dk)
+            buffers = [self._round_buffer(output) for output in outputs]
+            packed = _pack(tensors, self._options, keys.table.shape[0], self._first_head)
+            own_keys_backward_queries[_grid(queries.table)](
+                q, k, v, d_out, packed, buffers[0], *_strides(q, k, v, d_out, dq),
+                *self._arguments(q, queries), **self._flags(q, self._tuning.backward),
+            )  # fmt: skip
+            own_keys_backward_keys[_grid(keys.table)](
+                q, k, v, d_out, packed, buffers[2], buffers[1], *_strides(q, k, v, d_out, dk, dv),
+                *self._arguments(q, keys), **self._flags(q, self._tuning.backward),
+            )  # fmt: skip
+            if buffers[0] is not dq:
+                sum_rounds(buffers, outputs, lse, self._first_head, None, keeps_dv=False)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
         return _round_buffer(output, *self._tiles.keys.table.shape[:2])
@@ -196,6 +201,12 @@ class OwnKeysSortedShard:
         tiles = self._tiles
         sizes = (tiles.block, tiles.keys.table.shape[1])
         return _flags(self._options, self._tuning, launch, q, *sizes, shared=False, sharded=tiles.is_partition)
+
+
+def _pack(tensors: BackwardTensors, options: AttentionOptions, n_heads: int, first_head: int) -> Tensor:
+    """`rowwise.pack_rows` of a group of heads."""
+    q, k, lse, delta = tensors.q, tensors.k, tensors.lse, tensors.delta
+    return pack_rows(q, lse, delta, options.scale, first_head, n_heads, shared=k is None)
 
 
 def _round_buffer(output: Tensor, n_heads: int, n_rounds: int) -> Tensor:

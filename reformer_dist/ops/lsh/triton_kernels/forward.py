@@ -71,16 +71,16 @@ def attend_round(
     v_rows = head_rows(v_ptr, v_strides, first_head + head, n_heads)
 
     tile = load_tile(q_rows, k_rows, v_rows, order, bounds, C)
-    queries = Indices(query_slots(tile.slot, tile.is_query), tile.row)
-    keys = Indices(key_slots(tile.slot, tile.is_key), tile.row)
-    softmax = add_keys(empty_softmax(C), tile.q, queries, tile.k, tile.v, keys, round_, pairs, C)
+    queries = Indices(query_slots(tile.slot, tile.is_query, bounds, C), tile.row)
+    keys = Indices(key_slots(tile.slot, tile.is_key, bounds, C), tile.row)
+    softmax = add_keys(empty_softmax(C), tile.q, queries, tile.k, tile.v, keys, round_, pairs, True, C)
     before, n_blocks = count_key_blocks(tile.first, bounds, C)
     for i in range(n_blocks):
         others = load_other_rows(i, before, tile.first, order, bounds.begin, bounds.key_end, C)
         k = gather(k_rows, others.row, others.is_row, C)
         v = gather(v_rows, others.row, others.is_row, C)
-        other_keys = Indices(key_slots(others.slot, others.is_row), others.row)
-        softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, C)
+        other_keys = Indices(key_slots(others.slot, others.is_row, bounds, C), others.row)
+        softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, False, C)
     store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_heads, seq_len, C)
 
 
@@ -100,7 +100,7 @@ def store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_he
     round_, head = tl.program_id(1), tl.program_id(2)
     has_no_key = softmax.row_sum == 0.0
     row_sum = tl.where(has_no_key, 1.0, softmax.row_sum)
-    o = softmax.o / row_sum[:, None]
+    o = softmax.o * (1.0 / row_sum)[:, None]
     lse = tl.where(has_no_key, float("-inf"), softmax.row_max + tl.log2(row_sum))
     if C.n_rounds == 1:
         lse = tl.where(has_no_key, float("inf"), lse)
@@ -111,13 +111,16 @@ def store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_he
 
 
 @triton.jit
-def add_keys(softmax, q, queries, k, v, keys, round_, pairs, C: tl.constexpr):
-    """The RunningSoftmax of q [queries, D] after keys k and values v [keys, D]; queries, keys: Indices."""
+def add_keys(softmax, q, queries, k, v, keys, round_, pairs, INSIDE: tl.constexpr, C: tl.constexpr):
+    """The RunningSoftmax of q [queries, D] after keys k and values v [keys, D]; queries, keys: Indices.
+
+    INSIDE: see `pair_mask.attends`.
+    """
     queries, keys = as_column(queries), as_line(keys)
     scores = product(q, tl.trans(k), C) * score_factors(k, pairs.scale, C)[None, :]
     if C.counts_once:
         scores -= tl.log2(count_rounds(queries, keys, pairs, C))
-    scores = tl.where(attends(queries, keys, pairs, C), scores, float("-inf"))
+    scores = tl.where(attends(queries, keys, pairs, INSIDE, C), scores, float("-inf"))
     row_max = tl.maximum(softmax.row_max, tl.max(scores, 1))
     p = tl.exp2(scores - row_max[:, None])
     rescale = tl.exp2(softmax.row_max - row_max)

@@ -204,15 +204,29 @@ def unwrapped(slot, order, C: tl.constexpr):
 
 
 @triton.jit
-def query_slots(slot, is_query):
-    """Slots of queries; for other rows one that is far from every key."""
-    return tl.where(is_query, slot, -FAR)
+def query_slots(slot, is_query, bounds, C: tl.constexpr):
+    """Slots of queries; for other rows one that is far from every key.
+
+    With C.by_rank, slots count from the tile's first, and other rows have theirs, too: see `pair_mask.attends`.
+    """
+    if C.by_rank:
+        slot -= bounds.first
+    else:
+        slot = tl.where(is_query, slot, -FAR)
+    return slot
 
 
 @triton.jit
-def key_slots(slot, is_key):
-    """Slots of keys; for other rows one that is far from every query."""
-    return tl.where(is_key, slot, FAR)
+def key_slots(slot, is_key, bounds, C: tl.constexpr):
+    """Slots of keys; for other rows one that is far from every query.
+
+    With C.by_rank, slots count from the tile's first, and are far only in a bucket without keys.
+    """
+    if C.by_rank:
+        slot += tl.where(bounds.begin < bounds.key_end, 0, FAR) - bounds.first
+    else:
+        slot = tl.where(is_key, slot, FAR)
+    return slot
 
 
 @triton.jit

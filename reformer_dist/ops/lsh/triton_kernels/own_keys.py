@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from reformer_dist.ops.lsh.triton_kernels.backward import Keys, head_inputs, load_queries, pair_gradients
+from reformer_dist.ops.lsh.triton_kernels.backward import (
+    Keys,
+    head_inputs,
+    load_queries,
+    load_scalars,
+    pair_gradients,
+)
 from reformer_dist.ops.lsh.triton_kernels.forward import add_keys, empty_softmax, store_softmax
 from reformer_dist.ops.lsh.triton_kernels.load import (
     gather,
@@ -24,7 +30,7 @@ from reformer_dist.ops.lsh.triton_kernels.load import (
     store,
 )
 from reformer_dist.ops.lsh.triton_kernels.pair_mask import Dropout, Indices, pair_context
-from reformer_dist.ops.lsh.triton_kernels.products import LN_2, product
+from reformer_dist.ops.lsh.triton_kernels.products import LN_2, product, score_factors
 
 
 class SideTile(NamedTuple):
@@ -81,17 +87,17 @@ def load_side_block(i, tile, side_ptr, seq_len, C: tl.constexpr):
 
 
 @triton.jit
-def query_indices(rows, queries_ptr, seq_len, C: tl.constexpr):
+def query_indices(rows, queries_ptr, bounds, seq_len, C: tl.constexpr):
     """Indices of queries, a SideTile or a SideBlock, at the slots of their last keys."""
     line_ptr, plane = side_line(queries_ptr, seq_len, C)
     last_key = tl.load(line_ptr + 3 * plane + rows.slot, mask=rows.is_row, other=0)
-    return Indices(query_slots(last_key, rows.is_row), rows.row)
+    return Indices(query_slots(last_key, rows.is_row, bounds, C), rows.row)
 
 
 @triton.jit
-def key_indices(rows):
+def key_indices(rows, bounds, C: tl.constexpr):
     """Indices of keys: a SideTile or a SideBlock."""
-    return Indices(key_slots(rows.slot, rows.is_row), rows.row)
+    return Indices(key_slots(rows.slot, rows.is_row, bounds, C), rows.row)
 
 
 @triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
@@ -112,19 +118,20 @@ def attend_own_keys(
     k_rows, v_rows = head_rows(k_ptr, k_strides, head, n_heads), head_rows(v_ptr, v_strides, head, n_heads)
     tile = load_side_tile(queries_ptr, bounds, seq_len, C)
     q = gather(head_rows(q_ptr, q_strides, head, n_heads), tile.row, tile.is_row, C)
-    queries = query_indices(tile, queries_ptr, seq_len, C)
+    queries = query_indices(tile, queries_ptr, bounds, seq_len, C)
     softmax = empty_softmax(C)
     for i in range(count_blocks(tile, C)):
         others = load_side_block(i, tile, keys_ptr, seq_len, C)
         k = gather(k_rows, others.row, others.is_row, C)
         v = gather(v_rows, others.row, others.is_row, C)
-        softmax = add_keys(softmax, q, queries, k, v, key_indices(others), tl.program_id(1), pairs, C)
+        keys = key_indices(others, bounds, C)
+        softmax = add_keys(softmax, q, queries, k, v, keys, tl.program_id(1), pairs, False, C)
     store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_heads, seq_len, C)
 
 
 @triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
 def own_keys_backward_queries(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, dq_ptr,
     q_strides, k_strides, v_strides, d_out_strides, dq_strides,
     queries_ptr, keys_ptr, table_ptr, query_codes_ptr, codes_ptr, token_ids_ptr, documents_ptr,
     first_head, n_heads, seq_len, n_tiles, scale, dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
@@ -139,13 +146,14 @@ def own_keys_backward_queries(
         bounds, query_codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C
     )
     inputs = head_inputs(
-        q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, q_strides, k_strides, v_strides, d_out_strides,
+        q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, q_strides, k_strides, v_strides, d_out_strides,
         head, n_heads, seq_len,
     )  # fmt: skip
     tile = load_side_tile(queries_ptr, bounds, seq_len, C)
     q = gather(inputs.q, tile.row, tile.is_row, C)
-    at = query_indices(tile, queries_ptr, seq_len, C)
-    queries = load_queries(q, inputs, at, tile.is_row, tile.row * 0 + tl.program_id(1), C)
+    at = query_indices(tile, queries_ptr, bounds, seq_len, C)
+    scalars = load_scalars(inputs, tile.row, tile.is_row)
+    queries = load_queries(q, inputs, at, tile.is_row, scalars, tile.row * 0 + tl.program_id(1), C)
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -153,14 +161,16 @@ def own_keys_backward_queries(
         others = load_side_block(i, tile, keys_ptr, seq_len, C)
         k = gather(inputs.k, others.row, others.is_row, C)
         v = gather(inputs.v, others.row, others.is_row, C)
-        _p, ds = pair_gradients(Keys(k, v, key_indices(others)), queries, pairs, False, C)
+        factor = score_factors(k, scale, C)
+        keys = Keys(k, v, factor, key_indices(others, bounds, C))
+        _p, ds = pair_gradients(keys, queries, pairs, False, False, C)
         dq += product(ds, k, C)
     store(dq * LN_2, dq_ptr, dq_strides, tile, first_head, n_heads, seq_len, C)
 
 
 @triton.jit(do_not_specialize=["first_head", "n_tiles", "dropout_seed"])
 def own_keys_backward_keys(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, d_out_strides, dk_strides, dv_strides,
     queries_ptr, keys_ptr, table_ptr, query_codes_ptr, codes_ptr, token_ids_ptr, documents_ptr,
     first_head, n_heads, seq_len, n_tiles, scale, dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
@@ -175,12 +185,12 @@ def own_keys_backward_keys(
         bounds, query_codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C
     )
     inputs = head_inputs(
-        q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, q_strides, k_strides, v_strides, d_out_strides,
+        q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, q_strides, k_strides, v_strides, d_out_strides,
         head, n_heads, seq_len,
     )  # fmt: skip
     tile = load_side_tile(keys_ptr, bounds, seq_len, C)
     k, v = gather(inputs.k, tile.row, tile.is_row, C), gather(inputs.v, tile.row, tile.is_row, C)
-    keys = Keys(k, v, key_indices(tile))
+    keys = Keys(k, v, score_factors(k, scale, C), key_indices(tile, bounds, C))
     BLOCK: tl.constexpr = C.block
     BLOCK_D: tl.constexpr = C.block_d
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -188,9 +198,10 @@ def own_keys_backward_keys(
     for i in range(count_blocks(tile, C)):
         others = load_side_block(i, tile, queries_ptr, seq_len, C)
         q = gather(inputs.q, others.row, others.is_row, C)
-        at = query_indices(others, queries_ptr, seq_len, C)
-        queries = load_queries(q, inputs, at, others.is_row, others.row * 0 + tl.program_id(1), C)
-        p, ds = pair_gradients(keys, queries, pairs, True, C)
+        at = query_indices(others, queries_ptr, bounds, seq_len, C)
+        scalars = load_scalars(inputs, others.row, others.is_row)
+        queries = load_queries(q, inputs, at, others.is_row, scalars, others.row * 0 + tl.program_id(1), C)
+        p, ds = pair_gradients(keys, queries, pairs, True, False, C)
         dv += product(p, queries.d_out, C)
         dk += product(ds, q, C)
     store(dk * LN_2, dk_ptr, dk_strides, tile, first_head, n_heads, seq_len, C)

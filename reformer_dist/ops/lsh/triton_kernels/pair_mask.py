@@ -83,9 +83,24 @@ def near(distance, C: tl.constexpr):
 
 
 @triton.jit
-def attends(query, key, pairs, C: tl.constexpr):
-    """Whether each query attends to each key: both Indices."""
-    if C.chunked:
+def attends(query, key, pairs, INSIDE: tl.constexpr, C: tl.constexpr):
+    """Whether each query attends to each key: both Indices, and INSIDE if both are the rows of the tile.
+
+    With C.by_rank, slots beyond the bucket are no exception: keys there are after every query of the bucket, and
+    queries there are neither stored nor, by lse = inf, part of a gradient. Keys outside the tile of a query are
+    before it, and blocks of them begin in the bucket, since tiles of a bucket are whole blocks apart.
+    """
+    if C.by_rank:
+        if not INSIDE:
+            is_near = query.slot - key.slot < C.span
+        else:
+            if C.sees_self:
+                is_near = query.slot >= key.slot
+            else:
+                is_near = query.slot > key.slot
+            if C.span < C.block:
+                is_near = is_near & (query.slot - key.slot < C.span)
+    elif C.chunked:
         is_near = near((query.slot - pairs.begin) // C.span - (key.slot - pairs.begin) // C.span, C)
         # a head's rows are ordered by position
         if C.causal:
@@ -96,10 +111,8 @@ def attends(query, key, pairs, C: tl.constexpr):
         is_near = near(query.slot - key.slot, C)
         if not C.sees_self:
             is_near = is_near & (query.slot != key.slot)
-        if C.documents:
-            is_near = is_near & (
-                tl.load(pairs.documents_ptr + query.row) == tl.load(pairs.documents_ptr + key.row)
-            )
+    if C.documents:
+        is_near = is_near & (tl.load(pairs.documents_ptr + query.row) == tl.load(pairs.documents_ptr + key.row))
     return is_near
 
 

@@ -21,13 +21,19 @@ def product(a, b, C: tl.constexpr):
 
 
 @triton.jit
+def shared_key_factors(squares, dtype: tl.constexpr, scale):
+    """Factors of keys k / |k| in this dtype, from |k|^2."""
+    # 2^-10 keeps the weights of pairs within the range of fp16
+    SHORTEST: tl.constexpr = 2.0**-10 if dtype == tl.float16 else 1e-12
+    return scale * LOG2_E * tl.rsqrt(tl.maximum(squares, SHORTEST * SHORTEST))
+
+
+@triton.jit
 def score_factors(k, scale, C: tl.constexpr):
     """Factors [keys] that turn products with keys k [keys, D] into base-2 scores. Shared keys are k / |k|."""
-    # 2^-10 keeps the weights of pairs within the range of fp16
-    SHORTEST: tl.constexpr = 2.0**-10 if k.dtype == tl.float16 else 1e-12
     if C.shared:
         wide = k.to(tl.float32)
-        factors = scale * LOG2_E / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), SHORTEST)
+        factors = shared_key_factors(tl.sum(wide * wide, 1), k.dtype, scale)
     else:
         factors = tl.full([k.shape[0]], LOG2_E, tl.float32) * scale
     return factors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reformer_dist.ops.lsh.triton_kernels.load import grid_of, head_and_rows, head_rows
+from reformer_dist.ops.lsh.triton_kernels.products import LOG2_E, shared_key_factors
 
 ROWS = 64
 
@@ -53,6 +55,33 @@ def _row_products(
     tl.store(out_ptr + head.to(tl.int64) * seq_len + rows.row, sums, mask=rows.is_row)
 
 
+@triton.jit(do_not_specialize=["first_head"])
+def _pack_rows(
+    q_ptr, lse_ptr, delta_ptr, packed_ptr, q_strides, first_head, n_heads, seq_len, scale,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    head = first_head + rows.head
+    at = head.to(tl.int64) * seq_len + rows.row
+    lse, delta = tl.load(lse_ptr + at, mask=rows.is_row), tl.load(delta_ptr + at, mask=rows.is_row)
+    factor = tl.full([ROWS], LOG2_E, tl.float32) * scale
+    inverse_square = tl.zeros([ROWS], tl.float32)
+    if SHARED:
+        q = tl.load(_addresses(q_ptr, q_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
+        wide = q.to(tl.float32)
+        squares = tl.sum(wide * wide, 1)
+        factor = shared_key_factors(squares, q.dtype, scale)
+        inverse_square = 1.0 / tl.maximum(squares, 1e-24)
+    column = tl.arange(0, 4)[None, :]
+    packed = tl.where(
+        column < 2,
+        tl.where(column == 0, lse[:, None], delta[:, None]),
+        tl.where(column == 2, factor[:, None], inverse_square[:, None]),
+    )
+    target = packed_ptr + (rows.head.to(tl.int64) * seq_len + rows.row)[:, None] * 4 + column
+    tl.store(target, packed, mask=rows.is_row[:, None])
+
+
 @triton.jit
 def _is_present(present_ptr, round_, rows, seq_len, SHARDED: tl.constexpr):
     """Masks the rows of a round: all, except those that a shard lacks in it."""
@@ -89,24 +118,23 @@ def _merge_rounds(
         o += round_o.to(tl.float32) * round_weight[:, None]
     has_no_key = total_weight == 0.0
     total_weight = tl.where(has_no_key, 1.0, total_weight)
-    o /= total_weight[:, None]
+    o *= (1.0 / total_weight)[:, None]
     target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
     tl.store(target, o.to(out_ptr.dtype.element_ty), mask=rows.mask)
     lse = tl.where(has_no_key, float("inf"), largest + tl.log2(total_weight))
     tl.store(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, lse, mask=rows.is_row)
 
 
-@triton.jit(do_not_specialize=["first_head"])
-def _sum_rounds(
-    parts_ptr, lse_ptr, out_ptr, present_ptr, out_strides, first_head, n_heads, seq_len,
-    SHARDED: tl.constexpr, IS_DV: tl.constexpr, N_ROUNDS: tl.constexpr,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _sum_output(
+    parts_ptr, lse_ptr, out_ptr, present_ptr, out_strides, first_head, n_heads, seq_len, rows,
+    SHARDED: tl.constexpr, IS_DV: tl.constexpr, N_ROUNDS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """parts [BH, R, S, D] -> out [B, H, S, D]. IS_DV: added to what out has for a query without keys."""
-    rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     head = rows.head
     start = head.to(tl.int64) * N_ROUNDS * seq_len
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    total = tl.zeros([rows.row.shape[0], BLOCK_D], tl.float32)
     for r in tl.static_range(N_ROUNDS):
         index = start + r * seq_len + rows.row
         is_present = _is_present(present_ptr, r, rows, seq_len, SHARDED)
@@ -121,12 +149,76 @@ def _sum_rounds(
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=rows.mask)
 
 
+@triton.jit(do_not_specialize=["first_head"])
+def _sum_rounds(
+    dq_parts_ptr, dv_parts_ptr, dk_parts_ptr, lse_ptr, dq_ptr, dv_ptr, dk_ptr, present_ptr,
+    dq_strides, dv_strides, dk_strides, first_head, n_heads, seq_len,
+    SHARDED: tl.constexpr, KEEPS_DV: tl.constexpr, N_ROUNDS: tl.constexpr,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, v or k, by the second dimension of the grid."""
+    rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
+    if tl.program_id(1) == 0:
+        _sum_output(
+            dq_parts_ptr,
+            lse_ptr,
+            dq_ptr,
+            present_ptr,
+            dq_strides,
+            first_head,
+            n_heads,
+            seq_len,
+            rows,
+            SHARDED,
+            False,
+            N_ROUNDS,
+            HEAD_DIM,
+            BLOCK_D,
+        )
+    elif tl.program_id(1) == 1:
+        _sum_output(
+            dv_parts_ptr,
+            lse_ptr,
+            dv_ptr,
+            present_ptr,
+            dv_strides,
+            first_head,
+            n_heads,
+            seq_len,
+            rows,
+            SHARDED,
+            KEEPS_DV,
+            N_ROUNDS,
+            HEAD_DIM,
+            BLOCK_D,
+        )
+    else:
+        _sum_output(dk_parts_ptr, lse_ptr, dk_ptr, present_ptr, dk_strides, first_head, n_heads, seq_len, rows,
+                    SHARDED, False, N_ROUNDS, HEAD_DIM, BLOCK_D)  # fmt: skip
+
+
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """sum over D of a * b, [B, H, S, D] -> float32 [B, H, S]."""
     out = torch.empty(a.shape[:3], dtype=torch.float32, device=a.device)
     grid = grid_of(a.shape[0] * a.shape[1], a.shape[2], ROWS)
     _row_products[grid](a, b, out, a.stride()[:3], b.stride()[:3], a.shape[1], a.shape[2], **_sizes(a))
     return out
+
+
+def pack_rows(
+    q: Tensor, lse: Tensor, delta: Tensor, scale: float, first_head: int, n_heads: int, *, shared: bool
+) -> Tensor:
+    """What the backward needs of a row besides its vectors, float32 [BH, S, 4]: one load of 16 bytes.
+
+    lse and delta [B, H, S]; and of rows as keys the factors of their scores and 1 / |q|^2, for shared keys. Of
+    n_heads (batch row, head) pairs from first_head on.
+    """
+    seq_len = q.shape[2]
+    packed = torch.empty(n_heads, seq_len, 4, dtype=torch.float32, device=q.device)
+    _pack_rows[grid_of(n_heads, seq_len, ROWS)](
+        q, lse, delta, packed, q.stride()[:3], first_head, q.shape[1], seq_len, scale, SHARED=shared, **_sizes(q)
+    )
+    return packed
 
 
 def merge_rounds(
@@ -148,22 +240,24 @@ def merge_rounds(
 
 
 def sum_rounds(
-    parts: Tensor, out: Tensor, first_head: int, present: Tensor | None, dv_lse: Tensor | None = None
-) -> None:
-    """Sums the gradients of R rounds [BH, R, S, D] into out [B, H, S, D], for BH heads from first_head on.
+    parts: Sequence[Tensor], outputs: Sequence[Tensor], lse: Tensor, first_head: int, present: Tensor | None,
+    *, keeps_dv: bool,
+) -> None:  # fmt: skip
+    """Sums the gradients of R rounds [BH, R, S, D] into dq, dv and perhaps dk [B, H, S, D], for BH heads.
 
-    present: `Tiles.present`. dv_lse: the logsumexp [B, H, S] where out is dv, which keeps what it has for queries
-    without keys.
+    first_head: of these heads. present: `Tiles.present`. keeps_dv: dv keeps what it has for queries without keys,
+    whose logsumexp in lse [B, H, S] is inf.
     """
-    n_heads, n_rounds, seq_len, _ = parts.shape
-    lse = parts if dv_lse is None else dv_lse
-    _sum_rounds[grid_of(n_heads, seq_len, ROWS)](
-        parts, lse, out, lse if present is None else present,
-        out.stride()[:3], first_head, out.shape[1], seq_len,
+    n_heads, n_rounds, seq_len, _ = parts[0].shape
+    dq, dv, dk = outputs[0], outputs[1], outputs[-1]
+    (n_programs,) = grid_of(n_heads, seq_len, ROWS)
+    _sum_rounds[(n_programs, len(outputs))](
+        parts[0], parts[1], parts[-1], lse, dq, dv, dk, lse if present is None else present,
+        dq.stride()[:3], dv.stride()[:3], dk.stride()[:3], first_head, dq.shape[1], seq_len,
         SHARDED=present is not None,
-        IS_DV=dv_lse is not None,
+        KEEPS_DV=keeps_dv,
         N_ROUNDS=n_rounds,
-        **_sizes(out),
+        **_sizes(dq),
     )  # fmt: skip
 
 

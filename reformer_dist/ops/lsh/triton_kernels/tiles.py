@@ -52,6 +52,8 @@ class KernelConstants:
     """Tables have bounds of the queries: 6 columns."""
     sharded: bool
     """Rows are a partition of the sorted order (`attention.Shard`), as one head."""
+    by_rank: bool
+    """Which rows beside each other attend depends on their ranks in the bucket alone, see `pair_mask.attends`."""
 
     @staticmethod
     def of(
@@ -87,6 +89,7 @@ class KernelConstants:
             shared=shared,
             bounded=sharded and not options.own_keys,
             sharded=sharded,
+            by_rank=rule.causal and not (chunked or sharded or options.own_keys),
         )
 
 

@@ -48,7 +48,7 @@ def tuning_of(head_dim: int, dtype: torch.dtype) -> Tuning:
 
 
 def workspace_bytes(shape: WorkspaceShape) -> float:
-    """`Backend.workspace_bytes`: order, tiles, rowsum(dO * o), and a group's gradients per round."""
+    """`Backend.workspace_bytes`: order, tiles, rowsum(dO * o), a group's scalars and its gradients per round."""
     n_rounds, n_grads = shape.n_rounds, 2 if shape.shared_keys else 3
     vector = shape.head_dim * shape.element_size
     rows: float
@@ -67,4 +67,4 @@ def workspace_bytes(shape: WorkspaceShape) -> float:
     order = (
         n_rounds * n_sides * (slot * sorted_rows + 16 * (sorted_rows / block + shape.n_heads * shape.n_buckets))
     )
-    return order + other + (rows * n_rounds * n_grads * vector if n_rounds > 1 else 0)
+    return order + other + 16 * rows + (rows * n_rounds * n_grads * vector if n_rounds > 1 else 0)

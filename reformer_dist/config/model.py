@@ -43,7 +43,14 @@ class Activation(Enum):
     gelu = "gelu"
     gelu_tanh = "gelu_tanh"
     relu = "relu"
+    silu = "silu"
     glu = "glu"
+    swiglu = "swiglu"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a second projection multiplies the activated one."""
+        return self in (Activation.glu, Activation.swiglu)
 
 
 class AttentionBackend(Enum):
@@ -63,6 +70,7 @@ class Position(Enum):
 
 class Norm(Enum):
     layer = "layer"
+    rms = "rms"
     scale = "scale"
     rezero = "rezero"
 
@@ -109,8 +117,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
     """Width of token and position embeddings, and of the head's table; null means dim. Otherwise linear
     layers project to dim and back."""
     norm: Norm = Norm.layer
-    """Sublayer input. layer: layer norm; scale: x / |x| times a learned scalar; rezero: none, but the output
-    is multiplied by a learned scalar that starts at 0."""
+    """Sublayer input. layer: layer norm; rms: RMS norm, without mean and bias; scale: x / |x| times a learned
+    scalar; rezero: none, but the output is multiplied by a learned scalar that starts at 0."""
     layer_drop: float = bounded(0.0, least=0, below=1)
     """Probability that a training step skips a layer, drawn for each step, the same on every rank."""
     one_value_head: bool = False
@@ -159,7 +167,8 @@ class ModelConfig(ConfigGroup, prefix="model."):
     ff_dim: int | None = bounded(None, least=1, most=LARGEST_FF_DIM)
     """Inner width of the feed-forward; null means ff_mult * dim."""
     activation: Activation = Activation.gelu
-    """Of the feed-forward: gelu, gelu_tanh (its tanh approximation), relu, or glu (gated, with GELU)."""
+    """Of the feed-forward: gelu, gelu_tanh (its tanh approximation), relu, silu, or gated: glu (with GELU), swiglu
+    (with SiLU)."""
     ff_chunk: int = bounded(0, least=0)
     """Tokens per chunk of the feed-forward; 0 means all at once."""
     loss_chunk: int = bounded(1024, least=1)

@@ -43,6 +43,8 @@ ACTIVATIONS = {
     "gelu": Activation.gelu,
     "gelu_new": Activation.gelu_tanh,
     "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "silu": Activation.silu,
+    "swish": Activation.silu,
 }
 HEAD_TENSORS = {
     "lm_head.decoder.weight": HeadKind.language_model,

@@ -27,7 +27,12 @@ CLASSES = {
     HeadKind.sequence_classification: "ReformerForSequenceClassification",
     HeadKind.question_answering: "ReformerForQuestionAnswering",
 }
-ACTIVATIONS = {Activation.relu: "relu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_new"}
+ACTIVATIONS = {
+    Activation.relu: "relu",
+    Activation.gelu: "gelu",
+    Activation.gelu_tanh: "gelu_new",
+    Activation.silu: "silu",
+}
 
 
 def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
@@ -50,7 +55,7 @@ def incompatibilities(config: ModelConfig, head: HeadKind) -> list[str]:
         "model.axial_shape": config.position is not Position.axial
         or len(config.axial_shape) == 2
         or "their model evaluates with two sides only; must have two",
-        "model.activation": config.activation in ACTIVATIONS or "must be relu, gelu or gelu_tanh",
+        "model.activation": config.activation in ACTIVATIONS or "must be relu, gelu, gelu_tanh or silu",
         "model.tie_embeddings": not config.tie_embeddings or "their head has its own weights; must be false",
         "model.embedding_dim": config.embedding_dim is None
         or "their embedding has the model's width; must be null",

@@ -29,6 +29,21 @@ class StreamNorm(nn.Module):
         return out
 
 
+class RMSNorm(nn.Module):
+    """x over its root mean square, times a learned weight (arXiv 1910.07467), of a float32 stream in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(Tensor(dim).fill_(1.0))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
+
+    def scale_output(self, out: Tensor) -> Tensor:
+        return out
+
+
 class ScaleNorm(nn.Module):
     """x / |x| times one learned scalar, initially sqrt(dim) (arXiv 1910.05895)."""
 
@@ -61,7 +76,7 @@ class ReZero(nn.Module):
         return out * self.weight
 
 
-SublayerNorm = StreamNorm | ScaleNorm | ReZero
+SublayerNorm = StreamNorm | RMSNorm | ScaleNorm | ReZero
 
 
 class NormPerLayer(nn.ModuleList):
@@ -83,7 +98,14 @@ def norm_of_layer(norm: nn.Module, layer: int) -> SublayerNorm:
     return cast(SublayerNorm, norm[layer // norm.n_blocks] if isinstance(norm, NormPerLayer) else norm)
 
 
+def build_final_norm(config: ModelConfig) -> StreamNorm | RMSNorm:
+    """The norm of a stack's output: RMS norm with norm=rms, otherwise layer norm."""
+    return (RMSNorm if config.norm is Norm.rms else StreamNorm)(config.output_dim, config.norm_eps)
+
+
 def _build_norm(config: ModelConfig) -> SublayerNorm:
+    if config.norm is Norm.rezero:
+        return ReZero()
     if config.norm is Norm.scale:
         return ScaleNorm(config.dim, config.norm_eps)
-    return ReZero() if config.norm is Norm.rezero else StreamNorm(config.dim, config.norm_eps)
+    return (RMSNorm if config.norm is Norm.rms else StreamNorm)(config.dim, config.norm_eps)

@@ -21,7 +21,7 @@ from reformer_dist.models.context import (
 )
 from reformer_dist.models.embedding import build_positions, check_length
 from reformer_dist.models.inputs import check_vectors
-from reformer_dist.models.norms import StreamNorm
+from reformer_dist.models.norms import build_final_norm
 from reformer_dist.models.reversible import Streams, Tape
 from reformer_dist.models.training_steps import CountsSteps, draws_rotations
 from reformer_dist.ops.checks import check_type
@@ -52,7 +52,7 @@ class ReformerStack(CountsSteps):
         self._draws_rotations = draws_rotations(config, kinds, has_cross_attention=has_cross_attention)
         self.n_layers = config.n_layers
         self.is_concat = config.is_concat
-        self.norm = StreamNorm(config.output_dim, config.norm_eps)
+        self.norm = build_final_norm(config)
 
     def forward(
         self, x: Tensor, context: ForwardContext | None = None, **options: Unpack[ForwardOptions]

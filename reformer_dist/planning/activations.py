@@ -42,7 +42,7 @@ class SublayerMemory:
     def feed_forward_saved(self) -> int:
         """Tensors of a feed-forward sublayer saved from forward to backward, for all tokens."""
         s, model = self.sizes, self.job.config.model
-        inner = s.inner * {Activation.relu: 1, Activation.glu: 4}.get(model.activation, 2)
+        inner = s.inner * (4 if model.activation.is_gated else 1 if model.activation is Activation.relu else 2)
         if model.ff_dropout:
             inner += s.inner * (2 if model.activation is Activation.relu else 1)
         return s.hidden + self.norm_saved() + inner + self._mask(s.hidden, model.dropout)
@@ -50,7 +50,7 @@ class SublayerMemory:
     def feed_forward_backward(self) -> int:
         """Additional peak memory in its backward, less what has been freed by then."""
         s, model = self.sizes, self.job.config.model
-        grads = {Activation.relu: 1 + 1, Activation.glu: 3}.get(model.activation, 1)
+        grads = 3 if model.activation.is_gated else 2 if model.activation is Activation.relu else 1
         fraction = self._chunk_fraction()
         if model.ff_dropout:
             draw = s.tokens * model.resolved_ff_dim * MASK_DRAW_BYTES - s.inner
@@ -73,6 +73,8 @@ class SublayerMemory:
         if norm is Norm.rezero:
             # the sublayer's output, for the gradient of its scale; in float32 its input is the stream itself
             return 0 if s.hidden == s.stream and not self.job.uses_autocast else s.hidden
+        if norm is Norm.rms:  # a normalized copy; PyTorch's fused kernel on GPUs keeps less
+            return s.stream + s.statistics // 2
         return s.statistics if norm is Norm.layer else s.statistics * 3 // 2
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from reformer_dist.config import (
-    Activation,
     AttentionKind,
     CrossAttentionKind,
     ModelConfig,
@@ -68,7 +67,7 @@ def _ends_flops(job: JobSpec) -> float:
 def layer_flops(model: ModelConfig, kind: AttentionKind, seq_len: int) -> float:
     """Forward of one token through a layer."""
     inner, heads = model.resolved_ff_dim, model.n_heads * model.resolved_head_dim
-    n_matrices = 3 if model.activation is Activation.glu else 2
+    n_matrices = 3 if model.activation.is_gated else 2
     values = model.resolved_head_dim if model.one_value_head else heads
     products = 2 * model.dim * (heads * n_projections(model, kind) + values + inner * n_matrices)
     convolutions = 2 * model.qk_conv * heads * n_convolutions(model, kind)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_helpers import EXACT, LOCAL, LSH, VOCAB, grads_of, random_tokens, shifted, small_model
+from torch import Tensor
 
 from reformer_dist import ReformerForSequenceClassification, init_weights, inspect_attention
-from reformer_dist.config import NeighbourRule, Norm, Position, Recompute
-from reformer_dist.models.norms import ReZero, ScaleNorm, StreamNorm
+from reformer_dist.config import Activation, NeighbourRule, Norm, Position, Recompute
+from reformer_dist.models.norms import ReZero, RMSNorm, ScaleNorm, StreamNorm
 from reformer_dist.models.short_conv import ShortConv
 from reformer_dist.seeds import derive_seed
 
@@ -28,12 +30,47 @@ def test_scale_norm() -> None:
     torch.testing.assert_close(norm(x).norm(dim=-1), torch.full((2, 5), 3.0))
 
 
+def test_rms_norm() -> None:
+    x = torch.randn(2, 5, 24)
+    norm = RMSNorm(24, 1e-5)
+    norm.weight.data.uniform_(0.5, 1.5)
+    torch.testing.assert_close(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    assert norm.bfloat16()(x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
-    ("norm", "kind"), [(Norm.layer, StreamNorm), (Norm.scale, ScaleNorm), (Norm.rezero, ReZero)]
+    ("norm", "kind"),
+    [(Norm.layer, StreamNorm), (Norm.rms, RMSNorm), (Norm.scale, ScaleNorm), (Norm.rezero, ReZero)],
 )
 def test_every_sublayer_has_the_configured_norm(norm: Norm, kind: type) -> None:
-    for block in small_model(norm=norm).stack.blocks:
+    stack = small_model(norm=norm).stack
+    for block in stack.blocks:
         assert type(block.attention_norm) is type(block.feed_forward_norm) is kind
+    assert type(stack.norm) is (RMSNorm if norm is Norm.rms else StreamNorm)
+
+
+@pytest.mark.parametrize(
+    ("activation", "function", "is_gated"),
+    [
+        (Activation.gelu, F.gelu, False),
+        (Activation.relu, F.relu, False),
+        (Activation.silu, F.silu, False),
+        (Activation.glu, F.gelu, True),
+        (Activation.swiglu, F.silu, True),
+    ],
+)
+def test_activations(activation: Activation, function: Callable[[Tensor], Tensor], is_gated: bool) -> None:
+    model = small_model(activation=activation).eval()
+    layer = model.stack.blocks[0].feed_forward
+    x = torch.randn(2, 5, layer.to_out.out_features)
+    inner = layer.to_inner(x)
+    if is_gated:
+        value, gate = inner.chunk(2, dim=-1)
+        expected = layer.to_out(value * function(gate))
+    else:
+        expected = layer.to_out(function(inner))
+    context, coords = model._evaluation_context(random_tokens()[:, :5], {}), None
+    torch.testing.assert_close(layer(x, context, 0, coords), expected)
 
 
 def test_rezero_starts_as_the_identity() -> None:

@@ -58,6 +58,7 @@ CHANGES: list[dict[str, Any]] = [
     {"position": Position.sinusoidal},
     {"activation": Activation.relu},
     {"activation": Activation.glu},
+    {"activation": Activation.swiglu, "norm": Norm.rms},
     {"ff_chunk": 10, **DROPOUTS},
     {"neighbours": NeighbourRule.chunk},
     {
@@ -76,6 +77,7 @@ CHANGES: list[dict[str, Any]] = [
         "compat": CompatConfig(bucket_factors=[2, 2], hash_seed=7, attention_bias=True, axial_sum=True),
     },
     {"activation": Activation.gelu_tanh},
+    {"activation": Activation.silu},
     {"local_round": True, "count_pairs_once": True, **DROPOUTS},
     {"hash_scheme": HashScheme.floor},
     {"causal": False, **DROPOUTS},

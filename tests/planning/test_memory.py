@@ -97,12 +97,13 @@ def test_parameters_of_other_models(kind, tiny_data, tmp_path):
         {"dropout": 0.1, "ff_dropout": 0.1},
         {"norm": "scale", "one_value_head": True},
         {"norm": "rezero"},
+        {"norm": "rms"},
         {"shared_qk": False, "layers": ["lsh"]},
         {"qk_conv": 3, "layers": ["lsh"]},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("activation", ["gelu", "relu", "glu"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "glu", "swiglu"])
 def test_activations_of_a_layer(recompute, changed, activation, tiny_data, tmp_path):
     """Tensors held between forward and backward by three additional layers."""
     changed = changed | {"activation": activation, "recompute": recompute.value}

@@ -160,7 +160,7 @@ def test_choices_in_lists() -> None:
     complains("model.layers[1]", "far", "lsh, local or exact", layers=["lsh", "far"])
     complains("model.layers", "'lsh'", "list", layers="lsh")
     complains("model.encoder_layers", lsh, "list", encoder_layers=lsh)
-    with pytest.raises(ConfigError, match=r"^model\.norm=nope: .*layer, scale or rezero"):
+    with pytest.raises(ConfigError, match=r"^model\.norm=nope: .*layer, rms, scale or rezero"):
         ModelConfig(norm="nope")
     with pytest.raises(ConfigError, match=r"model\.cross_attention=local: .*exact or lsh"):
         ModelConfig(cross_attention="local")

@@ -118,7 +118,7 @@ def test_default_buckets_match_theirs() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "model_type": ("bert", "must be reformer"),
-    "hidden_act": ("swish", "relu"),
+    "hidden_act": ("tanh", "relu"),
     "attn_layers": (["lsh", "full"], "local and lsh"),
     "num_buckets": ([3, 4], "even"),
     "axial_pos_embds_dim": ([8, 8], "hidden_size=32"),

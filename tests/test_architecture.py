@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         *("process", "tasks", "training"),
     },
     "inference": {"checkpoint", "config", "data", "errors", "generation", "models", "ops", "run", "tasks"},
-    "serving": {"config", "errors", "inference", "process", "run"},
+    "serving": {"config", "errors", "generation", "inference", "process", "run"},
     "doctor": {"config", "distributed", "errors", "ops", "process", "run"},
     "sweep": {"config", "distributed", "errors", "fs", "process", "run", "seeds", "training"},
     "runs": {"config", "errors", "fs", "process", "run", "sweep"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Protocol
 
@@ -79,8 +80,52 @@ class CachedDecoder:
         """Memory of the caches."""
         return self._state.n_bytes()
 
+    def fork(self) -> CachedDecoder:
+        """A decoder of the same sequences, which continues them on its own."""
+        forked = copy.copy(self)
+        forked._state = copy.deepcopy(self._state)
+        return forked
+
     def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self._model(tokens, key_padding_mask=mask, sequence=self._state, logits_to_keep=1)[:, -1]
+
+
+class PrefixDecoder:
+    """Decodes one sequence whose beginning has been read before.
+
+    The rest of its prompt is read token by token, with the same result whether the state of the beginning was just
+    computed or was kept.
+    """
+
+    def __init__(self, decoder: CachedDecoder, logits: Tensor, rest: Tensor) -> None:
+        """decoder: after the beginning, with its logits [1, V]. rest [T]: the following tokens of the prompt."""
+        self._decoder, self._logits, self._unread = decoder, logits, rest
+
+    @property
+    def n_unread(self) -> int:
+        return self._unread.numel()
+
+    @torch.no_grad()
+    def read(self, n_tokens: int) -> None:
+        """Reads up to n_tokens more of the prompt."""
+        for index in range(min(n_tokens, self.n_unread)):
+            self._logits = self._decoder.step(self._unread[index : index + 1])
+        self._unread = self._unread[n_tokens:]
+
+    def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Logits after the prompt; tokens [1, S] must be all of it."""
+        self.read(self.n_unread)
+        return self._logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._decoder.step(tokens)
+
+    def select_rows(self, rows: Tensor) -> None:
+        self._decoder.select_rows(rows)
+
+    def n_bytes(self) -> int:
+        """Memory of the caches."""
+        return self._decoder.n_bytes()
 
 
 class UncachedDecoder:

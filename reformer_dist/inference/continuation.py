@@ -21,11 +21,12 @@ from reformer_dist.generation import (
     beam_search,
     make_decoder,
 )
-from reformer_dist.generation.decoder import last_document
+from reformer_dist.generation.decoder import PrefixDecoder, last_document
 from reformer_dist.generation.text_stream import CONTEXT
 from reformer_dist.run.pretrained import LoadedModel
 
 MAX_BATCH = 16
+READ_TOKENS = 16  # of the rest of a prompt in a step
 SAMPLING: dict[str, float] = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.0}
 
 
@@ -163,12 +164,21 @@ class SampledTexts:
     """
 
     def __init__(
-        self, loaded: LoadedModel, prompts: list[Tensor], options: TextOptions, *, first_prompt: int = 0
+        self,
+        loaded: LoadedModel,
+        prompts: list[Tensor],
+        options: TextOptions,
+        *,
+        first_prompt: int = 0,
+        decoder: PrefixDecoder | None = None,
     ) -> None:
-        """prompts: of `encode_prompt`. first_prompt: index of prompts[0] among all, for the seeds of its texts."""
+        """prompts: of `encode_prompt`. first_prompt: index of prompts[0] among all, for the seeds of its texts.
+
+        decoder: of the only prompt, if its beginning has been read before.
+        """
         tokenizer, n_samples = loaded.tokenizer, options.samples
         model, prompts = loaded.begin(prompts)
-        self._decoder = make_decoder(model, loaded.config.model)
+        self._decoder = decoder or make_decoder(model, loaded.config.model)
         self._sampler = TextSampler(
             self._decoder,
             prompts,
@@ -192,7 +202,13 @@ class SampledTexts:
         return self._decoder.n_bytes()
 
     def step(self) -> list[TextStep]:
-        """Samples a token of each unfinished text; the first call reads the prompts. Raises UserError."""
+        """Samples a token of each unfinished text; the first call reads the prompts. Raises UserError.
+
+        Returns nothing while it reads the rest of a prompt whose beginning had been read before.
+        """
+        if isinstance(self._decoder, PrefixDecoder) and self._decoder.n_unread > READ_TOKENS:
+            self._decoder.read(READ_TOKENS)
+            return []
         self._n_written += 1
         steps = [self._add(row, token) for row, token in self._sampler.step().items()]
         self._sampler.finish({step.row for step in steps if step.end is not None})

@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=4096, metavar="N", help="new tokens of a text at most (default: 4096)")
     context = "tokens of a prompt and its continuation at most (default: 131072, or the model's positions)"
     add("--max-context", type=int, default=131072, metavar="N", help=context)
+    prefixes = "memory of the states of cached_prefix (default: 1073741824)"
+    add("--prefix-cache", type=int, default=2**30, metavar="BYTES", help=prefixes)
     add("--max-body", type=int, default=2**24, metavar="BYTES", help="of a request (default: 16777216)")
     timeout = "for a client to send a request, or to read what was sent to it (default: 60)"
     add("--client-timeout", type=float, default=60.0, metavar="SECONDS", help=timeout)
@@ -94,7 +96,13 @@ def _serve(
     from reformer_dist.serving.protocol import RequestLimits
 
     metrics = Metrics()
-    engine = Engine(loaded, metrics, max_streams=arguments.max_streams, max_queue=arguments.max_queue)
+    engine = Engine(
+        loaded,
+        metrics,
+        max_streams=arguments.max_streams,
+        max_queue=arguments.max_queue,
+        prefix_bytes=arguments.prefix_cache,
+    )
     options = ServerOptions(
         RequestLimits(arguments.max_streams, arguments.max_tokens),
         arguments.max_context,
@@ -145,6 +153,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("max-tokens", 1),
         ("max-context", 2),
         ("max-body", 1),
+        ("prefix-cache", 0),
         ("client-timeout", 0.001),
         ("grace", 0),
     ):

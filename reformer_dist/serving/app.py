@@ -18,8 +18,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from reformer_dist.errors import UserError
+from reformer_dist.errors import ConfigError, UserError
 from reformer_dist.inference.continuation import TextEnd, TextStep, encode_prompt
+from reformer_dist.inference.prefixes import check_prefixes, common_length
 from reformer_dist.run.pretrained import LoadedModel
 from reformer_dist.serving.chat import ChatTemplate
 from reformer_dist.serving.engine import Engine, EngineBusy, EngineStopped, Job
@@ -123,12 +124,8 @@ class Server:
 
     async def _begin(self, request: TextRequest) -> Response:
         """Queues the jobs of a request. Raises RequestError."""
-        try:
-            prompts = await asyncio.to_thread(lambda: [encode_prompt(self._loaded, p) for p in request.prompts])
-        except UserError as error:
-            field = request.prompts[0].name.partition("[")[0]
-            raise RequestError(400, str(error), param=field, code="context_length_exceeded") from error
-        texts = _Texts(request, prompts, self._engine, self._options.max_context)
+        prompts, prefix_lengths = await asyncio.to_thread(self._encode, request)
+        texts = _Texts(request, prompts, prefix_lengths, self._options.max_context)
         try:
             self._engine.submit(texts.jobs)
         except EngineBusy as error:
@@ -137,15 +134,34 @@ class Server:
             raise RequestError(503, str(error)) from error
         return _TextResponse(request, texts, Answers(request, self._name))
 
+    def _encode(self, request: TextRequest) -> tuple[list[Tensor], list[int]]:
+        """Token ids [S] of the prompts, and the lengths of their prefixes. Raises RequestError."""
+        try:
+            prompts = [encode_prompt(self._loaded, prompt) for prompt in request.prompts]
+            prefix = None if request.prefix is None else encode_prompt(self._loaded, request.prefix)
+        except ConfigError as error:
+            field = request.prompts[0].name.partition("[")[0]
+            raise RequestError(400, str(error), param=field, code="context_length_exceeded") from error
+        if prefix is None:
+            return prompts, [0] * len(prompts)
+        try:
+            check_prefixes(self._loaded)
+        except ConfigError as error:
+            raise RequestError(400, f"cached_prefix: {error}", param="cached_prefix") from error
+        return prompts, [common_length(prompt, prefix) for prompt in prompts]
+
 
 class _Texts:
     """The jobs of a request, and their steps as they arrive; text i * n + j is text j of prompt i."""
 
-    def __init__(self, request: TextRequest, prompts: list[Tensor], engine: Engine, max_context: int) -> None:
+    def __init__(
+        self, request: TextRequest, prompts: list[Tensor], prefix_lengths: list[int], max_context: int
+    ) -> None:
         self._queue: asyncio.Queue[tuple[int, list[TextStep] | Exception]] = asyncio.Queue()
         self._loop, self._n_samples = asyncio.get_running_loop(), request.options.samples
         self.jobs = [self._job(request, i, prompt, max_context) for i, prompt in enumerate(prompts)]
-        self._max_new_tokens = request.options.max_new_tokens
+        for job, n_prefix in zip(self.jobs, prefix_lengths, strict=True):
+            job.n_prefix = n_prefix
         self.n_texts = request.n_texts
         self.n_prompt_tokens = sum(prompt.numel() for prompt in prompts)
         self.n_new_tokens = 0
@@ -184,8 +200,8 @@ class _Texts:
                 n_left -= step.end is not None
                 yield prompt * self._n_samples + step.row, step
 
-    def usage(self) -> dict[str, int]:
-        return usage(self.n_prompt_tokens, self.n_new_tokens)
+    def usage(self) -> dict[str, Any]:
+        return usage(self.n_prompt_tokens, self.n_new_tokens, sum(job.n_cached for job in self.jobs))
 
 
 class _TextResponse(Response):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from reformer_dist.errors import UserError
+from reformer_dist.generation.decoder import PrefixDecoder
 from reformer_dist.inference.continuation import SampledTexts, TextOptions, TextStep
+from reformer_dist.inference.prefixes import PrefixCache, read_prefix
 from reformer_dist.process.log import logger
 from reformer_dist.run.pretrained import LoadedModel
 from reformer_dist.serving.metrics import Metrics
@@ -47,7 +49,12 @@ class Job:
     is_cancelled: bool = False
     """Set by any thread; the engine drops the job before its next step."""
     texts: SampledTexts | None = None
+    n_prefix: int = 0
+    """Leading tokens of the prompt whose state is kept for other prompts; 0: none."""
+    n_cached: int = 0
+    """Those that were found in the cache."""
     n_steps: int = 0
+    n_new_tokens: int = 0
     state_bytes: int = 0
     """As of the last step that is a multiple of MEASURE_EVERY."""
 
@@ -59,10 +66,13 @@ class Job:
 class Engine:
     """Generates the texts of jobs, up to max_streams at a time, in the order of their submission."""
 
-    def __init__(self, loaded: LoadedModel, metrics: Metrics, *, max_streams: int, max_queue: int) -> None:
-        """max_queue: number of texts that may wait for a stream."""
+    def __init__(
+        self, loaded: LoadedModel, metrics: Metrics, *, max_streams: int, max_queue: int, prefix_bytes: int = 0
+    ) -> None:
+        """max_queue: number of texts that may wait for a stream. prefix_bytes: of the prefix cache."""
         self._loaded, self._metrics = loaded, metrics
         self._max_streams, self._max_queue = max_streams, max_queue
+        self._prefixes = PrefixCache(prefix_bytes)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -132,6 +142,7 @@ class Engine:
     def _measure(self) -> None:
         self._metrics.set("streams", sum(job.n_texts for job in self._running))
         self._metrics.set("waiting", sum(job.n_texts for job in self._waiting))
+        self._metrics.set("prefix_bytes", self._prefixes.n_bytes)
         self._metrics.set("state_bytes", sum(job.state_bytes for job in self._running))
 
     def _step(self, job: Job) -> None:
@@ -139,7 +150,7 @@ class Engine:
             return
         try:
             if job.texts is None:
-                job.texts = SampledTexts(self._loaded, [job.prompt], job.options)
+                job.texts = SampledTexts(self._loaded, [job.prompt], job.options, decoder=self._continue(job))
             steps = job.texts.step()
             if job.n_steps % MEASURE_EVERY == 0:
                 job.state_bytes = job.texts.n_bytes()
@@ -147,10 +158,11 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
             return
-        self._metrics.count("completion_tokens_total", len(steps))
-        if job.n_steps == 1:
+        if steps and job.n_new_tokens == 0:
             self._metrics.count("prompt_tokens_total", job.prompt.numel())
             self._metrics.add_first_token(time.monotonic() - job.created)
+        job.n_new_tokens += len(steps)
+        self._metrics.count("completion_tokens_total", len(steps))
         for step in steps:
             if step.end is not None:
                 self._metrics.count("texts_total", end=step.end.name)
@@ -158,6 +170,20 @@ class Engine:
             job.texts = None  # the job lives as long as its client reads
             self._running.remove(job)
         job.receive(steps)
+
+    def _continue(self, job: Job) -> PrefixDecoder | None:
+        """The decoder of a prompt with a prefix, after that."""
+        if job.n_prefix == 0:
+            return None
+        tokens = job.prompt[: job.n_prefix]
+        state = self._prefixes.get(tokens)
+        if state is None:
+            state = read_prefix(self._loaded, tokens)
+            self._prefixes.put(tokens, state)
+        else:
+            job.n_cached = job.n_prefix
+        self._metrics.count("prefix_hits_total" if job.n_cached else "prefix_misses_total")
+        return state.continued(job.prompt[job.n_prefix :])
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Ends one job; the others go on."""

@@ -11,12 +11,15 @@ HELP = {
     "texts_total": "texts by what ended them",
     "prompt_tokens_total": "tokens of prompts read",
     "completion_tokens_total": "tokens generated",
+    "prefix_hits_total": "prompts whose cached_prefix was found",
+    "prefix_misses_total": "prompts whose cached_prefix was read",
     "streams": "texts being generated",
     "waiting": "texts that wait for a stream",
     "state_bytes": "memory of the decoding states",
+    "prefix_bytes": "memory of the prefix cache",
     "first_token_seconds": "time from a request to the first token of its texts",
 }
-GAUGES = ("streams", "waiting", "state_bytes")
+GAUGES = ("streams", "waiting", "state_bytes", "prefix_bytes")
 
 
 class Metrics:

@@ -20,7 +20,7 @@ COMPLETION_TOKENS = 16  # of a completion that asks for no number, in the protoc
 MAX_STOPS = 4
 SEEDS = range(-(2**63), 2**63)
 SHARED_FIELDS = ("model", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options")
-EXTENSIONS = ("top_k", "repetition_penalty")
+EXTENSIONS = ("top_k", "repetition_penalty", "cached_prefix")
 UNUSED_FIELDS = ("user",)
 NEUTRAL: dict[str, list[Any]] = {
     "best_of": [1],
@@ -74,6 +74,8 @@ class TextRequest:
     is_chat: bool
     is_stream: bool
     includes_usage: bool
+    prefix: Prompt | None
+    """A beginning of all prompts whose state is kept."""
 
     @property
     def n_texts(self) -> int:
@@ -165,7 +167,21 @@ def _request(
         )
     except ConfigError as error:
         raise _of_field(str(error)) from error
-    return TextRequest(prompts, options, is_chat, stream, _includes_usage(fields, stream))
+    prefix = _prefix(fields, prompts)
+    return TextRequest(prompts, options, is_chat, stream, _includes_usage(fields, stream), prefix)
+
+
+def _prefix(fields: _Fields, prompts: list[Prompt]) -> Prompt | None:
+    name = "cached_prefix"
+    given = fields.get(name)
+    if given is None:
+        return None
+    prefix = _prompt(given, name)
+    for prompt in prompts:
+        if not prompt.text.startswith(prefix.text):
+            problem = f"{name}: {prompt.name} does not begin with it; it must be the beginning of every prompt"
+            raise RequestError(400, problem, param=name)
+    return prefix
 
 
 class _Fields:
@@ -310,7 +326,7 @@ class Answers:
         }
         self._chunk_head = self._head | ({"object": "chat.completion.chunk"} if request.is_chat else {})
 
-    def whole(self, texts: list[str], ends: list[TextEnd | None], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, texts: list[str], ends: list[TextEnd | None], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         choices = []
         for index, (text, end) in enumerate(zip(texts, ends, strict=True)):
@@ -327,7 +343,7 @@ class Answers:
         content = {"delta": {"content": text} if text else {}} if self._is_chat else {"text": text}
         return self._chunk(index, content, end)
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._chunk_head | {"choices": [], "usage": usage}
 
     def _chunk(self, index: int, content: dict[str, Any], end: TextEnd | None) -> dict[str, Any]:
@@ -342,6 +358,10 @@ def finish_reason(end: TextEnd | None) -> str | None:
     return "stop" if end in (TextEnd.end_of_text, TextEnd.stop_string) else "length"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }

@@ -56,9 +56,10 @@ def serving(run: Path, *options: object, key: str | None = KEY) -> Iterator[Serv
 
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory, tiny_data) -> Path:
-    """A run whose model has rotary positions, and so no last one."""
+    """A run whose model has rotary positions, and so no last one; trained until its texts depend on prompts."""
     run = tmp_path_factory.mktemp("runs") / "endless"
-    run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, run, "model.position=rotary"), forked=True)
+    changed = ("model.position=rotary", "trainer.max_steps=60", "trainer.save_every=60")
+    run_ranks("reformer_dist.train", 1, tiny_overrides(tiny_data, run, *changed), forked=True)
     return run
 
 

@@ -86,6 +86,8 @@ def test_fields_reach_the_options():
         ("frequency_penalty", "or give 0", {"frequency_penalty": 0.5}),
         ("temprature", "temprature", {"temprature": 1}),
         ("messages", "messages", {"messages": []}),
+        ("cached_prefix", r"prompt\[1\] does not begin", {"prompt": ["ab", "b"], "cached_prefix": "a"}),
+        ("cached_prefix", "a text", {"cached_prefix": 1}),
     ],
 )
 def test_what_a_completion_refuses(param, word, fields):

@@ -101,6 +101,20 @@ def test_chat_streams_the_continuation_of_a_message(server, library):
     assert chunks[-1].choices[0].finish_reason == "length" and last.usage.completion_tokens == 20
 
 
+def test_prompts_that_share_a_prefix_find_its_state(server, library):
+    document = "stone water " * 20
+    fields = {"max_tokens": 30, "temperature": 0}
+    hits = server.metric("prefix_hits_total")
+    for number, prompt in enumerate((document + "time", document + "river " * 5, document)):
+        response = server.client.completions.create(
+            model="endless", prompt=prompt, extra_body={"cached_prefix": document}, **fields
+        )
+        assert [choice.text for choice in response.choices] == library(prompt=prompt, **fields)
+        cached = response.usage.prompt_tokens_details.cached_tokens
+        assert cached == (len(document) + 1 if number else 0)
+    assert server.metric("prefix_hits_total") == hits + 2 and server.metric("prefix_bytes") > 0
+
+
 def test_refusals_reach_the_client_as_its_own_errors(server):
     create = server.client.completions.create
     with pytest.raises(openai.NotFoundError, match=r"model.*must be endless"):

@@ -20,6 +20,7 @@ from reformer_dist.run.config_changes import config_changes
 from reformer_dist.run.pretrained import add_weight_choice, weight_choice
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHOWN = 20  # differing tensors
 
 
@@ -47,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     pruning.add_argument("--keep-every", type=int, default=0, help="also keep those of every N-th step")
     exporting = add("export", "export the weights alone, as plain safetensors", export, "checkpoint", "output")
     exporting.add_argument("--max-shard-size", metavar="SIZE", help="such as 2GB (default: one file)")
+    dtype = "of the weights (default: float32)"
+    exporting.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help=dtype)
     add_weight_choice(exporting)
     return parser
 
@@ -134,7 +137,7 @@ def export(arguments: argparse.Namespace) -> None:
     choice = weight_choice(arguments)
     reader = CheckpointReader(resolve_checkpoint(arguments.checkpoint, best=choice.best), averaged=choice.averaged)
     limit = _parse_bytes(arguments.max_shard_size) if arguments.max_shard_size else None
-    write_export(reader, arguments.output, limit)
+    write_export(reader, arguments.output, limit, DTYPES[arguments.dtype])
     print(f"exported {reader.folder} to {arguments.output}")
 
 

@@ -1,4 +1,4 @@
-"""Exports: full float32 weights in safetensors, for other programs, without optimizer states.
+"""Exports: full weights in safetensors, for other programs, without optimizer states.
 
 EXPORT/
     config.json                       RunRecord (configuration, tokenizer, parameter shapes), step
@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reformer_dist.checkpoint.files import json_bytes
-from reformer_dist.checkpoint.fragment import ELEMENT_SIZE
 from reformer_dist.checkpoint.reader import CheckpointReader, check_shapes, resolve_checkpoint
 from reformer_dist.checkpoint.record import RunRecord
 from reformer_dist.config.stage_values import saved_in_force
@@ -62,8 +61,10 @@ class WeightSource(Protocol):
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor: ...
 
 
-def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None = None) -> None:
-    """Writes weights in float32, in one file or in files of at most `max_shard_bytes`.
+def write_export(
+    source: WeightSource, folder: Path, max_shard_bytes: int | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes weights in float32 or another dtype, in one file or in files of at most `max_shard_bytes`.
 
     A larger parameter gets a file to itself. Raises CheckpointError if the directory exists.
     """
@@ -71,14 +72,15 @@ def write_export(source: WeightSource, folder: Path, max_shard_bytes: int | None
         raise CheckpointError(f"{folder}: exists; name a directory that does not")
     partial = make_staging(folder)
     shapes = source.record.shapes
-    sizes = {name: ELEMENT_SIZE * math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards = _split_shards(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
         shard_file = WEIGHTS_FILE.replace(".", f"-{number:05d}-of-{len(shards):05d}.")
         file = WEIGHTS_FILE if len(shards) == 1 else shard_file
         tensors = {
-            name: source.read(name, "fp32", 0, math.prod(shapes[name])).view(shapes[name]) for name in names
+            name: source.read(name, "fp32", 0, math.prod(shapes[name])).view(shapes[name]).to(dtype)
+            for name in names
         }
         save_file(tensors, partial / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))

@@ -1,8 +1,13 @@
-"""Readers of foreign checkpoints: options from JSON and tensors from safetensors. No pickle is opened."""
+"""Readers of foreign checkpoints: options from JSON, and tensors from safetensors or a file of torch.save.
+
+The latter is a pickle. PyTorch's restricted loader reads it, which builds tensors and containers, and refuses the
+rest.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -124,14 +129,14 @@ class ForeignOptions:
 
 
 class ForeignTensors:
-    """Tensors of a directory's safetensors files, by name. Raises CheckpointError, also for pickles."""
+    """Tensors of a directory's safetensors files, or of its only pickle, by name. Raises CheckpointError."""
 
-    def __init__(self, directory: Path, pickle_hint: str) -> None:
-        """pickle_hint: how to convert a pickle to safetensors, for the error message."""
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files = self._find_files(pickle_hint)
+        self._unpickled: dict[str, Tensor] = {}
+        self._files = self._find_files()
 
-    def _find_files(self, pickle_hint: str) -> dict[str, Path]:
+    def _find_files(self) -> dict[str, Path]:
         """Maps names of tensors to files."""
         directory = self.directory
         if (directory / INDEX_FILE).is_file():
@@ -150,11 +155,14 @@ class ForeignTensors:
                     return dict.fromkeys(tensors.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: can't be read: {error}") from error
-        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            problem = "is a pickle, which can run arbitrary code"
-            raise CheckpointError(f"{directory / pickles[0]}: {problem}; {pickle_hint}")
-        raise CheckpointError(f"{directory}: has no {WEIGHTS_FILE}")
+        pickles = sorted(path for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        if not pickles:
+            raise CheckpointError(f"{directory}: has no {WEIGHTS_FILE}")
+        if len(pickles) > 1:
+            names = ", ".join(path.name for path in pickles)
+            raise CheckpointError(f"{directory}: has no {WEIGHTS_FILE}, and one of {names} must be left")
+        self._unpickled = _read_pickled(pickles[0])
+        return dict.fromkeys(self._unpickled, pickles[0])
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -163,11 +171,27 @@ class ForeignTensors:
         """One tensor as float32."""
         if name not in self._files:
             raise CheckpointError(f"{self.directory}: tensor {name} is missing, which its {CONFIG_FILE} requires")
+        if name in self._unpickled:
+            return self._unpickled[name].float()
         try:
             with safe_open(self._files[name], framework="pt") as tensors:
                 return tensors.get_tensor(name).float()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._files[name]}: can't be read: {error}") from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a state dict that torch.save wrote. Nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: can't be read as tensors alone ({reason}); save it with torch.save(model.state_dict(), FILE)"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise CheckpointError(f"{path}: is no state dict; save one with torch.save(model.state_dict(), FILE)")
+    return {str(name): x for name, x in state.items()}
 
 
 def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:

@@ -35,9 +35,6 @@ from reformer_dist.interop.foreign import (
 )
 from reformer_dist.models import ReformerForQuestionAnswering, ReformerForSequenceClassification, ReformerLM
 
-PICKLE_HINT = (
-    "if you trust it, load it with transformers and call save_pretrained(DIRECTORY), which writes safetensors"
-)
 ACTIVATIONS = {
     "relu": Activation.relu,
     "gelu": Activation.gelu,
@@ -86,7 +83,7 @@ def read(directory: Path) -> ForeignModel:
     kind = options.take("model_type")
     if kind != "reformer":
         raise CheckpointError(f"{options.path}: model_type={kind!r}: can't be converted; must be reformer")
-    tensors = ForeignTensors(directory, PICKLE_HINT)
+    tensors = ForeignTensors(directory)
     head = next((head for name, head in HEAD_TENSORS.items() if name in tensors.names()), None)
     if head is None:
         known = ", ".join(HEAD_TENSORS)

@@ -37,10 +37,6 @@ from reformer_dist.interop.foreign import (
 from reformer_dist.models import ReformerLM
 
 SYSTEM = "reformer_pytorch"
-PICKLE_HINT = """if you trust it, convert it with these lines:
-  import torch, safetensors.torch as st
-  state = torch.load("FILE", weights_only=True)
-  st.save_file({name: x.clone() for name, x in state.items()}, "model.safetensors")"""
 FLOAT = (int, float)
 # (only supported value, reason)
 WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
@@ -70,7 +66,7 @@ def read(directory: Path) -> ForeignModel:
         options.take(name)
     if options.take("full_attn_thres", 0):
         notes.append("full_attn_thres: inputs up to that length use exact attention there, and LSH attention here")
-    tensors = ForeignTensors(directory, PICKLE_HINT)
+    tensors = ForeignTensors(directory)
     model = _Model(options, _State(tensors), notes)
     options.refuse_unknown("ReformerLM of reformer_pytorch")
     return ForeignModel(SYSTEM, HeadKind.language_model, model.config, model.vocab_size, model.weights(), notes)

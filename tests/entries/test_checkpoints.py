@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from reformer_dist import checkpoints
 from reformer_dist.checkpoint import CheckpointReader
@@ -103,6 +104,12 @@ def test_an_export_is_the_model(trained: Path, tmp_path: Path, size: list[str]) 
         assert index["metadata"]["total_size"] == 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     else:
         assert [path.name for path in files] == ["model.safetensors"]
+    run("export", trained, tmp_path / "short", "--dtype", "bfloat16")
+    short = load_model(tmp_path / "short", [], torch.device("cpu"))
+    for name, parameter in original.model.named_parameters():
+        assert torch.equal(parameter.bfloat16().float(), short.model.get_parameter(name))
+    written = load_file(tmp_path / "short" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'exported'}: .*exists"):
         run("export", trained, tmp_path / "exported", *size)
 

@@ -159,8 +159,22 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     complains("token_emb.weight", "ReformerLM")
     (tmp_path / "model.safetensors").unlink()
+    torch.save(build(), tmp_path / "model.pt")  # a module, whose pickle names classes
+    complains("model.pt", "can't be read as tensors", "state_dict")
+    torch.save([1], tmp_path / "model.pt")
+    complains("model.pt", "is no state dict")
+    torch.save(build().state_dict(), tmp_path / "model.bin")
+    complains("model.bin, model.pt must be left")
+
+
+def test_a_state_dict_of_torch_save_is_read_as_safetensors_are(tmp_path: Path) -> None:
+    save(build(), tmp_path)
+    expected = reformer_pytorch.read(tmp_path).weights
+    (tmp_path / "model.safetensors").unlink()
     torch.save(build().state_dict(), tmp_path / "model.pt")
-    complains("model.pt", "pickle", "save_file", "weights_only=True")
+    found = reformer_pytorch.read(tmp_path).weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_options_that_affect_training_only_are_noted(tmp_path: Path) -> None:

@@ -110,11 +110,13 @@ class LaunchCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[str] = []
+        self.launches: list[str] = []
+        """Names of kernels, as soon as the context has ended."""
         self._before = len(LAUNCHES)
 
-    @property
-    def launches(self) -> list[str]:
-        return [launch.kernel for launch in LAUNCHES[self._before :]]
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.launches += [launch.kernel for launch in LAUNCHES[self._before :]]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")

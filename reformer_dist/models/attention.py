@@ -31,7 +31,7 @@ from reformer_dist.ops.exact_attention import ExactOptions
 from reformer_dist.ops.lsh import AttentionOptions, ChunkRule, draw_rotations, hash_vectors, seeded_rotations
 from reformer_dist.ops.lsh.attention import Exchange
 from reformer_dist.ops.lsh.backends import unsupported_reason
-from reformer_dist.ops.lsh.hashing import single_bucket_ids
+from reformer_dist.ops.lsh.hashing import draw_rotations_ahead, single_bucket_ids
 from reformer_dist.ops.lsh.next_values import zero_padding, zero_starts
 from reformer_dist.ops.profiling import part
 from reformer_dist.ops.rotary import rotate
@@ -195,7 +195,10 @@ class LSHSelfAttention(SelfAttention):
 
     def _hash(self, vectors: Tensor, context: ForwardContext, layer: int) -> Tensor:
         """Bucket ids [B, H, R, S] of queries or keys, which have the same rotations."""
-        return hash_heads(vectors, self.config, derive_seed("rotations", context.rotation_seed, layer))
+        seeds = (context.rotation_seed, context.next_rotation_seed)
+        seed, following = (None if x is None else derive_seed("rotations", x, layer) for x in seeds)
+        assert seed is not None
+        return hash_heads(vectors, self.config, seed, following)
 
     def _collect_stats(self, key_ids: Tensor, context: ForwardContext) -> None:
         if context.bucket_stats is not None:
@@ -250,8 +253,12 @@ def check_attention_backend(config: ModelConfig, device: torch.device) -> None:
         raise ConfigError(f"model.attention_backend={name}: {reason}")
 
 
-def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
-    """Bucket ids [B, H, R, S] of vectors [B, H, S, D]; config.compat.hash_seed overrides the seed of rotations."""
+def hash_heads(vectors: Tensor, config: ModelConfig, seed: int, next_seed: int | None = None) -> Tensor:
+    """Bucket ids [B, H, R, S] of vectors [B, H, S, D]; config.compat.hash_seed overrides the seed of rotations.
+
+    next_seed: of the next training step, whose rotations are then drawn in the background if vectors are on a GPU,
+    while the host has little else to do.
+    """
     scheme, backend = config.hash_scheme.name, config.attention_backend.name
     factors = None if config.compat.bucket_factors is None else tuple(config.compat.bucket_factors)
     sizes = (vectors.shape[1], vectors.shape[3], config.n_hashes, config.n_buckets)
@@ -260,4 +267,6 @@ def hash_heads(vectors: Tensor, config: ModelConfig, seed: int) -> Tensor:
             rotations = seeded_rotations(*sizes, config.compat.hash_seed, factors=factors)
         else:
             rotations = draw_rotations(*sizes, scheme, seed, factors=factors)
+            if next_seed is not None and vectors.is_cuda:
+                draw_rotations_ahead(*sizes, scheme, next_seed, factors=factors)
         return hash_vectors(vectors, rotations, config.n_buckets, scheme, factors=factors, backend=backend)

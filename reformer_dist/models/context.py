@@ -88,6 +88,8 @@ class ForwardContext:
     """cos and sin [S, head_dim / 2], or [B, S, head_dim / 2], of rotary positions."""
     bucket_stats: list[BucketStats] | None = None
     """List that LSH layers append their bucket statistics to; None: not collected."""
+    next_rotation_seed: int | None = None
+    """rotation_seed of the next training step, for which rotations can be drawn ahead; None in evaluation."""
     source: EncodedSource | None = None
     """Encoder output of an encoder-decoder."""
 
@@ -155,6 +157,7 @@ def build_context(
         conv_documents,
         rotary,
         options.get("bucket_stats"),
+        None if step is None else derive_seed("rotations", seed, phase, step + 1),
     )
 
 

@@ -120,11 +120,12 @@ class ReformerEncoderDecoder(ReformerModel):
 
     def _source_context(self, context: ForwardContext) -> ForwardContext:
         """The encoder's context, with dropout and rotation seeds different from the decoder's."""
-        seed = context.dropout_seed
+        seed, following = context.dropout_seed, context.next_rotation_seed
         return replace(
             context,
             dropout_seed=None if seed is None else derive_seed("encoder", seed),
             rotation_seed=derive_seed("encoder", context.rotation_seed),
+            next_rotation_seed=None if following is None else derive_seed("encoder", following),
         )
 
     def encode_source(

@@ -2,12 +2,17 @@
 
 kernels: every kernel, as training launches it. seeds: the number of variants of the attention kernels after each
 dropout seed. grids: the grids of a call with more (batch row, head) pairs than a dimension of a grid may have.
+host: launches, PyTorch's operations on memory, and the time of a forward and backward without the device's work,
+relative to an autograd function that does nothing.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 import fake_gpu
 import torch
@@ -96,6 +101,54 @@ def print_grids() -> None:
         print(json.dumps(launch._asdict()))
 
 
+class Nothing(torch.autograd.Function):
+    """The least that any attention costs the host."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(v)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(d_out), torch.empty_like(d_out)
+
+
+def print_host_costs() -> None:
+    q, v = (torch.zeros(1, 64, 2, 64, dtype=HALF).transpose(1, 2).requires_grad_() for _ in range(2))
+    rotations = draw_rotations(2, 64, 4, 4, "rotation", seed=0)
+    attention = AttentionOptions(WindowRule(64, causal=True), 4, scale=1.0)
+    d_out = torch.zeros_like(v)
+
+    def attend_once() -> None:
+        ids = TritonBackend.hash(q, rotations, 4, "rotation", (4,))
+        out = attend(q, None, v, LocalExchange(ids, attention, None), TritonBackend)
+        torch.autograd.grad(out, (q, v), d_out)
+
+    def do_nothing() -> None:
+        torch.autograd.grad(Nothing.apply(q, v), (q, v), d_out)
+
+    def fastest(call: Callable[[], object], repeats: int = 300) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    attend_once()  # compiles
+    with fake_gpu.LaunchCounter() as counter:
+        attend_once()
+    least, host = fastest(do_nothing), fastest(attend_once)
+    costs = {"launches": counter.launches, "operations": counter.operations}
+    print(json.dumps(costs | {"microseconds": round(host * 1e6), "ratio": round(host / least, 1)}))
+
+
 if __name__ == "__main__":
     fake_gpu.install()
-    {"kernels": compile_everything, "seeds": count_variants, "grids": print_grids}[sys.argv[1]]()
+    parts = {
+        "kernels": compile_everything,
+        "seeds": count_variants,
+        "grids": print_grids,
+        "host": print_host_costs,
+    }
+    parts[sys.argv[1]]()

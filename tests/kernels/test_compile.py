@@ -88,6 +88,15 @@ def test_budgets(tmp_path: Path) -> None:
     assert 1 < width["predicted_ms"] < 3.6
 
 
+def test_host_costs(tmp_path: Path) -> None:
+    """At most four launches each way. Besides, PyTorch sorts, and clears the table of tiles."""
+    (row,) = compile_all(tmp_path, "host")
+    forward = ["_hash", "_build_table", "attend_round", "_merge_rounds"]
+    assert row["launches"] == [*forward, "_row_products", "_pack_rows", "attend_round_backward", "_sum_rounds"]
+    assert row["operations"] == ["sort", "zeros"], row
+    assert row["ratio"] < 25, row  # about 10
+
+
 @pytest.mark.slow
 def test_budgets_of_other_targets(tmp_path: Path) -> None:
     assert check_budgets(run(tmp_path, TOOLS / "kernel_costs.py", "--json")) == len(BUDGETS)

@@ -10,6 +10,7 @@ from model_helpers import EXACT, LOCAL, LSH, random_tokens, small_config, small_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reformer_dist.config import ModelConfig
 from reformer_dist.interop import reformer_pytorch_api
 from reformer_dist.models import (
     ExactSelfAttention,
@@ -18,7 +19,9 @@ from reformer_dist.models import (
     ReformerForSequenceClassification,
     ReformerLM,
     ReformerStack,
+    attention,
 )
+from reformer_dist.models.attention import hash_heads
 from reformer_dist.models.decoding import DecodingState
 
 CONFIG = small_config(layers=[LSH], n_layers=2)
@@ -99,3 +102,24 @@ def test_decoding_keeps_the_rotations_of_the_prompts() -> None:
     torch.testing.assert_close(model(tokens[:, -1:], sequence=state)[:, 0], expected[:, -1], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"step=4: .*step=None"):
         model(tokens[:, -1:], sequence=state, step=4)
+
+
+@pytest.mark.parametrize("name", ["lm", "pair"])
+def test_the_next_steps_rotations_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[tuple[int, int | None]] = []
+
+    def record(vectors: Tensor, config: ModelConfig, seed: int, next_seed: int | None = None) -> Tensor:
+        seeds.append((seed, next_seed))
+        return hash_heads(vectors, config, seed, next_seed)
+
+    monkeypatch.setattr(attention, "hash_heads", record)
+    build, inputs = MODULES[name]
+    module = build()
+    for step in (5, 6):
+        module(*inputs, step=step)
+    half = len(seeds) // 2
+    assert [ahead for _, ahead in seeds[:half]] == [seed for seed, _ in seeds[half:]]
+    assert len(set(seeds)) == len(seeds) >= 4
+    module.eval()
+    module(*inputs)
+    assert all(ahead is None for _, ahead in seeds[2 * half :])

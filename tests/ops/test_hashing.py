@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reformer_dist.ops.lsh import draw_rotations, hash_vectors
-from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors
+from reformer_dist.ops.lsh.hashing import LARGEST_FACTOR, bucket_dtype, bucket_factors, draw_rotations_ahead
 
 SCHEMES = ["rotation", "floor"]
 
@@ -83,6 +83,15 @@ def test_opposite_vectors_get_opposite_buckets() -> None:
     x = random_vectors(1, 2, 300, 16)
     ids, opposite = hashed(x, 8, "rotation").long(), hashed(-x, 8, "rotation").long()
     assert torch.equal((ids + 4) % 8, opposite)
+
+
+def test_rotations_drawn_ahead_are_those_of_the_next_call() -> None:
+    sizes = (3, 8, 4, 64, "rotation")
+    ahead = draw_rotations_ahead(*sizes, 1234, factors=None).result()
+    assert draw_rotations(*sizes, 1234, factors=None) is ahead
+    with torch.inference_mode():
+        assert not draw_rotations_ahead(*sizes, 1235).result().is_inference()
+    assert torch.equal(ahead, draw_rotations.__wrapped__(*sizes, 1234))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

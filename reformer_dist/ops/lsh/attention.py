@@ -37,8 +37,11 @@ class Shard:
     sort_keys: Tensor
     """[N, R, L] bucket ids, or of a partition head * K + bucket id; n_sort_keys marks absent rows (padding)."""
     n_sort_keys: int
-    head_index: Tensor
-    """[N], or [L] of a partition: batch row * n_heads + head in the step, which dropout masks depend on."""
+    head_index: Tensor | None
+    """[N], or [L] of a partition: batch row * n_heads + head in the step, which dropout masks depend on.
+
+    None for whole sequences without dropout.
+    """
     seq_len: int
     """Tokens of a sequence, on all ranks."""
     first_head: int = 0
@@ -88,7 +91,7 @@ class ForwardTensors(NamedTuple):
     """None for shared query-key attention, whose keys are q / |q|."""
     v: Tensor
     out: Tensor
-    """To be filled; undefined for queries that met no key."""
+    """To be filled; undefined for queries that met no key, unless the backend `fills_lone_rows`."""
     lse: Tensor
     """To be filled, float32 [B, H, S]: logsumexp in base 2 over all rounds; inf for queries that met no key."""
 
@@ -104,10 +107,13 @@ class BackwardTensors(NamedTuple):
     delta: Tensor
     """float32 [B, H, S]: rowsum(dO * o)."""
     dq: Tensor
-    """Zeros, to which the gradients are added; with shared keys, including those of the keys."""
+    """Zeros, to which the gradients are added; with shared keys, including those of the keys.
+
+    If the backend `fills_lone_rows`, the gradients of whole sequences are undefined before.
+    """
     dk: Tensor | None
     dv: Tensor
-    """Zeros, or dO for queries that met no key."""
+    """Zeros, or for whole sequences dO of queries that met no key and attend to themselves."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,9 @@ class Backend(Protocol):
 
     keeps_order: bool
     """Whether the backward reuses the sorted shards of the forward, instead of sorting again."""
+    fills_lone_rows: bool
+    """Whether whole sequences are completed by the backend: it writes v or 0 to out for queries that met no key
+    (`AttentionOptions.attends_alone`), adds their dO to dv, and writes every gradient."""
 
     def __init__(self, options: AttentionOptions, like: Tensor) -> None:
         """like: a tensor with the width, dtype and device of v."""
@@ -282,17 +291,22 @@ class LocalExchange:
     def _shard(self, first: int, size: int) -> Shard:
         (batch, n_heads, _, seq_len), n_buckets = self.bucket_ids.shape, self.options.n_buckets
         heads, mask = slice(first, min(first + size, batch * n_heads)), self.key_padding_mask
-        row = torch.arange(heads.start, heads.stop, device=self.bucket_ids.device) // n_heads
-        mask, documents = (None if x is None else x[row] for x in (mask, self.options.document_ids))
+        documents = self.options.document_ids
+        if mask is not None or documents is not None:
+            row = torch.arange(heads.start, heads.stop, device=self.bucket_ids.device) // n_heads
+            mask, documents = (None if x is None else x[row] for x in (mask, documents))
         keys, queries = (
             None if ids is None else mark_padding(ids.flatten(0, 1)[heads].unsqueeze(1), n_buckets, mask)
             for ids in (self.bucket_ids, self.query_ids)
         )
         assert keys is not None
+        head_index = None
+        if self.options.dropout > 0:
+            head_index = self.options.head_indices(batch, n_heads, keys.device)
         return Shard(
             sort_keys=keys,
             n_sort_keys=n_buckets,
-            head_index=self.options.head_indices(batch, n_heads, keys.device)[heads],
+            head_index=None if head_index is None else head_index[heads],
             query_sort_keys=queries,
             seq_len=seq_len,
             first_head=first,
@@ -325,7 +339,9 @@ class _Attention(FirstOrderFunction):
         with torch.autocast(v.device.type, enabled=False), part("attend"):
             sorter = Sorter(backend(exchange.options, v), ctx.cache)
             exchange.forward(ForwardTensors(q, k, v, out, lse), sorter)
-            if exchange.options.attends_alone:
+            if _is_completed(exchange, backend):
+                pass
+            elif exchange.options.attends_alone:
                 _select_rows(out, torch.isinf(lse), v)  # o = v for queries that met no key
             else:
                 out.masked_fill_(torch.isinf(lse).unsqueeze(3), 0)
@@ -337,15 +353,21 @@ class _Attention(FirstOrderFunction):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         d_out = ctx.backend.with_supported_strides(grads[0])
-        dq, dv = torch.zeros_like(q), torch.zeros_like(v)
-        dk = None if k is None else torch.zeros_like(k)
+        is_completed = _is_completed(ctx.exchange, ctx.backend)
+        create = torch.empty_like if is_completed else torch.zeros_like
+        dq, dk, dv = create(q), None if k is None else create(k), create(v)
         with torch.autocast(v.device.type, enabled=False), part("attend"):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.cache)
             delta = sorter.backend.row_dot(d_out, out)
-            if ctx.exchange.options.attends_alone:
+            if ctx.exchange.options.attends_alone and not is_completed:
                 _select_rows(dv, torch.isinf(lse), d_out)
             ctx.exchange.backward(BackwardTensors(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
         return dq, dk, dv, None, None
+
+
+def _is_completed(exchange: Exchange, backend: type[Backend]) -> bool:
+    """Whether the backend itself takes care of queries that met no key, which it knows of whole sequences only."""
+    return backend.fills_lone_rows and isinstance(exchange, LocalExchange)
 
 
 def _select_rows(x: Tensor, rows: Tensor, other: Tensor) -> None:

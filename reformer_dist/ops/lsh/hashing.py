@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -119,8 +121,9 @@ def _check_rotation_sizes(n_heads: int, head_dim: int, n_hashes: int, seed: int)
     check_integer("seed", seed, least=-(2**63), most=2**64 - 1)
 
 
-# One entry per layer and step: shared by the micro-batches of a step, and by the tokens of a generated text.
-@cache_tensors(maxsize=64)
+# One entry per layer, of a step and the next: shared by the micro-batches of a step, and by the tokens of a
+# generated text.
+@cache_tensors(maxsize=128)
 def draw_rotations(
     n_heads: int,
     head_dim: int,
@@ -140,6 +143,32 @@ def draw_rotations(
     columns = count_columns(check_factors(n_buckets, scheme, factors), scheme)
     drawn = _draw_normal(n_heads, n_hashes, head_dim, columns, seed=seed)
     return _orthogonalize(drawn) if scheme == "rotation" else drawn
+
+
+@functools.cache
+def _background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="rotations")
+
+
+os.register_at_fork(after_in_child=_background.cache_clear)  # a fork has no threads
+
+
+def draw_rotations_ahead(
+    n_heads: int,
+    head_dim: int,
+    n_hashes: int,
+    n_buckets: int,
+    scheme: str,
+    seed: int,
+    *,
+    factors: Factors | None = None,
+) -> Future[Tensor]:
+    """Starts `draw_rotations` in the background, which leaves its result in the cache.
+
+    Nobody needs to wait for the future: a call of `draw_rotations` that comes too early draws the same itself.
+    """
+    sizes = (n_heads, head_dim, n_hashes, n_buckets)
+    return _background().submit(draw_rotations, *sizes, scheme, seed, factors=factors)
 
 
 def _draw_normal(*shape: int, seed: int) -> Tensor:

@@ -34,6 +34,7 @@ class NativeBackend:
     """`ops.lsh.attention.Backend` in C; the rule is a WindowRule, D a multiple of 16 up to 256."""
 
     keeps_order = False
+    fills_lone_rows = False
 
     def __init__(self, options: AttentionOptions, like: Tensor) -> None:
         self._options = options
@@ -113,7 +114,7 @@ class NativeSortedShard:
         self._order = order
         self._options, self._row_len, self._window = options, row_len, window_of(options, shard.seq_len)
         drops = options.dropout > 0
-        self._head_index = shard.head_index.int() if drops else None
+        self._head_index = shard.head_index.int() if drops and shard.head_index is not None else None
         self._positions = shard.positions.int() if drops and shard.positions is not None else None
 
     def attend(self, tensors: ForwardTensors) -> None:

@@ -30,6 +30,7 @@ class TorchBackend:
     """`ops.lsh.attention.Backend` in plain PyTorch."""
 
     keeps_order = False
+    fills_lone_rows = False
 
     def __init__(self, options: AttentionOptions, like: Tensor) -> None:
         self._options, self._is_cuda = options, like.is_cuda
@@ -167,4 +168,5 @@ def _flat_rows(shard: Shard, options: AttentionOptions) -> Rows:
         codes = full_position_codes(keys, n_keys, rule).flatten(1)
         if shard.query_sort_keys is not None and isinstance(rule, WindowRule):
             query_codes = full_query_codes(shard.query_sort_keys, keys, n_keys, rule).flatten(1)
-    return Rows(shard.head_index.repeat_interleave(seq_len), positions, codes, query_codes, documents)
+    head_index = None if shard.head_index is None else shard.head_index.repeat_interleave(seq_len)
+    return Rows(head_index, positions, codes, query_codes, documents)

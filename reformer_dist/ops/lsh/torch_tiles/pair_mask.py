@@ -19,8 +19,8 @@ from reformer_dist.ops.tensor_cache import cache_tensors
 class Rows:
     """The tokens of a group of heads, one per row."""
 
-    head_index: Tensor
-    """[n_rows] batch row * n_heads + head in the step."""
+    head_index: Tensor | None
+    """[n_rows] batch row * n_heads + head in the step; only with dropout."""
     positions: Tensor
     """[n_rows] positions in the whole sequence."""
     codes: Tensor | None = None
@@ -37,6 +37,7 @@ class PairMask:
     def __init__(self, layout: Layout, round_: int, rows: Rows, options: AttentionOptions) -> None:
         self._layout, self._rows, self._options = layout, rows, options
         if options.dropout > 0:
+            assert rows.head_index is not None
             self._query_keys, self._key_keys = (
                 token_keys(rows.head_index, rows.positions, round_, options.dropout_seed, is_query)
                 for is_query in (True, False)

@@ -45,7 +45,7 @@ MAX_HEADS = 2**16 - 1
 class TritonBackend:
     """`ops.lsh.attention.Backend` in Triton; q, k and v have one dtype, D is a multiple of 16 up to 128."""
 
-    keeps_order = True
+    keeps_order = fills_lone_rows = True
 
     def __init__(self, options: AttentionOptions, like: Tensor) -> None:
         self._options, self._like = options, like
@@ -89,6 +89,7 @@ class TritonSortedShard:
         self._tuning = tuning.tuning_of(like.shape[3], like.dtype)
         tile = tile_heads if shard.is_whole else tile_partition
         self._tiles = tile(shard, options, largest=self._tuning.block)
+        self._attends_alone = options.attends_alone and shard.is_whole
 
     def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out, lse = tensors
@@ -102,7 +103,8 @@ class TritonSortedShard:
                 *self._arguments(q), **self._flags(q, self._tuning.forward, shared=k is None),
             )  # fmt: skip
             if o is not out:
-                merge_rounds(o, round_lse, out, lse, self._first_head, self._tiles.present)
+                present, attends_alone = self._tiles.present, self._attends_alone
+                merge_rounds(o, round_lse, v, out, lse, self._first_head, present, attends_alone=attends_alone)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
         q, k, v, d_out, lse, _, dq, dk, dv = tensors
@@ -120,7 +122,9 @@ class TritonSortedShard:
                 *self._arguments(q), **self._flags(q, self._tuning.backward, shared=k is None),
             )  # fmt: skip
             if buffers[0] is not dq:
-                sum_rounds(buffers, outputs, lse, self._first_head, self._tiles.present, keeps_dv=True)
+                present, attends_alone = self._tiles.present, self._attends_alone
+                first = self._first_head
+                sum_rounds(buffers, outputs, lse, d_out, first, present, attends_alone=attends_alone)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
         return _round_buffer(output, *self._tiles.order.shape[:2])
@@ -163,7 +167,7 @@ class OwnKeysSortedShard:
                 *self._arguments(q, queries), **self._flags(q, self._tuning.forward),
             )  # fmt: skip
             if o is not out:
-                merge_rounds(o, round_lse, out, lse, self._first_head, None)
+                merge_rounds(o, round_lse, v, out, lse, self._first_head, None, attends_alone=False)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
         q, k, v, d_out, lse, _, dq, dk, dv = tensors
@@ -184,7 +188,7 @@ class OwnKeysSortedShard:
                 *self._arguments(q, keys), **self._flags(q, self._tuning.backward),
             )  # fmt: skip
             if buffers[0] is not dq:
-                sum_rounds(buffers, outputs, lse, self._first_head, None, keeps_dv=False)
+                sum_rounds(buffers, outputs, lse, d_out, self._first_head, None, attends_alone=False)
 
     def _round_buffer(self, output: Tensor) -> Tensor:
         return _round_buffer(output, *self._tiles.keys.table.shape[:2])

@@ -117,10 +117,9 @@ def attend_round_backward(
     dk = product(ds, tile.q, C)
     dk, dv = add_other_queries(dk, dv, keys, tile.first, inputs, order, bounds, pairs, C)
 
-    if C.n_rounds == 1:  # added to what dv has for a query without keys
-        has_no_key = tile.is_row & (scalars.lse == float("inf"))
-        dv_rows = head_rows(dv_ptr, dv_strides, head, n_heads)
-        dv += gather(dv_rows, tile.row, has_no_key, C).to(tl.float32)
+    if C.n_rounds == 1 and C.attends_alone:
+        has_no_key = (scalars.lse == float("inf"))[:, None]
+        dv += tl.where(has_no_key, queries.d_out.to(tl.float32), 0.0)
     store(dv, dv_ptr, dv_strides, tile, first_head, n_heads, seq_len, C)
     if C.shared:
         dq = orthogonal_part(dk, tile.q, scalars.inverse_square)

@@ -81,6 +81,9 @@ def attend_round(
         v = gather(v_rows, others.row, others.is_row, C)
         other_keys = Indices(key_slots(others.slot, others.is_row, bounds, C), others.row)
         softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, False, C)
+    if C.n_rounds == 1 and C.attends_alone:
+        own_v = gather(v_rows, tile.row, tile.is_row & (softmax.row_sum == 0.0), C).to(tl.float32)
+        softmax = RunningSoftmax(softmax.o + own_v, softmax.row_max, softmax.row_sum)
     store_softmax(softmax, out_ptr, lse_ptr, out_strides, tile, first_head, n_heads, seq_len, C)
 
 

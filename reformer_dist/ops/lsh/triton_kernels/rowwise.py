@@ -93,8 +93,8 @@ def _is_present(present_ptr, round_, rows, seq_len, SHARDED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_head"])
 def _merge_rounds(
-    o_ptr, round_lse_ptr, out_ptr, lse_ptr, present_ptr, out_strides,
-    first_head, n_heads, seq_len, SHARDED: tl.constexpr, N_ROUNDS: tl.constexpr,
+    o_ptr, round_lse_ptr, v_ptr, out_ptr, lse_ptr, present_ptr, v_strides, out_strides,
+    first_head, n_heads, seq_len, SHARDED: tl.constexpr, ATTENDS_ALONE: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """o [BH, R, S, D], round_lse [BH, R, S] -> out [B, H, S, D], lse [B, H, S]."""
@@ -119,6 +119,9 @@ def _merge_rounds(
     has_no_key = total_weight == 0.0
     total_weight = tl.where(has_no_key, 1.0, total_weight)
     o *= (1.0 / total_weight)[:, None]
+    if ATTENDS_ALONE:
+        own_v = _addresses(v_ptr, v_strides, first_head + head, n_heads, rows)
+        o += tl.load(own_v, mask=rows.mask & has_no_key[:, None], other=0.0).to(tl.float32)
     target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
     tl.store(target, o.to(out_ptr.dtype.element_ty), mask=rows.mask)
     lse = tl.where(has_no_key, float("inf"), largest + tl.log2(total_weight))
@@ -127,11 +130,11 @@ def _merge_rounds(
 
 @triton.jit
 def _sum_output(
-    parts_ptr, lse_ptr, out_ptr, present_ptr, out_strides, first_head, n_heads, seq_len, rows,
-    SHARDED: tl.constexpr, IS_DV: tl.constexpr, N_ROUNDS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    parts_ptr, out_ptr, out_strides, lse_ptr, d_out_ptr, d_out_strides, present_ptr, first_head, n_heads, seq_len,
+    rows, SHARDED: tl.constexpr, ATTENDS_ALONE: tl.constexpr, N_ROUNDS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """parts [BH, R, S, D] -> out [B, H, S, D]. IS_DV: added to what out has for a query without keys."""
+    """parts [BH, R, S, D] -> out [B, H, S, D]. ATTENDS_ALONE: out is dv, and dO is added where lse is inf."""
     head = rows.head
     start = head.to(tl.int64) * N_ROUNDS * seq_len
     total = tl.zeros([rows.row.shape[0], BLOCK_D], tl.float32)
@@ -142,59 +145,38 @@ def _sum_output(
         part = tl.load(parts_ptr + index[:, None] * HEAD_DIM + rows.column, mask=mask, other=0.0)
         total += part.to(tl.float32)
     target = _addresses(out_ptr, out_strides, first_head + head, n_heads, rows)
-    if IS_DV:
+    if ATTENDS_ALONE:
         lse = tl.load(lse_ptr + (first_head + head).to(tl.int64) * seq_len + rows.row, mask=rows.is_row, other=0.0)
         has_no_key = (lse == float("inf"))[:, None]
-        total += tl.load(target, mask=rows.mask & has_no_key, other=0.0).to(tl.float32)
+        own_d_out = _addresses(d_out_ptr, d_out_strides, first_head + head, n_heads, rows)
+        total += tl.load(own_d_out, mask=rows.mask & has_no_key, other=0.0).to(tl.float32)
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=rows.mask)
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def _sum_rounds(
-    dq_parts_ptr, dv_parts_ptr, dk_parts_ptr, lse_ptr, dq_ptr, dv_ptr, dk_ptr, present_ptr,
-    dq_strides, dv_strides, dk_strides, first_head, n_heads, seq_len,
-    SHARDED: tl.constexpr, KEEPS_DV: tl.constexpr, N_ROUNDS: tl.constexpr,
+    dq_parts_ptr, dv_parts_ptr, dk_parts_ptr, dq_ptr, dv_ptr, dk_ptr, lse_ptr, d_out_ptr, present_ptr,
+    dq_strides, dv_strides, dk_strides, d_out_strides, first_head, n_heads, seq_len,
+    SHARDED: tl.constexpr, ATTENDS_ALONE: tl.constexpr, N_ROUNDS: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, v or k, by the second dimension of the grid."""
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     if tl.program_id(1) == 0:
         _sum_output(
-            dq_parts_ptr,
-            lse_ptr,
-            dq_ptr,
-            present_ptr,
-            dq_strides,
-            first_head,
-            n_heads,
-            seq_len,
-            rows,
-            SHARDED,
-            False,
-            N_ROUNDS,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+            dq_parts_ptr, dq_ptr, dq_strides, lse_ptr, d_out_ptr, d_out_strides, present_ptr, first_head, n_heads,
+            seq_len, rows, SHARDED, False, N_ROUNDS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
     elif tl.program_id(1) == 1:
         _sum_output(
-            dv_parts_ptr,
-            lse_ptr,
-            dv_ptr,
-            present_ptr,
-            dv_strides,
-            first_head,
-            n_heads,
-            seq_len,
-            rows,
-            SHARDED,
-            KEEPS_DV,
-            N_ROUNDS,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+            dv_parts_ptr, dv_ptr, dv_strides, lse_ptr, d_out_ptr, d_out_strides, present_ptr, first_head, n_heads,
+            seq_len, rows, SHARDED, ATTENDS_ALONE, N_ROUNDS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
     else:
-        _sum_output(dk_parts_ptr, lse_ptr, dk_ptr, present_ptr, dk_strides, first_head, n_heads, seq_len, rows,
-                    SHARDED, False, N_ROUNDS, HEAD_DIM, BLOCK_D)  # fmt: skip
+        _sum_output(
+            dk_parts_ptr, dk_ptr, dk_strides, lse_ptr, d_out_ptr, d_out_strides, present_ptr, first_head, n_heads,
+            seq_len, rows, SHARDED, False, N_ROUNDS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
@@ -222,40 +204,42 @@ def pack_rows(
 
 
 def merge_rounds(
-    o: Tensor, round_lse: Tensor, out: Tensor, lse: Tensor, first_head: int, present: Tensor | None
-) -> None:
-    """Merges R partial softmaxes into out [B, H, S, D] and lse [B, H, S]: 0 and inf for a query without keys.
+    o: Tensor, round_lse: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_head: int, present: Tensor | None,
+    *, attends_alone: bool,
+) -> None:  # fmt: skip
+    """Merges R partial softmaxes into out [B, H, S, D] and lse [B, H, S], which is inf for a query without keys.
 
     o [BH, R, S, D] and round_lse [BH, R, S] are of BH heads from first_head on; logsumexps are in base 2. present:
-    `Tiles.present`.
+    `Tiles.present`. attends_alone: a query without keys gets its v [B, H, S, D], else 0.
     """
     n_heads, n_rounds, seq_len, _ = o.shape
     _merge_rounds[grid_of(n_heads, seq_len, ROWS)](
-        o, round_lse, out, lse, round_lse if present is None else present,
-        out.stride()[:3], first_head, out.shape[1], seq_len,
+        o, round_lse, v, out, lse, round_lse if present is None else present,
+        v.stride()[:3], out.stride()[:3], first_head, out.shape[1], seq_len,
         SHARDED=present is not None,
+        ATTENDS_ALONE=attends_alone,
         N_ROUNDS=n_rounds,
         **_sizes(out),
     )  # fmt: skip
 
 
 def sum_rounds(
-    parts: Sequence[Tensor], outputs: Sequence[Tensor], lse: Tensor, first_head: int, present: Tensor | None,
-    *, keeps_dv: bool,
+    parts: Sequence[Tensor], outputs: Sequence[Tensor], lse: Tensor, d_out: Tensor, first_head: int,
+    present: Tensor | None, *, attends_alone: bool,
 ) -> None:  # fmt: skip
     """Sums the gradients of R rounds [BH, R, S, D] into dq, dv and perhaps dk [B, H, S, D], for BH heads.
 
-    first_head: of these heads. present: `Tiles.present`. keeps_dv: dv keeps what it has for queries without keys,
-    whose logsumexp in lse [B, H, S] is inf.
+    first_head: of these heads. present: `Tiles.present`. attends_alone: d_out of queries without keys, whose
+    logsumexp in lse [B, H, S] is inf, is added to dv.
     """
     n_heads, n_rounds, seq_len, _ = parts[0].shape
     dq, dv, dk = outputs[0], outputs[1], outputs[-1]
     (n_programs,) = grid_of(n_heads, seq_len, ROWS)
     _sum_rounds[(n_programs, len(outputs))](
-        parts[0], parts[1], parts[-1], lse, dq, dv, dk, lse if present is None else present,
-        dq.stride()[:3], dv.stride()[:3], dk.stride()[:3], first_head, dq.shape[1], seq_len,
+        parts[0], parts[1], parts[-1], dq, dv, dk, lse, d_out, lse if present is None else present,
+        dq.stride()[:3], dv.stride()[:3], dk.stride()[:3], d_out.stride()[:3], first_head, dq.shape[1], seq_len,
         SHARDED=present is not None,
-        KEEPS_DV=keeps_dv,
+        ATTENDS_ALONE=attends_alone,
         N_ROUNDS=n_rounds,
         **_sizes(dq),
     )  # fmt: skip

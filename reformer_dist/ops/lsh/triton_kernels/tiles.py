@@ -52,6 +52,8 @@ class KernelConstants:
     """Tables have bounds of the queries: 6 columns."""
     sharded: bool
     """Rows are a partition of the sorted order (`attention.Shard`), as one head."""
+    attends_alone: bool
+    """A query of a whole sequence that meets no key attends to itself, else it gets 0."""
     by_rank: bool
     """Which rows beside each other attend depends on their ranks in the bucket alone, see `pair_mask.attends`."""
 
@@ -89,6 +91,7 @@ class KernelConstants:
             shared=shared,
             bounded=sharded and not options.own_keys,
             sharded=sharded,
+            attends_alone=options.attends_alone and not sharded,
             by_rank=rule.causal and not (chunked or sharded or options.own_keys),
         )
 
@@ -140,7 +143,7 @@ def tile_heads(shard: Shard, options: AttentionOptions, *, largest: int) -> Tile
     buckets, n_buckets, padded = shard.sort_keys, options.n_buckets, shard.has_padding
     block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
     order, table, sorted_ids = _sort_rounds(buckets, n_buckets, options.rule, block, has_padding=padded)
-    token_ids = shard.head_index.int() if options.dropout > 0 else None
+    token_ids = None if shard.head_index is None else shard.head_index.int()
     codes = _position_codes(order, sorted_ids, options)
     return Tiles(block, order, table, codes, token_ids, _contiguous(shard.document_ids))
 
@@ -151,7 +154,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
     """Tiles of a partition as one head, whose buckets are those of every head."""
-    assert isinstance(options.rule, WindowRule) and shard.positions is not None
+    assert isinstance(options.rule, WindowRule) and shard.positions is not None and shard.head_index is not None
     bounds, n_keys = shard.query_bounds(options.rule), shard.n_sort_keys
     block = block_of(options.rule, shard.seq_len, options.n_buckets, largest)
     order, table, _ = _sort_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
@@ -238,6 +241,7 @@ def tile_own_keys(shard: Shard, options: AttentionOptions, *, largest: int) -> O
         query_codes = None if codes is None else _code_rows(query_order, last_key, query_ids, rule)
     token_ids = None
     if options.dropout > 0:
+        assert shard.head_index is not None
         token_ids = shard.head_index.int()
         if shard.positions is not None:
             token_ids = torch.stack([shard.positions.int(), token_ids])

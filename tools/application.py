@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart import TOOLS, command, execute, print_heading
+from quickstart import TOOLS, command, execute, print_heading, refuse_paths
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def main() -> None:
     # --train and --heldout consume all arguments up to the next option: overrides are removed first
     overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     arguments = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
+    refuse_paths(overrides)
     name, application = arguments.name, APPLICATIONS[arguments.name]
     data, output = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quickstart import TOOLS, command, execute, print_heading
+from quickstart import TOOLS, command, execute, print_heading, refuse_paths
 
 from reformer_dist.data import ByteTokenizer, RawSample, write_samples
 from reformer_dist.fs.atomic import write_atomic
@@ -173,6 +173,7 @@ def _parse() -> argparse.Namespace:
     words = sys.argv[1:]
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     arguments = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    refuse_paths(overrides)
     known = {row.claim for row in rows()}
     if unknown := set(arguments.claims) - known:
         parser.error(f"{', '.join(sorted(unknown))}: must be one of {', '.join(sorted(known))}")

@@ -24,6 +24,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 def main() -> None:
     arguments = _parser().parse_args()
+    refuse_paths(arguments.overrides)
     text, name = _source(arguments.text, arguments.heldout)
     data, run = Path("data") / name, Path("outputs") / name
     if not (data / "dataset.json").is_file():
@@ -77,6 +78,13 @@ def _source(text: Path | None, heldout: list[Path] | None) -> tuple[Path, str]:
     ]
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
     return text or STDLIB, f"quickstart-{(text or STDLIB).resolve().stem}-{digest}"
+
+
+def refuse_paths(overrides: list[str]) -> None:
+    """Exits if overrides choose the dataset or run, which a tool that trains and evaluates names itself."""
+    for word in overrides:
+        if word.partition("=")[0].lstrip("+") in ("data.path", "output_dir"):
+            sys.exit(f"error: {word}: this tool names dataset and run itself; leave it out or call reformer-train")
 
 
 def command(name: str) -> str:

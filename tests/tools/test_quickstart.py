@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -46,3 +47,12 @@ def test_a_changed_text_is_another_dataset(tmp_path, monkeypatch):
     assert len(set(names)) == 3
     with pytest.raises(SystemExit, match="HELDOUT=absent"):
         quickstart._source(text, [Path("absent")])
+
+
+@pytest.mark.parametrize("word", ["output_dir=elsewhere", "++data.path=mine"])
+def test_dataset_and_run_are_named_by_the_tool(word, monkeypatch):
+    """Otherwise it would train one run and evaluate another."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", word])
+    with pytest.raises(SystemExit, match=re.escape(f"error: {word}: ")):
+        importlib.import_module("quickstart").main()

@@ -113,6 +113,15 @@ def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
         reader.read("bias", "fp32", 0, 5)
 
 
+def test_what_two_ranks_wrote_is_refused(tmp_path: Path) -> None:
+    """As many elements as the parameter has, of which some are there twice, and as many are missing."""
+    rest = [fragment("bias", 0, 5), fragment("scalar", 0, 1)]
+    ranks = [[fragment("matrix", 0, 12), *rest], [fragment("matrix", 6, 12)]]
+    reader = CheckpointReader(written(tmp_path, fragments=ranks))
+    with pytest.raises(CheckpointError, match="element 6 of matrix is in another file as well"):
+        reader.read("matrix", "fp32", 0, 24)
+
+
 def test_bf16_fragments_are_stored_as_float32(tmp_path: Path) -> None:
     rounded = replace(fragment("bias", 0, 5), state={"exp_avg": whole("bias", "exp_avg").bfloat16()})
     reader = CheckpointReader(written(tmp_path, fragments=[[rounded]]))

@@ -32,6 +32,13 @@ def probabilities(penalized: list[bool] | None = None, logits: torch.Tensor = LO
     return next_probabilities(logits, options, row)[0].tolist()
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.74, 2), (0.75, 2), (0.76, 3), (0.875, 3), (0.88, 4)])
+def test_a_token_that_completes_top_p_is_the_last(top_p: float, kept: int) -> None:
+    """Of 1/2, 1/4, 1/8 and 1/8, whose sums are exact."""
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert sum(p > 0 for p in probabilities(logits=logits, top_p=top_p)) == kept
+
+
 def test_by_hand() -> None:
     plain = LOGITS[0].softmax(0).tolist()
     assert probabilities() == pytest.approx(plain)

@@ -21,8 +21,8 @@ from reformer_dist.parallel import SlicedSequence
 from reformer_dist.training.batches import MicroBatch
 
 LENGTHS = [37, 1, 27, 64, 66, 62]
-"""Of the documents in a row of 257 tokens, which no number of ranks divides. Some begin with the slice of a rank, of
-2 or 4."""
+"""Of the documents in a row of 257 tokens, which no number of ranks divides. Some begin where a rank's slice
+does."""
 N_HEADS, N_ROUNDS, N_BUCKETS, VOCAB = 4, 2, 4, 40
 DOCUMENTS = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).unsqueeze(0)
 WHOLE = WholeSequence()

@@ -15,13 +15,18 @@ from reformer_dist.ops.lsh.shared_keys import shared_keys
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WINDOWS = {name: case for name, case in CASES.items() if isinstance(case.rule, WindowRule)}
+# those of both sides take the longest in the interpreter
+WINDOWS = [
+    pytest.param(case, id=name, marks=[pytest.mark.slow] if "both sides" in name else [])
+    for name, case in CASES.items()
+    if isinstance(case.rule, WindowRule)
+]
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("case", WINDOWS)
 def test_partitions_match_the_reference(case: KernelCase) -> None:
     (q, k, v), ids, mask = case.tensors(DEVICE)
     options = AttentionOptions(

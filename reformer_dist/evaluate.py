@@ -17,7 +17,7 @@ import torch
 
 from reformer_dist.config import TaskKind
 from reformer_dist.data import IGNORE_INDEX, SPLITS, Corpus, RowSelection
-from reformer_dist.diagnostics.context import cut_rows
+from reformer_dist.diagnostics.context_windows import cut_rows
 from reformer_dist.diagnostics.coverage import measure_layers
 from reformer_dist.diagnostics.knockout import remove_attention
 from reformer_dist.diagnostics.needles import measure_needles, needle_table, plot_needles

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from reformer_dist.checkpoint import CheckpointReader, Fragment
 from reformer_dist.engine.average import WeightAverage
 from reformer_dist.engine.groups import Group
-from reformer_dist.engine.layout import partitioned_pieces, whole_pieces
+from reformer_dist.engine.matrix_layout import partitioned_pieces, whole_pieces
 from reformer_dist.engine.matrix_optimizer import FACTORS, MatrixOptimizer
 from reformer_dist.errors import CheckpointError
 

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from reformer_dist.config import OptimConfig
 from reformer_dist.engine.groups import Group, Update
-from reformer_dist.engine.layout import (
+from reformer_dist.engine.matrix_layout import (
     Piece,
     exchange_device,
     gather_whole,

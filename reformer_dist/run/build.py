@@ -33,7 +33,7 @@ from reformer_dist.run.directory import (
     require_same_model,
     write_config,
 )
-from reformer_dist.run.memory import require_memory
+from reformer_dist.run.memory_check import require_memory
 from reformer_dist.run.pretrained import load_initial_moments, load_initial_weights, require_same_optimizer
 from reformer_dist.run.stages import OpenStage, StageOpener
 from reformer_dist.run.start_record import record_start

@@ -24,8 +24,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from reformer_dist.config import RunConfig
 from reformer_dist.config.checks import ConfigGroup, one_of
+from reformer_dist.config.key_reference import nearest_keys
 from reformer_dist.config.keywords import nearest
-from reformer_dist.config.reference import nearest_keys
 from reformer_dist.config.renamed import RENAMED, refuse_renamed, refuse_renamed_overrides, translate_saved
 from reformer_dist.errors import CheckpointError, ConfigError
 from reformer_dist.run.command_line import (

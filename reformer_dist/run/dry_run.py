@@ -18,10 +18,10 @@ from reformer_dist.engine.setup import deepspeed_dict
 from reformer_dist.errors import ConfigError
 from reformer_dist.planning import JobSpec, describe, make_plan
 from reformer_dist.planning.plan import RunPlan, describe_stages
-from reformer_dist.planning.schedule import draw_schedule, plot_schedule
+from reformer_dist.planning.schedule_chart import draw_schedule, plot_schedule
 from reformer_dist.run.compose import to_yaml
 from reformer_dist.run.data import TrainingData, check_stages, open_task_data
-from reformer_dist.run.memory import free_memory
+from reformer_dist.run.memory_check import free_memory
 from reformer_dist.run.options import DRY_RUN, VOCAB_SIZE
 from reformer_dist.tasks import Task, make_task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reformer_dist.config.reference import describe, keys, overview, show
+from reformer_dist.config.key_reference import describe, keys, overview, show
 from reformer_dist.run.command_line import CONFIG_NAME, parse_command_line
 from reformer_dist.run.compose import compose_run
 

@@ -24,7 +24,7 @@ from reformer_dist.planning import JobSpec, plan_memory
 from reformer_dist.planning.memory import MemorySnapshot
 from reformer_dist.planning.plan import format_bytes
 from reformer_dist.run.data import open_task_data
-from reformer_dist.run.memory import free_memory, machine_memory, plan_largest_step
+from reformer_dist.run.memory_check import free_memory, machine_memory, plan_largest_step
 
 FOLDER = "out_of_memory"
 SHOWN_TENSORS = 20

@@ -17,7 +17,7 @@ from reformer_dist.data import Corpus, TrainLoader, merge_states
 from reformer_dist.distributed.runtime import Runtime, ranks_per_node
 from reformer_dist.engine import TrainEngine
 from reformer_dist.models.attention import check_attention_backend
-from reformer_dist.models.staging import set_staged_keys
+from reformer_dist.models.stage_keys import set_staged_keys
 from reformer_dist.parallel import SlicedSequence
 from reformer_dist.parallel.sequence import make_sequence
 from reformer_dist.planning import JobSpec

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import get_args, get_origin
 
-from reformer_dist.config.reference import keys
+from reformer_dist.config.key_reference import keys
 
 OVERRIDE = re.compile(r"([+]{0,2})([\w.]+)=(\[?[-+\d.eE, ]*[.eE][-+\d.eE, ]*\]?)")
 FLOAT = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][+]?\d+)?")

@@ -5,7 +5,7 @@ PYTHONPATH=. python tests/config/configuration_page.py > docs/configuration.md
 
 from __future__ import annotations
 
-from reformer_dist.config.reference import Group, Key, groups
+from reformer_dist.config.key_reference import Group, Key, groups
 
 HEAD = """# Configuration
 

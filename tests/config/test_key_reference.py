@@ -9,7 +9,7 @@ from configuration_page import page
 from support.tiny import flat
 
 from reformer_dist.config import RunConfig
-from reformer_dist.config.reference import groups, keys, nearest_keys
+from reformer_dist.config.key_reference import groups, keys, nearest_keys
 from reformer_dist.errors import ConfigError
 from reformer_dist.run.compose import to_dict
 from reformer_dist.run.explain import explain

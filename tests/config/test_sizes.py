@@ -16,7 +16,7 @@ from reformer_dist.config.checks import nearest_divisors
 from reformer_dist.distributed.runtime import Runtime
 from reformer_dist.errors import ConfigError
 from reformer_dist.models import ReformerLM
-from reformer_dist.run import memory
+from reformer_dist.run import memory_check
 from reformer_dist.run.compose import run_config_from, to_dict
 
 GROUPS = {each.name: type(getattr(RunConfig(), each.name)) for each in fields(RunConfig)}
@@ -92,7 +92,7 @@ BASE = ["model.position=rotary", "data.batch_size=4", "model.n_layers=2"]
 
 def checked(job: Runtime, *words: str) -> None:
     config = run_config_from(SAVED, [*BASE, *words])
-    memory.require_memory(config, job, ByteTask(config))  # type: ignore[arg-type]
+    memory_check.require_memory(config, job, ByteTask(config))  # type: ignore[arg-type]
 
 
 PLANNED = [key for key in INTEGERS if key[0] in ("model", "model.compat", "data", "parallel", "deepspeed")]
@@ -121,7 +121,7 @@ def test_the_plan_survives_the_largest_value(group: str, name: str, bounds: Any,
     ],
 )
 def test_what_no_machine_holds(word: str, part: str, job: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "machine_memory", lambda device, ranks: 2.0**36)
+    monkeypatch.setattr(memory_check, "machine_memory", lambda device, ranks: 2.0**36)
     with pytest.raises(ConfigError, match=r"GiB per rank .* this machine has 64\.00 GiB") as caught:
         checked(job, word)
     assert part in str(caught.value)
@@ -137,7 +137,7 @@ def test_buckets_that_are_allocated_whole(stage: int, job: Runtime) -> None:
 
 
 def test_buckets_hold_float32_also_in_bf16(job: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "machine_memory", lambda device, ranks: 2.0**36)
+    monkeypatch.setattr(memory_check, "machine_memory", lambda device, ranks: 2.0**36)
     words = ["deepspeed.stage=1", "trainer.precision=bf16"]
     checked(job, *words, f"deepspeed.reduce_bucket_size={2**34}")
     with pytest.raises(ConfigError, match=rf"reduce_bucket_size={2**34 + 1}: must be at most {2**34}\b"):
@@ -149,11 +149,11 @@ def test_a_small_run_fits_and_doubt_is_a_warning(
 ) -> None:
     checked(job)
     config = run_config_from(SAVED, BASE)
-    spec = memory.JobSpec(config, 1, 1, 257, "cpu")
-    need = memory.plan_memory(spec, ByteTask(config).build_model).total
-    monkeypatch.setattr(memory, "machine_memory", lambda device, ranks: need / 1.2)
+    spec = memory_check.JobSpec(config, 1, 1, 257, "cpu")
+    need = memory_check.plan_memory(spec, ByteTask(config).build_model).total
+    monkeypatch.setattr(memory_check, "machine_memory", lambda device, ranks: need / 1.2)
     checked(job)
-    monkeypatch.setattr(memory, "machine_memory", lambda device, ranks: need / 1.6)
+    monkeypatch.setattr(memory_check, "machine_memory", lambda device, ranks: need / 1.6)
     with pytest.raises(ConfigError):
         checked(job)
 

@@ -17,10 +17,10 @@ import pytest
 from support.datasets import varied_documents
 
 from reformer_dist.data import BpeTokenizer, ByteTokenizer, IdTokenizer, RawSample, write_samples
-from reformer_dist.data.prepare import batches as batches_module
-from reformer_dist.data.prepare import parallel, staging
-from reformer_dist.data.prepare.batches import in_hash_order
-from reformer_dist.data.prepare.parallel import encode_batches
+from reformer_dist.data.prepare import encode_parallel, staging
+from reformer_dist.data.prepare import encoded_batches as batches_module
+from reformer_dist.data.prepare.encode_parallel import encode_batches
+from reformer_dist.data.prepare.encoded_batches import in_hash_order
 from reformer_dist.errors import DataError
 
 
@@ -34,7 +34,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(encode_parallel, "BATCH_BYTES", 4096)
 
 
 def test_the_order_depends_on_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_the_order_depends_on_content_alone(tmp_path: Path, monkeypatch: pytest.
     shuffled = random.Random(0).sample(samples, len(samples))
     for n_bytes in (200_000, 20_000, 1_000):
         monkeypatch.setattr(batches_module, "RANGE_BYTES", n_bytes)
-        monkeypatch.setattr(parallel, "BATCH_BYTES", n_bytes)
+        monkeypatch.setattr(encode_parallel, "BATCH_BYTES", n_bytes)
         assert ordered(shuffled, f"many{n_bytes}") == expected
     names = "\n".join(sample.name for sample in expected).encode()
     # datasets must not change with the version
@@ -86,7 +86,7 @@ def test_finished_batches_are_used_again(tmp_path: Path, monkeypatch: pytest.Mon
         written.append(path)
         return batches_module.write_batch(path, *arguments)
 
-    monkeypatch.setattr(parallel, "write_batch", write_batch)
+    monkeypatch.setattr(encode_parallel, "write_batch", write_batch)
 
     def interrupted(samples: list[RawSample]) -> Iterator[RawSample]:
         yield from samples[:40]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reformer_dist.data import IGNORE_INDEX
-from reformer_dist.diagnostics.context import cut_rows
+from reformer_dist.diagnostics.context_windows import cut_rows
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 3), st.integers(1, 4))

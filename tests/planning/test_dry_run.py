@@ -23,7 +23,7 @@ from reformer_dist.planning.states import count_parameters
 from reformer_dist.planning.traffic import HEADS, exchange_traffic, zero_traffic
 from reformer_dist.run.data import open_task_data
 from reformer_dist.run.dry_run import dry_run, plan_run, read_memory
-from reformer_dist.run.memory import plan_largest_step
+from reformer_dist.run.memory_check import plan_largest_step
 
 
 @pytest.mark.jobs

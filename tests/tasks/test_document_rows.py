@@ -22,7 +22,7 @@ from reformer_dist.data import (
     positions_in_documents,
 )
 from reformer_dist.data.loading.packing import TokenStream
-from reformer_dist.diagnostics.context import cut_rows
+from reformer_dist.diagnostics.context_windows import cut_rows
 from reformer_dist.diagnostics.coverage import measure_layers
 from reformer_dist.distributed.mesh import make_mesh
 from reformer_dist.distributed.runtime import Runtime

@@ -188,7 +188,7 @@ def test_progress_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("reformer_dist.shards.progress.LINE_SECONDS", 0.0)
-    monkeypatch.setattr("reformer_dist.data.prepare.parallel.BATCH_BYTES", 4096)
+    monkeypatch.setattr("reformer_dist.data.prepare.encode_parallel.BATCH_BYTES", 4096)
     path = write_lines(tmp_path / "d.jsonl", *({"text": f"text {n} " * 20} for n in range(200)))
     assert make_shards(monkeypatch, path, "--output", tmp_path / "d", "--tokenizer", "bpe") == 0
     shown = capsys.readouterr().out

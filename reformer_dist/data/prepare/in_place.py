@@ -27,7 +27,7 @@ from reformer_dist.data.format.dataset_layout import (
 )
 from reformer_dist.data.format.tar_members import TextMember, sample_key
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.parallel import OnRead, map_in_parallel
+from reformer_dist.data.prepare.encode_parallel import OnRead, map_in_parallel
 from reformer_dist.data.prepare.raw_files import read_counter
 from reformer_dist.data.prepare.samples import is_heldout
 from reformer_dist.data.prepare.shard_writer import WriteSummary

@@ -27,9 +27,9 @@ from reformer_dist.data.format.dataset_layout import (
     write_json,
 )
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.batches import in_hash_order
+from reformer_dist.data.prepare.encode_parallel import OnRead, encode_batches
+from reformer_dist.data.prepare.encoded_batches import in_hash_order
 from reformer_dist.data.prepare.encoding import EncodedSample
-from reformer_dist.data.prepare.parallel import OnRead, encode_batches
 from reformer_dist.data.prepare.samples import RawSample, assign_splits
 from reformer_dist.data.prepare.staging import (
     BATCH_FOLDER,

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from reformer_dist.data.format.load_tokenizer import load_tokenizer
 from reformer_dist.data.format.tokenizer import Tokenizer
-from reformer_dist.data.prepare.batches import EncodedBatch, write_batch
+from reformer_dist.data.prepare.encoded_batches import EncodedBatch, write_batch
 from reformer_dist.data.prepare.encoding import samples_digest
 from reformer_dist.data.prepare.samples import SAMPLE_OVERHEAD, Assigned
 from reformer_dist.errors import DataError

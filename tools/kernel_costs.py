@@ -1,8 +1,9 @@
 """What the kernels of LSH attention cost by their machine code, without a GPU.
 
 Every kernel is compiled exactly as a training step launches it (bf16, 4 rounds, 16 heads, window 64, buckets of 64
-tokens on average), and counted. Times on an H200 are predictions: a model calibrated once on the measured times of
-docs/benchmarks/2026-11-27-nvidia-h200.md, with heads of 64.
+tokens on average), and counted. Attention kernels have variants for all tiles of a bucket, in short sequences, or
+for its first tile and for those of its tail. Times on an H200 are predictions: a model calibrated once on the
+measured times of docs/benchmarks/2026-11-27-nvidia-h200.md, with heads of 64.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,7 @@ KERNELS = (
 )
 MEASURED = ("_hash", "_build_table")  # whose times the model does not predict
 TARGETS, HEAD_DIMS = (80, 90, 100), (64, 128)
+SHORT = 1024  # tokens of a sequence whose tiles are not split
 N_TOKENS, N_HEADS, N_ROUNDS, WINDOW, N_BUCKETS = 65536, 16, 4, 64, 1024
 
 # The H200 of the model.
@@ -61,19 +64,22 @@ class Tiling:
     query_blocks: float
 
     @staticmethod
-    def of(block: int, other_block: int, mean: float = N_TOKENS / N_BUCKETS, window: int = WINDOW) -> Tiling:
+    def of(size: tuning.Tuning, kind: str, first_block: int = 0) -> Tiling:
+        """Tiles of this size: all of a bucket, its first, or those of its tail after first_block rows."""
+        mean = N_TOKENS / N_BUCKETS
         tiles = key_blocks = query_blocks = 0.0
-        for size in range(1, int(4 * mean)):
-            weight = math.exp(size * math.log(mean) - mean - math.lgamma(size + 1))
-            for first in range(0, size, block):
+        for n_rows in range(1, int(4 * mean)):
+            weight = math.exp(n_rows * math.log(mean) - mean - math.lgamma(n_rows + 1))
+            firsts = {"all": range(0, n_rows, size.block), "first": [0]}
+            for first in firsts.get(kind, range(first_block, n_rows, size.block)):
                 tiles += weight
-                key_blocks += weight * math.ceil((first - max(first - window + 1, 0)) / other_block)
-                beyond = min(first + block + window - 1, size) - first - block
-                query_blocks += weight * math.ceil(max(beyond, 0) / other_block)
+                key_blocks += weight * math.ceil((first - max(first - WINDOW + 1, 0)) / size.other_block)
+                beyond = min(first + size.block + WINDOW - 1, n_rows) - first - size.block
+                query_blocks += weight * math.ceil(max(beyond, 0) / size.other_block)
         return Tiling(tiles, key_blocks, query_blocks)
 
 
-def step(head_dim: int, seq_len: int = 1024) -> fake_gpu.LaunchCounter:
+def step(head_dim: int, seq_len: int) -> fake_gpu.LaunchCounter:
     """Hashes, attends and runs backward, with queries and values as a projection's views [B, S, H, D]."""
     shape = (1, seq_len, N_HEADS, head_dim)
     q, v = (torch.zeros(shape, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(2))
@@ -88,13 +94,13 @@ def step(head_dim: int, seq_len: int = 1024) -> fake_gpu.LaunchCounter:
     return counter
 
 
-def compile_step(head_dim: int, target: int) -> tuple[Codes, fake_gpu.LaunchCounter]:
-    """The kernels of a step, in every variant that it launches, and its launches."""
+def compile_step(head_dim: int, target: int, seq_len: int) -> tuple[Codes, fake_gpu.LaunchCounter]:
+    """The variants of kernels that a step needs and none before did, and the launches of another such step."""
     fake_gpu.install(target)
     before = {k: len(_variants(k, target)) for k in KERNELS}
-    counter = step(head_dim)
+    step(head_dim, seq_len)
     codes = {k.__name__: [fake_gpu.machine_code(x) for x in _variants(k, target)[before[k] :]] for k in KERNELS}
-    return codes, counter
+    return codes, step(head_dim, seq_len)
 
 
 def _variants(kernel: Any, target: int) -> list[Any]:
@@ -121,17 +127,20 @@ def slots(code: MachineCode, programs: float, *iterations: float) -> float:
     return code.n_warps * (programs * straight + sum(n * i for n, i in zip(loops, iterations, strict=True)))
 
 
-def slots_per_bucket(name: str, code: MachineCode, head_dim: int) -> float:
+def slots_per_bucket(name: str, tiles: str, code: MachineCode, head_dim: int) -> float:
     """Issue slots of a bucket and round."""
     size = tuning.tuning_of(head_dim, torch.bfloat16)
-    tiling = Tiling.of(size.block, size.other_block)
-    if name == "attend_round":
-        return slots(code, tiling.tiles, tiling.key_blocks)
-    return slots(code, tiling.tiles, tiling.query_blocks, tiling.key_blocks)
+    split = size.split
+    assert split is not None
+    tiling = Tiling.of({"all": size, "first": split.first, "tail": split.tail}[tiles], tiles, split.first.block)
+    iterations = [tiling.key_blocks] if tiles != "first" else []
+    if name == "attend_round_backward":
+        iterations.insert(0, tiling.query_blocks)
+    return slots(code, tiling.tiles, *iterations)
 
 
-def predict(name: str, code: MachineCode, head_dim: int) -> float:
-    """Milliseconds of a kernel at N_TOKENS on an H200."""
+def predict(name: str, found: list[MachineCode], head_dim: int) -> float:
+    """Milliseconds of a kernel, in all its launches, at N_TOKENS on an H200."""
     rows, vector = N_TOKENS * N_HEADS, 2 * head_dim
     moved = {
         "_merge_rounds": (N_ROUNDS + 1) * (vector + 4),
@@ -142,34 +151,45 @@ def predict(name: str, code: MachineCode, head_dim: int) -> float:
     if name in moved:
         return rows * moved[name] / (DRAM * STREAMED)
     gathered = {"attend_round": 3 * vector, "attend_round_backward": 5 * vector}[name]
-    filled = min(FILLED_BY_A_WARP[name] * resident_warps(code), MOST_FILLED)
-    issued = N_HEADS * N_ROUNDS * N_BUCKETS * slots_per_bucket(name, code, head_dim)
-    return max(issued / (N_SCHEDULERS * CLOCK * filled), rows * N_ROUNDS * gathered / L2)
+    ms = 0.0
+    for tiles, code in zip(kinds_of(found), found, strict=True):
+        filled = min(FILLED_BY_A_WARP[name] * resident_warps(code), MOST_FILLED)
+        issued = N_HEADS * N_ROUNDS * N_BUCKETS * slots_per_bucket(name, tiles, code, head_dim)
+        ms += issued / (N_SCHEDULERS * CLOCK * filled)
+    return max(ms, rows * N_ROUNDS * gathered / L2)
 
 
-def kernel_row(name: str, target: int, head_dim: int, code: MachineCode) -> dict[str, Any]:
-    row = {
-        "kernel": name.lstrip("_"),
-        "target": f"sm_{target}",
-        "head_dim": head_dim,
-        "registers": code.registers,
-        "stack_bytes": code.stack_bytes,
-        "instructions": len(code.instructions),
-        "tensor_core_instructions": code.tensor_core_instructions,
-        "narrow_loads": code.narrow_loads,
-        "warps": code.n_warps,
-        "shared_bytes": code.shared_bytes,
-    }
-    if target == 90 and name in FILLED_BY_A_WARP:
-        row["slots_per_bucket"] = round(slots_per_bucket(name, code, head_dim))
-    return row
+def kinds_of(found: list[MachineCode]) -> list[str]:
+    """Which tiles the variants of an attention kernel are for, in the order of their launches."""
+    return ["first", "tail"] if len(found) == 2 else ["all"]
+
+
+def kernel_rows(name: str, target: int, head_dim: int, found: list[MachineCode]) -> Iterator[dict[str, Any]]:
+    is_attention = name in FILLED_BY_A_WARP
+    for tiles, code in zip(kinds_of(found) if is_attention else [None] * len(found), found, strict=True):
+        row = {
+            "kernel": name.lstrip("_"),
+            "tiles": tiles,
+            "target": f"sm_{target}",
+            "head_dim": head_dim,
+            "registers": code.registers,
+            "stack_bytes": code.stack_bytes,
+            "instructions": len(code.instructions),
+            "tensor_core_instructions": code.tensor_core_instructions,
+            "narrow_loads": code.narrow_loads,
+            "warps": code.n_warps,
+            "shared_bytes": code.shared_bytes,
+        }
+        if tiles is not None and target == 90:
+            row["slots_per_bucket"] = round(slots_per_bucket(name, tiles, code, head_dim))
+        yield row
 
 
 def width_row(
     codes: dict[str, list[MachineCode]], counter: fake_gpu.LaunchCounter, head_dim: int
 ) -> dict[str, Any]:
     timed = {name: found for name, found in codes.items() if name not in MEASURED}
-    parts = {name: sum(predict(name, x, head_dim) for x in found) for name, found in timed.items()}
+    parts = {name: predict(name, found, head_dim) for name, found in timed.items()}
     parts |= {"hash": HASH_MS[head_dim], "sort": SORT_MS}
     return {
         "head_dim": head_dim,
@@ -189,12 +209,13 @@ def main() -> None:
     widths = []
     for head_dim in args.head_dims:
         for target in args.targets:
-            codes, counter = compile_step(head_dim, target)
-            for name, found in codes.items():
-                for code in found:
-                    show(kernel_row(name, target, head_dim, code), as_json=args.json)
-            if target == 90:
-                widths.append(width_row(codes, counter, head_dim))
+            for seq_len in (tuning.SPLIT_SEQ_LEN, SHORT):
+                codes, counter = compile_step(head_dim, target, seq_len)
+                for name, found in codes.items():
+                    for row in kernel_rows(name, target, head_dim, found):
+                        show(row, as_json=args.json)
+                if target == 90 and seq_len != SHORT:
+                    widths.append(width_row(codes, counter, head_dim))
     for row in widths:
         show(row, as_json=args.json)
 

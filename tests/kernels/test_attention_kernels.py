@@ -29,11 +29,64 @@ def test_groups_of_heads(monkeypatch):
     assert all(error <= 1e-5 for error in measured.values()), measured
 
 
-@pytest.mark.parametrize("case", ["shared", "own keys", "bf16 in full tiles"])
-def test_causality_is_bitwise(case):
-    own_keys, is_full = case == "own keys", case == "bf16 in full tiles"
+BY_64 = {"n_buckets": 2, "n_hashes": 1, "seq_len": 150}
+SPLIT_CASES = {
+    "shared keys": KernelCase(WindowRule(64, True), shared=True, crowded=True, **BY_64),
+    "every option": KernelCase(
+        WindowRule(64, True, True),
+        n_buckets=2,
+        seq_len=150,
+        crowded=True,
+        padding=True,
+        once=True,
+        dropout=0.2,
+        documents=True,
+    ),
+    "wide": KernelCase(WindowRule(64, True), head_dim=80, dtype=torch.bfloat16, tolerance=0.06, **BY_64),
+}
+
+
+@pytest.fixture
+def split_tiles(monkeypatch):
+    """First tiles of buckets and others by programs of their own, in float32 and for short sequences, too."""
+    from reformer_dist.ops.lsh.triton_kernels import tuning
+
+    monkeypatch.setattr(tuning, "SPLIT_SEQ_LEN", 0)
+    monkeypatch.setattr(tuning, "NARROW_FLOAT32", tuning.NARROW)
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES.values(), ids=SPLIT_CASES)
+def test_split_tiles(case: KernelCase, split_tiles):
+    measured = errors(case, DEVICE)
+    assert all(error <= case.tolerance for error in measured.values()), measured
+
+
+def test_tiles_in_the_list_follow_each_other(split_tiles):
+    """Tiles of 16 rows from rank 64 of each bucket on, as many as there are rows; programs take turns."""
+    from reformer_dist.ops.lsh.attention import Shard
+    from reformer_dist.ops.lsh.triton_kernels import tuning
+    from reformer_dist.ops.lsh.triton_kernels.tiles import tile_heads
+
+    ids = (torch.arange(400) % 7 == 0).to(DEVICE, torch.int64).expand(1, 2, 400)
+    options = AttentionOptions(WindowRule(64, True), 6, 1.0, backend="triton")
+    tiles = tile_heads(Shard(ids, 6, None, 400, has_padding=False), options, tuning.NARROW)
+    sizes = torch.bincount(ids[0, 0], minlength=6).tolist()
+    assert sizes == [342, 58, 0, 0, 0, 0] and tiles.n_first == 6 and tiles.table.shape[2] == 6 + 1 + 25
+    for table in tiles.table[0].tolist():
+        assert table[:2] == [[0, 0, 342, 342], [342, 342, 400, 400]] and not any(map(any, table[2:6]))
+        n_listed = table[6][0]
+        assert sorted(table[7 : 7 + n_listed]) == [[first, 0, 342, 342] for first in range(64, 342, 16)]
+        assert not any(map(any, table[7 + n_listed :]))
+
+
+@pytest.mark.parametrize("case", ["shared", "own keys", "bf16 in full tiles", "bf16 in split tiles"])
+def test_causality_is_bitwise(case, request):
+    own_keys, is_full = case == "own keys", case.startswith("bf16")
     generator = torch.Generator().manual_seed(0)
     seq_len, edited_from, n_buckets = (230, 137, 2) if is_full else (90, 50, 4)
+    if case == "bf16 in split tiles":
+        request.getfixturevalue("split_tiles")
+        seq_len = 160
     window, dtype = (64, torch.bfloat16) if is_full else (20, torch.float32)
     q, v = (torch.randn(1, 2, seq_len, 16, generator=generator).to(DEVICE, dtype) for _ in range(2))
     ids = torch.randint(0, n_buckets, (1, 2, 2, seq_len), generator=generator).to(DEVICE)

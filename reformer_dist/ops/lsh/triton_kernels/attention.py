@@ -7,10 +7,14 @@ of these, since they recompute the forward before each backward.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from reformer_dist.ops.dropout import signed32
 from reformer_dist.ops.lsh.attention import BackwardTensors, ForwardTensors, Shard, WorkspaceShape
@@ -24,6 +28,7 @@ from reformer_dist.ops.lsh.triton_kernels.own_keys import (
     own_keys_backward_keys,
     own_keys_backward_queries,
 )
+from reformer_dist.ops.lsh.triton_kernels.products import INTERPRETED
 from reformer_dist.ops.lsh.triton_kernels.rowwise import (
     merge_rounds,
     pack_rows,
@@ -38,6 +43,8 @@ from reformer_dist.ops.lsh.triton_kernels.tiles import (
     tile_partition,
 )
 
+# Registers are tuned for Hopper. Before it, tensor cores take every operand from registers, and caps spill them.
+HOPPER = 90
 # Heads of a group x rounds are dimensions of a grid after the first, whose sizes CUDA limits.
 MAX_HEADS = 2**16 - 1
 
@@ -81,6 +88,15 @@ class TritonBackend:
             return row_products(a, b)
 
 
+class TileLaunch(NamedTuple):
+    """One launch of a kernel over tiles."""
+
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    """From order_ptr on."""
+    flags: dict[str, Any]
+
+
 class TritonSortedShard:
     """`ops.lsh.attention.SortedShard`: the rows of all rounds by (head, bucket, position), in tiles."""
 
@@ -88,7 +104,7 @@ class TritonSortedShard:
         self._options, self._first_head = options, shard.first_head
         self._tuning = tuning.tuning_of(like.shape[3], like.dtype)
         tile = tile_heads if shard.is_whole else tile_partition
-        self._tiles = tile(shard, options, largest=self._tuning.block)
+        self._tiles = tile(shard, options, self._tuning)
         self._attends_alone = options.attends_alone and shard.is_whole
 
     def attend(self, tensors: ForwardTensors) -> None:
@@ -98,10 +114,10 @@ class TritonSortedShard:
         with torch.cuda.device_of(v):
             o, round_lse = self._round_buffer(out), self._round_buffer(lse)
             keys = q if k is None else k
-            attend_round[self._grid()](
-                q, keys, v, o, round_lse, *_strides(q, keys, v, out),
-                *self._arguments(q), **self._flags(q, self._tuning.forward, shared=k is None),
-            )  # fmt: skip
+            for launch in self._launches(q, shared=k is None, backward=False):
+                attend_round[launch.grid](
+                    q, keys, v, o, round_lse, *_strides(q, keys, v, out), *launch.arguments, **launch.flags
+                )
             if o is not out:
                 present, attends_alone = self._tiles.present, self._attends_alone
                 merge_rounds(o, round_lse, v, out, lse, self._first_head, present, attends_alone=attends_alone)
@@ -117,10 +133,10 @@ class TritonSortedShard:
             # without dk, the kernel does not write to its pointer
             written, written_strides = ((x[0], x[-1], x[1]) for x in (buffers, outputs))
             packed = _pack(tensors, self._options, self._tiles.order.shape[0], self._first_head)
-            attend_round_backward[self._grid()](
-                *read, packed, *written, *_strides(*read, *written_strides),
-                *self._arguments(q), **self._flags(q, self._tuning.backward, shared=k is None),
-            )  # fmt: skip
+            for launch in self._launches(q, shared=k is None, backward=True):
+                attend_round_backward[launch.grid](
+                    *read, packed, *written, *_strides(*read, *written_strides), *launch.arguments, **launch.flags
+                )
             if buffers[0] is not dq:
                 present, attends_alone = self._tiles.present, self._attends_alone
                 first = self._first_head
@@ -129,21 +145,38 @@ class TritonSortedShard:
     def _round_buffer(self, output: Tensor) -> Tensor:
         return _round_buffer(output, *self._tiles.order.shape[:2])
 
-    def _grid(self) -> tuple[int, int, int]:
-        return _grid(self._tiles.table)
+    def _launches(self, q: Tensor, *, shared: bool, backward: bool) -> Iterator[TileLaunch]:
+        """One launch for all tiles, or one for the first tiles of the buckets and one for the others."""
+        tiles, split = self._tiles, self._tuning.split
+        n_rounds, head_dim = tiles.order.shape[1], q.shape[3]
+        kinds = {"shared": shared, "sharded": tiles.is_partition}
+        if tiles.n_first is None:
+            launch = self._tuning.backward if backward else self._tuning.forward
+            flags = _flags(self._options, self._tuning, launch, q, tiles.block, n_rounds, **kinds)
+            yield TileLaunch(_grid(tiles.table), self._arguments(q, tiles.table), flags)
+            return
+        assert split is not None
+        n_heads, n_rounds, n_entries, _ = tiles.table.shape
+        listed = tiles.table[:, :, tiles.n_first :]
+        # a bucket has less than one tile in the list on average; programs take turns if there are more
+        n_programs = min(tiles.n_first, n_entries - tiles.n_first)
+        for size, table, n, place in (
+            (split.first, tiles.table, tiles.n_first, {"is_first": True}),
+            (split.tail, listed, n_programs, {"listed": True}),
+        ):
+            launch = size.backward if backward else size.forward
+            constants = KernelConstants.of(
+                self._options, size.block, size.other_block, head_dim, n_rounds, **kinds, **place
+            )
+            yield TileLaunch((n, n_rounds, n_heads), self._arguments(q, table), _launch_flags(constants, launch))
 
-    def _arguments(self, q: Tensor) -> tuple[Any, ...]:
+    def _arguments(self, q: Tensor, table: Tensor) -> tuple[Any, ...]:
         """The arguments of both kernels from order_ptr on."""
         tiles = self._tiles
         optional = (tiles.codes, tiles.token_ids, tiles.document_ids)
         codes, token_ids, documents = (tiles.order if x is None else x for x in optional)
         sizes = _sizes(self._first_head, q, tiles.table, self._options)
-        return tiles.order, tiles.table, codes, token_ids, documents, *sizes
-
-    def _flags(self, q: Tensor, launch: tuning.Launch, *, shared: bool) -> dict[str, Any]:
-        tiles = self._tiles
-        sizes = (tiles.block, tiles.order.shape[1])
-        return _flags(self._options, self._tuning, launch, q, *sizes, shared=shared, sharded=tiles.is_partition)
+        return tiles.order, table, codes, token_ids, documents, *sizes
 
 
 class OwnKeysSortedShard:
@@ -152,7 +185,7 @@ class OwnKeysSortedShard:
     def __init__(self, shard: Shard, options: AttentionOptions, like: Tensor) -> None:
         self._options, self._first_head = options, shard.first_head
         self._tuning = tuning.tuning_of(like.shape[3], like.dtype)
-        self._tiles = tile_own_keys(shard, options, largest=self._tuning.block)
+        self._tiles = tile_own_keys(shard, options, self._tuning)
 
     def attend(self, tensors: ForwardTensors) -> None:
         q, k, v, out, lse = tensors
@@ -249,8 +282,20 @@ def _flags(
     constants = KernelConstants.of(
         options, block, other_block, q.shape[3], n_rounds, shared=shared, sharded=sharded
     )
-    n_warps = max(1, launch.n_warps * block // of_width.block)
-    return {"C": constants, "num_warps": n_warps, "num_stages": 1, "maxnreg": launch.max_registers}
+    return _launch_flags(constants, replace(launch, n_warps=max(1, launch.n_warps * block // of_width.block)))
+
+
+def _launch_flags(constants: KernelConstants, launch: tuning.Launch) -> dict[str, Any]:
+    flags = {"C": constants, "num_warps": launch.n_warps, "num_stages": 1}
+    if not INTERPRETED and _capability(driver.active.get_current_device()) >= HOPPER:
+        flags["maxnreg"] = launch.max_registers
+    return flags
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    """Of the current device, as 90; device: its index."""
+    return int(driver.active.get_current_target().arch)
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -22,6 +22,7 @@ from reformer_dist.ops.lsh.triton_kernels.load import (
     gather,
     head_rows,
     key_slots,
+    line_of_program,
     load_bounds,
     load_other_rows,
     load_tile,
@@ -92,11 +93,35 @@ def attend_round_backward(
 
     With shared keys (C.shared), dk is carried through q / |q| to q, and dq is the whole gradient of q.
     """
-    BLOCK: tl.constexpr = C.block
-    BLOCK_D: tl.constexpr = C.block_d
-    bounds = load_bounds(table_ptr, n_tiles, C)
-    if bounds.begin == bounds.end:
-        return
+    if C.listed:
+        n_listed = tl.load(table_ptr + line_of_program(C) * n_tiles * 4)
+        for i in range(tl.program_id(0), n_listed, tl.num_programs(0)):
+            tile_backward(
+                load_bounds(table_ptr, n_tiles, i + 1, C),
+                q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, dq_ptr, dk_ptr, dv_ptr,
+                q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
+                order_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, scale,
+                dropout_seed, dropout_threshold, dropout_factor, C,
+            )  # fmt: skip
+    else:
+        bounds = load_bounds(table_ptr, n_tiles, tl.program_id(0), C)
+        if bounds.begin < bounds.end:
+            tile_backward(
+                bounds, q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, dq_ptr, dk_ptr, dv_ptr,
+                q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
+                order_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, scale,
+                dropout_seed, dropout_threshold, dropout_factor, C,
+            )  # fmt: skip
+
+
+@triton.jit
+def tile_backward(
+    bounds, q_ptr, k_ptr, v_ptr, d_out_ptr, packed_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_strides, k_strides, v_strides, d_out_strides, dq_strides, dk_strides, dv_strides,
+    order_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, scale,
+    dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one tile."""
     order = sorted_round(order_ptr, seq_len, C)
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
     pairs = pair_context(bounds, codes_ptr, codes_ptr, token_ids_ptr, documents_ptr, seq_len, scale, dropout, C)
@@ -125,10 +150,11 @@ def attend_round_backward(
         dq = orthogonal_part(dk, tile.q, scalars.inverse_square)
     else:
         store(dk * LN_2, dk_ptr, dk_strides, tile, first_head, n_heads, seq_len, C)
-        dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        dq = tl.zeros(dk.shape, tl.float32)
 
     dq += product(tl.trans(ds), tile.k, C)
-    dq = add_other_keys(dq, queries, tile.first, inputs, order, bounds, pairs, C)
+    if not C.is_first:
+        dq = add_other_keys(dq, queries, tile.first, inputs, order, bounds, pairs, C)
     store(dq * LN_2, dq_ptr, dq_strides, tile, first_head, n_heads, seq_len, C)
 
 

@@ -17,6 +17,7 @@ from reformer_dist.ops.lsh.triton_kernels.load import (
     gather,
     head_rows,
     key_slots,
+    line_of_program,
     load_bounds,
     load_other_rows,
     load_tile,
@@ -59,9 +60,32 @@ def attend_round(
     One round is written to out [B, H, S, D] and lse [B, H, S]. Of several, each is written to out [BH, R, S, D]
     and lse [BH, R, S], the latter in base 2 and -inf for a query without keys, for `rowwise.merge_rounds`.
     """
-    bounds = load_bounds(table_ptr, n_tiles, C)
-    if bounds.begin == bounds.end:
-        return
+    if C.listed:
+        n_listed = tl.load(table_ptr + line_of_program(C) * n_tiles * 4)
+        for i in range(tl.program_id(0), n_listed, tl.num_programs(0)):
+            attend_tile(
+                load_bounds(table_ptr, n_tiles, i + 1, C),
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
+                order_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, scale,
+                dropout_seed, dropout_threshold, dropout_factor, C,
+            )  # fmt: skip
+    else:
+        bounds = load_bounds(table_ptr, n_tiles, tl.program_id(0), C)
+        if bounds.begin < bounds.end:
+            attend_tile(
+                bounds, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
+                order_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, scale,
+                dropout_seed, dropout_threshold, dropout_factor, C,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend_tile(
+    bounds, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
+    order_ptr, codes_ptr, token_ids_ptr, documents_ptr, first_head, n_heads, seq_len, scale,
+    dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
+):  # fmt: skip
+    """The softmax of one tile."""
     round_, head = tl.program_id(1), tl.program_id(2)
     order = sorted_round(order_ptr, seq_len, C)
     dropout = Dropout(dropout_seed, dropout_threshold, dropout_factor)
@@ -74,13 +98,14 @@ def attend_round(
     queries = Indices(query_slots(tile.slot, tile.is_query, bounds, C), tile.row)
     keys = Indices(key_slots(tile.slot, tile.is_key, bounds, C), tile.row)
     softmax = add_keys(empty_softmax(C), tile.q, queries, tile.k, tile.v, keys, round_, pairs, True, C)
-    before, n_blocks = count_key_blocks(tile.first, bounds, C)
-    for i in range(n_blocks):
-        others = load_other_rows(i, before, tile.first, order, bounds.begin, bounds.key_end, C)
-        k = gather(k_rows, others.row, others.is_row, C)
-        v = gather(v_rows, others.row, others.is_row, C)
-        other_keys = Indices(key_slots(others.slot, others.is_row, bounds, C), others.row)
-        softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, False, C)
+    if not C.is_first:
+        before, n_blocks = count_key_blocks(tile.first, bounds, C)
+        for i in range(n_blocks):
+            others = load_other_rows(i, before, tile.first, order, bounds.begin, bounds.key_end, C)
+            k = gather(k_rows, others.row, others.is_row, C)
+            v = gather(v_rows, others.row, others.is_row, C)
+            other_keys = Indices(key_slots(others.slot, others.is_row, bounds, C), others.row)
+            softmax = add_keys(softmax, tile.q, queries, k, v, other_keys, round_, pairs, False, C)
     if C.n_rounds == 1 and C.attends_alone:
         own_v = gather(v_rows, tile.row, tile.is_row & (softmax.row_sum == 0.0), C).to(tl.float32)
         softmax = RunningSoftmax(softmax.o + own_v, softmax.row_max, softmax.row_sum)

@@ -122,11 +122,16 @@ def store(value, x_ptr, strides, tile, first_head, n_heads, seq_len, C: tl.const
 
 
 @triton.jit
-def load_bounds(table_ptr, n_tiles, C: tl.constexpr):
-    """TileBounds of this program: begin == end if its entry of the table is empty."""
-    round_, head = tl.program_id(1), tl.program_id(2)
+def line_of_program(C: tl.constexpr):
+    """Index of this program's head and round."""
+    return (tl.program_id(2) * C.n_rounds + tl.program_id(1)).to(tl.int64)
+
+
+@triton.jit
+def load_bounds(table_ptr, n_tiles, entry, C: tl.constexpr):
+    """TileBounds of an entry of this program's line: begin == end if it is empty."""
     COLUMNS: tl.constexpr = 6 if C.bounded else 4
-    table_ptr += ((head * C.n_rounds + round_).to(tl.int64) * n_tiles + tl.program_id(0)) * COLUMNS
+    table_ptr += (line_of_program(C) * n_tiles + entry) * COLUMNS
     first, begin, key_end, end = (
         tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
     )  # fmt: skip

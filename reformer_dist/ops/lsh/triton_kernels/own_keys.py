@@ -107,7 +107,7 @@ def attend_own_keys(
     first_head, n_heads, seq_len, n_tiles, scale, dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
     """As `forward.attend_round`, for a tile of queries; queries and keys: `tiles.Side.planes`."""
-    bounds = load_bounds(table_ptr, n_tiles, C)
+    bounds = load_bounds(table_ptr, n_tiles, tl.program_id(0), C)
     if bounds.begin == bounds.end:
         return
     head = first_head + tl.program_id(2)
@@ -137,7 +137,7 @@ def own_keys_backward_queries(
     first_head, n_heads, seq_len, n_tiles, scale, dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, written as `backward.attend_round_backward` does."""
-    bounds = load_bounds(table_ptr, n_tiles, C)
+    bounds = load_bounds(table_ptr, n_tiles, tl.program_id(0), C)
     if bounds.begin == bounds.end:
         return
     head = first_head + tl.program_id(2)
@@ -176,7 +176,7 @@ def own_keys_backward_keys(
     first_head, n_heads, seq_len, n_tiles, scale, dropout_seed, dropout_threshold, dropout_factor, C: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, likewise."""
-    bounds = load_bounds(table_ptr, n_tiles, C)
+    bounds = load_bounds(table_ptr, n_tiles, tl.program_id(0), C)
     if bounds.begin == bounds.end:
         return
     head = first_head + tl.program_id(2)

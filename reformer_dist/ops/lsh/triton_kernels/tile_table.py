@@ -15,8 +15,9 @@ SLOTS = 256  # of a program
 
 @triton.jit
 def _build_table(
-    ids_ptr, rows_ptr, bounds_ptr, order_ptr, table_ptr, seq_len, n_entries, padding, n_halvings,
-    SORTED: tl.constexpr, CHUNKED: tl.constexpr, SHARDED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    ids_ptr, rows_ptr, bounds_ptr, order_ptr, table_ptr, seq_len, n_entries, n_first, padding, n_halvings,
+    SORTED: tl.constexpr, CHUNKED: tl.constexpr, SHARDED: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """ids, rows, order [BH * R, S]; table [BH * R, n_entries, 4 or 6], whose zeros are empty entries."""
     COLUMNS: tl.constexpr = 6 if SHARDED else 4
@@ -48,17 +49,33 @@ def _build_table(
         query_begin = slot + tl.load(bounds_ptr, mask=is_bucket, other=0)
         query_end = slot + tl.load(bounds_ptr + 1, mask=is_bucket, other=0)
     tl.store(order_ptr + line * seq_len + slot, row, mask=is_slot)
+    table_ptr += line * n_entries * COLUMNS
+    if TAIL:
+        _store_entry(table_ptr + bucket * COLUMNS, slot, begin, key_end, end, is_first)
+        n_tiles = tl.where(is_first, tl.cdiv(tl.maximum(end - slot - BLOCK, 0), TAIL), 0)
+        # in any order: which entry a tile has does not matter
+        n_before = tl.atomic_add(table_ptr + n_first * COLUMNS, tl.sum(n_tiles, 0))
+        listed = n_first + 1 + n_before + tl.cumsum(n_tiles, 0) - n_tiles
     for tile in range(tl.max(n_tiles, 0)):
-        first = slot + tile * BLOCK
-        entry_ptr = table_ptr + (line * n_entries + first // BLOCK + bucket) * COLUMNS
         is_tile = tile < n_tiles
-        tl.store(entry_ptr, first, mask=is_tile)
-        tl.store(entry_ptr + 1, begin, mask=is_tile)
-        tl.store(entry_ptr + 2, key_end, mask=is_tile)
-        tl.store(entry_ptr + 3, end, mask=is_tile)
+        if TAIL:
+            first, entry = slot + BLOCK + tile * TAIL, listed + tile
+        else:
+            first = slot + tile * BLOCK
+            entry = first // BLOCK + bucket
+        entry_ptr = table_ptr + entry * COLUMNS
+        _store_entry(entry_ptr, first, begin, key_end, end, is_tile)
         if SHARDED:
             tl.store(entry_ptr + 4, query_begin, mask=is_tile)
             tl.store(entry_ptr + 5, query_end, mask=is_tile)
+
+
+@triton.jit
+def _store_entry(entry_ptr, first, begin, key_end, end, is_tile):
+    tl.store(entry_ptr, first, mask=is_tile)
+    tl.store(entry_ptr + 1, begin, mask=is_tile)
+    tl.store(entry_ptr + 2, key_end, mask=is_tile)
+    tl.store(entry_ptr + 3, end, mask=is_tile)
 
 
 @triton.jit
@@ -87,19 +104,23 @@ def build_table(
     block: int,
     *,
     chunked: bool,
+    n_first: int = 0,
+    tail_block: int = 0,
 ) -> None:
     """Fills order [BH, R, S] and table [BH, R, entries, 4] from sorted ids and their rows [BH, R, S].
 
     The id n_buckets marks padding. Without rows there is one bucket, in the order of the rows. With query_bounds
-    (`Shard.query_bounds`) the table has 6 columns.
+    (`Shard.query_bounds`) the table has 6 columns. With a tail_block, it has n_first entries of the first tiles of
+    buckets, one that begins with the number of tiles in the list after it, and that list, see `Tiles.n_first`.
     """
     n_heads, n_rounds, seq_len = order.shape
     _build_table[(triton.cdiv(seq_len, SLOTS), n_heads * n_rounds)](
         sorted_ids, sorted_ids if rows is None else rows, order if query_bounds is None else query_bounds,
-        order, table, seq_len, table.shape[2], n_buckets, seq_len.bit_length(),
+        order, table, seq_len, table.shape[2], n_first, n_buckets, seq_len.bit_length(),
         SORTED=rows is not None,
         CHUNKED=chunked,
         SHARDED=query_bounds is not None,
         BLOCK=block,
+        TAIL=tail_block,
         SLOTS=SLOTS,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from reformer_dist.ops.lsh.hashing import bucket_dtype
 from reformer_dist.ops.lsh.neighbour_rules import ChunkRule, Rule, WindowRule
 from reformer_dist.ops.lsh.options import AttentionOptions
 from reformer_dist.ops.lsh.triton_kernels.tile_table import build_table
+from reformer_dist.ops.lsh.triton_kernels.tuning import Split, Tuning
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class KernelConstants:
     """Rows are a partition of the sorted order (`attention.Shard`), as one head."""
     attends_alone: bool
     """A query of a whole sequence that meets no key attends to itself, else it gets 0."""
+    is_first: bool
+    """Tiles are the first ones of their buckets: no row is before them."""
+    listed: bool
+    """Tiles are a list, `Tiles.tail`, which the programs of a line go through in turns."""
     by_rank: bool
     """Which rows beside each other attend depends on their ranks in the bucket alone, see `pair_mask.attends`."""
 
@@ -67,6 +72,8 @@ class KernelConstants:
         *,
         shared: bool,
         sharded: bool,
+        is_first: bool = False,
+        listed: bool = False,
     ) -> KernelConstants:
         rule = options.rule
         chunked = isinstance(rule, ChunkRule)
@@ -92,6 +99,8 @@ class KernelConstants:
             bounded=sharded and not options.own_keys,
             sharded=sharded,
             attends_alone=options.attends_alone and not sharded,
+            is_first=is_first,
+            listed=listed,
             by_rank=rule.causal and not (chunked or sharded or options.own_keys),
         )
 
@@ -117,6 +126,9 @@ class Tiles:
     """
     document_ids: Tensor | None = None
     """int32 [BH, S]: see `attention.Shard`."""
+    n_first: int | None = None
+    """Entries of the first tiles of buckets, one per bucket. The other tiles, those of `tuning.Split.tail`, are in
+    a list after them, whose length is the first number of the entry between. None: all tiles are alike."""
     present: Tensor | None = None
     """Of a partition, uint8 [R, S]: 0 in rounds from which a row is absent. There it is in no tile."""
 
@@ -138,34 +150,49 @@ def block_of(rule: Rule, seq_len: int, n_buckets: int, largest: int) -> int:
     return block
 
 
-def tile_heads(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
+def tile_heads(shard: Shard, options: AttentionOptions, of_width: Tuning) -> Tiles:
     """Tiles of whole sequences. Those of padding are of queries without keys."""
     buckets, n_buckets, padded = shard.sort_keys, options.n_buckets, shard.has_padding
-    block = block_of(options.rule, buckets.shape[2], n_buckets, largest)
-    order, table, sorted_ids = _sort_rounds(buckets, n_buckets, options.rule, block, has_padding=padded)
+    block = block_of(options.rule, buckets.shape[2], n_buckets, of_width.block)
+    split = of_width.split
+    if split is not None and split.fits(options.rule, shard.seq_len, n_buckets):
+        block = split.first.block
+    else:
+        split = None
+    order, table, sorted_ids = _sort_rounds(
+        buckets, n_buckets, options.rule, block, has_padding=padded, split=split
+    )
     token_ids = None if shard.head_index is None else shard.head_index.int()
     codes = _position_codes(order, sorted_ids, options)
-    return Tiles(block, order, table, codes, token_ids, _contiguous(shard.document_ids))
+    n_first = None if split is None else n_buckets + padded
+    return Tiles(block, order, table, codes, token_ids, _contiguous(shard.document_ids), n_first)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def tile_partition(shard: Shard, options: AttentionOptions, *, largest: int) -> Tiles:
+def tile_partition(shard: Shard, options: AttentionOptions, of_width: Tuning) -> Tiles:
     """Tiles of a partition as one head, whose buckets are those of every head."""
     assert isinstance(options.rule, WindowRule) and shard.positions is not None and shard.head_index is not None
     bounds, n_keys = shard.query_bounds(options.rule), shard.n_sort_keys
-    block = block_of(options.rule, shard.seq_len, options.n_buckets, largest)
+    block = block_of(options.rule, shard.seq_len, options.n_buckets, of_width.block)
     order, table, _ = _sort_rounds(shard.sort_keys, n_keys, options.rule, block, has_padding=False, bounds=bounds)
     token_ids = torch.stack([shard.positions, shard.head_index]).int()
     is_present = (shard.sort_keys[0] < n_keys).to(torch.uint8)
     documents = _contiguous(shard.document_ids)
-    return Tiles(block, order, table, shard.position_codes, token_ids, documents, is_present)
+    return Tiles(block, order, table, shard.position_codes, token_ids, documents, present=is_present)
 
 
 def _sort_rounds(
-    buckets: Tensor, n_buckets: int, rule: Rule, block: int, *, has_padding: bool, bounds: Tensor | None = None
+    buckets: Tensor,
+    n_buckets: int,
+    rule: Rule,
+    block: int,
+    *,
+    has_padding: bool,
+    bounds: Tensor | None = None,
+    split: Split | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order, table and sorted ids of bucket ids [BH, R, S]."""
     n_heads, n_rounds, seq_len = buckets.shape
@@ -177,9 +204,14 @@ def _sort_rounds(
     # under the chunk rule a head is one bucket
     n_segments = (1 if isinstance(rule, ChunkRule) else n_buckets) + has_padding
     order = torch.empty(buckets.shape, dtype=torch.int32, device=buckets.device)
-    sizes = (n_heads, n_rounds, seq_len // block + n_segments, 4 if bounds is None else 6)
+    n_entries, splitting = seq_len // block + n_segments, {}
+    if split is not None:
+        n_entries = n_segments + 1 + seq_len // split.tail.block
+        splitting = {"n_first": n_segments, "tail_block": split.tail.block}
+    sizes = (n_heads, n_rounds, n_entries, 4 if bounds is None else 6)
     table = torch.zeros(sizes, dtype=torch.int32, device=buckets.device)
-    build_table(sorted_ids, rows, bounds, order, table, n_buckets, block, chunked=isinstance(rule, ChunkRule))
+    chunked = isinstance(rule, ChunkRule)
+    build_table(sorted_ids, rows, bounds, order, table, n_buckets, block, chunked=chunked, **splitting)
     return order, table, sorted_ids
 
 
@@ -208,12 +240,12 @@ class OwnKeyTiles:
     is_partition: bool
 
 
-def tile_own_keys(shard: Shard, options: AttentionOptions, *, largest: int) -> OwnKeyTiles:
+def tile_own_keys(shard: Shard, options: AttentionOptions, of_width: Tuning) -> OwnKeyTiles:
     """Tiles of whole sequences or of a partition. Those of absent rows reach nothing."""
     rule, n_ids = options.rule, shard.n_sort_keys
     assert isinstance(rule, WindowRule) and shard.query_sort_keys is not None
     block, padded = (
-        block_of(rule, shard.seq_len, options.n_buckets, largest),
+        block_of(rule, shard.seq_len, options.n_buckets, of_width.block),
         shard.has_padding or not shard.is_whole,
     )
     (key_order, key_table, key_ids), (query_order, query_table, query_ids) = (

@@ -29,7 +29,6 @@ KERNELS = (
     tile_table._build_table,
     forward.attend_round,
     rowwise._merge_rounds,
-    rowwise._row_products,
     backward.attend_round_backward,
     rowwise._pack_rows,
     rowwise._sum_rounds,
@@ -144,8 +143,7 @@ def predict(name: str, found: list[MachineCode], head_dim: int) -> float:
     rows, vector = N_TOKENS * N_HEADS, 2 * head_dim
     moved = {
         "_merge_rounds": (N_ROUNDS + 1) * (vector + 4),
-        "_row_products": 2 * vector + 4,
-        "_pack_rows": vector + 24,
+        "_pack_rows": 3 * vector + 20,
         "_sum_rounds": 2 * (N_ROUNDS + 1) * vector,
     }
     if name in moved:

@@ -118,6 +118,7 @@ class _Backward:
 
     def pack(self, route: Route) -> list[SplitRows]:
         tensors = self._tensors
+        assert tensors.delta is not None
         fields = {"d_out": tensors.d_out, "lse": tensors.lse.unsqueeze(3), "delta": tensors.delta.unsqueeze(3)}
         if self._has_keys:
             fields["q"] = tensors.q

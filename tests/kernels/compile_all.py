@@ -63,7 +63,8 @@ def attend_partition(rule: WindowRule) -> None:
     lse = torch.empty(v.shape[:3])
     shard.attend(ForwardTensors(q, None, v, torch.empty_like(v), lse))
     grads = torch.zeros_like(q), None, torch.zeros_like(v)
-    shard.attend_backward(BackwardTensors(q, None, v, v, lse, lse, *grads))
+    delta = TritonBackend(options, v).row_dot(v, v)
+    shard.attend_backward(BackwardTensors(q, None, v, v, lse, delta, *grads))
 
 
 def compile_everything() -> None:
@@ -97,6 +98,8 @@ def print_grids() -> None:
     sizes = {"head_dim": 16, "n_rounds": 2, "n_buckets": 2, "seq_len": 16, "n_heads": 70_000}
     step(WindowRule(8, causal=True), HALF, **sizes)
     step(WindowRule(8, causal=True, sees_self=True), HALF, shared=False, own_keys=True, **sizes)
+    v = torch.zeros(1, 70_000, 16, 16, dtype=HALF)
+    TritonBackend(AttentionOptions(WindowRule(8, causal=True), 2, scale=1.0), v).row_dot(v, v)
     for launch in fake_gpu.LAUNCHES:
         print(json.dumps(launch._asdict()))
 

@@ -104,8 +104,8 @@ class BackwardTensors(NamedTuple):
     v: Tensor
     d_out: Tensor
     lse: Tensor
-    delta: Tensor
-    """float32 [B, H, S]: rowsum(dO * o)."""
+    delta: Tensor | None
+    """float32 [B, H, S]: rowsum(dO * o). None for whole sequences if the backend `fills_lone_rows`."""
     dq: Tensor
     """Zeros, to which the gradients are added; with shared keys, including those of the keys.
 
@@ -114,6 +114,8 @@ class BackwardTensors(NamedTuple):
     dk: Tensor | None
     dv: Tensor
     """Zeros, or for whole sequences dO of queries that met no key and attend to themselves."""
+    out: Tensor | None = None
+    """The output of the forward, at least where delta is None."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Backend(Protocol):
     """Whether the backward reuses the sorted shards of the forward, instead of sorting again."""
     fills_lone_rows: bool
     """Whether whole sequences are completed by the backend: it writes v or 0 to out for queries that met no key
-    (`AttentionOptions.attends_alone`), adds their dO to dv, and writes every gradient."""
+    (`AttentionOptions.attends_alone`), adds their dO to dv, writes every gradient, and computes delta from out."""
 
     def __init__(self, options: AttentionOptions, like: Tensor) -> None:
         """like: a tensor with the width, dtype and device of v."""
@@ -358,10 +360,10 @@ class _Attention(FirstOrderFunction):
         dq, dk, dv = create(q), None if k is None else create(k), create(v)
         with torch.autocast(v.device.type, enabled=False), part("attend"):
             sorter = Sorter(ctx.backend(ctx.exchange.options, v), ctx.cache)
-            delta = sorter.backend.row_dot(d_out, out)
+            delta = None if is_completed else sorter.backend.row_dot(d_out, out)
             if ctx.exchange.options.attends_alone and not is_completed:
                 _select_rows(dv, torch.isinf(lse), d_out)
-            ctx.exchange.backward(BackwardTensors(q, k, v, d_out, lse, delta, dq, dk, dv), sorter)
+            ctx.exchange.backward(BackwardTensors(q, k, v, d_out, lse, delta, dq, dk, dv, out), sorter)
         return dq, dk, dv, None, None
 
 

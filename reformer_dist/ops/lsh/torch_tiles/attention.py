@@ -120,6 +120,7 @@ class TorchSortedShard:
     def attend_backward(self, tensors: BackwardTensors) -> None:
         q, v, d_out = self._flat(tensors.q), self._flat(tensors.v), self._flat(tensors.d_out)
         k = self._keys(tensors.k, q)
+        assert tensors.delta is not None
         lse, delta = (x.view(-1)[self._rows] for x in (tensors.lse, tensors.delta))
         dq, dk, dv = attend_backward(self._group, q, k, v, d_out, delta=delta, lse=lse)
         if tensors.dk is None:

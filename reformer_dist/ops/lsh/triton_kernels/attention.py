@@ -123,7 +123,7 @@ class TritonSortedShard:
                 merge_rounds(o, round_lse, v, out, lse, self._first_head, present, attends_alone=attends_alone)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
-        q, k, v, d_out, lse, _, dq, dk, dv = tensors
+        q, k, v, d_out, lse, _, dq, dk, dv, _ = tensors
         if not v.numel():
             return
         with torch.cuda.device_of(v):
@@ -203,7 +203,7 @@ class OwnKeysSortedShard:
                 merge_rounds(o, round_lse, v, out, lse, self._first_head, None, attends_alone=False)
 
     def attend_backward(self, tensors: BackwardTensors) -> None:
-        q, k, v, d_out, lse, _, dq, dk, dv = tensors
+        q, k, v, d_out, lse, _, dq, dk, dv, _ = tensors
         assert k is not None and dk is not None
         if not v.numel():
             return
@@ -242,8 +242,13 @@ class OwnKeysSortedShard:
 
 def _pack(tensors: BackwardTensors, options: AttentionOptions, n_heads: int, first_head: int) -> Tensor:
     """`rowwise.pack_rows` of a group of heads."""
-    q, k, lse, delta = tensors.q, tensors.k, tensors.lse, tensors.delta
-    return pack_rows(q, lse, delta, options.scale, first_head, n_heads, shared=k is None)
+    q, delta, d_out, out = tensors.q, tensors.delta, tensors.d_out, tensors.out
+    vectors = None
+    if delta is None:
+        assert out is not None
+        vectors = (d_out, out)
+    is_shared = tensors.k is None
+    return pack_rows(q, tensors.lse, delta, vectors, options.scale, first_head, n_heads, shared=is_shared)
 
 
 def _round_buffer(output: Tensor, n_heads: int, n_rounds: int) -> Tensor:

@@ -43,27 +43,38 @@ def _addresses(x_ptr, strides, head, n_heads, rows):
 
 
 @triton.jit
+def _dot_rows(a_ptr, a_strides, b_ptr, b_strides, head, n_heads, rows):
+    """Sums over D of a * b, [ROWS], of the rows of a head in [B, H, S, D]."""
+    a = tl.load(_addresses(a_ptr, a_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
+    b = tl.load(_addresses(b_ptr, b_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+
+
+@triton.jit
 def _row_products(
     a_ptr, b_ptr, out_ptr, a_strides, b_strides, n_heads, seq_len,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     head = rows.head
-    a = tl.load(_addresses(a_ptr, a_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
-    b = tl.load(_addresses(b_ptr, b_strides, head, n_heads, rows), mask=rows.mask, other=0.0)
-    sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    sums = _dot_rows(a_ptr, a_strides, b_ptr, b_strides, head, n_heads, rows)
     tl.store(out_ptr + head.to(tl.int64) * seq_len + rows.row, sums, mask=rows.is_row)
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def _pack_rows(
-    q_ptr, lse_ptr, delta_ptr, packed_ptr, q_strides, first_head, n_heads, seq_len, scale,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, lse_ptr, delta_ptr, d_out_ptr, out_ptr, packed_ptr, q_strides, d_out_strides, out_strides,
+    first_head, n_heads, seq_len, scale, SHARED: tl.constexpr, HAS_DELTA: tl.constexpr,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = _row_range(seq_len, ROWS, HEAD_DIM, BLOCK_D)
     head = first_head + rows.head
     at = head.to(tl.int64) * seq_len + rows.row
-    lse, delta = tl.load(lse_ptr + at, mask=rows.is_row), tl.load(delta_ptr + at, mask=rows.is_row)
+    lse = tl.load(lse_ptr + at, mask=rows.is_row)
+    if HAS_DELTA:
+        delta = tl.load(delta_ptr + at, mask=rows.is_row)
+    else:
+        delta = _dot_rows(d_out_ptr, d_out_strides, out_ptr, out_strides, head, n_heads, rows)
     factor = tl.full([ROWS], LOG2_E, tl.float32) * scale
     inverse_square = tl.zeros([ROWS], tl.float32)
     if SHARED:
@@ -188,18 +199,24 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pack_rows(
-    q: Tensor, lse: Tensor, delta: Tensor, scale: float, first_head: int, n_heads: int, *, shared: bool
-) -> Tensor:
+    q: Tensor, lse: Tensor, delta: Tensor | None, vectors: tuple[Tensor, Tensor] | None, scale: float,
+    first_head: int, n_heads: int, *, shared: bool,
+) -> Tensor:  # fmt: skip
     """What the backward needs of a row besides its vectors, float32 [BH, S, 4]: one load of 16 bytes.
 
-    lse and delta [B, H, S]; and of rows as keys the factors of their scores and 1 / |q|^2, for shared keys. Of
-    n_heads (batch row, head) pairs from first_head on.
+    lse and delta [B, H, S], or the sum over D of the product of two vectors [B, H, S, D]; and of rows as keys the
+    factors of their scores and 1 / |q|^2, for shared keys. Of n_heads (batch row, head) pairs from first_head on.
     """
     seq_len = q.shape[2]
     packed = torch.empty(n_heads, seq_len, 4, dtype=torch.float32, device=q.device)
+    d_out, out = (q, q) if vectors is None else vectors
     _pack_rows[grid_of(n_heads, seq_len, ROWS)](
-        q, lse, delta, packed, q.stride()[:3], first_head, q.shape[1], seq_len, scale, SHARED=shared, **_sizes(q)
-    )
+        q, lse, lse if delta is None else delta, d_out, out, packed,
+        q.stride()[:3], d_out.stride()[:3], out.stride()[:3], first_head, q.shape[1], seq_len, scale,
+        SHARED=shared,
+        HAS_DELTA=delta is not None,
+        **_sizes(q),
+    )  # fmt: skip
     return packed
 
 

@@ -36,15 +36,24 @@ def run(q: Tensor, v: Tensor, d_out: Tensor, ids: Tensor, rule: Rule, n_buckets:
     return [out, *torch.autograd.grad(out, leaves, d_out)]
 
 
-@pytest.mark.parametrize("rule", [WindowRule(64, True), WindowRule(128, False), ChunkRule(64, True)], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "seq_len"),
+    [
+        (WindowRule(64, True), 8191),
+        (WindowRule(64, True), 8193),  # tiles are split
+        (WindowRule(128, False), 8191),
+        (ChunkRule(64, True), 8191),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)]
 )
-def test_real_sizes(rule, head_dim, dtype, tolerance):
+def test_real_sizes(rule, seq_len, head_dim, dtype, tolerance):
     generator = torch.Generator("cuda").manual_seed(0)
     q, v, d_out = (
-        torch.randn(2, 4, 8191, head_dim, device="cuda", dtype=dtype, generator=generator) for _ in range(3)
+        torch.randn(2, 4, seq_len, head_dim, device="cuda", dtype=dtype, generator=generator) for _ in range(3)
     )
     ids = hash_vectors(q, draw_rotations(4, head_dim, 4, 128, "rotation", 0), 128, "rotation")
     expected = run(*(x.float() for x in (q, v, d_out)), ids, rule, 128, "torch")
@@ -53,6 +62,25 @@ def test_real_sizes(rule, head_dim, dtype, tolerance):
     for a, b, c in zip(actual, expected, again, strict=True):
         assert torch.equal(a, c)
         assert (a.float() - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize("seq_len", [4096, 8192])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_causality_is_bitwise_in_half_precision(seq_len, head_dim):
+    """In buckets of more than a tile, with tiles that are split, and not."""
+    draw, edited_from = torch.Generator("cuda").manual_seed(0), seq_len * 2 // 3
+    shape = (1, 4, seq_len, head_dim)
+    q, v = (torch.randn(shape, device="cuda", generator=draw).bfloat16() for _ in range(2))
+    n_buckets = seq_len // 64
+    ids = torch.randint(0, n_buckets, (1, 4, 2, seq_len), device="cuda", generator=draw)
+    options = AttentionOptions(WindowRule(64, True), n_buckets, 1.0, backend="triton")
+    before = bucket_attention(q, None, v, ids, options)
+    for x in (q, v):
+        x[:, :, edited_from:] = torch.randn_like(x[:, :, edited_from:])
+    ids[..., edited_from:] = 1  # later tokens crowd a bucket
+    after = bucket_attention(q, None, v, ids, options)
+    assert torch.equal(before[:, :, :edited_from], after[:, :, :edited_from])
+    assert not torch.equal(before, after)
 
 
 def test_rows_beyond_32_bit_offsets():

@@ -29,13 +29,13 @@ def test_groups_of_heads(monkeypatch):
     assert all(error <= 1e-5 for error in measured.values()), measured
 
 
-BY_64 = {"n_buckets": 2, "n_hashes": 1, "seq_len": 150}
+BY_64 = {"n_buckets": 2, "n_hashes": 1, "seq_len": 130}
 SPLIT_CASES = {
     "shared keys": KernelCase(WindowRule(64, True), shared=True, crowded=True, **BY_64),
     "every option": KernelCase(
         WindowRule(64, True, True),
         n_buckets=2,
-        seq_len=150,
+        seq_len=130,
         crowded=True,
         padding=True,
         once=True,

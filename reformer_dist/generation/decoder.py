@@ -133,7 +133,7 @@ class UncachedDecoder:
 
     def __init__(self, model: ForwardFunction) -> None:
         self._model = model
-        self._tokens = torch.empty(0, 0, dtype=torch.int64)
+        self._tokens = torch.empty(0, 0, dtype=torch.int64, device="cpu")
         self._mask: Tensor | None = None
 
     def prefill(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:

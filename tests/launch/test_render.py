@@ -22,7 +22,7 @@ from reformer_dist.run.command_line import conf_folder
 from reformer_dist.run.compose import compose_run
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-FILES = sorted(LAUNCH.iterdir())
+FILES = sorted(path for path in LAUNCH.iterdir() if path.name != "Dockerfile")
 SCRIPTS = [path for path in FILES if path.suffix != ".yaml"]
 KINDS = {
     "Job": models.IoK8sApiBatchV1Job,

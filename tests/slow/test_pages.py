@@ -49,6 +49,10 @@ NOT_RUN = {
     "python tools/application.py question_answering --train train.json --heldout dev.json": FULL,
     "python tools/application.py mqar": SMALL + "tests/tools/test_applications.py and test_evidence.py",
     "python tools/application.py joint_recall": SMALL + "tests/tools/test_evidence.py",
+    "python tools/evidence.py small_recall": "takes minutes; tests/tools/test_evidence.py runs another row",
+    "python tools/evidence.py text": "takes hours; tests/tools/test_evidence.py runs another row",
+    "python tools/kernel_costs.py": "takes a minute; tests/kernels/test_compile.py runs it for one target",
+    "python tools/kernel_costs.py [--json]": "names an option",
     "python tools/evidence.py duplication": "takes minutes; tests/tools/test_evidence.py runs another row",
     "python tools/bench_attention.py --impl ours own_keys": "takes minutes; "
     + "tests/tools/test_bench_tools.py runs another row",

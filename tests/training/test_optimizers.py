@@ -48,7 +48,7 @@ def test_every_command_uses_the_average(averaged: Path, tmp_path: Path, job: Run
     loss = scalars(averaged, "eval_average/loss")[6]
     assert loss != pytest.approx(scalars(averaged, "eval/loss")[6], rel=1e-4)
     arguments = evaluate.build_parser().parse_args([str(averaged), "--average"])
-    assert f"held-out loss: {loss:.4f} nats per token" in evaluate._report(arguments, job)
+    assert f"held-out loss: {loss:.4f} nats per token" in evaluate._report(arguments, job)[1]
     exporting = ["export", str(averaged), str(tmp_path / "exported"), "--average", "--best"]
     arguments = checkpoints.build_parser().parse_args(exporting)
     arguments.action(arguments)

@@ -17,7 +17,7 @@ QUERY_CHUNK = 256
 
 
 def _zero() -> Tensor:
-    return torch.zeros(1, dtype=torch.float64)
+    return torch.zeros(1, dtype=torch.float64, device="cpu")
 
 
 @dataclass

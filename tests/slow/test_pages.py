@@ -49,6 +49,8 @@ NOT_RUN = {
     "python tools/application.py question_answering --train train.json --heldout dev.json": FULL,
     "python tools/application.py mqar": SMALL + "tests/tools/test_applications.py and test_evidence.py",
     "python tools/application.py joint_recall": SMALL + "tests/tools/test_evidence.py",
+    "python tools/bench_serving.py --rows 1x1024 8x1024 1x100000 --tokens 64": SMALL
+    + "tests/serving/test_bench_serving.py",
     "python tools/evidence.py small_recall": "takes minutes; tests/tools/test_evidence.py runs another row",
     "python tools/evidence.py text": "takes hours; tests/tools/test_evidence.py runs another row",
     "python tools/kernel_costs.py": "takes a minute; tests/kernels/test_compile.py runs it for one target",
